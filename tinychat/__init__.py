@@ -1,0 +1,1 @@
+"""tinychat: chat with a language model on your own machine."""

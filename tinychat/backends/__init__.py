@@ -1,0 +1,65 @@
+"""Backends run a model's ops: `reference` (torch, fp32, plain: the truth), `cpu` (SIMD kernels), `cuda`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+BLOCK = 16  # slots in a KV block
+
+
+@dataclass(frozen=True)
+class Step:
+    """The inputs of one pass over the weights, for T consecutive tokens of one sequence.
+
+    token_ids    int32 [T]
+    position     rotary position of the first token; the others follow
+    length       tokens that the cache holds already: row i is written to logical slot `length + i` and attends to the
+                 logical slots 0 … length + i
+    block_table  int32 [n]: logical slot s is slot `s % BLOCK` of pool block `block_table[s // BLOCK]`;
+                 covers length + T slots
+    logits_from  rows from this one on get logits (T: none at all, the cache is filled only)
+    """
+
+    token_ids: np.ndarray
+    position: int
+    length: int
+    block_table: np.ndarray
+    logits_from: int
+
+
+class Backend(Protocol):
+    """One loaded model on one device. Not thread-safe; the engine serialises."""
+
+    name: str
+    max_rows: int  # rows a step may have; longer prompts are prefilled in chunks
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: backend, isa, act_bits, kv_bits, threads."""
+        ...
+
+    def kv_bytes_per_block(self) -> int:
+        """Bytes that one block of BLOCK slots takes, all layers, keys and values."""
+        ...
+
+    def allocate_kv(self, n_blocks: int) -> None:
+        """Reserve the KV pool; memory is touched only as blocks are used."""
+        ...
+
+    def copy_block(self, src: int, dst: int) -> None:
+        """Copy a pool block, all layers (copy-on-write)."""
+        ...
+
+    def step(self, step: Step) -> np.ndarray:
+        """Run the network. float32 [T - logits_from, vocab]; the array is the caller's."""
+        ...
+
+    def step_greedy(self, step: Step) -> np.ndarray:
+        """Like `step`, but only the argmax of each asked row (lowest id on a tie): int32 [T - logits_from]."""
+        ...
+
+    def close(self) -> None:
+        """Release threads and memory. Idempotent."""
+        ...

@@ -1,0 +1,44 @@
+"""What can go wrong in front of a user: one line saying what is wrong, one saying what to do."""
+
+from __future__ import annotations
+
+
+class TinychatError(Exception):
+    """An error a user can act on. `what`: what is wrong; `todo`: what to do about it; each one line."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, todo: str):
+        super().__init__(f"{what}\n{todo}")
+        self.what = what
+        self.todo = todo
+
+
+class UsageError(TinychatError):
+    """The request itself does not make sense (a flag, a parameter, an impossible combination)."""
+
+    exit_code = 2
+
+
+class ModelNotFoundError(TinychatError):
+    """No alias, folder, file or repository of that name."""
+
+    exit_code = 3
+
+
+class MemoryBudgetError(TinychatError):
+    """The model, its cache or its working buffers do not fit in the memory that is free."""
+
+    exit_code = 4
+
+
+class CheckpointError(TinychatError):
+    """A model file is damaged, hostile, or of a kind that tinychat does not read."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The file is sound, but its architecture, quantization or rope scaling is not supported; names it."""
+
+
+class DownloadError(TinychatError):
+    """A download failed or its content does not have the promised hash."""

@@ -1,0 +1,29 @@
+"""Where tinychat keeps its files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def home() -> Path:
+    """`TINYCHAT_HOME`, or the platform's data folder. Not created here."""
+    override = os.environ.get("TINYCHAT_HOME")
+    return Path(override).expanduser() if override else Path(platformdirs.user_data_dir("tinychat"))
+
+
+def models_dir() -> Path:
+    """One folder a pulled model."""
+    return home() / "models"
+
+
+def packs_dir() -> Path:
+    """Weights in a backend's own layout, made at first load and memory-mapped afterwards."""
+    return home() / "packs"
+
+
+def history_file() -> Path:
+    """Input lines of the plain REPL."""
+    return home() / "history"

@@ -1,0 +1,50 @@
+"""The vocabulary that models are written in. One interface; each backend implements it.
+
+A model file calls these verbs in order, once for each step (reference) or once at load (recorded programs), with handles
+that only the backend looks into. The step's inputs (token ids, positions, cache slots) belong to the backend, so a model
+never sees them. Every handle has as many rows as the step has tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from tinychat.config import ModelConfig, RopeConfig
+
+Handle = Any
+
+
+class Ops(Protocol):
+    """Twelve verbs. Shapes: T tokens in the step, H hidden, D head_dim."""
+
+    def embed(self, weight: Handle) -> Handle:
+        """Rows of the embedding for the step's token ids: [T, H]."""
+        ...
+
+    def rms_norm(self, x: Handle, weight: Handle, eps: float) -> Handle:
+        """x / sqrt(mean(x²) + eps) · weight, over the last axis."""
+        ...
+
+    def linear(self, x: Handle, weight: Handle, add_to: Handle | None = None) -> Handle:
+        """x Wᵀ + bias (+ add_to, the residual; then the result replaces it)."""
+        ...
+
+    def split_heads(self, qkv: Handle, cfg: ModelConfig) -> tuple[Handle, Handle, Handle]:
+        """[T, (heads + 2 kv_heads)·D] → q [T, heads, D], k and v [T, kv_heads, D]."""
+        ...
+
+    def rope(self, q: Handle, k: Handle, rope: RopeConfig) -> tuple[Handle, Handle]:
+        """Rotate q and k at the step's positions; halves convention (x[i], x[i + D/2]) as in Hugging Face."""
+        ...
+
+    def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
+        """Write k and v to the layer's cache slots, then causal GQA attention over the cache: [T, heads·D]."""
+        ...
+
+    def silu_mul(self, gate_up: Handle) -> Handle:
+        """[T, 2F] → silu(first half) · second half: [T, F]."""
+        ...
+
+    def lm_head(self, x: Handle, weight: Handle) -> Handle:
+        """Logits for the rows that the step asked for: float32 [rows, vocab]."""
+        ...

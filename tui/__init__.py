@@ -1,0 +1,1 @@
+"""The chat screen (Textual). Uses tinychat's public API only."""
