@@ -1,0 +1,23 @@
+// What this machine's CPU offers: instruction sets, and the cores that this process may use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace tinychat {
+
+// Ordered by preference on each architecture; the names are what TINYCHAT_ISA takes.
+enum class IsaKind { kScalar, kAvx2, kAvx512Vnni, kNeon };
+
+const char* isa_name(IsaKind isa);
+
+// The instruction sets that this CPU and operating system run, best first; always ends with scalar.
+std::vector<IsaKind> supported_isas();
+
+// TINYCHAT_ISA if set, else the best. Throws std::runtime_error (two lines) if it is unknown or not supported here.
+IsaKind select_isa();
+
+// Physical cores that affinity and the cgroup CPU quota allow; performance cores only on hybrid CPUs. At least 1.
+int usable_cores();
+
+}  // namespace tinychat
