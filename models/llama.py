@@ -1,4 +1,6 @@
-"""Llama 2/3/3.x, SmolLM2, Mistral: pre-norm decoder with GQA, rotary embedding, RMSNorm and SwiGLU (Touvron et al. 2023)."""
+"""Llama 2/3/3.x, SmolLM2, Mistral: pre-norm decoder with GQA, rotary embedding, RMSNorm and SwiGLU (Touvron
+et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle
     """One pre-norm decoder block. x: [T, hidden]."""
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), cfg)
     x = ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o, add_to=x)
-    return ops.linear(ops.silu_mul(ops.linear(ops.rms_norm(x, w.mlp_norm, cfg.norm_eps), w.gate_up)), w.down, add_to=x)
+    return ops.linear(
+        ops.silu_mul(ops.linear(ops.rms_norm(x, w.mlp_norm, cfg.norm_eps), w.gate_up)), w.down, add_to=x
+    )
 
 
 def forward(ops: Ops, cfg: ModelConfig, w: Weights) -> Handle:

@@ -12,10 +12,11 @@ from tinychat.errors import CheckpointError, UnsupportedModelError
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base, rotated dimensions and, for Llama 3.x or linear scaling, how frequencies change.
+    """Rotary embedding: base, rotated dimensions and, for Llama 3.x or linear scaling, how frequencies
+    change.
 
-    kind "none" | "linear" | "llama3" | "factors". "llama3" follows Llama 3.1's frequency rescaling; "factors" divides each
-    frequency by a stored number (GGUF's `rope_freqs.weight`, which is llama3 written out).
+    kind "none" | "linear" | "llama3" | "factors". "llama3" follows Llama 3.1's frequency rescaling; "factors"
+    divides each frequency by a stored number (GGUF's `rope_freqs.weight`, which is llama3 written out).
     """
 
     theta: float = 10000.0
@@ -85,12 +86,12 @@ class ModelConfig:
                 )
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
-                f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads, which does not divide.",
+                f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.",
                 "The file is damaged; pull it again.",
             )
         if not (0 < self.norm_eps < 1) or not math.isfinite(self.rope.theta) or self.rope.theta <= 0:
             raise CheckpointError(
-                f"The checkpoint's norm epsilon {self.norm_eps!r} or rope theta {self.rope.theta!r} makes no sense.",
+                f"The checkpoint has norm epsilon {self.norm_eps!r} and rope theta {self.rope.theta!r}.",
                 "The file is damaged; pull it again.",
             )
         if self.rope.dim % 2 or not 0 < self.rope.dim <= self.head_dim:

@@ -1,8 +1,8 @@
 """The vocabulary that models are written in. One interface; each backend implements it.
 
-A model file calls these verbs in order, once for each step (reference) or once at load (recorded programs), with handles
-that only the backend looks into. The step's inputs (token ids, positions, cache slots) belong to the backend, so a model
-never sees them. Every handle has as many rows as the step has tokens.
+A model file calls these verbs in order, once for each step (reference) or once at load (recorded programs),
+with handles that only the backend looks into. The step's inputs (token ids, positions, cache slots) belong to
+the backend, so a model never sees them. Every handle has as many rows as the step has tokens.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from tinychat.weights import (
 class WeightPolicy:
     """How weights stored in 16 or 32 bits are run. Stored 4-bit and 8-bit weights always run as they are.
 
-    quantize   "auto" and "int8": body to int8 groups of 32; "rtn": 4-bit groups of 64 or 32; "none": as stored
+    quantize   "auto" and "int8": body to int8 groups of 32; "rtn": 4-bit groups of 64 or 32; "none": as
+               stored
     head_bits  8: embedding and output head to int8 groups of 32; 16: as stored
     """
 
@@ -77,6 +78,7 @@ def _checked(w: Linear, name: str) -> Linear:
     for a in (*arrays, w.bias):
         if a is not None and not np.isfinite(a).all():
             raise CheckpointError(
-                f"The weights of {name} hold NaN or infinity.", "The file is damaged; pull or convert it again."
+                f"The weights of {name} hold NaN or infinity.",
+                "The file is damaged; pull or convert it again.",
             )
     return w

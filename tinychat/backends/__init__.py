@@ -16,7 +16,8 @@ class Step:
 
     token_ids    int32 [T]
     position     rotary position of the first token; the others follow
-    length       tokens that the cache holds already: row i is written to logical slot `length + i` and attends to the
+    length       tokens that the cache holds already: row i is written to logical slot `length + i` and
+                 attends to the
                  logical slots 0 … length + i
     block_table  int32 [n]: logical slot s is slot `s % BLOCK` of pool block `block_table[s // BLOCK]`;
                  covers length + T slots

@@ -1,4 +1,6 @@
-"""The torch reference: fp32 on dequantized weights, plain, slow, obviously right. The truth for every other backend."""
+"""The torch reference: fp32 on dequantized weights, plain, slow, obviously right. The truth for every other
+backend.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class ReferenceBackend:
     name = "reference"
     max_rows = 512
 
-    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy | None = None, threads: int | None = None):
+    def __init__(
+        self, checkpoint: Checkpoint, policy: WeightPolicy | None = None, threads: int | None = None
+    ):
         if threads:
             torch.set_num_threads(threads)
         self.cfg: ModelConfig = checkpoint.config
@@ -134,7 +138,9 @@ class ReferenceBackend:
         keys, values = (self.kv[i, layer, self.read_slots].transpose(0, 1)[None] for i in (0, 1))
         t, end = q.shape[0], keys.shape[2]
         mask = torch.arange(end) <= (end - t + torch.arange(t))[:, None]
-        y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, attn_mask=mask, enable_gqa=True)
+        y = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys, values, attn_mask=mask, enable_gqa=True
+        )
         return y[0].transpose(0, 1).flatten(1)
 
     def silu_mul(self, gate_up):

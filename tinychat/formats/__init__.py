@@ -14,7 +14,8 @@ from tinychat.weights import Linear
 
 
 class Checkpoint(Protocol):
-    """What every reader gives. Names are Hugging Face's (`model.layers.0.self_attn.q_proj`), without `.weight`.
+    """What every reader gives. Names are Hugging Face's (`model.layers.0.self_attn.q_proj`), without
+    `.weight`.
 
     Modules are read one at a time, when asked for, so that loading never holds the whole model twice.
     """

@@ -1,0 +1,87 @@
+"""What a running generation tells its listener. Printing every event's `.text` prints the answer once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "context_full", "error"]
+
+
+@dataclass
+class Stats:
+    """Counts and times of one answer. Rates are tokens a second; times are seconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    evicted_tokens: int = 0
+    kv_bytes: int = 0
+    peak_rss_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Completion:
+    """A finished answer: its text, the ids that were generated (without the stop token) and why it ended."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stats: Stats = field(default_factory=Stats)
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """One token. `text` may be empty: half a character, or held back because it may begin a stop string.
+
+    What was held back and turned out to be text at the very end comes in a last delta without a token (None).
+    """
+
+    text: str
+    token_id: int | None
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know that is not part of the answer."""
+
+    message: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Done:
+    """Always the last event."""
+
+    finish_reason: FinishReason
+    stats: Stats
+    completion: Completion
+    text: str = ""
+
+
+Event = TextDelta | Notice | Done
+
+
+def event_to_json(event: Event) -> dict[str, Any]:
+    """The JSON form that `--stream-json` prints, one object a line."""
+    if isinstance(event, TextDelta):
+        return {"event": "text", "text": event.text, "token_id": event.token_id}
+    if isinstance(event, Notice):
+        return {"event": "notice", "message": event.message}
+    return {
+        "event": "done",
+        "finish_reason": event.finish_reason,
+        "text": event.completion.text,
+        "token_ids": event.completion.token_ids,
+        "stats": event.stats.as_dict(),
+    }

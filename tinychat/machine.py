@@ -1,0 +1,84 @@
+"""What this process may really use: memory and cores as affinity and cgroups allow them, not as the hardware
+has them.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None  # "max", or no such controller
+
+
+def _cgroup_dirs() -> list[Path]:
+    """This process's cgroup v2 folder and its parents; the tightest limit on the way up counts."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    relative = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    root = Path("/sys/fs/cgroup")
+    leaf = root / relative.lstrip("/")
+    return [d for d in (leaf, *leaf.parents) if d == root or root in d.parents]
+
+
+def available_memory() -> int:
+    """Bytes that can still be allocated: free memory, within the cgroup's limit and RLIMIT_AS."""
+    free = psutil.virtual_memory().available
+    for d in _cgroup_dirs():
+        limit, used = _read_int(d / "memory.max"), _read_int(d / "memory.current")
+        if limit is not None and used is not None:
+            cached = 0
+            try:
+                stat = dict(line.split() for line in (d / "memory.stat").read_text().splitlines())
+                cached = int(stat.get("inactive_file", 0))
+            except (OSError, ValueError):
+                pass
+            free = min(free, max(0, limit - used + cached))
+    v1 = Path("/sys/fs/cgroup/memory")
+    limit, used = _read_int(v1 / "memory.limit_in_bytes"), _read_int(v1 / "memory.usage_in_bytes")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        free = min(free, max(0, soft - psutil.Process().memory_info().vms))
+    return free
+
+
+def cpu_count() -> int:
+    """Cores this process may use at once: affinity, and the cgroup's CPU quota rounded up. At least 1."""
+    try:
+        n = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        n = os.cpu_count() or 1
+    for d in _cgroup_dirs():
+        try:
+            quota, period = (d / "cpu.max").read_text().split()
+            n = min(n, -(-int(quota) // int(period)))
+        except (OSError, ValueError):
+            continue
+    return max(1, n)
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def human_bytes(n: float) -> str:
+    """4200000000 → '4.2 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"

@@ -1,0 +1,207 @@
+"""A loaded model: what `tinychat.load` gives, and what Python programs talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinychat.backends import BLOCK, Backend
+from tinychat.config import ModelConfig
+from tinychat.engine import Engine
+from tinychat.errors import MemoryBudgetError, UsageError
+from tinychat.events import Completion, Done, Event
+from tinychat.formats import Checkpoint, open_checkpoint
+from tinychat.machine import available_memory, human_bytes
+from tinychat.models import FAMILIES
+from tinychat.prepare import WeightPolicy
+from tinychat.sampling import SamplingParams
+from tinychat.session import Session
+from tinychat.template import ChatTemplate
+
+DEFAULT_CTX = 8192
+HEADROOM = 300_000_000  # bytes left for everything that is neither weights nor KV
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    act_bits: int | None = None,
+    head_bits: int = 8,
+    ctx: int | None = None,
+    quantize: str = "auto",
+    offline: bool = False,
+) -> Model:
+    """Load a model: an alias (downloaded if need be), a Hugging Face repo id, a local folder or a .gguf file.
+
+    device     "auto" | "cpu" | "reference" (torch, fp32: slow, the truth)
+    threads    CPU threads; default: the cores this process may use
+    act_bits   8 or 16: activation precision of the CPU kernels
+    head_bits  8 or 16: how an embedding and output head stored in 16 bits run
+    ctx        tokens the context holds; default: the smaller of the trained context, 8192 and what fits in
+               memory
+    quantize   "auto" | "rtn" | "none": how weights stored in 16 or 32 bits run (`prepare.WeightPolicy`)
+
+    Raises ModelNotFoundError, CheckpointError, UnsupportedModelError, MemoryBudgetError, DownloadError,
+    UsageError.
+    """
+    from tinychat.hub import store
+
+    policy = WeightPolicy(quantize, head_bits)
+    path = store.resolve(str(model), offline=offline)
+    checkpoint = open_checkpoint(path)
+    if ctx is not None and not 1 <= ctx <= checkpoint.config.context_length:
+        raise UsageError(
+            f"A context of {ctx} tokens is outside what the model was trained for.",
+            f"Use --ctx 1 to {checkpoint.config.context_length}.",
+        )
+    if threads is not None and not 1 <= threads <= 1024:
+        raise UsageError(f"threads is {threads}.", "Use 1 or more, up to the cores you have.")
+    if act_bits not in (None, 8, 16):
+        raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
+    backend = _backend(checkpoint, policy, device, threads, act_bits)
+    return Model(checkpoint, backend, str(model), ctx)
+
+
+def _backend(
+    checkpoint: Checkpoint, policy: WeightPolicy, device: str, threads: int | None, act_bits: int | None
+) -> Backend:
+    if device in ("auto", "reference"):
+        need, free = 4 * count_weights(checkpoint.config), available_memory()
+        if need + HEADROOM > free:
+            raise MemoryBudgetError(
+                f"{checkpoint.path.name} needs {human_bytes(need)} and {human_bytes(free)} are free.",
+                "Choose a smaller model, or close other programs.",
+            )
+        from tinychat.backends.reference import ReferenceBackend
+
+        return ReferenceBackend(checkpoint, policy, threads)
+    raise UsageError(f"The device {device!r} is not known.", "Use auto, cpu or reference.")
+
+
+def count_weights(cfg: ModelConfig) -> int:
+    """Weights of the linears, the embedding and the head."""
+    body = sum(n * k for n, k in FAMILIES[cfg.family].linears(cfg, 0).values()) * cfg.n_layers
+    return body + cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
+
+
+class Model:
+    """A model in memory. `tokenizer`, `config`, `logits`, `generate`, `chat`, `session`; a context manager."""
+
+    def __init__(self, checkpoint: Checkpoint, backend: Backend, name: str, ctx: int | None = None):
+        self.name, self.path, self.config = name, checkpoint.path, checkpoint.config
+        self.backend = backend
+        self.tokenizer = checkpoint.tokenizer()
+        self.template = (
+            ChatTemplate(self.tokenizer.chat_template, self.tokenizer)
+            if self.tokenizer.chat_template
+            else None
+        )
+        defaults = getattr(checkpoint, "sampling_defaults", dict)()
+        self.default_sampling = SamplingParams().but(**defaults)
+        self.engine = Engine(backend, self.tokenizer, self._fit_context(ctx))
+        self._branch = self.engine.branch()
+
+    def _fit_context(self, asked: int | None) -> int:
+        per_block = self.backend.kv_bytes_per_block()
+        fits = max(0, available_memory() - HEADROOM) // per_block * BLOCK
+        wanted = asked or min(self.config.context_length, DEFAULT_CTX)
+        if asked is None:
+            wanted = min(wanted, fits)
+        if wanted > fits or wanted < 1:
+            raise MemoryBudgetError(
+                f"A context of {wanted} tokens takes {human_bytes(max(wanted, BLOCK) / BLOCK * per_block)} "
+                f"and {human_bytes(available_memory())} are free.",
+                f"Use --ctx {fits} or less." if fits >= BLOCK else "Choose a smaller model.",
+            )
+        return wanted
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that the context holds."""
+        return self.engine.n_ctx
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: backend, isa, act_bits, kv_bits, threads, ctx."""
+        return {"model": self.name, **self.backend.describe(), "ctx": self.n_ctx}
+
+    def needs_bos(self, text: str) -> bool:
+        """Whether a beginning-of-text token goes before `text`: asked for by the tokenizer, not yet in the
+        text.
+        """
+        t = self.tokenizer
+        if not t.add_bos or t.bos_id is None:
+            return False
+        spelled = t.special_tokens.get("bos_token")
+        return not (spelled and text.startswith(spelled))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a bare prompt, with the beginning-of-text token where the model wants one."""
+        head = [self.tokenizer.bos_id] if self.needs_bos(text) else []
+        return head + self.tokenizer.encode(text)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [n_tokens, vocab]: row i is the prediction after token i. Raises UsageError on ids out of
+        range.
+        """
+        return self.engine.logits(self._checked(token_ids))
+
+    def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[Event]:
+        """Continue a bare prompt (text or ids; no chat template). Yields events; sampling parameters by
+        keyword.
+        """
+        ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        params = self.default_sampling.but(**sampling)
+        return self.engine.generate(self.engine.branch() if self._branch.busy else self._branch, ids, params)
+
+    def chat(self, messages: Sequence[dict[str, str]], **sampling: Any) -> Completion:
+        """One answer to a list of {"role", "content"} messages. A model without a chat template continues
+        their text.
+        """
+        params = self.default_sampling.but(**sampling)
+        for m in messages:
+            if (
+                not isinstance(m, dict)
+                or not isinstance(m.get("role"), str)
+                or not isinstance(m.get("content"), str)
+            ):
+                raise UsageError(f"{m!r} is not a message.", 'Use {"role": "user", "content": "…"}.')
+        if self.template is None:
+            text = "".join(m["content"] for m in messages)
+            ids = self.encode_prompt(text)
+        else:
+            text = self.template.render(list(messages))
+            ids = ([self.tokenizer.bos_id] if self.needs_bos(text) else []) + self.template.encode(text)
+        branch = self.engine.branch() if self._branch.busy else self._branch
+        for event in self.engine.generate(branch, ids, params):
+            if isinstance(event, Done):
+                return event.completion
+        raise AssertionError("a generation ends with Done")
+
+    def session(self, system: str | None = None, **sampling: Any) -> Session:
+        """A conversation with a memory."""
+        return Session(self, system, **sampling)
+
+    def close(self) -> None:
+        """Give threads and memory back. Idempotent."""
+        self.backend.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.config.vocab_size:
+                raise UsageError(
+                    f"Token id {i} is outside the vocabulary.",
+                    f"Ids run from 0 to {self.config.vocab_size - 1}.",
+                )
+        return ids

@@ -1,0 +1,269 @@
+"""A conversation: a tree of messages, the token ids they were said in, one KV branch, one set of sampling
+parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinychat.errors import TinychatError, UsageError
+from tinychat.events import Done, Event, TextDelta
+from tinychat.files import write_atomically
+from tinychat.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from tinychat.model import Model
+
+FORMAT = 1
+
+
+@dataclass
+class Message:
+    """A node of the conversation's tree. An assistant's also keeps the ids of its prompt's new part and of
+    its answer.
+    """
+
+    role: str
+    content: str
+    parent: int | None = None
+    prompt_text: str = ""  # what the template added since the previous answer, guards included
+    prompt_ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+class Session:
+    """One conversation with one model. Writes nothing anywhere unless told to (`save`).
+
+    `send`, `regenerate` and `edit` yield events (TextDelta, Notice, then Done). Whatever was generated before
+    a cancel, an error or a closed iterator stays in the conversation.
+    """
+
+    def __init__(self, model: Model, system: str | None = None, **sampling: Any):
+        self.model = model
+        self.params = model.default_sampling.but(**sampling)
+        self.nodes: list[Message] = []
+        self.leaf: int | None = None
+        self._system = system
+        self._branch = model.engine.branch()
+        self._cancel = threading.Event()
+        self._answering = threading.Lock()
+
+    # What was said
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt; None leaves it to the chat template. Setting it holds from the next answer on."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._system = text
+
+    def path(self, leaf: int | None = None) -> list[int]:
+        """Node indexes from the first message to `leaf` (default: the present one)."""
+        at = self.leaf if leaf is None else leaf
+        out = []
+        while at is not None:
+            out.append(at)
+            at = self.nodes[at].parent
+        return out[::-1]
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The present branch as `{"role", "content"}` dicts, the system prompt first if there is one."""
+        head = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return head + [{"role": n.role, "content": n.content} for n in (self.nodes[i] for i in self.path())]
+
+    def siblings(self, node: int) -> list[int]:
+        """The alternatives at a place (regenerated answers, edited messages), oldest first, `node` among
+        them.
+        """
+        parent, role = self.nodes[node].parent, self.nodes[node].role
+        return [i for i, n in enumerate(self.nodes) if n.parent == parent and n.role == role]
+
+    def switch(self, node: int) -> None:
+        """Make the branch through `node` the present one, down to its newest leaf."""
+        at = node
+        while children := [i for i, n in enumerate(self.nodes) if n.parent == at]:
+            at = children[-1]
+        self.leaf = at
+
+    # Saying more
+
+    def send(self, text: str, **sampling: Any) -> Iterator[Event]:
+        """Say something and stream the answer. The sampling parameters given here hold for this answer only."""
+        params = self.params.but(**sampling)
+        if not isinstance(text, str) or not text:
+            raise UsageError("The message is empty.", "Say something.")
+        return self._answer(Message("user", text, self.leaf), params)
+
+    def regenerate(self, **sampling: Any) -> Iterator[Event]:
+        """Answer the last user message again, as a new branch beside the old answer."""
+        path = self.path()
+        users = [i for i in path if self.nodes[i].role == "user"]
+        if not users:
+            raise UsageError("There is nothing to regenerate.", "Send a message first.")
+        params = self.params.but(**sampling)
+        if (
+            params.seed is not None
+            and sampling.get("seed") is None
+            and self.nodes[self.leaf].role == "assistant"
+        ):
+            # The same seed would say the same again.
+            params = params.but(seed=params.seed + len(self.siblings(self.leaf)))
+        return self._answer(users[-1], params)
+
+    def edit(self, node: int, text: str, **sampling: Any) -> Iterator[Event]:
+        """Say `text` in place of the user message `node`, as a new branch, and stream the answer."""
+        if not 0 <= node < len(self.nodes) or self.nodes[node].role != "user":
+            raise UsageError(f"Message {node} is not one of yours.", "Edit a user message.")
+        return self._answer(Message("user", text, self.nodes[node].parent), self.params.but(**sampling))
+
+    def cancel(self) -> None:
+        """Stop the running answer at the next step; what it has said stays. May be called from any thread."""
+        self._cancel.set()
+
+    def count_tokens(self) -> int:
+        """Tokens that the present conversation takes, with everything its template adds."""
+        path = self.path()
+        if not path:
+            return 0
+        generating = self.nodes[path[-1]].role == "user"
+        return sum(len(ids) for _, ids in self._prompt(path, generating))
+
+    def _answer(self, question: Message | int, params: SamplingParams) -> Iterator[Event]:
+        if not self._answering.acquire(blocking=False):
+            raise UsageError(
+                "This conversation is still answering.", "Cancel it, or wait for its last event."
+            )
+        previous_leaf, n_nodes = self.leaf, len(self.nodes)
+        answer: Message | None = None
+        pieces: list[str] = []
+        ids: list[int] = []
+        try:
+            self._cancel.clear()
+            if isinstance(question, Message):
+                self.nodes.append(question)
+                question = n_nodes
+            segments = self._prompt(self.path(question), True)
+            prompt = [i for _, part in segments for i in part]
+            for event in self.model.engine.generate(self._branch, prompt, params, self._cancel):
+                if answer is None:
+                    # From here on the question stands, whatever happens.
+                    answer = Message("assistant", "", question)
+                    answer.prompt_text, answer.prompt_ids = segments[-1]
+                    self.nodes.append(answer)
+                    self.leaf = len(self.nodes) - 1
+                if isinstance(event, TextDelta):
+                    pieces.append(event.text)
+                    if event.token_id is not None:
+                        ids.append(event.token_id)
+                elif isinstance(event, Done):
+                    ids = event.completion.token_ids
+                    answer.finish_reason = event.finish_reason
+                    answer.stats = event.stats.as_dict()
+                if isinstance(event, Done):
+                    self._settle(answer, pieces, ids)
+                yield event
+        finally:
+            if answer is None:
+                del self.nodes[n_nodes:]
+                self.leaf = previous_leaf
+            elif answer.finish_reason is None:
+                answer.finish_reason = "cancelled"
+                self._settle(answer, pieces, ids)
+            self._answering.release()
+
+    @staticmethod
+    def _settle(answer: Message, pieces: list[str], ids: list[int]) -> None:
+        answer.content, answer.ids = "".join(pieces), ids
+
+    def _prompt(self, path: list[int], generating: bool) -> list[tuple[str, list[int]]]:
+        """The conversation along `path` as (text, ids) segments; the last one is new.
+
+        What was generated keeps the ids it was generated in, and only what the template adds is tokenized.
+        Where the template writes history differently (strips reasoning, trims), everything from there on is
+        tokenized anew.
+        """
+        messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        messages += [{"role": self.nodes[i].role, "content": self.nodes[i].content} for i in path]
+        template = self.model.template
+        if template is None:
+            text, encode = "".join(m["content"] for m in messages), self.model.tokenizer.encode
+        else:
+            text, encode = template.render(messages, generating), template.encode
+        segments: list[tuple[str, list[int]]] = []
+        if self.model.needs_bos(text):
+            segments.append(("", [self.model.tokenizer.bos_id]))
+        at = 0
+        for node in (self.nodes[i] for i in path):
+            if node.role != "assistant" or not node.ids:
+                continue
+            said = template.guard(node.content) if template else node.content
+            known = [(node.prompt_text, node.prompt_ids), (said, node.ids)]
+            if not text.startswith(node.prompt_text + said, at):
+                break
+            segments += known
+            at += len(node.prompt_text) + len(said)
+        return [*segments, (text[at:], encode(text[at:]))]
+
+    # Keeping it
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation as JSON, atomically."""
+        content = {
+            "tinychat_session": FORMAT,
+            "model": self.model.name,
+            "system": self._system,
+            "params": asdict(self.params),
+            "leaf": self.leaf,
+            "nodes": [asdict(n) for n in self.nodes],
+        }
+        write_atomically(Path(path), json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model | None = None) -> Session:
+        """Read a saved conversation. Without `model`, the one it was held with is loaded.
+
+        Raises TinychatError if the file is not a saved conversation.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["tinychat_session"] != FORMAT:
+                raise ValueError(f"format {content['tinychat_session']}")
+            nodes = [Message(**n) for n in content["nodes"]]
+            for i, n in enumerate(nodes):
+                if not isinstance(n.content, str) or not (n.parent is None or 0 <= n.parent < i):
+                    raise ValueError(f"message {i}")
+            leaf = content["leaf"]
+            if leaf is not None and not 0 <= leaf < len(nodes):
+                raise ValueError("leaf")
+            params = SamplingParams(**content["params"])
+            system, name = content["system"], content["model"]
+        except OSError as e:
+            raise TinychatError(
+                f"Cannot read {path}: {e.strerror}.", "Give the path of a saved conversation."
+            ) from e
+        except (ValueError, KeyError, TypeError) as e:
+            raise TinychatError(
+                f"{path} is not a conversation that tinychat saved ({type(e).__name__}: {e}).",
+                "Give a file that Session.save or /save wrote.",
+            ) from e
+        if model is None:
+            from tinychat.model import load
+
+            model = load(name)
+        session = cls(model, system)
+        session.params, session.nodes, session.leaf = params, nodes, leaf
+        if name != model.name:
+            # Another model's ids mean nothing to this one; its texts are tokenized anew.
+            for n in nodes:
+                n.ids, n.prompt_ids, n.prompt_text = [], [], ""
+        return session

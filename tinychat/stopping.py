@@ -1,0 +1,58 @@
+"""Stop strings in a stream of text: what may be shown now, what must wait, and where the answer ends."""
+
+from __future__ import annotations
+
+
+class StopMatcher:
+    """Feed it text as it arrives; it gives back what can no longer be part of a stop string.
+
+    The earliest match in the text wins; of two that begin at the same place it does not matter which.
+    """
+
+    def __init__(self, stop: tuple[str, ...] = ()):
+        self.stop = stop
+        self.held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """Text that is certain now. After a match `matched` is set and everything from the match on is
+        swallowed.
+        """
+        if self.matched is not None:
+            return ""
+        if not self.stop:
+            return text
+        self.held += text
+        hits = [(at, s) for s in self.stop if (at := self.held.find(s)) >= 0]
+        waiting = self._first_partial()
+        if hits:
+            at, s = min(hits)
+            if waiting < at:
+                # A longer stop string that began earlier may still complete: it would win.
+                out, self.held = self.held[:waiting], self.held[waiting:]
+                return out
+            self.matched = s
+            out, self.held = self.held[:at], ""
+            return out
+        out, self.held = self.held[:waiting], self.held[waiting:]
+        return out
+
+    def flush(self) -> str:
+        """The stream has ended: what was held back is text, up to a stop string that is complete in it."""
+        if self.matched is not None:
+            return ""
+        hits = [(at, s) for s in self.stop if (at := self.held.find(s)) >= 0]
+        out, self.held = self.held, ""
+        if hits:
+            at, self.matched = min(hits)
+            return out[:at]
+        return out
+
+    def _first_partial(self) -> int:
+        """Where the first unfinished stop string at the end of `held` begins (its length if there is none)."""
+        n = len(self.held)
+        longest = max(map(len, self.stop))
+        for at in range(max(0, n - longest + 1), n):
+            if any(len(s) > n - at and s.startswith(self.held[at:]) for s in self.stop):
+                return at
+        return n
