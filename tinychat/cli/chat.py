@@ -1,0 +1,206 @@
+"""`tinychat run`: one answer on stdout, or a conversation."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tinychat.cli.options import (
+    DEFAULT_MODEL,
+    LOADING,
+    SAMPLING,
+    complete_models,
+    loading_options,
+    pick,
+    sampling_options,
+)
+from tinychat.errors import UsageError
+
+if TYPE_CHECKING:
+    from tinychat.events import Event, Stats
+    from tinychat.session import Session
+
+
+@click.command()
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=complete_models)
+@click.argument("prompt", required=False)
+@click.option("-s", "--system", help="System prompt.")
+@sampling_options
+@loading_options
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Put this text file before the prompt; may be given several times.",
+)
+@click.option("--plain", is_flag=True, help="Line by line instead of the chat screen.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: text, finish_reason, stats.")
+@click.option("--stream-json", is_flag=True, help="One JSON object an event.")
+@click.option("-v", "--verbose", is_flag=True, help="Timings on stderr.")
+def run(model: str, prompt: str | None, **o: Any) -> None:
+    """Chat with MODEL, or answer PROMPT (with what is piped in put before it) and exit.
+
+    MODEL is an alias (`tinychat list --all`), a Hugging Face repo id, a local folder or a .gguf file.
+    """
+    if o["as_json"] and o["stream_json"]:
+        raise UsageError("--json and --stream-json exclude each other.", "Choose one.")
+    text = _gather(prompt, o["files"])
+    if text is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError(
+            "There is nothing to answer.", 'Give a prompt: tinychat run MODEL "…", or pipe text into it.'
+        )
+    from tinychat.model import load
+
+    loaded = load(model, **pick(o, LOADING))
+    with loaded:
+        session = loaded.session(o["system"], **pick(o, SAMPLING))
+        if loaded.template is None:
+            click.echo(
+                "This model has no chat template: it continues your text instead of answering.", err=True
+            )
+        if text is None:
+            from tinychat.cli.repl import Repl
+
+            Repl(session, o["verbose"]).run()
+            return
+        code = _answer_once(session, text, o)
+    sys.exit(code)
+
+
+def _gather(prompt: str | None, files: tuple[Path, ...]) -> str | None:
+    """Files, then stdin, then the prompt; None when there is none of them."""
+    parts = []
+    for f in files:
+        try:
+            parts.append(f.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as e:
+            raise UsageError(f"{f} is not a UTF-8 text file.", "Give a text file.") from e
+    if not sys.stdin.isatty():
+        try:
+            piped = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise UsageError("What is piped in is not UTF-8 text.", "Pipe text.") from e
+        if piped.strip():
+            parts.append(piped)
+    if prompt:
+        parts.append(prompt)
+    return "\n\n".join(p.strip("\n") for p in parts) if parts else None
+
+
+def _answer_once(session: Session, text: str, o: dict[str, Any]) -> int:
+    from tinychat.events import Done, Notice, event_to_json
+
+    out = Printer()
+    done = None
+    with cancel_on_interrupt(session) as interrupted:
+        for event in session.send(text):
+            if o["stream_json"]:
+                out.line(json.dumps(event_to_json(event), ensure_ascii=False))
+            elif not o["as_json"]:
+                out.write(event.text)
+            if isinstance(event, Notice):
+                click.echo(event.message, err=True)
+            if isinstance(event, Done):
+                done = event
+    if o["as_json"]:
+        answer = {
+            "model": session.model.name,
+            "text": done.completion.text,
+            "finish_reason": done.finish_reason,
+            "stats": done.stats.as_dict(),
+        }
+        out.line(json.dumps(answer, ensure_ascii=False))
+    elif not o["stream_json"]:
+        out.end()
+    if done.finish_reason == "context_full":
+        click.echo(f"The context of {session.model.n_ctx} tokens is full.", err=True)
+    if o["verbose"]:
+        click.echo(describe(done.stats), err=True)
+    return 130 if interrupted else 0
+
+
+class Printer:
+    """Writes an answer to stdout as it comes. To a terminal, control characters are left out: the text is a
+    stranger's.
+    """
+
+    def __init__(self):
+        self.terminal = sys.stdout.isatty()
+        self.last = "\n"
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
+
+    def write(self, text: str) -> None:
+        """Show text at once."""
+        if not text:
+            return
+        self.last = text[-1]
+        if self.terminal:
+            text = "".join(c for c in text if c in "\n\t" or c.isprintable() or ord(c) >= 0xA0)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def line(self, text: str) -> None:
+        """A whole line."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Finish the last line."""
+        if self.last != "\n":
+            self.line("")
+
+
+@contextmanager
+def cancel_on_interrupt(session: Session) -> Iterator[list[bool]]:
+    """Ctrl+C stops the answer and keeps what was said; a second one, while that takes long, interrupts for
+    good.
+    """
+    interrupted: list[bool] = []
+
+    def handler(_signal, _frame):
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(True)
+        session.cancel()
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def describe(stats: Stats) -> str:
+    """The timings of an answer in one line."""
+    reused = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    return (
+        f"prompt {stats.prompt_tokens} tokens{reused}, {stats.prefill_tps:.1f} tok/s, first token after "
+        f"{stats.ttft_s:.2f} s · answer {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
+    )
+
+
+def show_events(events: Iterator[Event], out: Printer):
+    """Print a stream of events; the Done at its end."""
+    from tinychat.events import Done, Notice
+
+    for event in events:
+        out.write(event.text)
+        if isinstance(event, Notice):
+            click.echo(event.message, err=True)
+        if isinstance(event, Done):
+            out.end()
+            return event
+    return None
+
+
+commands = [run]

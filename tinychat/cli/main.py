@@ -1,0 +1,77 @@
+"""Entry point: the commands, and how every failure becomes two lines and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+
+import click
+
+from tinychat import __version__
+from tinychat.cli import chat, models, reports
+from tinychat.errors import TinychatError
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="tinychat")
+def cli() -> None:
+    """Chat with a language model on your own machine."""
+
+
+for command in (*chat.commands, *models.commands, *reports.commands):
+    cli.add_command(command)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 ok, 1 error, 2 usage, 3 not found, 4 does not fit in memory, 130
+    interrupted.
+    """
+    try:
+        code = cli.main(args=argv, prog_name="tinychat", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except BaseException as e:
+        if isinstance(e, SystemExit):
+            raise
+        code = report(e)
+    # Nothing is left to run at exit that could fail; skip it when the reader of stdout is gone.
+    sys.exit(code)
+
+
+def report(e: BaseException) -> int:
+    """Say what went wrong in two lines on stderr; the exit code."""
+    if isinstance(e, BrokenPipeError):
+        # Whoever read our output has seen enough (`| head`). Keep the interpreter from complaining at
+        # shutdown.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(e, (KeyboardInterrupt, click.exceptions.Abort)):
+        click.echo(err=True)
+        return INTERRUPTED
+    if os.environ.get("TINYCHAT_DEBUG"):
+        traceback.print_exception(e)
+    if isinstance(e, click.exceptions.Exit):
+        return e.exit_code
+    if isinstance(e, click.ClickException):
+        e.show()
+        return e.exit_code
+    if isinstance(e, TinychatError):
+        what, todo, code = e.what, e.todo, e.exit_code
+    elif isinstance(e, MemoryError):
+        what, todo, code = "Memory ran out.", "Choose a smaller model or a smaller --ctx.", 4
+    elif isinstance(e, OSError) and e.errno == errno.ENOSPC:
+        what, todo, code = f"The disk is full ({e.filename or 'while writing'}).", "Free some space.", 1
+    elif isinstance(e, OSError):
+        what, todo, code = f"{e.strerror or e}: {e.filename or ''}".rstrip(": ") + ".", "Check that path.", 1
+    else:
+        what = f"Internal error: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        todo, code = "This is a bug. TINYCHAT_DEBUG=1 shows where; please report it.", 1
+    click.echo(f"{click.style('Error:', fg='red')} {what}\n{todo}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What is on disk: pull, list, show, rm; and quantize, which puts something there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tinychat.cli.options import model_argument
+from tinychat.errors import UsageError
+from tinychat.machine import human_bytes
+
+
+def _echo_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+@click.command()
+@model_argument
+@click.option("--json", "as_json", is_flag=True)
+def pull(model: str, as_json: bool) -> None:
+    """Download MODEL, or say that it is here already."""
+    from tinychat.hub import store
+
+    path = store.pull(model)
+    if as_json:
+        _echo_json({"model": model, "path": str(path)})
+    else:
+        click.echo(f"{model} is ready: {path}", err=True)
+
+
+@click.command("list")
+@click.option("--all", "everything", is_flag=True, help="Models that can be pulled, too.")
+@click.option("--json", "as_json", is_flag=True)
+def list_models(everything: bool, as_json: bool) -> None:
+    """Models on this machine."""
+    from tinychat.hub import aliases, store
+
+    rows = [
+        {
+            "name": m.name,
+            "size": m.size,
+            "quantization": m.quantization,
+            "source": m.source,
+            "path": str(m.path),
+        }
+        for m in store.installed()
+    ]
+    have = {r["name"] for r in rows}
+    available = [name for name in aliases.ALIASES if name not in have] if everything else []
+    if as_json:
+        _echo_json(rows if not everything else {"installed": rows, "available": available})
+        return
+    if not rows and not everything:
+        click.echo("No models yet. tinychat pull smollm2-135m gets one (94 MB).", err=True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "size", "weights", "source", box=None, pad_edge=False)
+    for r in rows:
+        table.add_row(r["name"], human_bytes(r["size"]), r["quantization"] or "", r["source"] or "")
+    for name in available:
+        table.add_row(name, "", "", "not pulled", style="dim")
+    Console().print(table)
+
+
+@click.command()
+@model_argument
+@click.option("--json", "as_json", is_flag=True)
+def show(model: str, as_json: bool) -> None:
+    """Facts about an installed MODEL, a folder or a .gguf file."""
+    from tinychat.hub import store
+
+    facts = store.show(model)
+    if as_json:
+        _echo_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {value}")
+
+
+@click.command()
+@model_argument
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True)
+def rm(model: str, yes: bool, as_json: bool) -> None:
+    """Delete an installed MODEL."""
+    from tinychat.hub import store
+
+    if not yes and sys.stdin.isatty():
+        click.confirm(f"Delete {model}?", abort=True, err=True)
+    freed = store.remove(model)
+    if as_json:
+        _echo_json({"model": model, "freed_bytes": freed})
+    else:
+        click.echo(f"Deleted {model}" + (f", {human_bytes(freed)}." if freed else "."), err=True)
+
+
+@click.command()
+@model_argument
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--method", type=click.Choice(["awq", "rtn"]), default="awq", show_default=True)
+@click.option(
+    "--group-size", type=int, help="Inputs that share a scale: 32, 64 or 128 (default: largest that fits)."
+)
+@click.option(
+    "--calib", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Calibration text."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def quantize(
+    model: str, out: Path, method: str, group_size: int | None, calib: Path | None, seed: int, as_json: bool
+) -> None:
+    """Make a 4-bit AWQ checkpoint of MODEL in the folder OUT."""
+    if group_size is not None and group_size <= 0:
+        raise UsageError(f"A group of {group_size} makes no sense.", "Use 32, 64 or 128.")
+    from tinychat.quantize import quantize_model
+
+    facts = quantize_model(model, out, method=method, group_size=group_size, calib_file=calib, seed=seed)
+    if as_json:
+        _echo_json(facts)
+    else:
+        click.echo(f"Wrote {out}. Chat with it: tinychat run {out}", err=True)
+
+
+commands = [pull, list_models, show, rm, quantize]

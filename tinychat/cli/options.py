@@ -1,0 +1,75 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+DEFAULT_MODEL = "smollm2-135m"
+
+LOADING = ("device", "threads", "act_bits", "head_bits", "ctx", "quantize", "offline")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "seed", "stop")
+
+
+def _stack(options: list[Callable]) -> Callable:
+    def decorate(f: Callable) -> Callable:
+        for option in reversed(options):
+            f = option(f)
+        return f
+
+    return decorate
+
+
+def complete_models(_ctx, _param, incomplete: str) -> list[str]:
+    """Shell completion of model names: installed ones and aliases."""
+    from tinychat.hub import store
+
+    return [name for name in store.known_names() if name.startswith(incomplete)]
+
+
+model_argument = click.argument("model", shell_complete=complete_models)
+
+loading_options = _stack(
+    [
+        click.option("--ctx", type=click.IntRange(1), help="Tokens the context holds."),
+        click.option("--device", type=click.Choice(["auto", "cpu", "reference"]), default="auto"),
+        click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
+        click.option(
+            "--act-bits", type=click.Choice(["16", "8"]), help="Activation bits of the CPU kernels."
+        ),
+        click.option("--head-bits", type=click.Choice(["8", "16"]), default="8", help="Output head bits."),
+        click.option(
+            "--quantize",
+            type=click.Choice(["auto", "rtn", "none"]),
+            default="auto",
+            help="How weights stored in 16 bits run.",
+        ),
+        click.option("--offline", is_flag=True, help="Never use the network."),
+    ]
+)
+
+sampling_options = _stack(
+    [
+        click.option("--temp", "temperature", type=float, help="Temperature; 0 is greedy."),
+        click.option("--top-p", type=float),
+        click.option("--top-k", type=int),
+        click.option("--min-p", type=float),
+        click.option("--repeat-penalty", type=float),
+        click.option("--max-tokens", type=click.IntRange(0)),
+        click.option("--seed", type=click.IntRange(0), help="Same seed, same text."),
+        click.option(
+            "--stop", multiple=True, help="End the answer at this text; may be given several times."
+        ),
+    ]
+)
+
+
+def pick(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The given keyword arguments among `names`, bits as numbers."""
+    out = {k: options[k] for k in names if options.get(k) is not None}
+    for bits in ("act_bits", "head_bits"):
+        if bits in out:
+            out[bits] = int(out[bits])
+    return out

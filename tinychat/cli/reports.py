@@ -1,0 +1,116 @@
+"""Commands that measure and tell: ppl, doctor, completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tinychat.cli.options import LOADING, loading_options, model_argument, pick
+from tinychat.errors import UsageError
+from tinychat.machine import available_memory, cpu_count, human_bytes
+
+
+@click.command()
+@model_argument
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@loading_options
+@click.option("--json", "as_json", is_flag=True)
+def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
+    """Perplexity of MODEL on the text FILE: windows of --ctx tokens (512), the second half of each scored."""
+    from tinychat.model import load
+    from tinychat.perplexity import perplexity
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{file} is not a UTF-8 text file.", "Give a text file.") from e
+    o["ctx"] = o["ctx"] or 512
+    with load(model, **pick(o, LOADING)) as m:
+
+        def progress(done: int, of: int) -> None:
+            if sys.stderr.isatty():
+                click.echo(f"\r{done}/{of} windows", nl=done == of, err=True)
+
+        value, n = perplexity(m.logits, m.tokenizer.encode(text), m.n_ctx, progress)
+        if as_json:
+            click.echo(json.dumps({**m.describe(), "perplexity": value, "n_tokens": n}))
+        else:
+            click.echo(f"{value:.4f}  ({n} tokens scored)")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+def doctor(as_json: bool) -> None:
+    """What this machine has, what tinychat uses of it, and what is wrong."""
+    facts = _facts()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            if name != "problems":
+                click.echo(f"{name:<{width}}  {value}")
+        for problem in facts["problems"]:
+            click.echo(f"{click.style('problem', fg='red')}: {problem}")
+        if not facts["problems"]:
+            click.echo(click.style("All well.", fg="green"))
+    sys.exit(1 if facts["problems"] else 0)
+
+
+def _facts() -> dict[str, Any]:
+    from tinychat import locations
+
+    problems = []
+    facts: dict[str, Any] = {
+        "tinychat": metadata.version("tinychat"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+    for package in ("numpy", "torch", "tokenizers", "textual"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            problems.append(f"{package} is not installed: pip install {package}")
+    facts["cores"] = cpu_count()
+    facts["memory_free"] = human_bytes(available_memory())
+    try:
+        from tinychat.kernels_cpu import _native
+
+        facts["isa"] = _native.isa()
+        facts["read_bandwidth_gb_s"] = round(_native.read_bandwidth(cpu_count(), 1 << 28), 1)
+    except (ImportError, AttributeError) as e:
+        problems.append(f"The CPU kernels do not load ({e}): reinstall tinychat.")
+    home = locations.home()
+    facts["home"] = str(home)
+    existing = next(p for p in (home, *home.parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        problems.append(f"{home} cannot be written: set TINYCHAT_HOME to a folder of yours.")
+    try:
+        from tinychat.hub import store
+
+        facts["models"] = [m.name for m in store.installed()]
+    except OSError as e:
+        problems.append(f"The models in {home} cannot be read: {e}")
+    facts["problems"] = problems
+    return facts
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a completion script for SHELL, for its start-up file."""
+    from click.shell_completion import get_completion_class
+
+    from tinychat.cli.main import cli
+
+    click.echo(get_completion_class(shell)(cli, {}, "tinychat", "_TINYCHAT_COMPLETE").source())
+
+
+commands = [ppl, doctor, completion]
