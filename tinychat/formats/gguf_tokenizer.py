@@ -1,0 +1,199 @@
+"""The tokenizer that a GGUF file describes, rebuilt as a `tokenizers.Tokenizer` that gives llama.cpp's ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.tokenizer import Tokenizer, _one_line
+
+if TYPE_CHECKING:
+    import tokenizers
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = (
+    r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Each pattern splits what the one before left whole; what lies between two matches is a piece of its own.
+SPLITS = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "qwen2": (_LLAMA3.replace("{1,3}", ""),),
+}
+ALIASES = {
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "falcon3": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+    "phi-2": "gpt-2",
+    "mpt": "gpt-2",
+    "olmo": "gpt-2",
+    "jais": "gpt-2",
+}
+
+
+def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
+    """Build the tokenizer from a GGUF's metadata (`tokenizer.ggml.*`, `tokenizer.chat_template`).
+
+    Raises UnsupportedModelError for a kind or a pre-tokenizer that is not known, by name, and CheckpointError for
+    vocabularies that contradict themselves.
+    """
+    kind = fields.get("tokenizer.ggml.model")
+    tokens = _strings(fields, "tokenizer.ggml.tokens")
+    types = fields.get("tokenizer.ggml.token_type")
+    types = [1] * len(tokens) if types is None else list(types)
+    if not tokens or len(types) != len(tokens):
+        raise _damaged(f"has {len(tokens)} tokens and {len(types)} token types")
+    vocab = {t: i for i, t in enumerate(tokens)}
+    if kind == "gpt2":
+        pre = fields.get("tokenizer.ggml.pre", "default")
+        backend = _byte_level(fields, vocab, pre)
+        bos_by_default = ALIASES.get(pre, pre) == "llama-bpe"
+    elif kind == "llama":
+        backend = _sentencepiece(fields, tokens, vocab, types)
+        bos_by_default = True
+    else:
+        raise UnsupportedModelError(
+            f"The GGUF tokenizer {kind!r} is not supported.",
+            'Supported: "gpt2" (byte-level BPE), "llama" (SentencePiece).',
+        )
+    _add_tokens(backend, tokens, types)
+    return _finish(fields, backend, tokens, bos_by_default)
+
+
+def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int], pre: Any) -> tokenizers.Tokenizer:
+    import tokenizers as tk
+
+    name = ALIASES.get(pre, pre)
+    if name not in SPLITS:
+        raise UnsupportedModelError(
+            f"The GGUF pre-tokenizer {pre!r} is not supported.",
+            f"Supported: {', '.join(sorted({*SPLITS, *ALIASES}))}.",
+        )
+    merges = []
+    for line in _strings(fields, "tokenizer.ggml.merges"):
+        left, space, right = line.partition(" ")
+        if not space:
+            raise _damaged(f"has the merge {line!r}, which is not a pair")
+        # llama.cpp ignores a merge that leads nowhere, by never finding the parts or splitting the result again
+        if left in vocab and right in vocab and left + right in vocab:
+            merges.append((left, right))
+    backend = tk.Tokenizer(_bpe(vocab=vocab, merges=merges, ignore_merges=name == "llama-bpe"))
+    splits = [tk.pre_tokenizers.Split(tk.Regex(pattern), "isolated") for pattern in SPLITS[name]]
+    bytes_ = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tk.pre_tokenizers.Sequence([*splits, bytes_])
+    backend.decoder = tk.decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(
+    fields: Mapping[str, Any], tokens: list[str], vocab: dict[str, int], types: list[int]
+) -> tokenizers.Tokenizer:
+    import tokenizers as tk
+
+    scores = fields.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise _damaged(f"has {len(tokens)} tokens and {0 if scores is None else len(scores)} scores")
+    # SentencePiece joins the neighbours whose union scores highest. As ranked pairs: by score, and of pairs that spell
+    # the same token (a tie) none comes before another; `tokenizers` cannot say that, and the order here only matters for
+    # runs of one character, where the shorter left part first gives the left-to-right order.
+    merges = []
+    for token, i in vocab.items():
+        if types[i] in (CONTROL, UNKNOWN, BYTE):
+            continue
+        pairs = [(token[:k], token[k:]) for k in range(1, len(token))]
+        merges += [(-scores[i], i, pair) for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+    merges.sort(key=lambda m: m[:2])
+    unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    backend = tk.Tokenizer(
+        _bpe(
+            vocab=vocab,
+            merges=[pair for _, _, pair in merges],
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token=tokens[unknown] if 0 <= unknown < len(tokens) else None,
+        )
+    )
+    prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    steps = [tk.normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = tk.normalizers.Sequence([*steps, tk.normalizers.Replace(" ", "▁")])
+    decoders = [tk.decoders.Replace("▁", " "), tk.decoders.ByteFallback(), tk.decoders.Fuse()]
+    backend.decoder = tk.decoders.Sequence([*decoders, *([tk.decoders.Strip(" ", 1, 0)] if prefix else [])])
+    return backend
+
+
+def _bpe(**settings: Any) -> Any:
+    from tokenizers.models import BPE
+
+    try:
+        return BPE(**settings)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # bare Exception, and PanicException that is not even that
+        raise _damaged(f"contradicts itself: {_one_line(e)}") from e
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[int]) -> None:
+    """Control (and unknown) tokens are found in text only where the caller asks; user-defined ones always."""
+    from tokenizers import AddedToken
+
+    control = {i for i, t in enumerate(types) if t in (CONTROL, UNKNOWN)}
+    added = [
+        AddedToken(text, normalized=False, special=i in control)
+        for i, text in enumerate(tokens)
+        if text and (i in control or types[i] == USER_DEFINED)
+    ]
+    backend.add_tokens(added)
+
+
+def _finish(
+    fields: Mapping[str, Any], backend: tokenizers.Tokenizer, tokens: list[str], bos_by_default: bool
+) -> Tokenizer:
+    def token_id(name: str) -> int | None:
+        i = fields.get(f"tokenizer.ggml.{name}_token_id")
+        return i if isinstance(i, int) and 0 <= i < len(tokens) else None
+
+    ids = {name: token_id(short) for name, short in _NAMES.items()}
+    special = {name: tokens[i] for name, i in ids.items() if i is not None}
+    bos = ids["bos_token"]
+    add_bos = fields.get("tokenizer.ggml.add_bos_token")
+    add_bos = bos_by_default if add_bos is None else bool(add_bos)
+    if add_bos and bos is not None:  # for other programs that read a saved tokenizer.json
+        from tokenizers.processors import TemplateProcessing
+
+        first = tokens[bos]
+        backend.post_processor = TemplateProcessing(
+            single=[first, "$A"], pair=[first, "$A", first, "$B"], special_tokens=[(first, bos)]
+        )
+    template = fields.get("tokenizer.chat_template")
+    return Tokenizer(
+        backend,
+        bos_id=bos,
+        eos_ids=[i for i in (token_id("eos"), token_id("eot"), token_id("eom")) if i is not None],
+        add_bos=add_bos,
+        chat_template=template if isinstance(template, str) and template else None,
+        special_tokens=special,
+    )
+
+
+_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def _strings(fields: Mapping[str, Any], key: str) -> list[str]:
+    value = fields.get(key)
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise _damaged(f"has no list of strings {key}")
+    return value
+
+
+def _damaged(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"The GGUF's tokenizer {what}.",
+        "The file is damaged or was converted without its tokenizer; pull it again.",
+    )
