@@ -166,7 +166,7 @@ class _Generation:
             params,
             cancel,
         )
-        self.decoder = StreamDecoder(engine.tokenizer)
+        self.decoder = StreamDecoder(engine.tokenizer, continued=True)
         self.matcher = StopMatcher(params.stop)
         self.seed = choose_seed(params)
         self.ids: list[int] = []
@@ -281,7 +281,7 @@ def cut_ids(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
     across it.
     """
     for n in range(len(ids), -1, -1):
-        head = tokenizer.decode(ids[:n], skip_special=False)
+        head = tokenizer.decode(ids[:n], continued=True)
         if text.startswith(head):
             return ids[:n] + tokenizer.encode(text[len(head) :])
     return tokenizer.encode(text)

@@ -90,7 +90,7 @@ def count_weights(cfg: ModelConfig) -> int:
 
 
 class Model:
-    """A model in memory. `tokenizer`, `config`, `logits`, `generate`, `chat`, `session`; a context manager."""
+    """A model in memory: `tokenizer`, `config`, `logits`, `generate`, `chat`, `session`. A context manager."""
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend, name: str, ctx: int | None = None):
         self.name, self.path, self.config = name, checkpoint.path, checkpoint.config

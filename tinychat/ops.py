@@ -38,7 +38,7 @@ class Ops(Protocol):
         ...
 
     def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
-        """Write k and v to the layer's cache slots, then causal GQA attention over the cache: [T, heads·D]."""
+        """Write k and v to the layer's cache slots; causal GQA attention over the cache: [T, heads·D]."""
         ...
 
     def silu_mul(self, gate_up: Handle) -> Handle:

@@ -1,4 +1,4 @@
-"""Which kind of linear each stored weight becomes at load: the same for every backend and every comparison."""
+"""Which kind of linear each stored weight becomes at load: the same for every backend."""
 
 from __future__ import annotations
 

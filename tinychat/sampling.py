@@ -140,7 +140,7 @@ def penalize(logits: np.ndarray, params: SamplingParams, seen: np.ndarray | None
 def sample(
     logits: np.ndarray, params: SamplingParams, seed: int, position: int, seen: np.ndarray | None = None
 ) -> int:
-    """The token for `position`: argmax at temperature 0, else argmax of log p + Gumbel over the candidates."""
+    """The token for `position`: argmax at temperature 0, else of log p + Gumbel over the candidates."""
     if params.temperature == 0:
         return int(np.argmax(penalize(logits, params, seen)))
     ids, p = candidates(logits, params, seen)

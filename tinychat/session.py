@@ -59,7 +59,7 @@ class Session:
 
     @property
     def system(self) -> str | None:
-        """The system prompt; None leaves it to the chat template. Setting it holds from the next answer on."""
+        """The system prompt; None leaves it to the chat template. Setting it holds from the next answer."""
         return self._system
 
     @system.setter
@@ -98,7 +98,7 @@ class Session:
     # Saying more
 
     def send(self, text: str, **sampling: Any) -> Iterator[Event]:
-        """Say something and stream the answer. The sampling parameters given here hold for this answer only."""
+        """Say something and stream the answer. Sampling parameters given here hold for this answer only."""
         params = self.params.but(**sampling)
         if not isinstance(text, str) or not text:
             raise UsageError("The message is empty.", "Say something.")

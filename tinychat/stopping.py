@@ -49,7 +49,7 @@ class StopMatcher:
         return out
 
     def _first_partial(self) -> int:
-        """Where the first unfinished stop string at the end of `held` begins (its length if there is none)."""
+        """Where the first unfinished stop string at the end of `held` begins; its length if there is none."""
         n = len(self.held)
         longest = max(map(len, self.stop))
         for at in range(max(0, n - longest + 1), n):

@@ -30,8 +30,9 @@ class ChatTemplate:
 
         self.source = source
         self.tokenizer = tokenizer
-        spellings = sorted(tokenizer.special_strings(), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        self._spellings = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, self._spellings))) if self._spellings else None
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
@@ -90,7 +91,8 @@ class ChatTemplate:
         at = 0
         for match in _GUARD.finditer(text):
             ids += self.tokenizer.encode(text[at : match.start()], special=True)
-            ids += self.tokenizer.encode(self._spelling(int(match[1])))
+            index = int(match[1])
+            ids += self.tokenizer.encode(self._spellings[index] if index < len(self._spellings) else match[0])
             at = match.end()
         return ids + self.tokenizer.encode(text[at:], special=True)
 
@@ -100,14 +102,7 @@ class ChatTemplate:
         value = _GUARD.sub("", value)  # a message cannot bring guards of its own
         if self._special is None:
             return value
-        return self._special.sub(lambda m: f"\ue0ff{self._index(m[0])}\ue0fe", value)
-
-    def _index(self, spelling: str) -> int:
-        return self.tokenizer.special_strings().index(spelling)
-
-    def _spelling(self, index: int) -> str:
-        strings = self.tokenizer.special_strings()
-        return strings[index] if index < len(strings) else ""
+        return self._special.sub(lambda m: f"\ue0ff{self._spellings.index(m[0])}\ue0fe", value)
 
     @staticmethod
     def _raise(message: str) -> None:

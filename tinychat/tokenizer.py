@@ -25,6 +25,9 @@ TURN_ENDS = (
     "<|end_of_text|>",
     "<|endoftext|>",
     "<end_of_turn>",
+    "<end_of_utterance>",
+    "<EOT>",
+    "<｜end▁of▁sentence｜>",
     "</s>",
 )
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -117,7 +120,7 @@ class Tokenizer:
         return self.backend.to_str(pretty=False)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json."""
+        """Write tokenizer.json, tokenizer_config.json (chat template included), special_tokens_map.json."""
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.add_bos,
@@ -142,7 +145,7 @@ class Tokenizer:
         if not file.is_file():
             raise UnsupportedModelError(
                 f"{folder} has no tokenizer.json.",
-                "Only fast tokenizers are read; save the model once with transformers' AutoTokenizer to get one.",
+                "Only fast tokenizers are read; transformers' AutoTokenizer can save one.",
             )
         backend = load_backend(file)
         config, names = (

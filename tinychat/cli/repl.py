@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -24,7 +25,7 @@ HELP = """\
 /load FILE            read one back
 /new                  start over (/clear)
 /exit                 leave (/bye, Ctrl+D)
-Text between lines of \"\"\" is one message; a \\ at the end of a line continues it. Ctrl+C stops an answer."""
+Text between lines of \"\"\" is one message; a \\ at a line's end continues it. Ctrl+C stops an answer."""
 
 
 class Repl:
@@ -156,10 +157,8 @@ class Repl:
         except ImportError:
             return
         path = locations.history_file()
-        try:
+        with suppress(OSError):  # the first time there is none
             readline.read_history_file(path)
-        except OSError:
-            pass  # the first time there is none
         readline.set_history_length(1000)
 
         def keep() -> None:

@@ -1,0 +1,98 @@
+"""A tiny random Llama with a byte tokenizer: the whole engine in milliseconds, no file needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tinychat.config import ModelConfig, RopeConfig
+from tinychat.models import llama
+from tinychat.weights import DenseLinear
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(template: str | None = TEMPLATE):
+    """Every byte a token (ids 0…255), then <|im_start|> 256, <|im_end|> 257 (ends a turn)."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from tinychat.tokenizer import Tokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.decoder = decoders.ByteLevel()
+    t.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return Tokenizer(t, eos_ids={257}, chat_template=template)
+
+
+class TinyCheckpoint:
+    """Random fp32 weights from a seed; implements the Checkpoint protocol."""
+
+    def __init__(self, seed: int = 0, template: str | None = TEMPLATE, **changes):
+        shape = dict(
+            family="llama",
+            hidden_size=64,
+            intermediate_size=96,
+            n_layers=2,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=16,
+            vocab_size=258,
+            context_length=256,
+            rope=RopeConfig(dim=16),
+            tie_embeddings=True,
+            eos_ids=(257,),
+        )
+        shape.update(changes)
+        self.config = ModelConfig(**shape)
+        self.path = Path(f"tiny-{seed}")
+        self.template = template
+        rng = np.random.default_rng(seed)
+        c = self.config
+        shapes = {"model.embed_tokens": (c.vocab_size, c.hidden_size)}
+        for i in range(c.n_layers):
+            shapes |= llama.linears(c, i)
+        if not c.tie_embeddings:
+            shapes["lm_head"] = (c.vocab_size, c.hidden_size)
+        self.weights = {
+            name: rng.normal(0, 1.5 / np.sqrt(k), (n, k)).astype(np.float32)
+            for name, (n, k) in shapes.items()
+        }
+        self.vectors = {"model.norm": rng.uniform(0.5, 2, c.hidden_size).astype(np.float32)}
+        for i in range(c.n_layers):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                self.vectors[f"model.layers.{i}.{norm}"] = rng.uniform(0.5, 2, c.hidden_size).astype(
+                    np.float32
+                )
+        self._fingerprint = f"tiny-{seed}-{sorted(changes.items())!r}"
+
+    def has(self, name):
+        return name in self.weights or name in self.vectors
+
+    def linear(self, name):
+        return DenseLinear(self.weights[name])
+
+    def vector(self, name):
+        return self.vectors[name]
+
+    def tokenizer(self):
+        return byte_tokenizer(self.template)
+
+    def fingerprint(self):
+        return self._fingerprint
+
+
+def tiny_model(ctx: int = 256, seed: int = 0, **changes):
+    """A Model on the reference backend, weights as they are."""
+    from tinychat.backends.reference import ReferenceBackend
+    from tinychat.model import Model
+    from tinychat.prepare import WeightPolicy
+
+    checkpoint = TinyCheckpoint(seed, **changes)
+    return Model(checkpoint, ReferenceBackend(checkpoint, WeightPolicy("none", 16)), "tiny", ctx)

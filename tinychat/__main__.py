@@ -1,0 +1,5 @@
+"""`python -m tinychat`."""
+
+from tinychat.cli.main import main
+
+main()
