@@ -1,8 +1,8 @@
 """GGUF files (llama.cpp's format) of the Llama family, read module by module from a memory map.
 
-The container is parsed here and not with the `gguf` package's reader, which trusts every count and size in the file: a
-damaged one makes it allocate without end or fail in the middle of numpy. The package's dequantizers are used for the
-types that have no exact counterpart in `tinychat.weights`.
+The container is parsed here and not with the `gguf` package's reader, which trusts every count and size in
+the file: a damaged one makes it allocate without end or fail in the middle of numpy. The package's
+dequantizers are used for the types that have no exact counterpart in `tinychat.weights`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinychat.tokenizer import TURN_ENDS, Tokenizer
 from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
 
 MAGIC = b"GGUF"
-# ggml type number → name, weights in a block, bytes in a block. Others are looked up in the gguf package when met.
+# ggml type number → name, weights in a block, bytes in a block; the gguf package knows the others
 F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, BF16 = 0, 1, 2, 3, 8, 12, 30
 TYPES = {
     F32: ("F32", 1, 4),
@@ -43,7 +43,7 @@ _MAX_COUNT, _MAX_KEY, _MAX_STRING = 1 << 16, 1 << 16, 1 << 26
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the file. shape is [out, in], the reverse of GGUF's own order; start counts from the file's first byte."""
+    """One tensor: `shape` is [out, in], the reverse of GGUF's own order; `start` is a file offset."""
 
     name: str
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class GGUFFile:
         n_bytes = math.prod(shape) // block * block_bytes
         if offset % align or base + offset + n_bytes > self.size:
             raise self.damaged(
-                f"the tensor {name!r} needs bytes {base + offset}…{base + offset + n_bytes} of a file of {self.size}"
+                f"the tensor {name!r} should end at byte {base + offset + n_bytes} of a file of {self.size}"
             )
         self.tensors[name] = Tensor(name, shape, kind, base + offset, n_bytes)
 
@@ -368,14 +368,14 @@ class GGUFCheckpoint:
 
     def _eos_ids(self) -> tuple[int, ...]:
         ids = {self._token_id("eos"), self._token_id("eot"), self._token_id("eom")} - {None}
-        tokens, types = self.fields.get("tokenizer.ggml.tokens"), self.fields.get("tokenizer.ggml.token_type")
-        if isinstance(tokens, list) and types is not None and len(types) == len(tokens):
+        tokens = self.fields.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, list):
             ends = set(TURN_ENDS)
-            ids |= {i for i, text in enumerate(tokens) if text in ends and types[i] == 3}
+            ids |= {i for i, text in enumerate(tokens) if text in ends}
         return tuple(sorted(ids))
 
     def _check_tensors(self) -> None:
-        """Everything the model needs is there in its shape, and nothing that would change what it computes."""
+        """All that the model needs is there in its shape, and nothing that would change what it computes."""
         cfg = self.config
         if cfg.head_dim % 2:
             raise self.file.damaged(f"its heads have {cfg.head_dim} dimensions, an odd number")
@@ -442,7 +442,7 @@ class GGUFCheckpoint:
         return out.astype(np.float32, copy=False).reshape(tensor.shape)
 
     def _row_order(self, name: str) -> np.ndarray | None:
-        """llama.cpp interleaves the two halves of each q and k head (row 2i is x[i], row 2i + 1 is x[i + d/2]): undo it."""
+        """Undo llama.cpp's interleaving of the halves of q and k heads (row 2i is x[i], 2i + 1 is x[i + d/2])."""
         module = name.rpartition(".")[2]
         heads = {"q_proj": self.config.n_heads, "k_proj": self.config.n_kv_heads}.get(module)
         if heads is None:
@@ -478,7 +478,7 @@ def _q8_0(blocks: np.ndarray, bias: np.ndarray | None) -> Int8Linear:
 
 
 def _q4_k(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:
-    """A block: two fp16 (d, dmin), eight 6-bit scales and eight 6-bit minima in 12 bytes, 256 codes. w = d·s·q - dmin·m."""
+    """A block: fp16 d and dmin, eight 6-bit s and m in 12 bytes, 256 codes q; w = d·s·q - dmin·m."""
     n = len(blocks)
     low, middle, high = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
     # groups 0…3 are the low 6 bits of the first bytes; groups 4…7 have their upper 2 bits in the top of those
@@ -507,7 +507,7 @@ _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_hea
 
 
 def _gguf_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj` → `blk.3.ffn_up`; an unknown name stays as it is, and is then not found."""
+    """`model.layers.3.mlp.up_proj` → `blk.3.ffn_up`; an unknown name stays as it is and is not found."""
     if name in _TOP:
         return _TOP[name]
     layer, dot, module = name.removeprefix("model.layers.").partition(".")

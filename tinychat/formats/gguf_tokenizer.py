@@ -1,12 +1,13 @@
-"""The tokenizer that a GGUF file describes, rebuilt as a `tokenizers.Tokenizer` that gives llama.cpp's ids."""
+"""The tokenizer that a GGUF describes, rebuilt as a `tokenizers.Tokenizer` that gives llama.cpp's ids."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tinychat.errors import CheckpointError, UnsupportedModelError
-from tinychat.tokenizer import Tokenizer, _one_line
+from tinychat.tokenizer import TURN_ENDS, Tokenizer, _one_line, char_of_byte
 
 if TYPE_CHECKING:
     import tokenizers
@@ -41,8 +42,8 @@ ALIASES = {
 def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     """Build the tokenizer from a GGUF's metadata (`tokenizer.ggml.*`, `tokenizer.chat_template`).
 
-    Raises UnsupportedModelError for a kind or a pre-tokenizer that is not known, by name, and CheckpointError for
-    vocabularies that contradict themselves.
+    Raises UnsupportedModelError for a kind or a pre-tokenizer that is not known, by name, and CheckpointError
+    for vocabularies that contradict themselves.
     """
     kind = fields.get("tokenizer.ggml.model")
     tokens = _strings(fields, "tokenizer.ggml.tokens")
@@ -51,6 +52,9 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     if not tokens or len(types) != len(tokens):
         raise _damaged(f"has {len(tokens)} tokens and {len(types)} token types")
     vocab = {t: i for i, t in enumerate(tokens)}
+    for text in TURN_ENDS:  # files that forgot to mark it; llama.cpp corrects them too
+        if text in vocab:
+            types[vocab[text]] = CONTROL
     if kind == "gpt2":
         pre = fields.get("tokenizer.ggml.pre", "default")
         backend = _byte_level(fields, vocab, pre)
@@ -76,18 +80,22 @@ def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int], pre: Any) -> t
             f"The GGUF pre-tokenizer {pre!r} is not supported.",
             f"Supported: {', '.join(sorted({*SPLITS, *ALIASES}))}.",
         )
-    merges = []
-    for line in _strings(fields, "tokenizer.ggml.merges"):
-        left, space, right = line.partition(" ")
-        if not space:
-            raise _damaged(f"has the merge {line!r}, which is not a pair")
-        # llama.cpp ignores a merge that leads nowhere, by never finding the parts or splitting the result again
-        if left in vocab and right in vocab and left + right in vocab:
-            merges.append((left, right))
-    backend = tk.Tokenizer(_bpe(vocab=vocab, merges=merges, ignore_merges=name == "llama-bpe"))
+    merges = [tuple(line.split(" ", 1)) for line in _strings(fields, "tokenizer.ggml.merges")]
+    if any(len(pair) != 2 for pair in merges):
+        raise _damaged("has a merge that is not a pair")
+    settings = dict(vocab=vocab, ignore_merges=name == "llama-bpe")
+    try:
+        backend = tk.Tokenizer(_bpe(merges=merges, **settings))
+    except CheckpointError:
+        # a merge of or into what is no token: llama.cpp never applies it, or undoes it
+        merges = [(a, b) for a, b in merges if a in vocab and b in vocab and a + b in vocab]
+        backend = tk.Tokenizer(_bpe(merges=merges, **settings))
     splits = [tk.pre_tokenizers.Split(tk.Regex(pattern), "isolated") for pattern in SPLITS[name]]
-    bytes_ = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = tk.pre_tokenizers.Sequence([*splits, bytes_])
+    splits.append(tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    missing = "".join(c for c in char_of_byte().values() if c not in vocab)
+    if missing:  # bytes without a token (SmolLM2 lacks 0xF2) vanish; nothing merges across the gap
+        splits.append(tk.pre_tokenizers.Split(tk.Regex(f"[{re.escape(missing)}]"), "removed"))
+    backend.pre_tokenizer = tk.pre_tokenizers.Sequence(splits)
     backend.decoder = tk.decoders.ByteLevel()
     return backend
 
@@ -100,9 +108,9 @@ def _sentencepiece(
     scores = fields.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise _damaged(f"has {len(tokens)} tokens and {0 if scores is None else len(scores)} scores")
-    # SentencePiece joins the neighbours whose union scores highest. As ranked pairs: by score, and of pairs that spell
-    # the same token (a tie) none comes before another; `tokenizers` cannot say that, and the order here only matters for
-    # runs of one character, where the shorter left part first gives the left-to-right order.
+    # SentencePiece joins the neighbours whose union scores highest, leftmost first. As ranked pairs: by score.
+    # Pairs that spell the same token tie there and are ranked here, which shows only in runs of one character,
+    # and there the shorter left part first gives the same result.
     merges = []
     for token, i in vocab.items():
         if types[i] in (CONTROL, UNKNOWN, BYTE):
