@@ -63,13 +63,14 @@ def load(
         raise UsageError(f"threads is {threads}.", "Use 1 or more, up to the cores you have.")
     if act_bits not in (None, 8, 16):
         raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
-    backend = _backend(checkpoint, policy, device, threads, act_bits)
+    backend = make_backend(checkpoint, policy, device, threads, act_bits)
     return Model(checkpoint, backend, str(model), ctx)
 
 
-def _backend(
+def make_backend(
     checkpoint: Checkpoint, policy: WeightPolicy, device: str, threads: int | None, act_bits: int | None
 ) -> Backend:
+    """The backend for a device, loaded. Raises MemoryBudgetError before anything is read if it cannot fit."""
     if device in ("auto", "reference"):
         need, free = 4 * count_weights(checkpoint.config), available_memory()
         if need + HEADROOM > free:
@@ -90,7 +91,7 @@ def count_weights(cfg: ModelConfig) -> int:
 
 
 class Model:
-    """A model in memory: `tokenizer`, `config`, `logits`, `generate`, `chat`, `session`. A context manager."""
+    """In memory: `tokenizer`, `config`, `logits`, `generate`, `chat`, `session`. A context manager."""
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend, name: str, ctx: int | None = None):
         self.name, self.path, self.config = name, checkpoint.path, checkpoint.config

@@ -1,4 +1,4 @@
-"""Commands that measure and tell: ppl, doctor, completion."""
+"""Commands that measure and tell: ppl, bench, doctor, completion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from tinychat.cli.options import LOADING, loading_options, model_argument, pick
+from tinychat.cli.options import LOADING, complete_models, loading_options, model_argument, pick
 from tinychat.errors import UsageError
 from tinychat.machine import available_memory, cpu_count, human_bytes
 
@@ -43,6 +43,53 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
             click.echo(json.dumps({**m.describe(), "perplexity": value, "n_tokens": n}))
         else:
             click.echo(f"{value:.4f}  ({n} tokens scored)")
+
+
+@click.command()
+@click.argument("model", required=False, shell_complete=complete_models)
+@click.option("--synthetic", metavar="SHAPE", help="Random weights of a known shape instead of MODEL.")
+@click.option(
+    "-p", "--n-prompt", type=click.IntRange(0), default=512, show_default=True, help="Prefill tokens."
+)
+@click.option("-n", "--n-gen", type=click.IntRange(1), default=128, show_default=True, help="Decoded tokens.")
+@click.option(
+    "--context", "contexts", type=click.IntRange(0), multiple=True, help="Decode after this many tokens."
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@loading_options
+@click.option("--json", "as_json", is_flag=True)
+def bench(
+    model: str | None, synthetic: str | None, contexts: tuple[int, ...], as_json: bool, **o: Any
+) -> None:
+    """Prefill and decode rates of MODEL, and the share of the memory's bandwidth that decoding reaches."""
+    if (model is None) == (synthetic is None):
+        raise UsageError("bench needs either a MODEL or a --synthetic SHAPE.", "tinychat bench smollm2-135m")
+    from tinychat import bench as benchmark
+
+    result = benchmark.run(
+        model,
+        synthetic,
+        n_prompt=o["n_prompt"],
+        n_gen=o["n_gen"],
+        contexts=contexts or (0,),
+        rounds=o["rounds"],
+        **{k: v for k, v in pick(o, LOADING).items() if k != "ctx"},
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    per_token = human_bytes(result["weight_bytes_per_token"])
+    click.echo(f"{result['model']} · {result['backend']} {result['isa']} · {result['threads']} threads")
+    click.echo(f"{per_token} of weights a token · read bandwidth {result['read_bandwidth_gb_s']:.1f} GB/s")
+    for row in result["prefill"]:
+        click.echo(
+            f"prefill {row['n_tokens']:>6} tokens  {row['tok_s']:>8.1f} tok/s  ±{row['spread'] / 2:.0%}"
+        )
+    for row in result["decode"]:
+        click.echo(
+            f"decode at {row['context']:>6}      {row['tok_s']:>8.1f} tok/s  ±{row['spread'] / 2:.0%}  "
+            f"{row['gb_s']:.1f} GB/s, {row['fraction_of_bandwidth']:.0%} of the bandwidth"
+        )
 
 
 @click.command()
@@ -113,4 +160,4 @@ def completion(shell: str) -> None:
     click.echo(get_completion_class(shell)(cli, {}, "tinychat", "_TINYCHAT_COMPLETE").source())
 
 
-commands = [ppl, doctor, completion]
+commands = [ppl, bench, doctor, completion]

@@ -1,0 +1,260 @@
+"""How fast a model runs here, and how close to the memory's bandwidth: what `tinychat bench` measures."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinychat.backends import BLOCK, Backend, Step
+from tinychat.config import ModelConfig, RopeConfig
+from tinychat.errors import UsageError
+from tinychat.formats import Checkpoint
+from tinychat.models import FAMILIES
+from tinychat.prepare import WeightPolicy
+from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
+
+
+def _shape(hidden, ffn, layers, heads, kv_heads, vocab, tied, bias=False, context=8192) -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        context_length=context,
+        rope=RopeConfig(dim=hidden // heads),
+        tie_embeddings=tied,
+        attention_bias=bias,
+    )
+
+
+# The real dimensions; the weights are random, so nothing is downloaded.
+SHAPES: dict[str, ModelConfig] = {
+    "smollm2-135m": _shape(576, 1536, 30, 9, 3, 49152, tied=True),
+    "qwen2.5-0.5b": _shape(896, 4864, 24, 14, 2, 151936, tied=True, bias=True),
+    "llama-3.2-1b": _shape(2048, 8192, 16, 32, 8, 128256, tied=True),
+    "qwen2.5-7b": _shape(3584, 18944, 28, 28, 4, 152064, tied=False, bias=True),
+    "llama-2-7b": _shape(4096, 11008, 32, 32, 32, 32000, tied=False),
+    "llama-3-8b": _shape(4096, 14336, 32, 32, 8, 128256, tied=False),
+}
+
+
+class SyntheticCheckpoint:
+    """A shape with random AWQ-like weights: 4-bit, groups of 128 (64 or 32 where 128 does not divide), int8
+    head.
+
+    Every layer holds the same random numbers; they are separate bytes once packed, as in a real model.
+    """
+
+    def __init__(self, shape: str):
+        if shape not in SHAPES:
+            raise UsageError(f"The shape {shape!r} is not known.", f"Known: {', '.join(SHAPES)}.")
+        self.config = SHAPES[shape]
+        self.path = Path(f"synthetic-{shape}")
+        self._made: dict[tuple, Linear] = {}
+        self._linears = FAMILIES[self.config.family].linears(self.config, 0)
+
+    def has(self, name: str) -> bool:
+        """Whether the module exists."""
+        return name != "lm_head" or not self.config.tie_embeddings
+
+    def linear(self, name: str) -> Linear:
+        """Random codes; weights of about 1/sqrt(in), so that activations stay of order one."""
+        c = self.config
+        if name in ("lm_head", "model.embed_tokens"):
+            n, k, body = c.vocab_size, c.hidden_size, False
+        else:
+            tail = name.split(".", 3)[-1]
+            (n, k), body = self._linears[f"model.layers.0.{tail}"], True
+        has_bias = c.attention_bias and name.endswith(("q_proj", "k_proj", "v_proj"))
+        key = (n, k, body, has_bias)
+        if key not in self._made:
+            self._made[key] = self._random(n, k, body, has_bias)
+        return self._made[key]
+
+    def vector(self, name: str) -> np.ndarray:
+        """Ones."""
+        return np.ones(self.config.hidden_size, np.float32)
+
+    def fingerprint(self) -> str:
+        """The shape's name says it all."""
+        return f"{self.path.name}-1"
+
+    def tokenizer(self):
+        """There is none."""
+        raise UsageError("A synthetic shape has no tokenizer.", "It can only be measured.")
+
+    @staticmethod
+    def _random(n: int, k: int, body: bool, bias: bool) -> Linear:
+        rng = np.random.default_rng(n * 31 + k)
+        raw = np.frombuffer(rng.bytes(n * k), dtype=np.uint8).reshape(n, k)
+        if not body:
+            return Int8Linear(raw.view(np.int8), np.full((n, k // 32), 0.01 / k**0.5, np.float16))
+        group = next(g for g in (128, 64, 32) if k % g == 0)
+        return QuantizedLinear(
+            raw & 15,
+            np.full((n, k // group), 0.2 / k**0.5, np.float16),
+            zeros=rng.integers(6, 10, (n, k // group), dtype=np.uint8),
+            bias=np.zeros(n, np.float32) if bias else None,
+        )
+
+
+def linear_bytes(w: Linear) -> float:
+    """Bytes that one pass over a linear reads: codes, 16-bit scales, 4-bit zeros or 16-bit offsets; nothing
+    else.
+    """
+    n, k = w.shape
+    if isinstance(w, QuantizedLinear):
+        beside = 0.5 if w.offsets is None else 2
+        return n * k / 2 + n * (k // w.group) * (2 + beside)
+    if isinstance(w, Int8Linear):
+        return n * k + n * (k // w.group) * 2
+    assert isinstance(w, DenseLinear)
+    return n * k * w.weight.itemsize
+
+
+def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:
+    """What decoding one token reads: every linear of the body and the head (a tied head is the embedding)."""
+    c = checkpoint.config
+    total, by_shape = 0.0, {}
+    for layer in range(c.n_layers):
+        for name in FAMILIES[c.family].linears(c, layer):
+            if isinstance(checkpoint, SyntheticCheckpoint):  # all layers are alike
+                key = name.split(".", 3)[-1]
+                if key not in by_shape:
+                    by_shape[key] = linear_bytes(policy.linear(checkpoint, name))
+                total += by_shape[key]
+            else:
+                total += linear_bytes(policy.linear(checkpoint, name))
+    head = policy.head(checkpoint, "lm_head") or policy.embedding(checkpoint, "model.embed_tokens")
+    return int(total + linear_bytes(head))
+
+
+def measure(
+    backend: Backend,
+    config: ModelConfig,
+    weight_bytes: int,
+    bandwidth: Callable[[], float],
+    *,
+    n_prompt: int = 512,
+    n_gen: int = 128,
+    contexts: tuple[int, ...] = (0,),
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """Prefill and decode rates: warm-up, then `rounds` of each; medians, with the spread (max/min − 1).
+
+    bandwidth: a plain multi-threaded read, GB/s; taken before, between and after, and the best one counts.
+    """
+    reach = max(n_prompt, max(contexts) + n_gen)
+    n_blocks = -(-reach // BLOCK)
+    backend.allocate_kv(n_blocks)
+    table = np.arange(n_blocks, dtype=np.int32)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.vocab_size, reach, dtype=np.int32)
+    kv_bytes = backend.kv_bytes_per_block() / BLOCK
+    reads = [bandwidth()]
+
+    def fill(start: int, end: int) -> None:
+        for at in range(start, end, backend.max_rows):
+            part = ids[at : min(at + backend.max_rows, end)]
+            backend.step_greedy(Step(part, at, at, table, len(part) - 1))
+
+    def decode(start: int, n: int) -> float:
+        began = time.perf_counter()
+        for at in range(start, start + n):
+            backend.step_greedy(Step(ids[at : at + 1], at, at, table, 0))
+        return n / (time.perf_counter() - began)
+
+    def timed_fill() -> float:
+        began = time.perf_counter()
+        fill(0, n_prompt)
+        return n_prompt / (time.perf_counter() - began)
+
+    fill(0, min(64, n_prompt))
+    decode(0, min(8, n_gen))
+    prefill = []
+    if n_prompt:
+        rates = [timed_fill() for _ in range(rounds)]
+        prefill = [
+            {"n_tokens": n_prompt, "tok_s": statistics.median(rates), "spread": max(rates) / min(rates) - 1}
+        ]
+    reads.append(bandwidth())
+    results = []
+    for context in contexts:
+        fill(0, context)
+        rates = [decode(context, n_gen) for _ in range(rounds)]
+        reads.append(bandwidth())
+        results.append((context, rates))
+    best = max(reads)
+    rows = []
+    for context, rates in results:
+        rate = statistics.median(rates)
+        bytes_per_token = weight_bytes + kv_bytes * (context + n_gen / 2)
+        rows.append(
+            {
+                "context": context,
+                "tok_s": rate,
+                "gb_s": rate * bytes_per_token / 1e9,
+                "fraction_of_bandwidth": rate * bytes_per_token / 1e9 / best,
+                "spread": max(rates) / min(rates) - 1,
+            }
+        )
+    return {"read_bandwidth_gb_s": best, "prefill": prefill, "decode": rows}
+
+
+def run(
+    model: str | None,
+    synthetic: str | None,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    act_bits: int | None = None,
+    head_bits: int = 8,
+    quantize: str = "auto",
+    offline: bool = False,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """Load and measure; the JSON that `tinychat bench --json` prints (fields in docs/performance.md)."""
+    from tinychat.formats import open_checkpoint
+    from tinychat.hub import store
+    from tinychat.kernels_cpu import _native
+    from tinychat.machine import cpu_count, peak_rss
+    from tinychat.model import make_backend
+
+    policy = WeightPolicy(quantize, head_bits)
+    if synthetic:
+        checkpoint: Checkpoint = SyntheticCheckpoint(synthetic)
+    else:
+        checkpoint = open_checkpoint(store.resolve(model, offline=offline))
+    began = time.perf_counter()
+    backend = make_backend(checkpoint, policy, device, threads, act_bits)
+    load_s = time.perf_counter() - began
+    try:
+        weight_bytes = weight_bytes_per_token(checkpoint, policy)
+        n_threads = threads or cpu_count()
+        result = measure(
+            backend,
+            checkpoint.config,
+            weight_bytes,
+            lambda: _native.read_bandwidth(n_threads, 1 << 29, 3),
+            **sizes,
+        )
+        facts = backend.describe()
+    finally:
+        backend.close()
+    return {
+        "model": model or synthetic,
+        **{k: facts[k] for k in ("backend", "isa", "act_bits", "threads")},
+        "weight_bytes_per_token": weight_bytes,
+        **result,
+        "load_s": load_s,
+        "peak_rss_bytes": peak_rss(),
+    }
