@@ -37,8 +37,9 @@ class RopeConfig:
             return inv / np.asarray(self.factors, dtype=np.float64)
         if self.kind == "llama3":
             wavelength = 2 * math.pi / inv
-            smooth = (self.original_context / wavelength - self.low_freq_factor) / (
-                self.high_freq_factor - self.low_freq_factor
+            smooth = np.divide(
+                self.original_context / wavelength - self.low_freq_factor,
+                self.high_freq_factor - self.low_freq_factor,
             )
             smooth = np.clip(smooth, 0.0, 1.0)
             return (1 - smooth) * inv / self.factor + smooth * inv
@@ -99,6 +100,22 @@ class ModelConfig:
                 f"The checkpoint rotates {self.rope.dim} of {self.head_dim} head dimensions.",
                 "The file is damaged; pull it again.",
             )
+        try:
+            with np.errstate(all="ignore"):
+                frequencies = self.rope.frequencies()
+        except ValueError:  # stored factors of another number
+            frequencies = np.zeros(1)
+        if not (np.isfinite(frequencies) & (frequencies > 0)).all():
+            raise CheckpointError(
+                f"The checkpoint's rope scaling {self.rope.kind!r} gives frequencies that are not positive.",
+                "The file is damaged; pull it again.",
+            )
+        for token_id in (self.bos_id, *self.eos_ids):
+            if token_id is not None and (not isinstance(token_id, int) or isinstance(token_id, bool)):
+                raise CheckpointError(
+                    f"The checkpoint's token id {token_id!r} is not a number.",
+                    "The file is damaged; pull it again.",
+                )
 
     @classmethod
     def from_hf(cls, cfg: dict, generation: dict | None = None) -> ModelConfig:
@@ -106,15 +123,22 @@ class ModelConfig:
 
         Raises UnsupportedModelError for an architecture or rope scaling that is not understood, by name.
         """
-        arch = (cfg.get("architectures") or ["(none)"])[0]
+        named = cfg.get("architectures") or "(none)"
+        arch = str(named[0] if isinstance(named, list) else named)
         if arch not in HF_FAMILIES:
             raise UnsupportedModelError(
                 f"The architecture {arch} is not supported.", f"Supported: {', '.join(sorted(HF_FAMILIES))}."
             )
+        act = cfg.get("hidden_act", "silu")
+        if act != "silu":
+            raise UnsupportedModelError(
+                f"The activation {act!r} is not supported in a {arch}.", "Supported: silu."
+            )
         try:
             hidden, heads = cfg["hidden_size"], cfg["num_attention_heads"]
             head_dim = cfg.get("head_dim") or hidden // heads
-            eos = (generation or {}).get("eos_token_id", cfg.get("eos_token_id"))
+            eos = (generation or {}).get("eos_token_id")
+            eos = cfg.get("eos_token_id") if eos is None else eos
             return cls(
                 family=HF_FAMILIES[arch],
                 hidden_size=hidden,
