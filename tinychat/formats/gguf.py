@@ -442,7 +442,7 @@ class GGUFCheckpoint:
         return out.astype(np.float32, copy=False).reshape(tensor.shape)
 
     def _row_order(self, name: str) -> np.ndarray | None:
-        """Undo llama.cpp's interleaving of the halves of q and k heads (row 2i is x[i], 2i + 1 is x[i + d/2])."""
+        """Undo llama.cpp's interleaving of q and k heads (its row 2i is ours i, its 2i + 1 ours i + d/2)."""
         module = name.rpartition(".")[2]
         heads = {"q_proj": self.config.n_heads, "k_proj": self.config.n_kv_heads}.get(module)
         if heads is None:

