@@ -8,7 +8,6 @@ docs/design.md).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -34,9 +33,10 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, (tuple, list)) or any(not isinstance(s, str) or not s for s in stop):
+            raise UsageError(f"stop is {self.stop!r}.", "Give texts of at least one character.")
+        object.__setattr__(self, "stop", tuple(stop))
         checks = (
             ("temperature", 0.0, 100.0),
             ("top_k", 0, 1 << 31),
@@ -48,10 +48,12 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UsageError(f"{name} is {value!r}.", f"It must lie between {low} and {high}.")
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise UsageError(f"max_tokens is {self.max_tokens}.", "It must be 0 or more.")
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            raise UsageError("A stop string is empty.", "Give at least one character.")
+        for name in ("top_k", "seed", "max_tokens"):
+            value = getattr(self, name)
+            if value is None and name != "top_k":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UsageError(f"{name} is {value!r}.", "It must be a whole number, 0 or more.")
 
     @property
     def greedy(self) -> bool:
@@ -109,8 +111,8 @@ def candidates(
     else:
         ids = np.arange(len(x))
     ids = ids[np.lexsort((ids, -x[ids]))]
-    z = x[ids].astype(np.float64) / params.temperature
-    p = np.exp(z - z[0])
+    with np.errstate(over="ignore"):  # a tiny temperature: the others' odds underflow to 0
+        p = np.exp((x[ids].astype(np.float64) - x[ids[0]]) / params.temperature)
     p /= p.sum()
     if params.top_p < 1:
         keep = max(1, int(np.searchsorted(np.cumsum(p), params.top_p, side="left")) + 1)
@@ -127,7 +129,7 @@ def penalize(logits: np.ndarray, params: SamplingParams, seen: np.ndarray | None
     """Logits with the repetition penalty applied to the ids in `seen`; NaN (a damaged model) raises
     UsageError.
     """
-    if not np.isfinite(logits).any():
+    if not np.isfinite(logits.max()):  # NaN wins every max
         raise UsageError("The model computed no finite logit.", "The checkpoint is damaged; pull it again.")
     if params.repeat_penalty == 1.0 or seen is None or len(seen) == 0:
         return logits
@@ -160,8 +162,3 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     x = logits.astype(np.float64)
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
-def perplexity(log_probs: list[float]) -> float:
-    """exp of the mean negative log-probability."""
-    return math.exp(-sum(log_probs) / len(log_probs))
