@@ -1,0 +1,238 @@
+"""The paged cache's bookkeeping against a plain model of what each sequence must read back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tinychat.backends import BLOCK
+from tinychat.kvcache import BlockPool, Branch, PoolExhaustedError, common_prefix
+
+N_BLOCKS = 12
+
+
+class FakeBackend:
+    """Stands in for the numbers: a slot holds the whole history of the token that was written to it.
+
+    A key or value depends on every token before it, so a block found by content must match in all of them.
+    """
+
+    def __init__(self, n_blocks):
+        self.slots = [None] * (n_blocks * BLOCK)
+        self.copies = 0
+
+    def copy_block(self, src, dst):
+        self.copies += 1
+        self.slots[dst * BLOCK : (dst + 1) * BLOCK] = self.slots[src * BLOCK : (src + 1) * BLOCK]
+
+    def slot(self, branch, i):
+        return branch.block_table()[i // BLOCK] * BLOCK + i % BLOCK
+
+    def write(self, branch, ids):
+        """What a step does: room, then numbers, then the commit."""
+        branch.reserve(len(ids))
+        history = list(branch.ids)
+        for i, token in enumerate(ids):
+            history.append(token)
+            self.slots[self.slot(branch, len(branch) + i)] = tuple(history)
+        branch.commit(ids)
+
+    def read(self, branch):
+        return [self.slots[self.slot(branch, i)] for i in range(len(branch))]
+
+
+tokens = st.lists(st.integers(0, 1), min_size=1, max_size=40)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Any number of branches over a small pool; `truth` is what each of them holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.backend = FakeBackend(N_BLOCKS)
+        self.pool = BlockPool(N_BLOCKS, self.backend.copy_block)
+        self.branches: list[Branch] = []
+        self.truth: list[list[int]] = []
+
+    def pick(self, data):
+        return data.draw(st.integers(0, len(self.branches) - 1), label="branch")
+
+    def held(self):
+        return {block for b in self.branches for block in b.table}
+
+    @rule()
+    def new(self):
+        if len(self.branches) < 6:
+            self.branches.append(Branch(self.pool))
+            self.truth.append([])
+
+    @precondition(lambda self: self.branches)
+    @rule(data=st.data(), ids=tokens)
+    def append(self, data, ids):
+        i = self.pick(data)
+        b = self.branches[i]
+        shared = len(b) % BLOCK and not self.pool.is_private(b.table[-1])
+        blocks_needed = -(-(len(b) + len(ids)) // BLOCK) - len(b.table) + bool(shared)
+        room = N_BLOCKS - len(self.held())
+        try:
+            self.backend.write(b, ids)
+        except PoolExhaustedError:
+            # Only when the branches really hold everything (copy-on-write takes one block more).
+            assert blocks_needed > room
+        else:
+            assert blocks_needed <= room
+            self.truth[i] += ids
+
+    @precondition(lambda self: self.branches)
+    @rule(data=st.data())
+    def truncate(self, data):
+        i = self.pick(data)
+        n = data.draw(st.integers(0, len(self.truth[i]) + 3), label="length")
+        self.branches[i].truncate(n)
+        del self.truth[i][n:]
+
+    @precondition(lambda self: 0 < len(self.branches) < 6)
+    @rule(data=st.data())
+    def fork(self, data):
+        i = self.pick(data)
+        before = self.backend.copies
+        self.branches.append(self.branches[i].fork())
+        self.truth.append(list(self.truth[i]))
+        assert self.backend.copies == before
+
+    @precondition(lambda self: self.branches)
+    @rule(data=st.data())
+    def free(self, data):
+        i = self.pick(data)
+        self.branches[i].free()
+        self.truth[i] = []
+
+    @precondition(lambda self: self.branches)
+    @rule(data=st.data())
+    def drop(self, data):
+        i = self.pick(data)
+        self.branches.pop(i).free()
+        self.truth.pop(i)
+
+    @precondition(lambda self: self.branches)
+    @rule(data=st.data(), tail=tokens)
+    def match(self, data, tail):
+        i, like = self.pick(data), self.pick(data)
+        ids = self.truth[like][: data.draw(st.integers(0, 200))] + tail
+        own = common_prefix(self.truth[i], ids)
+        live = max(common_prefix(t, ids) for t in self.truth)
+        length = self.branches[i].match(ids)
+        assert length == len(self.branches[i]) <= len(ids)
+        assert length >= own
+        # Whole blocks that a living branch holds are always found, whoever computed them.
+        assert length >= live // BLOCK * BLOCK
+        self.truth[i] = ids[:length]
+
+    @invariant()
+    def every_branch_reads_back_its_own_history(self):
+        for b, ids in zip(self.branches, self.truth, strict=True):
+            assert b.ids == ids
+            assert self.backend.read(b) == [tuple(ids[: i + 1]) for i in range(len(ids))]
+
+    @invariant()
+    def at_most_15_slots_of_a_branch_are_wasted(self):
+        for b in self.branches:
+            assert 0 <= len(b.table) * BLOCK - len(b) <= BLOCK - 1
+            assert len(set(b.table)) == len(b.table)
+
+    @invariant()
+    def blocks_are_held_or_available(self):
+        assert self.pool.available == N_BLOCKS - len(self.held())
+        assert self.pool.used >= len(self.held())
+
+    def teardown(self):
+        for b in self.branches:
+            b.free()
+        # Nothing leaked: a new branch can have the whole pool, and not a slot more.
+        assert self.pool.available == N_BLOCKS
+        all_of_it = Branch(self.pool)
+        self.backend.write(all_of_it, [2] * (N_BLOCKS * BLOCK))
+        with pytest.raises(PoolExhaustedError):
+            all_of_it.reserve(1)
+
+
+CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCache = CacheMachine.TestCase
+
+
+@pytest.fixture
+def backend():
+    return FakeBackend(N_BLOCKS)
+
+
+@pytest.fixture
+def pool(backend):
+    return BlockPool(N_BLOCKS, backend.copy_block)
+
+
+def test_freed_blocks_are_found_again_by_content(backend, pool):
+    ids = list(range(40))
+    first = Branch(pool)
+    backend.write(first, ids)
+    first.free()
+    assert pool.available == N_BLOCKS
+    second = Branch(pool)
+    assert second.match(ids) == 32
+    assert backend.read(second) == [tuple(ids[: i + 1]) for i in range(32)]
+
+
+def test_the_same_block_after_another_beginning_is_another_block(backend, pool):
+    one, two = Branch(pool), Branch(pool)
+    backend.write(one, [1] * BLOCK + [5] * BLOCK)
+    backend.write(two, [2] * BLOCK)
+    assert two.match([2] * BLOCK + [5] * BLOCK) == BLOCK
+
+
+def test_branches_with_other_roots_never_share(backend, pool):
+    one, two = Branch(pool, b"act8"), Branch(pool, b"act16")
+    backend.write(one, [1] * BLOCK)
+    assert two.match([1] * BLOCK) == 0
+
+
+def test_the_end_of_a_forgotten_sequence_goes_before_its_beginning(backend, pool):
+    old = Branch(pool)
+    backend.write(old, list(range(4 * BLOCK)))
+    old.free()
+    other = Branch(pool)
+    backend.write(other, [7] * ((N_BLOCKS - 2) * BLOCK))  # needs two of the four idle blocks
+    other.free()
+    assert Branch(pool).match(list(range(4 * BLOCK))) == 2 * BLOCK
+
+
+def test_exhaustion_leaves_the_branch_readable(backend, pool):
+    ids = list(range(100))
+    branch = Branch(pool)
+    backend.write(branch, ids)
+    with pytest.raises(PoolExhaustedError):
+        branch.reserve(N_BLOCKS * BLOCK)
+    assert backend.read(branch) == [tuple(ids[: i + 1]) for i in range(100)]
+    backend.write(branch, [5])
+    assert len(branch) == 101
+
+
+def test_a_fork_copies_one_block_when_it_writes(backend, pool):
+    a = Branch(pool)
+    backend.write(a, list(range(20)))
+    b = a.fork()
+    assert pool.used == 2
+    backend.write(b, [90])
+    backend.write(a, [91])
+    assert backend.copies == 1
+    assert pool.used == 3
+    assert backend.read(a)[-1][-1] == 91
+    assert backend.read(b)[-1][-1] == 90
+
+
+def test_common_prefix():
+    assert common_prefix([], [1]) == 0
+    assert common_prefix([1, 2, 3], [1, 2]) == 2
+    assert common_prefix([1, 2, 3], [1, 9, 3]) == 1
+    assert common_prefix(np.arange(5).tolist(), np.arange(5).tolist()) == 5
