@@ -1,13 +1,321 @@
 // Python's view of the CPU kernels: tinychat.kernels_cpu._native.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <sys/mman.h>
+
+#include <stdexcept>
 
 #include "bandwidth.h"
 #include "cpu_info.h"
+#include "pack.h"
+#include "program.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace tinychat;
+
+namespace {
+
+template <class T>
+using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+LinearWeights describe(int kind, int meta, int n, int k, int group) {
+    LinearWeights w;
+    require(kind >= 0 && kind <= 4 && meta >= 0 && meta <= 4 && n > 0 && k > 0, "not a linear");
+    w.kind = static_cast<WeightKind>(kind);
+    w.meta = static_cast<Meta>(meta);
+    w.n = n, w.k = k, w.group = group;
+    if (w.quantized()) {
+        require(group > 0 && group % kActGroup == 0 && k % group == 0,
+                "the group must be a multiple of 32 and divide k");
+        require(w.meta != Meta::kNone, "a quantized linear needs scales");
+        require(w.kind == WeightKind::kW4 || w.meta == Meta::kSym || w.meta == Meta::kFloat,
+                "8-bit weights are symmetric");
+    } else {
+        require(w.meta == Meta::kNone, "a dense linear has no scales");
+    }
+    return w;
+}
+
+// Packed weights; keeps the memory that they lie in alive.
+struct Linear {
+    LinearWeights w;
+    Bytes data;
+    nb::object bias_owner;
+
+    Linear(int kind, int meta, int n, int k, int group, Bytes bytes, nb::object bias) : data(bytes), bias_owner(bias) {
+        w = describe(kind, meta, n, k, group);
+        require(bytes.size() == w.bytes(), "the packed bytes do not have the size of the shape");
+        require(reinterpret_cast<uintptr_t>(bytes.data()) % 64 == 0, "packed weights must be aligned to 64 bytes");
+        w.data = bytes.data();
+        if (!bias.is_none()) {
+            auto b = nb::cast<In<float>>(bias);
+            require(static_cast<int>(b.size()) == n, "the bias does not have one value for each output");
+            w.bias = b.data();
+        }
+    }
+};
+
+// A buffer of fp32 rows, and the quantized view of a value.
+struct Floats {
+    float* p;
+    int cols;
+};
+struct Rows {
+    Activations* a;
+};
+
+// A program and what its pointers lead to.
+struct PyProgram {
+    Program program;
+    std::vector<nb::object> keep;
+    nb::object pool_owner;
+    std::vector<LinearWeights> heads;
+    int vocab_in = 0, vocab_out = 0;
+    bool closed = false;
+
+    PyProgram(const std::string& isa, int threads, int max_rows, int act_bits)
+        : program(find(isa), threads, max_rows, act_bits) {
+        require(threads >= 1 && threads <= 1024 && max_rows >= 1 && (act_bits == 8 || act_bits == 16),
+                "threads 1…1024, act_bits 8 or 16");
+    }
+    static IsaKind find(const std::string& isa) {
+        for (IsaKind i : supported_isas())
+            if (isa == isa_name(i)) return i;
+        throw std::invalid_argument("this CPU does not run " + isa);
+    }
+    // With room behind the last row of a view, kernels would still write only what was asked for.
+    void keep_alive(nb::handle h) { keep.push_back(nb::borrow(h)); }
+};
+
+// Positive step inputs, checked here once so that kernels need not: a wrong id or block is an exception, not a crash.
+void run_step(PyProgram& p, In<int32_t> ids, long long position, int length, In<int32_t> blocks, int logits_from,
+              nb::object logits, nb::object greedy) {
+    StepState s;
+    const KvPool& kv = p.program.kv();
+    s.rows = static_cast<int>(ids.size());
+    require(s.rows >= 1 && s.rows <= p.program.max_rows(), "a step has 1 to max_rows tokens");
+    require(position >= 0 && length >= 0, "position and length must not be negative");
+    require(logits_from >= 0 && logits_from <= s.rows, "logits_from is outside the step");
+    for (size_t i = 0; i < ids.size(); i++)
+        require(ids.data()[i] >= 0 && ids.data()[i] < p.vocab_in, "a token id is outside the vocabulary");
+    if (kv.n_layers) {
+        const size_t need = (static_cast<size_t>(length) + s.rows + kBlockSlots - 1) / kBlockSlots;
+        require(blocks.size() >= need, "the block table does not cover the step");
+        for (size_t i = 0; i < need; i++)
+            require(blocks.data()[i] >= 0 && blocks.data()[i] < kv.n_blocks, "a block is outside the pool");
+    }
+    s.position = position, s.length = length, s.logits_from = logits_from;
+    s.ids = ids.data(), s.blocks = blocks.data();
+    if (!logits.is_none()) {
+        auto out = nb::cast<Out<float>>(logits);
+        require(out.size() == static_cast<size_t>(s.logit_rows()) * p.vocab_out, "logits have the wrong size");
+        s.logits = out.data();
+    }
+    if (!greedy.is_none()) {
+        auto out = nb::cast<Out<int32_t>>(greedy);
+        require(out.size() == static_cast<size_t>(s.logit_rows()), "greedy ids have the wrong size");
+        s.greedy = out.data();
+    }
+    require(s.logit_rows() == 0 || s.logits || s.greedy, "the step asks for logits and gives no place for them");
+    nb::gil_scoped_release release;
+    p.program.run(s);
+}
+
+void bind_packing(nb::module_& m) {
+    m.def(
+        "packed_bytes",
+        [](int kind, int meta, int n, int k, int group) { return describe(kind, meta, n, k, group).bytes(); }, "kind"_a,
+        "meta"_a, "n"_a, "k"_a, "group"_a, "Bytes of a packed linear.");
+    m.def(
+        "pack",
+        [](int kind, int meta, int n, int k, int group, AnyArray codes, nb::object scales, nb::object aux,
+           Out<uint8_t> out, int threads) {
+            LinearWeights w = describe(kind, meta, n, k, group);
+            const size_t elements = static_cast<size_t>(n) * k;
+            const size_t width = w.kind == WeightKind::kF32                                  ? 4
+                                 : w.kind == WeightKind::kF16 || w.kind == WeightKind::kBF16 ? 2
+                                                                                             : 1;
+            require(codes.nbytes() == elements * width, "codes have the wrong size");
+            require(out.nbytes() == w.bytes(), "the output has the wrong size");
+            const void *sp = nullptr, *ap = nullptr;
+            AnyArray sa, aa;
+            if (w.quantized()) {
+                const size_t groups = elements / group;
+                sa = nb::cast<AnyArray>(scales);
+                require(sa.nbytes() == groups * (w.meta == Meta::kFloat ? 4 : 2), "scales have the wrong size");
+                sp = sa.data();
+                if (w.meta != Meta::kSym) {
+                    aa = nb::cast<AnyArray>(aux);
+                    const size_t size = w.meta == Meta::kFloat ? 4 : w.meta == Meta::kOffset16 ? 2 : 1;
+                    require(aa.nbytes() == groups * size, "zeros or offsets have the wrong size");
+                    ap = aa.data();
+                }
+            }
+            nb::gil_scoped_release release;
+            pack_linear(w, codes.data(), sp, ap, out.data(), threads);
+        },
+        "kind"_a, "meta"_a, "n"_a, "k"_a, "group"_a, "codes"_a, "scales"_a.none(), "aux"_a.none(), "out"_a, "threads"_a,
+        "Canonical weights into tiles.");
+    nb::class_<Linear>(m, "Linear")
+        .def(nb::init<int, int, int, int, int, Bytes, nb::object>(), "kind"_a, "meta"_a, "n"_a, "k"_a, "group"_a,
+             "data"_a, "bias"_a.none())
+        .def_prop_ro("bytes", [](const Linear& l) { return l.w.bytes(); })
+        .def_prop_ro("shape", [](const Linear& l) { return std::make_pair(l.w.n, l.w.k); })
+        .def_prop_ro("quantized", [](const Linear& l) { return l.w.quantized(); });
+}
+
+void bind_program(nb::module_& m) {
+    nb::class_<Floats>(m, "Floats", "fp32 rows of a program.").def_ro("cols", &Floats::cols);
+    nb::class_<Rows>(m, "Rows", "A value as linears read it: integers, fp32, or both.")
+        .def_prop_ro("floats", [](const Rows& r) {
+            require(r.a->f != nullptr, "these rows have no fp32 form");
+            return Floats{r.a->f, r.a->k};
+        });
+    nb::class_<PyProgram>(m, "Program")
+        .def(nb::init<const std::string&, int, int, int>(), "isa"_a, "threads"_a, "max_rows"_a, "act_bits"_a)
+        .def_prop_ro("max_rows", [](const PyProgram& p) { return p.program.max_rows(); })
+        .def(
+            "floats", [](PyProgram& p, int cols) { return Floats{p.program.floats(cols), cols}; }, "cols"_a)
+        .def(
+            "rows",
+            [](PyProgram& p, int k, bool as_float, bool as_int) {
+                require(!as_int || k % kActGroup == 0, "quantized rows need a multiple of 32 inputs");
+                return Rows{p.program.activations(k, as_float, as_int)};
+            },
+            "k"_a, "as_float"_a, "as_int"_a)
+        .def(
+            "embed",
+            [](PyProgram& p, nb::object weight, Floats out) {
+                const Linear& w = nb::cast<const Linear&>(weight);
+                require(w.w.k == out.cols, "the embedding does not fit its output");
+                p.keep_alive(weight);
+                p.vocab_in = w.w.n;
+                p.program.embed(&w.w, out.p);
+            },
+            "weight"_a, "out"_a)
+        .def(
+            "rope_table",
+            [](PyProgram& p, std::vector<double> frequencies) {
+                const int cols = 2 * static_cast<int>(frequencies.size());
+                return Floats{p.program.rope_table(frequencies), cols};
+            },
+            "frequencies"_a)
+        .def(
+            "rms_norm",
+            [](PyProgram& p, Floats x, nb::object weight, float eps, Rows out, bool tail) {
+                auto w = nb::cast<In<float>>(weight);
+                require(static_cast<int>(w.size()) == x.cols && out.a->k == x.cols, "the norm's shapes differ");
+                p.keep_alive(weight);
+                p.program.rms_norm(x.p, w.data(), eps, out.a, tail);
+            },
+            "x"_a, "weight"_a, "eps"_a, "out"_a, "tail"_a)
+        .def(
+            "quantize",
+            [](PyProgram& p, Floats x, nb::object perm, Rows out, bool tail) {
+                require(out.a->k == x.cols, "the shapes of quantize differ");
+                const int32_t* indices = nullptr;
+                if (!perm.is_none()) {
+                    auto a = nb::cast<In<int32_t>>(perm);
+                    require(static_cast<int>(a.size()) == x.cols, "the permutation has the wrong size");
+                    for (size_t i = 0; i < a.size(); i++)
+                        require(a.data()[i] >= 0 && a.data()[i] < x.cols, "the permutation leaves the row");
+                    p.keep_alive(perm);
+                    indices = a.data();
+                }
+                p.program.quantize(x.p, indices, out.a, tail);
+            },
+            "x"_a, "perm"_a.none(), "out"_a, "tail"_a)
+        .def(
+            "linear",
+            [](PyProgram& p, std::vector<std::tuple<nb::object, Rows, int>> parts, Floats out, nb::object add_to) {
+                std::vector<LinearPart> native;
+                for (auto& [weight, rows, column] : parts) {
+                    const Linear& w = nb::cast<const Linear&>(weight);
+                    require(w.w.k == rows.a->k && column >= 0 && column + w.w.n <= out.cols, "a linear does not fit");
+                    require(w.w.quantized() ? rows.a->q != nullptr : rows.a->f != nullptr,
+                            "a linear's input has another form");
+                    p.keep_alive(weight);
+                    native.push_back({&w.w, rows.a, column});
+                }
+                const float* add = nullptr;
+                if (!add_to.is_none()) {
+                    const Floats& f = nb::cast<const Floats&>(add_to);
+                    require(f.cols == out.cols, "the residual does not fit");
+                    add = f.p;
+                }
+                p.program.linear(std::move(native), out.p, out.cols, add);
+            },
+            "parts"_a, "out"_a, "add_to"_a.none())
+        .def(
+            "rope_kv",
+            [](PyProgram& p, Floats qkv, Floats table, int n_heads, int n_kv, int head_dim, int layer) {
+                require(qkv.cols == (n_heads + 2 * n_kv) * head_dim && table.cols <= head_dim && head_dim <= 1024,
+                        "the heads do not fit");
+                p.program.rope_kv(qkv.p, table.p, table.cols / 2, n_heads, n_kv, head_dim, layer);
+            },
+            "qkv"_a, "table"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a)
+        .def(
+            "attention",
+            [](PyProgram& p, Floats qkv, int n_heads, int n_kv, int head_dim, int layer, Floats out) {
+                require(n_kv > 0 && n_heads % n_kv == 0 && qkv.cols == (n_heads + 2 * n_kv) * head_dim &&
+                            out.cols == n_heads * head_dim,
+                        "the heads do not fit");
+                p.program.attention(qkv.p, n_heads, n_kv, head_dim, layer, out.p);
+            },
+            "qkv"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a, "out"_a)
+        .def(
+            "silu_mul",
+            [](PyProgram& p, Floats x, Rows out) {
+                require(x.cols == 2 * out.a->k, "gate and up do not fit");
+                p.program.silu_mul(x.p, out.a);
+            },
+            "x"_a, "out"_a)
+        .def(
+            "lm_head",
+            [](PyProgram& p, nb::object weight, Rows x) {
+                const Linear& w = nb::cast<const Linear&>(weight);
+                require(w.w.k == x.a->k && (w.w.quantized() ? x.a->q != nullptr : x.a->f != nullptr),
+                        "the head does not fit");
+                p.keep_alive(weight);
+                p.vocab_out = w.w.n;
+                p.program.lm_head(&w.w, x.a);
+            },
+            "weight"_a, "x"_a)
+        .def(
+            "set_kv",
+            [](PyProgram& p, nb::object pool, int n_blocks, int n_layers, int n_kv, int head_dim) {
+                KvPool kv;
+                auto bytes = nb::cast<Out<uint8_t>>(pool);
+                kv.base = bytes.data();
+                kv.n_blocks = n_blocks, kv.n_layers = n_layers, kv.n_kv = n_kv, kv.head_dim = head_dim;
+                require(n_blocks >= 0 && bytes.nbytes() >= kv.block_bytes() * n_blocks, "the pool is too small");
+                p.pool_owner = pool;
+                p.program.set_kv(kv);
+            },
+            "pool"_a, "n_blocks"_a, "n_layers"_a, "n_kv"_a, "head_dim"_a)
+        .def("run", &run_step, "ids"_a, "position"_a, "length"_a, "blocks"_a, "logits_from"_a, "logits"_a.none(),
+             "greedy"_a.none())
+        .def(
+            "set_timing", [](PyProgram& p, bool on) { p.program.set_timing(on); }, "on"_a)
+        .def(
+            "timings", [](const PyProgram& p) { return p.program.timings(); },
+            "(op, seconds) of the last step with timing on, barriers not included.");
+}
+
+}  // namespace
 
 NB_MODULE(_native, m) {
     m.doc() = "C++ SIMD kernels, thread pool and program executor.";
@@ -26,4 +334,6 @@ NB_MODULE(_native, m) {
     m.def("read_bandwidth", &read_bandwidth, nb::arg("threads"), nb::arg("bytes") = size_t{1} << 30,
           nb::arg("rounds") = 5, nb::call_guard<nb::gil_scoped_release>(),
           "Best of `rounds` plain multi-threaded reads, GB/s.");
+    bind_packing(m);
+    bind_program(m);
 }

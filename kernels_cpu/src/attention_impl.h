@@ -1,0 +1,218 @@
+// Causal attention over the paged cache, online softmax in parts of 256 slots (FlashAttention's idea: nothing of size
+// rows × context is ever stored). Parts are cut by slot number and merge in slot order, so the result for a row depends
+// neither on the rows beside it nor on how parts were spread over threads.
+#pragma once
+
+#include "rows_impl.h"
+
+namespace tinychat {
+namespace {
+
+// A pair is one row of one query head. Its running state: [0] max, [1] sum, [16…] weighted values (padded_dim).
+constexpr int kState = 16;
+constexpr int kPairs = 8;  // pairs that share one conversion of keys and values to fp32
+
+struct PairBatch {
+    int count;
+    int valid[kPairs];       // slots that the pair attends to, of this part
+    const float* q[kPairs];  // head_dim values
+    float* state[kPairs];
+};
+
+// scores[p][slot] = q[p] · key[slot], for the blocks that any pair needs. Slots in the lanes: no horizontal sums.
+template <class S, int P>
+void score_part(const AttentionArgs& a, const PairBatch& b, int part, int n_slots, float* scores) {
+    using F = typename S::F;
+    const int d = a.kv->head_dim;
+    for (int s = 0; s < n_slots; s += kBlockSlots) {
+        const int* block = a.blocks + (part * kPartSlots + s) / kBlockSlots;
+        const uint16_t* keys = a.kv->keys(block[0], a.layer, a.kv_head);
+        const bool more = s + kBlockSlots < n_slots;
+        const uint16_t* next = more ? a.kv->keys(block[1], a.layer, a.kv_head) : keys;
+        for (int h = 0; h < kBlockSlots; h += S::kLanes) {
+            F even[P], odd[P];
+            for (int p = 0; p < P; p++) even[p] = odd[p] = S::zero();
+            int i = 0;
+            for (; i + 2 <= d; i += 2) {
+                if (h == 0) S::prefetch(next + i * kBlockSlots);
+                F k0 = S::load_f16(keys + i * kBlockSlots + h), k1 = S::load_f16(keys + (i + 1) * kBlockSlots + h);
+                for (int p = 0; p < P; p++) {
+                    even[p] = S::fma(S::set1(b.q[p][i]), k0, even[p]);
+                    odd[p] = S::fma(S::set1(b.q[p][i + 1]), k1, odd[p]);
+                }
+            }
+            if (i < d) {
+                F k0 = S::load_f16(keys + i * kBlockSlots + h);
+                for (int p = 0; p < P; p++) even[p] = S::fma(S::set1(b.q[p][i]), k0, even[p]);
+            }
+            for (int p = 0; p < P; p++) S::store(scores + p * kPartSlots + s + h, S::add(even[p], odd[p]));
+        }
+    }
+}
+
+// values[p][d0…] += Σ_slot weight[p][slot] · value[slot][d0…], C registers wide, slot after slot.
+template <class S, int P, int C>
+void weigh_values(const AttentionArgs& a, int part, int n_slots, const float* weights, int d0, float* values, int ld) {
+    using F = typename S::F;
+    const int stride = a.kv->padded_dim();
+    F acc[P][C];
+    for (int p = 0; p < P; p++)
+        for (int c = 0; c < C; c++) acc[p][c] = S::zero();
+    for (int s = 0; s < n_slots; s += kBlockSlots) {
+        const uint16_t* v = a.kv->values(a.blocks[(part * kPartSlots + s) / kBlockSlots], a.layer, a.kv_head) + d0;
+        const int end = n_slots - s < kBlockSlots ? n_slots - s : kBlockSlots;
+        for (int j = 0; j < end; j++, v += stride) {
+            F x[C];
+            for (int c = 0; c < C; c++) x[c] = S::load_f16(v + c * S::kLanes);
+            for (int p = 0; p < P; p++) {
+                F w = S::set1(weights[p * kPartSlots + s + j]);
+                for (int c = 0; c < C; c++) acc[p][c] = S::fma(w, x[c], acc[p][c]);
+            }
+        }
+    }
+    for (int p = 0; p < P; p++)
+        for (int c = 0; c < C; c++) S::store(values + p * ld + d0 + c * S::kLanes, acc[p][c]);
+}
+
+// Merge (max, sum, values) of a later part into a running state: both shrink to the common max.
+template <class S>
+inline void merge_state(float* state, float max, float sum, const float* values, int dim) {
+    using V = V16<S>;
+    if (state[1] == 0.0f) {  // nothing yet; a merged state's sum is at least e^0
+        state[0] = max, state[1] = sum;
+        memcpy(state + kState, values, dim * sizeof(float));
+        return;
+    }
+    const float top = max > state[0] ? max : state[0];
+    float d[16] = {state[0] - top, max - top}, w[16];
+    exp16<S>(V::load(d)).store(w);
+    state[0] = top;
+    state[1] = std::fmaf(sum, w[1], state[1] * w[0]);
+    const V old = V::set1(w[0]), fresh = V::set1(w[1]);
+    for (int i = 0; i < dim; i += 16)
+        V::fma(V::load(values + i), fresh, V::load(state + kState + i) * old).store(state + kState + i);
+}
+
+template <class S, int P>
+void attend_part(const AttentionArgs& a, const PairBatch& b, int part, float* scores, float* values) {
+    using V = V16<S>;
+    const int dim = a.kv->padded_dim();
+    int n_slots = 0;
+    for (int p = 0; p < P; p++) n_slots = b.valid[p] > n_slots ? b.valid[p] : n_slots;
+    if (n_slots == 0) return;
+    score_part<S, P>(a, b, part, n_slots, scores);
+
+    const int padded = static_cast<int>(round_up(n_slots, kBlockSlots));
+    float max[P], sum[P];
+    for (int p = 0; p < P; p++) {
+        float* s = scores + p * kPartSlots;
+        for (int i = b.valid[p]; i < padded; i++) s[i] = -INFINITY;
+        V top = V::set1(-INFINITY);
+        for (int i = 0; i < padded; i += 16) top = V::max(V::load(s + i), top);
+        max[p] = top.largest();
+        const V shift = V::set1(b.valid[p] ? -max[p] : 0.0f);
+        V total = V::set1(0.0f);
+        for (int i = 0; i < padded; i += 16) {
+            V e = exp16<S>(V::load(s + i) + shift);
+            e.store(s + i);
+            total = total + e;
+        }
+        sum[p] = total.sum();
+    }
+    int d0 = 0;
+    for (; d0 + 2 * S::kLanes <= dim; d0 += 2 * S::kLanes)
+        weigh_values<S, P, 2>(a, part, n_slots, scores, d0, values, dim);
+    for (; d0 < dim; d0 += S::kLanes) weigh_values<S, P, 1>(a, part, n_slots, scores, d0, values, dim);
+    for (int p = 0; p < P; p++)
+        if (b.valid[p]) merge_state<S>(b.state[p], max[p], sum[p], values + p * dim, dim);
+}
+
+template <class S>
+void attend_batch(const AttentionArgs& a, const PairBatch& b, int part, float* scores, float* values) {
+    switch (b.count) {
+        case 1:
+            return attend_part<S, 1>(a, b, part, scores, values);
+        case 2:
+            return attend_part<S, 2>(a, b, part, scores, values);
+        case 3:
+            return attend_part<S, 3>(a, b, part, scores, values);
+        case 4:
+            return attend_part<S, 4>(a, b, part, scores, values);
+        case 5:
+            return attend_part<S, 5>(a, b, part, scores, values);
+        case 6:
+            return attend_part<S, 6>(a, b, part, scores, values);
+        case 7:
+            return attend_part<S, 7>(a, b, part, scores, values);
+        default:
+            return attend_part<S, 8>(a, b, part, scores, values);
+    }
+}
+
+template <class S>
+inline void finish_pair(const AttentionArgs& a, const float* state, int row, int head) {
+    using V = V16<S>;
+    const int d = a.kv->head_dim;
+    float* out = a.out + (static_cast<size_t>(row) * a.n_heads + head) * d;
+    const V inv = V::set1(1.0f / state[1]);
+    for (int i = 0; i < d; i += 16) (V::load(state + kState + i) * inv).store_n(out + i, d - i);
+}
+
+template <class S>
+void attention(const AttentionArgs& a) {
+    const int d = a.kv->head_dim, dim = a.kv->padded_dim(), per_kv = a.n_heads / a.kv->n_kv;
+    const int head0 = a.kv_head * per_kv, rows = a.r1 - a.r0, pairs = rows * per_kv;
+    float* scores = a.scratch;
+    float* values = scores + kPairs * kPartSlots;
+    float* states = values + kPairs * dim;
+    auto state_of = [&](int pair, int part) {
+        const int row = a.r0 + pair / per_kv, head = head0 + pair % per_kv;
+        if (!a.partial) return states + static_cast<size_t>(pair) * (dim + kState);
+        return a.partial + ((static_cast<size_t>(row) * a.n_heads + head) * a.n_parts + part) * (dim + kState);
+    };
+    if (!a.partial)
+        for (int i = 0; i < pairs; i++) state_of(i, 0)[1] = 0.0f;
+    for (int part = a.p0; part < a.p1; part++) {
+        for (int first = 0; first < pairs; first += kPairs) {
+            PairBatch b;
+            b.count = pairs - first < kPairs ? pairs - first : kPairs;
+            for (int p = 0; p < b.count; p++) {
+                const int row = a.r0 + (first + p) / per_kv, head = head0 + (first + p) % per_kv;
+                const int valid = a.length + row + 1 - part * kPartSlots;
+                b.valid[p] = valid < 0 ? 0 : valid > kPartSlots ? kPartSlots : valid;
+                b.q[p] = a.q + row * a.ldq + static_cast<size_t>(head) * d;
+                b.state[p] = state_of(first + p, part);
+                if (a.partial) b.state[p][1] = 0.0f;
+            }
+            attend_batch<S>(a, b, part, scores, values);
+        }
+    }
+    if (!a.partial)
+        for (int i = 0; i < pairs; i++) finish_pair<S>(a, state_of(i, 0), a.r0 + i / per_kv, head0 + i % per_kv);
+}
+
+// Rows r0…r1-1: the parts of every head merged in slot order.
+template <class S>
+void attention_merge(const AttentionArgs& a) {
+    const int dim = a.kv->padded_dim();
+    for (int row = a.r0; row < a.r1; row++)
+        for (int head = 0; head < a.n_heads; head++) {
+            float* first = a.partial + (static_cast<size_t>(row) * a.n_heads + head) * a.n_parts * (dim + kState);
+            for (int part = 1; part < a.n_parts; part++) {
+                const float* s = first + static_cast<size_t>(part) * (dim + kState);
+                if (s[1] != 0.0f) merge_state<S>(first, s[0], s[1], s + kState, dim);
+            }
+            finish_pair<S>(a, first, row, head);
+        }
+}
+
+template <class S>
+const KernelTable& make_table(const char* name) {
+    static const KernelTable table = {name,         linear<S>,          rms_norm<S>,   quantize<S>,
+                                      silu_mul<S>,  embed<S>,           rope_table<S>, rope_kv<S>,
+                                      attention<S>, attention_merge<S>, argmax<S>};
+    return table;
+}
+
+}  // namespace
+}  // namespace tinychat

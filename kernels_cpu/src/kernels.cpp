@@ -1,0 +1,21 @@
+#include "kernels.h"
+
+namespace tinychat {
+
+const KernelTable& kernels_for(IsaKind isa) {
+    switch (isa) {
+#if defined(__x86_64__)
+        case IsaKind::kAvx2:
+            return kernels_avx2();
+        case IsaKind::kAvx512Vnni:
+            return kernels_avx512();
+#elif defined(__aarch64__)
+        case IsaKind::kNeon:
+            return kernels_neon();
+#endif
+        default:
+            return kernels_scalar();
+    }
+}
+
+}  // namespace tinychat

@@ -1,0 +1,127 @@
+// The table of kernels that each instruction set fills. Every kernel works on a range that one thread claimed, writes
+// nothing outside it, and rounds each output the same way whatever the range, the row count and the thread count.
+#pragma once
+
+#include "cpu_info.h"
+#include "layout.h"
+
+namespace tinychat {
+
+// y[m, n] (+)= Σ_k w[n, k] · x[m, k] + bias[n] for m in 0…rows-1 and the tiles t0…t1-1. y points at (row 0, column 0).
+struct LinearArgs {
+    const LinearWeights* w;
+    const Activations* x;
+    int rows;
+    float* y;
+    size_t ldy;
+    const float* add;  // residual [rows, ldadd] or null; may be y itself
+    size_t ldadd;
+    int t0, t1;
+};
+
+struct NormArgs {
+    const float* x;  // [rows, k]
+    const float* weight;
+    float eps;
+    Activations out;  // .f and .q each optional
+    int r0, r1;
+};
+
+struct QuantizeArgs {
+    const float* x;       // [rows, k]
+    const int32_t* perm;  // out column j takes input perm[j]; or null
+    Activations out;
+    int r0, r1;
+};
+
+// silu(x[:, :k]) · x[:, k:2k], columns c0…c1-1 (multiples of 32 except the last) of rows r0…r1-1.
+struct SiluArgs {
+    const float* x;
+    Activations out;
+    int r0, r1, c0, c1;
+};
+
+struct EmbedArgs {
+    const LinearWeights* w;
+    const int32_t* ids;
+    float* out;  // [rows, k]
+    int r0, r1;
+};
+
+// cos and sin of position · frequency for each row: table [rows][2][half].
+struct RopeTableArgs {
+    const double* freq;
+    int half;
+    long long position;  // of row 0
+    float* table;
+    int r0, r1;
+};
+
+// Rotates q in place (and scales it for the softmax), writes rotated k and v to the cache.
+struct RopeArgs {
+    float* qkv;  // [rows, (heads + 2 kv_heads) · head_dim]
+    const float* table;
+    int half;  // rotated pairs; the head's other dimensions pass through
+    int n_heads, n_kv, head_dim, layer;
+    float q_scale;
+    const KvPool* kv;
+    const int32_t* blocks;
+    int length;  // slots before row 0
+    int r0, r1;
+};
+
+// Causal attention of rows r0…r1-1 for one KV head over the parts p0…p1-1 of the cache.
+// With partial == null the merged result goes to out; else each (row, head, part) leaves max, sum and the weighted
+// values there for attention_merge: partial [rows][heads][n_parts][padded_dim + 16] (the first 16 floats hold max and
+// sum).
+struct AttentionArgs {
+    const float* q;  // rotated and scaled, row stride ldq
+    size_t ldq;
+    int n_heads, layer, kv_head;
+    const KvPool* kv;
+    const int32_t* blocks;
+    int length;  // row r attends to slots 0 … length + r
+    int r0, r1, p0, p1, n_parts;
+    float* partial;
+    float* out;  // [rows, heads · head_dim]
+    float* scratch;
+};
+
+// Largest of v[0 … n) and where it is first.
+struct ArgmaxResult {
+    float value;
+    int32_t index;
+};
+
+struct KernelTable {
+    const char* name;
+    void (*linear)(const LinearArgs&);
+    void (*rms_norm)(const NormArgs&);
+    void (*quantize)(const QuantizeArgs&);
+    void (*silu_mul)(const SiluArgs&);
+    void (*embed)(const EmbedArgs&);
+    void (*rope_table)(const RopeTableArgs&);
+    void (*rope_kv)(const RopeArgs&);
+    void (*attention)(const AttentionArgs&);
+    void (*attention_merge)(const AttentionArgs&);
+    ArgmaxResult (*argmax)(const float* v, int n);
+};
+
+constexpr int kAttentionRows = 8;  // rows of one prefill attention item
+// Floats of scratch that `attention` needs: running state of the item's pairs, scores of a batch.
+inline size_t attention_scratch(int n_heads, int n_kv, int head_dim) {
+    size_t pairs = static_cast<size_t>(kAttentionRows) * (n_heads / n_kv);
+    return pairs * (round_up(head_dim, 16) + 16) + 8 * (kPartSlots + round_up(head_dim, 16)) + 64;
+}
+
+const KernelTable& kernels_scalar();
+#if defined(__x86_64__)
+const KernelTable& kernels_avx2();
+const KernelTable& kernels_avx512();
+#elif defined(__aarch64__)
+const KernelTable& kernels_neon();
+#endif
+
+const KernelTable& kernels_for(IsaKind isa);
+
+}  // namespace tinychat

@@ -1,0 +1,103 @@
+// How weights, activations and the KV cache lie in memory. The same on every ISA, so one pack serves all of them and
+// every ISA can be compared with the scalar one on the same bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tinychat {
+
+constexpr int kTile = 16;        // output rows of one weight line: row r lives in 32-bit lane r
+constexpr int kActGroup = 32;    // inputs that share one activation scale
+constexpr int kBlockSlots = 16;  // slots of a KV block
+constexpr int kPartSlots = 256;  // slots of one attention tile: softmax is local to it, tiles merge in slot order
+
+enum class WeightKind : int { kW4 = 0, kW8 = 1, kF32 = 2, kF16 = 3, kBF16 = 4 };
+
+// What stands beside a group's codes, for each of the 16 rows of a tile. w = (q - zero) * scale, or q * scale + offset.
+enum class Meta : int {
+    kSym = 0,       // fp16 scale; zero is 8 (4-bit) or 0 (8-bit)
+    kZero4 = 1,     // fp16 scale, 4-bit zero 0…15 (row r: byte r % 8, low nibble for r < 8)
+    kOffset16 = 2,  // fp16 scale, fp16 offset
+    kFloat = 3,     // fp32 scale, fp32 offset: whatever does not fit the others exactly
+    kNone = 4,      // dense
+};
+
+constexpr int meta_bytes(Meta m) {
+    return m == Meta::kSym ? 32 : m == Meta::kZero4 ? 40 : m == Meta::kOffset16 ? 64 : m == Meta::kFloat ? 128 : 0;
+}
+
+constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// A linear layer's weights: tiles of 16 output rows (the last one padded with zero rows), each tile
+//   quantized: meta of group 0, meta of group 1, …, padding to 64 bytes, then the code lines of 64 bytes.
+//     4-bit line: 16 rows × 8 inputs, low nibbles k0…k0+3 in the lane's bytes 0…3, high nibbles k0+4…k0+7
+//     8-bit line: 16 rows × 4 inputs, signed
+//   dense: for each input k, 16 elements (one for each row)
+struct LinearWeights {
+    WeightKind kind = WeightKind::kF32;
+    Meta meta = Meta::kNone;
+    int n = 0, k = 0, group = 0;
+    const uint8_t* data = nullptr;
+    const float* bias = nullptr;  // n values, or null
+
+    bool quantized() const { return kind == WeightKind::kW4 || kind == WeightKind::kW8; }
+    int tiles() const { return (n + kTile - 1) / kTile; }
+    size_t tile_meta_bytes() const {
+        return quantized() ? round_up(static_cast<size_t>(k / group) * meta_bytes(meta), 64) : 0;
+    }
+    size_t tile_code_bytes() const {
+        size_t per_input = kind == WeightKind::kW4    ? kTile / 2
+                           : kind == WeightKind::kW8  ? kTile
+                           : kind == WeightKind::kF32 ? kTile * 4
+                                                      : kTile * 2;
+        return per_input * k;
+    }
+    size_t tile_bytes() const { return tile_meta_bytes() + tile_code_bytes(); }
+    size_t bytes() const { return tile_bytes() * tiles(); }
+};
+
+// Activations of a linear: fp32 rows, or integers with one scale for each 32 inputs.
+//   8 bits   int8 [rows / 8][k / 32][8 rows][32 inputs]: a block of 8 rows is contiguous and the rows of a group stand
+//   a
+//            constant distance apart, so the kernels address them without a register each
+//   16 bits  int16, the same, each 8 inputs in the order 0 2 4 6 1 3 5 7: how nibbles pair up in 16-bit lanes
+// scale, nsum and xsum are [rows / 8][k / 32][8 rows].
+constexpr int kRowBlock = 8;
+
+struct Activations {
+    float* f = nullptr;  // [rows, k]
+    void* q = nullptr;
+    float* scale = nullptr;
+    int32_t* nsum = nullptr;  // minus the sum of the group's integers
+    float* xsum = nullptr;    // scale times the sum
+    int bits = 8;
+    int k = 0;
+
+    // Index of (row, group) in scale, nsum and xsum; times 32: in q.
+    size_t at(int row, int g) const {
+        return (static_cast<size_t>(row / kRowBlock) * (k / kActGroup) + g) * kRowBlock + row % kRowBlock;
+    }
+};
+
+// The paged KV pool. A block holds 16 slots of every layer: for each layer the keys of all KV heads, then the values.
+//   keys    fp16 [kv_heads][head_dim][16 slots]: slots in the lanes, so a score needs no horizontal sum
+//   values  fp16 [kv_heads][16 slots][head_dim padded to 16]
+struct KvPool {
+    uint8_t* base = nullptr;
+    int n_blocks = 0, n_layers = 0, n_kv = 0, head_dim = 0;
+
+    int padded_dim() const { return static_cast<int>(round_up(head_dim, 16)); }
+    size_t head_bytes() const { return static_cast<size_t>(kBlockSlots) * padded_dim() * 2; }
+    size_t layer_bytes() const { return 2 * n_kv * head_bytes(); }
+    size_t block_bytes() const { return n_layers * layer_bytes(); }
+    uint16_t* keys(int block, int layer, int head) const {
+        return reinterpret_cast<uint16_t*>(base + block * block_bytes() + layer * layer_bytes() + head * head_bytes());
+    }
+    uint16_t* values(int block, int layer, int head) const {
+        return reinterpret_cast<uint16_t*>(base + block * block_bytes() + layer * layer_bytes() +
+                                           (n_kv + head) * head_bytes());
+    }
+};
+
+}  // namespace tinychat

@@ -1,0 +1,127 @@
+// A program: the ops of one pass over the network, recorded once, replayed each step by all threads together.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace tinychat {
+
+// Inputs of a step. Everything an op needs beside its own buffers.
+struct StepState {
+    int rows = 0;
+    long long position = 0;
+    int length = 0;
+    int logits_from = 0;
+    const int32_t* ids = nullptr;
+    const int32_t* blocks = nullptr;
+    float* logits = nullptr;    // [rows - logits_from, vocab] or null
+    int32_t* greedy = nullptr;  // [rows - logits_from] or null
+    const KvPool* kv = nullptr;
+
+    int logit_rows() const { return rows - logits_from; }
+};
+
+// Memory of one program: rows of buffers, touched only as far as steps have rows.
+class Arena {
+  public:
+    Arena() = default;
+    ~Arena();
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    void* take(size_t bytes);  // zeroed, 64-byte aligned; throws std::bad_alloc
+
+  private:
+    std::vector<std::pair<void*, size_t>> maps_;
+};
+
+class Op {
+  public:
+    virtual ~Op() = default;
+    virtual const char* name() const = 0;
+    // Pieces of work in this step; they run in any order on any thread. One piece runs without waking anybody.
+    virtual int chunks(const StepState& s, int threads) = 0;
+    virtual void run(const StepState& s, int chunk, int thread) = 0;
+    // Called before the step starts, on one thread: the place to grow buffers.
+    virtual void reserve(const StepState& /*s*/, int /*threads*/) {}
+};
+
+// What a linear reads: rows in integers (quantized weights) or fp32 (dense ones).
+struct LinearPart {
+    const LinearWeights* w;
+    const Activations* x;
+    int column;  // of its first output in the op's output
+};
+
+class Program : private Job {
+  public:
+    Program(IsaKind isa, int threads, int max_rows, int act_bits);
+
+    const KernelTable& kernels() const { return k_; }
+    int max_rows() const { return max_rows_; }
+    int threads() const { return pool_.size(); }
+    int act_bits() const { return act_bits_; }
+
+    // Buffers: [max_rows, cols] fp32; quantized rows of k inputs; or both views of one value.
+    float* floats(int cols);
+    Activations* activations(int k, bool as_float, bool as_int);
+
+    void embed(const LinearWeights* w, float* out);
+    float* rope_table(const std::vector<double>& frequencies);
+    // tail: only the rows that get logits, moved to the front
+    void rms_norm(const float* x, const float* weight, float eps, Activations* out, bool tail);
+    void quantize(const float* x, const int32_t* perm, Activations* out, bool tail);
+    void linear(std::vector<LinearPart> parts, float* y, int ldy, const float* add);
+    void rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer);
+    void attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out);
+    void silu_mul(const float* x, Activations* out);
+    void lm_head(const LinearWeights* w, const Activations* x);
+
+    void set_kv(const KvPool& kv) { kv_ = kv; }
+    const KvPool& kv() const { return kv_; }
+
+    // Runs the step. Callers on several threads take turns. The inputs have been checked.
+    void run(StepState step);
+
+    // Seconds that each op took in its last run (thread 0's view, barriers included), when timing is on.
+    void set_timing(bool on) { timing_ = on; }
+    std::vector<std::pair<std::string, double>> timings() const;
+
+  private:
+    struct alignas(64) Range {
+        std::atomic<int> next{0};
+        int end = 0;
+    };
+
+    void work(int thread) override;
+    void advance(int thread);
+    void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
+
+    const KernelTable& k_;
+    int max_rows_, act_bits_;
+    ThreadPool pool_;
+    Arena arena_;
+    std::vector<std::unique_ptr<Activations>> activations_;
+    std::vector<std::unique_ptr<Op>> ops_;
+    std::vector<float*> scratch_;  // one for each thread
+    size_t scratch_floats_ = 0;
+    KvPool kv_;
+
+    std::mutex turn_;
+    StepState step_;
+    size_t current_ = 0;  // op in work; ops_.size(): done. Written by the last thread to arrive, read after the gate.
+    std::vector<Range> ranges_;
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) Gate gate_;
+    uint32_t first_turn_ = 0;
+    bool timing_ = false;
+    std::vector<double> seconds_;
+
+    void need_scratch(size_t floats);
+};
+
+}  // namespace tinychat

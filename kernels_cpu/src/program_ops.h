@@ -1,0 +1,348 @@
+// The ops that programs are made of: how each cuts its work, and the kernel that does a piece.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "program.h"
+
+namespace tinychat {
+
+// Elements that make a piece of row work worth a thread: about a microsecond.
+constexpr int kRowWork = 8192;
+
+// Rows in pieces of at least kRowWork elements.
+inline int row_piece(int cols) { return std::max(1, kRowWork / std::max(1, cols)); }
+inline int pieces(int n, int piece) { return (n + piece - 1) / piece; }
+
+class EmbedOp : public Op {
+  public:
+    EmbedOp(const KernelTable& k, const LinearWeights* w, float* out) : k_(k), w_(w), out_(out) {}
+    const char* name() const override { return "embed"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, 8); }
+    void run(const StepState& s, int c, int) override {
+        k_.embed({w_, s.ids, out_, c * 8, std::min(s.rows, c * 8 + 8)});
+    }
+
+  private:
+    const KernelTable& k_;
+    const LinearWeights* w_;
+    float* out_;
+};
+
+class RopeTableOp : public Op {
+  public:
+    RopeTableOp(const KernelTable& k, std::vector<double> freq, float* table)
+        : k_(k), freq_(std::move(freq)), table_(table) {}
+    const char* name() const override { return "rope_table"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, 16); }
+    void run(const StepState& s, int c, int) override {
+        k_.rope_table(
+            {freq_.data(), static_cast<int>(freq_.size()), s.position, table_, c * 16, std::min(s.rows, c * 16 + 16)});
+    }
+
+  private:
+    const KernelTable& k_;
+    std::vector<double> freq_;
+    float* table_;
+};
+
+class NormOp : public Op {
+  public:
+    NormOp(const KernelTable& k, const float* x, const float* weight, float eps, const Activations* out, bool tail)
+        : k_(k), x_(x), weight_(weight), eps_(eps), out_(out), tail_(tail) {}
+    const char* name() const override { return "rms_norm"; }
+    int chunks(const StepState& s, int) override { return pieces(tail_ ? s.logit_rows() : s.rows, row_piece(out_->k)); }
+    void run(const StepState& s, int c, int) override {
+        const int piece = row_piece(out_->k), rows = tail_ ? s.logit_rows() : s.rows;
+        const float* x = x_ + (tail_ ? static_cast<size_t>(s.logits_from) * out_->k : 0);
+        k_.rms_norm({x, weight_, eps_, *out_, c * piece, std::min(rows, (c + 1) * piece)});
+    }
+
+  private:
+    const KernelTable& k_;
+    const float *x_, *weight_;
+    float eps_;
+    const Activations* out_;
+    bool tail_;
+};
+
+class QuantizeOp : public Op {
+  public:
+    QuantizeOp(const KernelTable& k, const float* x, const int32_t* perm, const Activations* out, bool tail)
+        : k_(k), x_(x), perm_(perm), out_(out), tail_(tail) {}
+    const char* name() const override { return "quantize"; }
+    int chunks(const StepState& s, int) override { return pieces(tail_ ? s.logit_rows() : s.rows, row_piece(out_->k)); }
+    void run(const StepState& s, int c, int) override {
+        const int piece = row_piece(out_->k), rows = tail_ ? s.logit_rows() : s.rows;
+        const float* x = x_ + (tail_ ? static_cast<size_t>(s.logits_from) * out_->k : 0);
+        k_.quantize({x, perm_, *out_, c * piece, std::min(rows, (c + 1) * piece)});
+    }
+
+  private:
+    const KernelTable& k_;
+    const float* x_;
+    const int32_t* perm_;
+    const Activations* out_;
+    bool tail_;
+};
+
+class SiluOp : public Op {
+  public:
+    SiluOp(const KernelTable& k, const float* x, const Activations* out) : k_(k), x_(x), out_(out) {}
+    const char* name() const override { return "silu_mul"; }
+    int chunks(const StepState& s, int) override { return s.rows * pieces(out_->k, kCols); }
+    void run(const StepState& s, int c, int) override {
+        const int cols = pieces(out_->k, kCols), row = c / cols, col = c % cols * kCols;
+        (void)s;
+        k_.silu_mul({x_, *out_, row, row + 1, col, std::min(out_->k, col + kCols)});
+    }
+
+  private:
+    static constexpr int kCols = 4096;
+    const KernelTable& k_;
+    const float* x_;
+    const Activations* out_;
+};
+
+// Tiles of several weights that share an output (q, k, v; gate, up), cut by tile across all of them.
+class LinearOp : public Op {
+  public:
+    LinearOp(const KernelTable& k, std::vector<LinearPart> parts, float* y, int ldy, const float* add)
+        : k_(k), parts_(std::move(parts)), y_(y), ldy_(ldy), add_(add) {
+        for (const auto& p : parts_) tiles_ += p.w->tiles();
+    }
+    const char* name() const override { return "linear"; }
+    int chunks(const StepState& s, int threads) override {
+        rows_ = s.rows;
+        piece_ = std::max(1, tiles_ / (threads * 8));
+        // Prefill: the chunk's weights stay in L2 while panels of rows pass over them.
+        if (s.rows > 2 * kRowBlock) piece_ = std::min(piece_, 8);
+        return pieces(tiles_, piece_);
+    }
+    void run(const StepState&, int c, int) override {
+        int t0 = c * piece_, t1 = std::min(tiles_, t0 + piece_);
+        for (const auto& p : parts_) {
+            const int n = p.w->tiles(), a = std::max(t0, 0), b = std::min(t1, n);
+            if (a < b)
+                k_.linear({p.w, p.x, rows_, y_ + p.column, static_cast<size_t>(ldy_), add_ ? add_ + p.column : nullptr,
+                           static_cast<size_t>(ldy_), a, b});
+            t0 -= n, t1 -= n;
+        }
+    }
+
+  private:
+    const KernelTable& k_;
+    std::vector<LinearPart> parts_;
+    float* y_;
+    int ldy_;
+    const float* add_;
+    int tiles_ = 0, piece_ = 1, rows_ = 0;
+};
+
+class RopeOp : public Op {
+  public:
+    RopeOp(const KernelTable& k, float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim,
+           int layer)
+        : k_(k),
+          qkv_(qkv),
+          table_(table),
+          half_(half),
+          n_heads_(n_heads),
+          n_kv_(n_kv),
+          head_dim_(head_dim),
+          layer_(layer) {}
+    const char* name() const override { return "rope_kv"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
+    void run(const StepState& s, int c, int) override {
+        RopeArgs a{qkv_,
+                   table_,
+                   half_,
+                   n_heads_,
+                   n_kv_,
+                   head_dim_,
+                   layer_,
+                   1.0f / std::sqrt(float(head_dim_)),
+                   s.kv,
+                   s.blocks,
+                   s.length,
+                   c * piece(),
+                   std::min(s.rows, (c + 1) * piece())};
+        k_.rope_kv(a);
+    }
+
+  private:
+    int piece() const { return row_piece((n_heads_ + 2 * n_kv_) * head_dim_); }
+    const KernelTable& k_;
+    float* qkv_;
+    const float* table_;
+    int half_, n_heads_, n_kv_, head_dim_, layer_;
+};
+
+// Few rows: one piece is one KV head and one part of the context, merged by the op behind this one.
+// Many rows: one piece is one KV head and a few rows over the whole context, merged as it goes.
+class AttentionOp : public Op {
+  public:
+    AttentionOp(const KernelTable& k, const std::vector<float*>* scratch, const float* qkv, int n_heads, int n_kv,
+                int head_dim, int layer, float* out)
+        : k_(k),
+          scratch_(scratch),
+          qkv_(qkv),
+          n_heads_(n_heads),
+          n_kv_(n_kv),
+          head_dim_(head_dim),
+          layer_(layer),
+          out_(out) {}
+    const char* name() const override { return "attention"; }
+    void reserve(const StepState& s, int) override {
+        if (!split(s)) return;
+        const size_t n = static_cast<size_t>(s.rows) * n_heads_ * parts(s) * (round_up(head_dim_, 16) + 16);
+        if (partial_.size() < n) partial_.resize(n + n / 2);
+    }
+    int chunks(const StepState& s, int) override {
+        return split(s) ? n_kv_ * parts(s) : n_kv_ * pieces(s.rows, kAttentionRows);
+    }
+    void run(const StepState& s, int c, int thread) override {
+        AttentionArgs a = args(s);
+        a.scratch = (*scratch_)[thread];
+        if (split(s)) {
+            a.kv_head = c / a.n_parts;
+            a.p0 = c % a.n_parts, a.p1 = a.p0 + 1;
+            a.r0 = 0, a.r1 = s.rows;
+        } else {
+            const int groups = pieces(s.rows, kAttentionRows);
+            a.kv_head = c / groups;
+            a.r0 = c % groups * kAttentionRows, a.r1 = std::min(s.rows, a.r0 + kAttentionRows);
+            a.p0 = 0, a.p1 = (s.length + a.r1 + kPartSlots - 1) / kPartSlots;
+        }
+        k_.attention(a);
+    }
+    bool split(const StepState& s) const { return s.rows <= 2 * kAttentionRows && parts(s) > 1; }
+    static int parts(const StepState& s) { return (s.length + s.rows + kPartSlots - 1) / kPartSlots; }
+    AttentionArgs args(const StepState& s) {
+        const size_t ld = static_cast<size_t>(n_heads_ + 2 * n_kv_) * head_dim_;
+        AttentionArgs a{};
+        a.q = qkv_, a.ldq = ld, a.n_heads = n_heads_, a.layer = layer_;
+        a.kv = s.kv, a.blocks = s.blocks, a.length = s.length, a.n_parts = parts(s), a.out = out_;
+        a.partial = split(s) ? partial_.data() : nullptr;
+        return a;
+    }
+
+  private:
+    const KernelTable& k_;
+    const std::vector<float*>* scratch_;
+    const float* qkv_;
+    int n_heads_, n_kv_, head_dim_, layer_;
+    float* out_;
+    std::vector<float> partial_;
+};
+
+class AttentionMergeOp : public Op {
+  public:
+    AttentionMergeOp(const KernelTable& k, AttentionOp* attention) : k_(k), attention_(attention) {}
+    const char* name() const override { return "attention_merge"; }
+    int chunks(const StepState& s, int) override {
+        return attention_->split(s) ? (AttentionOp::parts(s) > 8 ? s.rows : 1) : 0;
+    }
+    void run(const StepState& s, int c, int) override {
+        AttentionArgs a = attention_->args(s);
+        const bool each = AttentionOp::parts(s) > 8;
+        a.r0 = each ? c : 0, a.r1 = each ? c + 1 : s.rows;
+        k_.attention_merge(a);
+    }
+
+  private:
+    const KernelTable& k_;
+    AttentionOp* attention_;
+};
+
+// Logits of the asked rows; for a greedy step each piece keeps only its best id, and no logits array is written.
+class LmHeadOp : public Op {
+  public:
+    static constexpr int kRows = 64, kCols = 256;
+
+    LmHeadOp(const KernelTable& k, const std::vector<float*>* scratch, const LinearWeights* w, const Activations* x)
+        : k_(k), scratch_(scratch), w_(w), x_(x) {}
+    const char* name() const override { return "lm_head"; }
+    void reserve(const StepState& s, int threads) override {
+        if (!s.greedy) return;
+        chunks(s, threads);
+        best_.resize(static_cast<size_t>(s.logit_rows()) * pieces(w_->tiles(), piece_));
+    }
+    int chunks(const StepState& s, int threads) override {
+        piece_ = std::max(1, w_->tiles() / (threads * 16));
+        if (s.logit_rows() > 2 * kRowBlock) piece_ = std::min(piece_, 8);
+        chunks_ = s.logit_rows() ? pieces(w_->tiles(), piece_) : 0;
+        return chunks_;
+    }
+    void run(const StepState& s, int c, int thread) override {
+        const int t0 = c * piece_, t1 = std::min(w_->tiles(), t0 + piece_), rows = s.logit_rows();
+        if (s.logits)
+            k_.linear({w_, x_, rows, s.logits, static_cast<size_t>(w_->n), nullptr, 0, t0, t1});
+        else
+            best_of(c, t0, t1, rows, (*scratch_)[thread]);
+    }
+    ArgmaxResult best(int row) const {
+        ArgmaxResult top = best_[static_cast<size_t>(row) * chunks_];
+        for (int c = 1; c < chunks_; c++) {
+            const ArgmaxResult& r = best_[static_cast<size_t>(row) * chunks_ + c];
+            if (r.value > top.value) top = r;  // chunks are in id order, so a tie keeps the lowest id
+        }
+        return top;
+    }
+
+  private:
+    void best_of(int c, int t0, int t1, int rows, float* scratch) {
+        constexpr int kTiles = kCols / kTile;
+        for (int r = 0; r < rows; r += kRows) {
+            const int n = std::min(kRows, rows - r);
+            Activations x = *x_;
+            if (x.f) x.f += static_cast<size_t>(r) * x.k;
+            const size_t at = x.at(r, 0);
+            if (x.q) {
+                x.q = static_cast<int8_t*>(x.q) + at * kActGroup * (x.bits / 8);
+                x.scale += at, x.nsum += at, x.xsum += at;
+            }
+            for (int t = t0; t < t1; t += kTiles) {
+                const int end = std::min(t1, t + kTiles), first = t * kTile,
+                          cols = std::min(w_->n, end * kTile) - first;
+                LinearWeights w = *w_;  // the columns from `first` on, so that they land at the scratch's start
+                w.data += t * w.tile_bytes();
+                w.n -= first;
+                if (w.bias) w.bias += first;
+                k_.linear({&w, &x, n, scratch, kCols, nullptr, 0, 0, end - t});
+                for (int m = 0; m < n; m++) {
+                    ArgmaxResult found = k_.argmax(scratch + m * kCols, cols);
+                    found.index += first;
+                    ArgmaxResult& top = best_[static_cast<size_t>(r + m) * chunks_ + c];
+                    if (t == t0 || found.value > top.value) top = found;
+                }
+            }
+        }
+    }
+
+    const KernelTable& k_;
+    const std::vector<float*>* scratch_;
+    const LinearWeights* w_;
+    const Activations* x_;
+    int piece_ = 1, chunks_ = 0;
+    std::vector<ArgmaxResult> best_;
+};
+
+class GreedyOp : public Op {
+  public:
+    explicit GreedyOp(const LmHeadOp* head) : head_(head) {}
+    const char* name() const override { return "greedy"; }
+    int chunks(const StepState& s, int) override { return s.greedy && s.logit_rows() ? 1 : 0; }
+    void run(const StepState& s, int, int) override {
+        for (int m = 0; m < s.logit_rows(); m++) s.greedy[m] = head_->best(m).index;
+    }
+
+  private:
+    const LmHeadOp* head_;
+};
+
+}  // namespace tinychat

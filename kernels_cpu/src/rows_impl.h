@@ -1,0 +1,376 @@
+// Everything between two linears: norms, quantization of activations, SwiGLU, rotary embedding, embedding rows, argmax.
+// Sums run over 16 virtual lanes in a fixed order, whatever the width of the ISA's registers.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace tinychat {
+namespace {
+
+// 16 floats on any ISA.
+template <class S>
+struct V16 {
+    static constexpr int N = 16 / S::kLanes;
+    typename S::F v[N];
+
+    static V16 set1(float x) {
+        V16 r;
+        for (int i = 0; i < N; i++) r.v[i] = S::set1(x);
+        return r;
+    }
+    static V16 load(const float* p) {
+        V16 r;
+        for (int i = 0; i < N; i++) r.v[i] = S::load(p + i * S::kLanes);
+        return r;
+    }
+    // The first n ≤ 16 values, zeros behind them; reads nothing past n.
+    static V16 load_n(const float* p, int n) {
+        if (n >= 16) return load(p);
+        float t[16] = {};
+        memcpy(t, p, n * sizeof(float));
+        return load(t);
+    }
+    void store(float* p) const {
+        for (int i = 0; i < N; i++) S::store(p + i * S::kLanes, v[i]);
+    }
+    void store_n(float* p, int n) const {
+        if (n >= 16) return store(p);
+        float t[16];
+        store(t);
+        memcpy(p, t, n * sizeof(float));
+    }
+    // Lane i takes f(a[i], b[i], …).
+    template <class Fn, class... A>
+    static V16 map(Fn f, const A&... a) {
+        V16 r;
+        for (int i = 0; i < N; i++) r.v[i] = f(a.v[i]...);
+        return r;
+    }
+    friend V16 operator+(V16 a, V16 b) {
+        return map([](auto x, auto y) { return S::add(x, y); }, a, b);
+    }
+    friend V16 operator*(V16 a, V16 b) {
+        return map([](auto x, auto y) { return S::mul(x, y); }, a, b);
+    }
+    friend V16 operator/(V16 a, V16 b) {
+        return map([](auto x, auto y) { return S::div(x, y); }, a, b);
+    }
+    static V16 fma(V16 a, V16 b, V16 c) {
+        return map([](auto x, auto y, auto z) { return S::fma(x, y, z); }, a, b, c);
+    }
+    static V16 max(V16 a, V16 b) {
+        return map([](auto x, auto y) { return S::max(x, y); }, a, b);
+    }
+    static V16 max_abs(V16 a, V16 b) {
+        return map([](auto x, auto y) { return S::max_abs(x, y); }, a, b);
+    }
+
+    // Lanes i and i + 8, then 4, 2, 1: the same tree on every ISA.
+    float sum() const {
+        float t[16];
+        store(t);
+        for (int w = 8; w > 0; w /= 2)
+            for (int i = 0; i < w; i++) t[i] += t[i + w];
+        return t[0];
+    }
+    float largest() const {
+        float t[16];
+        store(t);
+        for (int i = 1; i < 16; i++) t[0] = t[i] > t[0] ? t[i] : t[0];
+        return t[0];
+    }
+    float largest_abs_bits() const {
+        int32_t t[16];
+        store(reinterpret_cast<float*>(t));
+        for (int i = 1; i < 16; i++) t[0] = t[i] > t[0] ? t[i] : t[0];
+        float f;
+        memcpy(&f, t, 4);
+        return f;
+    }
+};
+
+// e^x within 2 ulp; 0 below -87 (so that a masked score of -infinity weighs nothing), saturates at e^88.
+template <class S>
+inline typename S::F exp_lanes(typename S::F x) {
+    using F = typename S::F;
+    F c = S::min(S::max(x, S::set1(-87.0f)), S::set1(88.0f));
+    typename S::I n = S::round(S::mul(c, S::set1(1.44269504f)));
+    F nf = S::to_float(n);
+    F r = S::fma(nf, S::set1(-0.693359375f), c);
+    r = S::fma(nf, S::set1(2.12194440e-4f), r);
+    F p = S::set1(1.9875691500e-4f);  // Cephes' expf polynomial
+    p = S::fma(p, r, S::set1(1.3981999507e-3f));
+    p = S::fma(p, r, S::set1(8.3334519073e-3f));
+    p = S::fma(p, r, S::set1(4.1665795894e-2f));
+    p = S::fma(p, r, S::set1(1.6666665459e-1f));
+    p = S::fma(p, r, S::set1(5.0000001201e-1f));
+    p = S::fma(S::mul(r, r), p, S::add(r, S::set1(1.0f)));
+    // For NaN both comparisons are false and the sum below keeps it.
+    F y = S::mul(p, S::pow2(n));
+    y = S::select_lt(x, S::set1(-87.0f), S::zero(), y);
+    return S::select_lt(x, S::set1(INFINITY), y, S::select_lt(S::set1(88.0f), x, y, x));
+}
+
+template <class S>
+inline V16<S> exp16(V16<S> x) {
+    return V16<S>::map([](auto v) { return exp_lanes<S>(v); }, x);
+}
+
+// Integers, scale and sums of 32 inputs of one row. NaN and infinity make the scale NaN or infinite, so they stay
+// visible in every output of the row; a group that is zero (or denormal) gets scale 0.
+template <class S>
+inline void quantize32(const float* x, const Activations& out, int row, int g) {
+    const V16<S> a = V16<S>::load(x), b = V16<S>::load(x + 16);
+    const float peak = V16<S>::max_abs(V16<S>::max_abs(V16<S>::set1(0.0f), a), b).largest_abs_bits();
+    const float top = out.bits == 8 ? 127.0f : 32767.0f;
+    const size_t at = out.at(row, g);
+    const float inv = peak > 1e-30f ? top / peak : 0.0f;
+    const float scale = peak < 1e-30f ? 0.0f : peak * (1.0f / top);
+    int32_t q[32];
+    for (int i = 0; i < V16<S>::N; i++) {
+        S::storei(q + i * S::kLanes, S::round(S::mul(a.v[i], S::set1(inv))));
+        S::storei(q + 16 + i * S::kLanes, S::round(S::mul(b.v[i], S::set1(inv))));
+    }
+    int32_t sum = 0;
+    if (out.bits == 8) {
+        int8_t* d = static_cast<int8_t*>(out.q) + at * kActGroup;
+        for (int i = 0; i < 32; i++) {
+            int32_t v = q[i] > 127 ? 127 : q[i] < -127 ? -127 : q[i];
+            d[i] = static_cast<int8_t>(v);
+            sum += v;
+        }
+    } else {
+        int16_t* d = static_cast<int16_t*>(out.q) + at * kActGroup;
+        for (int i = 0; i < 32; i += 8)
+            for (int j = 0; j < 8; j++) {
+                int32_t v = q[i + (j < 4 ? 2 * j : 2 * (j - 4) + 1)];
+                v = v > 32767 ? 32767 : v < -32767 ? -32767 : v;
+                d[i + j] = static_cast<int16_t>(v);
+                sum += v;
+            }
+    }
+    out.scale[at] = scale;
+    out.nsum[at] = -sum;
+    out.xsum[at] = scale * static_cast<float>(sum);
+}
+
+template <class S>
+void rms_norm(const NormArgs& a) {
+    using V = V16<S>;
+    const int k = a.out.k;
+    for (int r = a.r0; r < a.r1; r++) {
+        const float* x = a.x + static_cast<size_t>(r) * k;
+        V s[4] = {V::set1(0), V::set1(0), V::set1(0), V::set1(0)};
+        for (int i = 0; i < k; i += 64)
+            for (int j = 0; j < 4 && i + 16 * j < k; j++) {
+                V v = V::load_n(x + i + 16 * j, k - i - 16 * j);
+                s[j] = V::fma(v, v, s[j]);
+            }
+        const float mean = ((s[0] + s[1]) + (s[2] + s[3])).sum() / static_cast<float>(k);
+        const V inv = V::set1(1.0f / std::sqrt(mean + a.eps));
+        float y[32];
+        for (int i = 0; i < k; i += 32) {
+            for (int j = 0; j < 32 && i + j < k; j += 16) {
+                const int n = k - i - j;
+                V v = V::load_n(x + i + j, n) * inv * V::load_n(a.weight + i + j, n);
+                if (a.out.f) v.store_n(a.out.f + static_cast<size_t>(r) * k + i + j, n);
+                v.store(y + j);
+            }
+            if (a.out.q) quantize32<S>(y, a.out, r, i / kActGroup);
+        }
+    }
+}
+
+template <class S>
+void quantize(const QuantizeArgs& a) {
+    const int k = a.out.k;
+    float y[32];
+    for (int r = a.r0; r < a.r1; r++) {
+        const float* x = a.x + static_cast<size_t>(r) * k;
+        for (int i = 0; i < k; i += 32) {
+            const int n = k - i < 32 ? k - i : 32;
+            if (a.perm)
+                for (int j = 0; j < n; j++) y[j] = x[a.perm[i + j]];
+            else
+                memcpy(y, x + i, n * sizeof(float));
+            if (a.out.f) memcpy(a.out.f + static_cast<size_t>(r) * k + i, y, n * sizeof(float));
+            if (a.out.q) quantize32<S>(y, a.out, r, i / kActGroup);
+        }
+    }
+}
+
+template <class S>
+void silu_mul(const SiluArgs& a) {
+    using V = V16<S>;
+    const int k = a.out.k;
+    float y[32];
+    for (int r = a.r0; r < a.r1; r++) {
+        const float* gate = a.x + static_cast<size_t>(r) * 2 * k;
+        const float* up = gate + k;
+        for (int i = a.c0; i < a.c1; i += 32) {
+            for (int j = 0; j < 32 && i + j < a.c1; j += 16) {
+                const int n = a.c1 - i - j;
+                V g = V::load_n(gate + i + j, n);
+                V e = exp16<S>(g * V::set1(-1.0f));
+                V v = g / (e + V::set1(1.0f)) * V::load_n(up + i + j, n);
+                if (a.out.f) v.store_n(a.out.f + static_cast<size_t>(r) * k + i + j, n);
+                v.store(y + j);
+            }
+            if (a.out.q) quantize32<S>(y, a.out, r, i / kActGroup);
+        }
+    }
+}
+
+// A row of the embedding: one lane of its tile. The tile's other rows come along in the same cache lines, k / 4 (8-bit)
+// or k / 8 (4-bit) of them; cheaper than keeping a second copy of a tied embedding.
+template <class S>
+void embed(const EmbedArgs& a) {
+    const LinearWeights& w = *a.w;
+    for (int r = a.r0; r < a.r1; r++) {
+        const int lane = a.ids[r] % kTile;
+        const uint8_t* tile = w.data + static_cast<size_t>(a.ids[r] / kTile) * w.tile_bytes();
+        const uint8_t* codes = tile + w.tile_meta_bytes();
+        float* out = a.out + static_cast<size_t>(r) * w.k;
+        float one[16];
+        if (w.kind == WeightKind::kF32) {
+            for (int k = 0; k < w.k; k++) memcpy(out + k, codes + (static_cast<size_t>(k) * kTile + lane) * 4, 4);
+            continue;
+        }
+        if (w.kind == WeightKind::kF16 || w.kind == WeightKind::kBF16) {
+            for (int k = 0; k < w.k; k += 16) {
+                uint16_t h[16] = {};
+                const int n = w.k - k < 16 ? w.k - k : 16;
+                for (int i = 0; i < n; i++) memcpy(h + i, codes + (static_cast<size_t>(k + i) * kTile + lane) * 2, 2);
+                for (int i = 0; i < 16; i += S::kLanes)
+                    S::store(one + i, w.kind == WeightKind::kF16 ? S::load_f16(h + i) : S::load_bf16(h + i));
+                memcpy(out + k, one, n * sizeof(float));
+            }
+            continue;
+        }
+        for (int g = 0; g < w.k / w.group; g++) {
+            const uint8_t* meta = tile + static_cast<size_t>(g) * meta_bytes(w.meta);
+            float scale, offset = 0;
+            int zero = w.kind == WeightKind::kW4 ? 8 : 0;
+            if (w.meta == Meta::kFloat) {
+                memcpy(&scale, meta + 4 * lane, 4);
+                memcpy(&offset, meta + 64 + 4 * lane, 4);
+                zero = 0;
+            } else {
+                for (int i = 0; i < 16; i += S::kLanes)
+                    S::store(one + i, S::load_f16(reinterpret_cast<const uint16_t*>(meta) + i));
+                scale = one[lane];
+            }
+            if (w.meta == Meta::kOffset16) {
+                for (int i = 0; i < 16; i += S::kLanes)
+                    S::store(one + i, S::load_f16(reinterpret_cast<const uint16_t*>(meta) + 16 + i));
+                offset = one[lane];
+                zero = 0;
+            }
+            if (w.meta == Meta::kZero4) zero = lane < 8 ? meta[32 + lane] & 15 : meta[32 + lane - 8] >> 4;
+            for (int i = 0; i < w.group; i++) {
+                const int k = g * w.group + i;
+                int q;
+                if (w.kind == WeightKind::kW8) {
+                    q = static_cast<int8_t>(codes[static_cast<size_t>(k / 4) * 64 + lane * 4 + k % 4]);
+                } else {
+                    const uint8_t b = codes[static_cast<size_t>(k / 8) * 64 + lane * 4 + k % 4];
+                    q = k % 8 < 4 ? b & 15 : b >> 4;
+                }
+                out[k] = offset == 0 ? static_cast<float>(q - zero) * scale
+                                     : std::fmaf(static_cast<float>(q), scale, offset);
+            }
+        }
+    }
+}
+
+// Positions run into the hundred thousands, so the angle is a double.
+template <class S>
+void rope_table(const RopeTableArgs& a) {
+    for (int r = a.r0; r < a.r1; r++) {
+        float* t = a.table + static_cast<size_t>(r) * 2 * a.half;
+        for (int i = 0; i < a.half; i++) {
+            const double angle = static_cast<double>(a.position + r) * a.freq[i];
+            t[i] = static_cast<float>(std::cos(angle));
+            t[a.half + i] = static_cast<float>(std::sin(angle));
+        }
+    }
+}
+
+// Halves convention: (x[i], x[i + half]) turns by the angle of frequency i. in and out may be the same.
+template <class S>
+inline void rotate_head(const float* in, const float* table, int half, int dim, float scale, float* out) {
+    using V = V16<S>;
+    const V sc = V::set1(scale), minus = V::set1(-1.0f);
+    for (int i = 0; i < half; i += 16) {
+        const int n = half - i;
+        V a = V::load_n(in + i, n), b = V::load_n(in + half + i, n);
+        V c = V::load_n(table + i, n), s = V::load_n(table + half + i, n);
+        V x = V::fma(a, c, b * s * minus) * sc, y = V::fma(b, c, a * s) * sc;
+        x.store_n(out + i, n);
+        y.store_n(out + half + i, n);
+    }
+    for (int i = 2 * half; i < dim; i++) out[i] = in[i] * scale;
+}
+
+// To fp16; beyond its range to the largest finite value, since an infinite key would poison the softmax of every later
+// token.
+template <class S>
+inline void to_half16(const float* x, uint16_t* out) {
+    for (int i = 0; i < 16; i += S::kLanes) {
+        typename S::F v = S::load(x + i);
+        v = S::select_lt(S::set1(65504.0f), v, S::set1(65504.0f), v);
+        v = S::select_lt(v, S::set1(-65504.0f), S::set1(-65504.0f), v);
+        S::store_f16(out + i, v);
+    }
+}
+
+template <class S>
+void rope_kv(const RopeArgs& a) {
+    const int d = a.head_dim;
+    const size_t ld = static_cast<size_t>(a.n_heads + 2 * a.n_kv) * d;
+    float rotated[16 * ((1024 + 15) / 16)];
+    uint16_t half[16];
+    for (int r = a.r0; r < a.r1; r++) {
+        float* q = a.qkv + r * ld;
+        const float* k = q + static_cast<size_t>(a.n_heads) * d;
+        const float* v = k + static_cast<size_t>(a.n_kv) * d;
+        const float* table = a.table + static_cast<size_t>(r) * 2 * a.half;
+        for (int h = 0; h < a.n_heads; h++) rotate_head<S>(q + h * d, table, a.half, d, a.q_scale, q + h * d);
+        const int slot = a.length + r, block = a.blocks[slot / kBlockSlots], in_block = slot % kBlockSlots;
+        for (int h = 0; h < a.n_kv; h++) {
+            rotate_head<S>(k + h * d, table, a.half, d, 1.0f, rotated);
+            for (int i = d; i % 16; i++) rotated[i] = 0;
+            uint16_t* keys = a.kv->keys(block, a.layer, h) + in_block;
+            for (int i = 0; i < d; i += 16) {
+                to_half16<S>(rotated + i, half);
+                for (int j = 0; j < 16 && i + j < d; j++) keys[(i + j) * kBlockSlots] = half[j];
+            }
+            uint16_t* values = a.kv->values(block, a.layer, h) + static_cast<size_t>(in_block) * a.kv->padded_dim();
+            for (int i = 0; i < d; i += 16) {
+                float t[16] = {};
+                memcpy(t, v + h * d + i, (d - i < 16 ? d - i : 16) * sizeof(float));
+                to_half16<S>(t, values + i);
+            }
+        }
+    }
+}
+
+// The first index of the largest value; NaN never wins, all NaN gives index 0.
+template <class S>
+ArgmaxResult argmax(const float* v, int n) {
+    using V = V16<S>;
+    V best = V::set1(-INFINITY);
+    int i = 0;
+    for (; i + 16 <= n; i += 16) best = V::max(V::load(v + i), best);  // max(x, best): NaN in x gives best
+    float top = best.largest();
+    for (; i < n; i++) top = v[i] > top ? v[i] : top;
+    for (i = 0; i < n; i++)
+        if (v[i] == top) return {top, i};
+    return {-INFINITY, 0};
+}
+
+}  // namespace
+}  // namespace tinychat

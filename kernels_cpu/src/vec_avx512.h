@@ -1,0 +1,97 @@
+// AVX-512 with VNNI: 16 rows in one register.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace tinychat {
+
+struct Avx512 {
+    static constexpr int kLanes = 16;
+    static constexpr int kRows = 8;
+    using F = __m512;
+    using I = __m512i;
+    using Acc8 = __m512i;
+    using Acc16 = __m512i;
+
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float x) { return _mm512_set1_ps(x); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static F select_lt(F a, F b, F x, F y) { return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
+    static F max_abs(F acc, F x) {
+        I bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+        return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(acc), bits));
+    }
+    static F load_f16(const uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static void store_f16(uint16_t* p, F a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static F load_bf16(const uint16_t* p) {
+        __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+    }
+    static I set1i(int32_t x) { return _mm512_set1_epi32(x); }
+    static I addi(I a, I b) { return _mm512_add_epi32(a, b); }
+    static I round(F a) { return _mm512_cvtps_epi32(a); }
+    static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+    static F pow2(I n) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+    }
+    static void store_i8(int8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a)); }
+    static void store_i16(int16_t* p, I a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
+    }
+    static void storei(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
+
+    static I line(const uint8_t* p) { return _mm512_load_si512(p); }
+    static I low(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+    static I high(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+    static I word(const void* x) {
+        int32_t v;
+        memcpy(&v, x, 4);
+        return _mm512_set1_epi32(v);
+    }
+    static Acc8 acc8() { return _mm512_setzero_si512(); }
+    static Acc8 dot_u4(Acc8 a, I w, const int8_t* x) { return _mm512_dpbusd_epi32(a, w, word(x)); }
+    static I finish_u4(Acc8 a) { return a; }
+    // The instruction wants unsigned × signed: weights go up by 128, and 128 · Σx comes off at the end.
+    static I prepare_s8(I w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
+    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return _mm512_dpbusd_epi32(a, w, word(x)); }
+    static I finish_s8(Acc8 a, int32_t nsum) { return add_zero8(a, _mm512_set1_epi32(128), nsum); }
+    static Acc16 acc16() { return _mm512_setzero_si512(); }
+    template <int i4>
+    static I pair_u4(I w) {
+        return _mm512_and_si512(i4 ? _mm512_srli_epi16(w, 4 * i4) : w, _mm512_set1_epi16(15));
+    }
+    template <int odd>
+    static I pair_s8(I w) {
+        return _mm512_srai_epi16(odd ? w : _mm512_slli_epi16(w, 8), 8);
+    }
+    static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) { return _mm512_dpwssd_epi32(a, w, word(x)); }
+    static I finish16(Acc16 a) { return a; }
+    // zero is 0…128 in the low half of each lane and nsum fits 16 bits, so the 16-bit dot product does it in one.
+    static I add_zero8(I dot, I zero, int32_t nsum) { return _mm512_dpwssd_epi32(dot, zero, _mm512_set1_epi32(nsum)); }
+    static I add_zero16(I dot, I zero, int32_t nsum) {
+        return _mm512_add_epi32(dot, _mm512_mullo_epi32(zero, _mm512_set1_epi32(nsum)));
+    }
+    static I zeros4(const uint8_t* p, int) {
+        __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+        __m128i both = _mm_unpacklo_epi64(b, _mm_srli_epi16(b, 4));
+        return _mm512_cvtepu8_epi32(_mm_and_si128(both, _mm_set1_epi8(15)));
+    }
+    static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace tinychat

@@ -1,0 +1,101 @@
+// NEON with the ARMv8.2 dot product: 4 rows in one register.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace tinychat {
+
+struct Neon {
+    static constexpr int kLanes = 4;
+    static constexpr int kRows = 8;
+    using F = float32x4_t;
+    using I = int32x4_t;
+    using Acc8 = int32x4_t;
+    struct Acc16 {
+        int32x4_t lo, hi;  // two products for each row, rows 0-1 and rows 2-3
+    };
+
+    static F zero() { return vdupq_n_f32(0); }
+    static F set1(float x) { return vdupq_n_f32(x); }
+    static F load(const float* p) { return vld1q_f32(p); }
+    static void store(float* p, F a) { vst1q_f32(p, a); }
+    static F add(F a, F b) { return vaddq_f32(a, b); }
+    static F sub(F a, F b) { return vsubq_f32(a, b); }
+    static F mul(F a, F b) { return vmulq_f32(a, b); }
+    static F div(F a, F b) { return vdivq_f32(a, b); }
+    static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+    static F max(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+    static F min(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+    static F select_lt(F a, F b, F x, F y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
+    static F max_abs(F acc, F x) {
+        I bits = vandq_s32(vreinterpretq_s32_f32(x), vdupq_n_s32(0x7fffffff));
+        return vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(acc), bits));
+    }
+    static F load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static void store_f16(uint16_t* p, F a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+    static F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+    static I set1i(int32_t x) { return vdupq_n_s32(x); }
+    static I addi(I a, I b) { return vaddq_s32(a, b); }
+    static I round(F a) { return vcvtnq_s32_f32(a); }
+    static F to_float(I a) { return vcvtq_f32_s32(a); }
+    static F pow2(I n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23)); }
+    static void store_i8(int8_t* p, I a) {
+        int16x4_t h = vqmovn_s32(a);
+        int8x8_t b = vqmovn_s16(vcombine_s16(h, h));
+        int32_t four = vget_lane_s32(vreinterpret_s32_s8(b), 0);
+        memcpy(p, &four, 4);
+    }
+    static void store_i16(int16_t* p, I a) { vst1_s16(p, vqmovn_s32(a)); }
+    static void storei(int32_t* p, I a) { vst1q_s32(p, a); }
+
+    static I line(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+    static I low(I w) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(w), vdupq_n_u8(15))); }
+    static I high(I w) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(w), 4)); }
+    static int32x4_t word(const void* x) {
+        int32_t v;
+        memcpy(&v, x, 4);
+        return vdupq_n_s32(v);
+    }
+    static Acc8 acc8() { return vdupq_n_s32(0); }
+    static Acc8 dot_u4(Acc8 a, I w, const int8_t* x) {
+        return vdotq_s32(a, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(word(x)));
+    }
+    static I finish_u4(Acc8 a) { return a; }
+    static I prepare_s8(I w) { return w; }
+    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dot_u4(a, w, x); }
+    static I finish_s8(Acc8 a, int32_t) { return a; }
+    static Acc16 acc16() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+    template <int i4>
+    static I pair_u4(I w) {
+        uint16x8_t h = vreinterpretq_u16_s32(w);
+        if constexpr (i4 > 0) h = vshrq_n_u16(h, 4 * i4);
+        return vreinterpretq_s32_u16(vandq_u16(h, vdupq_n_u16(15)));
+    }
+    template <int odd>
+    static I pair_s8(I w) {
+        int16x8_t h = vreinterpretq_s16_s32(w);
+        if constexpr (!odd) h = vshlq_n_s16(h, 8);
+        return vreinterpretq_s32_s16(vshrq_n_s16(h, 8));
+    }
+    static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) {
+        int16x8_t q = vreinterpretq_s16_s32(w), v = vreinterpretq_s16_s32(word(x));
+        return {vmlal_s16(a.lo, vget_low_s16(q), vget_low_s16(v)), vmlal_high_s16(a.hi, q, v)};
+    }
+    static I finish16(Acc16 a) { return vpaddq_s32(a.lo, a.hi); }
+    static I add_zero8(I dot, I zero, int32_t nsum) { return vmlaq_n_s32(dot, zero, nsum); }
+    static I add_zero16(I dot, I zero, int32_t nsum) { return vmlaq_n_s32(dot, zero, nsum); }
+    static I zeros4(const uint8_t* p, int first) {
+        int32_t z[4];
+        for (int i = 0; i < 4; i++) {
+            int r = first + i;
+            z[i] = r < 8 ? p[r] & 15 : p[r - 8] >> 4;
+        }
+        return vld1q_s32(z);
+    }
+    static void prefetch(const void* p) { __builtin_prefetch(p); }
+};
+
+}  // namespace tinychat

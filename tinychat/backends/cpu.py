@@ -1,0 +1,316 @@
+"""The CPU backend: a model's ops, recorded once as a program of SIMD kernels and replayed each step.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tinychat import packs
+from tinychat.backends import BLOCK, Step
+from tinychat.config import ModelConfig, RopeConfig
+from tinychat.errors import TinychatError, UsageError
+from tinychat.formats import Checkpoint
+from tinychat.kernels_cpu import _native
+from tinychat.models import FAMILIES
+from tinychat.packs import PackedLinear
+from tinychat.prepare import WeightPolicy
+
+MAX_ROWS = 512
+
+
+class CpuBackend:
+    """Implements `Backend`. Rows do not depend on each other: any chunking gives the same bits."""
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        policy: WeightPolicy | None = None,
+        *,
+        threads: int | None = None,
+        act_bits: int | None = None,
+        kv_bits: int = 16,
+    ):
+        """Raises UsageError for an unknown setting, or a TINYCHAT_ISA that this CPU does not run."""
+        if act_bits not in (None, 8, 16):
+            raise UsageError(f"act_bits={act_bits!r} is not known.", "Use 8 or 16.")
+        if kv_bits != 16:
+            raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 16.")
+        try:
+            self.isa = _native.isa()
+        except RuntimeError as e:
+            raise UsageError(*str(e).split("\n", 1)) from None
+        self.cfg: ModelConfig = checkpoint.config
+        # Integer dot products are exact and the fastest path on every ISA, so 8 bits is what runs unless asked.
+        self.act_bits = act_bits or 8
+        self.threads = threads or _native.cores()
+        family = FAMILIES[self.cfg.family]
+        weights = family.load(
+            packs.load(checkpoint, policy or WeightPolicy(), family, self.threads), self.cfg
+        )
+        recorder = _Recorder()
+        family.forward(recorder, self.cfg, weights)
+        self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS, self.act_bits))
+        self.max_rows = MAX_ROWS
+        self._pool = np.empty(0, np.uint8)
+        self._blocks = 0
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: backend, isa, act_bits, kv_bits, threads."""
+        return {
+            "backend": self.name,
+            "isa": self.isa,
+            "act_bits": self.act_bits,
+            "kv_bits": 16,
+            "threads": self.threads,
+        }
+
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of one block of BLOCK slots: fp16 keys and values of all layers."""
+        padded = -(-self.cfg.head_dim // 16) * 16
+        return self.cfg.n_layers * 2 * BLOCK * self.cfg.n_kv_heads * padded * 2
+
+    def allocate_kv(self, n_blocks: int) -> None:
+        """Reserve the KV pool; memory is touched only as blocks are used."""
+        size = max(1, n_blocks) * self.kv_bytes_per_block()
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as e:
+            from tinychat.errors import MemoryBudgetError
+
+            raise MemoryBudgetError(
+                f"The KV cache needs {size / 1e9:.1f} GB: {e.strerror}.", "Ask for a smaller --ctx."
+            ) from None
+        c = self.cfg
+        self._pool = np.frombuffer(memory, np.uint8)
+        self._blocks = n_blocks
+        self._program.set_kv(self._pool, n_blocks, c.n_layers, c.n_kv_heads, c.head_dim)
+
+    def copy_block(self, src: int, dst: int) -> None:
+        """Copy a pool block, all layers (copy-on-write)."""
+        blocks = self._pool.reshape(max(1, self._blocks), -1)
+        blocks[dst] = blocks[src]
+
+    def step(self, step: Step) -> np.ndarray:
+        """Run the network. float32 [T - logits_from, vocab]."""
+        out = np.empty((len(step.token_ids) - step.logits_from, self.cfg.vocab_size), np.float32)
+        self._run(step, out, None)
+        return out
+
+    def step_greedy(self, step: Step) -> np.ndarray:
+        """The argmax of each asked row, lowest id on a tie: int32 [T - logits_from]. Writes no logits."""
+        out = np.empty(len(step.token_ids) - step.logits_from, np.int32)
+        self._run(step, None, out)
+        return out
+
+    def timings(self, step: Step) -> list[tuple[str, float]]:
+        """(op, seconds) of one greedy step: what `docs/performance.md` breaks a token down with."""
+        self._program.set_timing(True)
+        try:
+            self.step_greedy(step)
+            return self._program.timings()
+        finally:
+            self._program.set_timing(False)
+
+    def close(self) -> None:
+        """Release threads and memory. Idempotent."""
+        self._program = None
+        self._pool = np.empty(0, np.uint8)
+
+    def _run(self, step: Step, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
+        if self._program is None:
+            raise TinychatError("The model is closed.", "Load it again.")
+        self._program.run(
+            np.ascontiguousarray(step.token_ids, np.int32),
+            step.position,
+            step.length,
+            np.ascontiguousarray(step.block_table, np.int32),
+            step.logits_from,
+            logits,
+            greedy,
+        )
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """Memory that an op writes and later ones read. `rows`: what linears read; else plain fp32."""
+
+    cols: int
+    rows: bool = False
+    as_float: bool = False
+    as_int: bool = False
+    native: Any = None
+    first: int = -1
+    last: int = -1
+
+    def key(self) -> tuple:
+        """Buffers with the same key may take each other's place."""
+        return self.cols, self.rows, self.as_float, self.as_int
+
+
+@dataclass(eq=False)
+class _Value:
+    """A handle: `floats` holds it in fp32, `rows` as linears read it; either may be missing.
+
+    tail: only the rows that get logits, moved to the front.
+    """
+
+    cols: int
+    floats: _Buffer | None = None
+    rows: _Buffer | None = None
+    tail: bool = False
+    consumed: bool = False
+
+
+@dataclass(eq=False)
+class _Heads:
+    """A part of a qkv value, and how it is to be rotated."""
+
+    qkv: _Value
+    cfg: ModelConfig
+    rope: RopeConfig | None = None
+
+
+@dataclass(eq=False)
+class _Record:
+    uses: list[_Buffer]
+    emit: Callable[[Any], None]
+
+
+@dataclass
+class _Recorder:
+    """Implements `Ops` by writing down what to run. Norms and activations take the form that their readers need."""
+
+    records: list[_Record] = field(default_factory=list)
+    tables: dict[RopeConfig, _Buffer] = field(default_factory=dict)
+
+    # Ops
+
+    def embed(self, weight):
+        (w,) = weight
+        out = _Buffer(w.shape[1])
+        self._record([out], lambda p: p.embed(w.native, out.native))
+        return _Value(out.cols, floats=out)
+
+    def rms_norm(self, x, weight, eps):
+        out, source = _Value(x.cols, rows=_Buffer(x.cols, rows=True)), x.floats
+        self._record(
+            [source, out.rows],
+            lambda p: p.rms_norm(source.native, weight, eps, out.rows.native, out.tail),
+        )
+        return out
+
+    def linear(self, x, weight, add_to=None):
+        parts, column = [], 0
+        for w in weight:
+            parts.append((w.native, self._input(x, w), column))
+            column += w.shape[0]
+        out = _Buffer(column) if add_to is None else add_to.floats
+        add = None if add_to is None else out
+        self._record(
+            [b for _, b, _ in parts] + [out],
+            lambda p: p.linear([(w, b.native, c) for w, b, c in parts], out.native, add and add.native),
+        )
+        return _Value(column, floats=out)
+
+    def split_heads(self, qkv, cfg):
+        return _Heads(qkv, cfg), _Heads(qkv, cfg), _Heads(qkv, cfg)
+
+    def rope(self, q, k, rope):
+        if rope not in self.tables:
+            table = self.tables[rope] = _Buffer(rope.dim)
+            frequencies = [float(f) for f in rope.frequencies()]
+
+            def emit(p):
+                table.native = p.rope_table(frequencies)
+
+            self._record([table], emit)
+        return _Heads(q.qkv, q.cfg, rope), _Heads(k.qkv, k.cfg, rope)
+
+    def attention(self, q, k, v, layer):
+        c, qkv, table = q.cfg, q.qkv.floats, self.tables[q.rope]
+        out = _Buffer(c.n_heads * c.head_dim)
+        heads = c.n_heads, c.n_kv_heads, c.head_dim, layer
+        self._record([qkv, table], lambda p: p.rope_kv(qkv.native, table.native, *heads))
+        self._record([qkv, out], lambda p: p.attention(qkv.native, *heads, out.native))
+        return _Value(out.cols, floats=out)
+
+    def silu_mul(self, gate_up):
+        source, out = gate_up.floats, _Value(gate_up.cols // 2, rows=_Buffer(gate_up.cols // 2, rows=True))
+        self._record([source, out.rows], lambda p: p.silu_mul(source.native, out.rows.native))
+        return out
+
+    def lm_head(self, x, weight):
+        (w,) = weight
+        if x.consumed:
+            raise NotImplementedError("the head's input is read by another op too")
+        x.tail = True
+        rows = self._input(x, w)
+        self._record([rows], lambda p: p.lm_head(w.native, rows.native))
+        return None
+
+    # Building
+
+    def build(self, program: Any) -> Any:
+        """Give every buffer memory, reusing what is no longer read, and emit the ops."""
+        for i, r in enumerate(self.records):
+            for b in r.uses:
+                b.first = i if b.first < 0 else b.first
+                b.last = i
+        tables = set(map(id, self.tables.values()))
+        free: dict[tuple, list[Any]] = {}
+        for i, r in enumerate(self.records):
+            for b in r.uses:
+                if b.first == i and b.native is None and id(b) not in tables:
+                    spare = free.get(b.key())
+                    if spare:
+                        b.native = spare.pop()
+                    elif b.rows:
+                        b.native = program.rows(b.cols, b.as_float, b.as_int)
+                    else:
+                        b.native = program.floats(b.cols)
+            r.emit(program)
+            for b in {id(b): b for b in r.uses}.values():
+                if b.last == i and id(b) not in tables:
+                    free.setdefault(b.key(), []).append(b.native)
+        return program
+
+    def _record(self, uses: list[_Buffer], emit: Callable[[Any], None]) -> None:
+        self.records.append(_Record(uses, emit))
+
+    def _input(self, x: _Value, w: PackedLinear) -> _Buffer:
+        """`x` in the form that `w` reads: integers if it is quantized, in the order of its inputs."""
+        if x.rows is not None and w.perm is None:  # a norm or activation: its own op writes the form
+            self._want(x.rows, w)
+            x.consumed = True
+            return x.rows
+        out = _Buffer(x.cols, rows=True)
+        self._want(out, w)
+        perm, tail = w.perm, x.tail
+        if x.rows is not None:
+            x.rows.as_float = True
+            x.consumed = True
+            source = x.rows
+            self._record(
+                [source, out],
+                lambda p: p.quantize(source.native.floats, perm, out.native, False),
+            )
+        else:
+            source = x.floats
+            self._record([source, out], lambda p: p.quantize(source.native, perm, out.native, tail))
+        return out
+
+    @staticmethod
+    def _want(rows: _Buffer, w: PackedLinear) -> None:
+        if w.native.quantized:
+            rows.as_int = True
+        else:
+            rows.as_float = True

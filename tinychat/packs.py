@@ -1,0 +1,322 @@
+"""Weights in the CPU kernels' own layout: made at first load, one module at a time, and memory-mapped afterwards.
+
+A pack file: 4096 bytes of header (magic, version, where the index is, its checksum), the weights, the index
+(JSON: where each module lies). It is written under another name and renamed when complete, so a pack that has
+the right name is whole; header, sizes and the index's checksum are looked at when it is opened, and a pack that
+is damaged is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from tinychat import locations
+from tinychat.formats import Checkpoint
+from tinychat.kernels_cpu import _native
+from tinychat.prepare import WeightPolicy
+from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
+
+VERSION = 1
+MAGIC = b"TINYPACK"
+PAGE = 4096
+HEADER = struct.Struct("<8sIIQQQ")  # magic, version, index checksum, index offset, index size, file size
+
+# kernels_cpu/src/layout.h
+W4, W8, F32, F16, BF16 = range(5)
+SYMMETRIC, ZERO4, OFFSET16, FLOAT, NONE = range(5)
+ACT_GROUP = 32
+SMALL = 512 << 20  # a pack up to this size is mapped in at once; a larger one as it is used
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A linear for the kernels. perm: the order in which it takes its inputs, or None."""
+
+    native: Any
+    perm: np.ndarray | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.native.shape
+
+
+class Packs:
+    """Gives a model file its weights, in the kernels' layout."""
+
+    def __init__(self, data: Any, index: dict[str, Any]):
+        self._data, self._index = data, index
+
+    def vector(self, name: str) -> np.ndarray:
+        """float32 [n]."""
+        return self._array(self._index["vectors"][name], np.float32)
+
+    def linear(self, *names: str) -> tuple[PackedLinear, ...]:
+        """Linears that share an input."""
+        return tuple(self._linear(n) for n in names)
+
+    def embedding(self, name: str) -> tuple[PackedLinear, ...]:
+        """The embedding (rows are token ids)."""
+        return (self._linear(name),)
+
+    def head(self, name: str, tied_to: Any) -> Any:
+        """The output head, or the embedding where they are one."""
+        return (self._linear(name),) if name in self._index["linears"] else tied_to
+
+    def _array(self, at: list[int], dtype: Any) -> np.ndarray:
+        offset, size = at
+        return np.frombuffer(self._data, np.uint8, size, offset).view(dtype)
+
+    def _linear(self, name: str) -> PackedLinear:
+        e = self._index["linears"][name]
+        bias = None if e["bias"] is None else self._array(e["bias"], np.float32)
+        perm = None if e["perm"] is None else self._array(e["perm"], np.int32)
+        data = self._array(e["data"], np.uint8)
+        return PackedLinear(_native.Linear(*e["form"], data, bias), perm)
+
+
+def load(checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threads: int) -> Packs:
+    """The checkpoint's pack: mapped if there is a sound one, else made (and kept, if the disk has room)."""
+    path = pack_path(checkpoint, policy)
+    pack = _open(path)
+    if pack is not None:
+        return pack
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+        try:
+            with open(partial, "wb") as f:
+                _build(checkpoint, policy, family, threads, _File(f))
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                partial.unlink()
+        pack = _open(path)
+        if pack is not None:
+            return pack
+        reason = "it reads back damaged"
+    except OSError as e:
+        reason = e.strerror or str(e)
+    warnings.warn(
+        f"The packed weights could not be kept in {path.parent} ({reason}); they stay in memory and will be made"
+        " again next time. Free some space, or set TINYCHAT_HOME to another disk.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    memory = _Memory()
+    index = _build(checkpoint, policy, family, threads, memory)
+    return _MemoryPacks(memory.parts, index)
+
+
+def pack_path(checkpoint: Checkpoint, policy: WeightPolicy) -> Path:
+    """Where the pack of these weights lies. The layout is the same on every ISA, so the ISA is not in the name."""
+    key = f"{checkpoint.fingerprint()}|{policy.quantize}|{policy.head_bits}|lanes16|{VERSION}"
+    return locations.packs_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pack"
+
+
+def verify(path: Path) -> list[str]:
+    """Names of the modules whose bytes do not have the checksum that they were written with; reads everything."""
+    pack = _open(path)
+    if pack is None:
+        return ["(header)"]
+    bad = []
+    for name, e in pack._index["linears"].items():
+        if zlib.crc32(pack._array(e["data"], np.uint8)) != e["crc"]:
+            bad.append(name)
+    return bad
+
+
+def _open(path: Path) -> Packs | None:
+    """The pack, or None if there is none or it is damaged."""
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            magic, version, crc, at, length, whole = HEADER.unpack(f.read(HEADER.size))
+            if magic != MAGIC or version != VERSION or whole != size or at + length != size:
+                return None
+            data = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
+        raw = data[at : at + length]
+        if zlib.crc32(raw) != crc:
+            return None
+        # Faults in the middle of a step cost more than page-table entries made at once; a large pack starts lazily.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            data.madvise(22 if size <= SMALL else mmap.MADV_WILLNEED)  # 22: MADV_POPULATE_READ
+        return Packs(data, json.loads(raw))
+    except (OSError, struct.error, ValueError):
+        return None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left that died while packing."""
+    for f in folder.glob("*.partial"):
+        pid = f.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            with contextlib.suppress(OSError):
+                f.unlink()
+
+
+class _File:
+    """Writes parts one behind the other, each at a page."""
+
+    def __init__(self, f: Any):
+        self.f, self.at = f, PAGE
+        f.seek(PAGE)
+
+    def put(self, a: np.ndarray) -> list[int]:
+        start = -(-self.at // PAGE) * PAGE
+        self.f.seek(start)
+        self.f.write(memoryview(a).cast("B"))
+        self.at = start + a.nbytes
+        return [start, a.nbytes]
+
+    def finish(self, index: dict[str, Any]) -> None:
+        raw = json.dumps(index).encode()
+        at, _ = self.put(np.frombuffer(raw, np.uint8))
+        self.f.seek(0)
+        self.f.write(HEADER.pack(MAGIC, VERSION, zlib.crc32(raw), at, len(raw), at + len(raw)))
+        self.f.flush()
+        os.fsync(self.f.fileno())
+
+
+class _Memory:
+    """Keeps parts in memory."""
+
+    def __init__(self):
+        self.parts: list[np.ndarray] = []
+
+    def put(self, a: np.ndarray) -> list[int]:
+        self.parts.append(a)
+        return [len(self.parts) - 1, a.nbytes]
+
+    def finish(self, index: dict[str, Any]) -> None:
+        pass
+
+
+class _MemoryPacks(Packs):
+    """Packs that no file holds."""
+
+    def _array(self, at: list[int], dtype: Any) -> np.ndarray:
+        return self._data[at[0]].view(dtype)
+
+
+class _Packer:
+    """The loader that a model file asks for its weights while they are packed."""
+
+    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, threads: int, sink: Any):
+        self.checkpoint, self.policy, self.threads, self.sink = checkpoint, policy, threads, sink
+        self.index: dict[str, Any] = {"linears": {}, "vectors": {}}
+
+    def vector(self, name: str) -> None:
+        if name not in self.index["vectors"]:
+            v = np.ascontiguousarray(self.checkpoint.vector(name), np.float32)
+            self.index["vectors"][name] = self.sink.put(v)
+
+    def linear(self, *names: str) -> None:
+        for name in names:
+            self._pack(name, self.policy.linear(self.checkpoint, name))
+
+    def embedding(self, name: str) -> None:
+        self._pack(name, self.policy.embedding(self.checkpoint, name))
+
+    def head(self, name: str, tied_to: Any) -> None:
+        head = self.policy.head(self.checkpoint, name)
+        if head is not None:
+            self._pack(name, head)
+
+    def _pack(self, name: str, w: Linear) -> None:
+        form, codes, scales, aux, perm = canonical(w)
+        out = aligned(_native.packed_bytes(*form))
+        _native.pack(*form, codes, scales, aux, out, self.threads)
+        bias = None if w.bias is None else self.sink.put(np.ascontiguousarray(w.bias, np.float32))
+        self.index["linears"][name] = {
+            "form": list(form),
+            "data": self.sink.put(out),
+            "bias": bias,
+            "perm": None if perm is None else self.sink.put(np.ascontiguousarray(perm, np.int32)),
+            "crc": zlib.crc32(out),
+        }
+
+
+def _build(
+    checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threads: int, sink: Any
+) -> dict[str, Any]:
+    packer = _Packer(checkpoint, policy, threads, sink)
+    family.load(packer, checkpoint.config)
+    sink.finish(packer.index)
+    return packer.index
+
+
+def pack(w: Linear, threads: int = 1) -> PackedLinear:
+    """One linear for the kernels, in memory."""
+    form, codes, scales, aux, perm = canonical(w)
+    out = aligned(_native.packed_bytes(*form))
+    _native.pack(*form, codes, scales, aux, out, threads)
+    bias = None if w.bias is None else np.ascontiguousarray(w.bias, np.float32)
+    perm = None if perm is None else np.ascontiguousarray(perm, np.int32)
+    return PackedLinear(_native.Linear(*form, out, bias), perm)
+
+
+def canonical(w: Linear) -> tuple[tuple[int, ...], np.ndarray, Any, Any, np.ndarray | None]:
+    """(kind, meta, n, k, group), codes, scales, zeros or offsets, perm: what `_native.pack` takes.
+
+    The smallest form that holds the weight exactly. Groups that are not whole activation groups run dense, in fp32.
+    """
+    n, k = w.shape
+    if isinstance(w, QuantizedLinear) and w.group % ACT_GROUP == 0:
+        scales16 = _exact16(w.scales)
+        codes = np.ascontiguousarray(w.codes)
+        if w.zeros is not None and scales16 is not None and w.zeros.max() <= 15:
+            if (w.zeros == 8).all():
+                return (W4, SYMMETRIC, n, k, w.group), codes, scales16, None, w.perm
+            zeros = np.ascontiguousarray(w.zeros, np.uint8)
+            return (W4, ZERO4, n, k, w.group), codes, scales16, zeros, w.perm
+        offsets16 = None if w.offsets is None else _exact16(w.offsets)
+        if scales16 is not None and offsets16 is not None:
+            return (W4, OFFSET16, n, k, w.group), codes, scales16, offsets16, w.perm
+        scales = np.ascontiguousarray(w.scales, np.float32)
+        if w.offsets is not None:
+            offsets = np.ascontiguousarray(w.offsets, np.float32)
+        else:
+            offsets = -w.zeros.astype(np.float32) * scales
+        return (W4, FLOAT, n, k, w.group), codes, scales, offsets, w.perm
+    if isinstance(w, Int8Linear) and w.group % ACT_GROUP == 0:
+        codes, scales16 = np.ascontiguousarray(w.codes), _exact16(w.scales)
+        if scales16 is not None:
+            return (W8, SYMMETRIC, n, k, w.group), codes, scales16, None, None
+        scales = np.ascontiguousarray(w.scales, np.float32)
+        return (W8, FLOAT, n, k, w.group), codes, scales, np.zeros_like(scales), None
+    if isinstance(w, DenseLinear) and w.bf16:
+        return (BF16, NONE, n, k, 0), np.ascontiguousarray(w.weight), None, None, None
+    if isinstance(w, DenseLinear) and w.weight.dtype == np.float16:
+        return (F16, NONE, n, k, 0), np.ascontiguousarray(w.weight).view(np.uint16), None, None, None
+    return (F32, NONE, n, k, 0), np.ascontiguousarray(w.dequantize(), np.float32), None, None, None
+
+
+def _exact16(a: np.ndarray) -> np.ndarray | None:
+    """fp16 bits of `a`, or None if fp16 does not hold it exactly."""
+    if a.dtype == np.float16:
+        return np.ascontiguousarray(a).view(np.uint16)
+    with np.errstate(over="ignore"):
+        half = a.astype(np.float16)
+    return np.ascontiguousarray(half).view(np.uint16) if (half.astype(a.dtype) == a).all() else None
+
+
+def aligned(size: int) -> np.ndarray:
+    """uint8 [size] at a 64-byte boundary."""
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
