@@ -88,11 +88,13 @@ class TinyCheckpoint:
         return self._fingerprint
 
 
-def tiny_model(ctx: int = 256, seed: int = 0, **changes):
-    """A Model on the reference backend, weights as they are."""
+def tiny_model(ctx: int = 256, seed: int = 0, backend: str = "reference", **changes):
+    """A Model on the reference or the CPU backend, weights as they are."""
+    from tinychat.backends.cpu import CpuBackend
     from tinychat.backends.reference import ReferenceBackend
     from tinychat.model import Model
     from tinychat.prepare import WeightPolicy
 
     checkpoint = TinyCheckpoint(seed, **changes)
-    return Model(checkpoint, ReferenceBackend(checkpoint, WeightPolicy("none", 16)), "tiny", ctx)
+    kind = {"reference": ReferenceBackend, "cpu": CpuBackend}[backend]
+    return Model(checkpoint, kind(checkpoint, WeightPolicy("none", 16), threads=1), "tiny", ctx)

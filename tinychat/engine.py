@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from weakref import WeakSet
 
 import numpy as np
@@ -18,6 +18,9 @@ from tinychat.events import Completion, Done, Event, FinishReason, Stats, TextDe
 from tinychat.kvcache import BlockPool, Branch, PoolExhaustedError
 from tinychat.machine import human_bytes, peak_rss
 from tinychat.sampling import SamplingParams, choose_seed, sample
+from tinychat.speculation import Draft
+from tinychat.speculation.acceptance import rejection
+from tinychat.speculation.speculator import Speculator
 from tinychat.stopping import StopMatcher
 from tinychat.tokenizer import StreamDecoder, Tokenizer
 
@@ -48,10 +51,16 @@ class Engine:
             return b
 
     def run(
-        self, branch: Branch, ids: Sequence[int], first_logit: int, step_greedy: bool = False
+        self,
+        branch: Branch,
+        ids: Sequence[int],
+        first_logit: int,
+        step_greedy: bool = False,
+        accept: Callable[[np.ndarray], int] | None = None,
     ) -> np.ndarray:
         """Append `ids` to the branch in one step; logits (or argmax) from row `first_logit` on.
 
+        accept: given that output, how many of `ids` stay in the cache; without it all of them do.
         Raises PoolExhaustedError if there is no room even after idle branches gave theirs.
         """
         with self.lock:
@@ -62,7 +71,7 @@ class Engine:
                 np.asarray(ids, dtype=np.int32), len(branch), len(branch), branch.block_table(), first_logit
             )
             out = self.backend.step_greedy(step) if step_greedy else self.backend.step(step)
-            branch.commit(ids)
+            branch.commit(ids if accept is None else ids[: accept(out)])
             return out
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -83,9 +92,11 @@ class Engine:
         prompt: Sequence[int],
         params: SamplingParams,
         cancel: threading.Event | None = None,
+        speculator: Speculator | None = None,
     ) -> Iterator[Event]:
         """Continue `prompt` on `branch`. Yields TextDelta for each token, and Done last.
 
+        speculator: drafts tokens that are verified several at a time; the text is the same without it.
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
         self._check_prompt(prompt)
@@ -93,12 +104,14 @@ class Engine:
             raise UsageError(
                 "This conversation is still answering.", "Cancel it, or wait for its last event."
             )
-        return self._guarded(branch, list(prompt), params, cancel or threading.Event())
+        cancel = cancel or threading.Event()
+        generation = _Generation(self, branch, list(prompt), params, cancel, speculator or Speculator())
+        return self._guarded(branch, generation)
 
-    def _guarded(self, branch, prompt, params, cancel) -> Iterator[Event]:
+    def _guarded(self, branch, generation: _Generation) -> Iterator[Event]:
         branch.busy = True  # nobody reclaims its blocks meanwhile
         try:
-            yield from _Generation(self, branch, prompt, params, cancel).events()
+            yield from generation.events()
         finally:
             branch.busy = False
 
@@ -158,14 +171,18 @@ class _OwnedBranch(Branch):
 class _Generation:
     """The state of one answer."""
 
-    def __init__(self, engine: Engine, branch: Branch, prompt: list[int], params: SamplingParams, cancel):
-        self.engine, self.branch, self.prompt, self.params, self.cancel = (
-            engine,
-            branch,
-            prompt,
-            params,
-            cancel,
-        )
+    def __init__(
+        self,
+        engine: Engine,
+        branch: Branch,
+        prompt: list[int],
+        params: SamplingParams,
+        cancel: threading.Event,
+        speculator: Speculator,
+    ):
+        self.engine, self.branch, self.speculator = engine, branch, speculator
+        self.prompt, self.params, self.cancel = prompt, params, cancel
+        self.context = list(prompt)  # and the answer's tokens so far
         self.decoder = StreamDecoder(engine.tokenizer, continued=True)
         self.matcher = StopMatcher(params.stop)
         self.seed = choose_seed(params)
@@ -173,11 +190,9 @@ class _Generation:
         self.chosen = 0  # the stop token counts as a step too
         self.text: list[str] = []
         self.stats = Stats(prompt_tokens=len(prompt))
-        self.seen = np.zeros(0, dtype=np.int64)
-        if params.repeat_penalty != 1.0:
-            self.seen = np.unique(np.asarray(prompt, dtype=np.int64))
 
     def events(self) -> Iterator[Event]:
+        """Prefill, then a TextDelta a token, then Done."""
         began = time.perf_counter()
         out = self._prefill()
         if out is None:
@@ -186,8 +201,12 @@ class _Generation:
         first = last = time.perf_counter()
         self.stats.ttft_s = first - began
         reason: FinishReason = "length"
+        tokens = self._tokens(out)
         while self._may_continue():
-            token = self._choose(out)
+            token = next(tokens, None)
+            if token is None:
+                reason = "context_full"
+                break
             self.chosen += 1
             last = time.perf_counter()
             if token in self.engine.tokenizer.eos_ids:
@@ -200,18 +219,8 @@ class _Generation:
             if self.matcher.matched is not None:
                 reason = "stop"
                 break
-            if not self._may_continue():
-                break
-            if self.cancel.is_set():
+            if self.cancel.is_set() and self._may_continue():
                 reason = "cancelled"
-                break
-            if len(self.prompt) + len(self.ids) > self.engine.n_ctx:
-                reason = "context_full"
-                break
-            try:
-                out = self.engine.run(self.branch, [token], 0, self.params.greedy)
-            except PoolExhaustedError:
-                reason = "context_full"
                 break
         rest = self.matcher.push(self.decoder.flush()) + self.matcher.flush()
         if self.matcher.matched is not None:
@@ -220,6 +229,54 @@ class _Generation:
             self.text.append(rest)
             yield TextDelta(rest, None)
         yield self._done(reason, first, last)
+
+    def _tokens(self, out: np.ndarray) -> Iterator[int]:
+        """The answer's tokens; ends when the context is full.
+
+        The next step runs when the next token is asked for.
+        """
+        decided = [self._choose(out[0], None)]
+        self.speculator.begin(self.context)
+        while True:
+            for token in decided:
+                yield token
+                self.context.append(token)
+            room = self.engine.n_ctx - len(self.branch) - 1
+            if room < 0:
+                return
+            if self.params.max_tokens is not None:
+                room = min(room, self.params.max_tokens - len(self.ids) - 1)
+            room = min(room, self.engine.backend.max_rows - 1)
+            draft = self.speculator.propose(self.context, room, self.params, self.seed)
+            began = time.perf_counter()
+            decided = []
+
+            def accept(out, draft=draft, decided=decided) -> int:
+                decided += self._verify(out, draft)
+                return len(decided)
+
+            rows = [self.context[-1], *draft.tokens]
+            try:
+                self.engine.run(self.branch, rows, 0, self.params.greedy, accept)
+            except PoolExhaustedError:
+                return
+            kept = len(decided) - 1
+            self.speculator.note(kept, time.perf_counter() - began)
+            self.stats.drafted_tokens += len(draft.tokens)
+            self.stats.accepted_tokens += kept
+
+    def _verify(self, out: np.ndarray, draft: Draft) -> list[int]:
+        """What a window decides: the accepted drafts, then the first that differs, or one more after them
+        all.
+        """
+        decided: list[int] = []
+        for i, row in enumerate(out):
+            drafted = draft.tokens[i] if i < len(draft.tokens) else None
+            q = draft.distributions[i] if drafted is not None and draft.distributions else None
+            decided.append(self._choose(row, drafted, q, decided))
+            if decided[-1] != drafted or drafted in self.engine.tokenizer.eos_ids:
+                break
+        return decided
 
     def _may_continue(self) -> bool:
         return self.params.max_tokens is None or len(self.ids) < self.params.max_tokens
@@ -252,14 +309,17 @@ class _Generation:
                 self.stats.prefill_tps = (at - cached) / max(time.perf_counter() - began, 1e-9)
                 return out
 
-    def _choose(self, out: np.ndarray) -> int:
+    def _choose(self, row, drafted: int | None, q=None, before: Sequence[int] = ()) -> int:
+        """The token that follows the context and `before`, from its row of logits (or its argmax)."""
         if self.params.greedy:
-            return int(out[0])
-        position = len(self.prompt) + len(self.ids)
-        seen = self.seen
-        if self.params.repeat_penalty != 1.0 and self.ids:
-            self.seen = seen = np.union1d(seen, self.ids[-1:])
-        return sample(out[0], self.params, self.seed, position, seen)
+            return int(row)
+        position = len(self.context) + len(before)
+        seen = None
+        if self.params.repeat_penalty != 1.0:
+            seen = np.unique(np.asarray([*self.context, *before], dtype=np.int64))
+        if drafted is not None and self.speculator.rule == "rejection":
+            return rejection(row, drafted, q, self.params, self.seed, position, seen)
+        return sample(row, self.params, self.seed, position, seen)
 
     def _done(self, reason: FinishReason, first: float, last: float) -> Done:
         s = self.stats

@@ -137,20 +137,21 @@ class Branch:
         """Have private room for n more tokens. Raises PoolExhaustedError; then nothing has changed but
         copies.
         """
-        offset = len(self.ids) % BLOCK
-        if offset and n and not self.pool.is_private(self.table[-1]):
+        last, offset = divmod(len(self.ids), BLOCK)
+        if offset and n and not self.pool.is_private(self.table[last]):
             fresh = self.pool.allocate()
-            self.pool.copy_block(self.table[-1], fresh)
-            self.pool.release(self.table[-1])
-            self.table[-1] = fresh
+            self.pool.copy_block(self.table[last], fresh)
+            self.pool.release(self.table[last])
+            self.table[last] = fresh
         needed = -(-(len(self.ids) + n) // BLOCK) - len(self.table)
         if needed > self.pool.available:
             raise PoolExhaustedError
         self.table.extend(self.pool.allocate() for _ in range(needed))
 
     def commit(self, ids: Sequence[int]) -> None:
-        """The backend has written keys and values for `ids` after the present end."""
+        """The backend has written keys and values for `ids`; room beyond them is given back."""
         self.ids.extend(ids)
+        self._release_from(-(-len(self.ids) // BLOCK))
         for i in range(len(self._keys), len(self.ids) // BLOCK):
             previous = self._keys[-1] if self._keys else self._root
             self._keys.append(self._key(previous, self.ids[i * BLOCK : (i + 1) * BLOCK]))
@@ -161,9 +162,7 @@ class Branch:
         if n >= len(self.ids):
             return
         del self.ids[n:]
-        for block in self.table[-(-n // BLOCK) :]:
-            self.pool.release(block)
-        del self.table[-(-n // BLOCK) :]
+        self._release_from(-(-n // BLOCK))
         del self._keys[n // BLOCK :]
 
     def fork(self) -> Branch:
@@ -183,6 +182,11 @@ class Branch:
     def block_table(self) -> np.ndarray:
         """int32 [n blocks], for a backend's Step."""
         return np.asarray(self.table, dtype=np.int32)
+
+    def _release_from(self, i: int) -> None:
+        for block in self.table[i:]:
+            self.pool.release(block)
+        del self.table[i:]
 
     @staticmethod
     def _key(previous: bytes, ids: Sequence[int]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from tinychat.sampling import SamplingParams
 from tinychat.session import Session
 from tinychat.template import ChatTemplate
 
+if TYPE_CHECKING:
+    from tinychat.speculation.speculator import Speculator
+
 DEFAULT_CTX = 8192
 HEADROOM = 300_000_000  # bytes left for everything that is neither weights nor KV
 
@@ -34,6 +37,8 @@ def load(
     head_bits: int = 8,
     ctx: int | None = None,
     quantize: str = "auto",
+    draft: str | None = None,
+    draft_tokens: int | None = None,
     offline: bool = False,
 ) -> Model:
     """Load a model: an alias (downloaded if need be), a Hugging Face repo id, a local folder or a .gguf file.
@@ -45,6 +50,10 @@ def load(
     ctx        tokens the context holds; default: the smaller of the trained context, 8192 and what fits in
                memory
     quantize   "auto" | "rtn" | "none": how weights stored in 16 or 32 bits run (`prepare.WeightPolicy`)
+    draft      "ngram" | "none" | a smaller model of the same family: who drafts tokens for verification; the
+               text is
+               the same. Default: "ngram" where the backend's rows are independent of each other
+    draft_tokens  how many to draft, always; default: as many as pay
 
     Raises ModelNotFoundError, CheckpointError, UnsupportedModelError, MemoryBudgetError, DownloadError,
     UsageError.
@@ -64,24 +73,35 @@ def load(
     if act_bits not in (None, 8, 16):
         raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
     backend = make_backend(checkpoint, policy, device, threads, act_bits)
-    return Model(checkpoint, backend, str(model), ctx)
+    loaded = Model(checkpoint, backend, str(model), ctx)
+    loaded.draft_tokens = draft_tokens
+    if draft is not None:
+        loaded.draft = draft
+        loaded.speculator()  # an unknown or unfit draft is an error now, not in the middle of a chat
+    return loaded
 
 
 def make_backend(
     checkpoint: Checkpoint, policy: WeightPolicy, device: str, threads: int | None, act_bits: int | None
 ) -> Backend:
     """The backend for a device, loaded. Raises MemoryBudgetError before anything is read if it cannot fit."""
-    if device in ("auto", "reference"):
-        need, free = 4 * count_weights(checkpoint.config), available_memory()
-        if need + HEADROOM > free:
-            raise MemoryBudgetError(
-                f"{checkpoint.path.name} needs {human_bytes(need)} and {human_bytes(free)} are free.",
-                "Choose a smaller model, or close other programs.",
-            )
+    reference = device == "reference"
+    if device not in ("auto", "cpu", "reference"):
+        raise UsageError(f"The device {device!r} is not known.", "Use auto, cpu or reference.")
+    # Mapped packs can be dropped by the system, but a model larger than memory would crawl.
+    need, free = count_weights(checkpoint.config) * (4 if reference else 0.55), available_memory()
+    if need + HEADROOM > free:
+        raise MemoryBudgetError(
+            f"{checkpoint.path.name} needs {human_bytes(need)} and {human_bytes(free)} are free.",
+            "Choose a smaller model, or close other programs.",
+        )
+    if reference:
         from tinychat.backends.reference import ReferenceBackend
 
         return ReferenceBackend(checkpoint, policy, threads)
-    raise UsageError(f"The device {device!r} is not known.", "Use auto, cpu or reference.")
+    from tinychat.backends.cpu import CpuBackend
+
+    return CpuBackend(checkpoint, policy, threads=threads, act_bits=act_bits)
 
 
 def count_weights(cfg: ModelConfig) -> int:
@@ -105,6 +125,9 @@ class Model:
         defaults = getattr(checkpoint, "sampling_defaults", dict)()
         self.default_sampling = SamplingParams().but(**defaults)
         self.engine = Engine(backend, self.tokenizer, self._fit_context(ctx))
+        self.draft = "ngram" if backend.row_independent else "none"
+        self.draft_tokens: int | None = None
+        self._draft_models: dict[str, Model] = {}
         self._branch = self.engine.branch()
 
     def _fit_context(self, asked: int | None) -> int:
@@ -156,13 +179,16 @@ class Model:
         keyword.
         """
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        speculator = self.speculator(sampling.pop("draft", None))
         params = self.default_sampling.but(**sampling)
-        return self.engine.generate(self.engine.branch() if self._branch.busy else self._branch, ids, params)
+        branch = self.engine.branch() if self._branch.busy else self._branch
+        return self.engine.generate(branch, ids, params, speculator=speculator)
 
     def chat(self, messages: Sequence[dict[str, str]], **sampling: Any) -> Completion:
         """One answer to a list of {"role", "content"} messages. A model without a chat template continues
         their text.
         """
+        speculator = self.speculator(sampling.pop("draft", None))
         params = self.default_sampling.but(**sampling)
         for m in messages:
             if (
@@ -178,17 +204,42 @@ class Model:
             text = self.template.render(list(messages))
             ids = ([self.tokenizer.bos_id] if self.needs_bos(text) else []) + self.template.encode(text)
         branch = self.engine.branch() if self._branch.busy else self._branch
-        for event in self.engine.generate(branch, ids, params):
+        for event in self.engine.generate(branch, ids, params, speculator=speculator):
             if isinstance(event, Done):
                 return event.completion
         raise AssertionError("a generation ends with Done")
 
     def session(self, system: str | None = None, **sampling: Any) -> Session:
-        """A conversation with a memory."""
+        """A conversation with a memory. `draft` as in `load`; sampling parameters by keyword."""
         return Session(self, system, **sampling)
+
+    def speculator(self, draft: str | None = None) -> Speculator:
+        """Who drafts for one conversation: "ngram", "none", a model; None is this model's default.
+
+        Raises UsageError if a draft model's vocabulary differs.
+        """
+        from tinychat.speculation.control import Controller
+        from tinychat.speculation.draft_model import DraftModel, check_vocabulary
+        from tinychat.speculation.lookup import PromptLookup
+        from tinychat.speculation.speculator import Speculator
+
+        draft = draft or self.draft
+        controller = Controller(self.draft_tokens)
+        if draft == "none":
+            return Speculator()
+        if draft == "ngram":
+            return Speculator(PromptLookup(), controller)
+        if draft not in self._draft_models:
+            facts = self.backend.describe()
+            other = load(draft, device=facts["backend"], threads=facts["threads"], ctx=None, draft="none")
+            check_vocabulary(self.tokenizer, other.tokenizer)
+            self._draft_models[draft] = other
+        return Speculator(DraftModel(self._draft_models[draft].engine, draft), controller)
 
     def close(self) -> None:
         """Give threads and memory back. Idempotent."""
+        for other in self._draft_models.values():
+            other.close()
         self.backend.close()
 
     def __enter__(self) -> Model:

@@ -45,8 +45,9 @@ class Session:
     a cancel, an error or a closed iterator stays in the conversation.
     """
 
-    def __init__(self, model: Model, system: str | None = None, **sampling: Any):
+    def __init__(self, model: Model, system: str | None = None, draft: str | None = None, **sampling: Any):
         self.model = model
+        self.speculator = model.speculator(draft)
         self.params = model.default_sampling.but(**sampling)
         self.nodes: list[Message] = []
         self.leaf: int | None = None
@@ -154,7 +155,9 @@ class Session:
                 question = n_nodes
             segments = self._prompt(self.path(question), True)
             prompt = [i for _, part in segments for i in part]
-            for event in self.model.engine.generate(self._branch, prompt, params, self._cancel):
+            for event in self.model.engine.generate(
+                self._branch, prompt, params, self._cancel, self.speculator
+            ):
                 if answer is None:
                     # From here on the question stands, whatever happens.
                     answer = Message("assistant", "", question)

@@ -35,6 +35,7 @@ class Backend(Protocol):
     """One loaded model on one device. Not thread-safe; the engine serialises."""
 
     name: str
+    row_independent: bool  # whether a row's result is bitwise the same whatever runs with it
     max_rows: int  # rows a step may have; longer prompts are prefilled in chunks
 
     def describe(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class CpuBackend:
     """Implements `Backend`. Rows do not depend on each other: any chunking gives the same bits."""
 
     name = "cpu"
+    row_independent = True
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class ReferenceBackend:
     """Implements `Backend` and, eagerly, `Ops`."""
 
     name = "reference"
+    row_independent = False  # torch chooses another matmul for another row count
     max_rows = 512
 
     def __init__(

@@ -14,9 +14,11 @@ import click
 
 from tinychat.cli.options import (
     DEFAULT_MODEL,
+    DRAFTING,
     LOADING,
     SAMPLING,
     complete_models,
+    drafting_options,
     loading_options,
     pick,
     sampling_options,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("-s", "--system", help="System prompt.")
 @sampling_options
+@drafting_options
 @loading_options
 @click.option(
     "-f",
@@ -60,7 +63,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         )
     from tinychat.model import load
 
-    loaded = load(model, **pick(o, LOADING))
+    loaded = load(model, **pick(o, LOADING + DRAFTING))
     with loaded:
         session = loaded.session(o["system"], **pick(o, SAMPLING))
         if loaded.template is None:

@@ -10,6 +10,7 @@ import click
 DEFAULT_MODEL = "smollm2-135m"
 
 LOADING = ("device", "threads", "act_bits", "head_bits", "ctx", "quantize", "offline")
+DRAFTING = ("draft", "draft_tokens")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "seed", "stop")
 
 
@@ -62,6 +63,14 @@ sampling_options = _stack(
         click.option(
             "--stop", multiple=True, help="End the answer at this text; may be given several times."
         ),
+    ]
+)
+
+
+drafting_options = _stack(
+    [
+        click.option("--draft", metavar="MODEL|ngram|none", help="Who drafts; the text stays the same."),
+        click.option("--draft-tokens", type=click.IntRange(0, 15), help="Draft this many, always."),
     ]
 )
 

@@ -1,0 +1,92 @@
+"""A small model drafts for a large one: its own KV cache, the same engine, the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tinychat.engine import Engine
+from tinychat.errors import UsageError
+from tinychat.kvcache import PoolExhaustedError, common_prefix
+from tinychat.sampling import SamplingParams, candidates, gumbel, sample
+from tinychat.speculation import Draft
+from tinychat.tokenizer import Tokenizer
+
+
+class DraftModel:
+    """Drafts with the model of `engine`.
+
+    At temperature 0 it takes its argmax. Otherwise it draws with the target's noise (the coupled rule of
+    docs/design.md), so that it guesses right whenever the two distributions lead the same noise to the same
+    token.
+    """
+
+    def __init__(self, engine: Engine, name: str = "draft", keep_distributions: bool = False):
+        self.engine, self.name, self.keep_distributions = engine, name, keep_distributions
+        self._branch = engine.branch()
+
+    def begin(self, context: Sequence[int]) -> None:
+        """Keep what the cache shares with `context`; the rest is computed when the first draft is asked for."""
+        with self.engine.lock:
+            self._branch.match(context[:-1])
+
+    def propose(self, context: Sequence[int], k: int, params: SamplingParams, seed: int) -> Draft:
+        """k tokens, one step of the draft model each; fewer when its context is full."""
+        branch, draft = self._branch, Draft([])
+        with self.engine.lock:
+            # Only the end can differ from the last time: what was drafted and not accepted.
+            start = max(0, min(len(branch), len(context)) - 64)
+            same = start + common_prefix(branch.ids[start:], context[start:])
+            branch.truncate(min(same, len(context) - 1))
+        todo = list(context[len(branch) :])
+        try:
+            while len(todo) > self.engine.backend.max_rows:
+                chunk, todo = todo[: self.engine.backend.max_rows], todo[self.engine.backend.max_rows :]
+                self.engine.run(branch, chunk, len(chunk))
+            greedy = params.greedy and not self.keep_distributions
+            for _ in range(k):
+                if len(branch) + len(todo) > self.engine.n_ctx:
+                    break
+                row = self.engine.run(branch, todo, len(todo) - 1, greedy)[0]
+                position = len(context) + len(draft.tokens)
+                todo = [int(row) if greedy else self._choose(row, context, draft, params, seed, position)]
+                draft.tokens += todo
+        except PoolExhaustedError:
+            pass  # fewer drafts, the same text
+        return draft
+
+    def _choose(self, row, context, draft: Draft, params: SamplingParams, seed: int, position: int) -> int:
+        seen = None
+        if params.repeat_penalty != 1.0:
+            seen = np.unique(np.asarray([*context, *draft.tokens], dtype=np.int64))
+        if params.temperature == 0 or not self.keep_distributions:
+            return sample(row, params, seed, position, seen)
+        ids, p = candidates(row, params, seen)
+        draft.distributions.append((ids, p))
+        # Rejection wants a draw that is independent of the target's own noise.
+        return int(ids[np.argmax(np.log(p) + gumbel(seed ^ 0x5DEECE66D, position, ids))])
+
+
+def check_vocabulary(target: Tokenizer, draft: Tokenizer, shown: int = 5) -> None:
+    """Refuse a draft whose tokens mean something else; padding at the vocabulary's end may differ.
+
+    Raises UsageError naming the first pairs that differ.
+    """
+    n = min(target.vocab_size, draft.vocab_size)
+    different = [i for i in range(n) if target.token_bytes(i) != draft.token_bytes(i)]
+    if different:
+        pairs = ", ".join(
+            f"{i}: {target.token_bytes(i)!r} / {draft.token_bytes(i)!r}" for i in different[:shown]
+        )
+        raise UsageError(
+            f"The draft's tokenizer differs from the model's in {len(different)} of {n} tokens ({pairs}).",
+            "Use a draft model of the same family.",
+        )
+    longer = target if target.vocab_size > n else draft
+    extra = [i for i in range(n, longer.vocab_size) if longer.token_bytes(i)]
+    if len(extra) > 1024:
+        raise UsageError(
+            f"The vocabularies differ in size: {target.vocab_size} and {draft.vocab_size} tokens.",
+            "Use a draft model of the same family.",
+        )
