@@ -27,7 +27,7 @@ class DraftModel:
         self._branch = engine.branch()
 
     def begin(self, context: Sequence[int]) -> None:
-        """Keep what the cache shares with `context`; the rest is computed when the first draft is asked for."""
+        """Keep what the cache shares with `context`; the rest is computed with the first draft."""
         with self.engine.lock:
             self._branch.match(context[:-1])
 
