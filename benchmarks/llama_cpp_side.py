@@ -1,4 +1,4 @@
-"""One measurement of llama.cpp (llama-cpp-python), printed as JSON. Run by peers.py in that peer's environment.
+"""One measurement of llama.cpp (llama-cpp-python), printed as JSON. Run by peers.py in its environment.
 
 usage: llama_cpp_side.py MODEL.gguf N_PROMPT N_GEN THREADS
 """

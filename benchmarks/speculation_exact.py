@@ -1,9 +1,9 @@
 """The same ids with and without speculation: many prompts, each with settings drawn at random.
 
-    python benchmarks/speculation_exact.py [--model smollm2-135m] [--prompts 200] [--tokens 128] [--seed 0] [--draft DIR]
+    python benchmarks/speculation_exact.py [--model smollm2-135m] [--prompts 200] [--tokens 128] [--draft DIR]
 
-Each prompt draws a drafter (n-gram, a draft model if one is given, a scripted one that is right at random), a window
-of 1…8, greedy or seeded sampling, with and without a repetition penalty. Exits 1 if any answer differs.
+Each prompt draws a drafter (n-gram, a draft model if one is given, a scripted one that is right at random), a
+window of 1…8, greedy or seeded sampling, with and without a repetition penalty. Exits 1 if any answer differs.
 """
 
 from __future__ import annotations
