@@ -3,7 +3,7 @@
     python benchmarks/speculation_exact.py [--model smollm2-135m] [--prompts 200] [--tokens 128] [--draft DIR]
 
 Each prompt draws a drafter (n-gram, a draft model if one is given, a scripted one that is right at random), a
-window of 1…8, greedy or seeded sampling, with and without a repetition penalty. Exits 1 if any answer differs.
+window of 1…8, greedy or seeded sampling, with and without a repetition penalty. Exits 1 if any differs.
 """
 
 from __future__ import annotations

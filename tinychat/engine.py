@@ -14,7 +14,7 @@ import numpy as np
 
 from tinychat.backends import BLOCK, Backend, Step
 from tinychat.errors import MemoryBudgetError, UsageError
-from tinychat.events import Completion, Done, Event, FinishReason, Stats, TextDelta
+from tinychat.events import Completion, Done, Event, FinishReason, Notice, Stats, TextDelta
 from tinychat.kvcache import BlockPool, Branch, PoolExhaustedError
 from tinychat.machine import human_bytes, peak_rss
 from tinychat.sampling import SamplingParams, choose_seed, sample
@@ -187,6 +187,7 @@ class _Generation:
         self.matcher = StopMatcher(params.stop)
         self.seed = choose_seed(params)
         self.ids: list[int] = []
+        self.steps = self.decided = 0  # decode steps, and the tokens that they decided
         self.chosen = 0  # the stop token counts as a step too
         self.text: list[str] = []
         self.stats = Stats(prompt_tokens=len(prompt))
@@ -204,6 +205,8 @@ class _Generation:
         tokens = self._tokens(out)
         while self._may_continue():
             token = next(tokens, None)
+            if notice := self.speculator.take_notice():
+                yield Notice(notice)
             if token is None:
                 reason = "context_full"
                 break
@@ -264,6 +267,8 @@ class _Generation:
             self.speculator.note(kept, time.perf_counter() - began)
             self.stats.drafted_tokens += len(draft.tokens)
             self.stats.accepted_tokens += kept
+            self.steps += 1
+            self.decided += len(decided)
 
     def _verify(self, out: np.ndarray, draft: Draft) -> list[int]:
         """What a window decides: the accepted drafts, then the first that differs, or one more after them
@@ -331,6 +336,9 @@ class _Generation:
         if self.chosen > 1:
             s.tpot_s = (last - first) / (self.chosen - 1)
             s.decode_tps = 1 / s.tpot_s if s.tpot_s else 0.0
+        if self.steps:
+            s.tokens_per_step = self.decided / self.steps
+            s.draft_speedup = self.speculator.speed_up()
         s.kv_bytes = self.engine.kv_bytes()
         s.peak_rss_bytes = peak_rss()
         return Done(reason, s, Completion(text, ids, reason, s))

@@ -10,7 +10,11 @@ FinishReason = Literal["stop", "length", "cancelled", "context_full", "error"]
 
 @dataclass
 class Stats:
-    """Counts and times of one answer. Rates are tokens a second; times are seconds."""
+    """Counts and times of one answer. Rates are tokens a second; times are seconds.
+
+    tokens_per_step: decoded tokens for one pass over the weights. draft_speedup: estimated gain of drafting,
+    from the steps that ran; 1.0 without.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -21,6 +25,8 @@ class Stats:
     decode_tps: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    tokens_per_step: float = 0.0
+    draft_speedup: float = 1.0
     evicted_tokens: int = 0
     kv_bytes: int = 0
     peak_rss_bytes: int = 0

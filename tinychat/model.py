@@ -11,7 +11,7 @@ import numpy as np
 from tinychat.backends import BLOCK, Backend
 from tinychat.config import ModelConfig
 from tinychat.engine import Engine
-from tinychat.errors import MemoryBudgetError, UsageError
+from tinychat.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.events import Completion, Done, Event
 from tinychat.formats import Checkpoint, open_checkpoint
 from tinychat.machine import available_memory, human_bytes
@@ -77,7 +77,6 @@ def load(
     loaded.draft_tokens = draft_tokens
     if draft is not None:
         loaded.draft = draft
-        loaded.speculator()  # an unknown or unfit draft is an error now, not in the middle of a chat
     return loaded
 
 
@@ -216,7 +215,7 @@ class Model:
     def speculator(self, draft: str | None = None) -> Speculator:
         """Who drafts for one conversation: "ngram", "none", a model; None is this model's default.
 
-        Raises UsageError if a draft model's vocabulary differs.
+        A draft model that is missing, too large or of another vocabulary is left out with a notice.
         """
         from tinychat.speculation.control import Controller
         from tinychat.speculation.draft_model import DraftModel, check_vocabulary
@@ -229,11 +228,14 @@ class Model:
             return Speculator()
         if draft == "ngram":
             return Speculator(PromptLookup(), controller)
-        if draft not in self._draft_models:
-            facts = self.backend.describe()
-            other = load(draft, device=facts["backend"], threads=facts["threads"], ctx=None, draft="none")
-            check_vocabulary(self.tokenizer, other.tokenizer)
-            self._draft_models[draft] = other
+        try:
+            if draft not in self._draft_models:
+                facts = self.backend.describe()
+                other = load(draft, device=facts["backend"], threads=facts["threads"], draft="none")
+                check_vocabulary(self.tokenizer, other.tokenizer)
+                self._draft_models[draft] = other
+        except TinychatError as e:
+            return Speculator(notice=f"No draft: {e.what}")
         return Speculator(DraftModel(self._draft_models[draft].engine, draft), controller)
 
     def close(self) -> None:

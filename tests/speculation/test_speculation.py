@@ -7,7 +7,7 @@ import pytest
 from tiny import byte_tokenizer, tiny_model
 
 from tinychat.errors import UsageError
-from tinychat.events import Done, TextDelta
+from tinychat.events import Done, Notice, TextDelta
 from tinychat.sampling import SamplingParams, candidates
 from tinychat.speculation import Draft
 from tinychat.speculation.acceptance import rejection
@@ -197,3 +197,36 @@ def test_a_draft_with_other_tokens_is_refused_by_name():
     other.decoder = decoders.ByteLevel()
     with pytest.raises(UsageError, match="differs from the model's in"):
         check_vocabulary(byte_tokenizer(), Tokenizer(other))
+
+
+class Failing:
+    """Works for a while, then does not."""
+
+    name = "fragile"
+
+    def begin(self, context):
+        pass
+
+    def propose(self, context, k, params, seed):
+        if len(context) > 12:
+            raise RuntimeError("out of memory")
+        return Draft([1] * k)
+
+
+def test_a_draft_that_fails_in_mid_answer_is_dropped_with_a_notice(model):
+    params = SamplingParams(temperature=0, max_tokens=30)
+    plain, _, _ = run(model, "abcdefgh", None, params)
+    speculator = Speculator(Failing(), Controller(fixed=3))
+    ids = model.tokenizer.encode("abcdefgh")
+    events = list(model.engine.generate(model.engine.branch(), ids, params, speculator=speculator))
+    assert [e.token_id for e in events if isinstance(e, TextDelta) and e.token_id is not None] == plain
+    notices = [e.message for e in events if isinstance(e, Notice)]
+    assert notices == ["The draft fragile is dropped: RuntimeError: out of memory"]
+
+
+def test_a_missing_draft_is_a_notice_and_the_chat_goes_on(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
+    session = model.session(draft="no-such-model", temperature=0, max_tokens=5)
+    events = list(session.send("hello"))
+    assert any(isinstance(e, Notice) and "no-such-model" in e.message for e in events)
+    assert events[-1].stats.generated_tokens == 5

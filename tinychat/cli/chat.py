@@ -186,9 +186,16 @@ def cancel_on_interrupt(session: Session) -> Iterator[list[bool]]:
 def describe(stats: Stats) -> str:
     """The timings of an answer in one line."""
     reused = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    drafted = ""
+    if stats.drafted_tokens:
+        drafted = (
+            f", {stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted, "
+            f"{stats.tokens_per_step:.2f} tokens a step, speed-up {stats.draft_speedup:.2f}"
+        )
     return (
         f"prompt {stats.prompt_tokens} tokens{reused}, {stats.prefill_tps:.1f} tok/s, first token after "
         f"{stats.ttft_s:.2f} s · answer {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
+        f"{drafted}"
     )
 
 

@@ -40,6 +40,7 @@ class Controller:
     step_s: dict[int, _Mean] = field(default_factory=dict)
     quiet: int = 0  # steps since something was drafted
     spent_s: float = 0.0
+    decided: int = 0  # tokens that the noted steps decided
 
     def choose(self, room: int) -> int:
         """Tokens to draft now, at most `room`."""
@@ -86,6 +87,7 @@ class Controller:
         """What a step did: tokens drafted and accepted, seconds spent on both parts."""
         self.step_s.setdefault(drafted + 1, _Mean()).add(step_s)
         self.spent_s += draft_s + step_s
+        self.decided += accepted + 1
         if drafted:
             self.draft_s.add(draft_s / drafted)
             self.accepted = self.accepted * FORGET + accepted
@@ -95,9 +97,7 @@ class Controller:
         else:
             self.quiet += 1
 
-    def speed_up(self, tokens: int) -> float:
-        """Estimated gain over plain decoding so far: the time `tokens` plain steps would take over the time
-        spent.
-        """
+    def speed_up(self) -> float:
+        """Estimated gain over plain decoding so far: plain steps for the same tokens, over the time spent."""
         plain = self.step_s.get(1)
-        return tokens * plain.value / self.spent_s if plain and self.spent_s else 1.0
+        return self.decided * plain.value / self.spent_s if plain and self.spent_s else 1.0

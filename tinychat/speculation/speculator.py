@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tinychat.errors import TinychatError
 from tinychat.sampling import SamplingParams
 from tinychat.speculation import Draft, Drafter
 from tinychat.speculation.control import Controller
@@ -22,13 +23,17 @@ class Speculator:
     drafter: Drafter | None = None
     controller: Controller = field(default_factory=Controller)
     rule: str = "coupled"
+    notice: str = ""  # why there is no drafter although one was asked for
     _drafted: int = 0
     _draft_s: float = 0.0
 
     def begin(self, context: Sequence[int]) -> None:
         """An answer starts after `context`."""
         if self.drafter is not None:
-            self.drafter.begin(context)
+            try:
+                self.drafter.begin(context)
+            except Exception as e:
+                self._drop(e)
 
     def propose(self, context: Sequence[int], room: int, params: SamplingParams, seed: int) -> Draft:
         """Guesses for what follows `context`, as many as pay, at most `room`."""
@@ -36,7 +41,11 @@ class Speculator:
             return Draft([])
         began = time.perf_counter()
         k = self.controller.choose(room)
-        draft = self.drafter.propose(context, k, params, seed) if k > 0 else Draft([])
+        try:
+            draft = self.drafter.propose(context, k, params, seed) if k > 0 else Draft([])
+        except Exception as e:
+            self._drop(e)
+            return Draft([])
         self._drafted, self._draft_s = len(draft.tokens), time.perf_counter() - began
         return draft
 
@@ -44,3 +53,18 @@ class Speculator:
         """How the last proposal fared, and how long its verification took."""
         if self.drafter is not None:
             self.controller.note(self._drafted, accepted, self._draft_s, step_s)
+
+    def speed_up(self) -> float:
+        """Estimated gain over plain decoding so far; 1.0 without a drafter."""
+        return self.controller.speed_up() if self.drafter is not None else 1.0
+
+    def take_notice(self) -> str:
+        """What the user should hear, once."""
+        notice, self.notice = self.notice, ""
+        return notice
+
+    def _drop(self, e: Exception) -> None:
+        # Whatever goes wrong with a draft, the answer goes on without one.
+        why = e.what if isinstance(e, TinychatError) else f"{type(e).__name__}: {e}"
+        self.notice = f"The draft {self.drafter.name} is dropped: {why}"
+        self.drafter = None
