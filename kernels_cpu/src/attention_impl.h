@@ -206,13 +206,5 @@ void attention_merge(const AttentionArgs& a) {
         }
 }
 
-template <class S>
-const KernelTable& make_table(const char* name) {
-    static const KernelTable table = {name,         linear<S>,          rms_norm<S>,   quantize<S>,
-                                      silu_mul<S>,  embed<S>,           rope_table<S>, rope_kv<S>,
-                                      attention<S>, attention_merge<S>, argmax<S>};
-    return table;
-}
-
 }  // namespace
 }  // namespace tinychat

@@ -2,6 +2,8 @@
 // Included by the ISA translation units only.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace tinychat {
@@ -244,14 +246,24 @@ TileFn pick_tile(const LinearWeights& w, int act_bits, int m) {
 }
 
 // Bias, residual, and the tail of the last tile.
+template <class S>
 inline void store_tile(const LinearArgs& a, const float* out, int m0, int rows, int n0) {
     const int cols = imin(kTile, a.w->n - n0);
-    for (int m = 0; m < rows; m++) {
+    const float* bias = a.w->bias ? a.w->bias + n0 : nullptr;
+    for (int m = 0; m < rows; m++, out += kTile) {
         float* y = a.y + static_cast<size_t>(m0 + m) * a.ldy + n0;
         const float* add = a.add ? a.add + static_cast<size_t>(m0 + m) * a.ldadd + n0 : nullptr;
-        const float* bias = a.w->bias ? a.w->bias + n0 : nullptr;
+        if (cols == kTile) {
+            for (int i = 0; i < kTile; i += S::kLanes) {
+                typename S::F v = S::load(out + i);
+                if (bias) v = S::add(v, S::load(bias + i));
+                if (add) v = S::add(v, S::load(add + i));
+                S::store(y + i, v);
+            }
+            continue;
+        }
         for (int i = 0; i < cols; i++) {
-            float v = out[m * kTile + i];
+            float v = out[i];
             if (bias) v += bias[i];
             if (add) v += add[i];
             y[i] = v;
@@ -274,7 +286,7 @@ void linear(const LinearArgs& a) {
             for (int m = panel; m < end; m += S::kRows) {
                 const int rows = imin(S::kRows, end - m);
                 (rows == S::kRows ? full : last)(w, tile, *a.x, m, out);
-                store_tile(a, out, m, rows, t * kTile);
+                store_tile<S>(a, out, m, rows, t * kTile);
             }
         }
     }

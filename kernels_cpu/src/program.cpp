@@ -110,55 +110,69 @@ void Program::run(StepState step) {
     for (auto& op : ops_) op->reserve(step_, pool_.size());
     if (timing_) seconds_.assign(ops_.size(), 0.0);
     current_ = static_cast<size_t>(-1);
-    first_turn_ = gate_.value();
+    finished_.store(false, std::memory_order_relaxed);
     pool_.run(*this);
 }
 
-// Called by the last thread to arrive, while the others wait: runs the ops that are one piece, then deals out the next.
-void Program::advance(int thread) {
+// Called by the thread that finished an op, while the others wait: runs the ops that are one piece, then deals out the
+// next.
+void Program::advance(int thread, uint32_t turn) {
     const int threads = pool_.size();
     while (++current_ < ops_.size()) {
         Op& op = *ops_[current_];
         const int n = op.chunks(step_, threads);
         if (n == 0) continue;
+        if (timing_) started_ = std::chrono::steady_clock::now();
         if (n == 1) {
-            const auto start = std::chrono::steady_clock::now();
             op.run(step_, 0, thread);
-            if (timing_)
-                seconds_[current_] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+            note_time();
             continue;
         }
+        total_ = n;
+        done_.store(0, std::memory_order_relaxed);
         for (int t = 0; t < threads; t++) {
-            ranges_[t].next.store(static_cast<int>(static_cast<long long>(n) * t / threads), std::memory_order_relaxed);
-            ranges_[t].end = static_cast<int>(static_cast<long long>(n) * (t + 1) / threads);
+            const uint64_t next = static_cast<uint64_t>(n) * t / threads,
+                           end = static_cast<uint64_t>(n) * (t + 1) / threads;
+            ranges_[t].word.store(static_cast<uint64_t>(turn) << 40 | end << 20 | next, std::memory_order_release);
         }
         return;
     }
+    finished_.store(true, std::memory_order_relaxed);
 }
 
+void Program::note_time() {
+    if (timing_)
+        seconds_[current_] = std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
+}
+
+bool Program::claim(Range& range, uint32_t turn, int* chunk) {
+    constexpr uint64_t kMask = (1 << 20) - 1;
+    uint64_t word = range.word.load(std::memory_order_relaxed);
+    do {
+        if ((word >> 40) != (turn & 0xffffff) || (word & kMask) >= (word >> 20 & kMask)) return false;
+    } while (!range.word.compare_exchange_weak(word, word + 1, std::memory_order_acquire, std::memory_order_relaxed));
+    *chunk = static_cast<int>(word & kMask);
+    return true;
+}
+
+// An op is over when its chunks are done, not when every thread has come by: a thread whose core is busy with something
+// else is never waited for, unless it was stopped in the middle of a chunk.
 void Program::work(int thread) {
     const int threads = pool_.size();
-    uint32_t turn = first_turn_ + 1;
+    uint32_t turn = gate_.value();
     if (thread == 0) {  // while the others wake up
-        advance(0);
-        gate_.open(turn);
-    } else {
-        gate_.wait(first_turn_, kBarrierSpin);
+        advance(0, turn + 1);
+        gate_.open(++turn);
     }
-    while (current_ < ops_.size()) {
-        Op& op = *ops_[current_];
-        const size_t index = current_;
-        const auto start = timing_ ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
+    while (!finished_.load(std::memory_order_acquire)) {
+        int mine = 0;
         for (int v = 0; v < threads; v++) {  // own range first: it is contiguous in memory; then help the others
-            Range& r = ranges_[(thread + v) % threads];
-            if (v && r.next.load(std::memory_order_relaxed) >= r.end) continue;
-            for (int c; (c = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;) op.run(step_, c, thread);
+            Range& range = ranges_[(thread + v) % threads];
+            for (int chunk; claim(range, turn, &chunk); mine++) ops_[current_]->run(step_, chunk, thread);
         }
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            if (timing_)
-                seconds_[index] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-            advance(thread);
+        if (mine && done_.fetch_add(mine, std::memory_order_acq_rel) + mine == total_) {
+            note_time();
+            advance(thread, turn + 1);
             gate_.open(++turn);
         } else {
             turn = gate_.wait(turn, kBarrierSpin);

@@ -92,13 +92,16 @@ class Program : private Job {
     std::vector<std::pair<std::string, double>> timings() const;
 
   private:
+    // Chunks that one thread takes first and the others help with: turn (24 bits), end (20), next (20) in one word, so
+    // that a thread that comes late cannot take a chunk of an op that is over.
     struct alignas(64) Range {
-        std::atomic<int> next{0};
-        int end = 0;
+        std::atomic<uint64_t> word{0};
     };
 
+    bool claim(Range& range, uint32_t turn, int* chunk);
     void work(int thread) override;
-    void advance(int thread);
+    void advance(int thread, uint32_t turn);
+    void note_time();
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
 
     const KernelTable& k_;
@@ -113,11 +116,14 @@ class Program : private Job {
 
     std::mutex turn_;
     StepState step_;
-    size_t current_ = 0;  // op in work; ops_.size(): done. Written by the last thread to arrive, read after the gate.
+    // Written by the thread that finished the last chunk of an op, read by threads that took a chunk of the next.
+    size_t current_ = 0;
+    int total_ = 0;  // chunks of the current op
     std::vector<Range> ranges_;
-    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<int> done_{0};
+    std::atomic<bool> finished_{true};
     alignas(64) Gate gate_;
-    uint32_t first_turn_ = 0;
+    std::chrono::steady_clock::time_point started_;
     bool timing_ = false;
     std::vector<double> seconds_;
 

@@ -82,12 +82,15 @@ struct V16 {
         for (int i = 1; i < 16; i++) t[0] = t[i] > t[0] ? t[i] : t[0];
         return t[0];
     }
-    float largest_abs_bits() const {
-        int32_t t[16];
-        store(reinterpret_cast<float*>(t));
-        for (int i = 1; i < 16; i++) t[0] = t[i] > t[0] ? t[i] : t[0];
+    // The largest bit pattern: of absolute values, the largest number, or NaN if there is one.
+    float largest_bits() const {
+        int32_t m = S::maxi(S::bits(v[0]));
+        for (int i = 1; i < N; i++) {
+            const int32_t other = S::maxi(S::bits(v[i]));
+            m = other > m ? other : m;
+        }
         float f;
-        memcpy(&f, t, 4);
+        memcpy(&f, &m, 4);
         return f;
     }
 };
@@ -123,37 +126,35 @@ inline V16<S> exp16(V16<S> x) {
 // visible in every output of the row; a group that is zero (or denormal) gets scale 0.
 template <class S>
 inline void quantize32(const float* x, const Activations& out, int row, int g) {
-    const V16<S> a = V16<S>::load(x), b = V16<S>::load(x + 16);
-    const float peak = V16<S>::max_abs(V16<S>::max_abs(V16<S>::set1(0.0f), a), b).largest_abs_bits();
+    using V = V16<S>;
+    const V a = V::load(x), b = V::load(x + 16);
+    const float peak = V::max_abs(V::max_abs(V::set1(0.0f), a), b).largest_bits();
     const float top = out.bits == 8 ? 127.0f : 32767.0f;
     const size_t at = out.at(row, g);
-    const float inv = peak > 1e-30f ? top / peak : 0.0f;
+    const typename S::F inv = S::set1(peak > 1e-30f ? top / peak : 0.0f);
     const float scale = peak < 1e-30f ? 0.0f : peak * (1.0f / top);
-    int32_t q[32];
-    for (int i = 0; i < V16<S>::N; i++) {
-        S::storei(q + i * S::kLanes, S::round(S::mul(a.v[i], S::set1(inv))));
-        S::storei(q + 16 + i * S::kLanes, S::round(S::mul(b.v[i], S::set1(inv))));
+    int8_t* bytes = static_cast<int8_t*>(out.q) + at * kActGroup;
+    int16_t words[kActGroup];
+    typename S::I sums = S::set1i(0);
+    for (int i = 0; i < 2 * V::N; i++) {
+        const typename S::I q = S::round(S::mul(i < V::N ? a.v[i] : b.v[i - V::N], inv));
+        sums = S::addi(sums, q);
+        if (out.bits == 8)
+            S::store_i8(bytes + i * S::kLanes, q);
+        else
+            S::store_i16(words + i * S::kLanes, q);
     }
-    int32_t sum = 0;
-    if (out.bits == 8) {
-        int8_t* d = static_cast<int8_t*>(out.q) + at * kActGroup;
-        for (int i = 0; i < 32; i++) {
-            int32_t v = q[i] > 127 ? 127 : q[i] < -127 ? -127 : q[i];
-            d[i] = static_cast<int8_t>(v);
-            sum += v;
-        }
-    } else {
+    if (out.bits == 16) {
         int16_t* d = static_cast<int16_t*>(out.q) + at * kActGroup;
-        for (int i = 0; i < 32; i += 8)
-            for (int j = 0; j < 8; j++) {
-                int32_t v = q[i + (j < 4 ? 2 * j : 2 * (j - 4) + 1)];
-                v = v > 32767 ? 32767 : v < -32767 ? -32767 : v;
-                d[i + j] = static_cast<int16_t>(v);
-                sum += v;
+        for (int i = 0; i < kActGroup; i += 8)
+            for (int j = 0; j < 4; j++) {
+                d[i + j] = words[i + 2 * j];
+                d[i + 4 + j] = words[i + 2 * j + 1];
             }
     }
+    const int32_t sum = S::sumi(sums);
     out.scale[at] = scale;
-    out.nsum[at] = -sum;
+    out.nsum[at] = static_cast<int32_t>(0u - static_cast<uint32_t>(sum));
     out.xsum[at] = scale * static_cast<float>(sum);
 }
 

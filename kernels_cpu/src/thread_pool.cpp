@@ -31,17 +31,32 @@ class FlushDenormals {
 }  // namespace
 
 struct ThreadPool::Shared {
-    Gate start, finish;
-    Job* job = nullptr;  // null: the threads leave
-    std::atomic<int> running{0};
+    static constexpr uint32_t kClosed = 1u << 31;
+
+    Gate start;
+    Gate empty;  // opened by the last worker to leave a closed job
+    Job* job = nullptr;
+    std::atomic<uint32_t> inside{kClosed};  // workers in the job; closed: none may enter
+    std::atomic<bool> quit{false};
     std::vector<std::thread> threads;
+
+    bool enter() {
+        uint32_t n = inside.load(std::memory_order_relaxed);
+        do {
+            if (n & kClosed) return false;
+        } while (!inside.compare_exchange_weak(n, n + 1, std::memory_order_acquire, std::memory_order_relaxed));
+        return true;
+    }
+    void leave() {
+        if (inside.fetch_sub(1, std::memory_order_acq_rel) == (kClosed | 1)) empty.open(empty.value() + 1);
+    }
 };
 
 ThreadPool::ThreadPool(int size) : size_(size < 1 ? 1 : size) {}
 
 ThreadPool::~ThreadPool() {
     if (!shared_ || process_ != getpid()) return;  // after fork the threads live in the parent only
-    shared_->job = nullptr;
+    shared_->quit.store(true);
     shared_->start.open(shared_->start.value() + 1);
     for (auto& t : shared_->threads) t.join();
     delete shared_;
@@ -58,9 +73,10 @@ void ThreadPool::worker(Shared* shared, int thread) {
     FlushDenormals flush;
     for (uint32_t seen = 0;;) {
         seen = shared->start.wait(seen, kIdleSpin);
-        if (!shared->job) return;
+        if (shared->quit.load()) return;
+        if (!shared->enter()) continue;  // too late: the others have done it
         shared->job->work(thread);
-        if (shared->running.fetch_sub(1, std::memory_order_acq_rel) == 1) shared->finish.open(seen);
+        shared->leave();
     }
 }
 
@@ -68,12 +84,13 @@ void ThreadPool::run(Job& job) {
     FlushDenormals flush;
     if (size_ == 1) return job.work(0);
     if (!shared_ || process_ != getpid()) start();
-    const uint32_t turn = shared_->start.value() + 1, before = shared_->finish.value();
+    const uint32_t before = shared_->empty.value();
     shared_->job = &job;
-    shared_->running.store(size_ - 1, std::memory_order_relaxed);
-    shared_->start.open(turn);
+    shared_->inside.store(0, std::memory_order_release);
+    shared_->start.open(shared_->start.value() + 1);
     job.work(0);
-    shared_->finish.wait(before, kIdleSpin);
+    if (shared_->inside.fetch_or(Shared::kClosed, std::memory_order_acq_rel) != 0)
+        shared_->empty.wait(before, kIdleSpin);
 }
 
 }  // namespace tinychat

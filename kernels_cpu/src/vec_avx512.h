@@ -55,20 +55,24 @@ struct Avx512 {
     }
     static void storei(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
 
+    static int32_t sumi(I a) { return _mm512_reduce_add_epi32(a); }
+    static int32_t maxi(I a) { return _mm512_reduce_max_epi32(a); }
+    static I bits(F a) { return _mm512_castps_si512(a); }
+
     static I line(const uint8_t* p) { return _mm512_load_si512(p); }
     static I low(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
     static I high(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
-    static I word(const void* x) {
-        int32_t v;
-        memcpy(&v, x, 4);
-        return _mm512_set1_epi32(v);
-    }
+    typedef int32_t Word __attribute__((may_alias, aligned(1)));
     static Acc8 acc8() { return _mm512_setzero_si512(); }
-    static Acc8 dot_u4(Acc8 a, I w, const int8_t* x) { return _mm512_dpbusd_epi32(a, w, word(x)); }
+    // The broadcast rides on the instruction's memory operand; left to itself the compiler spends another one on it.
+    static Acc8 dot_u4(Acc8 a, I w, const int8_t* x) {
+        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(a) : "v"(w), "m"(*reinterpret_cast<const Word*>(x)));
+        return a;
+    }
     static I finish_u4(Acc8 a) { return a; }
     // The instruction wants unsigned × signed: weights go up by 128, and 128 · Σx comes off at the end.
     static I prepare_s8(I w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
-    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return _mm512_dpbusd_epi32(a, w, word(x)); }
+    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dot_u4(a, w, x); }
     static I finish_s8(Acc8 a, int32_t nsum) { return add_zero8(a, _mm512_set1_epi32(128), nsum); }
     static Acc16 acc16() { return _mm512_setzero_si512(); }
     template <int i4>
@@ -79,7 +83,10 @@ struct Avx512 {
     static I pair_s8(I w) {
         return _mm512_srai_epi16(odd ? w : _mm512_slli_epi16(w, 8), 8);
     }
-    static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) { return _mm512_dpwssd_epi32(a, w, word(x)); }
+    static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) {
+        __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(a) : "v"(w), "m"(*reinterpret_cast<const Word*>(x)));
+        return a;
+    }
     static I finish16(Acc16 a) { return a; }
     // zero is 0…128 in the low half of each lane and nsum fits 16 bits, so the 16-bit dot product does it in one.
     static I add_zero8(I dot, I zero, int32_t nsum) { return _mm512_dpwssd_epi32(dot, zero, _mm512_set1_epi32(nsum)); }

@@ -51,6 +51,10 @@ struct Neon {
     static void store_i16(int16_t* p, I a) { vst1_s16(p, vqmovn_s32(a)); }
     static void storei(int32_t* p, I a) { vst1q_s32(p, a); }
 
+    static int32_t sumi(I a) { return vaddvq_s32(a); }
+    static int32_t maxi(I a) { return vmaxvq_s32(a); }
+    static I bits(F a) { return vreinterpretq_s32_f32(a); }
+
     static I line(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
     static I low(I w) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(w), vdupq_n_u8(15))); }
     static I high(I w) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(w), 4)); }

@@ -131,7 +131,7 @@ struct Scalar {
         return r;
     }
     static I addi(I a, I b) {
-        TC_LANES a.v[i] += b.v[i];
+        TC_LANES a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
         return a;
     }
     // To the nearest integer, ties to even; NaN and overflow give the smallest integer, as on x86.
@@ -161,6 +161,22 @@ struct Scalar {
         TC_LANES p[i] = static_cast<int16_t>(a.v[i] > 32767 ? 32767 : a.v[i] < -32768 ? -32768 : a.v[i]);
     }
     static void storei(int32_t* p, I a) { memcpy(p, a.v, sizeof a.v); }
+    // Sums wrap: only NaN inputs get that far, and their scale is NaN.
+    static int32_t sumi(I a) {
+        uint32_t s = 0;
+        TC_LANES s += static_cast<uint32_t>(a.v[i]);
+        return static_cast<int32_t>(s);
+    }
+    static int32_t maxi(I a) {
+        int32_t m = a.v[0];
+        TC_LANES m = a.v[i] > m ? a.v[i] : m;
+        return m;
+    }
+    static I bits(F a) {
+        I r;
+        memcpy(r.v, a.v, sizeof r.v);
+        return r;
+    }
 
     // Weight lines.
     static I line(const uint8_t* p) {

@@ -1,0 +1,20 @@
+// The kernels of one instruction set. Included last, after the vectors that they are made for.
+#pragma once
+
+#include "attention_impl.h"
+#include "linear_impl.h"
+#include "rows_impl.h"
+
+namespace tinychat {
+namespace {
+
+template <class S>
+const KernelTable& make_table(const char* name) {
+    static const KernelTable table = {name,         linear<S>,          rms_norm<S>,   quantize<S>,
+                                      silu_mul<S>,  embed<S>,           rope_table<S>, rope_kv<S>,
+                                      attention<S>, attention_merge<S>, argmax<S>};
+    return table;
+}
+
+}  // namespace
+}  // namespace tinychat
