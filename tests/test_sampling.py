@@ -103,8 +103,8 @@ def test_repetition_penalty_equals_transformers(penalty):
     st.sampled_from([0.0, 0.1, 0.6]),
 )
 def test_with_ties_the_kept_set_is_as_large_and_as_likely(values, top_k, top_p, min_p):
-    # Quarter steps: many exact ties. Which of several equal tokens survives is ours to choose (the lowest ids);
-    # how many and how likely is not. Transformers' top-k keeps every tie of the k-th and so may keep more.
+    # Quarter steps: many exact ties. Which of several equal tokens survives is ours to choose (the lowest
+    # ids); how many and how likely is not. Transformers' top-k keeps every tie of the k-th, so maybe more.
     logits = np.array(values, dtype=np.float32) / 4
     mine = ours(logits, top_k=top_k)
     distinct = np.unique(mine[mine > 0])
