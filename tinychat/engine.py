@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakSet
 
 import numpy as np
@@ -42,6 +43,7 @@ class Engine:
         self.orphans: deque[list[int]] = deque()
         self._prefill_rate = 0.0
         self._clock = 0
+        self._closed = False
 
     def branch(self) -> _OwnedBranch:
         """A new, empty sequence."""
@@ -64,6 +66,8 @@ class Engine:
         Raises PoolExhaustedError if there is no room even after idle branches gave theirs.
         """
         with self.lock:
+            if self._closed:
+                raise UsageError("The model is closed.", "Load it again.")
             self._clock += 1
             branch.last_used = self._clock
             self._reserve(branch, len(ids))
@@ -77,12 +81,13 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """float32 [n_tokens, vocab] for every position of `ids`, computed from nothing cached."""
         self._check_prompt(ids)
-        branch = self.branch()
+        branch, chunk = self.branch(), self.backend.max_rows
         try:
-            chunk = self.backend.max_rows
-            return np.concatenate(
-                [self.run(branch, ids[i : i + chunk], 0) for i in range(0, len(ids), chunk)]
-            )
+            with self._held(branch):
+                parts = [self.run(branch, ids[i : i + chunk], 0) for i in range(0, len(ids), chunk)]
+            return np.concatenate(parts)
+        except PoolExhaustedError:
+            raise self.pool_too_small(len(ids)) from None
         finally:
             branch.free()
 
@@ -100,20 +105,40 @@ class Engine:
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
         self._check_prompt(prompt)
-        if branch.busy:
-            raise UsageError(
-                "This conversation is still answering.", "Cancel it, or wait for its last event."
-            )
         cancel = cancel or threading.Event()
         generation = _Generation(self, branch, list(prompt), params, cancel, speculator or Speculator())
         return self._guarded(branch, generation)
 
     def _guarded(self, branch, generation: _Generation) -> Iterator[Event]:
-        branch.busy = True  # nobody reclaims its blocks meanwhile
-        try:
+        with self._held(branch):
             yield from generation.events()
+
+    @contextmanager
+    def _held(self, branch: _OwnedBranch) -> Iterator[None]:
+        """One user at a time; nobody reclaims its blocks meanwhile."""
+        with self.lock:
+            if branch.busy:
+                raise UsageError(
+                    "This conversation is still answering.", "Cancel it, or wait for its last event."
+                )
+            branch.busy = True
+        try:
+            yield
         finally:
             branch.busy = False
+
+    def close(self) -> None:
+        """Refuse every later step, and release the backend once the present one is done. Idempotent."""
+        with self.lock:
+            self._closed = True
+            self.backend.close()
+
+    def pool_too_small(self, n: int) -> MemoryBudgetError:
+        """What to say when n tokens find no room in the pool."""
+        return MemoryBudgetError(
+            f"The KV cache ({human_bytes(self.kv_bytes())}) cannot hold {n} tokens.",
+            "Close another session, or load the model with a larger ctx.",
+        )
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if len(prompt) == 0:
@@ -303,10 +328,7 @@ class _Generation:
             try:
                 out = engine.run(branch, chunk, len(chunk) - last, self.params.greedy)
             except PoolExhaustedError:
-                raise MemoryBudgetError(
-                    f"The KV cache ({human_bytes(engine.kv_bytes())}) cannot hold {len(self.prompt)} tokens.",
-                    "Close another session, or load the model with a larger ctx.",
-                ) from None
+                raise engine.pool_too_small(len(self.prompt)) from None
             if len(chunk) >= BLOCK:
                 engine.note_prefill(len(chunk), time.perf_counter() - start)
             at += len(chunk)

@@ -127,7 +127,6 @@ class Model:
         self.draft = "ngram" if backend.row_independent else "none"
         self.draft_tokens: int | None = None
         self._draft_models: dict[str, Model] = {}
-        self._branch = self.engine.branch()
 
     def _fit_context(self, asked: int | None) -> int:
         per_block = self.backend.kv_bytes_per_block()
@@ -180,8 +179,7 @@ class Model:
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._checked(prompt)
         speculator = self.speculator(sampling.pop("draft", None))
         params = self.default_sampling.but(**sampling)
-        branch = self.engine.branch() if self._branch.busy else self._branch
-        return self.engine.generate(branch, ids, params, speculator=speculator)
+        return self.engine.generate(self.engine.branch(), ids, params, speculator=speculator)
 
     def chat(self, messages: Sequence[dict[str, str]], **sampling: Any) -> Completion:
         """One answer to a list of {"role", "content"} messages. A model without a chat template continues
@@ -202,8 +200,7 @@ class Model:
         else:
             text = self.template.render(list(messages))
             ids = ([self.tokenizer.bos_id] if self.needs_bos(text) else []) + self.template.encode(text)
-        branch = self.engine.branch() if self._branch.busy else self._branch
-        for event in self.engine.generate(branch, ids, params, speculator=speculator):
+        for event in self.engine.generate(self.engine.branch(), ids, params, speculator=speculator):
             if isinstance(event, Done):
                 return event.completion
         raise AssertionError("a generation ends with Done")
@@ -242,7 +239,7 @@ class Model:
         """Give threads and memory back. Idempotent."""
         for other in self._draft_models.values():
             other.close()
-        self.backend.close()
+        self.engine.close()
 
     def __enter__(self) -> Model:
         return self

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat.engine import cut_ids
 from tinychat.errors import TinychatError, UsageError
-from tinychat.events import Done, Event, TextDelta
+from tinychat.events import Done, Event, FinishReason, TextDelta
 from tinychat.files import write_atomically
 from tinychat.sampling import SamplingParams
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tinychat.model import Model
 
 FORMAT = 1
+NoneType = type(None)
 
 
 @dataclass
@@ -36,6 +38,19 @@ class Message:
     ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+
+    def is_sound(self) -> bool:
+        """Whether the fields have their types: for what comes from a file."""
+        return (
+            self.role in ("user", "assistant")
+            and isinstance(self.content, str)
+            and isinstance(self.parent, (int, NoneType))
+            and isinstance(self.prompt_text, str)
+            and all(isinstance(ids, list) for ids in (self.prompt_ids, self.ids))
+            and all(type(i) is int for i in (*self.prompt_ids, *self.ids))
+            and isinstance(self.finish_reason, (str, NoneType))
+            and isinstance(self.stats, dict)
+        )
 
 
 class Session:
@@ -91,6 +106,8 @@ class Session:
 
     def switch(self, node: int) -> None:
         """Make the branch through `node` the present one, down to its newest leaf."""
+        if not 0 <= node < len(self.nodes):
+            raise UsageError(f"There is no message {node}.", "Use an index of `nodes`.")
         at = node
         while children := [i for i, n in enumerate(self.nodes) if n.parent == at]:
             at = children[-1]
@@ -140,16 +157,24 @@ class Session:
         return sum(len(ids) for _, ids in self._prompt(path, generating))
 
     def _answer(self, question: Message | int, params: SamplingParams) -> Iterator[Event]:
+        if self._answering.locked():
+            raise self._still_answering()
+        self._cancel.clear()  # a cancel from here on counts, even before the first event is asked for
+        return self._events(question, params)
+
+    @staticmethod
+    def _still_answering() -> UsageError:
+        return UsageError("This conversation is still answering.", "Cancel it, or wait for its last event.")
+
+    def _events(self, question: Message | int, params: SamplingParams) -> Iterator[Event]:
         if not self._answering.acquire(blocking=False):
-            raise UsageError(
-                "This conversation is still answering.", "Cancel it, or wait for its last event."
-            )
+            raise self._still_answering()
         previous_leaf, n_nodes = self.leaf, len(self.nodes)
         answer: Message | None = None
         pieces: list[str] = []
         ids: list[int] = []
+        ended: FinishReason = "error"  # unless Done comes or the listener leaves
         try:
-            self._cancel.clear()
             if isinstance(question, Message):
                 self.nodes.append(question)
                 question = n_nodes
@@ -175,13 +200,17 @@ class Session:
                 if isinstance(event, Done):
                     self._settle(answer, pieces, ids)
                 yield event
+        except (GeneratorExit, KeyboardInterrupt):
+            ended = "cancelled"
+            raise
         finally:
             if answer is None:
                 del self.nodes[n_nodes:]
                 self.leaf = previous_leaf
             elif answer.finish_reason is None:
-                answer.finish_reason = "cancelled"
-                self._settle(answer, pieces, ids)
+                answer.finish_reason = ended
+                # Tokens whose text was still held back were never said.
+                self._settle(answer, pieces, cut_ids(self.model.tokenizer, ids, "".join(pieces)))
             self._answering.release()
 
     @staticmethod
@@ -229,7 +258,9 @@ class Session:
             "leaf": self.leaf,
             "nodes": [asdict(n) for n in self.nodes],
         }
-        write_atomically(Path(path), json.dumps(content, ensure_ascii=False, indent=1).encode())
+        write_atomically(
+            Path(path), json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace")
+        )
 
     @classmethod
     def load(cls, path: str | Path, model: Model | None = None) -> Session:
@@ -243,20 +274,21 @@ class Session:
                 raise ValueError(f"format {content['tinychat_session']}")
             nodes = [Message(**n) for n in content["nodes"]]
             for i, n in enumerate(nodes):
-                if not isinstance(n.content, str) or not (n.parent is None or 0 <= n.parent < i):
+                if not n.is_sound() or not (n.parent is None or 0 <= n.parent < i):
                     raise ValueError(f"message {i}")
-            leaf = content["leaf"]
+            leaf, system, name = content["leaf"], content["system"], content["model"]
             if leaf is not None and not 0 <= leaf < len(nodes):
                 raise ValueError("leaf")
+            if not isinstance(system, (str, NoneType)) or not isinstance(name, str):
+                raise ValueError("system or model")
             params = SamplingParams(**content["params"])
-            system, name = content["system"], content["model"]
         except OSError as e:
             raise TinychatError(
                 f"Cannot read {path}: {e.strerror}.", "Give the path of a saved conversation."
             ) from e
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError, UsageError) as e:
             raise TinychatError(
-                f"{path} is not a conversation that tinychat saved ({type(e).__name__}: {e}).",
+                f"{path} is not a conversation that tinychat saved ({_one_line(e)}).",
                 "Give a file that Session.save or /save wrote.",
             ) from e
         if model is None:
@@ -265,8 +297,13 @@ class Session:
             model = load(name)
         session = cls(model, system)
         session.params, session.nodes, session.leaf = params, nodes, leaf
-        if name != model.name:
+        known = range(model.config.vocab_size)
+        if name != model.name or any(i not in known for n in nodes for i in (*n.ids, *n.prompt_ids)):
             # Another model's ids mean nothing to this one; its texts are tokenized anew.
             for n in nodes:
                 n.ids, n.prompt_ids, n.prompt_text = [], [], ""
         return session
+
+
+def _one_line(e: BaseException) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}".rstrip(": .")
