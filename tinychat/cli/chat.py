@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Put this text file before the prompt; may be given several times.",
 )
+@click.option("-c", "--continue", "latest", is_flag=True, help="Go on with the chat spoken in last.")
+@click.option("--resume", type=click.IntRange(1), metavar="ID", help="Go on with chat ID (`tinychat chats`).")
 @click.option("--plain", is_flag=True, help="Line by line instead of the chat screen.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, finish_reason, stats.")
 @click.option("--stream-json", is_flag=True, help="One JSON object an event.")
@@ -61,11 +63,27 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         raise UsageError(
             "There is nothing to answer.", 'Give a prompt: tinychat run MODEL "…", or pipe text into it.'
         )
+    from tinychat.store import ChatStore, chosen
+
+    resumed = o["latest"] or o["resume"] is not None
+    store = ChatStore() if resumed or text is None else None  # one answer alone is not kept
+    chat = chosen(store, o["latest"], o["resume"]) if resumed else None
+    if chat is not None and not given("model"):
+        model = chat.model
+    if text is None and not o["plain"]:
+        from tinychat.tui.app import run as open_screen
+
+        sys.exit(open_screen(model, store, chat, o["system"], pick(o, SAMPLING), pick(o, LOADING + DRAFTING)))
     from tinychat.model import load
 
     loaded = load(model, **pick(o, LOADING + DRAFTING))
     with loaded:
         session = loaded.session(o["system"], **pick(o, SAMPLING))
+        keeper = None
+        if store is not None:
+            from tinychat.keep import Keeper
+
+            keeper = Keeper(store, session, chat)
         if loaded.template is None:
             click.echo(
                 "This model has no chat template: it continues your text instead of answering.", err=True
@@ -73,10 +91,17 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         if text is None:
             from tinychat.cli.repl import Repl
 
-            Repl(session, o["verbose"]).run()
+            Repl(session, o["verbose"], keeper.keep).run()
             return
         code = _answer_once(session, text, o)
+        if keeper is not None:
+            keeper.keep(session)
     sys.exit(code)
+
+
+def given(name: str) -> bool:
+    """Whether that parameter of the running command was on the command line."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _gather(prompt: str | None, files: tuple[Path, ...]) -> str | None:

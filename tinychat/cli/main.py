@@ -10,7 +10,7 @@ import traceback
 import click
 
 from tinychat import __version__
-from tinychat.cli import chat, models, reports
+from tinychat.cli import chat, chats, models, reports
 from tinychat.errors import TinychatError
 
 INTERRUPTED = 130
@@ -22,7 +22,7 @@ def cli() -> None:
     """Chat with a language model on your own machine."""
 
 
-for command in (*chat.commands, *models.commands, *reports.commands):
+for command in (*chat.commands, *chats.commands, *models.commands, *reports.commands):
     cli.add_command(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,8 +32,10 @@ Text between lines of \"\"\" is one message; a \\ at a line's end continues it. 
 class Repl:
     """Reads lines, shows answers. What was typed is kept for the next time (↑)."""
 
-    def __init__(self, session: Session, verbose: bool = False):
-        self.session, self.verbose = session, verbose
+    def __init__(
+        self, session: Session, verbose: bool = False, keep: Callable[[Session], None] = lambda _: None
+    ):
+        self.session, self.verbose, self.keep = session, verbose, keep
         self.last = None
 
     def run(self) -> None:
@@ -70,6 +73,7 @@ class Repl:
         out = Printer()
         with cancel_on_interrupt(self.session):
             self.last = show_events(events, out)
+        self.keep(self.session)
         if self.last is None:
             return
         reason = self.last.finish_reason

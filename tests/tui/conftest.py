@@ -1,0 +1,14 @@
+"""What the tests of the screen share; the scripted engine is in `tests/scripted.py`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tinychat.store import ChatStore
+
+
+@pytest.fixture
+def store(tmp_path):
+    with_store = ChatStore(tmp_path / "chats.db")
+    yield with_store
+    with_store.close()

@@ -1,0 +1,257 @@
+"""The engine as a child process: JSON lines on stdin and stdout (`python -m tinychat.worker`).
+
+Whoever starts it talks to it through `tinychat.client`. Requests, one object a line:
+
+    {"op": "load", "model": NAME, "options": {…}}       what `tinychat.load` takes
+    {"op": "answer", "chat": KEY, "path": [message …], "system": TEXT|null, "params": {…}}
+                                                        the path ends with what the user said
+    {"op": "cancel"}                                    felt between two steps or prefill chunks
+    {"op": "count", "id": N, "text": TEXT}              → reply: tokens
+    {"op": "models", "id": N}                           → reply: what is installed, and what can be pulled
+
+Events, one object a line: loading, loaded, began, text (batched), notice, done, failed, reply. When stdin
+closes (the parent is gone, however it went) the process ends at once, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+BATCH_SECONDS = 0.04
+KEPT_SESSIONS = 4
+THOUGHT_ENDS = "</think>"
+
+Load = Callable[[str, dict[str, Any], Callable[[str, int, int], None]], Any]
+
+
+class Worker:
+    """Reads requests from `source`, writes events to `sink`. `load(name, options, progress)` gives a
+    Model.
+    """
+
+    def __init__(self, source: BinaryIO, sink: BinaryIO, load: Load):
+        self.source, self.sink, self.load = source, sink, load
+        self.model: Any = None
+        self.sessions: OrderedDict[str, Any] = OrderedDict()
+        self.answering: Any = None
+        self.cancelled = threading.Event()
+        self.requests: queue.SimpleQueue[dict] = queue.SimpleQueue()
+        self.questions: queue.SimpleQueue[dict] = queue.SimpleQueue()
+        self.write_lock = threading.Lock()
+
+    def run(self) -> None:
+        """Serve until the parent is gone; does not return."""
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._answer_questions, daemon=True).start()
+        while True:
+            request = self.requests.get()
+            handle = {"load": self._load, "answer": self._answer}[request["op"]]
+            try:
+                handle(request)
+            except BaseException as e:
+                self._fail(e, request["op"])
+                if isinstance(e, MemoryError):
+                    self.sessions.clear()
+
+    def _read(self) -> None:
+        for line in self.source:
+            request = json.loads(line)
+            op = request["op"]
+            if op == "cancel":
+                # Set first: an answer that is about to begin looks at the flag.
+                self.cancelled.set()
+                if (session := self.answering) is not None:
+                    session.cancel()
+            elif op in ("count", "models"):
+                self.questions.put(request)
+            else:
+                if op == "answer":
+                    self.cancelled.clear()
+                self.requests.put(request)
+        os._exit(0)
+
+    def _send(self, **event: Any) -> None:
+        data = json.dumps(event).encode() + b"\n"
+        with self.write_lock:
+            try:
+                self.sink.write(data)
+                self.sink.flush()
+            except OSError:
+                os._exit(0)
+
+    def _fail(self, e: BaseException, during: str) -> None:
+        from tinychat.errors import TinychatError
+
+        if os.environ.get("TINYCHAT_DEBUG"):
+            import traceback
+
+            traceback.print_exception(e)
+        if isinstance(e, TinychatError):
+            what, todo = e.what, e.todo
+        elif isinstance(e, MemoryError):
+            what, todo = "Memory ran out.", "Choose a smaller model or a smaller --ctx."
+        else:
+            what = f"Internal error: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            todo = "This is a bug. TINYCHAT_DEBUG=1 shows where; please report it."
+        self._send(ev="failed", what=what, todo=todo, during=during)
+
+    def _load(self, request: dict) -> None:
+        if self.model is not None:
+            self.sessions.clear()
+            self.model.close()
+            self.model = None
+        last = 0.0
+
+        def progress(what: str, done: int = 0, total: int = 0) -> None:
+            nonlocal last
+            if (now := time.monotonic()) - last >= 0.1 or done == total:
+                last = now
+                self._send(ev="loading", what=what, done=done, total=total)
+
+        self.model = self.load(request["model"], request["options"], progress)
+        defaults = getattr(self.model, "default_sampling", None)
+        self._send(
+            ev="loaded",
+            facts=self.model.describe(),
+            sampling=vars(defaults).copy() if defaults is not None else {},
+            has_template=self.model.template is not None,
+        )
+
+    def _answer(self, request: dict) -> None:
+        from tinychat.errors import UsageError
+
+        if self.model is None:
+            raise UsageError("No model is loaded.", "Choose one: /model.")
+        session = self._session(request)
+        self.answering = session
+        try:
+            self._stream(session, session.regenerate())
+        finally:
+            self.answering = None
+
+    def _session(self, request: dict) -> Any:
+        from tinychat.session import Message
+
+        key = request["chat"]
+        session = self.sessions.pop(key, None) or self.model.session(request["system"])
+        self.sessions[key] = session
+        while len(self.sessions) > KEPT_SESSIONS:
+            self.sessions.popitem(last=False)
+        session.system = request["system"]
+        session.params = self.model.default_sampling.but(**request["params"])
+        session.nodes = [
+            Message(parent=i - 1 if i else None, **fields) for i, fields in enumerate(request["path"])
+        ]
+        session.leaf = len(session.nodes) - 1
+        return session
+
+    def _stream(self, session: Any, events: Any) -> None:
+        from tinychat.events import Done, Notice
+
+        began = False
+        pieces: list[str] = []
+        new: list[str] = []
+        tokens = sent = 0
+        thought: int | None = None
+        tail = ""
+        last = 0.0
+        for event in events:
+            if self.cancelled.is_set():
+                session.cancel()
+            if not began:
+                began = True
+                # Its end says whether the template itself opened a thought.
+                self._send(ev="began", prompt_text=session.nodes[session.leaf].prompt_text[-200:])
+            if isinstance(event, Notice):
+                self._send(ev="notice", message=event.message)
+                continue
+            tokens += getattr(event, "token_id", None) is not None
+            if event.text:
+                pieces.append(event.text)
+                new.append(event.text)
+                tail = tail[-len(THOUGHT_ENDS) :] + event.text
+                if thought is None and THOUGHT_ENDS in tail:
+                    thought = tokens
+            now = time.monotonic()
+            done = isinstance(event, Done)
+            if tokens > sent and (done or now - last >= BATCH_SECONDS):
+                self._send(ev="text", text="".join(new), tokens=tokens, thought=thought)
+                new.clear()
+                last, sent = now, tokens
+            if done:
+                node = session.nodes[session.leaf]
+                self._send(
+                    ev="done",
+                    content=node.content,
+                    ids=node.ids,
+                    prompt_ids=node.prompt_ids,
+                    prompt_text=node.prompt_text,
+                    finish_reason=event.finish_reason,
+                    stats=event.stats.as_dict(),
+                    thought=thought,
+                )
+
+    # Questions are answered beside a running answer
+
+    def _answer_questions(self) -> None:
+        while True:
+            request = self.questions.get()
+            value = None
+            with suppress(Exception):  # the asker shows that it is not known
+                value = self._count(request["text"]) if request["op"] == "count" else list_models()
+            self._send(ev="reply", id=request["id"], value=value)
+
+    def _count(self, text: str) -> int | None:
+        return None if self.model is None else len(self.model.tokenizer.encode(text))
+
+
+def list_models() -> dict[str, Any]:
+    """What is installed (name, size in bytes, quantization) and what can be pulled; bytes of memory free."""
+    from tinychat.hub import store
+    from tinychat.machine import available_memory
+
+    installed = [
+        {"name": m.name, "size": m.size, "quantization": m.quantization or "", "path": str(m.path)}
+        for m in store.installed()
+    ]
+    have = {m["name"] for m in installed}
+    return {
+        "installed": installed,
+        "available": [name for name in store.known_names() if name not in have],
+        "memory": available_memory(),
+    }
+
+
+def load_model(name: str, options: dict[str, Any], progress: Callable[[str, int, int], None]) -> Any:
+    """A Model, downloaded first if need be."""
+    progress("Starting the engine", 0, 0)
+    from tinychat.model import load
+
+    progress(f"Loading {name}", 0, 0)
+    return load(name, **options)
+
+
+def serve(load: Load = load_model) -> None:
+    """Talk on stdin and stdout; does not return. What the engine prints goes to stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    # Neither the engine nor a library may write between our lines, or wait for input.
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    Worker(source, sink, load).run()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,245 @@
+"""The application: owns the store, the engine's process and the settings; the screens do the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from textual.app import App, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+
+from tinychat import locations
+from tinychat.client import EngineClient, Loading
+from tinychat.store import Chat, ChatStore
+from tinychat.tui import messages
+from tinychat.tui.conversation import Conversation
+from tinychat.tui.screens.chat import ChatScreen
+from tinychat.tui.theme import DARK, THEMES
+
+POLL_SECONDS = 1.0  # how often memory and load are looked at while an answer runs
+
+
+class ChatApp(App[None]):
+    """`conversation`: what to open with. `engine`: an object like EngineClient, for tests."""
+
+    TITLE = "tinychat"
+    CSS_PATH = "screens/chat.tcss"  # the default screen loads none of its own
+    ENABLE_COMMAND_PALETTE = True
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+q", "quit", "leave", priority=True),
+        Binding("ctrl+c", "copy_or_quit", "copy what is selected; twice: leave", show=False),
+        Binding("ctrl+p", "command_palette", "everything, by name", priority=True),
+    ]
+
+    def __init__(
+        self,
+        model: str,
+        conversation: Conversation,
+        *,
+        options: dict[str, Any] | None = None,
+        engine: Any = None,
+        command: Sequence[str] | None = None,
+        settings: Path | None = None,
+    ):
+        super().__init__()
+        self.model, self.conversation, self.options = model, conversation, dict(options or {})
+        self.store: ChatStore = conversation.store
+        self.engine = engine or EngineClient(self._heard, command)
+        if engine is not None:
+            engine.on_event = self._heard
+        self.settings_path = settings or locations.home() / "settings.json"
+        self._settings = _read_settings(self.settings_path)
+        self._pace: list[tuple[float, int]] = []
+        self._interrupted = 0.0
+        for theme in THEMES:
+            self.register_theme(theme)
+        self.theme = (
+            self._settings.get("theme") if self._settings.get("theme") in self.available_themes else DARK.name
+        )
+
+    def get_default_screen(self) -> Screen:
+        return ChatScreen(self.model, self.conversation)
+
+    @property
+    def chat(self) -> ChatScreen:
+        """The screen under everything."""
+        return self.screen_stack[0]
+
+    def on_mount(self) -> None:
+        """Paint first; everything else comes after."""
+        self.theme_changed_signal.subscribe(self, self._keep_theme)
+        self.call_after_refresh(self._begin)
+
+    async def _begin(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            with suppress(NotImplementedError, RuntimeError, ValueError):
+                loop.add_signal_handler(number, self._told_to_end)
+        await self.start_engine()
+        self.run_worker(self._warm_up, thread=True, group="warm")
+        self.set_interval(POLL_SECONDS, self._look_at_machine)
+
+    def _warm_up(self) -> None:
+        from tinychat.tui import markdown
+
+        markdown.warm_up()
+        self.store.purge()
+
+    def _told_to_end(self) -> None:
+        with suppress(Exception):
+            self.chat.conversation.flush()
+        self.exit()
+
+    async def on_unmount(self) -> None:
+        """Store what was said, end the engine."""
+        with suppress(Exception):
+            self.chat.conversation.flush()
+        await self.engine.close()
+
+    # The engine
+
+    def _heard(self, event: Any) -> None:
+        if self.screen_stack:
+            self.chat.post_message(messages.Engine(event))
+
+    async def start_engine(self) -> None:
+        """A new process, and the model into it."""
+        await self.engine.start()
+        await self.load_model(self.chat.model)
+
+    async def load_model(self, name: str) -> None:
+        """Into the present process, or a new one if it is gone."""
+        self._pace = []
+        if self.engine.pid is None:
+            await self.engine.start()
+        self.engine.load(name, self.options)
+
+    def download_pace(self, event: Loading) -> tuple[float, float]:
+        """Bytes a second over the last few seconds, and seconds that are left; 0 while unknown."""
+        now = time.monotonic()
+        if self._pace and event.done < self._pace[-1][1]:
+            self._pace = []
+        self._pace = [(t, n) for t, n in self._pace if now - t < 5] + [(now, event.done)]
+        (t0, n0) = self._pace[0]
+        rate = (event.done - n0) / (now - t0) if now - t0 > 0.5 else 0.0
+        return rate, (event.total - event.done) / rate if rate > 0 else 0.0
+
+    def _look_at_machine(self) -> None:
+        """Memory of the engine, and how busy the cores are; nothing while nothing happens."""
+        chat = self.chat
+        if self.engine.pid is None or not (chat.answering or not chat.ready):
+            if "cpu" in chat.status.facts and chat.status.facts["cpu"] is not None:
+                chat.status.tell(cpu=None)
+            return
+        import psutil
+
+        with suppress(psutil.Error):
+            chat.status.tell(memory=psutil.Process(self.engine.pid).memory_info().rss)
+        chat.status.tell(cpu=psutil.cpu_percent())
+
+    # Settings
+
+    def _keep_theme(self, theme: Any) -> None:
+        if self._settings.get("theme") == theme.name:
+            return
+        self._settings["theme"] = theme.name
+        with suppress(OSError):  # a home that cannot be written keeps the default
+            self.settings_path.parent.mkdir(parents=True, exist_ok=True)
+            self.settings_path.write_text(json.dumps(self._settings), encoding="utf-8")
+
+    # Keys
+
+    def action_copy_or_quit(self) -> None:
+        """ctrl+c: copy the selection, else say how to leave; twice leaves."""
+        from tinychat.tui import clipboard
+
+        if text := self.screen.get_selected_text():
+            clipboard.copy(self, text)
+            self.screen.clear_selection()
+            self.chat.say("Copied.")
+            return
+        now = time.monotonic()
+        if now - self._interrupted < 2:
+            self.exit(return_code=130)
+            return
+        self._interrupted = now
+        if self.chat.answering:
+            self.chat.action_stop()
+        self.chat.say("ctrl+c again to leave (also ctrl+q).")
+
+    def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
+        from tinychat.tui.commands import COMMANDS
+
+        for c in COMMANDS:
+            if not c.needs_argument:
+                yield SystemCommand(c.name, c.help, lambda name=c.name: self._run(name))
+        for theme in THEMES:
+            yield SystemCommand(
+                f"theme {theme.name}", "colours", lambda name=theme.name: setattr(self, "theme", name)
+            )
+
+    def _run(self, name: str) -> None:
+        self.chat.run_worker(self.chat.run_command(name, ""))
+
+    def ask_text(self, question: str, value: str, then: Callable[[str], None]) -> None:
+        """Ask for a line of text; `then` gets it."""
+        from tinychat.errors import TinychatError
+        from tinychat.tui.screens.prompt import PromptScreen
+
+        def done(answer: str | None) -> None:
+            if answer:
+                try:
+                    then(answer)
+                except TinychatError as e:
+                    self.chat.complain(e)
+
+        self.push_screen(PromptScreen(question, value), done)
+
+    def ask_path(self, question: str, then: Callable[[Path], None]) -> None:
+        """Ask for the name of a file to write."""
+        self.ask_text(question, "", lambda answer: then(Path(answer).expanduser()))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def run(
+    model: str,
+    store: ChatStore,
+    chat: Chat | None = None,
+    system: str | None = None,
+    params: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    command: Sequence[str] | None = None,
+) -> int:
+    """Open the chat screen, with a stored chat or a new one; the exit code.
+
+    system and params hold in place of the stored chat's own. options are those of `tinychat.load`; command
+    starts the engine (default: `tinychat.worker`).
+    """
+    conversation = (
+        Conversation(store, model, system, params) if chat is None else Conversation.open(store, chat.id)
+    )
+    if chat is not None:
+        conversation.chat.model = model
+        conversation.chat.params |= params or {}
+        conversation.chat.system = system or conversation.chat.system
+    app = ChatApp(model, conversation, options=options, command=command)
+    try:
+        app.run()
+    finally:
+        conversation.close()
+        store.close()
+    return app.return_code or 0

@@ -1,0 +1,92 @@
+"""Text files that a message brings along: `@path` in the composer, and long pastes."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+MOST_BYTES = 4_000_000
+_MENTION = re.compile(r"(?:^|(?<=\s))@(?:\"([^\"\n]+)\"|(\S+))")
+
+
+@dataclass
+class Attachment:
+    """A file or a paste: `problem` says why it cannot be sent."""
+
+    name: str
+    text: str
+    problem: str = ""
+    tokens: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.text.encode("utf-8", "replace"))
+
+
+def mentions(text: str) -> list[tuple[str, Path]]:
+    """The @paths in a text that name a file, as (what is written, path)."""
+    out = []
+    for match in _MENTION.finditer(text):
+        written = match[1] or match[2]
+        path = Path(written).expanduser()
+        try:
+            if path.is_file():
+                out.append((match[0], path))
+        except (OSError, ValueError):
+            continue
+    return out
+
+
+def read(path: Path) -> Attachment:
+    """A text file as an attachment."""
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            return Attachment(path.name, "", f"{size / 1e6:.1f} MB is too large")
+        data = path.read_bytes()
+    except OSError as e:
+        return Attachment(path.name, "", e.strerror or str(e))
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return Attachment(path.name, "", "not a UTF-8 text file")
+    if "\0" in text:
+        return Attachment(path.name, "", "not a text file")
+    return Attachment(path.name, text)
+
+
+def message_with(text: str, attachments: list[Attachment]) -> str:
+    """The message as the model reads it: files in fences, then what was typed."""
+    parts = []
+    for a in attachments:
+        longest = max((len(run) for run in re.findall(r"`{3,}", a.text)), default=2)
+        fence = "`" * (longest + 1)
+        parts.append(f"{a.name}:\n{fence}\n{a.text.rstrip()}\n{fence}")
+    if text.strip():
+        parts.append(text)
+    return "\n\n".join(parts)
+
+
+def complete_path(fragment: str, limit: int = 40) -> list[str]:
+    """File names that begin like `fragment` (after the @), folders with a slash."""
+    head, tail = os.path.split(fragment)
+    folder = Path(head).expanduser() if head else Path()
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith(tail) or (
+                    entry.name.startswith(".") and not tail.startswith(".")
+                ):
+                    continue
+                name = os.path.join(head, entry.name) + ("/" if entry.is_dir() else "")
+                if name.isprintable():
+                    found.append(name)
+                if len(found) >= 400:
+                    break
+    except (OSError, ValueError):
+        return []
+    return sorted(found)[:limit]

@@ -1,0 +1,60 @@
+"""The slash commands: one table for the composer, its completion, the command palette and the help screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """`/name argument`. `keys`: what does the same."""
+
+    name: str
+    argument: str
+    help: str
+    needs_argument: bool = False
+
+
+COMMANDS = (
+    Command("help", "", "keys and commands"),
+    Command("model", "[NAME]", "choose the model"),
+    Command("system", "[TEXT]", "set the system prompt; nothing shows it; - removes it"),
+    Command(
+        "set", "[NAME VALUE]", "sampling: temperature, top_k, top_p, min_p, repeat_penalty, max_tokens, seed"
+    ),
+    Command("regen", "", "answer again, as a new branch"),
+    Command("edit", "[TEXT]", "change your last message, as a new branch"),
+    Command("branch", "[N]", "go to branch N of the last answer; without N, the next one"),
+    Command("new", "", "a new chat"),
+    Command("clear", "", "a new chat"),
+    Command("resume", "[TEXT]", "find an earlier chat"),
+    Command("rename", "TITLE", "name this chat", True),
+    Command("delete", "", "delete this chat; /undo brings it back"),
+    Command("undo", "", "bring the deleted chat back"),
+    Command("save", "FILE", "export this chat: .md for reading, .json for Session.load", True),
+    Command("copy", "[code|chat]", "copy the last answer, its last code block, or the chat"),
+    Command("think", "", "open or fold the last reasoning"),
+    Command("stats", "", "speed over this chat, memory, bandwidth"),
+    Command("theme", "[dark|light|contrast]", "colours"),
+    Command("exit", "", "leave"),
+)
+BY_NAME = {c.name: c for c in COMMANDS} | {
+    alias: c for c in COMMANDS for alias in {"exit": ("bye", "quit")}.get(c.name, ())
+}
+
+
+def split(text: str) -> tuple[str, str] | None:
+    """("set", "top_k 3") of "/set top_k 3"; None if it is not a command (a path, several lines)."""
+    if not text.startswith("/") or "\n" in text.strip():
+        return None
+    name, _, rest = text[1:].strip().partition(" ")
+    if not name or "/" in name:
+        return None
+    return name.lower(), rest.strip()
+
+
+def complete(text: str) -> list[Command]:
+    """Commands that begin like `text` ("/re"), while their name is being typed."""
+    if not text.startswith("/") or any(c.isspace() for c in text):
+        return []
+    return [c for c in COMMANDS if c.name.startswith(text[1:].lower())]

@@ -1,0 +1,63 @@
+"""What widgets tell the screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from textual.message import Message
+
+from tinychat.client import EngineEvent
+
+if TYPE_CHECKING:
+    from tinychat.tui.widgets.turn import Turn
+
+
+class Engine(Message):
+    """The engine said something."""
+
+    def __init__(self, event: EngineEvent):
+        super().__init__()
+        self.event = event
+
+
+class Submitted(Message):
+    """The user sends what is in the composer."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text = text
+
+
+class TurnAction(Message):
+    """Something is to be done with a message: edit, regenerate, copy, copy_code, save_code, switch, leave,
+    move.
+    """
+
+    def __init__(self, turn: Turn, action: str, argument: int = 0):
+        super().__init__()
+        self.turn, self.action, self.argument = turn, action, argument
+
+
+class OpenChat(Message):
+    """A chat is chosen in the sidebar."""
+
+    def __init__(self, chat_id: int):
+        super().__init__()
+        self.chat_id = chat_id
+
+
+class ChatAction(Message):
+    """Something is to be done with a chat: rename, delete, export."""
+
+    def __init__(self, chat_id: int, action: str):
+        super().__init__()
+        self.chat_id, self.action = chat_id, action
+
+
+class Attached(Message):
+    """Files named with @ in the composer changed."""
+
+    def __init__(self, paths: list[Path]):
+        super().__init__()
+        self.paths = paths

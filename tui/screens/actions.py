@@ -1,0 +1,456 @@
+"""What commands, keys and clicks do on the chat screen."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinychat.errors import TinychatError, UsageError
+from tinychat.store import to_markdown
+from tinychat.tui import clipboard, messages
+from tinychat.tui.commands import BY_NAME
+from tinychat.tui.conversation import Conversation
+from tinychat.tui.markdown import Document
+from tinychat.tui.theme import SHORT_NAMES, THEMES
+from tinychat.tui.widgets.turn import Turn, human_size
+
+if TYPE_CHECKING:
+    from tinychat.tui.screens.chat import ChatScreen
+
+INTEGERS = ("top_k", "max_tokens", "seed")
+RANGES = {
+    "temperature": (0, 100),
+    "top_k": (0, 1 << 31),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.01, 100),
+    "max_tokens": (0, 1 << 31),
+    "seed": (0, 1 << 63),
+}
+
+
+def parse_setting(name: str, value: str) -> float | int | None:
+    """A sampling parameter's value; "-" or nothing is the model's default (None). Raises UsageError."""
+    if name not in RANGES:
+        raise UsageError(f"{name} is not a sampling parameter.", f"Known: {', '.join(RANGES)}.")
+    if value in ("", "-", "default"):
+        return None
+    try:
+        number = int(value) if name in INTEGERS else float(value)
+    except ValueError:
+        raise UsageError(f"{value} is not a number.", f"Use /set {name} NUMBER.") from None
+    low, high = RANGES[name]
+    if not low <= number <= high:
+        raise UsageError(f"{name} is {value}.", f"It must lie between {low} and {high}.")
+    return number
+
+
+class ChatActions:
+    """Mixed into ChatScreen."""
+
+    async def run_command(self: ChatScreen, name: str, rest: str) -> None:
+        """A slash command."""
+        command = BY_NAME.get(name)
+        try:
+            if command is None:
+                raise UsageError(f"/{name} is not a command.", "/help lists them.")
+            if command.needs_argument and not rest:
+                raise UsageError(f"/{name} needs {command.argument}.", f"/{name} {command.argument}")
+            result = getattr(self, f"command_{command.name}")(rest)
+            if result is not None:
+                await result
+        except TinychatError as e:
+            self.complain(e)
+
+    def command_help(self, rest: str) -> None:
+        self.action_help()
+
+    def command_model(self: ChatScreen, rest: str) -> Any:
+        if rest:
+            return self.choose_model(rest)
+        self.action_model()
+        return None
+
+    def command_system(self: ChatScreen, rest: str) -> None:
+        chat = self.conversation.chat
+        if rest:
+            chat.system = None if rest == "-" else rest
+            if chat.id:
+                self.app.store.update(chat.id, system=chat.system)
+        self.say(
+            f"System prompt: {chat.system}" if chat.system else "No system prompt: the template's own holds."
+        )
+
+    def command_set(self: ChatScreen, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        if name:
+            self.set_params({name: parse_setting(name, value.strip())})
+        else:
+            self.action_sampling()
+
+    def set_params(self: ChatScreen, changes: dict[str, Any]) -> None:
+        """Sampling parameters of this chat; None is the model's default."""
+        chat = self.conversation.chat
+        merged = {**chat.params, **changes}
+        chat.params = {k: v for k, v in merged.items() if v is not None}
+        if chat.id:
+            self.app.store.update(chat.id, params=chat.params)
+        self.say(
+            "Sampling: " + (", ".join(f"{k} {v}" for k, v in chat.params.items()) or "the model's defaults")
+        )
+
+    def command_regen(self: ChatScreen, rest: str) -> Any:
+        return self.regenerate()
+
+    async def regenerate(self: ChatScreen, question: int | None = None) -> None:
+        """Answer a question (default: the last one) again."""
+        if self.answering:
+            raise UsageError("Still answering.", "esc stops it.")
+        last = self.conversation.last("user")
+        if question is None and last is None:
+            raise UsageError("There is nothing to answer again.", "Say something first.")
+        await self.answer(last.id if question is None else question)
+
+    async def command_edit(self: ChatScreen, rest: str) -> None:
+        last = self.conversation.last("user")
+        if last is None:
+            raise UsageError("There is nothing to edit.", "Say something first.")
+        self.begin_edit(last.id)
+        if rest:
+            await self.on_submitted(messages.Submitted(rest))
+
+    def begin_edit(self: ChatScreen, message_id: int) -> None:
+        """Put a message of the user into the composer."""
+        if self.answering:
+            raise UsageError("Still answering.", "esc stops it.")
+        self.editing = message_id
+        self.composer.text = self.conversation.by_id[message_id].content
+        self.composer.input.focus()
+        self.say("Editing: enter sends it as a new branch, esc leaves it as it was.")
+
+    def command_branch(self: ChatScreen, rest: str) -> Any:
+        last = self.conversation.last("assistant")
+        if last is None:
+            raise UsageError("There is no answer yet.", "Say something first.")
+        siblings = self.conversation.siblings(last.id)
+        if rest and not (rest.isdigit() and 1 <= int(rest) <= len(siblings)):
+            raise UsageError(f"There is no branch {rest}.", f"Use /branch 1 to {len(siblings)}.")
+        at = int(rest) - 1 if rest else (siblings.index(last.id) + 1) % len(siblings)
+        return self.switch(siblings[at])
+
+    async def switch(self: ChatScreen, message_id: int) -> None:
+        """Show the branch through a message."""
+        if self.answering:
+            raise UsageError("Still answering.", "esc stops it.")
+        self.conversation.switch(message_id)
+        await self.show_conversation()
+        if turn := self.transcript.turn(message_id):
+            turn.focus()
+
+    def command_new(self: ChatScreen, rest: str = "") -> Any:
+        return self.action_new_chat()
+
+    command_clear = command_new
+
+    async def action_new_chat(self: ChatScreen) -> None:
+        """An empty conversation with the same model and settings."""
+        if self.answering:
+            self.say("Still answering: esc stops it.")
+            return
+        chat = self.conversation.chat
+        await self.open(Conversation(self.app.store, self.model, chat.system, chat.params))
+
+    async def command_resume(self: ChatScreen, rest: str) -> None:
+        if self.sidebar is None or not self.sidebar.display:
+            await self.action_toggle_sidebar()
+        self.sidebar.find(rest)
+
+    def command_rename(self: ChatScreen, rest: str) -> None:
+        self._stored_chat()
+        self.conversation.chat.title = rest
+        self.app.store.update(self.conversation.chat.id, title=rest)
+        self._refill()
+
+    async def command_delete(self: ChatScreen, rest: str) -> None:
+        await self.delete_chat(self._stored_chat())
+
+    async def delete_chat(self: ChatScreen, chat_id: int) -> None:
+        """Out of the list; /undo brings it back."""
+        here = chat_id == self.conversation.chat.id
+        if here and self.answering:
+            raise UsageError("Still answering.", "esc stops it.")
+        title = self.app.store.chat(chat_id).title
+        self.app.store.delete(chat_id)
+        self.deleted = chat_id
+        if here:
+            await self.action_new_chat()
+        self._refill()
+        self.say(f"Deleted “{title}”. /undo brings it back.")
+
+    async def command_undo(self: ChatScreen, rest: str = "") -> None:
+        if self.deleted is None:
+            raise UsageError("Nothing was deleted here.", "/resume lists the chats.")
+        self.app.store.restore(self.deleted)
+        chat_id, self.deleted = self.deleted, None
+        self._refill()
+        self.say("")
+        if not self.conversation.chat.id:
+            await self.on_open_chat(messages.OpenChat(chat_id))
+
+    def command_save(self: ChatScreen, rest: str) -> None:
+        self.export(self._stored_chat(), Path(rest).expanduser())
+
+    def export(self: ChatScreen, chat_id: int, path: Path) -> None:
+        """A chat as a file: JSON for a .json, else Markdown."""
+        store = self.app.store
+        text = store.export_json(chat_id) if path.suffix == ".json" else store.export_markdown(chat_id)
+        self.write_file(path, text)
+
+    def write_file(self: ChatScreen, path: Path, text: str) -> None:
+        """Write a new file; an existing one is not touched."""
+        if path.exists():
+            raise UsageError(f"{path} exists.", "Give another name.")
+        try:
+            path.write_text(text, encoding="utf-8", errors="replace")
+        except OSError as e:
+            raise UsageError(f"Cannot write {path}: {e.strerror}.", "Give another place.") from e
+        self.say(f"Wrote {path} ({human_size(len(text.encode('utf-8', 'replace')))}).")
+
+    def command_copy(self: ChatScreen, rest: str) -> None:
+        last = self.conversation.last("assistant")
+        if rest == "chat":
+            self._copy(to_markdown(self.conversation.chat, self.conversation.path()), "the chat")
+        elif last is None:
+            raise UsageError("There is no answer yet.", "Say something first.")
+        elif rest == "code":
+            self._copy_code(self.transcript.turn(last.id), -1)
+        elif not rest:
+            self._copy(last.content, "the answer")
+        else:
+            raise UsageError(f"/copy {rest} means nothing.", "Use /copy, /copy code or /copy chat.")
+
+    def _copy(self: ChatScreen, text: str, what: str) -> None:
+        clipboard.copy(self.app, text)
+        self.say(f"Copied {what} ({human_size(len(text.encode('utf-8', 'replace')))}).")
+
+    def _code(self, turn: Turn | None, index: int) -> str:
+        code = turn.code(index) if turn is not None else None
+        if code is None and turn is not None and not turn.is_answer:
+            document = Document()
+            document.append(turn.message.content)
+            document.end()
+            document.advance()
+            with suppress(IndexError):
+                code = document.codes[index]
+        if code is None:
+            raise UsageError("There is no code block in that message.", "Choose another one.")
+        return code
+
+    def _copy_code(self: ChatScreen, turn: Turn | None, index: int) -> None:
+        self._copy(self._code(turn, index), "the code block")
+
+    def command_think(self: ChatScreen, rest: str) -> None:
+        turns = [t for t in self.transcript.turns if t.thought is not None]
+        if not turns:
+            raise UsageError("There is no reasoning here.", "This model may not show any.")
+        turns[-1].action_unfold()
+
+    def command_stats(self: ChatScreen, rest: str) -> None:
+        self.action_stats()
+
+    def command_theme(self: ChatScreen, rest: str) -> None:
+        names = {**SHORT_NAMES, **{name: name for name in self.app.available_themes}}
+        if rest and rest not in names:
+            raise UsageError(f"There is no theme {rest}.", f"Use {', '.join(SHORT_NAMES)}.")
+        if not rest:
+            ours = [t.name for t in THEMES]
+            at = ours.index(self.app.theme) if self.app.theme in ours else -1
+            names[rest] = ours[(at + 1) % len(ours)]
+        self.app.theme = names[rest]
+
+    def command_exit(self: ChatScreen, rest: str) -> None:
+        self.app.exit()
+
+    def _stored_chat(self: ChatScreen) -> int:
+        if not self.conversation.chat.id:
+            raise UsageError("This chat is still empty.", "Say something first.")
+        return self.conversation.chat.id
+
+    def _refill(self: ChatScreen) -> None:
+        if self.sidebar is not None:
+            self.sidebar.fill()
+
+    # Messages
+
+    async def on_turn_action(self: ChatScreen, message: messages.TurnAction) -> None:
+        """A key or a click on a message."""
+        turn, m = message.turn, message.turn.message
+        self.say("")
+        try:
+            if message.action == "leave":
+                self.composer.input.focus()
+            elif message.action == "move":
+                self._move(turn, message.argument)
+            elif message.action == "switch":
+                at = (turn.branches.index(m.id) + message.argument) % len(turn.branches)
+                await self.switch(turn.branches[at])
+            elif message.action == "copy":
+                self._copy(m.content, "the message")
+            elif message.action == "copy_code":
+                self._copy_code(turn, message.argument)
+            elif message.action == "save_code":
+                code = self._code(turn, message.argument)
+                self.app.ask_path("Save the code block as", lambda path: self.write_file(path, code))
+            elif message.action == "edit":
+                self.begin_edit(m.id if m.role == "user" else m.parent)
+            elif message.action == "regenerate":
+                await self.regenerate(m.id if m.role == "user" else m.parent)
+                self.composer.input.focus()
+        except TinychatError as e:
+            self.complain(e)
+
+    def _move(self: ChatScreen, turn: Turn, step: int) -> None:
+        turns = self.transcript.turns
+        at = turns.index(turn) + step
+        if at >= len(turns):
+            self.composer.input.focus()
+        elif at >= 0:
+            turns[at].focus()
+        else:
+            self.transcript.scroll_home(animate=False)
+
+    def action_focus_last(self: ChatScreen) -> None:
+        """From the composer to the last message."""
+        if turns := self.transcript.turns:
+            turns[-1].focus()
+
+    async def on_chat_action(self: ChatScreen, message: messages.ChatAction) -> None:
+        """A key in the list of chats."""
+        try:
+            if message.action == "delete":
+                await self.delete_chat(message.chat_id)
+            elif message.action == "undo":
+                await self.command_undo()
+            elif message.action == "export":
+                self.app.ask_path("Export as (.md or .json)", lambda path: self.export(message.chat_id, path))
+            elif message.action == "rename":
+                chat = self.app.store.chat(message.chat_id)
+                self.app.ask_text("New title", chat.title, lambda title: self.rename(message.chat_id, title))
+        except TinychatError as e:
+            self.complain(e)
+
+    def rename(self: ChatScreen, chat_id: int, title: str) -> None:
+        """Give a chat another title."""
+        if title.strip():
+            self.app.store.update(chat_id, title=title.strip())
+            if chat_id == self.conversation.chat.id:
+                self.conversation.chat.title = title.strip()
+            self._refill()
+
+    async def on_attached(self: ChatScreen, message: messages.Attached) -> None:
+        """Count the tokens of what is attached, as soon as the engine can."""
+        for attachment in self.composer.attachments:
+            if not attachment.problem and attachment.tokens is None:
+                self.run_worker(self._count(attachment), group="count")
+
+    async def _count(self: ChatScreen, attachment: Any) -> None:
+        attachment.tokens = await self.app.engine.count(attachment.text)
+        self.composer.chips.show(self.composer.attachments)
+
+    # Keys
+
+    async def action_regenerate(self: ChatScreen) -> None:
+        """ctrl+r."""
+        await self.run_command("regen", "")
+
+    async def action_toggle_sidebar(self: ChatScreen) -> None:
+        """ctrl+b."""
+        from tinychat.tui.widgets.sidebar import Sidebar
+
+        if self.sidebar is None:
+            sidebar = Sidebar(self.app.store)
+            sidebar.current = self.conversation.chat.id
+            await self.query_one("Horizontal").mount(sidebar, before=0)
+            shown = True
+        else:
+            shown = self.sidebar.display = not self.sidebar.display
+        self.set_class(shown, "with-sidebar")
+        if shown:
+            self.sidebar.fill()
+            self.sidebar.query_one("#search").focus()
+        else:
+            self.composer.input.focus()
+
+    def action_follow(self: ChatScreen) -> None:
+        """ctrl+end."""
+        self.transcript.follow()
+
+    def action_page(self: ChatScreen, step: int) -> None:
+        """The page keys scroll the conversation, wherever the cursor is."""
+        (self.transcript.scroll_page_up if step < 0 else self.transcript.scroll_page_down)(animate=False)
+
+    def action_help(self: ChatScreen) -> None:
+        """f1."""
+        from tinychat.tui.screens.help import HelpScreen
+
+        self.app.push_screen(HelpScreen())
+
+    def action_stats(self: ChatScreen) -> None:
+        """f2."""
+        from tinychat.tui.screens.stats import StatsScreen
+
+        self.app.push_screen(StatsScreen(self.conversation.path(), self.facts))
+
+    def action_sampling(self: ChatScreen) -> None:
+        """ctrl+t."""
+        from tinychat.tui.screens.sampling import SamplingScreen
+
+        def done(changes: dict[str, Any] | None) -> None:
+            if changes is not None:
+                self.set_params(changes)
+
+        self.app.push_screen(SamplingScreen(self.conversation.chat.params, self.defaults), done)
+
+    def action_model(self: ChatScreen) -> None:
+        """ctrl+o."""
+        from tinychat.tui.screens.models import ModelScreen
+
+        def done(name: str | None) -> None:
+            if name:
+                self.run_worker(self.choose_model(name))
+
+        self.app.push_screen(ModelScreen(self.model), done)
+
+    async def choose_model(self: ChatScreen, name: str) -> None:
+        """Load another model; the conversation goes on with it."""
+        if self.answering:
+            self.say("Still answering: esc stops it.")
+            return
+        self.model, self.ready, self._deaths = name, False, []
+        self.conversation.chat.model = name
+        if self.conversation.chat.id:
+            self.app.store.update(self.conversation.chat.id, model=name)
+        self.status.tell(state="loading", model=name, backend=None, isa=None)
+        self.say("")
+        await self.app.load_model(name)
+
+    async def action_editor(self: ChatScreen) -> None:
+        """ctrl+g: write in $EDITOR."""
+        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "message.md"
+            path.write_text(self.composer.text, encoding="utf-8")
+            try:
+                with self.app.suspend():  # the terminal is the editor's until it ends
+                    code = subprocess.run([*shlex.split(editor), str(path)], check=False).returncode
+            except (OSError, ValueError) as e:
+                self.say(f"{editor} does not start: {e}. Set $EDITOR.", error=True)
+                return
+            if code == 0:
+                self.composer.text = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
+        self.composer.input.focus()

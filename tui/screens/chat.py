@@ -1,0 +1,445 @@
+"""The conversation: what was said, where one writes, what the machine is doing."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.screen import Screen
+from textual.widgets import Static
+
+from tinychat.client import Began, Died, Failed, Finished, Loaded, Loading, Noticed, Text
+from tinychat.errors import TinychatError
+from tinychat.store import ChatLockedError, StoredMessage
+from tinychat.tui import commands, messages
+from tinychat.tui.conversation import Conversation
+from tinychat.tui.screens.actions import ChatActions
+from tinychat.tui.text import clean
+from tinychat.tui.widgets.composer import Composer
+from tinychat.tui.widgets.sidebar import Sidebar
+from tinychat.tui.widgets.status import StatusLine
+from tinychat.tui.widgets.transcript import Transcript
+from tinychat.tui.widgets.turn import Turn, human_size, seconds
+
+if TYPE_CHECKING:
+    from tinychat.tui.app import ChatApp
+
+FRAME = 0.08  # seconds between two paintings of a running answer, at least
+SHARE = 0.08  # of the time, at most, goes into painting one
+NARROW = 90
+RESTARTS = 3  # deaths of the engine within a minute after which it is left alone
+
+WELCOME = """\
+Ask something. Everything you say is kept on this machine.
+
+enter send · ctrl+j new line · / commands · @file attach · esc stop
+ctrl+b chats · ctrl+p everything else · f1 keys · ctrl+q leave"""
+
+
+class ChatScreen(ChatActions, Screen[None]):
+    """One conversation at a time."""
+
+    BINDING_GROUP_TITLE = "Everywhere"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "stop", "stop the answer; what was said stays"),
+        Binding("ctrl+b", "toggle_sidebar", "chats, and search"),
+        Binding("ctrl+n", "new_chat", "new chat"),
+        Binding("ctrl+r", "regenerate", "answer again"),
+        Binding("ctrl+o", "model", "choose the model"),
+        Binding("ctrl+t", "sampling", "sampling"),
+        Binding("f1", "help", "keys and commands"),
+        Binding("f2", "stats", "speed and memory"),
+        Binding("ctrl+end", "follow", "to the end of the conversation", priority=True),
+        Binding("pageup", "page(-1)", "scroll up", priority=True),
+        Binding("pagedown", "page(1)", "scroll down", priority=True),
+        Binding("ctrl+up,alt+up", "focus_last", "to the messages"),
+        Binding("ctrl+z", "app.suspend_process", "to the shell; fg comes back", priority=True),
+    ]
+    AUTO_FOCUS = "#input"
+
+    app: ChatApp
+
+    def __init__(self, model: str, conversation: Conversation):
+        super().__init__()
+        self.model = model
+        self.conversation = conversation
+        self.facts: dict[str, Any] = {}
+        self.defaults: dict[str, Any] = {}
+        self.ready = False
+        self.question: int | None = None  # a question that the engine has not got yet
+        self.editing: int | None = None  # the user message that the composer's text will replace
+        self.deleted: int | None = None
+        self._turn: Turn | None = None  # the answer in the making
+        self._asked = 0.0
+        self._first: tuple[float, int] | None = None
+        self._tokens = 0
+        self._painting = False
+        self._stopping = False
+        self._deaths: list[float] = []
+        self._clock = None
+
+    def compose(self) -> ComposeResult:
+        with Horizontal(), Vertical(id="main"):
+            yield Transcript()
+            yield Static(id="notice", markup=False)
+            yield Composer(self._history)
+            yield StatusLine()
+
+    async def on_mount(self) -> None:
+        self.status.tell(state="starting", model=self.model)
+        await self.show_conversation()
+        self.on_resize()
+
+    def on_resize(self) -> None:
+        """A narrow terminal shows one thing at a time."""
+        self.set_class(self.app.size.width < NARROW, "narrow")
+
+    # Pieces
+
+    @property
+    def transcript(self) -> Transcript:
+        """The messages."""
+        return self.query_one(Transcript)
+
+    @property
+    def composer(self) -> Composer:
+        """Where the user writes."""
+        return self.query_one(Composer)
+
+    @property
+    def status(self) -> StatusLine:
+        """The line at the bottom."""
+        return self.query_one(StatusLine)
+
+    @property
+    def sidebar(self) -> Sidebar | None:
+        """The list of chats, once it was opened."""
+        return next(iter(self.query(Sidebar)), None)
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is being made or waited for."""
+        return self.conversation.answer is not None
+
+    def say(self, text: str, error: bool = False) -> None:
+        """A line above the composer; empty takes it away."""
+        notice = self.query_one("#notice", Static)
+        notice.update(clean(text))
+        notice.set_class(error, "error")
+        notice.display = bool(text)
+
+    def complain(self, e: TinychatError) -> None:
+        """Say what is wrong and what to do."""
+        self.say(f"{e.what} {e.todo}", error=True)
+
+    def _history(self) -> list[str]:
+        return self.app.store.said()
+
+    async def show_conversation(self) -> None:
+        """The present branch, or a welcome."""
+        path = self.conversation.path()
+        await self.query("#welcome").remove()
+        if not path:
+            await self.transcript.mount(Static(WELCOME, id="welcome", markup=False), before=0)
+        await self.transcript.show([(m, self.conversation.siblings(m.id)) for m in path])
+        last = self.conversation.last("assistant")
+        self.status.tell(used=self.conversation.tokens_used(), **_status_of(last))
+
+    async def open(self, conversation: Conversation) -> None:
+        """Another conversation."""
+        self.conversation.close()
+        self.conversation = conversation
+        self.editing = self.question = None
+        self.say("")
+        await self.show_conversation()
+        if self.sidebar is not None:
+            self.sidebar.current = conversation.chat.id
+            self.sidebar.fill()
+        self.composer.input.focus()
+
+    # Saying something
+
+    async def on_submitted(self, message: messages.Submitted) -> None:
+        """Enter: a command, a new message, or an edited one."""
+        if command := commands.split(message.text):
+            self.composer.clear()
+            self.say("")
+            await self.run_command(*command)
+            return
+        if self.answering:
+            self.say("Still answering: esc stops it.")
+            return
+        parent = self.conversation.leaf
+        if self.editing is not None:
+            parent = self.conversation.by_id[self.editing].parent
+        elif (last := self.conversation.path()[-1:]) and last[0].role == "user":
+            parent = last[0].parent  # it never got an answer: say it anew beside it
+        try:
+            question = self.conversation.ask(message.text, parent)
+        except TinychatError as e:
+            self.complain(e)
+            return
+        self.editing = None
+        self.composer.clear()
+        self.say("")
+        await self.answer(question.id)
+
+    async def answer(self, question: int) -> None:
+        """Have a question answered, as a new branch if it was before."""
+        try:
+            m = self.conversation.begin_answer(question, self.model)
+        except TinychatError as e:
+            self.complain(e)
+            return
+        await self.show_conversation()
+        turn = self._turn = self.transcript.turn(m.id)
+        turn.running = {}
+        self.question, self._first, self._tokens, self._stopping = question, None, 0, False
+        self._asked = time.monotonic()
+        self._watch()
+        if self.ready:
+            self._ask()
+        if self.sidebar is not None:
+            self.sidebar.current = self.conversation.chat.id
+            self.sidebar.fill()
+
+    def _ask(self) -> None:
+        c = self.conversation
+        params = {**c.chat.params}
+        if params.get("seed") is not None and self._turn is not None:
+            params["seed"] += len(self._turn.branches) - 1  # the same seed would say the same again
+        self._asked = time.monotonic()
+        self.app.engine.answer(c.key, c.request(self.question, self.model), c.chat.system, params)
+        self.question = None
+
+    def _watch(self) -> None:
+        """Say what the answer is waiting for, now and four times a second."""
+        if self._clock is None:
+            self._clock = self.set_interval(0.25, self._tick)
+        self._tick()
+
+    def _tick(self) -> None:
+        turn = self._turn
+        if turn is None or not self.answering:
+            if self._clock is not None:
+                self._clock.stop()
+                self._clock = None
+            return
+        waited = time.monotonic() - self._asked
+        if self._stopping:
+            state = "stopping"
+        elif not self.ready:
+            state = "loading"
+        elif self._first is None:
+            state = "reading"
+        else:
+            state = "answering"
+        text = ""
+        if state == "loading":
+            text = "waiting for the model"
+        elif state == "reading" and waited > 0.2:
+            text = f"reading the prompt, {waited:.0f} s"
+        if turn.waiting != text:
+            turn.waiting = text
+            turn.changed()
+        if self._first is not None:
+            began, n = self._first
+            took = time.monotonic() - began
+            rate = (self._tokens - n) / took if took > 0.3 and self._tokens > n else None
+            turn.running = {"tokens": self._tokens, "rate": rate}
+            self.status.tell(rate=rate, ttft=self._first[0] - self._asked)
+        self.status.tell(state=state)
+
+    # What the engine says
+
+    async def on_engine(self, message: messages.Engine) -> None:
+        """Its events, in order."""
+        event = message.event
+        if isinstance(event, Text):
+            self._hear(event)
+        elif isinstance(event, Began):
+            if self._turn is not None:
+                self._turn.prompt_text = event.prompt_text
+                self._first = (time.monotonic(), 1)
+                self._turn.waiting = ""
+        elif isinstance(event, Finished):
+            await self._finished(event)
+        elif isinstance(event, Loading):
+            self._loading(event)
+        elif isinstance(event, Loaded):
+            self._loaded(event)
+        elif isinstance(event, Noticed):
+            self.say(event.message)
+        elif isinstance(event, Failed):
+            await self._failed(event)
+        elif isinstance(event, Died):
+            await self._died(event)
+
+    def _hear(self, event: Text) -> None:
+        if self._turn is None or not self.answering:
+            return
+        self._tokens = event.tokens
+        self.conversation.hear(event.text, lambda e: self.app.call_from_thread(self.complain, e))
+        turn = self._turn
+        if event.thought is not None or turn.thinking:
+            turn.thought_tokens = event.thought or event.tokens
+        if not self._painting:
+            self._painting = True
+            self._paint()
+
+    def _paint(self) -> None:
+        """Show what has come, then leave the machine to the engine for a while."""
+        self._painting = False
+        turn = self._turn
+        if turn is None:
+            return
+        if turn.running is not None:
+            turn.running["tokens"] = self._tokens
+        took = turn.update()
+        self._painting = True
+        self.set_timer(max(FRAME, took / SHARE), self._paint_if_new)
+
+    def _paint_if_new(self) -> None:
+        self._painting = False
+        turn = self._turn
+        if turn is not None and turn.running is not None and turn.running.get("tokens") != self._tokens:
+            self._paint()
+
+    async def _finished(self, event: Finished) -> None:
+        turn, self._turn = self._turn, None
+        if not self.answering:
+            return
+        try:
+            m = self.conversation.finish(event)
+        except TinychatError as e:
+            self.complain(e)
+            m = self.conversation.by_id[turn.message.id]
+        self._settle(turn, m)
+        if event.finish_reason == "context_full":
+            self.say(f"The context of {self.facts.get('ctx')} tokens is full: /new starts over.", error=True)
+
+    def _settle(self, turn: Turn | None, m: StoredMessage | None) -> None:
+        """An answer has ended, one way or another."""
+        self._stopping, self.question = False, None
+        if turn is not None and m is not None:
+            turn.message, turn.running, turn.waiting = m, None, ""
+            turn.prompt_text = m.prompt_text or turn.prompt_text
+            turn.thought_tokens = m.stats.get("thought_tokens", turn.thought_tokens)
+            turn.thinking = False
+            turn.update()
+        self.status.tell(
+            state="ready" if self.ready else "no model",
+            used=self.conversation.tokens_used(),
+            **_status_of(m),
+        )
+        if self.sidebar is not None:
+            self.sidebar.fill()
+
+    def _loading(self, event: Loading) -> None:
+        text = event.what
+        if event.total:
+            text += f" {human_size(event.done)} of {human_size(event.total)}"
+            rate, left = self.app.download_pace(event)
+            if rate:
+                text += (
+                    f", {human_size(rate)}/s, {seconds(left)} left"
+                    if left >= 1
+                    else f", {human_size(rate)}/s"
+                )
+        self.status.tell(state=text)
+
+    def _loaded(self, event: Loaded) -> None:
+        self.ready, self.facts, self.defaults = True, event.facts, event.sampling
+        f = event.facts
+        self.status.tell(
+            state="ready", model=self.model, backend=f.get("backend"), isa=f.get("isa"), ctx=f.get("ctx")
+        )
+        if not event.has_template:
+            self.say("This model has no chat template: it continues your text instead of answering.")
+        if self.question is not None:
+            self._ask()
+            self._tick()
+
+    async def _failed(self, event: Failed) -> None:
+        self.say(f"{event.what} {event.todo}", error=True)
+        if event.during == "load":
+            self.ready = False
+        turn, self._turn = self._turn, None
+        self._settle(turn, self.conversation.give_up())
+        if not self.ready:
+            self.status.tell(state="no model")
+
+    async def _died(self, event: Died) -> None:
+        """The engine is gone: keep what it said, say why, start another one."""
+        self.ready = False
+        turn, self._turn = self._turn, None
+        if self.question is None:
+            self._settle(turn, self.conversation.give_up())
+        else:
+            self._turn = turn  # it never heard the question: the next one will
+        now = time.monotonic()
+        self._deaths = [t for t in self._deaths if now - t < 60] + [now]
+        if len(self._deaths) > RESTARTS:
+            self.say(f"The engine failed again: {event.reason}. /model starts it once more.", error=True)
+            self.status.tell(state="no model")
+            turn, self._turn = self._turn, None
+            self._settle(turn, self.conversation.give_up())
+            return
+        self.say(f"The engine failed: {event.reason}. Restarting it; what was said is kept.", error=True)
+        self.status.tell(state="restarting", rate=None)
+        await self.app.start_engine()
+
+    # Opening a stored chat
+
+    async def on_open_chat(self, message: messages.OpenChat) -> None:
+        """From the sidebar."""
+        if message.chat_id == self.conversation.chat.id:
+            self.composer.input.focus()
+            return
+        if self.answering:
+            self.say("Still answering: esc stops it.")
+            return
+        try:
+            conversation = Conversation.open(self.app.store, message.chat_id)
+        except (ChatLockedError, TinychatError) as e:
+            self.complain(e)
+            return
+        await self.open(conversation)
+        if self.has_class("narrow"):
+            self.action_toggle_sidebar()
+
+    def action_stop(self) -> None:
+        """Esc: close the completions, leave editing, or stop the answer."""
+        if self.composer.close_completion():
+            return
+        if self.answering:
+            if self.question is not None:  # the engine never got it
+                turn, self._turn = self._turn, None
+                self._settle(turn, self.conversation.give_up("cancelled"))
+                return
+            self._stopping = True
+            self.app.engine.cancel()
+            self._tick()
+        elif self.editing is not None:
+            self.editing = None
+            self.composer.clear()
+            self.say("")
+        else:
+            self.say("")
+            self.composer.input.focus()
+
+
+def _status_of(m: StoredMessage | None) -> dict[str, Any]:
+    """What an answer's numbers say in the status line."""
+    s = m.stats if m is not None else {}
+    drafted = s.get("drafted_tokens")
+    return {
+        "rate": s.get("decode_tps") or None,
+        "ttft": s.get("ttft_s") or None,
+        "kv_bytes": s.get("kv_bytes") or None,
+        "evicted": s.get("evicted_tokens") or None,
+        "accepted": s.get("accepted_tokens", 0) / drafted if drafted else None,
+    }

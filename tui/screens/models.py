@@ -1,0 +1,76 @@
+"""Which model to talk to: what is installed, how big it is, whether it fits; what can be downloaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widgets import Input, Label, OptionList
+from textual.widgets.option_list import Option
+
+from tinychat.tui.screens.panel import PanelScreen
+from tinychat.tui.text import clean, shorten
+from tinychat.tui.widgets.turn import human_size
+
+if TYPE_CHECKING:
+    from tinychat.tui.app import ChatApp
+
+
+class ModelScreen(PanelScreen[str]):
+    """Gives a name, or None. A repository, a folder or a file may be typed."""
+
+    app: ChatApp
+
+    def __init__(self, current: str):
+        super().__init__()
+        self.current = current
+
+    def compose(self) -> ComposeResult:
+        with Vertical(id="panel"):
+            yield Label("Choose a model", classes="title")
+            yield OptionList(markup=False)
+            yield Input(
+                placeholder="or type a name, a Hugging Face repo, a folder, a .gguf file", compact=True
+            )
+            yield Label("asking the engine…", classes="foot", id="state", markup=False)
+
+    async def on_mount(self) -> None:
+        """Ask beside painting."""
+        self.run_worker(self._fill())
+
+    async def _fill(self) -> None:
+        found = await self.app.engine.models()
+        state = self.query_one("#state", Label)
+        if found is None:
+            state.update("The engine does not say what is installed; type a name.")
+            self.query_one(Input).focus()
+            return
+        options = []
+        for m in found["installed"]:
+            # Weights, and some room for the cache and everything else.
+            fits = m["size"] * 1.2 + 3e8 < found["memory"] or m["name"] == self.current
+            mark = "●" if m["name"] == self.current else " "
+            line = [
+                f"{mark} {shorten(clean(m['name']), 34):<34} {human_size(m['size']):>8}  ",
+                f"{clean(m['quantization']):<10}",
+                ("" if fits else " does not fit", "$error"),
+            ]
+            options.append(Option(Content.assemble(*line), m["name"]))
+        for name in found["available"]:
+            options.append(
+                Option(Content.assemble((f"  {shorten(clean(name), 34):<34} download", "$text-muted")), name)
+            )
+        chooser = self.query_one(OptionList)
+        chooser.add_options(options)
+        chooser.focus()
+        state.update(f"{human_size(found['memory'])} of memory free · enter loads · esc closes")
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Chosen."""
+        self.dismiss(event.option_id)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Typed."""
+        self.dismiss(event.value.strip() or None)

@@ -1,0 +1,317 @@
+"""Where the user writes: several lines, history, completion of commands and file names, files attached
+with @.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.widgets import OptionList, TextArea
+from textual.widgets.option_list import Option
+
+from tinychat.tui import commands
+from tinychat.tui.attachments import Attachment, complete_path, mentions, message_with, read
+from tinychat.tui.messages import Attached, Submitted
+from tinychat.tui.text import Line, clean
+from tinychat.tui.widgets.lines import Lines
+from tinychat.tui.widgets.turn import human_size
+
+LONG_PASTE = 4000  # characters from which on a paste becomes an attachment
+LONG_PASTE_LINES = 60
+
+
+class Input(TextArea):
+    """The text itself."""
+
+    BINDING_GROUP_TITLE = "The composer"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "submit", "send", priority=False),
+        Binding("ctrl+j,shift+enter,alt+enter", "newline", "new line"),
+        Binding("up", "up", "earlier message, at the first line", show=False),
+        Binding("down", "down", "later message, at the last line", show=False),
+        Binding("tab", "complete", "complete a command or a file name", show=False),
+        Binding("ctrl+g", "screen.editor", "write in $EDITOR"),
+    ]
+
+    def __init__(self, composer: Composer):
+        super().__init__(
+            id="input", soft_wrap=True, tab_behavior="focus", show_line_numbers=False, compact=True
+        )
+        self.composer = composer
+        self.cursor_blink = False  # a blinking cursor repaints twice a second for ever
+        self.highlight_cursor_line = False
+
+    async def _on_key(self, event: events.Key) -> None:
+        if event.key == "enter":
+            event.prevent_default()
+            event.stop()
+            self.action_submit()
+            return
+        if event.key == "backspace" and not self.text and self.composer.drop_paste():
+            event.prevent_default()
+            event.stop()
+            return
+        await super()._on_key(event)
+
+    async def _on_paste(self, event: events.Paste) -> None:
+        text = event.text.replace("\r\n", "\n").replace("\r", "\n")
+        event.prevent_default()
+        event.stop()
+        if len(text) > LONG_PASTE or text.count("\n") > LONG_PASTE_LINES:
+            self.composer.paste(text)
+            return
+        if result := self._replace_via_keyboard(clean(text), *self.selection):
+            self.move_cursor(result.end_location)
+
+    def action_submit(self) -> None:
+        """Send, or take the highlighted completion."""
+        if not self.composer.take_completion(on_enter=True):
+            self.composer.submit()
+
+    def action_newline(self) -> None:
+        """A new line at the cursor."""
+        self.replace("\n", *self.selection)
+
+    def action_complete(self) -> None:
+        """Take the completion; without one, leave the composer."""
+        if not self.composer.take_completion():
+            self.screen.focus_next()
+
+    def action_up(self) -> None:
+        """Up: in the completions, in the text, in the history."""
+        if not self.composer.move_completion(-1):
+            if self.cursor_at_first_line:
+                self.composer.recall(1)
+            else:
+                self.action_cursor_up()
+
+    def action_down(self) -> None:
+        """Down: in the completions, in the text, in the history."""
+        if not self.composer.move_completion(1):
+            if self.cursor_at_last_line:
+                self.composer.recall(-1)
+            else:
+                self.action_cursor_down()
+
+
+class Chips(Lines):
+    """What will be sent along: names, sizes, tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(id="chips")
+        self.attachments: list[Attachment] = []
+
+    @property
+    def allow_select(self) -> bool:
+        return False
+
+    def show(self, attachments: list[Attachment]) -> None:
+        """Show these."""
+        self.attachments = attachments
+        self.display = bool(attachments)
+        self.refresh(layout=True)
+
+    def layout_lines(self, width: int) -> list[Line]:
+        out: list[Line] = []
+        for a in self.attachments:
+            name = clean(a.name)
+            if a.problem:
+                out.append([("✗ ", "bad"), (name, "strong"), (f"  {clean(a.problem)}", "bad")])
+            else:
+                tokens = "" if a.tokens is None else f", {a.tokens} tokens"
+                out.append([("+ ", "marker"), (name, "strong"), (f"  {human_size(a.size)}{tokens}", "faint")])
+        return out
+
+
+class Composer(Vertical):
+    """Input, the list of completions above it, and what is attached."""
+
+    def __init__(self, history: Callable[[], list[str]]):
+        super().__init__(id="composer")
+        self.history = history
+        self._recalled: list[str] | None = None
+        self._at = 0
+        self._draft = ""
+        self._pastes: list[Attachment] = []
+        self._files: dict[str, Attachment] = {}
+        self._kind = ""
+
+    def compose(self):
+        """The completions are mounted when first needed."""
+        yield Chips()
+        yield Input(self)
+
+    def on_mount(self) -> None:
+        """Nothing is attached yet."""
+        self.chips.display = False
+
+    @property
+    def input(self) -> Input:
+        """The text area."""
+        return self.query_one(Input)
+
+    @property
+    def chips(self) -> Chips:
+        """What is attached."""
+        return self.query_one(Chips)
+
+    @property
+    def text(self) -> str:
+        """What is typed."""
+        return self.input.text
+
+    @text.setter
+    def text(self, value: str) -> None:
+        self.input.text = value
+        self.input.move_cursor(self.input.document.end)
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """Everything that will be sent along."""
+        return [*self._files.values(), *self._pastes]
+
+    def submit(self) -> None:
+        """Hand over what is typed and attached. The text stays until the screen accepts it (`clear`)."""
+        self.look_for_files()
+        text = self.text.strip("\n")
+        good = [a for a in self.attachments if not a.problem]
+        if text.strip() or good:
+            self.post_message(Submitted(message_with(text, good)))
+
+    def clear(self) -> None:
+        """Empty, ready for the next message."""
+        self.text = ""
+        self._pastes, self._files, self._recalled = [], {}, None
+        self.chips.show([])
+
+    # Attachments
+
+    def paste(self, text: str) -> None:
+        """A long paste is sent along instead of typed: the composer stays quick and readable."""
+        self._pastes.append(Attachment(f"paste {len(self._pastes) + 1}", text))
+        self._attached()
+
+    def drop_paste(self) -> bool:
+        """Remove the last paste; False if there is none."""
+        if not self._pastes:
+            return False
+        self._pastes.pop()
+        self._attached()
+        return True
+
+    def look_for_files(self) -> None:
+        """Read the files that the text names, once each."""
+        found = dict(mentions(self.text)) if "@" in self.text else {}
+        if found.keys() != self._files.keys():
+            self._files = {written: self._files.get(written) or read(path) for written, path in found.items()}
+            self._attached()
+
+    def _attached(self) -> None:
+        self.chips.show(self.attachments)
+        self.post_message(Attached(self.attachments))
+
+    # Completion
+
+    def on_text_area_changed(self) -> None:
+        """Offer what goes with what is typed."""
+        self.look_for_files()
+        text = self.text
+        options: list[Option] = []
+        if found := commands.complete(text):
+            self._kind = "command"
+            options = [Option(f"/{c.name} {c.argument}".ljust(30) + c.help, c.name) for c in found]
+            if len(found) == 1 and text[1:] == found[0].name:
+                options = []
+        elif (fragment := self._fragment()) is not None:
+            self._kind = "file"
+            options = [Option(clean(name), name) for name in complete_path(fragment)]
+            if len(options) == 1 and options[0].id == fragment:
+                options = []
+        self._offer(options)
+
+    def _fragment(self) -> str | None:
+        row, column = self.input.cursor_location
+        word = self.input.document.get_line(row)[:column].rpartition(" ")[2]
+        return word[1:] if word.startswith("@") else None
+
+    def _offer(self, options: list[Option]) -> None:
+        lists = self.query(OptionList)
+        if not options:
+            for each in lists:
+                each.display = False
+            return
+        if lists:
+            each = lists.first()
+        else:
+            each = OptionList(id="completions", markup=False)
+            each.can_focus = False
+            self.mount(each, before=0)
+        each.clear_options()
+        each.add_options(options)
+        each.highlighted = 0
+        each.display = True
+
+    @property
+    def _open_list(self) -> OptionList | None:
+        return next((each for each in self.query(OptionList) if each.display and each.option_count), None)
+
+    def close_completion(self) -> bool:
+        """Hide the completions; False if none were shown."""
+        if (each := self._open_list) is None:
+            return False
+        each.display = False
+        return True
+
+    def move_completion(self, step: int) -> bool:
+        """Another completion; False if none are shown."""
+        if (each := self._open_list) is None:
+            return False
+        each.highlighted = ((each.highlighted or 0) + step) % each.option_count
+        return True
+
+    def take_completion(self, on_enter: bool = False) -> bool:
+        """Put the highlighted completion into the text; False if none are shown (or enter should send)."""
+        each = self._open_list
+        if each is None or each.highlighted is None:
+            return False
+        chosen = each.get_option_at_index(each.highlighted).id
+        each.display = False
+        if self._kind == "command":
+            command = commands.BY_NAME[chosen]
+            if on_enter and not command.needs_argument:
+                self.text = f"/{chosen}"
+                return False
+            self.text = f"/{chosen} "
+            return True
+        fragment = self._fragment() or ""
+        row, column = self.input.cursor_location
+        end = "" if chosen.endswith("/") else " "
+        self.input.replace(chosen + end, (row, column - len(fragment)), (row, column))
+        return True
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """A click on a completion."""
+        event.stop()
+        event.option_list.highlighted = event.option_index
+        self.take_completion()
+        self.input.focus()
+
+    # History
+
+    def recall(self, step: int) -> None:
+        """An earlier (1) or later (-1) message."""
+        if self._recalled is None:
+            if step < 0:
+                return
+            self._recalled, self._at, self._draft = self.history(), 0, self.text
+        at = self._at + step
+        if 0 <= at <= len(self._recalled):
+            self._at = at
+            self.text = self._recalled[at - 1] if at else self._draft
+            self.close_completion()
+        if self._at == 0:
+            self._recalled = None

@@ -1,0 +1,98 @@
+"""The messages of the present branch, newest at the bottom; older ones are mounted when the reader gets
+there.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.binding import BindingType
+from textual.containers import VerticalScroll
+
+from tinychat.store import StoredMessage
+from tinychat.tui.widgets.turn import Turn
+
+AT_ONCE = 16
+MARGIN = 5  # lines from the top at which older messages are fetched
+
+
+class Transcript(VerticalScroll, can_focus=False):
+    """Follows the end of the conversation until the reader scrolls up."""
+
+    BINDINGS: ClassVar[list[BindingType]] = []
+
+    def __init__(self) -> None:
+        super().__init__(id="transcript")
+        self._older: list[tuple[StoredMessage, list[int]]] = []
+
+    def on_mount(self) -> None:
+        """Stay at the end."""
+        self.anchor()
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The mounted messages, oldest first."""
+        return [child for child in self.children if isinstance(child, Turn)]
+
+    def turn(self, message_id: int) -> Turn | None:
+        """The widget of a message, if it is mounted."""
+        return next((t for t in self.turns if t.message.id == message_id), None)
+
+    async def show(self, messages: list[tuple[StoredMessage, list[int]]]) -> None:
+        """Show a branch: (message, its siblings), oldest first. What is already on the screen stays."""
+        turns = self.turns
+        shown = [t.message.id for t in turns]
+        wanted = [m.id for m, _ in messages]
+        keep = 0
+        if shown and shown[0] in wanted and not self._older:
+            start = wanted.index(shown[0])
+            if start == 0:
+                while keep < min(len(shown), len(wanted)) and shown[keep] == wanted[keep]:
+                    keep += 1
+        for turn, (_, siblings) in zip(turns[:keep], messages[:keep], strict=True):
+            if turn.branches != siblings:
+                turn.branches = siblings
+                turn.changed()
+        fresh = messages[keep:]
+        with self.app.batch_update():
+            await self.remove_children(turns[keep:])
+            self._older = fresh[:-AT_ONCE] if keep == 0 else []
+            if new := [Turn(m, s) for m, s in (fresh[-AT_ONCE:] if keep == 0 else fresh)]:
+                await self.mount_all(new)
+        self.anchor()
+
+    async def add(self, message: StoredMessage, siblings: list[int]) -> Turn:
+        """A new message at the end."""
+        turn = Turn(message, siblings)
+        await self.mount(turn)
+        return turn
+
+    async def load_older(self) -> bool:
+        """Mount some more at the top, without moving what is seen; False if there are none."""
+        if not self._older:
+            return False
+        older, self._older = self._older[-AT_ONCE:], self._older[:-AT_ONCE]
+        first = self.turns[0] if self.turns else None
+        before = self.virtual_size.height
+        at = self.scroll_y
+        await self.mount_all([Turn(m, s) for m, s in older], before=first)
+
+        def keep_place() -> None:
+            self.scroll_to(y=at + self.virtual_size.height - before, animate=False)
+
+        self.call_after_refresh(keep_place)
+        return True
+
+    def watch_scroll_y(self, old: float, new: float) -> None:
+        super().watch_scroll_y(old, new)
+        if new < old and new <= MARGIN and self._older:
+            self.run_worker(self.load_older(), group="older", exclusive=False)
+
+    def follow(self) -> None:
+        """Back to the end."""
+        self.anchor()
+
+    @property
+    def following(self) -> bool:
+        """Whether the end is in view."""
+        return self.scroll_y >= self.max_scroll_y - 1

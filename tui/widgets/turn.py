@@ -1,0 +1,270 @@
+"""One message of the conversation: what the user said, or an answer as it comes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar
+
+from textual.binding import Binding, BindingType
+
+from tinychat.store import StoredMessage
+from tinychat.tui.conversation import split_thought
+from tinychat.tui.markdown import Document
+from tinychat.tui.messages import TurnAction
+from tinychat.tui.text import Line, clean, fold, line_width, width_of, wrap
+from tinychat.tui.widgets.lines import Lines
+
+SLICE = 0.02  # seconds of layout work at a time
+FOLD_LINES = 14  # longer messages of the user are folded
+REASONS = {
+    "cancelled": ("stopped", "notice"),
+    "length": ("cut: length limit", "notice"),
+    "context_full": ("cut: context full", "bad"),
+    "error": ("cut: the engine failed", "bad"),
+    None: ("cut: the program ended", "bad"),
+}
+
+
+class Turn(Lines, can_focus=True):
+    """A message. Focus it to act on it; the keys are the bindings below."""
+
+    BINDING_GROUP_TITLE = "A message (↑ from the composer, or a click)"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "move(-1)", "previous message"),
+        Binding("down,j", "move(1)", "next message"),
+        Binding("c,y", "act('copy')", "copy"),
+        Binding("b", "act('copy_code', -1)", "copy last code block"),
+        Binding("s", "act('save_code', -1)", "save last code block"),
+        Binding("e", "act('edit')", "edit as a new branch"),
+        Binding("r", "act('regenerate')", "answer again as a new branch"),
+        Binding("left,h", "switch(-1)", "previous branch"),
+        Binding("right,l", "switch(1)", "next branch"),
+        Binding("t,enter", "unfold", "open or fold"),
+        Binding("escape,i", "act('leave')", "back to the composer"),
+    ]
+
+    def __init__(self, message: StoredMessage, siblings: list[int]):
+        super().__init__(classes=message.role)
+        self.message, self.branches = message, siblings
+        self.open = False
+        self.waiting = ""  # what an answer without text is waiting for
+        self.running: dict[str, Any] | None = None  # tokens and rate of an answer in the making
+        self.prompt_text = message.prompt_text
+        self.document = Document()
+        self.thought: str | None = None
+        self.thought_tokens: int | None = message.stats.get("thought_tokens")
+        self.thinking = False
+        self._fed = ""
+        self._width = 0
+        self._sealed: list[Line] = []
+        self._n_sealed = 0
+        self._cache: list[Line] | None = None
+        self._painted = -1
+        if message.role == "assistant":
+            self._take()
+            if message.finish_reason is not None:
+                self.document.end()
+
+    def on_mount(self) -> None:
+        """Lay out what is there, a slice at a time."""
+        self.advance()
+
+    # Content
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether the model said it."""
+        return self.message.role == "assistant"
+
+    def _take(self) -> None:
+        """Give the document what is new in the message's content."""
+        self.thought, rest, closed = split_thought(self.message.content, self.prompt_text)
+        self.thinking = not closed
+        if not rest.startswith(self._fed):  # what was shown turned out to be reasoning
+            self.document, self._fed, self._sealed, self._n_sealed = Document(), "", [], 0
+        self.document.append(rest[len(self._fed) :])
+        self._fed = rest
+
+    def update(self) -> float:
+        """The message has changed; shows it, and returns the seconds that took."""
+        began = time.perf_counter()
+        self._take()
+        if self.message.finish_reason is not None:
+            self.document.end()
+        self.advance()
+        return time.perf_counter() - began
+
+    def advance(self) -> None:
+        """Work on the layout; come back when it takes longer than a slice."""
+        if not self.document.advance(SLICE):
+            self.set_timer(0.01, self.advance)
+        self.changed()
+
+    def changed(self) -> None:
+        """Paint again, and make room if it is higher now."""
+        self._cache = None
+        if not self._width:
+            self.refresh(layout=True)
+            return
+        height = len(self.layout_lines(self._width))
+        self.refresh(layout=height != self._painted)
+        self._painted = height
+
+    def code(self, index: int) -> str | None:
+        """A code block of the answer, as it is written there; -1 is the last one."""
+        try:
+            return self.document.codes[index]
+        except IndexError:
+            return None
+
+    # Lines
+
+    def layout_lines(self, width: int) -> list[Line]:
+        if width != self._width:
+            self._width, self._sealed, self._n_sealed, self._cache = width, [], 0, None
+        if self._cache is None:
+            self._cache = self._answer_lines(width) if self.is_answer else self._user_lines(width)
+        return self._cache
+
+    def _answer_lines(self, width: int) -> list[Line]:
+        for leaf in self.document.sealed[self._n_sealed :]:
+            self._sealed += leaf.lines(width)
+        self._n_sealed = len(self.document.sealed)
+        out = self._thought_lines(width) + self._sealed
+        for leaf in self.document.live:
+            out += leaf.lines(width)
+        if self.waiting:
+            out.append([(self.waiting, "faint")])
+        out += wrap(self._footer(), width)
+        return out
+
+    def _thought_lines(self, width: int) -> list[Line]:
+        if self.thought is None:
+            return []
+        n = self.thought_tokens
+        count = "" if n is None else f" {'for ' if not self.thinking else ''}{n} token{'s' * (n != 1)}"
+        verb = "thinking" if self.thinking and self.running is not None else "thought"
+        head: Line = [(f"{'▾' if self.open else '▸'} {verb}{count}", "thought @unfold")]
+        out = [head]
+        if self.open:
+            for line in clean(self.thought).split("\n"):
+                out += [[("  ", ""), *piece] for piece in wrap([(line, "thought")], width - 2)]
+        return [*out, []]
+
+    def _footer(self) -> Line:
+        parts: list[tuple[str, str]] = []
+        m = self.message
+        if self.running is not None:
+            rate, tokens = self.running.get("rate"), self.running.get("tokens", 0)
+            if tokens:
+                parts.append((f"● {tokens} tokens" + (f" · {rate:.1f} tok/s" if rate else ""), "faint"))
+        else:
+            if m.stats.get("generated_tokens") is not None:
+                parts.append((describe(m.stats), "faint"))
+            if m.finish_reason in REASONS:
+                parts.append(REASONS[m.finish_reason])
+        parts += self._branches()
+        out: Line = []
+        for i, part in enumerate(parts):
+            if i and not part[1].endswith(("(-1)", "(1)")) and part[0] != self._count():
+                out.append((" · ", "faint"))
+            elif i:
+                out.append((" ", ""))
+            out.append(part)
+        return out
+
+    def _count(self) -> str:
+        return f"{self.branches.index(self.message.id) + 1}/{len(self.branches)}"
+
+    def _branches(self) -> Line:
+        if len(self.branches) < 2:
+            return []
+        return [("‹", "marker @switch(-1)"), (self._count(), "faint"), ("›", "marker @switch(1)")]
+
+    def _user_lines(self, width: int) -> list[Line]:
+        bar = ("▌ ", "userbar")
+        pieces: list[Line] = []
+        text = clean(self.message.content).expandtabs(4)
+        limit = 1 << 30 if self.open else FOLD_LINES
+        source = text.split("\n")
+        for i, line in enumerate(source):
+            # A folded message is not laid out beyond what shows.
+            line = line if self.open else line[: width * FOLD_LINES]
+            pieces += (
+                wrap([(line, "user")], width - 2) if len(line) < 5000 else fold([(line, "user")], width - 2)
+            )
+            if len(pieces) > limit:
+                left = len(source) - i
+                pieces = pieces[: limit - 4]
+                pieces.append(
+                    [(f"▸ {left}+ more lines ({human_size(len(self.message.content))})", "faint @unfold")]
+                )
+                break
+        out: list[Line] = [[bar, *piece] for piece in pieces]
+        branches = self._branches()
+        if branches:
+            spaced = [branches[0], (" ", ""), branches[1], (" ", ""), branches[2]]
+            if out and line_width(out[-1]) + 9 < width:
+                gap = width - line_width(out[-1]) - sum(width_of(t) for t, _ in spaced)
+                out[-1] = [*out[-1], (" " * gap, ""), *spaced]
+            else:
+                out.append([bar, *spaced])
+        return out
+
+    # Actions
+
+    def action_unfold(self) -> None:
+        """Open or fold reasoning, or a long message."""
+        self.open = not self.open
+        self.changed()
+
+    def action_act(self, action: str, argument: int = 0) -> None:
+        """Leave it to the screen."""
+        self.post_message(TurnAction(self, action, argument))
+
+    def action_move(self, step: int) -> None:
+        """Focus a neighbour."""
+        self.post_message(TurnAction(self, "move", step))
+
+    def action_switch(self, step: int) -> None:
+        """To a neighbouring branch."""
+        if len(self.branches) > 1:
+            self.post_message(TurnAction(self, "switch", step))
+
+    def action_copy_code(self, index: int) -> None:
+        """A click on a code block's heading."""
+        self.post_message(TurnAction(self, "copy_code", index))
+
+    def action_save_code(self, index: int) -> None:
+        """A click on a code block's heading."""
+        self.post_message(TurnAction(self, "save_code", index))
+
+
+def describe(stats: dict[str, Any]) -> str:
+    """The timings of an answer."""
+    n = stats.get("generated_tokens", 0)
+    parts = []
+    if stats.get("decode_tps"):
+        parts.append(f"{stats['decode_tps']:.1f} tok/s")
+    if stats.get("ttft_s"):
+        parts.append(f"first token {seconds(stats['ttft_s'])}")
+    parts.append(f"{n} token{'s' * (n != 1)}")
+    if stats.get("drafted_tokens"):
+        parts.append(
+            f"{100 * stats.get('accepted_tokens', 0) / stats['drafted_tokens']:.0f} % of drafts accepted"
+        )
+    return " · ".join(parts)
+
+
+def seconds(s: float) -> str:
+    """0.312 → '312 ms', 12.3 → '12.3 s'."""
+    return f"{s * 1000:.0f} ms" if s < 1 else f"{s:.1f} s"
+
+
+def human_size(n: int) -> str:
+    """12345 → '12.3 kB'."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"
