@@ -1,9 +1,9 @@
-"""Weights in the CPU kernels' own layout: made at first load, one module at a time, and memory-mapped afterwards.
+"""Weights in the CPU kernels' own layout: made at first load, one module at a time; memory-mapped afterwards.
 
 A pack file: 4096 bytes of header (magic, version, where the index is, its checksum), the weights, the index
 (JSON: where each module lies). It is written under another name and renamed when complete, so a pack that has
-the right name is whole; header, sizes and the index's checksum are looked at when it is opened, and a pack that
-is damaged is made again.
+the right name is whole; header, sizes and the index's checksum are looked at when it is opened, and a damaged
+pack is made again.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def load(checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threa
     except OSError as e:
         reason = e.strerror or str(e)
     warnings.warn(
-        f"The packed weights could not be kept in {path.parent} ({reason}); they stay in memory and will be made"
-        " again next time. Free some space, or set TINYCHAT_HOME to another disk.",
+        f"The packed weights could not be kept in {path.parent} ({reason}); they stay in memory and will be"
+        " made again next time. Free some space, or set TINYCHAT_HOME to another disk.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -123,13 +123,13 @@ def load(checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threa
 
 
 def pack_path(checkpoint: Checkpoint, policy: WeightPolicy) -> Path:
-    """Where the pack of these weights lies. The layout is the same on every ISA, so the ISA is not in the name."""
+    """Where the pack of these weights lies. Every ISA reads the same layout, so its name is no part of it."""
     key = f"{checkpoint.fingerprint()}|{policy.quantize}|{policy.head_bits}|lanes16|{VERSION}"
     return locations.packs_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pack"
 
 
 def verify(path: Path) -> list[str]:
-    """Names of the modules whose bytes do not have the checksum that they were written with; reads everything."""
+    """Names of the modules whose bytes do not have the checksum they were written with; reads everything."""
     pack = _open(path)
     if pack is None:
         return ["(header)"]
@@ -152,7 +152,7 @@ def _open(path: Path) -> Packs | None:
         raw = data[at : at + length]
         if zlib.crc32(raw) != crc:
             return None
-        # Faults in the middle of a step cost more than page-table entries made at once; a large pack starts lazily.
+        # Page faults inside a step cost more than mapping all pages at once; a large pack starts lazily.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             data.madvise(22 if size <= SMALL else mmap.MADV_WILLNEED)  # 22: MADV_POPULATE_READ
         return Packs(data, json.loads(raw))
@@ -273,7 +273,7 @@ def pack(w: Linear, threads: int = 1) -> PackedLinear:
 def canonical(w: Linear) -> tuple[tuple[int, ...], np.ndarray, Any, Any, np.ndarray | None]:
     """(kind, meta, n, k, group), codes, scales, zeros or offsets, perm: what `_native.pack` takes.
 
-    The smallest form that holds the weight exactly. Groups that are not whole activation groups run dense, in fp32.
+    The smallest form that holds the weight exactly. Groups that are no whole activation groups run in fp32.
     """
     n, k = w.shape
     if isinstance(w, QuantizedLinear) and w.group % ACT_GROUP == 0:

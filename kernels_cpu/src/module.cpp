@@ -109,7 +109,7 @@ void run_step(PyProgram& p, In<int32_t> ids, long long position, int length, In<
     require(s.rows >= 1 && s.rows <= p.program.max_rows(), "a step has 1 to max_rows tokens");
     require(position >= 0 && length >= 0, "position and length must not be negative");
     require(logits_from >= 0 && logits_from <= s.rows, "logits_from is outside the step");
-    for (size_t i = 0; i < ids.size(); i++)
+    for (size_t i = 0; p.vocab_in && i < ids.size(); i++)
         require(ids.data()[i] >= 0 && ids.data()[i] < p.vocab_in, "a token id is outside the vocabulary");
     if (kv.n_layers) {
         const size_t need = (static_cast<size_t>(length) + s.rows + kBlockSlots - 1) / kBlockSlots;
@@ -189,6 +189,14 @@ void bind_program(nb::module_& m) {
         .def_prop_ro("max_rows", [](const PyProgram& p) { return p.program.max_rows(); })
         .def(
             "floats", [](PyProgram& p, int cols) { return Floats{p.program.floats(cols), cols}; }, "cols"_a)
+        .def(
+            "array",
+            [](nb::object self, Floats f) {
+                const size_t shape[2] = {static_cast<size_t>(nb::cast<PyProgram&>(self).program.max_rows()),
+                                         static_cast<size_t>(f.cols)};
+                return nb::ndarray<nb::numpy, float, nb::ndim<2>>(f.p, 2, shape, self);
+            },
+            "floats"_a, "The buffer as a numpy array [max_rows, cols], to look into.")
         .def(
             "rows",
             [](PyProgram& p, int k, bool as_float, bool as_int) {

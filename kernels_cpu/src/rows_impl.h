@@ -95,7 +95,7 @@ struct V16 {
     }
 };
 
-// e^x within 2 ulp; 0 below -87 (so that a masked score of -infinity weighs nothing), saturates at e^88.
+// e^x within 2 ulp; 0 below -87 (so that a masked score of -infinity weighs nothing), infinity above 88.
 template <class S>
 inline typename S::F exp_lanes(typename S::F x) {
     using F = typename S::F;
@@ -111,9 +111,10 @@ inline typename S::F exp_lanes(typename S::F x) {
     p = S::fma(p, r, S::set1(1.6666665459e-1f));
     p = S::fma(p, r, S::set1(5.0000001201e-1f));
     p = S::fma(S::mul(r, r), p, S::add(r, S::set1(1.0f)));
-    // For NaN both comparisons are false and the sum below keeps it.
     F y = S::mul(p, S::pow2(n));
     y = S::select_lt(x, S::set1(-87.0f), S::zero(), y);
+    y = S::select_lt(S::set1(88.0f), x, S::set1(INFINITY), y);
+    // NaN is below nothing and above nothing, and stays.
     return S::select_lt(x, S::set1(INFINITY), y, S::select_lt(S::set1(88.0f), x, y, x));
 }
 

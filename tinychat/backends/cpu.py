@@ -50,7 +50,7 @@ class CpuBackend:
         except RuntimeError as e:
             raise UsageError(*str(e).split("\n", 1)) from None
         self.cfg: ModelConfig = checkpoint.config
-        # Integer dot products are exact and the fastest path on every ISA, so 8 bits is what runs unless asked.
+        # Every ISA has an exact 8-bit dot product and it is the fastest path, so it runs unless asked.
         self.act_bits = act_bits or 8
         self.threads = threads or _native.cores()
         family = FAMILIES[self.cfg.family]
@@ -188,7 +188,7 @@ class _Record:
 
 @dataclass
 class _Recorder:
-    """Implements `Ops` by writing down what to run. Norms and activations take the form that their readers need."""
+    """Implements `Ops` by writing down what to run. Norms and activations take the form their readers need."""
 
     records: list[_Record] = field(default_factory=list)
     tables: dict[RopeConfig, _Buffer] = field(default_factory=dict)

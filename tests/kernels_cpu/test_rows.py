@@ -1,0 +1,142 @@
+"""What stands between two linears: norms, SwiGLU, rotary embedding, embedding rows, the greedy head."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from programs import ISAS, Bench, random_dense, random_linear
+
+from tinychat.packs import pack
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", [1, 15, 64, 100, 576, 4096])
+def test_rms_norm(isa, k):
+    rng = np.random.default_rng(k)
+    x, w = rng.normal(size=(5, k)).astype(np.float32) * 3, rng.normal(size=k).astype(np.float32)
+    b = Bench(isa)
+    out = b.p.rows(k, True, k % 32 == 0)
+    b.p.rms_norm(b.input(x), w, 1e-5, out, False)
+    b.run(5)
+    expected = torch.nn.functional.rms_norm(
+        torch.from_numpy(x).double(), (k,), torch.from_numpy(w).double(), 1e-5
+    )
+    np.testing.assert_allclose(b.view(out.floats, 5), expected.numpy(), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", [3, 16, 96, 5000])
+def test_silu_mul(isa, k):
+    rng = np.random.default_rng(k)
+    x = (rng.normal(size=(3, 2 * k)) * 10).astype(np.float32)
+    x[0, : min(k, 8)] = [0.0, -0.0, 100.0, -100.0, 1e30, -1e30, 88.5, -88.5][: min(k, 8)]
+    b = Bench(isa)
+    out = b.p.rows(k, True, False)
+    b.p.silu_mul(b.input(x), out)
+    b.run(3)
+    gate, up = torch.from_numpy(x).double().chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up).numpy()
+    np.testing.assert_allclose(b.view(out.floats, 3), expected, rtol=3e-6, atol=1e-30)
+
+
+def test_silu_mul_has_the_same_bits_on_every_isa_and_keeps_nan():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(4, 192)) * 30).astype(np.float32)
+    x[1, 3] = np.nan
+    results = []
+    for isa in ISAS:
+        b = Bench(isa)
+        out = b.p.rows(96, True, True)
+        b.p.silu_mul(b.input(x), out)
+        b.run(4)
+        results.append(b.view(out.floats, 4))
+    assert np.isnan(results[0][1, 3])
+    assert np.isnan(results[0]).sum() == 1
+    for r in results[1:]:
+        np.testing.assert_array_equal(r, results[0])
+
+
+def head_program(w, x, isa="scalar", tail=True, threads=2):
+    b = Bench(isa, threads=threads, max_rows=256)
+    rows = b.p.rows(x.shape[1], not w.native.quantized, w.native.quantized)
+    b.p.quantize(b.input(x), None, rows, tail)
+    b.p.lm_head(w.native, rows)
+    return b
+
+
+def run_head(b, rows, start, vocab, greedy):
+    logits = None if greedy else np.empty((rows - start, vocab), np.float32)
+    ids = np.empty(rows - start, np.int32) if greedy else None
+    b.p.run(np.zeros(rows, np.int32), 0, 0, np.zeros(1, np.int32), start, logits, ids)
+    return ids if greedy else logits
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 5, 33, 130])
+def test_greedy_is_the_argmax_of_the_logits(isa, rows):
+    rng = np.random.default_rng(rows)
+    vocab = 777
+    w = pack(random_linear(rng, "int8", vocab, 64, 32))
+    x = rng.normal(size=(rows, 64)).astype(np.float32)
+    b = head_program(w, x, isa)
+    for start in {0, rows // 2, rows - 1}:
+        logits = run_head(b, rows, start, vocab, greedy=False)
+        np.testing.assert_array_equal(run_head(b, rows, start, vocab, greedy=True), logits.argmax(axis=1))
+    assert run_head(b, rows, rows, vocab, greedy=True).shape == (0,)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_greedy_takes_the_lowest_id_of_a_tie(isa):
+    rng = np.random.default_rng(1)
+    w = random_linear(rng, "int8", 600, 64, 32)
+    w.codes[:] = rng.integers(-100, 100, 64, dtype=np.int8)  # all rows alike
+    w.scales[:] = np.float16(0.01)
+    x = rng.normal(size=(3, 64)).astype(np.float32)
+    for first in (0, 17, 599):
+        v = w.scales.copy()
+        v[:first] = 0.0
+        up = np.sign(w.dequantize()[0] @ x[0])
+        tied = type(w)(w.codes, (v * up).astype(np.float16))
+        got = run_head(head_program(pack(tied), x, isa, threads=3), 3, 0, 600, greedy=True)
+        assert got[0] == first
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_embedding_rows_are_the_dequantized_rows(isa):
+    rng = np.random.default_rng(2)
+    forms = [
+        "symmetric",
+        "zeros",
+        "zeros16",
+        "offsets",
+        "float",
+        "int8",
+        "int8-float",
+        "fp32",
+        "fp16",
+        "bf16",
+    ]
+    for form in forms:
+        dense = form in ("fp32", "fp16", "bf16")
+        w = random_dense(rng, form, 100, 96) if dense else random_linear(rng, form, 100, 96, 32)
+        b = Bench(isa)
+        out = b.p.floats(96)
+        b.p.embed(pack(w).native, out)
+        ids = np.array([0, 99, 17, 16, 15, 17, 64, 3, 50], np.int32)
+        b.p.run(ids, 0, 0, np.zeros(1, np.int32), len(ids), None, None)
+        np.testing.assert_allclose(b.view(out, 9), w.dequantize()[ids], rtol=1e-6, atol=1e-9, err_msg=form)
+
+
+def test_wrong_inputs_are_exceptions():
+    rng = np.random.default_rng(3)
+    b = Bench()
+    b.p.embed(pack(random_linear(rng, "int8", 10, 32, 32)).native, b.p.floats(32))
+    table = np.zeros(1, np.int32)
+    for ids in ([10], [-1], [], [0] * 65):
+        with pytest.raises(ValueError, match=r"token|step"):
+            b.p.run(np.array(ids, np.int32), 0, 0, table, len(ids), None, None)
+    with pytest.raises(ValueError, match="no place"):
+        b.p.run(np.zeros(1, np.int32), 0, 0, table, 0, None, None)
+    with pytest.raises(ValueError, match="negative"):
+        b.p.run(np.zeros(1, np.int32), 0, -1, table, 1, None, None)
