@@ -73,7 +73,7 @@ def load(
     if act_bits not in (None, 8, 16):
         raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
     backend = make_backend(checkpoint, policy, device, threads, act_bits)
-    loaded = Model(checkpoint, backend, str(model), ctx)
+    loaded = Model(checkpoint, backend, str(model), ctx, policy)
     loaded.draft_tokens = draft_tokens
     if draft is not None:
         loaded.draft = draft
@@ -112,7 +112,15 @@ def count_weights(cfg: ModelConfig) -> int:
 class Model:
     """In memory: `tokenizer`, `config`, `logits`, `generate`, `chat`, `session`. A context manager."""
 
-    def __init__(self, checkpoint: Checkpoint, backend: Backend, name: str, ctx: int | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        name: str,
+        ctx: int | None = None,
+        policy: WeightPolicy | None = None,
+    ):
+        self._checkpoint, self._policy = checkpoint, policy or WeightPolicy()
         self.name, self.path, self.config = name, checkpoint.path, checkpoint.config
         self.backend = backend
         self.tokenizer = checkpoint.tokenizer()
@@ -210,7 +218,10 @@ class Model:
         return Session(self, system, **sampling)
 
     def speculator(self, draft: str | None = None) -> Speculator:
-        """Who drafts for one conversation: "ngram", "none", a model; None is this model's default.
+        """Who drafts for one conversation; None is this model's default.
+
+        "ngram", "none", a model, "layers:0-3,26-29" (those layers of this model), or "auto" (the draft that
+        goes with this model's alias, if it is here; else "ngram").
 
         A draft model that is missing, too large or of another vocabulary is left out with a notice.
         """
@@ -220,6 +231,8 @@ class Model:
         from tinychat.speculation.speculator import Speculator
 
         draft = draft or self.draft
+        if draft == "auto":
+            draft = self._recommended_draft()
         controller = Controller(self.draft_tokens)
         if draft == "none":
             return Speculator()
@@ -227,13 +240,31 @@ class Model:
             return Speculator(PromptLookup(), controller)
         try:
             if draft not in self._draft_models:
-                facts = self.backend.describe()
-                other = load(draft, device=facts["backend"], threads=facts["threads"], draft="none")
-                check_vocabulary(self.tokenizer, other.tokenizer)
-                self._draft_models[draft] = other
+                self._draft_models[draft] = self._load_draft(draft)
+                check_vocabulary(self.tokenizer, self._draft_models[draft].tokenizer)
         except TinychatError as e:
             return Speculator(notice=f"No draft: {e.what}")
         return Speculator(DraftModel(self._draft_models[draft].engine, draft), controller)
+
+    def _load_draft(self, draft: str) -> Model:
+        facts = self.backend.describe()
+        if not draft.startswith("layers:"):
+            return load(draft, device=facts["backend"], threads=facts["threads"], draft="none")
+        from tinychat.formats.subset import LayerSubset, parse_layers
+
+        act_bits = facts["act_bits"] if facts["backend"] == "cpu" else None
+        part = LayerSubset(self._checkpoint, parse_layers(draft.removeprefix("layers:")))
+        backend = make_backend(part, self._policy, facts["backend"], facts["threads"], act_bits)
+        return Model(part, backend, draft, policy=self._policy)
+
+    def _recommended_draft(self) -> str:
+        from tinychat.hub import aliases, store
+
+        alias = aliases.ALIASES.get(self.name)
+        if alias is None or alias.draft is None:
+            return "ngram"
+        installed = {m.name for m in store.installed()}
+        return alias.draft if alias.draft.startswith("layers:") or alias.draft in installed else "ngram"
 
     def close(self) -> None:
         """Give threads and memory back. Idempotent."""

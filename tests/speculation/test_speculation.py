@@ -230,3 +230,20 @@ def test_a_missing_draft_is_a_notice_and_the_chat_goes_on(model, tmp_path, monke
     events = list(session.send("hello"))
     assert any(isinstance(e, Notice) and "no-such-model" in e.message for e in events)
     assert events[-1].stats.generated_tokens == 5
+
+
+def test_layers_of_the_model_itself_can_draft(model):
+    for layers, right in (("layers:0-1", True), ("layers:0", False)):
+        session = model.session(draft=layers, temperature=0, max_tokens=30)
+        session.speculator.controller.fixed = 4
+        stats = list(session.send("hello"))[-1].stats
+        assert stats.drafted_tokens > 0
+        if right:  # all the layers are the model
+            assert stats.accepted_tokens >= stats.drafted_tokens - 4
+        plain = model.session(draft="none", temperature=0, max_tokens=30)
+        list(plain.send("hello"))
+        assert plain.messages == session.messages
+    for bad in ("layers:7", "layers:", "layers:1-0", "layers:x"):
+        events = list(model.session(draft=bad, temperature=0, max_tokens=3).send("hello"))
+        assert isinstance(events[0], Notice)
+        assert events[-1].stats.generated_tokens == 3

@@ -69,7 +69,7 @@ sampling_options = _stack(
 
 drafting_options = _stack(
     [
-        click.option("--draft", metavar="MODEL|ngram|none", help="Who drafts; the text stays the same."),
+        click.option("--draft", metavar="MODEL|ngram|auto|none", help="Who drafts; the text stays the same."),
         click.option("--draft-tokens", type=click.IntRange(0, 15), help="Draft this many, always."),
     ]
 )

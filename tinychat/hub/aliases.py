@@ -29,11 +29,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Alias:
-    """size: bytes of the download from the first source, about."""
+    """size: bytes of the download from the first source, about. draft: what drafts well for it."""
 
     sources: tuple[Source, ...]
     size: int
     about: str = ""
+    draft: str | None = None
 
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -64,6 +65,7 @@ ALIASES: dict[str, Alias] = {
         ),
         229_000_000,
         "SmolLM2 360M Instruct",
+        draft="smollm2-135m",
     ),
     "smollm2-1.7b": Alias(
         (
@@ -72,6 +74,7 @@ ALIASES: dict[str, Alias] = {
         ),
         1_060_000_000,
         "SmolLM2 1.7B Instruct",
+        draft="smollm2-135m",
     ),
     "tinyllama-1.1b": Alias(
         (
@@ -90,6 +93,7 @@ ALIASES: dict[str, Alias] = {
         (_hf("bartowski/Llama-3.2-3B-Instruct-GGUF/Llama-3.2-3B-Instruct-Q4_K_M.gguf"),),
         2_020_000_000,
         "Llama 3.2 3B Instruct",
+        draft="llama-3.2-1b",
     ),
     "llama-3.1-8b": Alias(
         (
@@ -98,6 +102,7 @@ ALIASES: dict[str, Alias] = {
         ),
         5_740_000_000,
         "Llama 3.1 8B Instruct",
+        draft="llama-3.2-1b",
     ),
     "mistral-7b": Alias(
         (
