@@ -79,7 +79,8 @@ class Tokenizer:
             self.backend.encode_special_tokens = not special
             try:
                 return self.backend.encode(text, add_special_tokens=False).ids
-            except UnicodeEncodeError:  # lone surrogates, as a terminal in the wrong encoding sends them
+            except (UnicodeEncodeError, TypeError):
+                # Lone surrogates, as a terminal in the wrong encoding sends them.
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
                 return self.backend.encode(text, add_special_tokens=False).ids
 
