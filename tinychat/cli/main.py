@@ -16,7 +16,21 @@ from tinychat.errors import TinychatError
 INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class ReaderGoneError(Exception):
+    """Whoever read our output has seen enough (`| head`)."""
+
+
+class Commands(click.Group):
+    """The group; keeps click from making an error of a closed pipe."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as e:
+            raise ReaderGoneError from e
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="tinychat")
 def cli() -> None:
     """Chat with a language model on your own machine."""
@@ -30,22 +44,23 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 ok, 1 error, 2 usage, 3 not found, 4 does not fit in memory, 130
     interrupted.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller (`<&-`)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
-        code = cli.main(args=argv, prog_name="tinychat", standalone_mode=False) or 0
+        code = cli.main(args=argv, prog_name="tinychat", standalone_mode=False, color=_color()) or 0
         sys.stdout.flush()
     except BaseException as e:
         if isinstance(e, SystemExit):
             raise
         code = report(e)
-    # Nothing is left to run at exit that could fail; skip it when the reader of stdout is gone.
     sys.exit(code)
 
 
 def report(e: BaseException) -> int:
     """Say what went wrong in two lines on stderr; the exit code."""
-    if isinstance(e, BrokenPipeError):
-        # Whoever read our output has seen enough (`| head`). Keep the interpreter from complaining at
-        # shutdown.
+    if isinstance(e, (ReaderGoneError, BrokenPipeError)):
+        # Keep the interpreter from complaining at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(e, (KeyboardInterrupt, click.exceptions.Abort)):
@@ -55,10 +70,14 @@ def report(e: BaseException) -> int:
         traceback.print_exception(e)
     if isinstance(e, click.exceptions.Exit):
         return e.exit_code
-    if isinstance(e, click.ClickException):
+    if isinstance(e, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # since click 8.2
         e.show()
         return e.exit_code
-    if isinstance(e, TinychatError):
+    if isinstance(e, click.ClickException):
+        where = getattr(e, "ctx", None)
+        what, code = " ".join(e.format_message().split()).rstrip(".") + ".", e.exit_code
+        todo = f"See {where.command_path if where else 'tinychat'} --help."
+    elif isinstance(e, TinychatError):
         what, todo, code = e.what, e.todo, e.exit_code
     elif isinstance(e, MemoryError):
         what, todo, code = "Memory ran out.", "Choose a smaller model or a smaller --ctx.", 4
@@ -69,8 +88,13 @@ def report(e: BaseException) -> int:
     else:
         what = f"Internal error: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
         todo, code = "This is a bug. TINYCHAT_DEBUG=1 shows where; please report it.", 1
-    click.echo(f"{click.style('Error:', fg='red')} {what}\n{todo}", err=True)
+    click.echo(f"{click.style('Error:', fg='red')} {what}\n{todo}", err=True, color=_color())
     return code
+
+
+def _color() -> bool | None:
+    """False where the user wants none (no-color.org), else None: as the terminal has it."""
+    return False if os.environ.get("NO_COLOR") else None
 
 
 if __name__ == "__main__":
