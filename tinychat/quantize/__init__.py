@@ -1,1 +1,272 @@
-"""placeholder"""
+"""Quantization: a float checkpoint in, a 4-bit AutoAWQ checkpoint out.
+
+`calibration` gives the text, `forward` runs a block, `block` scales and fits its linears, `rounding` rounds
+one of them, `folder` writes the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinychat.config import ModelConfig
+from tinychat.errors import CheckpointError, MemoryBudgetError, UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from tinychat.formats import Checkpoint
+
+GROUPS = (128, 64, 32)
+METHODS = ("awq", "rtn")
+RECIPE = 1  # raised when the same job would give another result
+Progress = Callable[[int, int, str], None]
+
+
+def quantize_model(
+    model: str,
+    out: Path,
+    *,
+    method: str = "awq",
+    group_size: int | None = None,
+    calib_file: Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`quantize` for a model by name (alias, repo id, folder, .gguf), with a progress bar on stderr."""
+    from tinychat.formats import open_checkpoint
+    from tinychat.hub import store
+
+    checkpoint = open_checkpoint(store.resolve(model))
+    with _bar() as progress:
+        return quantize(
+            checkpoint,
+            out,
+            method=method,
+            group_size=group_size,
+            calib_file=calib_file,
+            seed=seed,
+            progress=progress,
+        )
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    out_dir: Path,
+    *,
+    method: str = "awq",
+    group_size: int | None = None,
+    calib_file: Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a 4-bit AutoAWQ `gemm` folder of the checkpoint's weights (dequantized, where stored so).
+
+    method      "awq": activation-aware scales and rounding fitted to calibration text; "rtn": round to
+                nearest
+    group_size  inputs that share a scale; None: the largest of 128, 64, 32 that divides every linear
+    calib_file  text to calibrate on instead of the bundled one (plain UTF-8, or .jsonl)
+    seed        decides the order of the calibration documents, and which are used
+    progress    called with (blocks done, blocks, what is being done)
+
+    Embedding, norms and output head stay in 16 bits. One block is in memory at a time. A run that was killed
+    goes on when the same call is made again. Returns facts: path, method, group_size, calibration_tokens,
+    seconds, size_bytes. Raises UsageError (a group size that does not divide; `out_dir` taken),
+    CheckpointError (NaN weights), UnsupportedModelError, MemoryBudgetError, and TinychatError when the disk
+    is full.
+    """
+    import torch
+
+    from tinychat.formats import awq
+    from tinychat.quantize import block as b
+    from tinychat.quantize import calibration, folder
+    from tinychat.quantize.forward import BlockWeights, Forward, read_block
+
+    if method not in METHODS:
+        raise UsageError(f"The method {method!r} is not known.", f"Use {' or '.join(METHODS)}.")
+    started = time.monotonic()
+    cfg = checkpoint.config
+    group = choose_group(cfg, group_size)
+    report = progress or (lambda done, total, what: None)
+    report(0, cfg.n_layers, "reading")
+    tokens = None
+    if method != "rtn":
+        length = min(calibration.LENGTH, cfg.context_length)
+        tokens = calibration.windows(checkpoint.tokenizer(), file=calib_file, length=length, seed=seed)
+        _check_memory(cfg, tokens.size)
+    if checkpoint.config.tie_embeddings is False and not checkpoint.has("lm_head"):
+        raise CheckpointError(f"{checkpoint.path} has no output head.", "Pull the model again.")
+    folder.hf_config(cfg)  # refuse now what could not be written at the end
+    job = {
+        "recipe": RECIPE,
+        "source": checkpoint.fingerprint(),
+        "method": method,
+        "group_size": group,
+        "calibration": None if tokens is None else hashlib.sha256(tokens.tobytes()).hexdigest(),
+    }
+    options = b.Options(method=method, group=group)
+    rest = _rest(checkpoint)
+    with folder.OutputFolder(out_dir, job) as target, torch.inference_mode():
+        x_f = x_q = None
+        if tokens is not None:
+            forward = Forward(cfg, tokens.shape[1])
+            embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
+            x_f = embedding[torch.from_numpy(tokens)]
+            x_q = x_f.clone()
+            del embedding
+            quantizer = b.BlockQuantizer(forward, options)
+        for layer in range(cfg.n_layers):
+            report(layer, cfg.n_layers, f"block {layer + 1} of {cfg.n_layers}")
+            prefix = f"model.layers.{layer}."
+            done = target.block(layer)
+            if done is not None and method == "rtn":
+                continue
+            w = read_block(checkpoint, layer)
+            if done is not None:
+                x_f, x_q = quantizer.advance(w, _unpacked(done, prefix, BlockWeights, awq), x_f, x_q)
+                continue
+            if method == "rtn":
+                quantized = b.round_to_nearest(w, group)
+            else:
+                quantized, x_f, x_q = quantizer(w, x_f, x_q)
+                if not bool(torch.isfinite(x_q).all()):
+                    raise CheckpointError(
+                        f"Block {layer} gives NaN or infinity on the calibration text.",
+                        "The checkpoint is damaged; pull it again.",
+                    )
+            target.write_block(layer, _packed(quantized, prefix, awq))
+        report(cfg.n_layers, cfg.n_layers, "writing")
+        record = {"calibration_tokens": 0 if tokens is None else int(tokens.size), "seed": seed}
+        target.finish(checkpoint, rest, record)
+        size = sum(f.stat().st_size for f in target.out.iterdir())
+        return {
+            "path": str(target.out),
+            "method": method,
+            "bits": 4,
+            "group_size": group,
+            "calibration_tokens": record["calibration_tokens"],
+            "seconds": round(time.monotonic() - started, 1),
+            "size_bytes": size,
+        }
+
+
+def choose_group(cfg: ModelConfig, wanted: int | None) -> int:
+    """The group size: `wanted`, or the largest of 128, 64, 32 that divides the inputs of every linear.
+
+    Raises UsageError when `wanted` does not divide them, naming those that do; UnsupportedModelError when
+    none does, or the outputs are not a multiple of 8, which the format's packing needs.
+    """
+    from tinychat.models import FAMILIES
+
+    shapes = FAMILIES[cfg.family].linears(cfg, 0)
+    fit = [g for g in GROUPS if all(k % g == 0 for _, k in shapes.values())]
+    odd = next((name for name, (n, _) in shapes.items() if n % 8), None)
+    if odd is not None:
+        raise UnsupportedModelError(
+            f"{odd} has {shapes[odd][0]} outputs, not a multiple of 8.", "AutoAWQ's layout cannot hold it."
+        )
+    if not fit:
+        inputs = sorted({k for _, k in shapes.values()})
+        raise UnsupportedModelError(
+            f"No group size divides linears with {', '.join(map(str, inputs))} inputs.",
+            "Widths must be multiples of 32; run the model unquantized.",
+        )
+    if wanted is None:
+        return fit[0]
+    if wanted not in fit:
+        name, k = next(((n, k) for n, (_, k) in shapes.items() if wanted <= 0 or k % wanted), ("", 0))
+        why = f"does not divide the {k} inputs of {name}" if name else "is not a size that backends run"
+        raise UsageError(
+            f"Group size {wanted} {why}.", f"Use {' or '.join(map(str, fit))} (or leave it out: {fit[0]})."
+        )
+    return wanted
+
+
+def _rest(checkpoint: Checkpoint) -> list:
+    """What stays in 16 bits: embedding, final norm, and the head where it is not the embedding."""
+    from tinychat.quantize.folder import Entry
+    from tinychat.quantize.forward import finite
+
+    def half(name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return finite(np.asarray(read()).astype(np.float16), name)
+
+    cfg = checkpoint.config
+    names = ["model.embed_tokens"] + ([] if cfg.tie_embeddings else ["lm_head"])
+    entries = []
+    for name in names:
+        shape = tuple(checkpoint.linear(name).shape)
+        entries.append(
+            Entry(
+                name + ".weight",
+                "F16",
+                shape,
+                lambda n=name: half(n, lambda: checkpoint.linear(n).dequantize()),
+            )
+        )
+    norm = half("model.norm", lambda: checkpoint.vector("model.norm"))
+    return [*entries, Entry.of("model.norm.weight", norm)]
+
+
+def _packed(quantized: Any, prefix: str, awq: Any) -> dict[str, np.ndarray]:
+    """A block's tensors as they are stored."""
+    out = {}
+    for name, r in quantized.linear.items():
+        weight = r.canonical(quantized.bias.get(name))
+        out |= {f"{prefix}{name}.{part}": a for part, a in awq.pack(weight).items()}
+    for name, v in quantized.norm.items():
+        out[f"{prefix}{name}.weight"] = v.numpy().astype(np.float16)
+    return out
+
+
+def _unpacked(tensors: dict[str, np.ndarray], prefix: str, kind: Any, awq: Any) -> Any:
+    """BlockWeights from a block's stored tensors."""
+    import torch
+
+    w = kind({})
+    for key in tensors:
+        name, _, part = key.removeprefix(prefix).rpartition(".")
+        if part == "qweight":
+            parts = {p: tensors.get(f"{prefix}{name}.{p}") for p in ("qweight", "qzeros", "scales", "bias")}
+            linear = awq.unpack(**parts)
+            w.linear[name] = torch.from_numpy(linear.dequantize())
+            if linear.bias is not None:
+                w.bias[name] = torch.from_numpy(linear.bias)
+        elif part == "weight":
+            w.norm[name] = torch.from_numpy(tensors[key].astype(np.float32))
+    return w
+
+
+def _check_memory(cfg: ModelConfig, n_tokens: int) -> None:
+    """Raises MemoryBudgetError when one block and the calibration activations do not fit."""
+    from tinychat.machine import available_memory, human_bytes
+
+    h, f = cfg.hidden_size, cfg.intermediate_size
+    block = 4 * (h * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 3 * h * f)
+    need = 4 * block + 3 * 4 * n_tokens * h + 8 * 4 * max(h, f) ** 2 + 4 * cfg.vocab_size * h
+    free = available_memory()
+    if need > free:
+        raise MemoryBudgetError(
+            f"Quantizing this model needs {human_bytes(need)} and {human_bytes(free)} are free.",
+            "Close other programs, or use --method rtn, which needs one block only.",
+        )
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Progress]:
+    """A bar on a terminal's stderr; one line on any other."""
+    if not sys.stderr.isatty():
+        print("Quantizing", file=sys.stderr, flush=True)
+        yield lambda done, total, what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Quantizing", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

@@ -1,0 +1,265 @@
+"""Quantizing one decoder block: AWQ's scales, folded into what goes before, then rounding that compensates.
+
+AWQ (Lin et al., MLSys 2024) multiplies a linear's input channels by s and divides what produces them by s,
+so that the function stays and the weights that meet large activations lose less to rounding. Each linear
+then sees the inputs that the *quantized* network before it produces, and is fitted to the output that the
+float network wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tinychat.quantize.forward import (
+    ATTN_NORM,
+    DOWN,
+    GATE_UP,
+    MLP_NORM,
+    O_PROJ,
+    QKV,
+    BlockWeights,
+    Forward,
+)
+from tinychat.quantize.rounding import Metric, Rounded, compensated, nearest, refine
+
+if TYPE_CHECKING:
+    import torch
+
+ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+SCALE_LIMIT = 32.0  # scales stay within 1/32…32, so that folded norms and rows keep their place in fp16
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a block is quantized.
+
+    method       "awq", or "rtn": round to nearest, the baseline
+    group        inputs that share a scale
+    target       what a linear is fitted to: "local": its float output on the inputs it gets; "float": its
+                 output in the float network; "residual": the float network's residual stream
+    damp         share of H's mean diagonal added to its diagonal
+    trust        how far the target moves from local towards the float network, 0…1
+    judge        windows that judge a scale by the output of attention or MLP
+    rounds       rounds of coordinate descent and scale refitting
+    batch        windows in one forward pass
+    """
+
+    method: str = "awq"
+    group: int = 64
+    target: str = "residual"
+    damp: float = 0.01
+    trust: float = 1.0
+    alphas: tuple[float, ...] = ALPHAS
+    search: bool = True
+    judge: int = 4
+    rounds: int = 2
+    batch: int = 8
+
+
+@dataclass
+class QuantizedBlock:
+    """Rounded linears and folded norms, by their names inside the block; biases are the float ones,
+    folded."""
+
+    linear: dict[str, Rounded]
+    bias: dict[str, torch.Tensor]
+    norm: dict[str, torch.Tensor]
+
+    def weights(self) -> BlockWeights:
+        """Dequantized, for the forward pass."""
+        return BlockWeights({k: r.dequantize() for k, r in self.linear.items()}, self.bias, self.norm)
+
+
+def round_to_nearest(w: BlockWeights, group: int) -> QuantizedBlock:
+    """RTN: every linear rounded on its own, nothing folded."""
+    norms = {k: v.half().float() for k, v in w.norm.items()}
+    return QuantizedBlock({k: nearest(v, group) for k, v in w.linear.items()}, dict(w.bias), norms)
+
+
+class _Moments:
+    """Sums over tokens for one linear's input: XᵀX of the quantized network, and what the target needs."""
+
+    def __init__(self):
+        self.n, self.h, self.c, self.r, self.x = 0, 0, 0, 0, 0
+
+    def add(self, x_q: torch.Tensor, x_f: torch.Tensor, gap: torch.Tensor | None = None) -> None:
+        """Inputs [S, T, K] in the quantized and the float network; gap: residual of float minus quantized."""
+        q, f = x_q.flatten(0, 1), x_f.flatten(0, 1)
+        self.n += len(q)
+        self.h = self.h + q.T @ q
+        self.c = self.c + f.T @ q
+        self.x = self.x + q.abs().sum(0)
+        if gap is not None:
+            self.r = self.r + gap.flatten(0, 1).T @ q
+
+
+class BlockQuantizer:
+    """Quantizes blocks in order; keeps nothing between them but the options."""
+
+    def __init__(self, forward: Forward, options: Options):
+        self.forward, self.options = forward, options
+
+    def __call__(
+        self, w: BlockWeights, x_f: torch.Tensor, x_q: torch.Tensor
+    ) -> tuple[QuantizedBlock, torch.Tensor, torch.Tensor]:
+        """w: the float block (not changed). x_f, x_q [S, T, H]: its input in the float and the quantized
+        network, overwritten. Returns the quantized block and its outputs in both.
+        """
+        import torch
+
+        f, float_w, w = self.forward, w, w.copy()
+        out = QuantizedBlock({}, w.bias, w.norm)
+
+        # q, k, v
+        m = _Moments()
+        for s in self._batches(x_q):
+            m.add(f.norm(x_q[s], float_w.norm[ATTN_NORM]), f.norm(x_f[s], float_w.norm[ATTN_NORM]))
+        few = f.norm(x_q[: self.options.judge], float_w.norm[ATTN_NORM])
+        wanted = f.linear(f.attend(few, float_w), float_w, O_PROJ)
+
+        def attention_error(trial: BlockWeights) -> float:
+            return float((f.linear(f.attend(few, trial), trial, O_PROJ) - wanted).pow(2).mean())
+
+        s = self._quantize(QKV, w, out, m, float_w, attention_error)
+        self._fold_norm(w, ATTN_NORM, s)
+        quantized = self._now(w, out, float_w)
+
+        # o
+        m = _Moments()
+        inner = torch.empty(*x_q.shape[:2], w.linear[O_PROJ].shape[1])
+        for s in self._batches(x_q):
+            inner[s] = f.attend(f.norm(x_q[s], w.norm[ATTN_NORM]), quantized)
+            wide = f.attend(f.norm(x_f[s], float_w.norm[ATTN_NORM]), float_w)
+            m.add(inner[s], wide, x_f[s] - x_q[s])
+            x_f[s] += f.linear(wide, float_w, O_PROJ)
+        s = self._quantize((O_PROJ,), w, out, m, float_w, None, self._shared_by_heads)
+        self._fold_rows(
+            w, out, QKV[2], s.view(self.forward.cfg.n_kv_heads, -1, self.forward.cfg.head_dim)[:, 0].flatten()
+        )
+        o = out.linear[O_PROJ].dequantize() / s  # `inner` was made before v was divided by s
+        for b in self._batches(x_q):
+            x_q[b] += torch.nn.functional.linear(inner[b], o, w.bias.get(O_PROJ))
+        del inner
+
+        # gate, up
+        m = _Moments()
+        for s in self._batches(x_q):
+            m.add(f.norm(x_q[s], float_w.norm[MLP_NORM]), f.norm(x_f[s], float_w.norm[MLP_NORM]))
+        few = f.norm(x_q[: self.options.judge], float_w.norm[MLP_NORM])
+        wanted = f.linear(f.middle(few, float_w), float_w, DOWN)
+
+        def mlp_error(trial: BlockWeights) -> float:
+            return float((f.linear(f.middle(few, trial), trial, DOWN) - wanted).pow(2).mean())
+
+        s = self._quantize(GATE_UP, w, out, m, float_w, mlp_error)
+        self._fold_norm(w, MLP_NORM, s)
+        quantized = self._now(w, out, float_w)
+
+        # down
+        m = _Moments()
+        for s in self._batches(x_q):
+            wide = f.middle(f.norm(x_f[s], float_w.norm[MLP_NORM]), float_w)
+            m.add(f.middle(f.norm(x_q[s], w.norm[MLP_NORM]), quantized), wide, x_f[s] - x_q[s])
+            x_f[s] += f.linear(wide, float_w, DOWN)
+        s = self._quantize((DOWN,), w, out, m, float_w, None)
+        self._fold_rows(w, out, GATE_UP[1], s)
+        quantized = self._now(w, out, float_w)
+        for b in self._batches(x_q):
+            x_q[b] += f.linear(f.middle(f.norm(x_q[b], w.norm[MLP_NORM]), quantized), quantized, DOWN)
+        return out, x_f, x_q
+
+    def advance(
+        self, w: BlockWeights, quantized: BlockWeights, x_f: torch.Tensor, x_q: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Past a block that is quantized already: the outputs of both networks, in place."""
+        for s in self._batches(x_q):
+            x_f[s], x_q[s] = self.forward.block(x_f[s], w), self.forward.block(x_q[s], quantized)
+        return x_f, x_q
+
+    def _batches(self, x: torch.Tensor) -> Iterator[slice]:
+        for start in range(0, len(x), self.options.batch):
+            yield slice(start, start + self.options.batch)
+
+    def _now(self, w: BlockWeights, out: QuantizedBlock, float_w: BlockWeights) -> BlockWeights:
+        """Quantized where that is done already, float elsewhere."""
+        linear = {k: out.linear[k].dequantize() if k in out.linear else v for k, v in float_w.linear.items()}
+        return BlockWeights(linear, w.bias, w.norm)
+
+    def _quantize(
+        self,
+        names: tuple[str, ...],
+        w: BlockWeights,
+        out: QuantizedBlock,
+        m: _Moments,
+        float_w: BlockWeights,
+        judge: Callable[[BlockWeights], float] | None,
+        share: Callable[[torch.Tensor], torch.Tensor] = lambda s: s,
+    ) -> torch.Tensor:
+        """Round the linears `names`, which share an input, into `out`; returns their scales s [in].
+
+        `judge` tells the error of a trial; without one it is the metric's own. `share` ties channels
+        together.
+        """
+        import torch
+
+        o = self.options
+        metric = Metric.of(m.h / m.n, o.group, o.damp)
+        targets = {n: self._target(w.linear[n], m, metric) for n in names}
+        mean_x = (m.x / m.n).clamp_min(1e-5)
+        best, best_error = torch.ones_like(mean_x), float("inf")
+        for alpha in o.alphas if len(o.alphas) > 1 else ():
+            s = mean_x.pow(alpha)
+            s = share((s / (s.max() * s.min()).sqrt()).clamp(1 / SCALE_LIMIT, SCALE_LIMIT))
+            scaled = metric.scaled(s)
+            trial = {n: compensated(targets[n] * s, scaled, o.group, search=False) for n in names}
+            if judge is None:
+                error = sum(scaled.loss(targets[n] * s, r) for n, r in trial.items())
+            else:
+                linear = dict(float_w.linear) | {n: r.dequantize() / s for n, r in trial.items()}
+                error = judge(BlockWeights(linear, float_w.bias, float_w.norm))
+            if error < best_error:
+                best, best_error, self.last_alpha = s, error, alpha
+        s = self._exact_in_norm(names, w, best)
+        metric = metric.scaled(s)
+        for n in names:
+            target = targets[n] * s
+            r = compensated(target, metric, o.group, o.search)
+            out.linear[n] = refine(target, metric, r, o.rounds) if o.rounds else r
+        return s
+
+    def _target(self, w: torch.Tensor, m: _Moments, metric: Metric) -> torch.Tensor:
+        """The weight that, on the quantized network's inputs, comes closest to what float wants."""
+        import torch
+
+        o = self.options
+        if o.target == "local":
+            return w
+        wanted = w @ (m.c - m.h) / m.n
+        if o.target == "residual" and not isinstance(m.r, int):
+            wanted = wanted + m.r / m.n
+        return w + o.trust * torch.linalg.solve(metric.h.double(), wanted.double().T).T.float()
+
+    def _exact_in_norm(self, names: tuple[str, ...], w: BlockWeights, s: torch.Tensor) -> torch.Tensor:
+        """`s` moved by what fp16 rounds off the folded norm, so that the folding is exact."""
+        norm = {QKV: ATTN_NORM, GATE_UP: MLP_NORM}.get(names)
+        if norm is None:
+            return s
+        folded = (w.norm[norm] / s).half().float()
+        usable = (folded != 0) & (w.norm[norm] != 0)
+        return (w.norm[norm] / folded).where(usable, s)
+
+    def _fold_norm(self, w: BlockWeights, norm: str, s: torch.Tensor) -> None:
+        w.norm[norm] = (w.norm[norm] / s).half().float()
+
+    def _fold_rows(self, w: BlockWeights, out: QuantizedBlock, name: str, s: torch.Tensor) -> None:
+        out.linear[name].divide_rows(s)
+        if name in w.bias:
+            w.bias[name] = w.bias[name] / s
+
+    def _shared_by_heads(self, s: torch.Tensor) -> torch.Tensor:
+        """One scale for each channel of a KV head: all query heads of its group read the same v."""
+        c = self.forward.cfg
+        per_group = s.view(c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
+        return per_group.log().mean(1, keepdim=True).exp().expand_as(per_group).flatten()

@@ -1,0 +1,89 @@
+"""The text that quantization looks at, as windows of token ids.
+
+The default, `calibration.jsonl` beside this file, was written by SmolLM2-135M-Instruct itself: 64 answers in
+its chat format and 64 free texts (prose, lists, code, questions), sampled at temperature 1, top-p 0.95 and a
+fixed seed by `benchmarks/calibration_text.py`. What a model writes is what it will see again, and nothing in
+it is anyone's test set.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+
+from tinychat.errors import UsageError
+from tinychat.template import ChatTemplate
+from tinychat.tokenizer import Tokenizer
+
+DEFAULT = Path(__file__).with_name("calibration.jsonl")
+LENGTH = 512
+MAX_FILE = 256 << 20
+
+
+def windows(
+    tokenizer: Tokenizer, *, file: Path | None = None, count: int = 96, length: int = LENGTH, seed: int = 0
+) -> np.ndarray:
+    """Token ids int64 [n ≤ count, length], documents in an order drawn from `seed` and joined end to end.
+
+    file: plain UTF-8 text, or .jsonl with `{"text": …}` or `{"messages": […]}` a line (chats go through the
+    model's chat template where it has one). Raises UsageError when it cannot be read or is shorter than 32
+    tokens; a short text gives one shorter window.
+    """
+    documents = _documents(file or DEFAULT)
+    rng = random.Random(seed)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer) if tokenizer.chat_template else None
+    if len(documents) > 1:
+        rng.shuffle(documents)
+    ids: list[int] = []
+    for d in documents:
+        ids += [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
+        ids += _encode(d, tokenizer, template)
+        if len(documents) > 1 and len(ids) >= count * length:
+            break
+    if len(ids) < 32:
+        raise UsageError(
+            f"{(file or DEFAULT).name} has {len(ids)} tokens of text; calibration needs 32 at least.",
+            "Give a text of some thousand words in the language that the model will be used in.",
+        )
+    length = min(length, len(ids))
+    all_windows = np.asarray(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
+    if len(all_windows) <= count:
+        return all_windows
+    return all_windows[sorted(rng.sample(range(len(all_windows)), count))]
+
+
+def _documents(file: Path) -> list[dict]:
+    try:
+        if file.stat().st_size > MAX_FILE:
+            raise ValueError(f"it is larger than {MAX_FILE >> 20} MB")
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".jsonl":
+            return [{"text": text}]
+        documents = [json.loads(line) for line in text.splitlines() if line.strip()]
+        for d in documents:
+            if not isinstance(d, dict) or not (isinstance(d.get("text"), str) or _is_chat(d.get("messages"))):
+                raise ValueError('a line is neither {"text": …} nor {"messages": […]}')
+    except (OSError, ValueError, RecursionError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not UTF-8" if isinstance(e, UnicodeError) else e
+        raise UsageError(
+            f"The calibration text {file} cannot be used: {why}.", "Give a UTF-8 text file, or .jsonl."
+        ) from e
+    return documents
+
+
+def _is_chat(messages: object) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+
+
+def _encode(document: dict, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+    if "text" in document:
+        return tokenizer.encode(document["text"])
+    if template is not None:
+        return template.encode(template.render(document["messages"], add_generation_prompt=False))
+    return tokenizer.encode("\n\n".join(m["content"] for m in document["messages"]) + "\n\n")

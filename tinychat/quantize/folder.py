@@ -1,0 +1,319 @@
+"""The folder that quantization writes: Hugging Face layout, AutoAWQ `gemm`, whole or not there at all.
+
+While it grows, everything lies in `.NAME.partial` beside it: one file a finished block, each renamed into
+place, so a run that was killed goes on where it stopped when the same job is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinychat.config import ModelConfig, RopeConfig
+from tinychat.errors import TinychatError, UnsupportedModelError, UsageError
+from tinychat.formats import Checkpoint
+from tinychat.machine import human_bytes
+from tinychat.tokenizer import Tokenizer
+
+RECORD = "quantize.json"  # says how the folder was made, and so that it is ours to replace
+SHARD_BYTES = 5_000_000_000
+DTYPES = {"float16": "F16", "float32": "F32", "int32": "I32"}
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written; `read` is called once, when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, name: str, a: np.ndarray) -> Entry:
+        return cls(name, DTYPES[a.dtype.name], a.shape, lambda: a)
+
+    @property
+    def n_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * (2 if self.dtype == "F16" else 4)
+
+
+def write_safetensors(path: Path, entries: Iterable[Entry]) -> None:
+    """One safetensors file, tensor by tensor, so that no more than one is in memory."""
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for e in entries:
+        header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + e.n_bytes]}
+        at += e.n_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for e in entries:
+            a = np.ascontiguousarray(e.read())
+            assert a.nbytes == e.n_bytes, e.name
+            f.write(a.astype(a.dtype.newbyteorder("<"), copy=False).data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+class OutputFolder:
+    """The folder `out`, made by `job` (what decides its content; JSON)."""
+
+    def __init__(self, out: Path, job: dict[str, Any]):
+        self.out = Path(os.path.abspath(out))
+        self.job = job
+        self.partial = self.out.with_name(f".{self.out.name}.partial")
+        self._lock: int | None = None
+
+    def __enter__(self) -> OutputFolder:
+        """Check that `out` may be written, and take up what an earlier run of the same job has left."""
+        self._check_replaceable()
+        with disk_errors(self.out):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                os.close(self._lock)
+                raise UsageError(
+                    f"Another tinychat is writing {self.out}.", "Wait for it, or choose another --out."
+                ) from e
+            job = self.partial / "job.json"
+            if not job.is_file() or _json_or_none(job) != self.job:
+                for leftover in self.partial.iterdir():
+                    if leftover.name != "lock":
+                        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                _write_json(job, self.job)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def block(self, layer: int) -> dict[str, np.ndarray] | None:
+        """The tensors of a finished block, or None; a file that is not sound counts as not finished."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self._block_path(layer)
+        try:
+            return load_file(path) if path.is_file() else None
+        except (SafetensorError, OSError, ValueError):
+            return None
+
+    def write_block(self, layer: int, tensors: dict[str, np.ndarray]) -> None:
+        with disk_errors(self.out):
+            temporary = self._block_path(layer).with_suffix(".tmp")
+            write_safetensors(temporary, [Entry.of(k, v) for k, v in tensors.items()])
+            os.replace(temporary, self._block_path(layer))
+
+    def finish(self, checkpoint: Checkpoint, rest: list[Entry], record: dict[str, Any]) -> None:
+        """Put the blocks and `rest` (embedding, final norm, head) together, and move it into place."""
+        with disk_errors(self.out):
+            new = self.partial / "new"
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            write_weights(new, [*rest, *self._block_entries(checkpoint.config.n_layers)])
+            write_settings(new, checkpoint, self.job["group_size"])
+            _write_json(new / RECORD, {**self.job, **record})
+            self._check_replaceable()
+            if self.out.exists():
+                old = self.partial / "old"
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.out, old)
+            os.replace(new, self.out)
+            shutil.rmtree(self.partial)
+
+    def _block_path(self, layer: int) -> Path:
+        return self.partial / f"block-{layer:05d}.safetensors"
+
+    def _block_entries(self, n_layers: int) -> Iterator[Entry]:
+        from safetensors import safe_open
+
+        for layer in range(n_layers):
+            path = self._block_path(layer)
+            with safe_open(path, framework="numpy") as f:
+                for name in f.keys():  # noqa: SIM118 (not a mapping)
+                    s = f.get_slice(name)
+                    yield Entry(name, s.get_dtype(), tuple(s.get_shape()), lambda p=path, n=name: _read(p, n))
+
+    def _check_replaceable(self) -> None:
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return
+        if not (self.out.is_dir() and (self.out / RECORD).is_file()):
+            raise UsageError(
+                f"{self.out} exists and was not made by tinychat quantize.",
+                "Choose another --out, or delete it first.",
+            )
+
+
+def write_weights(folder: Path, entries: list[Entry], shard_bytes: int = SHARD_BYTES) -> None:
+    """model.safetensors, or shards with their index when there are more than `shard_bytes`."""
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for e in entries:
+        if shards[-1] and size + e.n_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(e)
+        size += e.n_bytes
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", entries)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard)
+        weight_map |= {e.name: name for e in shard}
+    total = sum(e.n_bytes for e in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_settings(folder: Path, checkpoint: Checkpoint, group: int) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    source = getattr(checkpoint, "json", None)  # a Hugging Face folder's own config.json, kept as it is
+    config = dict(source) if source is not None else hf_config(checkpoint.config)
+    config["torch_dtype"] = "float16"
+    config.pop("dtype", None)
+    config["quantization_config"] = {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": group,
+        "zero_point": True,
+        "modules_to_not_convert": None,
+    }
+    tokenizer = checkpoint.tokenizer()
+    if source is not None:
+        for name in COPIED:
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, folder / name)
+    else:
+        tokenizer.save(folder)
+    if not (folder / "generation_config.json").is_file():
+        _write_json(folder / "generation_config.json", _generation(checkpoint.config, tokenizer))
+    _write_json(folder / "config.json", config)
+
+
+def hf_config(c: ModelConfig) -> dict[str, Any]:
+    """config.json of a model that came in another format.
+
+    Raises UnsupportedModelError when its rope scaling has no name in Hugging Face's vocabulary.
+    """
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.context_length,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope.theta,
+        "rope_scaling": _rope_scaling(c.rope),
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": c.attention_bias,
+        "mlp_bias": c.mlp_bias,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": _one_or_many(c.eos_ids),
+        "use_cache": True,
+    }
+    if c.rope.dim != c.head_dim:
+        config["partial_rotary_factor"] = c.rope.dim / c.head_dim
+    return config
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.kind == "none":
+        return None
+    if rope.kind == "linear":
+        return {"rope_type": "linear", "factor": rope.factor}
+    if rope.kind == "factors":  # GGUF writes llama3 out; the published models use these two
+        for factor in (8.0, 32.0):
+            llama3 = RopeConfig(rope.theta, rope.dim, "llama3", factor, 1.0, 4.0, 8192)
+            if np.allclose(llama3.frequencies(), rope.frequencies(), rtol=1e-4):
+                return _rope_scaling(llama3)
+        raise UnsupportedModelError(
+            "The GGUF's rope factors are not those of Llama 3.1 or 3.2, so config.json cannot name them.",
+            "Quantize the original Hugging Face checkpoint instead.",
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_context,
+    }
+
+
+def _generation(c: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    ids = list(c.eos_ids) + sorted(set(tokenizer.eos_ids) - set(c.eos_ids))
+    return {"bos_token_id": c.bos_id, "eos_token_id": _one_or_many(ids), "do_sample": True}
+
+
+def _one_or_many(ids: Iterable[int]) -> int | list[int] | None:
+    ids = list(ids)
+    return None if not ids else ids[0] if len(ids) == 1 else ids
+
+
+def _read(path: Path, name: str) -> np.ndarray:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as f:
+        return f.get_tensor(name)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _json_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """OSErrors of writing become errors that a user can act on."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = 0
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(out.parent).free
+            raise TinychatError(
+                f"No space left for {out} ({human_bytes(free)} free).",
+                "Free some space and give the same command again: finished blocks are kept.",
+            ) from e
+        raise TinychatError(
+            f"{e.filename or out} cannot be written: {e.strerror or e}.", "Choose another --out."
+        ) from e
