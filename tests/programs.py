@@ -15,8 +15,8 @@ BEST = ISAS[0]
 class Bench:
     """A program whose inputs are set by the test. Rows: one step of `run(rows)`."""
 
-    def __init__(self, isa: str = BEST, threads: int = 2, act_bits: int = 8, max_rows: int = 64):
-        self.p = _native.Program(isa, threads, max_rows, act_bits)
+    def __init__(self, isa: str = BEST, threads: int = 2, max_rows: int = 64):
+        self.p = _native.Program(isa, threads, max_rows)
 
     def input(self, x: np.ndarray):
         """fp32 rows with `x` in them."""
@@ -38,11 +38,11 @@ def run_linear(
     weights: list[PackedLinear], x: np.ndarray, *, isa=BEST, threads=2, act_bits=8, residual=None
 ) -> np.ndarray:
     """Outputs of linears that share an input, side by side: float32 [rows, sum of out]."""
-    b = Bench(isa, threads, act_bits, max_rows=max(64, len(x)))
+    b = Bench(isa, threads, max_rows=max(64, len(x)))
     source = b.input(x)
     parts, column = [], 0
     for w in weights:
-        rows = b.p.rows(x.shape[1], not w.native.quantized, w.native.quantized)
+        rows = b.p.rows(x.shape[1], not w.native.quantized, act_bits if w.native.quantized else 0)
         b.p.quantize(source, w.perm, rows, False)
         parts.append((w.native, rows, column))
         column += w.shape[0]

@@ -86,10 +86,8 @@ struct PyProgram {
     int vocab_in = 0, vocab_out = 0;
     bool closed = false;
 
-    PyProgram(const std::string& isa, int threads, int max_rows, int act_bits)
-        : program(find(isa), threads, max_rows, act_bits) {
-        require(threads >= 1 && threads <= 1024 && max_rows >= 1 && (act_bits == 8 || act_bits == 16),
-                "threads 1…1024, act_bits 8 or 16");
+    PyProgram(const std::string& isa, int threads, int max_rows) : program(find(isa), threads, max_rows) {
+        require(threads >= 1 && threads <= 1024 && max_rows >= 1, "threads 1…1024, at least one row");
     }
     static IsaKind find(const std::string& isa) {
         for (IsaKind i : supported_isas())
@@ -185,7 +183,7 @@ void bind_program(nb::module_& m) {
             return Floats{r.a->f, r.a->k};
         });
     nb::class_<PyProgram>(m, "Program")
-        .def(nb::init<const std::string&, int, int, int>(), "isa"_a, "threads"_a, "max_rows"_a, "act_bits"_a)
+        .def(nb::init<const std::string&, int, int>(), "isa"_a, "threads"_a, "max_rows"_a)
         .def_prop_ro("max_rows", [](const PyProgram& p) { return p.program.max_rows(); })
         .def(
             "floats", [](PyProgram& p, int cols) { return Floats{p.program.floats(cols), cols}; }, "cols"_a)
@@ -199,11 +197,12 @@ void bind_program(nb::module_& m) {
             "floats"_a, "The buffer as a numpy array [max_rows, cols], to look into.")
         .def(
             "rows",
-            [](PyProgram& p, int k, bool as_float, bool as_int) {
-                require(!as_int || k % kActGroup == 0, "quantized rows need a multiple of 32 inputs");
-                return Rows{p.program.activations(k, as_float, as_int)};
+            [](PyProgram& p, int k, bool as_float, int bits) {
+                require(bits == 0 || bits == 8 || bits == 16, "integers have 8 or 16 bits");
+                require(!bits || k % kActGroup == 0, "quantized rows need a multiple of 32 inputs");
+                return Rows{p.program.activations(k, as_float, bits)};
             },
-            "k"_a, "as_float"_a, "as_int"_a)
+            "k"_a, "as_float"_a, "bits"_a)
         .def(
             "embed",
             [](PyProgram& p, nb::object weight, Floats out) {

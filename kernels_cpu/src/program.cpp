@@ -26,10 +26,9 @@ void* Arena::take(size_t bytes) {
     return p;
 }
 
-Program::Program(IsaKind isa, int threads, int max_rows, int act_bits)
+Program::Program(IsaKind isa, int threads, int max_rows)
     : k_(kernels_for(isa)),
       max_rows_(static_cast<int>(round_up(max_rows, kRowBlock))),
-      act_bits_(act_bits),
       pool_(threads),
       ranges_(pool_.size()) {
     scratch_.resize(pool_.size(), nullptr);
@@ -39,14 +38,14 @@ float* Program::floats(int cols) {
     return static_cast<float*>(arena_.take(static_cast<size_t>(max_rows_) * cols * sizeof(float)));
 }
 
-Activations* Program::activations(int k, bool as_float, bool as_int) {
+Activations* Program::activations(int k, bool as_float, int bits) {
     auto a = std::make_unique<Activations>();
     a->k = k;
-    a->bits = act_bits_;
+    a->bits = bits ? bits : 8;
     if (as_float) a->f = floats(k);
-    if (as_int) {
+    if (bits) {
         const size_t n = static_cast<size_t>(max_rows_) * k;
-        a->q = arena_.take(n * (act_bits_ / 8));
+        a->q = arena_.take(n * (bits / 8));
         a->scale = static_cast<float*>(arena_.take(n / kActGroup * sizeof(float)));
         a->xsum = static_cast<float*>(arena_.take(n / kActGroup * sizeof(float)));
         a->nsum = static_cast<int32_t*>(arena_.take(n / kActGroup * sizeof(int32_t)));

@@ -59,16 +59,15 @@ struct LinearPart {
 
 class Program : private Job {
   public:
-    Program(IsaKind isa, int threads, int max_rows, int act_bits);
+    Program(IsaKind isa, int threads, int max_rows);
 
     const KernelTable& kernels() const { return k_; }
     int max_rows() const { return max_rows_; }
     int threads() const { return pool_.size(); }
-    int act_bits() const { return act_bits_; }
 
-    // Buffers: [max_rows, cols] fp32; quantized rows of k inputs; or both views of one value.
+    // Buffers: [max_rows, cols] fp32; a value as linears read it: fp32, integers of 8 or 16 bits (0: none), or both.
     float* floats(int cols);
-    Activations* activations(int k, bool as_float, bool as_int);
+    Activations* activations(int k, bool as_float, int bits);
 
     void embed(const LinearWeights* w, float* out);
     float* rope_table(const std::vector<double>& frequencies);
@@ -105,7 +104,7 @@ class Program : private Job {
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
 
     const KernelTable& k_;
-    int max_rows_, act_bits_;
+    int max_rows_;
     ThreadPool pool_;
     Arena arena_;
     std::vector<std::unique_ptr<Activations>> activations_;

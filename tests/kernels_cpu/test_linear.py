@@ -35,7 +35,7 @@ def activations(rng: np.random.Generator, rows: int, k: int) -> np.ndarray:
 
 
 def truth(w, x: np.ndarray, act_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """float64 result for the activations as quantized, and the size of its terms (rounding is relative to it)."""
+    """float64 result for the activations as quantized, and the size of its terms."""
     weight = w.dequantize().astype(np.float64)
     if w.__class__.__name__ != "DenseLinear":
         x = quantize_rows(x if getattr(w, "perm", None) is None else x[:, w.perm], act_bits)
