@@ -98,3 +98,34 @@ def tiny_model(ctx: int = 256, seed: int = 0, backend: str = "reference", **chan
     checkpoint = TinyCheckpoint(seed, **changes)
     kind = {"reference": ReferenceBackend, "cpu": CpuBackend}[backend]
     return Model(checkpoint, kind(checkpoint, WeightPolicy("none", 16), threads=1), "tiny", ctx)
+
+
+def tiny_folder(path: Path, seed: int = 0, **changes) -> Path:
+    """The same model as a Hugging Face folder on disk, for what runs in another process."""
+    import json
+
+    from safetensors.numpy import save_file
+
+    checkpoint = TinyCheckpoint(seed, **changes)
+    c = checkpoint.config
+    path.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.context_length,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope.theta,
+        "tie_word_embeddings": c.tie_embeddings,
+        "eos_token_id": list(c.eos_ids),
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = {**checkpoint.weights, **checkpoint.vectors}
+    save_file({f"{name}.weight": w for name, w in tensors.items()}, path / "model.safetensors")
+    checkpoint.tokenizer().save(path)
+    return path

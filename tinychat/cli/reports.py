@@ -31,16 +31,16 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise UsageError(f"{file} is not a UTF-8 text file.", "Give a text file.") from e
-    o["ctx"] = o["ctx"] or 512
     with load(model, **pick(o, LOADING)) as m:
 
         def progress(done: int, of: int) -> None:
             if sys.stderr.isatty():
                 click.echo(f"\r{done}/{of} windows", nl=done == of, err=True)
 
-        value, n = perplexity(m.logits, m.tokenizer.encode(text), m.n_ctx, progress)
+        window = min(o["ctx"] or 512, m.n_ctx)
+        value, n = perplexity(m.logits, m.tokenizer.encode(text), window, progress)
         if as_json:
-            click.echo(json.dumps({**m.describe(), "perplexity": value, "n_tokens": n}))
+            click.echo(json.dumps({**m.describe(), "ctx": window, "perplexity": value, "n_tokens": n}))
         else:
             click.echo(f"{value:.4f}  ({n} tokens scored)")
 
