@@ -34,6 +34,12 @@ class Bench:
         self.p.run(np.zeros(rows, np.int32), position, length, table, rows, None, None)
 
 
+def input_rows(program, w: PackedLinear, act_bits: int):
+    """A buffer in the form that `w` reads."""
+    quantized = w.native.quantized
+    return program.rows(w.shape[1], not quantized, act_bits if quantized else 0, w.native.group)
+
+
 def run_linear(
     weights: list[PackedLinear], x: np.ndarray, *, isa=BEST, threads=2, act_bits=8, residual=None
 ) -> np.ndarray:
@@ -42,7 +48,7 @@ def run_linear(
     source = b.input(x)
     parts, column = [], 0
     for w in weights:
-        rows = b.p.rows(x.shape[1], not w.native.quantized, act_bits if w.native.quantized else 0)
+        rows = input_rows(b.p, w, act_bits)
         b.p.quantize(source, w.perm, rows, False)
         parts.append((w.native, rows, column))
         column += w.shape[0]

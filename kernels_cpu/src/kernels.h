@@ -34,7 +34,7 @@ struct QuantizeArgs {
     int r0, r1;
 };
 
-// silu(x[:, :k]) · x[:, k:2k], columns c0…c1-1 (multiples of 32 except the last) of rows r0…r1-1.
+// silu(x[:, :k]) · x[:, k:2k], columns c0…c1-1 (multiples of the weight group except the last) of rows r0…r1-1.
 struct SiluArgs {
     const float* x;
     Activations out;

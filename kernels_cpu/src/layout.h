@@ -62,21 +62,25 @@ struct LinearWeights {
 //   a
 //            constant distance apart, so the kernels address them without a register each
 //   16 bits  int16, the same, each 8 inputs in the order 0 2 4 6 1 3 5 7: how nibbles pair up in 16-bit lanes
-// scale, nsum and xsum are [rows / 8][k / 32][8 rows].
+// scale and nsum are [rows / 8][k / 32][8 rows], gsum is [rows / 8][k / group][8 rows].
 constexpr int kRowBlock = 8;
 
 struct Activations {
     float* f = nullptr;  // [rows, k]
     void* q = nullptr;
     float* scale = nullptr;
-    int32_t* nsum = nullptr;  // minus the sum of the group's integers
-    float* xsum = nullptr;    // scale times the sum
+    int32_t* nsum = nullptr;  // minus the sum of 32 integers: the bias of 8-bit weights comes off with it
+    float* gsum = nullptr;    // sum of a weight group's (quantized) inputs: zeros and offsets multiply it
     int bits = 8;
     int k = 0;
+    int group = 32;  // inputs to a gsum: the group of the weights that read this
 
-    // Index of (row, group) in scale, nsum and xsum; times 32: in q.
+    // Index of (row, activation group) in scale and nsum; times 32: in q.
     size_t at(int row, int g) const {
         return (static_cast<size_t>(row / kRowBlock) * (k / kActGroup) + g) * kRowBlock + row % kRowBlock;
+    }
+    size_t group_at(int row, int g) const {
+        return (static_cast<size_t>(row / kRowBlock) * (k / group) + g) * kRowBlock + row % kRowBlock;
     }
 };
 

@@ -14,11 +14,10 @@ constexpr int kPanelRows = 64;        // prefill: rows whose activations stay in
 
 inline int imin(int a, int b) { return a < b ? a : b; }
 
-// Scale and offset or zero of one group, for the kLanes rows from `first`.
-template <class S, Meta MT>
+// Scale and offset of one group, for the kLanes rows from `first`: w = q · scale + offset.
+template <class S, int WBits, Meta MT>
 struct GroupMeta {
     typename S::F scale, offset;
-    typename S::I zero;
 
     GroupMeta(const uint8_t* p, int first) {
         const uint16_t* half = reinterpret_cast<const uint16_t*>(p);
@@ -29,8 +28,9 @@ struct GroupMeta {
             scale = S::load_f16(half + first);
         }
         if constexpr (MT == Meta::kOffset16) offset = S::load_f16(half + kTile + first);
-        if constexpr (MT == Meta::kZero4) zero = S::zeros4(p + 32, first);
-        if constexpr (MT == Meta::kSym) zero = S::set1i(8);
+        if constexpr (MT == Meta::kZero4)
+            offset = S::mul(scale, S::sub(S::zero(), S::to_float(S::zeros4(p + 32, first))));
+        if constexpr (MT == Meta::kSym && WBits == 4) offset = S::mul(scale, S::set1(-8.0f));
     }
 };
 
@@ -87,11 +87,12 @@ inline void dot32(const uint8_t* lines, const int16_t* x, typename S::Acc16 (&ac
     }
 }
 
-// out[m][r] = Σ_g scale[r, g] · Σ_s xscale[m, s] · (dot − zero[r, g] · Σx) (+ offset[r, g] · Σ_s xsum[m, s])
+// out[m][r] = Σ_g scale[r, g] · Σ_s xscale[m, s] · dot(m, r, s) + offset[r, g] · gsum[m, g]
 // for the 16 rows of one tile and activation rows m0…m0+M-1 (within one row block); s runs over the group's 32-input
 // parts.
 //   moves  tile_bytes() of weights, once for all M rows
-// The sum over 32 inputs is an exact integer; only the fp32 order over s and g counts, and it is the same for every M.
+// The dot product of 32 inputs is an exact integer; only the fp32 order over s and g counts, and it is the same for
+// every M.
 template <class S, int M, int WBits, int ABits, Meta MT>
 void tile_quantized(const LinearWeights& w, const uint8_t* tile, const Activations& x, int m0, float* out) {
     using F = typename S::F;
@@ -99,7 +100,7 @@ void tile_quantized(const LinearWeights& w, const uint8_t* tile, const Activatio
     using Acc = std::conditional_t<ABits == 8, typename S::Acc8, typename S::Acc16>;
     using X = std::conditional_t<ABits == 8, int8_t, int16_t>;
     constexpr int kHalves = kTile / S::kLanes, kLines = WBits == 4 ? 4 : 8;
-    constexpr bool kOffsets = MT == Meta::kOffset16 || MT == Meta::kFloat;
+    constexpr bool kOffsets = WBits == 4 || MT != Meta::kSym;
 
     F total[kHalves][M];
     for (int h = 0; h < kHalves; h++)
@@ -112,20 +113,19 @@ void tile_quantized(const LinearWeights& w, const uint8_t* tile, const Activatio
     const size_t first = x.at(m0, 0);
     const X* xq = static_cast<const X*>(x.q) + first * kActGroup;
     const float* xscale = x.scale + first;
-    const float* xsum = x.xsum + first;
+    const float* gsum = x.gsum + x.group_at(m0, 0);
     const int32_t* nsum = x.nsum + first;
     const int parts = w.group / kActGroup;
 
-    for (int left = w.k / w.group; left > 0; left--, meta += meta_bytes(MT)) {
+    for (int left = w.k / w.group; left > 0; left--, meta += meta_bytes(MT), gsum += kRowBlock) {
         const uint8_t* group_lines = lines;
         const X* group_x = xq;
-        const float *group_scale = xscale, *group_xsum = xsum;
+        const float* group_scale = xscale;
         const int32_t* group_nsum = nsum;
         for (int h = 0; h < kHalves; h++) {
-            GroupMeta<S, MT> gm(meta, h * S::kLanes);
-            F sum[M], xs[M];
-            for (int m = 0; m < M; m++) sum[m] = xs[m] = S::zero();
-            lines = group_lines, xq = group_x, xscale = group_scale, xsum = group_xsum, nsum = group_nsum;
+            F sum[M];
+            for (int m = 0; m < M; m++) sum[m] = S::zero();
+            lines = group_lines, xq = group_x, xscale = group_scale, nsum = group_nsum;
             for (int s = 0; s < parts; s++) {
                 if (h == 0)
                     for (int l = 0; l < kLines; l++) S::prefetch(lines + l * 64 + kPrefetchBytes);
@@ -133,25 +133,21 @@ void tile_quantized(const LinearWeights& w, const uint8_t* tile, const Activatio
                 dot32<S, M, WBits>(lines + h * S::kLanes * 4, xq, acc);
                 for (int m = 0; m < M; m++) {
                     I dot;
-                    if constexpr (ABits == 16) {
+                    if constexpr (ABits == 16)
                         dot = S::finish16(acc[m]);
-                        if constexpr (!kOffsets && WBits == 4) dot = S::add_zero16(dot, gm.zero, nsum[m]);
-                    } else if constexpr (WBits == 4) {
+                    else if constexpr (WBits == 4)
                         dot = S::finish_u4(acc[m]);
-                        if constexpr (!kOffsets) dot = S::add_zero8(dot, gm.zero, nsum[m]);
-                    } else {
+                    else
                         dot = S::finish_s8(acc[m], nsum[m]);
-                    }
-                    F f = S::to_float(dot), scale = S::set1(xscale[m]);
-                    sum[m] = S::fma(f, scale, sum[m]);
-                    if constexpr (kOffsets) xs[m] = S::add(xs[m], S::set1(xsum[m]));
+                    sum[m] = S::fma(S::to_float(dot), S::set1(xscale[m]), sum[m]);
                 }
                 lines += kLines * 64, xq += kRowBlock * kActGroup;
-                xscale += kRowBlock, xsum += kRowBlock, nsum += kRowBlock;
+                xscale += kRowBlock, nsum += kRowBlock;
             }
+            GroupMeta<S, WBits, MT> gm(meta, h * S::kLanes);
             for (int m = 0; m < M; m++) {
                 total[h][m] = S::fma(sum[m], gm.scale, total[h][m]);
-                if constexpr (kOffsets) total[h][m] = S::fma(xs[m], gm.offset, total[h][m]);
+                if constexpr (kOffsets) total[h][m] = S::fma(S::set1(gsum[m]), gm.offset, total[h][m]);
             }
         }
     }

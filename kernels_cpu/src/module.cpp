@@ -49,6 +49,10 @@ LinearWeights describe(int kind, int meta, int n, int k, int group) {
     return w;
 }
 
+bool readable(const LinearWeights& w, const Activations& x) {
+    return w.quantized() ? x.q != nullptr && x.group == w.group : x.f != nullptr;
+}
+
 // Packed weights; keeps the memory that they lie in alive.
 struct Linear {
     LinearWeights w;
@@ -172,6 +176,7 @@ void bind_packing(nb::module_& m) {
              "data"_a, "bias"_a.none())
         .def_prop_ro("bytes", [](const Linear& l) { return l.w.bytes(); })
         .def_prop_ro("shape", [](const Linear& l) { return std::make_pair(l.w.n, l.w.k); })
+        .def_prop_ro("group", [](const Linear& l) { return l.w.group; })
         .def_prop_ro("quantized", [](const Linear& l) { return l.w.quantized(); });
 }
 
@@ -197,12 +202,13 @@ void bind_program(nb::module_& m) {
             "floats"_a, "The buffer as a numpy array [max_rows, cols], to look into.")
         .def(
             "rows",
-            [](PyProgram& p, int k, bool as_float, int bits) {
+            [](PyProgram& p, int k, bool as_float, int bits, int group) {
                 require(bits == 0 || bits == 8 || bits == 16, "integers have 8 or 16 bits");
-                require(!bits || k % kActGroup == 0, "quantized rows need a multiple of 32 inputs");
-                return Rows{p.program.activations(k, as_float, bits)};
+                require(!bits || (group > 0 && group % kActGroup == 0 && k % group == 0),
+                        "quantized rows need whole groups of a multiple of 32 inputs");
+                return Rows{p.program.activations(k, as_float, bits, group)};
             },
-            "k"_a, "as_float"_a, "bits"_a)
+            "k"_a, "as_float"_a, "bits"_a, "group"_a)
         .def(
             "embed",
             [](PyProgram& p, nb::object weight, Floats out) {
@@ -252,8 +258,7 @@ void bind_program(nb::module_& m) {
                 for (auto& [weight, rows, column] : parts) {
                     const Linear& w = nb::cast<const Linear&>(weight);
                     require(w.w.k == rows.a->k && column >= 0 && column + w.w.n <= out.cols, "a linear does not fit");
-                    require(w.w.quantized() ? rows.a->q != nullptr : rows.a->f != nullptr,
-                            "a linear's input has another form");
+                    require(readable(w.w, *rows.a), "a linear's input has another form");
                     p.keep_alive(weight);
                     native.push_back({&w.w, rows.a, column});
                 }
@@ -294,8 +299,7 @@ void bind_program(nb::module_& m) {
             "lm_head",
             [](PyProgram& p, nb::object weight, Rows x) {
                 const Linear& w = nb::cast<const Linear&>(weight);
-                require(w.w.k == x.a->k && (w.w.quantized() ? x.a->q != nullptr : x.a->f != nullptr),
-                        "the head does not fit");
+                require(w.w.k == x.a->k && readable(w.w, *x.a), "the head does not fit");
                 p.keep_alive(weight);
                 p.vocab_out = w.w.n;
                 p.program.lm_head(&w.w, x.a);

@@ -38,7 +38,7 @@ float* Program::floats(int cols) {
     return static_cast<float*>(arena_.take(static_cast<size_t>(max_rows_) * cols * sizeof(float)));
 }
 
-Activations* Program::activations(int k, bool as_float, int bits) {
+Activations* Program::activations(int k, bool as_float, int bits, int group) {
     auto a = std::make_unique<Activations>();
     a->k = k;
     a->bits = bits ? bits : 8;
@@ -47,7 +47,8 @@ Activations* Program::activations(int k, bool as_float, int bits) {
         const size_t n = static_cast<size_t>(max_rows_) * k;
         a->q = arena_.take(n * (bits / 8));
         a->scale = static_cast<float*>(arena_.take(n / kActGroup * sizeof(float)));
-        a->xsum = static_cast<float*>(arena_.take(n / kActGroup * sizeof(float)));
+        a->group = group;
+        a->gsum = static_cast<float*>(arena_.take(n / group * sizeof(float)));
         a->nsum = static_cast<int32_t*>(arena_.take(n / kActGroup * sizeof(int32_t)));
     }
     activations_.push_back(std::move(a));

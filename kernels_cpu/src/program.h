@@ -67,7 +67,7 @@ class Program : private Job {
 
     // Buffers: [max_rows, cols] fp32; a value as linears read it: fp32, integers of 8 or 16 bits (0: none), or both.
     float* floats(int cols);
-    Activations* activations(int k, bool as_float, int bits);
+    Activations* activations(int k, bool as_float, int bits, int group);
 
     void embed(const LinearWeights* w, float* out);
     float* rope_table(const std::vector<double>& frequencies);

@@ -94,15 +94,15 @@ class SiluOp : public Op {
   public:
     SiluOp(const KernelTable& k, const float* x, const Activations* out) : k_(k), x_(x), out_(out) {}
     const char* name() const override { return "silu_mul"; }
-    int chunks(const StepState& s, int) override { return s.rows * pieces(out_->k, kCols); }
-    void run(const StepState& s, int c, int) override {
-        const int cols = pieces(out_->k, kCols), row = c / cols, col = c % cols * kCols;
-        (void)s;
-        k_.silu_mul({x_, *out_, row, row + 1, col, std::min(out_->k, col + kCols)});
+    int chunks(const StepState& s, int) override { return s.rows * pieces(out_->k, cols()); }
+    void run(const StepState&, int c, int) override {
+        const int across = pieces(out_->k, cols()), row = c / across, col = c % across * cols();
+        k_.silu_mul({x_, *out_, row, row + 1, col, std::min(out_->k, col + cols())});
     }
 
   private:
-    static constexpr int kCols = 4096;
+    // Whole weight groups, about 4096 columns: their sums must not be cut.
+    int cols() const { return std::max(1, 4096 / out_->group) * out_->group; }
     const KernelTable& k_;
     const float* x_;
     const Activations* out_;
@@ -304,7 +304,7 @@ class LmHeadOp : public Op {
             const size_t at = x.at(r, 0);
             if (x.q) {
                 x.q = static_cast<int8_t*>(x.q) + at * kActGroup * (x.bits / 8);
-                x.scale += at, x.nsum += at, x.xsum += at;
+                x.scale += at, x.nsum += at, x.gsum += x.group_at(r, 0);
             }
             for (int t = t0; t < t1; t += kTiles) {
                 const int end = std::min(t1, t + kTiles), first = t * kTile,

@@ -123,10 +123,11 @@ inline V16<S> exp16(V16<S> x) {
     return V16<S>::map([](auto v) { return exp_lanes<S>(v); }, x);
 }
 
-// Integers, scale and sums of 32 inputs of one row. NaN and infinity make the scale NaN or infinite, so they stay
-// visible in every output of the row; a group that is zero (or denormal) gets scale 0.
+// Integers, scale and sums of 32 inputs of one row; returns their quantized sum, for gsum. NaN and infinity make the
+// scale NaN or infinite, so they stay visible in every output of the row; a group that is zero (or denormal) gets scale
+// 0.
 template <class S>
-inline void quantize32(const float* x, const Activations& out, int row, int g) {
+inline float quantize32(const float* x, const Activations& out, int row, int g) {
     using V = V16<S>;
     const V a = V::load(x), b = V::load(x + 16);
     const float peak = V::max_abs(V::max_abs(V::set1(0.0f), a), b).largest_bits();
@@ -156,8 +157,26 @@ inline void quantize32(const float* x, const Activations& out, int row, int g) {
     const int32_t sum = S::sumi(sums);
     out.scale[at] = scale;
     out.nsum[at] = static_cast<int32_t>(0u - static_cast<uint32_t>(sum));
-    out.xsum[at] = scale * static_cast<float>(sum);
+    return scale * static_cast<float>(sum);
 }
+
+// Quantizes a row piece by piece of 32 and closes a weight group's sum behind its last piece.
+template <class S>
+class RowQuantizer {
+  public:
+    RowQuantizer(const Activations& out, int row) : out_(out), row_(row) {}
+    void add(const float* x, int column) {
+        sum_ += quantize32<S>(x, out_, row_, column / kActGroup);
+        if ((column + kActGroup) % out_.group) return;
+        out_.gsum[out_.group_at(row_, column / out_.group)] = sum_;
+        sum_ = 0;
+    }
+
+  private:
+    const Activations& out_;
+    int row_;
+    float sum_ = 0;
+};
 
 template <class S>
 void rms_norm(const NormArgs& a) {
@@ -173,6 +192,7 @@ void rms_norm(const NormArgs& a) {
             }
         const float mean = ((s[0] + s[1]) + (s[2] + s[3])).sum() / static_cast<float>(k);
         const V inv = V::set1(1.0f / std::sqrt(mean + a.eps));
+        RowQuantizer<S> quantizer(a.out, r);
         float y[32];
         for (int i = 0; i < k; i += 32) {
             for (int j = 0; j < 32 && i + j < k; j += 16) {
@@ -181,7 +201,7 @@ void rms_norm(const NormArgs& a) {
                 if (a.out.f) v.store_n(a.out.f + static_cast<size_t>(r) * k + i + j, n);
                 v.store(y + j);
             }
-            if (a.out.q) quantize32<S>(y, a.out, r, i / kActGroup);
+            if (a.out.q) quantizer.add(y, i);
         }
     }
 }
@@ -192,6 +212,7 @@ void quantize(const QuantizeArgs& a) {
     float y[32];
     for (int r = a.r0; r < a.r1; r++) {
         const float* x = a.x + static_cast<size_t>(r) * k;
+        RowQuantizer<S> quantizer(a.out, r);
         for (int i = 0; i < k; i += 32) {
             const int n = k - i < 32 ? k - i : 32;
             if (a.perm)
@@ -199,7 +220,7 @@ void quantize(const QuantizeArgs& a) {
             else
                 memcpy(y, x + i, n * sizeof(float));
             if (a.out.f) memcpy(a.out.f + static_cast<size_t>(r) * k + i, y, n * sizeof(float));
-            if (a.out.q) quantize32<S>(y, a.out, r, i / kActGroup);
+            if (a.out.q) quantizer.add(y, i);
         }
     }
 }
@@ -212,6 +233,7 @@ void silu_mul(const SiluArgs& a) {
     for (int r = a.r0; r < a.r1; r++) {
         const float* gate = a.x + static_cast<size_t>(r) * 2 * k;
         const float* up = gate + k;
+        RowQuantizer<S> quantizer(a.out, r);
         for (int i = a.c0; i < a.c1; i += 32) {
             for (int j = 0; j < 32 && i + j < a.c1; j += 16) {
                 const int n = a.c1 - i - j;
@@ -221,7 +243,7 @@ void silu_mul(const SiluArgs& a) {
                 if (a.out.f) v.store_n(a.out.f + static_cast<size_t>(r) * k + i + j, n);
                 v.store(y + j);
             }
-            if (a.out.q) quantize32<S>(y, a.out, r, i / kActGroup);
+            if (a.out.q) quantizer.add(y, i);
         }
     }
 }

@@ -102,12 +102,6 @@ struct Avx2 {
     }
     static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) { return _mm256_add_epi32(a, _mm256_madd_epi16(w, word(x))); }
     static I finish16(Acc16 a) { return a; }
-    static I add_zero8(I dot, I zero, int32_t nsum) {
-        return _mm256_add_epi32(dot, _mm256_madd_epi16(zero, _mm256_set1_epi32(nsum)));
-    }
-    static I add_zero16(I dot, I zero, int32_t nsum) {
-        return _mm256_add_epi32(dot, _mm256_mullo_epi32(zero, _mm256_set1_epi32(nsum)));
-    }
     static I zeros4(const uint8_t* p, int first) {
         __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
         if (first) b = _mm_srli_epi16(b, 4);

@@ -73,7 +73,10 @@ struct Avx512 {
     // The instruction wants unsigned × signed: weights go up by 128, and 128 · Σx comes off at the end.
     static I prepare_s8(I w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
     static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dot_u4(a, w, x); }
-    static I finish_s8(Acc8 a, int32_t nsum) { return add_zero8(a, _mm512_set1_epi32(128), nsum); }
+    // nsum fits 16 bits, so the 16-bit dot product with (128, 0) multiplies and adds in one.
+    static I finish_s8(Acc8 a, int32_t nsum) {
+        return _mm512_dpwssd_epi32(a, _mm512_set1_epi32(128), _mm512_set1_epi32(nsum));
+    }
     static Acc16 acc16() { return _mm512_setzero_si512(); }
     template <int i4>
     static I pair_u4(I w) {
@@ -88,11 +91,6 @@ struct Avx512 {
         return a;
     }
     static I finish16(Acc16 a) { return a; }
-    // zero is 0…128 in the low half of each lane and nsum fits 16 bits, so the 16-bit dot product does it in one.
-    static I add_zero8(I dot, I zero, int32_t nsum) { return _mm512_dpwssd_epi32(dot, zero, _mm512_set1_epi32(nsum)); }
-    static I add_zero16(I dot, I zero, int32_t nsum) {
-        return _mm512_add_epi32(dot, _mm512_mullo_epi32(zero, _mm512_set1_epi32(nsum)));
-    }
     static I zeros4(const uint8_t* p, int) {
         __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
         __m128i both = _mm_unpacklo_epi64(b, _mm_srli_epi16(b, 4));

@@ -89,8 +89,6 @@ struct Neon {
         return {vmlal_s16(a.lo, vget_low_s16(q), vget_low_s16(v)), vmlal_high_s16(a.hi, q, v)};
     }
     static I finish16(Acc16 a) { return vpaddq_s32(a.lo, a.hi); }
-    static I add_zero8(I dot, I zero, int32_t nsum) { return vmlaq_n_s32(dot, zero, nsum); }
-    static I add_zero16(I dot, I zero, int32_t nsum) { return vmlaq_n_s32(dot, zero, nsum); }
     static I zeros4(const uint8_t* p, int first) {
         int32_t z[4];
         for (int i = 0; i < 4; i++) {

@@ -231,12 +231,6 @@ struct Scalar {
         return a;
     }
     static I finish16(Acc16 a) { return a; }
-    // dot + zero · nsum; nsum fits 16 bits in the first and may be any int32 in the second
-    static I add_zero8(I dot, I zero, int32_t nsum) {
-        TC_LANES dot.v[i] += zero.v[i] * nsum;
-        return dot;
-    }
-    static I add_zero16(I dot, I zero, int32_t nsum) { return add_zero8(dot, zero, nsum); }
     // The 4-bit zeros of rows `first` … first + kLanes - 1 of a tile.
     static I zeros4(const uint8_t* p, int) {
         I r;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from programs import ISAS, Bench, random_dense, random_linear
+from programs import ISAS, Bench, input_rows, random_dense, random_linear
 
 from tinychat.packs import pack
 
@@ -16,7 +16,7 @@ def test_rms_norm(isa, k):
     rng = np.random.default_rng(k)
     x, w = rng.normal(size=(5, k)).astype(np.float32) * 3, rng.normal(size=k).astype(np.float32)
     b = Bench(isa)
-    out = b.p.rows(k, True, 8 if k % 32 == 0 else 0)
+    out = b.p.rows(k, True, 8 if k % 32 == 0 else 0, 32)
     b.p.rms_norm(b.input(x), w, 1e-5, out, False)
     b.run(5)
     expected = torch.nn.functional.rms_norm(
@@ -32,7 +32,7 @@ def test_silu_mul(isa, k):
     x = (rng.normal(size=(3, 2 * k)) * 10).astype(np.float32)
     x[0, : min(k, 8)] = [0.0, -0.0, 100.0, -100.0, 1e30, -1e30, 88.5, -88.5][: min(k, 8)]
     b = Bench(isa)
-    out = b.p.rows(k, True, 0)
+    out = b.p.rows(k, True, 0, 0)
     b.p.silu_mul(b.input(x), out)
     b.run(3)
     gate, up = torch.from_numpy(x).double().chunk(2, dim=-1)
@@ -47,7 +47,7 @@ def test_silu_mul_has_the_same_bits_on_every_isa_and_keeps_nan():
     results = []
     for isa in ISAS:
         b = Bench(isa)
-        out = b.p.rows(96, True, 8)
+        out = b.p.rows(96, True, 8, 96)
         b.p.silu_mul(b.input(x), out)
         b.run(4)
         results.append(b.view(out.floats, 4))
@@ -59,7 +59,7 @@ def test_silu_mul_has_the_same_bits_on_every_isa_and_keeps_nan():
 
 def head_program(w, x, isa="scalar", tail=True, threads=2):
     b = Bench(isa, threads=threads, max_rows=256)
-    rows = b.p.rows(x.shape[1], not w.native.quantized, 8 if w.native.quantized else 0)
+    rows = input_rows(b.p, w, 8)
     b.p.quantize(b.input(x), None, rows, tail)
     b.p.lm_head(w.native, rows)
     return b

@@ -22,7 +22,7 @@ def program(threads: int, seed: int = 0):
     w = pack(random_linear(rng, "zeros", 2000, 128, 64))
     b = Bench(threads=threads)
     source = b.p.floats(128)
-    mid = b.p.rows(128, False, 8)
+    mid = b.p.rows(128, False, 8, 64)
     out = b.p.floats(2000)
     b.p.quantize(source, None, mid, False)
     b.p.linear([(w.native, mid, 0)], out, None)

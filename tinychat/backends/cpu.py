@@ -148,13 +148,14 @@ class _Buffer:
     rows: bool = False
     as_float: bool = False
     bits: int = 0  # integers of 8 or 16 bits
+    group: int = 0  # whose sums the readers' weights need
     native: Any = None
     first: int = -1
     last: int = -1
 
     def key(self) -> tuple:
         """Buffers with the same key may take each other's place."""
-        return self.cols, self.rows, self.as_float, self.bits
+        return self.cols, self.rows, self.as_float, self.bits, self.group
 
 
 @dataclass(eq=False)
@@ -278,7 +279,7 @@ class _Recorder:
                     if spare:
                         b.native = spare.pop()
                     elif b.rows:
-                        b.native = program.rows(b.cols, b.as_float, b.bits)
+                        b.native = program.rows(b.cols, b.as_float, b.bits, b.group)
                     else:
                         b.native = program.floats(b.cols)
             r.emit(program)
@@ -292,8 +293,10 @@ class _Recorder:
 
     def _input(self, x: _Value, w: PackedLinear, bits: int) -> _Buffer:
         """`x` in the form that `w` reads: integers if it is quantized, in the order of its inputs."""
-        if x.rows is not None and w.perm is None:  # a norm or activation: its own op writes the form
-            self._want(x.rows, w, bits)
+        quantized, group = w.native.quantized, w.native.group
+        taken = x.rows is not None and x.rows.bits and (x.rows.bits, x.rows.group) != (bits, group)
+        if x.rows is not None and w.perm is None and not (quantized and taken):
+            self._want(x.rows, w, bits)  # a norm or activation: its own op writes the form
             x.consumed = True
             return x.rows
         out = _Buffer(x.cols, rows=True)
@@ -315,6 +318,6 @@ class _Recorder:
     @staticmethod
     def _want(rows: _Buffer, w: PackedLinear, bits: int) -> None:
         if w.native.quantized:
-            rows.bits = bits
+            rows.bits, rows.group = bits, w.native.group
         else:
             rows.as_float = True
