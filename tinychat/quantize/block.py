@@ -48,7 +48,7 @@ class Options:
 
     method: str = "awq"
     group: int = 64
-    target: str = "residual"
+    target: str = "float"
     damp: float = 0.01
     trust: float = 1.0
     alphas: tuple[float, ...] = ALPHAS
@@ -110,14 +110,15 @@ class BlockQuantizer:
         import torch
 
         f, float_w, w = self.forward, w, w.copy()
-        out = QuantizedBlock({}, w.bias, w.norm)
+        out, start = QuantizedBlock({}, {}, {}), x_q.clone()
 
         # q, k, v
         m = _Moments()
         for s in self._batches(x_q):
             m.add(f.norm(x_q[s], float_w.norm[ATTN_NORM]), f.norm(x_f[s], float_w.norm[ATTN_NORM]))
         few = f.norm(x_q[: self.options.judge], float_w.norm[ATTN_NORM])
-        wanted = f.linear(f.attend(few, float_w), float_w, O_PROJ)
+        ideal = few if self.options.target == "local" else f.norm(x_f[: len(few)], float_w.norm[ATTN_NORM])
+        wanted = f.linear(f.attend(ideal, float_w), float_w, O_PROJ)
 
         def attention_error(trial: BlockWeights) -> float:
             return float((f.linear(f.attend(few, trial), trial, O_PROJ) - wanted).pow(2).mean())
@@ -148,7 +149,8 @@ class BlockQuantizer:
         for s in self._batches(x_q):
             m.add(f.norm(x_q[s], float_w.norm[MLP_NORM]), f.norm(x_f[s], float_w.norm[MLP_NORM]))
         few = f.norm(x_q[: self.options.judge], float_w.norm[MLP_NORM])
-        wanted = f.linear(f.middle(few, float_w), float_w, DOWN)
+        ideal = few if self.options.target == "local" else f.norm(x_f[: len(few)], float_w.norm[MLP_NORM])
+        wanted = f.linear(f.middle(ideal, float_w), float_w, DOWN)
 
         def mlp_error(trial: BlockWeights) -> float:
             return float((f.linear(f.middle(few, trial), trial, DOWN) - wanted).pow(2).mean())
@@ -165,18 +167,22 @@ class BlockQuantizer:
             x_f[s] += f.linear(wide, float_w, DOWN)
         s = self._quantize((DOWN,), w, out, m, float_w, None)
         self._fold_rows(w, out, GATE_UP[1], s)
-        quantized = self._now(w, out, float_w)
-        for b in self._batches(x_q):
-            x_q[b] += f.linear(f.middle(f.norm(x_q[b], w.norm[MLP_NORM]), quantized), quantized, DOWN)
-        return out, x_f, x_q
+
+        # What goes on is what the stored block computes, so that a resumed run sees the same numbers.
+        out.norm = dict(w.norm)
+        out.bias = {k: v.half().float() for k, v in w.bias.items()}
+        return out, x_f, self._run(start, out.weights())
 
     def advance(
         self, w: BlockWeights, quantized: BlockWeights, x_f: torch.Tensor, x_q: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Past a block that is quantized already: the outputs of both networks, in place."""
-        for s in self._batches(x_q):
-            x_f[s], x_q[s] = self.forward.block(x_f[s], w), self.forward.block(x_q[s], quantized)
-        return x_f, x_q
+        return self._run(x_f, w), self._run(x_q, quantized)
+
+    def _run(self, x: torch.Tensor, w: BlockWeights) -> torch.Tensor:
+        for s in self._batches(x):
+            x[s] = self.forward.block(x[s], w)
+        return x
 
     def _batches(self, x: torch.Tensor) -> Iterator[slice]:
         for start in range(0, len(x), self.options.batch):
@@ -219,7 +225,7 @@ class BlockQuantizer:
             else:
                 linear = dict(float_w.linear) | {n: r.dequantize() / s for n, r in trial.items()}
                 error = judge(BlockWeights(linear, float_w.bias, float_w.norm))
-            if error < best_error:
+            if _better(error, best_error):
                 best, best_error, self.last_alpha = s, error, alpha
         s = self._exact_in_norm(names, w, best)
         metric = metric.scaled(s)
@@ -263,3 +269,7 @@ class BlockQuantizer:
         c = self.forward.cfg
         per_group = s.view(c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
         return per_group.log().mean(1, keepdim=True).exp().expand_as(per_group).flatten()
+
+
+def _better(error: float, best: float) -> bool:
+    return error < best

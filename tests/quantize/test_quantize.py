@@ -1,0 +1,387 @@
+"""The quantizer on a tiny random Llama: folder written, function kept, kills survived, bad input refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import TinyCheckpoint
+from tinychat.errors import CheckpointError, TinychatError, UsageError
+from tinychat.formats.hf import HFCheckpoint
+from tinychat.quantize import choose_group, folder, quantize
+from tinychat.quantize.forward import BlockWeights, Forward, read_block
+from tinychat.weights import QuantizedLinear, quantize_rtn
+
+ROOT = Path(__file__).parents[2]
+HEADS = {"grouped": {}, "one to one": {"n_kv_heads": 4}, "untied": {"tie_embeddings": False}}
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A short calibration text of random bytes: the random model knows no language."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(map(chr, np.random.default_rng(0).integers(32, 127, 6000))))
+    return path
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in path.iterdir()}
+
+
+def logits(checkpoint, ids: np.ndarray) -> torch.Tensor:
+    """Logits [T, vocab] of dequantized weights, by transformers' own Llama in float32."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**folder.hf_config(checkpoint.config))
+    model = transformers.LlamaForCausalLM(config).eval()
+    state = {}
+    for name in model.state_dict():
+        module, _, part = name.rpartition(".")
+        if "norm" in module:
+            state[name] = checkpoint.vector(module)
+        elif part == "bias":
+            state[name] = checkpoint.linear(module).bias
+        elif checkpoint.has(module):
+            state[name] = checkpoint.linear(module).dequantize()
+    tensors = {k: torch.from_numpy(np.array(v, np.float32)) for k, v in state.items()}
+    model.load_state_dict(tensors, strict=False)
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids)[None]).logits[0]
+
+
+@pytest.mark.parametrize("changes", HEADS.values(), ids=HEADS.keys())
+def test_the_folder_is_read_back_bit_for_bit_and_by_transformers(tmp_path, text, changes):
+    transformers = pytest.importorskip("transformers")
+    source = TinyCheckpoint(**changes)
+    facts = quantize(source, tmp_path / "out", calib_file=text)
+    assert facts["group_size"] == 32
+    assert not (tmp_path / ".out.partial").exists()
+    c = HFCheckpoint(tmp_path / "out")
+    for field in (
+        "hidden_size",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "rope",
+        "tie_embeddings",
+        "eos_ids",
+    ):
+        assert getattr(c.config, field) == getattr(source.config, field)
+    assert c.has("lm_head") != source.config.tie_embeddings
+    embedding = source.linear("model.embed_tokens").dequantize()
+    assert np.array_equal(c.linear("model.embed_tokens").weight, embedding.astype(np.float16))
+    assert isinstance(c.linear("model.layers.1.mlp.down_proj"), QuantizedLinear)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.quantization_config["quant_method"] == "awq"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("hi\n").input_ids == source.tokenizer().encode("hi\n")
+    chat = [{"role": "user", "content": "hi"}]
+    assert "<|im_start|>user\nhi<|im_end|>" in tokenizer.apply_chat_template(chat, tokenize=False)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 257
+
+
+@pytest.mark.parametrize("changes", HEADS.values(), ids=HEADS.keys())
+def test_folded_scales_leave_the_float_function_as_it_is(tmp_path, text, monkeypatch, changes):
+    """With rounding switched off, what is left of AWQ must be the same network."""
+    from tinychat.quantize import block
+
+    class Unrounded:
+        """A weight that claims to be rounded."""
+
+        def __init__(self, w):
+            self.w = w
+
+        def dequantize(self):
+            return self.w
+
+        def divide_rows(self, s):
+            self.w = self.w / s[:, None]
+
+    norms = {}
+
+    def no_fp16(self, names, w, s):
+        norms[names] = s
+        return s
+
+    monkeypatch.setattr(block, "compensated", lambda w, metric, group, search=True: Unrounded(w))
+    monkeypatch.setattr(block, "refine", lambda w, metric, r, rounds: r)
+    monkeypatch.setattr(block.Metric, "loss", lambda self, w, r: -float(self.u.diagonal().prod()))
+    source = TinyCheckpoint(**changes)
+    options = block.Options(group=32, target="local", alphas=(0.0, 0.7))
+    f = Forward(source.config, 64)
+    x = torch.randn(4, 64, source.config.hidden_size)
+    quantizer = block.BlockQuantizer(f, options)
+    # Judges see no difference between scales here; make them take the second.
+    monkeypatch.setattr(block, "_better", lambda error, best: True)
+    w = read_block(source, 0)
+    before = f.block(x, w)
+    quantized, _, after = quantizer(w, x.clone(), x.clone())
+    assert torch.allclose(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+    folded = quantized.weights()
+    assert torch.allclose(f.block(x, folded), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        assert not torch.allclose(folded.norm[name], w.norm[name], rtol=0.05)
+    for name in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        assert not torch.allclose(folded.linear[name], w.linear[name], rtol=0.05)
+
+
+def test_what_is_written_computes_what_the_quantizer_saw(tmp_path, text):
+    """The written folder, run by transformers, agrees with the float model far better than chance."""
+    source = TinyCheckpoint()
+    quantize(source, tmp_path / "awq", calib_file=text)
+    quantize(source, tmp_path / "rtn", method="rtn")
+    ids = np.frombuffer(b"They say the lazy fox jumps 9 times over 8 dogs.", np.uint8).astype(np.int64)
+    want = logits(source, ids)
+    error = {m: float((logits(HFCheckpoint(tmp_path / m), ids) - want).pow(2).mean()) for m in ("awq", "rtn")}
+    assert error["awq"] < error["rtn"] < 0.2 * float(want.pow(2).mean())
+
+
+def test_rtn_is_plain_rounding_to_nearest(tmp_path):
+    source = TinyCheckpoint()
+    quantize(source, tmp_path / "rtn", method="rtn")
+    c = HFCheckpoint(tmp_path / "rtn")
+    name = "model.layers.0.mlp.gate_proj"
+    want, got = quantize_rtn(source.linear(name).dequantize(), 32), c.linear(name)
+    assert np.array_equal(got.scales, want.scales)
+    assert np.array_equal(got.zeros, want.zeros)
+    assert (got.codes != want.codes).mean() < 1e-3  # ties may fall either way
+
+
+def test_awq_loses_less_than_rtn_on_held_out_activations():
+    from tinychat.quantize.block import BlockQuantizer, Options, round_to_nearest
+
+    torch.manual_seed(0)
+    source = TinyCheckpoint(hidden_size=128, intermediate_size=256, head_dim=32)
+    f = Forward(source.config, 128)
+    w = read_block(source, 0)
+    loud = torch.where(torch.rand(128) < 0.05, 12.0, 1.0)  # a few loud channels, as language models have
+    mix = torch.randn(128, 128) / 12
+    make = lambda n: (torch.randn(n, 128, 128) @ mix) * loud  # noqa: E731
+    calibration, held_out = make(24), make(8)
+    want = f.block(held_out, w)
+
+    def error(q: BlockWeights) -> float:
+        return float((f.block(held_out, q) - want).pow(2).mean())
+
+    rtn = error(round_to_nearest(w, 64).weights())
+    quantizer = BlockQuantizer(f, Options(group=64))
+    awq = error(quantizer(w, calibration.clone(), calibration.clone())[0].weights())
+    assert awq < 0.6 * rtn
+
+
+def test_biases_are_carried_through_the_folding(tmp_path, text):
+    from tinychat.quantize.block import BlockQuantizer, Options
+
+    source = TinyCheckpoint()
+    f = Forward(source.config, 64)
+    w = read_block(source, 0)
+    torch.manual_seed(0)
+    w.bias = {n: torch.randn(t.shape[0]) for n, t in w.linear.items()}
+    x = torch.randn(8, 64, 64)
+    want = f.block(x, w)
+    quantized, _, _ = BlockQuantizer(f, Options(group=32))(w, x.clone(), x.clone())
+    got = f.block(x, quantized.weights())
+    assert float((got - want).pow(2).mean()) < 0.02 * float((want - x).pow(2).mean())
+
+
+def test_the_same_call_gives_the_same_bytes(tmp_path, text):
+    for name in ("a", "b"):
+        quantize(TinyCheckpoint(), tmp_path / name, calib_file=text)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.tiny import TinyCheckpoint
+from tinychat.quantize import folder, quantize
+
+write = folder.OutputFolder.write_block
+def write_then_die(self, layer, tensors):
+    write(self, layer, tensors)
+    if layer == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+folder.OutputFolder.write_block = write_then_die
+quantize(TinyCheckpoint(n_layers=3), Path(sys.argv[1]), calib_file=Path(sys.argv[2]))
+"""
+
+
+def test_after_a_kill_the_same_call_goes_on_and_gives_the_same_folder(tmp_path, text):
+    out = tmp_path / "out"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out), str(text)], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert len(list((tmp_path / ".out.partial").glob("block-*.safetensors"))) == 2
+    blocks = []
+    quantize(
+        TinyCheckpoint(n_layers=3),
+        out,
+        calib_file=text,
+        progress=lambda done, total, what: blocks.append(what),
+    )
+    assert not (tmp_path / ".out.partial").exists()
+    quantize(TinyCheckpoint(n_layers=3), tmp_path / "whole", calib_file=text)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_what_another_job_left_is_not_mixed_in(tmp_path, text, monkeypatch):
+    out = tmp_path / "out"
+
+    def full(self, *args):
+        raise TinychatError("No space left.", "Free some.")
+
+    with monkeypatch.context() as m:
+        m.setattr(folder.OutputFolder, "finish", full)
+        with pytest.raises(TinychatError):
+            quantize(TinyCheckpoint(seed=1), out, calib_file=text)
+    quantize(TinyCheckpoint(seed=2), out, calib_file=text)
+    quantize(TinyCheckpoint(seed=2), tmp_path / "clean", calib_file=text)
+    assert files(out) == files(tmp_path / "clean")
+
+
+def test_a_cut_block_file_is_made_again(tmp_path, text, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as m:
+        m.setattr(folder, "write_settings", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(TinychatError, match="No space left"):
+            quantize(TinyCheckpoint(), out, calib_file=text)
+    assert not out.exists()
+    block = tmp_path / ".out.partial" / "block-00001.safetensors"
+    block.write_bytes(block.read_bytes()[:100])
+    quantize(TinyCheckpoint(), out, calib_file=text)
+    quantize(TinyCheckpoint(), tmp_path / "clean", calib_file=text)
+    assert files(out) == files(tmp_path / "clean")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_an_error_of_two_lines(tmp_path, text, monkeypatch):
+    real = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda p, *a, **k: real(Path("/dev/full") if p.suffix == ".tmp" else p, *a, **k)
+    )
+    with pytest.raises(TinychatError, match="No space left") as e:
+        quantize(TinyCheckpoint(), tmp_path / "out", calib_file=text)
+    assert len(str(e.value).splitlines()) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_our_own_folders_are_replaced(tmp_path, text):
+    out = tmp_path / "out"
+    out.mkdir()
+    quantize(TinyCheckpoint(seed=1), out, method="rtn")  # an empty folder is fine
+    first = files(out)
+    quantize(TinyCheckpoint(seed=2), out, method="rtn")
+    assert files(out)["model.safetensors"] != first["model.safetensors"]
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="exists"):
+        quantize(TinyCheckpoint(), theirs, method="rtn")
+    assert files(theirs) == {"thesis.txt": b"years of work"}
+    with pytest.raises(UsageError, match="exists"):
+        quantize(TinyCheckpoint(), theirs / "thesis.txt", method="rtn")
+
+
+def test_two_runs_cannot_write_the_same_folder(tmp_path):
+    job = {"group_size": 32}
+    with folder.OutputFolder(tmp_path / "out", job), pytest.raises(UsageError, match="Another"):
+        folder.OutputFolder(tmp_path / "out", job).__enter__()
+
+
+@pytest.mark.parametrize("method", ["awq", "rtn"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_weights_are_refused_by_name(tmp_path, text, method, bad):
+    source = TinyCheckpoint()
+    source.weights["model.layers.1.mlp.up_proj"][3, 5] = bad
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        quantize(source, tmp_path / "out", method=method, calib_file=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(tmp_path):
+    source = TinyCheckpoint(hidden_size=192, intermediate_size=256, n_heads=4, head_dim=48)
+    assert choose_group(source.config, None) == 64
+    with pytest.raises(UsageError) as e:
+        quantize(source, tmp_path / "out", group_size=128)
+    assert "128 does not divide the 192 inputs" in e.value.what
+    assert "64 or 32" in e.value.todo
+    for bad in (0, -1, 48, 16):
+        with pytest.raises(UsageError):
+            choose_group(source.config, bad)
+    with pytest.raises(TinychatError, match="No group size"):
+        choose_group(TinyCheckpoint(intermediate_size=72).config, None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("short.txt", b"too short", "tokens"),
+        ("latin1.txt", b"caf\xe9 " * 100, "UTF-8"),
+        ("chats.jsonl", b'{"prompt": "hi"}\n' * 100, "neither"),
+        ("chats.jsonl", b"{" * 100, "cannot be used"),
+    ],
+)
+def test_calibration_text_that_cannot_be_used_is_refused(tmp_path, name, content, word):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=word):
+        quantize(TinyCheckpoint(), tmp_path / "out", calib_file=file)
+    with pytest.raises(UsageError, match="cannot be used"):
+        quantize(TinyCheckpoint(), tmp_path / "out", calib_file=tmp_path / "missing.txt")
+
+
+def test_chats_are_calibrated_on_in_the_models_own_template(tmp_path):
+    from tinychat.quantize.calibration import windows
+
+    tokenizer = TinyCheckpoint().tokenizer()
+    file = tmp_path / "chats.jsonl"
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]}
+    file.write_text(json.dumps(chat) + "\n")
+    ids = windows(tokenizer, file=file)[0].tolist()
+    assert tokenizer.decode(ids, skip_special=False) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello there<|im_end|>\n"
+    )
+    assert ids.count(256) == 2
+
+
+def test_large_models_are_written_in_shards(tmp_path):
+    arrays = {f"t{i}": np.full((10, 10), i, np.float16) for i in range(5)}
+    entries = [folder.Entry.of(k, v) for k, v in arrays.items()]
+    folder.write_weights(tmp_path, entries, shard_bytes=450)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == [
+        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    ]
+    from safetensors.numpy import load_file
+
+    for name, file in index["weight_map"].items():
+        assert np.array_equal(load_file(tmp_path / file)[name], arrays[name])
+
+
+def test_llama3_rope_written_out_by_gguf_is_named_again():
+    from tinychat.config import RopeConfig
+    from tinychat.errors import UnsupportedModelError
+
+    llama3 = RopeConfig(500000.0, 64, "llama3", 32.0, 1.0, 4.0, 8192)
+    plain = RopeConfig(500000.0, 64)
+    factors = tuple((plain.frequencies() / llama3.frequencies()).tolist())
+    assert folder._rope_scaling(RopeConfig(500000.0, 64, "factors", factors=factors)) == {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    with pytest.raises(UnsupportedModelError):
+        folder._rope_scaling(RopeConfig(500000.0, 64, "factors", factors=tuple([3.0] * 32)))
