@@ -159,47 +159,35 @@ class Worker:
         from tinychat.events import Done, Notice
 
         began = False
-        pieces: list[str] = []
-        new: list[str] = []
-        tokens = sent = 0
-        thought: int | None = None
-        tail = ""
-        last = 0.0
-        for event in events:
-            if self.cancelled.is_set():
-                session.cancel()
-            if not began:
-                began = True
-                # Its end says whether the template itself opened a thought.
-                self._send(ev="began", prompt_text=session.nodes[session.leaf].prompt_text[-200:])
-            if isinstance(event, Notice):
-                self._send(ev="notice", message=event.message)
-                continue
-            tokens += getattr(event, "token_id", None) is not None
-            if event.text:
-                pieces.append(event.text)
-                new.append(event.text)
-                tail = tail[-len(THOUGHT_ENDS) :] + event.text
-                if thought is None and THOUGHT_ENDS in tail:
-                    thought = tokens
-            now = time.monotonic()
-            done = isinstance(event, Done)
-            if tokens > sent and (done or now - last >= BATCH_SECONDS):
-                self._send(ev="text", text="".join(new), tokens=tokens, thought=thought)
-                new.clear()
-                last, sent = now, tokens
-            if done:
-                node = session.nodes[session.leaf]
-                self._send(
-                    ev="done",
-                    content=node.content,
-                    ids=node.ids,
-                    prompt_ids=node.prompt_ids,
-                    prompt_text=node.prompt_text,
-                    finish_reason=event.finish_reason,
-                    stats=event.stats.as_dict(),
-                    thought=thought,
-                )
+        batch = _Batch(self._send)
+        try:
+            for event in events:
+                if self.cancelled.is_set():
+                    session.cancel()
+                if not began:
+                    began = True
+                    # Its end says whether the template itself opened a thought.
+                    self._send(ev="began", prompt_text=session.nodes[session.leaf].prompt_text[-200:])
+                if isinstance(event, Notice):
+                    self._send(ev="notice", message=event.message)
+                    continue
+                if not isinstance(event, Done):
+                    batch.add(event.text, event.token_id is not None)
+                else:
+                    batch.close()
+                    node = session.nodes[session.leaf]
+                    self._send(
+                        ev="done",
+                        content=node.content,
+                        ids=node.ids,
+                        prompt_ids=node.prompt_ids,
+                        prompt_text=node.prompt_text,
+                        finish_reason=event.finish_reason,
+                        stats=event.stats.as_dict(),
+                        thought=batch.thought,
+                    )
+        finally:
+            batch.close()
 
     # Questions are answered beside a running answer
 
@@ -213,6 +201,60 @@ class Worker:
 
     def _count(self, text: str) -> int | None:
         return None if self.model is None else len(self.model.tokenizer.encode(text))
+
+
+class _Batch:
+    """Gathers tokens and sends them together, BATCH_SECONDS after the first one at the latest."""
+
+    def __init__(self, send: Callable[..., None]):
+        self.send = send
+        self.tokens = 0
+        self.thought: int | None = None  # tokens up to the end of the reasoning
+        self._pieces: list[str] = []
+        self._tail = ""
+        self._sent = 0
+        self._last = 0.0
+        self._lock = threading.Lock()
+        self._waiting = threading.Event()
+        self._closed = False
+        threading.Thread(target=self._flush_late, daemon=True).start()
+
+    def add(self, text: str, token: bool) -> None:
+        """One more token, or text that was held back."""
+        with self._lock:
+            self.tokens += token
+            self._pieces.append(text)
+            self._tail = self._tail[-len(THOUGHT_ENDS) :] + text
+            if self.thought is None and THOUGHT_ENDS in self._tail:
+                self.thought = self.tokens
+            if time.monotonic() - self._last >= BATCH_SECONDS:
+                self._flush()
+            else:
+                self._waiting.set()
+
+    def close(self) -> None:
+        """Send what is left."""
+        with self._lock:
+            self._flush()
+            self._closed = True
+        self._waiting.set()
+
+    def _flush(self) -> None:
+        text = "".join(self._pieces)
+        if text or self.tokens > self._sent:
+            self.send(ev="text", text=text, tokens=self.tokens, thought=self.thought)
+        self._pieces.clear()
+        self._sent, self._last = self.tokens, time.monotonic()
+
+    def _flush_late(self) -> None:
+        # The next token may be a long time coming, and the process may be killed before it does.
+        while not self._closed:
+            self._waiting.wait()
+            self._waiting.clear()
+            time.sleep(BATCH_SECONDS)
+            with self._lock:
+                if self._pieces:
+                    self._flush()
 
 
 def list_models() -> dict[str, Any]:

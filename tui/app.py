@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from textual import events
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
@@ -58,6 +59,7 @@ class ChatApp(App[None]):
         self._settings = _read_settings(self.settings_path)
         self._pace: list[tuple[float, int]] = []
         self._interrupted = 0.0
+        self._early: list[events.Event] | None = []  # keys from before there was a place for them
         for theme in THEMES:
             self.register_theme(theme)
         self.theme = (
@@ -77,7 +79,23 @@ class ChatApp(App[None]):
         self.theme_changed_signal.subscribe(self, self._keep_theme)
         self.call_after_refresh(self._begin)
 
+    async def on_event(self, event: events.Event) -> None:
+        if self._early is not None and isinstance(event, (events.Key, events.Paste)):
+            self._early.append(event)
+        else:
+            await super().on_event(event)
+
+    async def _type_early_keys(self) -> None:
+        """What was typed while the program started. An enter of that time may have come as a line feed."""
+        early, self._early = self._early, None
+        for event in early:
+            if isinstance(event, events.Key) and event.key == "ctrl+j":
+                event = events.Key("enter", "\r")
+            await super().on_event(event)
+
     async def _begin(self) -> None:
+        self.chat.composer.input.focus()
+        self.call_later(self._type_early_keys)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP):
             with suppress(NotImplementedError, RuntimeError, ValueError):
@@ -102,6 +120,14 @@ class ChatApp(App[None]):
         with suppress(Exception):
             self.chat.conversation.flush()
         await self.engine.close()
+
+    def run_to_end(self) -> int:
+        """Run until the user leaves; the exit code."""
+        try:
+            self.run()
+        finally:
+            self.store.close()
+        return self.return_code or 0
 
     # The engine
 
@@ -215,7 +241,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def run(
+def make_app(
     model: str,
     store: ChatStore,
     chat: Chat | None = None,
@@ -223,23 +249,17 @@ def run(
     params: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     command: Sequence[str] | None = None,
-) -> int:
-    """Open the chat screen, with a stored chat or a new one; the exit code.
+) -> ChatApp:
+    """The chat screen, with a stored chat or a new one.
 
     system and params hold in place of the stored chat's own. options are those of `tinychat.load`; command
-    starts the engine (default: `tinychat.worker`).
+    starts the engine (default: `tinychat.worker`). Raises ChatLockedError.
     """
-    conversation = (
-        Conversation(store, model, system, params) if chat is None else Conversation.open(store, chat.id)
-    )
-    if chat is not None:
+    if chat is None:
+        conversation = Conversation(store, model, system, params)
+    else:
+        conversation = Conversation.open(store, chat.id)
         conversation.chat.model = model
         conversation.chat.params |= params or {}
         conversation.chat.system = system or conversation.chat.system
-    app = ChatApp(model, conversation, options=options, command=command)
-    try:
-        app.run()
-    finally:
-        conversation.close()
-        store.close()
-    return app.return_code or 0
+    return ChatApp(model, conversation, options=options, command=command)

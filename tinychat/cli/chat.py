@@ -71,9 +71,13 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     if chat is not None and not given("model"):
         model = chat.model
     if text is None and not o["plain"]:
-        from tinychat.tui.app import run as open_screen
+        from tinychat.tui.first_frame import first_frame
 
-        sys.exit(open_screen(model, store, chat, o["system"], pick(o, SAMPLING), pick(o, LOADING + DRAFTING)))
+        with first_frame():
+            from tinychat.tui.app import make_app
+
+            app = make_app(model, store, chat, o["system"], pick(o, SAMPLING), pick(o, LOADING + DRAFTING))
+        sys.exit(app.run_to_end())
     from tinychat.model import load
 
     loaded = load(model, **pick(o, LOADING + DRAFTING))

@@ -13,7 +13,7 @@ from textual.widgets import Static
 
 from tinychat.client import Began, Died, Failed, Finished, Loaded, Loading, Noticed, Text
 from tinychat.errors import TinychatError
-from tinychat.store import ChatLockedError, StoredMessage
+from tinychat.store import StoredMessage
 from tinychat.tui import commands, messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.screens.actions import ChatActions
@@ -404,12 +404,13 @@ class ChatScreen(ChatActions, Screen[None]):
             return
         try:
             conversation = Conversation.open(self.app.store, message.chat_id)
-        except (ChatLockedError, TinychatError) as e:
+        except TinychatError as e:
             self.complain(e)
             return
+        finally:
+            if self.has_class("narrow"):
+                await self.action_toggle_sidebar()
         await self.open(conversation)
-        if self.has_class("narrow"):
-            self.action_toggle_sidebar()
 
     def action_stop(self) -> None:
         """Esc: close the completions, leave editing, or stop the answer."""

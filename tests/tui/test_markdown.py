@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinychat.tui.markdown import Code, Document, highlight
+from tinychat.tui.text import clean, fold, plain, width_of, wrap
+
+SAMPLE = """# Title
+
+Hello **bold** and *em* `code` ~~gone~~ [link](http://a.b/c) <b>html</b> [bold]
+second line
+
+- a
+- b
+  - nested **x**
+
+    ```python
+    def f(): pass
+    ```
+- [x] done
+
+3. three
+4. four
+
+> quote
+> more
+
+| a | b |
+|---|--:|
+| 1 | two words |
+
+```python
+def f(x):
+    return "s" # c
+```
+
+---
+[foo]: http://x
+end
+"""
+
+
+def document(source, piece=10**9):
+    d = Document()
+    for i in range(0, len(source), piece):
+        d.append(source[i : i + piece])
+        d.advance()
+    d.end()
+    assert d.advance()
+    assert not d.live
+    return d
+
+
+def text_of(d, width=60):
+    return "\n".join(plain(line).rstrip() for leaf in d.sealed + d.live for line in leaf.lines(width))
+
+
+def test_every_kind_of_block_is_shown():
+    text = text_of(document(SAMPLE), 80)
+    for expected in (
+        "Title\n\nHello bold and em code gone link (http://a.b/c) <b>html</b> [bold]\nsecond line\n",
+        "\n\n• a\n• b\n  • nested x",
+        "• ☑ done",
+        "3. three\n4. four",
+        "▎ quote\n▎ more",
+        "a │         b\n──┼──────────\n1 │ two words",
+        ' def f(x):\n     return "s" # c',
+        "[foo]: http://x\nend",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize("piece", [1, 3, 7, 50])
+def test_streamed_looks_like_whole(piece):
+    assert text_of(document(SAMPLE, piece)) == text_of(document(SAMPLE))
+
+
+LONG = {
+    "fence": "```python\n"
+    + "".join(f"def f{i}(x):\n    return {i}\n\n" for i in range(400))
+    + "```\nafter\n",
+    "list": "".join(f"{i + 1}. item **{i}** and some more text\n" for i in range(400)),
+    "nested list": "".join(f"- item {i}\n  - sub {i}\n" for i in range(300)),
+    "table": "| a | b |\n|---|---|\n" + "".join(f"| {i} | row {i} |\n" for i in range(300)),
+    "quote": "> line of quote\n" * 500,
+    "blocks": SAMPLE * 20,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_long_block_streamed_looks_like_whole(kind):
+    assert text_of(document(LONG[kind], 23)) == text_of(document(LONG[kind]))
+
+
+def test_a_long_list_counts_on_and_a_long_table_keeps_its_columns():
+    lines = text_of(document(LONG["list"], 23)).split("\n")
+    assert [line.split(".")[0] for line in lines] == [str(i + 1) for i in range(400)]
+    table = text_of(document(LONG["table"], 23)).split("\n")
+    assert len(table) == 302
+    assert len({line.index("│") for line in table if "│" in line}) == 1
+
+
+def test_a_code_block_in_pieces_is_copied_whole():
+    d = document(LONG["fence"] + SAMPLE, 23)
+    assert d.codes[0] == LONG["fence"][len("```python\n") : -len("```\nafter\n")]
+    assert d.codes[1:] == ["def f(): pass\n", 'def f(x):\n    return "s" # c\n']
+    assert sum(leaf.heading for leaf in d.sealed if isinstance(leaf, Code)) == 3
+
+
+def test_an_unclosed_fence_is_code_to_its_end():
+    d = document("```\nnever closed")
+    assert d.codes == ["never closed\n"] or d.codes == ["never closed"]
+
+
+HOSTILE = {
+    "one line": "x" * 1_000_000,
+    "words": "word " * 40_000,
+    "stars and brackets": "*" * 20_000 + "[" * 20_000,
+    "deep": "> " * 2000 + "x\n" + "- " * 2000,
+    "backticks": "`" * 50_000,
+    "deep list": "".join("  " * i + "- x\n" for i in range(300)),
+    "wide table": "|" * 5_000 + "\n" + "|-" * 5_000 + "\n",
+    "wide": "漢字" * 20_000,
+    "emoji": "👨‍👩‍👧‍👦" * 5_000,
+    "right to left": "שלום עולם " * 5_000,
+    "escapes": "\x1b[2J\x1b]0;title\x07" * 2_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_text_is_laid_out_in_short_steps(kind):
+    d = Document()
+    d.append(HOSTILE[kind])
+    d.end()
+    longest = 0.0
+    while True:
+        began = time.perf_counter()
+        done = d.advance(0.0)
+        longest = max(longest, time.perf_counter() - began)
+        if done:
+            break
+    for leaf in d.sealed:
+        for line in leaf.lines(80):
+            assert width_of(plain(line)) <= 80
+    assert longest < 0.5  # generous: other programs may run; the benchmark measures
+
+
+def test_every_word_survives():
+    words = [f"word{i}" for i in range(5000)]
+    shown = text_of(document(" ".join(words), 37)).split()
+    assert shown == words
+
+
+def test_control_characters_become_visible_and_harmless():
+    assert clean("a\x1b[31mb\x07\x9b\u202e\ufeff\udc80") == "a␛[31mb␇\ufffd\ufffd"
+    assert clean("tab\tnewline\n") == "tab\tnewline\n"
+    assert clean("a\r\nb") == "a\nb"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=300), st.integers(4, 40))
+def test_wrapping_loses_nothing_but_spaces(text, width):
+    text = clean(text).replace("\n", " ").replace("\t", " ")
+    assert "".join("".join(plain(p) for p in wrap([(text, "")], width)).split()) == "".join(text.split())
+    assert "".join(plain(p) for p in fold([(text, "")], width)) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="ab *_`#->|\n[]()~1.!\\", max_size=400), st.integers(1, 60))
+def test_any_markdown_streams_without_an_error(source, piece):
+    text_of(document(source, piece), 30)
+
+
+def test_code_is_highlighted_and_an_unknown_language_is_plain():
+    styles = {style for line in highlight("def f():\n    return 'x'", "python") for _, style in line}
+    assert "codeblock tok-keyword" in styles
+    assert highlight("a\nb", "no-such-language") == [[("a", "codeblock")], [("b", "codeblock")]]

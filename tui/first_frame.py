@@ -1,0 +1,51 @@
+"""What is on the terminal while Textual is still being imported: an empty chat, within a tenth of a second.
+
+Keys typed meanwhile stay in the terminal's buffer, without echo; Textual reads them when it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[2J", "\x1b[?1049l\x1b[?25h"
+
+
+@contextmanager
+def first_frame() -> Iterator[None]:
+    """Show the frame. Afterwards the terminal's modes are as before; its picture stays, unless something
+    failed: then it is as before, too.
+    """
+    out, tty = sys.__stderr__, sys.__stdin__.fileno()
+    before = termios.tcgetattr(tty)
+    quiet = termios.tcgetattr(tty)
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    try:
+        termios.tcsetattr(tty, termios.TCSANOW, quiet)
+        out.write(ENTER + frame(*shutil.get_terminal_size()))
+        out.flush()
+        yield
+    except BaseException:
+        out.write(LEAVE)
+        out.flush()
+        raise
+    finally:
+        termios.tcsetattr(tty, termios.TCSANOW, before)
+
+
+def frame(width: int, height: int) -> str:
+    """The empty composer and its status line, where the real ones will be."""
+    dim, normal = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[0m")
+    margin = "" if width < 90 else "  "
+    inner = width - 2 * len(margin) - 2
+    lines = [
+        f"{margin}╭{'─' * inner}╮",
+        f"{margin}│{' ' * inner}│",
+        f"{margin}╰{'─' * inner}╯",
+        "   starting",
+    ]
+    return dim + "".join(f"\x1b[{height - 3 + i};1H{line}" for i, line in enumerate(lines)) + normal
