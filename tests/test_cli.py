@@ -1,4 +1,4 @@
-"""The command line as its users meet it: real processes, pipes, signals, terminals, outside the repository."""
+"""The command line as its users meet it: real processes, pipes, signals, terminals, from outside."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import termios
 import time
 
 import numpy as np
+import psutil
 import pytest
 from tiny import byte_tokenizer, tiny_folder
 
@@ -458,6 +459,12 @@ class Terminal:
         shown, self.unread = self.unread[: match.end()], self.unread[match.end() :]
         return shown
 
+    def wait_until_it_listens(self, timeout=30):
+        """Until it sleeps: Python's input() misses a signal that comes just before it begins to wait."""
+        deadline = time.monotonic() + timeout
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline
+
     def ends(self, timeout=30):
         """The exit code, once it has ended by itself."""
         deadline = time.monotonic() + timeout
@@ -553,16 +560,22 @@ def test_what_was_typed_is_there_the_next_time(folder, here):
 def test_ctrl_c_at_the_prompt(folder, here):
     with Terminal("run", folder, "--plain", *GREEDY) as t:
         t.expect(PROMPT)
-        # The backspace wakes Python's input() where the signal came a moment before it began to wait.
-        t.type("half a line\x03\x7f")
+
+        def interrupt():
+            t.type("half a line")
+            t.expect("half a line")
+            t.wait_until_it_listens()
+            t.type("\x03")
+
+        interrupt()
         t.expect("Ctrl.C again")
         t.expect(PROMPT)
         t.type("hello\r")  # still there
         t.expect(PROMPT)
-        t.type("\x03\x7f")
+        interrupt()
         t.expect("Ctrl.C again")
         t.expect(PROMPT)
-        t.type("\x03\x7f")
+        interrupt()
         assert t.ends() == 130
         assert "Traceback" not in t.seen
 
