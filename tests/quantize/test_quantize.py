@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import TinyCheckpoint
 
-from tests.tiny import TinyCheckpoint
 from tinychat.errors import CheckpointError, TinychatError, UsageError
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.quantize import choose_group, folder, quantize
 from tinychat.quantize.forward import BlockWeights, Forward, read_block
 from tinychat.weights import QuantizedLinear, quantize_rtn
 
-ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parents[1]
 HEADS = {"grouped": {}, "one to one": {"n_kv_heads": 4}, "untied": {"tie_embeddings": False}}
 
 
@@ -202,7 +202,7 @@ def test_the_same_call_gives_the_same_bytes(tmp_path, text):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.tiny import TinyCheckpoint
+from tiny import TinyCheckpoint
 from tinychat.quantize import folder, quantize
 
 write = folder.OutputFolder.write_block
@@ -217,7 +217,7 @@ quantize(TinyCheckpoint(n_layers=3), Path(sys.argv[1]), calib_file=Path(sys.argv
 
 def test_after_a_kill_the_same_call_goes_on_and_gives_the_same_folder(tmp_path, text):
     out = tmp_path / "out"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(out), str(text)], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
@@ -385,3 +385,40 @@ def test_llama3_rope_written_out_by_gguf_is_named_again():
     }
     with pytest.raises(UnsupportedModelError):
         folder._rope_scaling(RopeConfig(500000.0, 64, "factors", factors=tuple([3.0] * 32)))
+
+
+@pytest.mark.slow
+def test_awq_recovers_most_of_what_rounding_to_nearest_loses(demo_gguf, tmp_path):
+    """Perplexity of the float weights, AWQ g64 and RTN g64, on text that calibration never saw."""
+    import pydoc_data.topics
+
+    from tinychat.formats import open_checkpoint
+
+    source = open_checkpoint(demo_gguf)
+    text = "\n\n".join(pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics.topics))
+    ids = source.tokenizer().encode(text)
+    windows = torch.tensor(ids[: len(ids) // 512 * 512]).view(-1, 512)[:: len(ids) // 512 // 24][:24]
+    found = {"float": _perplexity(source, windows)}
+    for method in ("awq", "rtn"):
+        quantize(source, tmp_path / method, method=method, group_size=64)
+        found[method] = _perplexity(HFCheckpoint(tmp_path / method), windows)
+    print(found)
+    assert found["float"] < found["awq"] < found["rtn"]
+    assert (found["rtn"] - found["awq"]) / (found["rtn"] - found["float"]) >= 0.45
+
+
+@torch.inference_mode()
+def _perplexity(checkpoint, windows: torch.Tensor) -> float:
+    """Of the second half of each window, dequantized weights in float32."""
+    f = Forward(checkpoint.config, windows.shape[1])
+    embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
+    x = embedding[windows]
+    for layer in range(checkpoint.config.n_layers):
+        w = read_block(checkpoint, layer)
+        x = torch.cat([f.block(part, w) for part in x.split(4)])
+    half = windows.shape[1] // 2
+    x = f.norm(x[:, half - 1 : -1], torch.from_numpy(checkpoint.vector("model.norm")))
+    losses = [
+        torch.nn.functional.cross_entropy(x[i] @ embedding.T, windows[i, half:]) for i in range(len(windows))
+    ]
+    return float(torch.stack(losses).mean().exp())
