@@ -1,31 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from scripted import Script, ScriptedEngine, screen_text, wait_until
-
-from tinychat.tui.app import ChatApp
-from tinychat.tui.conversation import Conversation
+from scripted import Script, screen_text, wait_until
+from tui_helpers import answered, make_app, say
 
 pytestmark = pytest.mark.asyncio
-
-
-def make_app(store, *scripts, conversation=None, loads=True, tmp_path=None):
-    engine = ScriptedEngine(scripts, loads)
-    conversation = conversation or Conversation(store, "demo")
-    return ChatApp("demo", conversation, engine=engine, settings=store.path.parent / "settings.json")
-
-
-async def say(pilot, text):
-    pilot.app.chat.composer.text = text
-    await pilot.press("enter")
-
-
-async def answered(pilot, n=1):
-    chat = pilot.app.chat
-    await wait_until(
-        pilot,
-        lambda: not chat.answering and sum(m.role == "assistant" for m in chat.conversation.path()) >= n,
-    )
 
 
 async def test_an_answer_streams_as_markdown_and_is_stored(store):

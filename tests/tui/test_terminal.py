@@ -68,8 +68,8 @@ def test_the_installed_command_with_the_demo_model(tmp_path, demo_gguf):
         t.press("Enter")
         t.wait(lambda s: re.search(r"● \d+ tokens", s) is not None, 60)
         engine.kill()
-        died = t.wait("The engine failed: it was killed")
-        assert "the engine failed" in died
+        t.wait("The engine failed: it was killed")
+        t.wait("cut: the engine failed")
         t.wait(ready, 120)
         t.type("Now a very long story about a very long river.")
         t.press("Enter")

@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
@@ -58,9 +59,15 @@ def check_room(folder: Path, disk: int, weights: int) -> None:
         )
 
 
+listener: Callable[[str, int, int], None] | None = None  # hears (label, done, total) of every download
+
+
 @contextmanager
 def progress_bar(label: str, size: int | None) -> Iterator:
-    """Yields `update(done, total)`: a bar on a terminal, one line on any other stderr."""
+    """Yields `update(done, total)`: a bar on a terminal, one line on any other stderr, or the `listener`."""
+    if listener is not None:
+        yield lambda done, total: listener(label, done, total or 0)
+        return
     if not sys.stderr.isatty():
         print(
             f"Downloading {label}" + (f" ({human_bytes(size)})" if size else ""), file=sys.stderr, flush=True
@@ -75,6 +82,31 @@ def progress_bar(label: str, size: int | None) -> Iterator:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=size)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def watched(label: str, folder: Path, total: int) -> Iterator[None]:
+    """Tell the `listener`, if there is one, how much of a download by another library is in `folder`."""
+    if listener is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.3):
+            sizes = []
+            for path in folder.rglob("*"):
+                with suppress(OSError):  # renamed meanwhile
+                    sizes.append(path.stat().st_size if path.is_file() else 0)
+            listener(label, min(sum(sizes), total), total)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def sha256_of(path: Path) -> str:

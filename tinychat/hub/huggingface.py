@@ -31,13 +31,13 @@ def from_hf(source: Source, staging: Path) -> dict:
     files = choose_files(repo, list(sizes), wanted)
     _check_config(repo, info.sha, files, staging)
     weights = sum(sizes[f] for f in files)
-    from tinychat.hub.download import check_room
+    from tinychat.hub.download import check_room, watched
 
     check_room(staging, int(weights * 1.02), weights)
     quiet = not sys.stderr.isatty()
     if quiet:
         print(f"Downloading {repo} ({human_bytes(weights)})", file=sys.stderr, flush=True)
-    with _errors(repo), _progress_bars(off=quiet):
+    with _errors(repo), _progress_bars(off=quiet), watched(repo, staging, weights):
         hub.snapshot_download(
             repo, revision=info.sha, local_dir=staging, allow_patterns=[_literal(f) for f in files]
         )

@@ -64,6 +64,7 @@ class ModelScreen(PanelScreen[str]):
             )
         chooser = self.query_one(OptionList)
         chooser.add_options(options)
+        chooser.highlighted = 0 if options else None
         chooser.focus()
         state.update(f"{human_size(found['memory'])} of memory free · enter loads · esc closes")
 
