@@ -93,9 +93,9 @@ class Sidebar(Vertical):
                     bold = False
                 piece = piece.lstrip("\ue000\ue001")[:left]
                 left -= len(piece)
-                parts.append((piece, "bold $primary") if bold else (piece, "$text-muted"))
+                parts.append((piece, "bold $primary") if bold else (piece, "$secondary"))
         else:
-            parts.append((f"{when} · {hit.chat.messages} messages", "$text-muted"))
+            parts.append((f"{when} · {hit.chat.messages} messages", "$secondary"))
         return Content.assemble(*parts)
 
     def on_input_changed(self, event: Input.Changed) -> None:

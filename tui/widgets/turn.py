@@ -135,7 +135,8 @@ class Turn(Lines, can_focus=True):
             out += leaf.lines(width)
         if self.waiting:
             out.append([(self.waiting, "faint")])
-        out += wrap(self._footer(), width)
+        if footer := self._footer():
+            out += [[], *wrap(footer, width)] if out and out[-1] else wrap(footer, width)
         return out
 
     def _thought_lines(self, width: int) -> list[Line]:
