@@ -101,6 +101,9 @@ class ScriptedEngine:
         ]
         return {"installed": installed, "available": ["other"], "memory": 4_000_000_000}
 
+    async def limits(self) -> dict | None:
+        return {"weight_bytes_per_token": 100_000_000, "read_bandwidth_gb_s": 8.0}
+
     async def close(self) -> None:
         self.pid = None
 

@@ -156,6 +156,10 @@ class EngineClient:
         """What `tinychat.worker.list_models` tells."""
         return await self._ask(op="models")
 
+    async def limits(self) -> dict[str, float] | None:
+        """weight_bytes_per_token and read_bandwidth_gb_s; None while they cannot be measured."""
+        return await self._ask(op="limits")
+
     async def close(self) -> None:
         """End the process: politely, then not. Idempotent."""
         self._ending = True

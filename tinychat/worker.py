@@ -8,6 +8,7 @@ Whoever starts it talks to it through `tinychat.client`. Requests, one object a 
     {"op": "cancel"}                                    felt between two steps or prefill chunks
     {"op": "count", "id": N, "text": TEXT}              → reply: tokens
     {"op": "models", "id": N}                           → reply: what is installed, and what can be pulled
+    {"op": "limits", "id": N}                           → reply: bytes of weights a token, memory bandwidth
 
 Events, one object a line: loading, loaded, began, text (batched), notice, done, failed, reply. When stdin
 closes (the parent is gone, however it went) the process ends at once, whatever it is doing.
@@ -44,6 +45,7 @@ class Worker:
         self.model: Any = None
         self.sessions: OrderedDict[str, Any] = OrderedDict()
         self.answering: Any = None
+        self.limits: dict[str, float] | None = None
         self.cancelled = threading.Event()
         self.requests: queue.SimpleQueue[dict] = queue.SimpleQueue()
         self.questions: queue.SimpleQueue[dict] = queue.SimpleQueue()
@@ -72,7 +74,7 @@ class Worker:
                 self.cancelled.set()
                 if (session := self.answering) is not None:
                     session.cancel()
-            elif op in ("count", "models"):
+            elif op in ("count", "models", "limits"):
                 self.questions.put(request)
             else:
                 if op == "answer":
@@ -109,7 +111,7 @@ class Worker:
         if self.model is not None:
             self.sessions.clear()
             self.model.close()
-            self.model = None
+            self.model = self.limits = None
         last = 0.0
 
         def progress(what: str, done: int = 0, total: int = 0) -> None:
@@ -196,11 +198,29 @@ class Worker:
             request = self.questions.get()
             value = None
             with suppress(Exception):  # the asker shows that it is not known
-                value = self._count(request["text"]) if request["op"] == "count" else list_models()
+                if request["op"] == "count":
+                    value = self._count(request["text"])
+                else:
+                    value = list_models() if request["op"] == "models" else self._limits()
             self._send(ev="reply", id=request["id"], value=value)
 
     def _count(self, text: str) -> int | None:
         return None if self.model is None else len(self.model.tokenizer.encode(text))
+
+    def _limits(self) -> dict[str, float] | None:
+        """Measured once a model, and never beside an answer: both would be wrong."""
+        if self.model is None or self.answering is not None:
+            return None
+        if self.limits is None:
+            from tinychat.bench import weight_bytes_per_token
+            from tinychat.kernels_cpu import _native
+            from tinychat.machine import cpu_count
+
+            self.limits = {
+                "weight_bytes_per_token": weight_bytes_per_token(self.model._checkpoint, self.model._policy),
+                "read_bandwidth_gb_s": _native.read_bandwidth(cpu_count(), 1 << 28),
+            }
+        return self.limits
 
 
 class _Batch:

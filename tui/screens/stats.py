@@ -80,7 +80,7 @@ class StatsLines(Lines):
     def _bandwidth(self, rate: float) -> str:
         per_token, limit = self.facts.get("weight_bytes_per_token"), self.facts.get("read_bandwidth_gb_s")
         if not per_token or not rate:
-            return "not measured (tinychat bench does)"
+            return "not measured yet (an answer is running?)"
         used = per_token * rate / 1e9
         return f"{used:.1f} GB/s" + (
             f", {used / limit:.0%} of the {limit:.1f} GB/s that a plain read reaches" if limit else ""
@@ -99,3 +99,12 @@ class StatsScreen(PanelScreen[None]):
             lines = StatsLines(self.path_, self.facts)
             lines.styles.height = "auto"
             yield lines
+
+    def on_mount(self) -> None:
+        """Have the machine's limits measured beside painting."""
+        self.run_worker(self._ask())
+
+    async def _ask(self) -> None:
+        if limits := await self.app.engine.limits():
+            self.facts |= limits
+            self.query_one(StatsLines).refresh(layout=True)
