@@ -11,6 +11,9 @@ from pathlib import Path
 
 import psutil
 
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+
 
 def _read_int(path: Path) -> int | None:
     try:
@@ -22,13 +25,12 @@ def _read_int(path: Path) -> int | None:
 def _cgroup_dirs() -> list[Path]:
     """This process's cgroup v2 folder and its parents; the tightest limit on the way up counts."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = OWN_CGROUP.read_text().splitlines()
     except OSError:
         return []
     relative = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    root = Path("/sys/fs/cgroup")
-    leaf = root / relative.lstrip("/")
-    return [d for d in (leaf, *leaf.parents) if d == root or root in d.parents]
+    leaf = CGROUPS / relative.lstrip("/")
+    return [d for d in (leaf, *leaf.parents) if d == CGROUPS or CGROUPS in d.parents]
 
 
 def available_memory() -> int:
@@ -44,7 +46,7 @@ def available_memory() -> int:
             except (OSError, ValueError):
                 pass
             free = min(free, max(0, limit - used + cached))
-    v1 = Path("/sys/fs/cgroup/memory")
+    v1 = CGROUPS / "memory"
     limit, used = _read_int(v1 / "memory.limit_in_bytes"), _read_int(v1 / "memory.usage_in_bytes")
     if limit is not None and used is not None:
         free = min(free, max(0, limit - used))
@@ -66,11 +68,20 @@ def cpu_count() -> int:
             n = min(n, -(-int(quota) // int(period)))
         except (OSError, ValueError):
             continue
+    v1 = CGROUPS / "cpu"
+    quota, period = _read_int(v1 / "cpu.cfs_quota_us"), _read_int(v1 / "cpu.cfs_period_us")
+    if quota is not None and period and quota > 0:  # -1: no limit
+        n = min(n, -(-quota // period))
     return max(1, n)
 
 
 def peak_rss() -> int:
-    """The most memory this process has held, in bytes."""
+    """The most memory this program has held, in bytes."""
+    try:  # getrusage would count what the process was before exec, which is its parent
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

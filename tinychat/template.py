@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tinychat.errors import CheckpointError, UsageError
-from tinychat.machine import peak_rss
 
 if TYPE_CHECKING:
     from tinychat.tokenizer import Tokenizer
@@ -160,12 +160,17 @@ def _bounded() -> Iterator[None]:
     """Raises _EndlessError once this thread has run too many lines of Python inside, or memory has grown too
     much.
     """
-    lines, peak = 0, peak_rss()
+    lines, unit = 0, 1 if sys.platform == "darwin" else 1024
+
+    def peak() -> int:  # asked often: machine.peak_rss reads a file
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    limit = peak() + MAX_BYTES
 
     def trace(_frame, _event, _arg):
         nonlocal lines
         lines += 1
-        if lines > MAX_LINES or (lines % 8 == 0 and peak_rss() - peak > MAX_BYTES):
+        if lines > MAX_LINES or (lines % 8 == 0 and peak() > limit):
             raise _EndlessError
         return trace
 
