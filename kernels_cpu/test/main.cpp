@@ -1,0 +1,294 @@
+// Every instruction set of this machine against the scalar one, bit for bit, on buffers of exactly the right size; and
+// programs run by several threads. Made to be run under the sanitizers and under qemu:
+//   kernels_test kernels | threads
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "pack.h"
+#include "program.h"
+
+using namespace tinychat;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+    if (ok) return;
+    std::printf("FAILED %s\n", what.c_str());
+    failures++;
+}
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// Exactly n values at a 64-byte boundary: one more byte is somebody else's.
+template <class T>
+class Aligned {
+  public:
+    explicit Aligned(size_t n) : n_(n) {
+        if (posix_memalign(&p_, 64, n * sizeof(T) ? n * sizeof(T) : 1)) std::abort();
+        std::memset(p_, 0, n * sizeof(T));
+    }
+    ~Aligned() { std::free(p_); }
+    Aligned(const Aligned&) = delete;
+    Aligned& operator=(const Aligned&) = delete;
+    T* data() { return static_cast<T*>(p_); }
+    std::vector<T> copy() const { return {static_cast<T*>(p_), static_cast<T*>(p_) + n_}; }
+
+  private:
+    void* p_ = nullptr;
+    size_t n_;
+};
+
+std::mt19937 rng(1);
+
+float normal() { return std::normal_distribution<float>()(rng); }
+int uniform(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(rng); }
+uint16_t random_half() { return static_cast<uint16_t>(0x2000 + uniform(0, 0x3ff)); }  // about 0.008
+
+struct Weights {
+    LinearWeights w;
+    std::unique_ptr<Aligned<uint8_t>> packed;
+    std::vector<float> bias;
+
+    Weights(WeightKind kind, Meta meta, int n, int k, int group) {
+        w.kind = kind, w.meta = meta, w.n = n, w.k = k, w.group = group;
+        const size_t elements = static_cast<size_t>(n) * k;
+        const size_t groups = group ? elements / group : 0;
+        const size_t width = kind == WeightKind::kF32                                ? 4
+                             : kind == WeightKind::kF16 || kind == WeightKind::kBF16 ? 2
+                                                                                     : 1;
+        std::vector<uint8_t> codes(elements * width);
+        for (size_t i = 0; i < elements; i++) {
+            if (kind == WeightKind::kW4) codes[i] = static_cast<uint8_t>(uniform(0, 15));
+            if (kind == WeightKind::kW8) codes[i] = static_cast<uint8_t>(uniform(-127, 127));
+            if (width == 2) {
+                const uint16_t h =
+                    kind == WeightKind::kF16 ? random_half() : static_cast<uint16_t>(0x3c00 + uniform(0, 255));
+                std::memcpy(&codes[2 * i], &h, 2);
+            }
+            if (width == 4) {
+                const float f = normal();
+                std::memcpy(&codes[4 * i], &f, 4);
+            }
+        }
+        std::vector<uint16_t> half(groups), half2(groups);
+        std::vector<float> full(groups), full2(groups);
+        std::vector<uint8_t> zeros(groups);
+        for (size_t i = 0; i < groups; i++) {
+            half[i] = random_half(), half2[i] = random_half(), zeros[i] = static_cast<uint8_t>(uniform(0, 15));
+            full[i] = normal(), full2[i] = normal();
+        }
+        const void* scales = meta == Meta::kFloat ? static_cast<const void*>(full.data()) : half.data();
+        const void* aux = meta == Meta::kFloat      ? static_cast<const void*>(full2.data())
+                          : meta == Meta::kOffset16 ? static_cast<const void*>(half2.data())
+                                                    : zeros.data();
+        packed = std::make_unique<Aligned<uint8_t>>(w.bytes());
+        pack_linear(w, codes.data(), scales, aux, packed->data(), 2);
+        w.data = packed->data();
+        for (int i = 0; i < n; i++) bias.push_back(normal());
+        w.bias = bias.data();
+    }
+};
+
+struct Input {
+    Activations a;
+    Aligned<float> f, scale, gsum;
+    Aligned<int32_t> nsum;
+    Aligned<uint8_t> q;
+
+    Input(int rows, int k, int bits, int group)
+        : f(static_cast<size_t>(rows) * k),
+          scale(round_up(rows, 8) * k / 32),
+          gsum(group ? round_up(rows, 8) * k / group : 1),
+          nsum(round_up(rows, 8) * k / 32),
+          q(round_up(rows, 8) * k * (bits / 8)) {
+        a.k = k, a.bits = bits ? bits : 8, a.group = group ? group : 32;
+        a.f = f.data(), a.scale = scale.data(), a.gsum = gsum.data(), a.nsum = nsum.data();
+        a.q = bits ? q.data() : nullptr;
+    }
+};
+
+std::vector<float> random_rows(int rows, int k) {
+    std::vector<float> x(static_cast<size_t>(rows) * k);
+    for (auto& v : x) v = normal() * (uniform(0, 40) == 0 ? 30.0f : 1.0f);
+    return x;
+}
+
+std::vector<float> run_linear(const KernelTable& t, const Weights& w, const std::vector<float>& x, int rows, int bits) {
+    Input in(rows, w.w.k, w.w.quantized() ? bits : 0, w.w.group);
+    t.quantize({x.data(), nullptr, in.a, 0, rows});
+    Aligned<float> y(static_cast<size_t>(rows) * w.w.n);
+    const int cut = uniform(0, w.w.tiles());
+    t.linear({&w.w, &in.a, rows, y.data(), static_cast<size_t>(w.w.n), nullptr, 0, 0, cut});
+    t.linear({&w.w, &in.a, rows, y.data(), static_cast<size_t>(w.w.n), nullptr, 0, cut, w.w.tiles()});
+    return y.copy();
+}
+
+void test_linear(const KernelTable& t, const KernelTable& scalar) {
+    struct Form {
+        WeightKind kind;
+        Meta meta;
+    };
+    const Form forms[] = {
+        {WeightKind::kW4, Meta::kSym},   {WeightKind::kW4, Meta::kZero4}, {WeightKind::kW4, Meta::kOffset16},
+        {WeightKind::kW4, Meta::kFloat}, {WeightKind::kW8, Meta::kSym},   {WeightKind::kW8, Meta::kFloat},
+        {WeightKind::kF32, Meta::kNone}, {WeightKind::kF16, Meta::kNone}, {WeightKind::kBF16, Meta::kNone}};
+    const int shapes[][3] = {{16, 64, 32}, {17, 128, 64}, {40, 256, 128}, {1, 96, 96}, {35, 576, 576}};
+    for (const Form& f : forms)
+        for (const auto& s : shapes)
+            for (int bits : {8, 16}) {
+                const bool dense = f.meta == Meta::kNone;
+                Weights w(f.kind, f.meta, s[0], dense ? s[1] - 3 : s[1], dense ? 0 : s[2]);
+                for (int rows : {1, 2, 3, 5, 8, 9, uniform(10, 33)}) {
+                    const auto x = random_rows(rows, w.w.k);
+                    expect(same(run_linear(t, w, x, rows, bits), run_linear(scalar, w, x, rows, bits)),
+                           std::string(t.name) + " linear kind " + std::to_string(int(f.kind)) + " meta " +
+                               std::to_string(int(f.meta)) + " k " + std::to_string(w.w.k) + " rows " +
+                               std::to_string(rows) + " bits " + std::to_string(bits));
+                }
+                std::vector<int32_t> ids = {0, s[0] - 1, s[0] / 2};
+                Aligned<float> a(3 * static_cast<size_t>(w.w.k)), b(3 * static_cast<size_t>(w.w.k));
+                t.embed({&w.w, ids.data(), a.data(), 0, 3});
+                scalar.embed({&w.w, ids.data(), b.data(), 0, 3});
+                expect(same(a.copy(), b.copy()), std::string(t.name) + " embed");
+            }
+}
+
+void test_rows(const KernelTable& t, const KernelTable& scalar) {
+    for (int k : {1, 16, 31, 96, 320}) {
+        const int rows = 9, bits = k % 32 ? 0 : 8, group = k % 32 ? 0 : 32;
+        const auto x = random_rows(rows, 2 * k), weight = random_rows(1, k);
+        Input a(rows, k, bits, group), b(rows, k, bits, group), c(rows, k, bits * 2, group),
+            d(rows, k, bits * 2, group);
+        t.rms_norm({x.data(), weight.data(), 1e-5f, a.a, 0, rows});
+        scalar.rms_norm({x.data(), weight.data(), 1e-5f, b.a, 0, rows});
+        const std::string what = std::string(t.name) + " k " + std::to_string(k);
+        expect(same(a.f.copy(), b.f.copy()) && same(a.q.copy(), b.q.copy()) && same(a.gsum.copy(), b.gsum.copy()) &&
+                   same(a.scale.copy(), b.scale.copy()) && same(a.nsum.copy(), b.nsum.copy()),
+               what + " rms_norm");
+        t.silu_mul({x.data(), c.a, 0, rows, 0, k});
+        scalar.silu_mul({x.data(), d.a, 0, rows, 0, k});
+        expect(same(c.f.copy(), d.f.copy()) && same(c.q.copy(), d.q.copy()), what + " silu_mul");
+        const ArgmaxResult p = t.argmax(x.data(), k), q = scalar.argmax(x.data(), k);
+        expect(p.index == q.index && p.value == q.value, what + " argmax");
+    }
+}
+
+std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int dim, int length, int rows, bool split,
+                                 std::vector<float> qkv) {
+    const int n_blocks = (length + rows + kBlockSlots - 1) / kBlockSlots, layers = 2;
+    KvPool pool;
+    pool.n_blocks = n_blocks, pool.n_layers = layers, pool.n_kv = kv, pool.head_dim = dim;
+    Aligned<uint8_t> memory(pool.block_bytes() * n_blocks);
+    std::memset(memory.data(), 0xff, pool.block_bytes() * n_blocks);  // NaN wherever nothing was written
+    pool.base = memory.data();
+    std::vector<int32_t> blocks;
+    for (int i = 0; i < n_blocks; i++) blocks.push_back(n_blocks - 1 - i);
+    const int half = dim / 2, total = length + rows;
+    std::vector<double> freq;
+    for (int i = 0; i < half; i++) freq.push_back(std::pow(10000.0, -2.0 * i / dim));
+    Aligned<float> table(static_cast<size_t>(total) * 2 * half);
+    t.rope_table({freq.data(), half, 0, table.data(), 0, total});
+    // The last `rows` rows are the step's; the ones before only fill the cache.
+    t.rope_kv({qkv.data(), table.data(), half, heads, kv, dim, 1, 0.3f, &pool, blocks.data(), 0, 0, total});
+    const size_t ld = static_cast<size_t>(heads + 2 * kv) * dim;
+    const int parts = (total + kPartSlots - 1) / kPartSlots;
+    Aligned<float> out(static_cast<size_t>(rows) * heads * dim), scratch(attention_scratch(heads, kv, dim));
+    Aligned<float> partial(split ? static_cast<size_t>(rows) * heads * parts * (pool.padded_dim() + 16) : 1);
+    AttentionArgs a{};
+    a.q = qkv.data() + length * ld, a.ldq = ld, a.n_heads = heads, a.layer = 1, a.kv = &pool, a.blocks = blocks.data();
+    a.length = length, a.n_parts = parts, a.out = out.data(), a.scratch = scratch.data();
+    a.partial = split ? partial.data() : nullptr;
+    for (int h = 0; h < kv; h++) {
+        a.kv_head = h;
+        if (split) {
+            a.r0 = 0, a.r1 = rows;
+            for (a.p0 = 0; a.p0 < parts; a.p0++) a.p1 = a.p0 + 1, t.attention(a);
+        } else {
+            a.p0 = 0, a.p1 = parts;
+            for (a.r0 = 0; a.r0 < rows; a.r0 += kAttentionRows)
+                a.r1 = std::min(rows, a.r0 + kAttentionRows), t.attention(a);
+        }
+    }
+    if (split) a.r0 = 0, a.r1 = rows, t.attention_merge(a);
+    return out.copy();
+}
+
+void test_attention(const KernelTable& t, const KernelTable& scalar) {
+    const int shapes[][3] = {{9, 3, 64}, {2, 2, 128}, {8, 1, 24}, {3, 1, 10}};
+    for (const auto& s : shapes)
+        for (int length : {0, 5, 250, 600}) {
+            const int rows = uniform(1, 13);
+            const auto qkv = random_rows(length + rows, (s[0] + 2 * s[1]) * s[2]);
+            const auto expected = run_attention(scalar, s[0], s[1], s[2], length, rows, false, qkv);
+            const std::string what =
+                std::string(t.name) + " attention dim " + std::to_string(s[2]) + " length " + std::to_string(length);
+            for (float v : expected) expect(std::isfinite(v), what + " finite");
+            expect(same(run_attention(t, s[0], s[1], s[2], length, rows, false, qkv), expected), what);
+            expect(same(run_attention(t, s[0], s[1], s[2], length, rows, true, qkv), expected), what + " split");
+        }
+}
+
+// Programs on more threads than there are cores, called from several threads; many come and go.
+void test_threads() {
+    Weights big(WeightKind::kW4, Meta::kZero4, 700, 96, 32), head(WeightKind::kW8, Meta::kSym, 900, 96, 32);
+    const auto x = random_rows(8, 96);
+    std::vector<int32_t> expected;
+    for (int threads : {1, 2, 4}) {
+        for (int round = 0; round < 6; round++) {
+            Program p(supported_isas().front(), threads, 8);
+            float* in = p.floats(96);
+            std::memcpy(in, x.data(), x.size() * sizeof(float));
+            Activations* q = p.activations(96, false, 8, 32);
+            p.quantize(in, nullptr, q, false);
+            float* y = p.floats(700);
+            p.linear({{&big.w, q, 0}}, y, 700, nullptr);
+            p.lm_head(&head.w, q);
+            auto call = [&] {
+                for (int i = 0; i < 40; i++) {
+                    std::vector<int32_t> ids(8), zero(8), best(8);
+                    StepState s;
+                    s.rows = 8, s.ids = zero.data(), s.greedy = best.data();
+                    p.run(s);
+                    if (expected.empty()) expected = best;
+                    expect(best == expected, "greedy ids on " + std::to_string(threads) + " threads");
+                }
+            };
+            if (expected.empty()) call();
+            std::vector<std::thread> callers;
+            for (int c = 0; c < 3; c++) callers.emplace_back(call);
+            for (auto& c : callers) c.join();
+        }
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const std::string what = argc > 1 ? argv[1] : "kernels";
+    if (what == "threads") {
+        test_threads();
+    } else {
+        const KernelTable& scalar = kernels_for(IsaKind::kScalar);
+        for (IsaKind isa : supported_isas()) {
+            const KernelTable& t = kernels_for(isa);
+            std::printf("%s\n", t.name);
+            test_linear(t, scalar);
+            test_rows(t, scalar);
+            test_attention(t, scalar);
+        }
+    }
+    std::printf("%s\n", failures ? "failed" : "passed");
+    return failures ? 1 : 0;
+}
