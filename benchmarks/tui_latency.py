@@ -200,7 +200,7 @@ async def blocked(text: str) -> tuple[float, float]:
         app.chat.composer.text = "go"
         await pilot.press("enter")
         await said.wait()
-        await asyncio.sleep(0.5)
+        await app.workers.wait_for_complete()  # parser and highlighter are loaded, as after any model's load
         watch = asyncio.create_task(probe())
         began = time.perf_counter()
         engine.on_event(Began(""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 import time
@@ -94,6 +95,9 @@ class ChatApp(App[None]):
             await super().on_event(event)
 
     async def _begin(self) -> None:
+        # What is loaded stays: the collector need not look at it again, in the middle of an answer.
+        gc.freeze()
+        gc.set_threshold(1000, 10, 50)
         self.chat.composer.input.focus()
         self.call_later(self._type_early_keys)
         loop = asyncio.get_running_loop()

@@ -60,6 +60,7 @@ class Turn(Lines, can_focus=True):
         self._n_sealed = 0
         self._cache: list[Line] | None = None
         self._painted = -1
+        self._again = False
         if message.role == "assistant":
             self._take()
             if message.finish_reason is not None:
@@ -96,9 +97,16 @@ class Turn(Lines, can_focus=True):
 
     def advance(self) -> None:
         """Work on the layout; come back when it takes longer than a slice."""
-        if not self.document.advance(SLICE):
-            self.set_timer(0.01, self.advance)
+        self._again = False
+        done = self.document.advance(SLICE)
         self.changed()
+        if not done:
+            self._come_back()
+
+    def _come_back(self) -> None:
+        if not self._again:
+            self._again = True
+            self.set_timer(0.01, self.advance)
 
     def changed(self) -> None:
         """Paint again, and make room if it is higher now."""
@@ -127,11 +135,15 @@ class Turn(Lines, can_focus=True):
         return self._cache
 
     def _answer_lines(self, width: int) -> list[Line]:
-        for leaf in self.document.sealed[self._n_sealed :]:
-            self._sealed += leaf.lines(width)
-        self._n_sealed = len(self.document.sealed)
+        until = time.perf_counter() + SLICE
+        while more := self._n_sealed < len(self.document.sealed):
+            self._sealed += self.document.sealed[self._n_sealed].lines(width)
+            self._n_sealed += 1
+            if time.perf_counter() > until:
+                self._come_back()
+                break
         out = self._thought_lines(width) + self._sealed
-        for leaf in self.document.live:
+        for leaf in self.document.live if not more else ():
             out += leaf.lines(width)
         if self.waiting:
             out.append([(self.waiting, "faint")])
