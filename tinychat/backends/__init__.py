@@ -59,7 +59,7 @@ class Backend(Protocol):
         ...
 
     def step_greedy(self, step: Step) -> np.ndarray:
-        """Like `step`, but only the argmax of each asked row (lowest id on a tie): int32 [T - logits_from]."""
+        """Like `step`, but the argmax of each asked row (lowest id on a tie): int32 [T - logits_from]."""
         ...
 
     def close(self) -> None:
