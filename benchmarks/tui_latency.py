@@ -37,7 +37,7 @@ from types import SimpleNamespace
 import psutil
 
 PROMPT = "Write a long story about a fox, a river and a mill. Take your time and describe everything."
-TOKENS = 400
+TOKENS = 300
 TINYCHAT = [sys.executable, "-m", "tinychat"]
 
 
@@ -52,7 +52,7 @@ class Screen:
             os.execv(TINYCHAT[0], [*TINYCHAT, *arguments])
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
 
-    def read(self, until: str, seconds: float = 120) -> float:
+    def read(self, until: str, seconds: float = 300) -> float:
         """Read what is painted until that text is among it; the time it took from now."""
         began, seen = time.perf_counter(), b""
         wanted = until.encode()

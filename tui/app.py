@@ -36,7 +36,7 @@ class ChatApp(App[None]):
     ENABLE_COMMAND_PALETTE = True
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "quit", "leave", priority=True),
-        Binding("ctrl+c", "copy_or_quit", "copy what is selected; twice: leave", show=False),
+        Binding("ctrl+c", "copy_or_quit", "copy what is selected; twice: leave", priority=True),
         Binding("ctrl+p", "command_palette", "everything, by name", priority=True),
     ]
 
@@ -190,7 +190,7 @@ class ChatApp(App[None]):
         """ctrl+c: copy the selection, else say how to leave; twice leaves."""
         from tinychat.tui import clipboard
 
-        if text := self.screen.get_selected_text():
+        if text := self.screen.get_selected_text() or getattr(self.focused, "selected_text", ""):
             clipboard.copy(self, text)
             self.screen.clear_selection()
             self.chat.say("Copied.")

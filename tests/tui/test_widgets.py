@@ -416,3 +416,50 @@ async def test_no_color_is_respected(store, monkeypatch):
                 for colour in (segment.style.color, segment.style.bgcolor) if segment.style else ():
                     if colour is not None and colour.triplet is not None:
                         assert len(set(colour.triplet)) == 1  # grey
+
+
+async def test_control_c_copies_stops_and_leaves(store, monkeypatch):
+    copied = []
+    monkeypatch.setattr(clipboard, "copy", lambda app, text: copied.append(text))
+    app = make_app(store, Script("words words", hang=True))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await say(pilot, "question")
+        await wait_until(pilot, lambda: "words words" in screen_text(app))
+        app.chat.composer.text = "typed"
+        app.chat.composer.input.select_all()
+        await pilot.press("ctrl+c")
+        assert copied == ["typed"]
+        app.chat.composer.text = ""
+        await pilot.press("ctrl+c")
+        await answered(pilot)
+        await wait_until(pilot, lambda: "ctrl+c again to leave" in screen_text(app))
+        await pilot.press("ctrl+c")
+    assert app.return_code == 130
+
+
+async def test_text_is_selected_with_the_mouse(store, monkeypatch):
+    copied = []
+    monkeypatch.setattr(clipboard, "copy", lambda app, text: copied.append(text))
+    app = make_app(store, "Some **bold** words.\n\nAnd more.")
+    async with app.run_test(size=(100, 30)) as pilot:
+        await say(pilot, "question")
+        await answered(pilot)
+        await pilot.mouse_down("Turn.assistant", offset=(2, 0))
+        await pilot.hover("Turn.assistant", offset=(11, 0))
+        await pilot.mouse_up("Turn.assistant", offset=(11, 0))
+        await pilot.press("ctrl+c")
+        assert len(copied) == 1
+        assert "bold" in copied[0] or "Some" in copied[0]
+
+
+async def test_a_model_chosen_while_another_loads_is_the_one_that_is_ready(store):
+    app = make_app(store, loads=False)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await say(pilot, "/model other")
+        await wait_until(pilot, lambda: app.engine.loaded == ["demo", "other"])
+        app.engine.loads = True
+        app.engine.load("demo", {})
+        await pilot.pause(0.1)
+        assert not app.chat.ready
+        app.engine.load("other", {})
+        await wait_until(pilot, lambda: app.chat.ready)

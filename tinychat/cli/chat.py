@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     chat = chosen(store, o["latest"], o["resume"]) if resumed else None
     if chat is not None and not given("model"):
         model = chat.model
-    if text is None and not o["plain"]:
+    if text is None and not o["plain"] and os.environ.get("TERM") != "dumb":
         from tinychat.tui.first_frame import first_frame
 
         with first_frame():

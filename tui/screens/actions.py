@@ -174,7 +174,7 @@ class ChatActions:
         self._stored_chat()
         self.conversation.chat.title = rest
         self.app.store.update(self.conversation.chat.id, title=rest)
-        self._refill()
+        self.refill()
 
     async def command_delete(self: ChatScreen, rest: str) -> None:
         await self.delete_chat(self._stored_chat())
@@ -189,7 +189,7 @@ class ChatActions:
         self.deleted = chat_id
         if here:
             await self.action_new_chat()
-        self._refill()
+        self.refill()
         self.say(f"Deleted “{title}”. /undo brings it back.")
 
     async def command_undo(self: ChatScreen, rest: str = "") -> None:
@@ -197,7 +197,7 @@ class ChatActions:
             raise UsageError("Nothing was deleted here.", "/resume lists the chats.")
         self.app.store.restore(self.deleted)
         chat_id, self.deleted = self.deleted, None
-        self._refill()
+        self.refill()
         self.say("")
         if not self.conversation.chat.id:
             await self.on_open_chat(messages.OpenChat(chat_id))
@@ -281,10 +281,6 @@ class ChatActions:
             raise UsageError("This chat is still empty.", "Say something first.")
         return self.conversation.chat.id
 
-    def _refill(self: ChatScreen) -> None:
-        if self.sidebar is not None:
-            self.sidebar.fill()
-
     # Messages
 
     async def on_turn_action(self: ChatScreen, message: messages.TurnAction) -> None:
@@ -350,7 +346,7 @@ class ChatActions:
             self.app.store.update(chat_id, title=title.strip())
             if chat_id == self.conversation.chat.id:
                 self.conversation.chat.title = title.strip()
-            self._refill()
+            self.refill()
 
     async def on_attached(self: ChatScreen, message: messages.Attached) -> None:
         """Count the tokens of what is attached, as soon as the engine can."""
@@ -381,7 +377,7 @@ class ChatActions:
             shown = self.sidebar.display = not self.sidebar.display
         self.set_class(shown, "with-sidebar")
         if shown:
-            self.sidebar.fill()
+            self.refill()
             self.sidebar.query_one("#search").focus()
         else:
             self.composer.input.focus()

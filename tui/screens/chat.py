@@ -135,6 +135,12 @@ class ChatScreen(ChatActions, Screen[None]):
         """Say what is wrong and what to do."""
         self.say(f"{e.what} {e.todo}", error=True)
 
+    def refill(self) -> None:
+        """Show the list of chats as it is now, if it is open."""
+        if self.sidebar is not None and self.sidebar.display:
+            self.sidebar.current = self.conversation.chat.id
+            self.sidebar.fill()
+
     def _history(self) -> list[str]:
         return self.app.store.said()
 
@@ -155,9 +161,7 @@ class ChatScreen(ChatActions, Screen[None]):
         self.editing = self.question = None
         self.say("")
         await self.show_conversation()
-        if self.sidebar is not None:
-            self.sidebar.current = conversation.chat.id
-            self.sidebar.fill()
+        self.refill()
         self.composer.input.focus()
 
     # Saying something
@@ -202,9 +206,7 @@ class ChatScreen(ChatActions, Screen[None]):
         self._watch()
         if self.ready:
             self._ask()
-        if self.sidebar is not None:
-            self.sidebar.current = self.conversation.chat.id
-            self.sidebar.fill()
+        self.refill()
 
     def _ask(self) -> None:
         c = self.conversation
@@ -335,8 +337,7 @@ class ChatScreen(ChatActions, Screen[None]):
             used=self.conversation.tokens_used(),
             **_status_of(m),
         )
-        if self.sidebar is not None:
-            self.sidebar.fill()
+        self.refill()
 
     def _loading(self, event: Loading) -> None:
         text = event.what
@@ -352,6 +353,8 @@ class ChatScreen(ChatActions, Screen[None]):
         self.status.tell(state=text)
 
     def _loaded(self, event: Loaded) -> None:
+        if event.facts.get("model", self.model) != self.model:
+            return  # another one was chosen meanwhile, and is next
         self.ready, self.facts, self.defaults = True, event.facts, event.sampling
         f = event.facts
         self.status.tell(
