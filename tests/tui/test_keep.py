@@ -1,0 +1,94 @@
+"""Conversations of the plain REPL and of one-shot commands in the store, and back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_model
+
+from tinychat.keep import Keeper
+from tinychat.store import ChatLockedError, ChatStore
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def listen(events):
+    return [e for e in events][-1].completion
+
+
+def test_a_resumed_session_has_the_same_tree_and_ids_and_goes_on(store, model):
+    session = model.session("Be brief.", seed=1, max_tokens=6)
+    keeper = Keeper(store, session)
+    keeper.keep(session)
+    assert store.chats() == []  # nothing was said yet
+    listen(session.send("hi"))
+    keeper.keep(session)
+    listen(session.regenerate())
+    keeper.keep(session)
+    with pytest.raises(ChatLockedError):
+        Keeper(store, model.session(), store.latest())
+    keeper.close()
+
+    again = model.session(seed=1, max_tokens=6)
+    resumed = Keeper(store, again, store.latest())
+    assert [vars(n) for n in again.nodes] == [vars(n) for n in session.nodes]
+    assert (again.leaf, again.system) == (session.leaf, "Be brief.")
+    assert listen(again.send("more")).token_ids == listen(session.send("more")).token_ids
+    resumed.keep(again)
+    assert len(store.messages(1)) == 5
+    assert store.chat(1).messages == 5
+    resumed.close()
+
+
+def test_another_session_is_another_chat(store, model):
+    first, second = model.session(max_tokens=2), model.session(max_tokens=2)
+    keeper = Keeper(store, first)
+    listen(first.send("one"))
+    keeper.keep(first)
+    listen(second.send("two"))
+    keeper.keep(second)
+    assert [c.title for c in store.chats()] == ["two", "one"]
+
+
+def test_ids_of_another_model_are_not_taken_over(store, model):
+    session = model.session(max_tokens=3)
+    keeper = Keeper(store, session)
+    listen(session.send("hi"))
+    keeper.keep(session)
+    keeper.close()
+    store._db.execute("UPDATE messages SET model = 'other' WHERE role = 'assistant'")
+    again = model.session()
+    Keeper(store, again, store.latest()).close()
+    assert again.nodes[1].content == session.nodes[1].content
+    assert again.nodes[1].ids == again.nodes[1].prompt_ids == []
+
+
+def test_one_answer_alone_is_not_kept_and_a_continued_chat_is(tmp_path, demo_gguf, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
+
+    def tinychat(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "tinychat", *arguments],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=True,
+        ).stdout
+
+    short = ("--max-tokens", "4", "--temp", "0")
+    tinychat("run", str(demo_gguf), "hi", *short)
+    assert json.loads(tinychat("chats", "--json")) == []
+    tinychat("run", str(demo_gguf), "hello", "-c", *short)
+    tinychat("run", str(demo_gguf), "more", "--resume", "1", *short)
+    (chat,) = json.loads(tinychat("chats", "--json"))
+    assert (chat["id"], chat["messages"], chat["title"]) == (1, 4, "hello")
+    assert "hello" in tinychat("chats", "--export", "1")
+    assert [m.role for m in ChatStore(tmp_path / "chats.db").messages(1)] == ["user", "assistant"] * 2
+    tinychat("chats", "--delete", "1")
+    assert json.loads(tinychat("chats", "--json", "--search", "hello")) == []
