@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import takewhile
 
 import numpy as np
 import pytest
@@ -136,35 +137,40 @@ def test_logits_equal_transformers_over_200_tokens(model, hf):
     assert row_errors.max() <= 1e-4
 
 
-@pytest.mark.parametrize("n", range(len(PROMPTS)))
-def test_greedy_continuations_are_transformers_own_choices(model, hf, n):
-    prompt = model.tokenizer.encode(PROMPTS[n], special=True)
-    *_, done = model.generate(prompt, temperature=0, max_tokens=64)
-    answer = done.completion.token_ids
-    if done.finish_reason == "length":
-        assert len(answer) == 64
-    else:
-        assert done.finish_reason == "stop"
-    # Greedy decoding by induction: each token is the argmax of transformers' logits after those before it.
-    choices = their_logits(hf, prompt + answer).argmax(axis=1)[len(prompt) - 1 :].tolist()
-    assert answer == choices[:-1]
-    if done.finish_reason == "stop":
-        assert choices[-1] in model.tokenizer.eos_ids
-
-
-@pytest.mark.parametrize("n", [0, 6])
-def test_greedy_continuations_equal_transformers_generate(model, hf, n):
-    prompt = model.tokenizer.encode(PROMPTS[n], special=True)
-    *_, done = model.generate(prompt, temperature=0, max_tokens=64)
-    theirs = hf.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+@pytest.fixture(scope="module")
+def continuations(model, hf):
+    """(prompt, greedy continuation of 64 tokens or up to the end of the turn) by transformers' generate."""
+    prompts = [model.tokenizer.encode(p, special=True) for p in PROMPTS]
+    longest = max(map(len, prompts))
+    ends = model.tokenizer.eos_ids
+    rows = hf.generate(
+        torch.tensor([[0] * (longest - len(p)) + p for p in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
         max_new_tokens=64,
         do_sample=False,
-        eos_token_id=sorted(model.tokenizer.eos_ids),
-        pad_token_id=0,
-    )[0, len(prompt) :].tolist()
-    assert done.completion.token_ids == [i for i in theirs if i not in model.tokenizer.eos_ids]
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends),
+    )[:, longest:].tolist()
+    return [(p, list(takewhile(lambda i: i not in ends, row))) for p, row in zip(prompts, rows, strict=True)]
+
+
+@pytest.mark.parametrize("n", range(len(PROMPTS)))
+def test_greedy_choices_equal_transformers_generate(model, continuations, n):
+    # Greedy decoding by induction: every next token of transformers' is the argmax of our logits.
+    prompt, theirs = continuations[n]
+    choices = model.logits(prompt + theirs).argmax(axis=1)[len(prompt) - 1 :].tolist()
+    assert choices[:-1] == theirs
+    assert len(theirs) == 64 or choices[-1] in model.tokenizer.eos_ids
+
+
+@pytest.mark.parametrize(
+    "n", [n if n in (0, 6) else pytest.param(n, marks=pytest.mark.slow) for n in range(10)]
+)
+def test_greedy_generation_equals_transformers_generate(model, continuations, n):
+    prompt, theirs = continuations[n]
+    *_, done = model.generate(prompt, temperature=0, max_tokens=64)
+    assert done.completion.token_ids == theirs
+    assert done.finish_reason == ("length" if len(theirs) == 64 else "stop")
 
 
 def test_perplexity_equals_transformers(model, hf):
