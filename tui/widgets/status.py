@@ -68,7 +68,7 @@ class StatusLine(Lines):
             out.append(((importance, len(out)), (text, style)))
 
         if f.get("model"):
-            add(2, short_name(str(f["model"])), "strong")
+            add(3, short_name(str(f["model"])), "strong")
         if f.get("backend"):
             add(4, f["backend"] + (f" {f['isa']}" if f.get("isa") else ""), "faint")
         if f.get("rate"):
@@ -78,7 +78,7 @@ class StatusLine(Lines):
         if f.get("ctx"):
             used, total = f.get("used", 0), f["ctx"]
             style = "bad" if used > 0.9 * total else "notice" if used > 0.75 * total else "faint"
-            add(3, f"context {used}/{total}", style)
+            add(2, f"context {used}/{total}", style)
         if f.get("kv_bytes"):
             add(8, f"KV {human_size(f['kv_bytes'])}", "faint")
         if f.get("evicted"):
