@@ -331,6 +331,21 @@ main(sys.argv[1:])
     )
 
 
+def test_ctrl_c_while_the_program_imports_itself(here):
+    code = """
+import os, runpy, signal, sys
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+runpy.run_module("tinychat", run_name="__main__")
+"""
+    for module in ("click", "tinychat.cli.reports"):
+        out = subprocess.run([sys.executable, "-c", code, "list", module], capture_output=True, timeout=60)
+        assert (out.returncode, out.stdout, out.stderr) == (130, b"", b"")
+
+
 def test_ctrl_c_while_loading(folder, here):
     for where in ("tinychat.model:open_checkpoint", "tinychat.model:Model.__init__"):
         out = interrupted(folder, where)

@@ -75,7 +75,7 @@ def test_the_metadata_names_the_command_and_the_license(wheel):
     with zipfile.ZipFile(wheel) as z:
         (info,) = {n.split("/")[0] for n in z.namelist() if ".dist-info/" in n}
         metadata = z.read(f"{info}/METADATA").decode()
-        assert "tinychat = tinychat.cli.main:main" in z.read(f"{info}/entry_points.txt").decode()
+        assert "tinychat = tinychat.__main__:main" in z.read(f"{info}/entry_points.txt").decode()
         assert any("LICENSE" in n for n in z.namelist())
     assert "Requires-Python: >=3.10" in metadata
     assert "Name: tinychat\n" in metadata
@@ -103,7 +103,7 @@ def test_it_imports_from_outside_the_repository(installed, tmp_path):
 
 
 def test_the_installed_command_says_its_version(installed, tmp_path):
-    code = "from tinychat.cli.main import main; main(['--version'])"
+    code = "import sys; sys.argv[1:] = ['--version']; from tinychat.__main__ import main; main()"
     out = python(code, installed, sysconfig.get_paths()["purelib"], cwd=tmp_path)
     assert out.stdout.strip() == "tinychat, version 0.1.0"
 

@@ -1,5 +1,14 @@
-"""`python -m tinychat`."""
+"""`tinychat` and `python -m tinychat`: Ctrl+C ends the program quietly while it is still importing itself."""
 
-from tinychat.cli.main import main
 
-main()
+def main() -> None:
+    """The command line."""
+    try:
+        from tinychat.cli.main import main as run
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    run()
+
+
+if __name__ == "__main__":
+    main()
