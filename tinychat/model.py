@@ -61,6 +61,12 @@ def load(
     from tinychat.hub import store
 
     policy = WeightPolicy(quantize, head_bits)
+    if threads is not None and not 1 <= threads <= 1024:
+        raise UsageError(f"threads is {threads}.", "Use 1 or more, up to the cores you have.")
+    if act_bits not in (None, 8, 16):
+        raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
+    if draft_tokens is not None and not 0 <= draft_tokens <= 15:
+        raise UsageError(f"draft_tokens is {draft_tokens}.", "Use 0 to 15.")
     path = store.resolve(str(model), offline=offline)
     checkpoint = open_checkpoint(path)
     if ctx is not None and not 1 <= ctx <= checkpoint.config.context_length:
@@ -68,10 +74,6 @@ def load(
             f"A context of {ctx} tokens is outside what the model was trained for.",
             f"Use --ctx 1 to {checkpoint.config.context_length}.",
         )
-    if threads is not None and not 1 <= threads <= 1024:
-        raise UsageError(f"threads is {threads}.", "Use 1 or more, up to the cores you have.")
-    if act_bits not in (None, 8, 16):
-        raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
     backend = make_backend(checkpoint, policy, device, threads, act_bits)
     loaded = Model(checkpoint, backend, str(model), ctx, policy)
     loaded.draft_tokens = draft_tokens
