@@ -170,7 +170,9 @@ void Program::work(int thread) {
             Range& range = ranges_[(thread + v) % threads];
             for (int chunk; claim(range, turn, &chunk); mine++) ops_[current_]->run(step_, chunk, thread);
         }
-        if (mine && done_.fetch_add(mine, std::memory_order_acq_rel) + mine == total_) {
+        // total_ belongs to this op only until these chunks are counted: then another thread may deal out the next op.
+        const int total = mine ? total_ : 0;
+        if (mine && done_.fetch_add(mine, std::memory_order_acq_rel) + mine == total) {
             note_time();
             advance(thread, turn + 1);
             gate_.open(++turn);

@@ -11,8 +11,8 @@
 
 namespace tinychat {
 
-// Elements that make a piece of row work worth a thread: about a microsecond.
-constexpr int kRowWork = 8192;
+// Elements that make a piece of row work worth a thread: a microsecond or two against a barrier of half of one.
+constexpr int kRowWork = 2048;
 
 // Rows in pieces of at least kRowWork elements.
 inline int row_piece(int cols) { return std::max(1, kRowWork / std::max(1, cols)); }
