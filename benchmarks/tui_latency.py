@@ -181,8 +181,8 @@ async def blocked(text: str) -> tuple[float, float]:
         said.set()
 
     engine = SimpleNamespace(
-        on_event=None, pid=None, start=nothing, close=nothing, count=nothing, models=nothing, limits=nothing, answer=answer,
-        cancel=lambda: None, load=lambda *_: engine.on_event(Loaded({"ctx": 32768})),
+        on_event=None, pid=None, start=nothing, close=nothing, count=nothing, models=nothing, limits=nothing,
+        answer=answer, cancel=lambda: None, load=lambda *_: engine.on_event(Loaded({"ctx": 32768})),
     )  # fmt: skip
     folder = tempfile.TemporaryDirectory()
     store = ChatStore(Path(folder.name) / "chats.db")

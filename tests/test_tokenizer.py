@@ -1,4 +1,4 @@
-"""Encoding, decoding and streaming, with the demo model's byte-level vocabulary and a small SentencePiece one."""
+"""Encoding, decoding and streaming, with the demo model's vocabulary and a small SentencePiece one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from golden import GOLDEN, sentencepiece_fields
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.formats.test_gguf_tokenizer import GOLDEN, sentencepiece_fields
+
 from tinychat.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats.gguf import GGUFFile
 from tinychat.formats.gguf_tokenizer import from_gguf

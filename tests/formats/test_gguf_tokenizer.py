@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
+from golden import GOLDEN, sentencepiece_fields
 
 from tinychat.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats.gguf import GGUFFile
 from tinychat.formats.gguf_tokenizer import from_gguf
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "llama_cpp_tokens.json").read_text())
-
 
 @pytest.fixture(scope="module")
 def fields(demo_gguf):
     return GGUFFile(demo_gguf).fields
-
-
-def sentencepiece_fields() -> dict:
-    spm = GOLDEN["sentencepiece"]
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": spm["tokens"],
-        "tokenizer.ggml.token_type": spm["types"],
-        "tokenizer.ggml.scores": spm["scores"],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
 
 
 def differences(tokenizer, expected, special):

@@ -48,10 +48,10 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     kind = fields.get("tokenizer.ggml.model")
     tokens = _strings(fields, "tokenizer.ggml.tokens")
     types = fields.get("tokenizer.ggml.token_type")
-    types = [1] * len(tokens) if types is None else types
-    if not isinstance(types, list):
-        raise _damaged("has token types that are not a list")
-    types = list(types)
+    try:
+        types = [1] * len(tokens) if types is None else list(types)
+    except TypeError:
+        raise _damaged("has token types that are not a list") from None
     if not tokens or len(types) != len(tokens):
         raise _damaged(f"has {len(tokens)} tokens and {len(types)} token types")
     vocab = {t: i for i, t in enumerate(tokens)}
