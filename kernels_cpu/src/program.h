@@ -46,6 +46,12 @@ class Op {
     // Pieces of work in this step; they run in any order on any thread. One piece runs without waking anybody.
     virtual int chunks(const StepState& s, int threads) = 0;
     virtual void run(const StepState& s, int chunk, int thread) = 0;
+    // Where the thread's own share of the weights begins, and how many bytes its first piece has; false without
+    // weights.
+    virtual bool weights_of(const StepState& /*s*/, int /*thread*/, int /*threads*/, const uint8_t** /*p*/,
+                            size_t* /*n*/) const {
+        return false;
+    }
     // Called before the step starts, on one thread: the place to grow buffers.
     virtual void reserve(const StepState& /*s*/, int /*threads*/) {}
 };
@@ -101,6 +107,7 @@ class Program : private Job {
     void work(int thread) override;
     void advance(int thread, uint32_t turn);
     void note_time();
+    void fetch_ahead(size_t after, int thread, uint32_t turn);
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
 
     const KernelTable& k_;

@@ -118,10 +118,21 @@ class LinearOp : public Op {
     const char* name() const override { return "linear"; }
     int chunks(const StepState& s, int threads) override {
         rows_ = s.rows;
-        piece_ = std::max(1, tiles_ / (threads * 8));
-        // Prefill: the chunk's weights stay in L2 while panels of rows pass over them.
-        if (s.rows > 2 * kRowBlock) piece_ = std::min(piece_, 8);
+        piece_ = piece(s, threads);
         return pieces(tiles_, piece_);
+    }
+    bool weights_of(const StepState& s, int thread, int threads, const uint8_t** p, size_t* n) const override {
+        const int size = piece(s, threads);
+        int tile = static_cast<int>(static_cast<long long>(pieces(tiles_, size)) * thread / threads) * size;
+        for (const auto& part : parts_) {
+            if (tile < part.w->tiles()) {
+                *p = part.w->data + tile * part.w->tile_bytes();
+                *n = std::min(size, part.w->tiles() - tile) * part.w->tile_bytes();
+                return true;
+            }
+            tile -= part.w->tiles();
+        }
+        return false;
     }
     void run(const StepState&, int c, int) override {
         int t0 = c * piece_, t1 = std::min(tiles_, t0 + piece_);
@@ -135,6 +146,11 @@ class LinearOp : public Op {
     }
 
   private:
+    int piece(const StepState& s, int threads) const {
+        const int size = std::max(1, tiles_ / (threads * 8));
+        // Prefill: the chunk's weights stay in L2 while panels of rows pass over them.
+        return s.rows > 2 * kRowBlock ? std::min(size, 8) : size;
+    }
     const KernelTable& k_;
     std::vector<LinearPart> parts_;
     float* y_;
@@ -273,10 +289,17 @@ class LmHeadOp : public Op {
         best_.resize(static_cast<size_t>(s.logit_rows()) * pieces(w_->tiles(), piece_));
     }
     int chunks(const StepState& s, int threads) override {
-        piece_ = std::max(1, w_->tiles() / (threads * 16));
-        if (s.logit_rows() > 2 * kRowBlock) piece_ = std::min(piece_, 8);
+        piece_ = piece(s, threads);
         chunks_ = s.logit_rows() ? pieces(w_->tiles(), piece_) : 0;
         return chunks_;
+    }
+    bool weights_of(const StepState& s, int thread, int threads, const uint8_t** p, size_t* n) const override {
+        if (!s.logit_rows()) return false;
+        const int size = piece(s, threads), count = pieces(w_->tiles(), size);
+        const int tile = static_cast<int>(static_cast<long long>(count) * thread / threads) * size;
+        *p = w_->data + tile * w_->tile_bytes();
+        *n = std::min(size, w_->tiles() - tile) * w_->tile_bytes();
+        return true;
     }
     void run(const StepState& s, int c, int thread) override {
         const int t0 = c * piece_, t1 = std::min(w_->tiles(), t0 + piece_), rows = s.logit_rows();
@@ -295,6 +318,10 @@ class LmHeadOp : public Op {
     }
 
   private:
+    int piece(const StepState& s, int threads) const {
+        const int size = std::max(1, w_->tiles() / (threads * 16));
+        return s.logit_rows() > 2 * kRowBlock ? std::min(size, 8) : size;
+    }
     void best_of(int c, int t0, int t1, int rows, float* scratch) {
         constexpr int kTiles = kCols / kTile;
         for (int r = 0; r < rows; r += kRows) {

@@ -1,0 +1,85 @@
+"""The C++ test binary: NEON under qemu, and everything under the sanitizers."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOM = Path(__file__).resolve().parents[2] / "kernels_cpu"
+COMMON = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-w", "-pthread"]
+X86_FLAGS = {
+    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "isa_avx512": [
+        *["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw"],
+        *["-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    ],
+}
+
+
+def build(folder: Path, compiler: str, flags: list[str], isa_flags: dict[str, list[str]]) -> Path:
+    """The test binary, its translation units compiled side by side."""
+    sources = [ROOM / "test" / "main.cpp"]
+    for f in sorted((ROOM / "src").glob("*.cpp")):
+        if f.stem != "module" and (
+            not f.stem.startswith("isa_") or f.stem == "isa_scalar" or f.stem in isa_flags
+        ):
+            sources.append(f)
+    running, objects = [], []
+    for s in sources:
+        o = folder / f"{s.stem}.o"
+        command = [
+            compiler,
+            *COMMON,
+            *flags,
+            *isa_flags.get(s.stem, []),
+            "-I",
+            str(ROOM / "src"),
+            "-c",
+            str(s),
+            "-o",
+            str(o),
+        ]
+        running.append(subprocess.Popen(command))
+        objects.append(str(o))
+    assert all(p.wait() == 0 for p in running)
+    binary = folder / "kernels_test"
+    subprocess.run([compiler, *COMMON, *flags, *objects, "-o", str(binary)], check=True)
+    return binary
+
+
+def check(command: list[str]) -> str:
+    r = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert r.returncode == 0, (r.stdout + r.stderr)[-4000:]
+    assert r.stdout.endswith("passed\n")
+    return r.stdout
+
+
+def need(*tools: str) -> None:
+    missing = [t for t in tools if not shutil.which(t)]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}")
+
+
+def test_neon_gives_the_bits_of_the_scalar_kernels(tmp_path):
+    need("aarch64-linux-gnu-g++", "qemu-aarch64")
+    neon = {"isa_neon": ["-march=armv8.2-a+dotprod"]}
+    binary = build(tmp_path, "aarch64-linux-gnu-g++", ["-static"], neon)
+    assert "neon\n" in check(["qemu-aarch64", "-cpu", "max", str(binary), "kernels"])
+    check(["qemu-aarch64", "-cpu", "max", str(binary), "threads"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 machine")
+@pytest.mark.parametrize(
+    ("sanitizer", "parts"), [("address,undefined", ["kernels", "threads"]), ("thread", ["threads"])]
+)
+def test_the_sanitizers_find_nothing(sanitizer, parts, tmp_path):
+    need("g++")
+    flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g1"]
+    binary = build(tmp_path, "g++", flags, X86_FLAGS)
+    for part in parts:
+        check([str(binary), part])
