@@ -28,13 +28,19 @@ void score_part(const AttentionArgs& a, const PairBatch& b, int part, int n_slot
         const int* block = a.blocks + (part * kPartSlots + s) / kBlockSlots;
         const uint16_t* keys = a.kv->keys(block[0], a.layer, a.kv_head);
         const bool more = s + kBlockSlots < n_slots;
+        // Blocks lie far apart, so the hardware does not see the next one coming: its keys into L1, this one's values
+        // into L2, a line for every two dimensions.
         const uint16_t* next = more ? a.kv->keys(block[1], a.layer, a.kv_head) : keys;
+        const uint16_t* values = a.kv->values(block[0], a.layer, a.kv_head);
         for (int h = 0; h < kBlockSlots; h += S::kLanes) {
             F even[P], odd[P];
             for (int p = 0; p < P; p++) even[p] = odd[p] = S::zero();
             int i = 0;
             for (; i + 2 <= d; i += 2) {
-                if (h == 0) S::prefetch(next + i * kBlockSlots);
+                if (h == 0) {
+                    S::prefetch(next + i * kBlockSlots);
+                    __builtin_prefetch(values + i * kBlockSlots, 0, 2);
+                }
                 F k0 = S::load_f16(keys + i * kBlockSlots + h), k1 = S::load_f16(keys + (i + 1) * kBlockSlots + h);
                 for (int p = 0; p < P; p++) {
                     even[p] = S::fma(S::set1(b.q[p][i]), k0, even[p]);
@@ -54,14 +60,20 @@ void score_part(const AttentionArgs& a, const PairBatch& b, int part, int n_slot
 template <class S, int P, int C>
 void weigh_values(const AttentionArgs& a, int part, int n_slots, const float* weights, int d0, float* values, int ld) {
     using F = typename S::F;
-    const int stride = a.kv->padded_dim();
+    const int stride = a.kv->padded_dim(), lines = d0 == 0 ? stride / 32 : 0;
+    const int last = (a.length + a.r1 - 1) / kBlockSlots;
     F acc[P][C];
     for (int p = 0; p < P; p++)
         for (int c = 0; c < C; c++) acc[p][c] = S::zero();
     for (int s = 0; s < n_slots; s += kBlockSlots) {
         const uint16_t* v = a.kv->values(a.blocks[(part * kPartSlots + s) / kBlockSlots], a.layer, a.kv_head) + d0;
         const int end = n_slots - s < kBlockSlots ? n_slots - s : kBlockSlots;
+        // Meanwhile the keys of the part behind this one come into L2: memory must not idle while values are weighed.
+        const int ahead = ((part + 1) * kPartSlots + s) / kBlockSlots;
+        const uint16_t* keys = lines && ahead <= last ? a.kv->keys(a.blocks[ahead], a.layer, a.kv_head) : nullptr;
         for (int j = 0; j < end; j++, v += stride) {
+            if (keys)
+                for (int l = 0; l < lines; l++) __builtin_prefetch(keys + (j * lines + l) * 32, 0, 2);
             F x[C];
             for (int c = 0; c < C; c++) x[c] = S::load_f16(v + c * S::kLanes);
             for (int p = 0; p < P; p++) {
@@ -191,12 +203,12 @@ void attention(const AttentionArgs& a) {
         for (int i = 0; i < pairs; i++) finish_pair<S>(a, state_of(i, 0), a.r0 + i / per_kv, head0 + i % per_kv);
 }
 
-// Rows r0…r1-1: the parts of every head merged in slot order.
+// Rows r0…r1-1 of the query heads of one KV head: their parts merged in slot order.
 template <class S>
 void attention_merge(const AttentionArgs& a) {
-    const int dim = a.kv->padded_dim();
+    const int dim = a.kv->padded_dim(), per_kv = a.n_heads / a.kv->n_kv;
     for (int row = a.r0; row < a.r1; row++)
-        for (int head = 0; head < a.n_heads; head++) {
+        for (int head = a.kv_head * per_kv; head < (a.kv_head + 1) * per_kv; head++) {
             float* first = a.partial + (static_cast<size_t>(row) * a.n_heads + head) * a.n_parts * (dim + kState);
             for (int part = 1; part < a.n_parts; part++) {
                 const float* s = first + static_cast<size_t>(part) * (dim + kState);

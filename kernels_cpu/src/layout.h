@@ -94,7 +94,9 @@ struct KvPool {
     int padded_dim() const { return static_cast<int>(round_up(head_dim, 16)); }
     size_t head_bytes() const { return static_cast<size_t>(kBlockSlots) * padded_dim() * 2; }
     size_t layer_bytes() const { return 2 * n_kv * head_bytes(); }
-    size_t block_bytes() const { return n_layers * layer_bytes(); }
+    // Without the padding a block is often a power of two of bytes: a head's keys of all blocks would then share a few
+    // cache sets and push each other out before they are read.
+    size_t block_bytes() const { return n_layers * layer_bytes() + 33 * 64; }
     uint16_t* keys(int block, int layer, int head) const {
         return reinterpret_cast<uint16_t*>(base + block * block_bytes() + layer * layer_bytes() + head * head_bytes());
     }

@@ -328,6 +328,12 @@ void bind_program(nb::module_& m) {
 
 }  // namespace
 
+size_t kv_block_bytes(int n_layers, int n_kv, int head_dim) {
+    KvPool kv;
+    kv.n_layers = n_layers, kv.n_kv = n_kv, kv.head_dim = head_dim;
+    return kv.block_bytes();
+}
+
 NB_MODULE(_native, m) {
     m.doc() = "C++ SIMD kernels, thread pool and program executor.";
     m.def(
@@ -345,6 +351,8 @@ NB_MODULE(_native, m) {
     m.def("read_bandwidth", &read_bandwidth, nb::arg("threads"), nb::arg("bytes") = size_t{1} << 30,
           nb::arg("rounds") = 5, nb::call_guard<nb::gil_scoped_release>(),
           "Best of `rounds` plain multi-threaded reads, GB/s.");
+    m.def("kv_block_bytes", &kv_block_bytes, "n_layers"_a, "n_kv"_a, "head_dim"_a,
+          "Bytes of one block of 16 slots, all layers, in the pool that `set_kv` takes.");
     bind_packing(m);
     bind_program(m);
 }

@@ -261,13 +261,14 @@ class AttentionMergeOp : public Op {
     AttentionMergeOp(const KernelTable& k, AttentionOp* attention) : k_(k), attention_(attention) {}
     const char* name() const override { return "attention_merge"; }
     int chunks(const StepState& s, int) override {
-        return attention_->split(s) ? (AttentionOp::parts(s) > 8 ? s.rows : 1) : 0;
+        if (!attention_->split(s)) return 0;
+        return AttentionOp::parts(s) > 4 ? s.kv->n_kv : 1;
     }
     void run(const StepState& s, int c, int) override {
         AttentionArgs a = attention_->args(s);
-        const bool each = AttentionOp::parts(s) > 8;
-        a.r0 = each ? c : 0, a.r1 = each ? c + 1 : s.rows;
-        k_.attention_merge(a);
+        const bool each = AttentionOp::parts(s) > 4;
+        a.r0 = 0, a.r1 = s.rows;
+        for (a.kv_head = each ? c : 0; a.kv_head < (each ? c + 1 : s.kv->n_kv); a.kv_head++) k_.attention_merge(a);
     }
 
   private:

@@ -221,7 +221,8 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
                 a.r1 = std::min(rows, a.r0 + kAttentionRows), t.attention(a);
         }
     }
-    if (split) a.r0 = 0, a.r1 = rows, t.attention_merge(a);
+    a.r0 = 0, a.r1 = rows;
+    for (a.kv_head = 0; split && a.kv_head < kv; a.kv_head++) t.attention_merge(a);
     return out.copy();
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from programs import ISAS, Bench
 
-BLOCK = 16
+from tinychat.kernels_cpu import _native
 
 
 class Attention:
@@ -26,7 +26,7 @@ class Attention:
         self.out = self.b.p.floats(heads * dim)
         self.b.p.rope_kv(self.qkv, table, heads, kv, dim, 1)
         self.b.p.attention(self.qkv, heads, kv, dim, 1, self.out)
-        size = 2 * 2 * BLOCK * kv * (-(-dim // 16) * 16) * 2
+        size = _native.kv_block_bytes(2, kv, dim)
         pool = np.frombuffer(mmap.mmap(-1, size * blocks), np.uint8)
         if poison:
             pool[:] = 0xFF  # fp16 NaN everywhere: slots that were never written must not be felt

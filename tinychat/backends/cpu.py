@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinychat import packs
-from tinychat.backends import BLOCK, Step
+from tinychat.backends import Step
 from tinychat.config import ModelConfig, RopeConfig
 from tinychat.errors import TinychatError, UsageError
 from tinychat.formats import Checkpoint
@@ -76,8 +77,7 @@ class CpuBackend:
 
     def kv_bytes_per_block(self) -> int:
         """Bytes of one block of BLOCK slots: fp16 keys and values of all layers."""
-        padded = -(-self.cfg.head_dim // 16) * 16
-        return self.cfg.n_layers * 2 * BLOCK * self.cfg.n_kv_heads * padded * 2
+        return _native.kv_block_bytes(self.cfg.n_layers, self.cfg.n_kv_heads, self.cfg.head_dim)
 
     def allocate_kv(self, n_blocks: int) -> None:
         """Reserve the KV pool; memory is touched only as blocks are used."""
@@ -90,6 +90,8 @@ class CpuBackend:
             raise MemoryBudgetError(
                 f"The KV cache needs {size / 1e9:.1f} GB: {e.strerror}.", "Ask for a smaller --ctx."
             ) from None
+        with contextlib.suppress(OSError, AttributeError):
+            memory.madvise(mmap.MADV_HUGEPAGE)  # attention jumps from block to block: fewer TLB misses
         c = self.cfg
         self._pool = np.frombuffer(memory, np.uint8)
         self._blocks = n_blocks
