@@ -41,7 +41,8 @@ CREATE TABLE IF NOT EXISTS messages (
 CREATE INDEX IF NOT EXISTS messages_by_chat ON messages (chat);
 """
 _FTS = (
-    "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(content, tokenize='unicode61 remove_diacritics 2')"
+    "CREATE VIRTUAL TABLE IF NOT EXISTS words "
+    "USING fts5(content, tokenize='unicode61 remove_diacritics 2', prefix='1 2')"
 )
 
 
@@ -328,27 +329,24 @@ class ChatStore:
         ):
             found[row[0]] = ""
         if self.full_text:
-            query = " ".join(f'"{w}"' for w in words) + "*"
             rows = self._read(
-                f"SELECT messages.chat, snippet(words, 0, '{MARK}', '{UNMARK}', '…', 12) FROM words "
-                "JOIN messages ON messages.id = words.rowid WHERE words MATCH ? "
-                "ORDER BY words.rowid DESC LIMIT ?",
-                query,
+                "SELECT words.rowid, messages.chat FROM words JOIN messages ON messages.id = words.rowid "
+                "WHERE words MATCH ? ORDER BY words.rowid DESC LIMIT ?",
+                " ".join(f'"{w}"' for w in words) + "*",
                 limit * 8,
             )
         else:
-            rows = [
-                (chat, _excerpt(content, text.strip()))
-                for chat, content in self._read(
-                    "SELECT chat, content FROM messages WHERE content LIKE ? ESCAPE '\\' "
-                    "ORDER BY id DESC LIMIT ?",
-                    likeness,
-                    limit * 8,
-                )
-            ]
-        for chat_id, excerpt in rows:
-            if not found.get(chat_id):
-                found[chat_id] = excerpt
+            rows = self._read(
+                "SELECT id, chat FROM messages WHERE content LIKE ? ESCAPE '\\' ORDER BY id DESC LIMIT ?",
+                likeness,
+                limit * 8,
+            )
+        newest: dict[int, int] = {}
+        for message, chat_id in rows:
+            newest.setdefault(chat_id, message)
+        for chat_id, message in list(newest.items())[:limit]:
+            ((content,),) = self._read("SELECT content FROM messages WHERE id = ?", message)
+            found[chat_id] = _excerpt(content, words)
         if not found:
             return []
         marks = ",".join("?" * len(found))
@@ -463,16 +461,13 @@ def _chat(row: tuple) -> Chat:
     return Chat(*row[:4], {}, *row[5:])
 
 
-def _excerpt(content: str, text: str) -> str:
-    at = max(0, content.lower().find(text.lower()))
-    before, found, after = (
-        content[max(0, at - 30) : at],
-        content[at : at + len(text)],
-        content[at + len(text) :],
-    )
-    return (
-        f"{'…' if at > 30 else ''}{before}{MARK}{found}{UNMARK}{after[:40]}{'…' if len(after) > 40 else ''}"
-    )
+def _excerpt(content: str, words: list[str]) -> str:
+    """Some of the text around the first of the words, marked."""
+    match = re.search("|".join(rf"\b{re.escape(w)}" for w in words), content, re.IGNORECASE)
+    start, end = match.span() if match else (0, 0)
+    before, after = content[max(0, start - 30) : start], content[end : end + 60]
+    parts = ["…" if start > 30 else "", before, MARK, content[start:end], UNMARK, after]
+    return "".join(parts) + ("…" if len(content) > end + 60 else "")
 
 
 def _pack(ids: list[int]) -> bytes:

@@ -138,15 +138,15 @@ def test_hostile_text_is_laid_out_in_short_steps(kind):
     d.end()
     longest = 0.0
     while True:
-        began = time.perf_counter()
+        began = time.thread_time()
         done = d.advance(0.0)
-        longest = max(longest, time.perf_counter() - began)
+        longest = max(longest, time.thread_time() - began)
         if done:
             break
     for leaf in d.sealed:
         for line in leaf.lines(80):
             assert width_of(plain(line)) <= 80
-    assert longest < 0.5  # generous: other programs may run; the benchmark measures
+    assert longest < 0.25  # of the processor, which others may slow down; the benchmark measures
 
 
 def test_every_word_survives():

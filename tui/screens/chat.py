@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from tinychat.tui.app import ChatApp
 
 FRAME = 0.08  # seconds between two paintings of a running answer, at least
-SHARE = 0.08  # of the time, at most, goes into painting one
+SLOWEST = 0.4  # at most
+SHARE = 0.06  # of one core's time, at most, goes into painting a running answer
 NARROW = 90
 RESTARTS = 3  # deaths of the engine within a minute after which it is left alone
 
@@ -76,7 +77,8 @@ class ChatScreen(ChatActions, Screen[None]):
         self._asked = 0.0
         self._first: tuple[float, int] | None = None
         self._tokens = 0
-        self._painting = False
+        self._painting = self._heard = False
+        self._painted = self._cpu = 0.0
         self._stopping = False
         self._deaths: list[float] = []
         self._clock = None
@@ -288,26 +290,34 @@ class ChatScreen(ChatActions, Screen[None]):
         turn = self._turn
         if event.thought is not None or turn.thinking:
             turn.thought_tokens = event.thought or event.tokens
+        self._heard = True
         if not self._painting:
             self._painting = True
             self._paint()
 
     def _paint(self) -> None:
         """Show what has come, then leave the machine to the engine for a while."""
-        self._painting = False
         turn = self._turn
         if turn is None:
+            self._painting = False
             return
+        self._heard = False
+        self._painted, self._cpu = time.monotonic(), time.thread_time()
         if turn.running is not None:
             turn.running["tokens"] = self._tokens
-        took = turn.update()
+        turn.update()
         self._painting = True
-        self.set_timer(max(FRAME, took / SHARE), self._paint_if_new)
+        self.set_timer(FRAME, self._paint_if_new)
 
     def _paint_if_new(self) -> None:
-        self._painting = False
         turn = self._turn
-        if turn is not None and turn.running is not None and turn.running.get("tokens") != self._tokens:
+        # All that this thread did since then counts: layout, painting, keys.
+        wait = min(SLOWEST, (time.thread_time() - self._cpu) / SHARE) - (time.monotonic() - self._painted)
+        if turn is not None and wait > 0.01:
+            self.set_timer(wait, self._paint_if_new)
+            return
+        self._painting = False
+        if self._heard:
             self._paint()
 
     async def _finished(self, event: Finished) -> None:
