@@ -88,6 +88,17 @@ def test_idle_threads_use_no_cpu():
     assert time.process_time() - before < 0.05
 
 
+def test_more_threads_than_cores_agree_and_never_hang():
+    x = np.random.default_rng(3).normal(size=(5, 128)).astype(np.float32)
+    b, source, out, w = program(9)
+    b.p.array(source)[:5] = x
+    expected = run_linear([w], x, threads=1)
+    for _ in range(300):  # an op dealt out twice, or a lost wake-up, shows within a few dozen
+        b.p.array(out)[:5] = 0
+        b.run(5)
+        np.testing.assert_array_equal(b.view(out, 5), expected)
+
+
 def test_programs_come_and_go():
     def thread_count():
         with open("/proc/self/status") as f:
