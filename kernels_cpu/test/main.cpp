@@ -28,7 +28,7 @@ void expect(bool ok, const std::string& what) {
 
 template <class T>
 bool same(const std::vector<T>& a, const std::vector<T>& b) {
-    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 // Exactly n values at a 64-byte boundary: one more byte is somebody else's.
