@@ -179,7 +179,7 @@ def test_awq_loses_less_than_rtn_on_held_out_activations():
 
 
 def test_biases_are_carried_through_the_folding(tmp_path, text):
-    from tinychat.quantize.block import BlockQuantizer, Options
+    from tinychat.quantize.block import BlockQuantizer, Options, round_to_nearest
 
     source = TinyCheckpoint()
     f = Forward(source.config, 64)
@@ -190,7 +190,9 @@ def test_biases_are_carried_through_the_folding(tmp_path, text):
     want = f.block(x, w)
     quantized, _, _ = BlockQuantizer(f, Options(group=32))(w, x.clone(), x.clone())
     got = f.block(x, quantized.weights())
-    assert float((got - want).pow(2).mean()) < 0.02 * float((want - x).pow(2).mean())
+    # A bias that folding loses costs as much as the whole output; mere rounding does not.
+    rounded = f.block(x, round_to_nearest(w, 32).weights())
+    assert float((got - want).pow(2).mean()) < float((rounded - want).pow(2).mean())
 
 
 def test_the_same_call_gives_the_same_bytes(tmp_path, text):
