@@ -9,6 +9,16 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def outside_the_repository(tmp_path_factory):
+    """Run from a folder of our own: `python -c` puts the working directory first on its path, and the
+    repository's `tinychat/` is not the installed package."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def demo_gguf(pytestconfig) -> Path:
     """The demo model's GGUF, downloaded at most once for many test runs.
