@@ -245,22 +245,6 @@ def test_an_old_quant_config_file_is_understood(tmp_path):
     assert np.array_equal(HFCheckpoint(folder).linear(Q0).codes, truth[Q0].codes)
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"quant_method": "gptq"}, "gptq"),
-        ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
-        ({"version": "gemv"}, "gemv"),
-        ({"version": "marlin"}, "marlin"),
-        ({"backend": "llm-awq"}, "llm-awq"),
-        ({"bits": 8}, "8 bits"),
-    ],
-)
-def test_other_quantizations_are_refused_by_name(tmp_path, change, word):
-    folder = write(tmp_path / "m", {}, quantization_config=AWQ | change)
-    refused(folder, UnsupportedModelError, word)
-
-
 @pytest.mark.parametrize("group", [0, -2, "32", True, 1 << 40])
 def test_a_group_size_that_makes_no_sense_is_refused(tmp_path, group):
     refused(

@@ -1,0 +1,67 @@
+"""AWQ layouts packed along the inputs: AutoAWQ's `gemv` and `gemv_fast`, llm-awq's v1 and v2.
+
+For a linear of K inputs, N outputs, groups of g inputs (G = K / g) and W = `zeros_width(K, g)`:
+
+    gemv, llm-awq v1       qweight int32 [N, K/8]   scales float16 [N, 8W]   qzeros int32 [N, W]
+    gemv_fast, llm-awq v2  qweight int16 [N/4, K]   scales float16 [8W, N]   qzeros float16 [8W, N]
+
+The float16 qzeros hold -scale·zero; llm-awq calls them scaled_zeros.
+
+Scales and zeros beyond G are padding.
+Sources: AutoAWQ 0.2.9, `awq/modules/linear/gemv.py` and `gemv_fast.py`; llm-awq, `awq/quantize/qmodule.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinychat.formats import nibbles
+from tinychat.weights import QuantizedLinear
+
+ROWS, INPUTS = 4, 64  # gemv_fast interleaves blocks of 4 outputs × 64 inputs
+
+
+def zeros_width(k: int, group: int) -> int:
+    """Words that one output's zero points take, padding included."""
+    words = -(-(k // group) // 8)
+    multiple = 1 if group >= 128 else 2 if group >= 64 else 4
+    return -(-words // multiple) * multiple
+
+
+def unpack(
+    qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, group: int, bias: np.ndarray | None = None
+) -> QuantizedLinear:
+    """The weight that `gemv` tensors hold, bit for bit; their shapes have been checked."""
+    groups = qweight.shape[1] * 8 // group
+    return QuantizedLinear(
+        nibbles.unpack(qweight),
+        np.ascontiguousarray(scales[:, :groups]),
+        zeros=np.ascontiguousarray(nibbles.unpack(qzeros)[:, :groups]),
+        bias=bias,
+    )
+
+
+def unpack_fast(
+    qweight: np.ndarray,
+    scaled_zeros: np.ndarray,
+    scales: np.ndarray,
+    group: int,
+    bias: np.ndarray | None = None,
+) -> QuantizedLinear:
+    """The weight that `gemv_fast` tensors hold, bit for bit; their shapes have been checked.
+
+    Raises ValueError where a scaled zero is no whole multiple 0…15 of its scale.
+    """
+    blocks, k = qweight.shape
+    groups = k // group
+    # word (n%4)·16 + (k%64)//32·8 + k%8 of a block, nibble (k%32)//8
+    codes = nibbles.unpack(qweight).reshape(blocks, k // INPUTS, ROWS, 2, 8, 4)
+    codes = codes.transpose(0, 2, 1, 3, 5, 4).reshape(blocks * ROWS, k)
+    s = scales[:groups].T.astype(np.float32)
+    exact = np.divide(-scaled_zeros[:groups].T.astype(np.float32), s, out=np.zeros_like(s), where=s != 0)
+    zeros = np.rint(exact)
+    if not (np.abs(exact - zeros) < 0.02).all() or not ((zeros >= 0) & (zeros <= 15)).all():
+        raise ValueError("a scaled zero is no multiple 0…15 of its scale")
+    return QuantizedLinear(
+        codes, np.ascontiguousarray(scales[:groups].T), zeros=zeros.astype(np.uint8), bias=bias
+    )
