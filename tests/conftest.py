@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# OpenMP reads this when torch is imported: threads sleep, not spin, where other programs need the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def outside_the_repository(tmp_path_factory):
