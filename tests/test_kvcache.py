@@ -260,3 +260,18 @@ def test_writing_after_a_rollback_leaves_findable_content_alone(backend, pool):
     third = Branch(pool)
     assert third.match(first[:10] + [50] * 10) == 16
     assert backend.read(third) == history(first[:10] + [50] * 6)
+
+
+def test_a_content_is_kept_once_and_stays_findable_with_its_last_holder(backend, pool):
+    ids = list(range(16))
+    first, second = Branch(pool), Branch(pool)
+    backend.write(first, ids[:10])
+    backend.write(second, ids)
+    backend.write(first, ids[10:])
+    assert first.table == second.table
+    assert pool.used == 1
+    first.truncate(0)
+    backend.write(first, [7] * ((N_BLOCKS - 1) * BLOCK))  # takes every block that nobody holds
+    second_again = Branch(pool)
+    assert second_again.match(ids) == 16
+    assert backend.read(second_again) == history(ids)

@@ -60,11 +60,17 @@ class BlockPool:
             else:
                 self._free.append(block)
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Make a full block findable. The first block of a content wins."""
-        if key not in self._block_of and block not in self._key_of:
-            self._block_of[key] = block
+    def publish(self, block: int, key: bytes) -> int:
+        """Make a full block findable; the block to hold from now on. A content is kept once: where another block
+        has it already, the caller's reference moves to that one.
+        """
+        first = self._block_of.setdefault(key, block)
+        if first == block:
             self._key_of[block] = key
+        else:
+            self.retain(first)
+            self.release(block)
+        return first
 
     def find(self, key: bytes) -> int | None:
         """The block with that content, if it is still there."""
@@ -155,7 +161,7 @@ class Branch:
         for i in range(len(self._keys), len(self.ids) // BLOCK):
             previous = self._keys[-1] if self._keys else self._root
             self._keys.append(self._key(previous, self.ids[i * BLOCK : (i + 1) * BLOCK]))
-            self.pool.publish(self.table[i], self._keys[-1])
+            self.table[i] = self.pool.publish(self.table[i], self._keys[-1])
 
     def truncate(self, n: int) -> None:
         """Forget everything after the first n tokens (rollback)."""

@@ -133,7 +133,7 @@ class BlockQuantizer:
         for s in self._batches(x_q):
             inner[s] = f.attend(f.norm(x_q[s], w.norm[ATTN_NORM]), quantized)
             wide = f.attend(f.norm(x_f[s], float_w.norm[ATTN_NORM]), float_w)
-            m.add(inner[s], wide, x_f[s] - x_q[s])
+            m.add(inner[s], wide, self._gap(x_f[s], x_q[s]))
             x_f[s] += f.linear(wide, float_w, O_PROJ)
         s = self._quantize((O_PROJ,), w, out, m, float_w, None, self._shared_by_heads)
         self._fold_rows(
@@ -163,7 +163,8 @@ class BlockQuantizer:
         m = _Moments()
         for s in self._batches(x_q):
             wide = f.middle(f.norm(x_f[s], float_w.norm[MLP_NORM]), float_w)
-            m.add(f.middle(f.norm(x_q[s], w.norm[MLP_NORM]), quantized), wide, x_f[s] - x_q[s])
+            narrow = f.middle(f.norm(x_q[s], w.norm[MLP_NORM]), quantized)
+            m.add(narrow, wide, self._gap(x_f[s], x_q[s]))
             x_f[s] += f.linear(wide, float_w, DOWN)
         s = self._quantize((DOWN,), w, out, m, float_w, None)
         self._fold_rows(w, out, GATE_UP[1], s)
@@ -183,6 +184,10 @@ class BlockQuantizer:
         for s in self._batches(x):
             x[s] = self.forward.block(x[s], w)
         return x
+
+    def _gap(self, x_f: torch.Tensor, x_q: torch.Tensor) -> torch.Tensor | None:
+        """What the residual target needs besides the inputs; the others never look at it."""
+        return x_f - x_q if self.options.target == "residual" else None
 
     def _batches(self, x: torch.Tensor) -> Iterator[slice]:
         for start in range(0, len(x), self.options.batch):

@@ -10,6 +10,8 @@ least squares.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 LEVELS = 15
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68)  # candidate ranges, as fractions of the whole one
-CHUNK = 1 << 18  # floats in the largest temporary of a sweep: it stays in the cache
+CHUNK = 1 << 20  # floats in the largest temporary of a sweep; with a quarter of it calls cost more than sums
 TILE = 16  # columns whose errors are passed on one by one; to later ones, a tile at a time
 MIN_SCALE = 1e-6  # still a normal-enough fp16 number
 
@@ -122,6 +124,22 @@ def nearest(w: torch.Tensor, group: int) -> Rounded:
     return Rounded(codes.view(n, k), scale, zero)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensor operations run in this thread alone: a sweep makes thousands of small ones, and where another
+    program holds a core, each would wait at a barrier (6 times slower beside one busy process, two cores).
+    """
+    import torch
+
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
+
+
+@_one_thread()
 def compensated(w: torch.Tensor, metric: Metric, group: int, search: bool = True) -> Rounded:
     """Round column by column, passing errors on; `search`: choose each group's range by the error that is
     left.
@@ -213,6 +231,7 @@ def refine(w: torch.Tensor, metric: Metric, r: Rounded, rounds: int = 2) -> Roun
     return r
 
 
+@_one_thread()
 def _descend(w: torch.Tensor, h: torch.Tensor, r: Rounded) -> None:
     """One pass over the columns; each code moves to the level that is best given all the others."""
     import torch
