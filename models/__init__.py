@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from tinychat.models import llama
+from tinychat.models import granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama}
+FAMILIES: dict[str, ModuleType] = {
+    "granite": granite,
+    "llama": llama,
+    "olmo2": olmo2,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "smollm3": smollm3,
+}
+"""Each has `load` and `forward` (the network), `linears`, `norms` and `biases` (what its files hold)."""

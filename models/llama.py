@@ -1,14 +1,18 @@
-"""Llama 2/3/3.x, SmolLM2, Mistral: pre-norm decoder with GQA, rotary embedding, RMSNorm and SwiGLU (Touvron
-et al. 2023).
+"""Llama 2/3/3.x, SmolLM2, Mistral, Ministral: pre-norm decoder with GQA, rotary embedding, RMSNorm and SwiGLU
+(Touvron et al. 2023). Other families say in their files how they differ from this one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tinychat.config import ModelConfig
 from tinychat.ops import Handle, Ops
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
@@ -28,41 +32,43 @@ class Weights:
     """Weights of the model, as the backend's handles."""
 
     embed: Handle
-    blocks: list[Block]
+    blocks: list[Any]
     norm: Handle
     head: Handle
 
 
-def load(w: Any, cfg: ModelConfig) -> Weights:
+def load_block(w: Any, p: str) -> Block:
+    """The block whose modules' names begin with `p`."""
+    return Block(
+        attn_norm=w.vector(p + "input_layernorm"),
+        qkv=w.linear(*(p + name for name in ATTENTION[:3])),
+        o=w.linear(p + "self_attn.o_proj"),
+        mlp_norm=w.vector(p + "post_attention_layernorm"),
+        gate_up=w.linear(p + "mlp.gate_proj", p + "mlp.up_proj"),
+        down=w.linear(p + "mlp.down_proj"),
+    )
+
+
+def load(w: Any, cfg: ModelConfig, load_block: Callable[[Any, str], Any] = load_block) -> Weights:
     """Ask the backend's loader `w` for every weight by its Hugging Face name, in the order of use."""
     embed = w.embedding("model.embed_tokens")
-    blocks = []
-    for i in range(cfg.n_layers):
-        p = f"model.layers.{i}."
-        a, m = p + "self_attn.", p + "mlp."
-        blocks.append(
-            Block(
-                attn_norm=w.vector(p + "input_layernorm"),
-                qkv=w.linear(a + "q_proj", a + "k_proj", a + "v_proj"),
-                o=w.linear(a + "o_proj"),
-                mlp_norm=w.vector(p + "post_attention_layernorm"),
-                gate_up=w.linear(m + "gate_proj", m + "up_proj"),
-                down=w.linear(m + "down_proj"),
-            )
-        )
+    blocks = [load_block(w, f"model.layers.{i}.") for i in range(cfg.n_layers)]
     return Weights(embed, blocks, norm=w.vector("model.norm"), head=w.head("lm_head", tied_to=embed))
+
+
+def mlp(ops: Ops, w: Block, x: Handle) -> Handle:
+    """What the down projection reads. x: [T, hidden], normed."""
+    return ops.silu_mul(ops.linear(x, w.gate_up))
 
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One pre-norm decoder block. x: [T, hidden]."""
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), cfg)
     x = ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o, add_to=x)
-    return ops.linear(
-        ops.silu_mul(ops.linear(ops.rms_norm(x, w.mlp_norm, cfg.norm_eps), w.gate_up)), w.down, add_to=x
-    )
+    return ops.linear(mlp(ops, w, ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)), w.down, add_to=x)
 
 
-def forward(ops: Ops, cfg: ModelConfig, w: Weights) -> Handle:
+def forward(ops: Ops, cfg: ModelConfig, w: Weights, block: Callable[..., Handle] = block) -> Handle:
     """Token ids (the step's input) to logits."""
     x = ops.embed(w.embed)
     for layer, weights in enumerate(w.blocks):
@@ -82,3 +88,14 @@ def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
         p + "mlp.up_proj": (f, h),
         p + "mlp.down_proj": (h, f),
     }
+
+
+def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
+    """Names and [n] of a block's vectors."""
+    p = f"model.layers.{layer}."
+    return {p + name: (cfg.hidden_size,) for name in ("input_layernorm", "post_attention_layernorm")}
+
+
+def biases(cfg: ModelConfig) -> tuple[str, ...]:
+    """Linears that must have a bias, by their names inside a block."""
+    return (ATTENTION if cfg.attention_bias else ()) + (MLP if cfg.mlp_bias else ())

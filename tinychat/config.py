@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base, rotated dimensions and, for Llama 3.x or linear scaling, how frequencies
-    change.
+    """Rotary embedding: base, rotated dimensions, and how a scaling changes the frequencies.
 
-    kind "none" | "linear" | "llama3" | "factors". "llama3" follows Llama 3.1's frequency rescaling; "factors"
-    divides each frequency by a stored number (GGUF's `rope_freqs.weight`, which is llama3 written out).
+    kind       none | linear | dynamic | llama3 | factors | yarn | longrope; the last three divide each
+               frequency by its own of `factors` ("factors": GGUF's rope_freqs.weight, llama3 written out)
+    magnitude  rotated dimensions of queries and keys are multiplied by it (YaRN's and longrope's attention
+               factor)
     """
 
     theta: float = 10000.0
@@ -27,13 +28,14 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_context: int = 8192
     factors: tuple[float, ...] = ()
+    magnitude: float = 1.0
 
     def frequencies(self) -> np.ndarray:
         """float64 [dim / 2] radians a position."""
         inv = self.theta ** -(np.arange(0, self.dim, 2, dtype=np.float64) / self.dim)
         if self.kind == "linear":
             return inv / self.factor
-        if self.kind == "factors":
+        if self.kind in ("factors", "yarn", "longrope"):
             return inv / np.asarray(self.factors, dtype=np.float64)
         if self.kind == "llama3":
             wavelength = 2 * math.pi / inv
@@ -48,7 +50,14 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and constants of one model. Names follow Hugging Face's config.json where it has them."""
+    """Shape and constants of one model. Names follow Hugging Face's config.json where it has them.
+
+    attn_scale        what attention scores are multiplied by; None: 1 / sqrt(head_dim)
+    embed_scale       what embeddings are multiplied by
+    residual_scale    what a block adds to the residual is multiplied by
+    logit_scale       what logits are multiplied by
+    unrotated_layers  layers without rotary embedding
+    """
 
     family: str
     hidden_size: int
@@ -66,6 +75,11 @@ class ModelConfig:
     mlp_bias: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    attn_scale: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    unrotated_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         limits = {
@@ -88,6 +102,18 @@ class ModelConfig:
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
                 f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.",
+                "The file is damaged; pull it again.",
+            )
+        scales = (
+            self.attn_scale,
+            self.embed_scale,
+            self.residual_scale,
+            self.logit_scale,
+            self.rope.magnitude,
+        )
+        if not all(scale is None or (math.isfinite(scale) and scale > 0) for scale in scales):
+            raise CheckpointError(
+                f"The checkpoint multiplies by {scales!r}, which are not all positive numbers.",
                 "The file is damaged; pull it again.",
             )
         if not (0 < self.norm_eps < 1) or not math.isfinite(self.rope.theta) or self.rope.theta <= 0:
@@ -119,92 +145,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, cfg: dict, generation: dict | None = None) -> ModelConfig:
-        """From config.json (and generation_config.json, whose stop tokens win).
+        """From config.json (`tinychat.hf_config.read`)."""
+        from tinychat import hf_config
 
-        Raises UnsupportedModelError for an architecture or rope scaling that is not understood, by name.
-        """
-        named = cfg.get("architectures") or "(none)"
-        arch = str(named[0] if isinstance(named, list) else named)
-        if arch not in HF_FAMILIES:
-            raise UnsupportedModelError(
-                f"The architecture {arch} is not supported.", f"Supported: {', '.join(sorted(HF_FAMILIES))}."
-            )
-        act = cfg.get("hidden_act", "silu")
-        if act != "silu":
-            raise UnsupportedModelError(
-                f"The activation {act!r} is not supported in a {arch}.", "Supported: silu."
-            )
-        try:
-            hidden, heads = cfg["hidden_size"], cfg["num_attention_heads"]
-            head_dim = cfg.get("head_dim") or hidden // heads
-            eos = (generation or {}).get("eos_token_id")
-            eos = cfg.get("eos_token_id") if eos is None else eos
-            return cls(
-                family=HF_FAMILIES[arch],
-                hidden_size=hidden,
-                intermediate_size=cfg["intermediate_size"],
-                n_layers=cfg["num_hidden_layers"],
-                n_heads=heads,
-                n_kv_heads=cfg.get("num_key_value_heads") or heads,
-                head_dim=head_dim,
-                vocab_size=cfg["vocab_size"],
-                context_length=_hf_context(cfg),
-                norm_eps=float(cfg.get("rms_norm_eps", 1e-6)),
-                rope=_hf_rope(cfg, head_dim),
-                tie_embeddings=bool(cfg.get("tie_word_embeddings", False)),
-                attention_bias=bool(cfg.get("attention_bias", False)),
-                mlp_bias=bool(cfg.get("mlp_bias", False)),
-                bos_id=cfg.get("bos_token_id"),
-                eos_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
-            )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-            raise CheckpointError(
-                f"config.json does not describe a {arch}: {type(e).__name__} {e}.",
-                "The folder is damaged or incomplete; pull it again.",
-            ) from e
-
-
-HF_FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"}
-
-
-def _hf_context(cfg: dict) -> int:
-    context = cfg.get("max_position_embeddings", 2048)
-    window = cfg.get("sliding_window")
-    return min(context, window) if window else context
-
-
-def _hf_rope(cfg: dict, head_dim: int) -> RopeConfig:
-    # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling.
-    params = dict(cfg.get("rope_parameters") or cfg.get("rope_scaling") or {})
-    theta = float(params.pop("rope_theta", None) or cfg.get("rope_theta") or 10000.0)
-    kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
-    params.pop("type", None)
-    partial = float(params.pop("partial_rotary_factor", None) or cfg.get("partial_rotary_factor") or 1.0)
-    base = dict(theta=theta, dim=int(head_dim * partial))
-    known = {
-        "default": set(),
-        "linear": {"factor"},
-        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    }
-    if kind not in known:
-        raise UnsupportedModelError(
-            f"The rope scaling {kind!r} is not supported.", f"Supported: {', '.join(sorted(known))}."
-        )
-    needed = known[kind]
-    if kind != "default" and set(params) != needed:
-        raise UnsupportedModelError(
-            f"The rope scaling {kind!r} has the fields {sorted(params)}, expected {sorted(needed)}.",
-            "A scaling that is only half understood gives garbage, so it is refused.",
-        )
-    if kind == "default":
-        return RopeConfig(**base)
-    if kind == "linear":
-        return RopeConfig(kind="linear", factor=float(params["factor"]), **base)
-    return RopeConfig(
-        kind="llama3",
-        factor=float(params["factor"]),
-        low_freq_factor=float(params["low_freq_factor"]),
-        high_freq_factor=float(params["high_freq_factor"]),
-        original_context=int(params["original_max_position_embeddings"]),
-        **base,
-    )
+        return hf_config.read(cfg, generation)

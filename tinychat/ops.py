@@ -15,14 +15,14 @@ Handle = Any
 
 
 class Ops(Protocol):
-    """Twelve verbs. Shapes: T tokens in the step, H hidden, D head_dim."""
+    """A dozen verbs. Shapes: T tokens in the step, H hidden, D head_dim."""
 
-    def embed(self, weight: Handle) -> Handle:
-        """Rows of the embedding for the step's token ids: [T, H]."""
+    def embed(self, weight: Handle, scale: float = 1.0) -> Handle:
+        """Rows of the embedding for the step's token ids, multiplied by `scale`: [T, H]."""
         ...
 
-    def rms_norm(self, x: Handle, weight: Handle, eps: float) -> Handle:
-        """x / sqrt(mean(x²) + eps) · weight, over the last axis."""
+    def rms_norm(self, x: Handle, weight: Handle, eps: float, add_to: Handle | None = None) -> Handle:
+        """x / sqrt(mean(x²) + eps) · weight, over the last axis (+ add_to, which the result replaces)."""
         ...
 
     def linear(self, x: Handle, weight: Handle, add_to: Handle | None = None) -> Handle:
@@ -33,18 +33,27 @@ class Ops(Protocol):
         """[T, (heads + 2 kv_heads)·D] → q [T, heads, D], k and v [T, kv_heads, D]."""
         ...
 
+    def norm_heads(
+        self, q: Handle, k: Handle, q_weight: Handle, k_weight: Handle, eps: float
+    ) -> tuple[Handle, Handle]:
+        """RMS norm of q and k: of each head where a weight has D values, of all heads as one where more."""
+        ...
+
     def rope(self, q: Handle, k: Handle, rope: RopeConfig) -> tuple[Handle, Handle]:
         """Rotate q and k at the step's positions; halves convention (x[i], x[i + D/2]) as in Hugging Face."""
         ...
 
     def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
-        """Write k and v to the layer's cache slots; causal GQA attention over the cache: [T, heads·D]."""
+        """Write k and v to the layer's cache slots; causal GQA attention over the cache: [T, heads·D].
+
+        Scores are multiplied by the config's attn_scale.
+        """
         ...
 
     def silu_mul(self, gate_up: Handle) -> Handle:
         """[T, 2F] → silu(first half) · second half: [T, F]."""
         ...
 
-    def lm_head(self, x: Handle, weight: Handle) -> Handle:
-        """Logits for the rows that the step asked for: float32 [rows, vocab]."""
+    def lm_head(self, x: Handle, weight: Handle, scale: float = 1.0) -> Handle:
+        """Logits, multiplied by `scale`, of the rows that the step asked for: float32 [rows, vocab]."""
         ...

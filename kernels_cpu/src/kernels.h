@@ -23,7 +23,19 @@ struct NormArgs {
     const float* x;  // [rows, k]
     const float* weight;
     float eps;
-    Activations out;  // .f and .q each optional
+    Activations out;   // .f and .q each optional
+    const float* add;  // residual [rows, k] that the norm is added to, or null; may be out.f
+    int r0, r1;
+};
+
+// Root-mean-square norm of queries and keys, in place: each head by itself, or all of a row's heads as one vector.
+struct HeadNormArgs {
+    float* qkv;  // [rows, ld], queries first, then keys
+    size_t ld;
+    int q_cols, k_cols;                // multiples of the widths
+    int q_width, k_width;              // values that one norm runs over
+    const float *q_weight, *k_weight;  // [q_width], [k_width]
+    float eps;
     int r0, r1;
 };
 
@@ -34,24 +46,28 @@ struct QuantizeArgs {
     int r0, r1;
 };
 
-// silu(x[:, :k]) · x[:, k:2k], columns c0…c1-1 (multiples of the weight group except the last) of rows r0…r1-1.
-struct SiluArgs {
+// f(x[:, :k]) · x[:, k:2k], columns c0…c1-1 (multiples of the weight group except the last) of rows r0…r1-1;
+// f is SiLU, or GELU by its tanh formula.
+struct GateArgs {
     const float* x;
     Activations out;
+    bool gelu;
     int r0, r1, c0, c1;
 };
 
 struct EmbedArgs {
     const LinearWeights* w;
     const int32_t* ids;
-    float* out;  // [rows, k]
+    float* out;   // [rows, k]
+    float scale;  // that the rows are multiplied by
     int r0, r1;
 };
 
-// cos and sin of position · frequency for each row: table [rows][2][half].
+// magnitude · cos and sin of position · frequency for each row: table [rows][2][half].
 struct RopeTableArgs {
     const double* freq;
     int half;
+    double magnitude;
     long long position;  // of row 0
     float* table;
     int r0, r1;
@@ -87,6 +103,14 @@ struct AttentionArgs {
     float* scratch;
 };
 
+// y = cap · tanh(scale · y / cap), or scale · y where cap is 0.
+struct LogitArgs {
+    float* y;
+    size_t ld;
+    int rows, cols;
+    float scale, cap;
+};
+
 // Largest of v[0 … n) and where it is first.
 struct ArgmaxResult {
     float value;
@@ -98,13 +122,15 @@ struct KernelTable {
     void (*linear)(const LinearArgs&);
     void (*rms_norm)(const NormArgs&);
     void (*quantize)(const QuantizeArgs&);
-    void (*silu_mul)(const SiluArgs&);
+    void (*norm_heads)(const HeadNormArgs&);
+    void (*gate_mul)(const GateArgs&);
     void (*embed)(const EmbedArgs&);
     void (*rope_table)(const RopeTableArgs&);
     void (*rope_kv)(const RopeArgs&);
     void (*attention)(const AttentionArgs&);
     void (*attention_merge)(const AttentionArgs&);
     ArgmaxResult (*argmax)(const float* v, int n);
+    void (*finish_logits)(const LogitArgs&);
 };
 
 constexpr int kAttentionRows = 8;  // rows of one prefill attention item

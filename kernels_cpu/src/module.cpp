@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 #include <sys/mman.h>
 
+#include <cmath>
 #include <stdexcept>
 
 #include "bandwidth.h"
@@ -211,21 +212,21 @@ void bind_program(nb::module_& m) {
             "k"_a, "as_float"_a, "bits"_a, "group"_a)
         .def(
             "embed",
-            [](PyProgram& p, nb::object weight, Floats out) {
+            [](PyProgram& p, nb::object weight, Floats out, float scale) {
                 const Linear& w = nb::cast<const Linear&>(weight);
                 require(w.w.k == out.cols, "the embedding does not fit its output");
                 p.keep_alive(weight);
                 p.vocab_in = w.w.n;
-                p.program.embed(&w.w, out.p);
+                p.program.embed(&w.w, out.p, scale);
             },
-            "weight"_a, "out"_a)
+            "weight"_a, "out"_a, "scale"_a = 1.0f)
         .def(
             "rope_table",
-            [](PyProgram& p, std::vector<double> frequencies) {
+            [](PyProgram& p, std::vector<double> frequencies, double magnitude) {
                 const int cols = 2 * static_cast<int>(frequencies.size());
-                return Floats{p.program.rope_table(frequencies), cols};
+                return Floats{p.program.rope_table(frequencies, magnitude), cols};
             },
-            "frequencies"_a)
+            "frequencies"_a, "magnitude"_a = 1.0)
         .def(
             "rms_norm",
             [](PyProgram& p, Floats x, nb::object weight, float eps, Rows out, bool tail) {
@@ -235,6 +236,28 @@ void bind_program(nb::module_& m) {
                 p.program.rms_norm(x.p, w.data(), eps, out.a, tail);
             },
             "x"_a, "weight"_a, "eps"_a, "out"_a, "tail"_a)
+        .def(
+            "rms_norm_add",
+            [](PyProgram& p, Floats x, nb::object weight, float eps, Floats y) {
+                auto w = nb::cast<In<float>>(weight);
+                require(static_cast<int>(w.size()) == x.cols && y.cols == x.cols, "the norm's shapes differ");
+                p.keep_alive(weight);
+                p.program.rms_norm_add(x.p, w.data(), eps, y.p, y.cols);
+            },
+            "x"_a, "weight"_a, "eps"_a, "y"_a, "y += norm(x)")
+        .def(
+            "norm_heads",
+            [](PyProgram& p, Floats qkv, nb::object q_weight, nb::object k_weight, int q_cols, int k_cols, float eps) {
+                auto q = nb::cast<In<float>>(q_weight), k = nb::cast<In<float>>(k_weight);
+                const int q_width = static_cast<int>(q.size()), k_width = static_cast<int>(k.size());
+                require(q_width > 0 && k_width > 0 && q_cols % q_width == 0 && k_cols % k_width == 0 &&
+                            q_cols + k_cols <= qkv.cols,
+                        "the heads' norms do not fit");
+                p.keep_alive(q_weight), p.keep_alive(k_weight);
+                p.program.norm_heads({qkv.p, static_cast<size_t>(qkv.cols), q_cols, k_cols, q_width, k_width, q.data(),
+                                      k.data(), eps, 0, 0});
+            },
+            "qkv"_a, "q_weight"_a, "k_weight"_a, "q_cols"_a, "k_cols"_a, "eps"_a)
         .def(
             "quantize",
             [](PyProgram& p, Floats x, nb::object perm, Rows out, bool tail) {
@@ -273,12 +296,14 @@ void bind_program(nb::module_& m) {
             "parts"_a, "out"_a, "add_to"_a.none())
         .def(
             "rope_kv",
-            [](PyProgram& p, Floats qkv, Floats table, int n_heads, int n_kv, int head_dim, int layer) {
+            [](PyProgram& p, Floats qkv, Floats table, int n_heads, int n_kv, int head_dim, int layer, float q_scale) {
                 require(qkv.cols == (n_heads + 2 * n_kv) * head_dim && table.cols <= head_dim && head_dim <= 1024,
                         "the heads do not fit");
-                p.program.rope_kv(qkv.p, table.p, table.cols / 2, n_heads, n_kv, head_dim, layer);
+                p.program.rope_kv(qkv.p, table.p, table.cols / 2, n_heads, n_kv, head_dim, layer,
+                                  q_scale ? q_scale : 1.0f / std::sqrt(static_cast<float>(head_dim)));
             },
-            "qkv"_a, "table"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a)
+            "qkv"_a, "table"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a, "q_scale"_a = 0.0f,
+            "q_scale 0: 1 / sqrt(head_dim)")
         .def(
             "attention",
             [](PyProgram& p, Floats qkv, int n_heads, int n_kv, int head_dim, int layer, Floats out) {
@@ -292,19 +317,26 @@ void bind_program(nb::module_& m) {
             "silu_mul",
             [](PyProgram& p, Floats x, Rows out) {
                 require(x.cols == 2 * out.a->k, "gate and up do not fit");
-                p.program.silu_mul(x.p, out.a);
+                p.program.gate_mul(x.p, out.a, false);
+            },
+            "x"_a, "out"_a)
+        .def(
+            "gelu_mul",
+            [](PyProgram& p, Floats x, Rows out) {
+                require(x.cols == 2 * out.a->k, "gate and up do not fit");
+                p.program.gate_mul(x.p, out.a, true);
             },
             "x"_a, "out"_a)
         .def(
             "lm_head",
-            [](PyProgram& p, nb::object weight, Rows x) {
+            [](PyProgram& p, nb::object weight, Rows x, float scale, float cap) {
                 const Linear& w = nb::cast<const Linear&>(weight);
                 require(w.w.k == x.a->k && readable(w.w, *x.a), "the head does not fit");
                 p.keep_alive(weight);
                 p.vocab_out = w.w.n;
-                p.program.lm_head(&w.w, x.a);
+                p.program.lm_head(&w.w, x.a, scale, cap);
             },
-            "weight"_a, "x"_a)
+            "weight"_a, "x"_a, "scale"_a = 1.0f, "cap"_a = 0.0f)
         .def(
             "set_kv",
             [](PyProgram& p, nb::object pool, int n_blocks, int n_layers, int n_kv, int head_dim) {

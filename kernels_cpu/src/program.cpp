@@ -66,17 +66,28 @@ void Program::need_scratch(size_t floats) {
     for (auto& s : scratch_) s = static_cast<float*>(arena_.take(floats * sizeof(float)));
 }
 
-void Program::embed(const LinearWeights* w, float* out) { add(std::make_unique<EmbedOp>(k_, w, out)); }
+void Program::embed(const LinearWeights* w, float* out, float scale) {
+    add(std::make_unique<EmbedOp>(k_, w, out, scale));
+}
 
-float* Program::rope_table(const std::vector<double>& frequencies) {
+float* Program::rope_table(const std::vector<double>& frequencies, double magnitude) {
     float* table = floats(2 * static_cast<int>(frequencies.size()));
-    add(std::make_unique<RopeTableOp>(k_, frequencies, table));
+    add(std::make_unique<RopeTableOp>(k_, frequencies, magnitude, table));
     return table;
 }
 
 void Program::rms_norm(const float* x, const float* weight, float eps, Activations* out, bool tail) {
-    add(std::make_unique<NormOp>(k_, x, weight, eps, out, tail));
+    add(std::make_unique<NormOp>(k_, x, weight, eps, out, nullptr, tail));
 }
+
+void Program::rms_norm_add(const float* x, const float* weight, float eps, float* y, int k) {
+    auto out = std::make_unique<Activations>();
+    out->f = y, out->k = k;
+    add(std::make_unique<NormOp>(k_, x, weight, eps, out.get(), y, false));
+    activations_.push_back(std::move(out));
+}
+
+void Program::norm_heads(const HeadNormArgs& args) { add(std::make_unique<HeadNormOp>(k_, args)); }
 
 void Program::quantize(const float* x, const int32_t* perm, Activations* out, bool tail) {
     add(std::make_unique<QuantizeOp>(k_, x, perm, out, tail));
@@ -86,8 +97,9 @@ void Program::linear(std::vector<LinearPart> parts, float* y, int ldy, const flo
     add(std::make_unique<LinearOp>(k_, std::move(parts), y, ldy, add_to));
 }
 
-void Program::rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer) {
-    add(std::make_unique<RopeOp>(k_, qkv, table, half, n_heads, n_kv, head_dim, layer));
+void Program::rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer,
+                      float q_scale) {
+    add(std::make_unique<RopeOp>(k_, qkv, table, half, n_heads, n_kv, head_dim, layer, q_scale));
 }
 
 void Program::attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out) {
@@ -98,11 +110,11 @@ void Program::attention(const float* qkv, int n_heads, int n_kv, int head_dim, i
     add(std::make_unique<AttentionMergeOp>(k_, attention));
 }
 
-void Program::silu_mul(const float* x, Activations* out) { add(std::make_unique<SiluOp>(k_, x, out)); }
+void Program::gate_mul(const float* x, Activations* out, bool gelu) { add(std::make_unique<GateOp>(k_, x, out, gelu)); }
 
-void Program::lm_head(const LinearWeights* w, const Activations* x) {
+void Program::lm_head(const LinearWeights* w, const Activations* x, float scale, float cap) {
     need_scratch(static_cast<size_t>(LmHeadOp::kRows) * LmHeadOp::kCols);
-    auto op = std::make_unique<LmHeadOp>(k_, &scratch_, w, x);
+    auto op = std::make_unique<LmHeadOp>(k_, &scratch_, w, x, scale, cap);
     LmHeadOp* head = op.get();
     add(std::move(op));
     add(std::make_unique<GreedyOp>(head));

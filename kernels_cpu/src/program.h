@@ -75,16 +75,19 @@ class Program : private Job {
     float* floats(int cols);
     Activations* activations(int k, bool as_float, int bits, int group);
 
-    void embed(const LinearWeights* w, float* out);
-    float* rope_table(const std::vector<double>& frequencies);
+    void embed(const LinearWeights* w, float* out, float scale);
+    float* rope_table(const std::vector<double>& frequencies, double magnitude);
     // tail: only the rows that get logits, moved to the front
     void rms_norm(const float* x, const float* weight, float eps, Activations* out, bool tail);
+    void rms_norm_add(const float* x, const float* weight, float eps, float* y, int k);
+    void norm_heads(const HeadNormArgs& args);  // of all rows
     void quantize(const float* x, const int32_t* perm, Activations* out, bool tail);
     void linear(std::vector<LinearPart> parts, float* y, int ldy, const float* add);
-    void rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer);
+    void rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer,
+                 float q_scale);
     void attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out);
-    void silu_mul(const float* x, Activations* out);
-    void lm_head(const LinearWeights* w, const Activations* x);
+    void gate_mul(const float* x, Activations* out, bool gelu);
+    void lm_head(const LinearWeights* w, const Activations* x, float scale = 1.0f, float cap = 0.0f);
 
     void set_kv(const KvPool& kv) { kv_ = kv; }
     const KvPool& kv() const { return kv_; }

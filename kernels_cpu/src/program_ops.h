@@ -20,46 +20,50 @@ inline int pieces(int n, int piece) { return (n + piece - 1) / piece; }
 
 class EmbedOp : public Op {
   public:
-    EmbedOp(const KernelTable& k, const LinearWeights* w, float* out) : k_(k), w_(w), out_(out) {}
+    EmbedOp(const KernelTable& k, const LinearWeights* w, float* out, float scale)
+        : k_(k), w_(w), out_(out), scale_(scale) {}
     const char* name() const override { return "embed"; }
     int chunks(const StepState& s, int) override { return pieces(s.rows, 8); }
     void run(const StepState& s, int c, int) override {
-        k_.embed({w_, s.ids, out_, c * 8, std::min(s.rows, c * 8 + 8)});
+        k_.embed({w_, s.ids, out_, scale_, c * 8, std::min(s.rows, c * 8 + 8)});
     }
 
   private:
     const KernelTable& k_;
     const LinearWeights* w_;
     float* out_;
+    float scale_;
 };
 
 class RopeTableOp : public Op {
   public:
-    RopeTableOp(const KernelTable& k, std::vector<double> freq, float* table)
-        : k_(k), freq_(std::move(freq)), table_(table) {}
+    RopeTableOp(const KernelTable& k, std::vector<double> freq, double magnitude, float* table)
+        : k_(k), freq_(std::move(freq)), magnitude_(magnitude), table_(table) {}
     const char* name() const override { return "rope_table"; }
     int chunks(const StepState& s, int) override { return pieces(s.rows, 16); }
     void run(const StepState& s, int c, int) override {
-        k_.rope_table(
-            {freq_.data(), static_cast<int>(freq_.size()), s.position, table_, c * 16, std::min(s.rows, c * 16 + 16)});
+        k_.rope_table({freq_.data(), static_cast<int>(freq_.size()), magnitude_, s.position, table_, c * 16,
+                       std::min(s.rows, c * 16 + 16)});
     }
 
   private:
     const KernelTable& k_;
     std::vector<double> freq_;
+    double magnitude_;
     float* table_;
 };
 
 class NormOp : public Op {
   public:
-    NormOp(const KernelTable& k, const float* x, const float* weight, float eps, const Activations* out, bool tail)
-        : k_(k), x_(x), weight_(weight), eps_(eps), out_(out), tail_(tail) {}
+    NormOp(const KernelTable& k, const float* x, const float* weight, float eps, const Activations* out,
+           const float* add, bool tail)
+        : k_(k), x_(x), weight_(weight), eps_(eps), out_(out), add_(add), tail_(tail) {}
     const char* name() const override { return "rms_norm"; }
     int chunks(const StepState& s, int) override { return pieces(tail_ ? s.logit_rows() : s.rows, row_piece(out_->k)); }
     void run(const StepState& s, int c, int) override {
         const int piece = row_piece(out_->k), rows = tail_ ? s.logit_rows() : s.rows;
         const float* x = x_ + (tail_ ? static_cast<size_t>(s.logits_from) * out_->k : 0);
-        k_.rms_norm({x, weight_, eps_, *out_, c * piece, std::min(rows, (c + 1) * piece)});
+        k_.rms_norm({x, weight_, eps_, *out_, add_, c * piece, std::min(rows, (c + 1) * piece)});
     }
 
   private:
@@ -67,7 +71,25 @@ class NormOp : public Op {
     const float *x_, *weight_;
     float eps_;
     const Activations* out_;
+    const float* add_;
     bool tail_;
+};
+
+class HeadNormOp : public Op {
+  public:
+    HeadNormOp(const KernelTable& k, HeadNormArgs args) : k_(k), args_(args) {}
+    const char* name() const override { return "norm_heads"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
+    void run(const StepState& s, int c, int) override {
+        HeadNormArgs a = args_;
+        a.r0 = c * piece(), a.r1 = std::min(s.rows, (c + 1) * piece());
+        k_.norm_heads(a);
+    }
+
+  private:
+    int piece() const { return row_piece(args_.q_cols + args_.k_cols); }
+    const KernelTable& k_;
+    HeadNormArgs args_;
 };
 
 class QuantizeOp : public Op {
@@ -90,14 +112,15 @@ class QuantizeOp : public Op {
     bool tail_;
 };
 
-class SiluOp : public Op {
+class GateOp : public Op {
   public:
-    SiluOp(const KernelTable& k, const float* x, const Activations* out) : k_(k), x_(x), out_(out) {}
-    const char* name() const override { return "silu_mul"; }
+    GateOp(const KernelTable& k, const float* x, const Activations* out, bool gelu)
+        : k_(k), x_(x), out_(out), gelu_(gelu) {}
+    const char* name() const override { return gelu_ ? "gelu_mul" : "silu_mul"; }
     int chunks(const StepState& s, int) override { return s.rows * pieces(out_->k, cols()); }
     void run(const StepState&, int c, int) override {
         const int across = pieces(out_->k, cols()), row = c / across, col = c % across * cols();
-        k_.silu_mul({x_, *out_, row, row + 1, col, std::min(out_->k, col + cols())});
+        k_.gate_mul({x_, *out_, gelu_, row, row + 1, col, std::min(out_->k, col + cols())});
     }
 
   private:
@@ -106,6 +129,7 @@ class SiluOp : public Op {
     const KernelTable& k_;
     const float* x_;
     const Activations* out_;
+    bool gelu_;
 };
 
 // Tiles of several weights that share an output (q, k, v; gate, up), cut by tile across all of them.
@@ -162,7 +186,7 @@ class LinearOp : public Op {
 class RopeOp : public Op {
   public:
     RopeOp(const KernelTable& k, float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim,
-           int layer)
+           int layer, float q_scale)
         : k_(k),
           qkv_(qkv),
           table_(table),
@@ -170,7 +194,8 @@ class RopeOp : public Op {
           n_heads_(n_heads),
           n_kv_(n_kv),
           head_dim_(head_dim),
-          layer_(layer) {}
+          layer_(layer),
+          q_scale_(q_scale) {}
     const char* name() const override { return "rope_kv"; }
     int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
     void run(const StepState& s, int c, int) override {
@@ -181,7 +206,7 @@ class RopeOp : public Op {
                    n_kv_,
                    head_dim_,
                    layer_,
-                   1.0f / std::sqrt(float(head_dim_)),
+                   q_scale_,
                    s.kv,
                    s.blocks,
                    s.length,
@@ -196,6 +221,7 @@ class RopeOp : public Op {
     float* qkv_;
     const float* table_;
     int half_, n_heads_, n_kv_, head_dim_, layer_;
+    float q_scale_;
 };
 
 // Few rows: one piece is one KV head and one part of the context, merged by the op behind this one.
@@ -281,8 +307,9 @@ class LmHeadOp : public Op {
   public:
     static constexpr int kRows = 64, kCols = 256;
 
-    LmHeadOp(const KernelTable& k, const std::vector<float*>* scratch, const LinearWeights* w, const Activations* x)
-        : k_(k), scratch_(scratch), w_(w), x_(x) {}
+    LmHeadOp(const KernelTable& k, const std::vector<float*>* scratch, const LinearWeights* w, const Activations* x,
+             float scale, float cap)
+        : k_(k), scratch_(scratch), w_(w), x_(x), scale_(scale), cap_(cap) {}
     const char* name() const override { return "lm_head"; }
     void reserve(const StepState& s, int threads) override {
         if (!s.greedy) return;
@@ -304,10 +331,10 @@ class LmHeadOp : public Op {
     }
     void run(const StepState& s, int c, int thread) override {
         const int t0 = c * piece_, t1 = std::min(w_->tiles(), t0 + piece_), rows = s.logit_rows();
-        if (s.logits)
-            k_.linear({w_, x_, rows, s.logits, static_cast<size_t>(w_->n), nullptr, 0, t0, t1});
-        else
-            best_of(c, t0, t1, rows, (*scratch_)[thread]);
+        if (!s.logits) return best_of(c, t0, t1, rows, (*scratch_)[thread]);
+        const size_t n = w_->n;
+        k_.linear({w_, x_, rows, s.logits, n, nullptr, 0, t0, t1});
+        finish(s.logits + t0 * kTile, n, rows, std::min(w_->n, t1 * kTile) - t0 * kTile);
     }
     ArgmaxResult best(int row) const {
         ArgmaxResult top = best_[static_cast<size_t>(row) * chunks_];
@@ -322,6 +349,10 @@ class LmHeadOp : public Op {
     int piece(const StepState& s, int threads) const {
         const int size = std::max(1, w_->tiles() / (threads * 16));
         return s.logit_rows() > 2 * kRowBlock ? std::min(size, 8) : size;
+    }
+    // Greedy steps too: rounding may make two logits equal, and then the lowest id is chosen.
+    void finish(float* y, size_t ld, int rows, int cols) const {
+        if (scale_ != 1.0f || cap_ != 0.0f) k_.finish_logits({y, ld, rows, cols, scale_, cap_});
     }
     void best_of(int c, int t0, int t1, int rows, float* scratch) {
         constexpr int kTiles = kCols / kTile;
@@ -342,6 +373,7 @@ class LmHeadOp : public Op {
                 w.n -= first;
                 if (w.bias) w.bias += first;
                 k_.linear({&w, &x, n, scratch, kCols, nullptr, 0, 0, end - t});
+                finish(scratch, kCols, n, cols);
                 for (int m = 0; m < n; m++) {
                     ArgmaxResult found = k_.argmax(scratch + m * kCols, cols);
                     found.index += first;
@@ -356,6 +388,7 @@ class LmHeadOp : public Op {
     const std::vector<float*>* scratch_;
     const LinearWeights* w_;
     const Activations* x_;
+    float scale_, cap_;
     int piece_ = 1, chunks_ = 0;
     std::vector<ArgmaxResult> best_;
 };

@@ -178,31 +178,60 @@ class RowQuantizer {
     float sum_ = 0;
 };
 
+// 1 / sqrt(mean(x²) + eps) of k values.
+template <class S>
+inline float inverse_rms(const float* x, int k, float eps) {
+    using V = V16<S>;
+    V s[4] = {V::set1(0), V::set1(0), V::set1(0), V::set1(0)};
+    for (int i = 0; i < k; i += 64)
+        for (int j = 0; j < 4 && i + 16 * j < k; j++) {
+            V v = V::load_n(x + i + 16 * j, k - i - 16 * j);
+            s[j] = V::fma(v, v, s[j]);
+        }
+    const float mean = ((s[0] + s[1]) + (s[2] + s[3])).sum() / static_cast<float>(k);
+    return 1.0f / std::sqrt(mean + eps);
+}
+
 template <class S>
 void rms_norm(const NormArgs& a) {
     using V = V16<S>;
     const int k = a.out.k;
     for (int r = a.r0; r < a.r1; r++) {
         const float* x = a.x + static_cast<size_t>(r) * k;
-        V s[4] = {V::set1(0), V::set1(0), V::set1(0), V::set1(0)};
-        for (int i = 0; i < k; i += 64)
-            for (int j = 0; j < 4 && i + 16 * j < k; j++) {
-                V v = V::load_n(x + i + 16 * j, k - i - 16 * j);
-                s[j] = V::fma(v, v, s[j]);
-            }
-        const float mean = ((s[0] + s[1]) + (s[2] + s[3])).sum() / static_cast<float>(k);
-        const V inv = V::set1(1.0f / std::sqrt(mean + a.eps));
+        const V inv = V::set1(inverse_rms<S>(x, k, a.eps));
         RowQuantizer<S> quantizer(a.out, r);
         float y[32];
         for (int i = 0; i < k; i += 32) {
             for (int j = 0; j < 32 && i + j < k; j += 16) {
                 const int n = k - i - j;
                 V v = V::load_n(x + i + j, n) * inv * V::load_n(a.weight + i + j, n);
+                if (a.add) v = V::load_n(a.add + static_cast<size_t>(r) * k + i + j, n) + v;
                 if (a.out.f) v.store_n(a.out.f + static_cast<size_t>(r) * k + i + j, n);
                 v.store(y + j);
             }
             if (a.out.q) quantizer.add(y, i);
         }
+    }
+}
+
+template <class S>
+inline void norm_spans(float* x, int cols, int width, const float* weight, float eps) {
+    using V = V16<S>;
+    for (float* end = x + cols; x < end; x += width) {
+        const V inv = V::set1(inverse_rms<S>(x, width, eps));
+        for (int i = 0; i < width; i += 16) {
+            const int n = width - i;
+            (V::load_n(x + i, n) * inv * V::load_n(weight + i, n)).store_n(x + i, n);
+        }
+    }
+}
+
+template <class S>
+void norm_heads(const HeadNormArgs& a) {
+    for (int r = a.r0; r < a.r1; r++) {
+        float* q = a.qkv + static_cast<size_t>(r) * a.ld;
+        norm_spans<S>(q, a.q_cols, a.q_width, a.q_weight, a.eps);
+        norm_spans<S>(q + a.q_cols, a.k_cols, a.k_width, a.k_weight, a.eps);
     }
 }
 
@@ -226,8 +255,10 @@ void quantize(const QuantizeArgs& a) {
 }
 
 template <class S>
-void silu_mul(const SiluArgs& a) {
+void gate_mul(const GateArgs& a) {
     using V = V16<S>;
+    // GELU's tanh formula is x · sigmoid(2 √(2/π) (x + 0.044715 x³))
+    const V linear = V::set1(1.5957691216f), cubic = V::set1(0.0713548163f);
     const int k = a.out.k;
     float y[32];
     for (int r = a.r0; r < a.r1; r++) {
@@ -238,7 +269,8 @@ void silu_mul(const SiluArgs& a) {
             for (int j = 0; j < 32 && i + j < a.c1; j += 16) {
                 const int n = a.c1 - i - j;
                 V g = V::load_n(gate + i + j, n);
-                V e = exp16<S>(g * V::set1(-1.0f));
+                V z = a.gelu ? g * V::fma(g * g, cubic, linear) : g;
+                V e = exp16<S>(z * V::set1(-1.0f));
                 V v = g / (e + V::set1(1.0f)) * V::load_n(up + i + j, n);
                 if (a.out.f) v.store_n(a.out.f + static_cast<size_t>(r) * k + i + j, n);
                 v.store(y + j);
@@ -251,62 +283,68 @@ void silu_mul(const SiluArgs& a) {
 // A row of the embedding: one lane of its tile. The tile's other rows come along in the same cache lines, k / 4 (8-bit)
 // or k / 8 (4-bit) of them; cheaper than keeping a second copy of a tied embedding.
 template <class S>
-void embed(const EmbedArgs& a) {
-    const LinearWeights& w = *a.w;
-    for (int r = a.r0; r < a.r1; r++) {
-        const int lane = a.ids[r] % kTile;
-        const uint8_t* tile = w.data + static_cast<size_t>(a.ids[r] / kTile) * w.tile_bytes();
-        const uint8_t* codes = tile + w.tile_meta_bytes();
-        float* out = a.out + static_cast<size_t>(r) * w.k;
-        float one[16];
-        if (w.kind == WeightKind::kF32) {
-            for (int k = 0; k < w.k; k++) memcpy(out + k, codes + (static_cast<size_t>(k) * kTile + lane) * 4, 4);
-            continue;
+inline void embed_row(const LinearWeights& w, int id, float* out) {
+    const int lane = id % kTile;
+    const uint8_t* tile = w.data + static_cast<size_t>(id / kTile) * w.tile_bytes();
+    const uint8_t* codes = tile + w.tile_meta_bytes();
+    float one[16];
+    if (w.kind == WeightKind::kF32) {
+        for (int k = 0; k < w.k; k++) memcpy(out + k, codes + (static_cast<size_t>(k) * kTile + lane) * 4, 4);
+        return;
+    }
+    if (w.kind == WeightKind::kF16 || w.kind == WeightKind::kBF16) {
+        for (int k = 0; k < w.k; k += 16) {
+            uint16_t h[16] = {};
+            const int n = w.k - k < 16 ? w.k - k : 16;
+            for (int i = 0; i < n; i++) memcpy(h + i, codes + (static_cast<size_t>(k + i) * kTile + lane) * 2, 2);
+            for (int i = 0; i < 16; i += S::kLanes)
+                S::store(one + i, w.kind == WeightKind::kF16 ? S::load_f16(h + i) : S::load_bf16(h + i));
+            memcpy(out + k, one, n * sizeof(float));
         }
-        if (w.kind == WeightKind::kF16 || w.kind == WeightKind::kBF16) {
-            for (int k = 0; k < w.k; k += 16) {
-                uint16_t h[16] = {};
-                const int n = w.k - k < 16 ? w.k - k : 16;
-                for (int i = 0; i < n; i++) memcpy(h + i, codes + (static_cast<size_t>(k + i) * kTile + lane) * 2, 2);
-                for (int i = 0; i < 16; i += S::kLanes)
-                    S::store(one + i, w.kind == WeightKind::kF16 ? S::load_f16(h + i) : S::load_bf16(h + i));
-                memcpy(out + k, one, n * sizeof(float));
-            }
-            continue;
+        return;
+    }
+    for (int g = 0; g < w.k / w.group; g++) {
+        const uint8_t* meta = tile + static_cast<size_t>(g) * meta_bytes(w.meta);
+        float scale, offset = 0;
+        int zero = w.kind == WeightKind::kW4 ? 8 : 0;
+        if (w.meta == Meta::kFloat) {
+            memcpy(&scale, meta + 4 * lane, 4);
+            memcpy(&offset, meta + 64 + 4 * lane, 4);
+            zero = 0;
+        } else {
+            for (int i = 0; i < 16; i += S::kLanes)
+                S::store(one + i, S::load_f16(reinterpret_cast<const uint16_t*>(meta) + i));
+            scale = one[lane];
         }
-        for (int g = 0; g < w.k / w.group; g++) {
-            const uint8_t* meta = tile + static_cast<size_t>(g) * meta_bytes(w.meta);
-            float scale, offset = 0;
-            int zero = w.kind == WeightKind::kW4 ? 8 : 0;
-            if (w.meta == Meta::kFloat) {
-                memcpy(&scale, meta + 4 * lane, 4);
-                memcpy(&offset, meta + 64 + 4 * lane, 4);
-                zero = 0;
+        if (w.meta == Meta::kOffset16) {
+            for (int i = 0; i < 16; i += S::kLanes)
+                S::store(one + i, S::load_f16(reinterpret_cast<const uint16_t*>(meta) + 16 + i));
+            offset = one[lane];
+            zero = 0;
+        }
+        if (w.meta == Meta::kZero4) zero = lane < 8 ? meta[32 + lane] & 15 : meta[32 + lane - 8] >> 4;
+        for (int i = 0; i < w.group; i++) {
+            const int k = g * w.group + i;
+            int q;
+            if (w.kind == WeightKind::kW8) {
+                q = static_cast<int8_t>(codes[static_cast<size_t>(k / 4) * 64 + lane * 4 + k % 4]);
             } else {
-                for (int i = 0; i < 16; i += S::kLanes)
-                    S::store(one + i, S::load_f16(reinterpret_cast<const uint16_t*>(meta) + i));
-                scale = one[lane];
+                const uint8_t b = codes[static_cast<size_t>(k / 8) * 64 + lane * 4 + k % 4];
+                q = k % 8 < 4 ? b & 15 : b >> 4;
             }
-            if (w.meta == Meta::kOffset16) {
-                for (int i = 0; i < 16; i += S::kLanes)
-                    S::store(one + i, S::load_f16(reinterpret_cast<const uint16_t*>(meta) + 16 + i));
-                offset = one[lane];
-                zero = 0;
-            }
-            if (w.meta == Meta::kZero4) zero = lane < 8 ? meta[32 + lane] & 15 : meta[32 + lane - 8] >> 4;
-            for (int i = 0; i < w.group; i++) {
-                const int k = g * w.group + i;
-                int q;
-                if (w.kind == WeightKind::kW8) {
-                    q = static_cast<int8_t>(codes[static_cast<size_t>(k / 4) * 64 + lane * 4 + k % 4]);
-                } else {
-                    const uint8_t b = codes[static_cast<size_t>(k / 8) * 64 + lane * 4 + k % 4];
-                    q = k % 8 < 4 ? b & 15 : b >> 4;
-                }
-                out[k] = offset == 0 ? static_cast<float>(q - zero) * scale
-                                     : std::fmaf(static_cast<float>(q), scale, offset);
-            }
+            out[k] =
+                offset == 0 ? static_cast<float>(q - zero) * scale : std::fmaf(static_cast<float>(q), scale, offset);
         }
+    }
+}
+
+template <class S>
+void embed(const EmbedArgs& a) {
+    for (int r = a.r0; r < a.r1; r++) {
+        float* out = a.out + static_cast<size_t>(r) * a.w->k;
+        embed_row<S>(*a.w, a.ids[r], out);
+        if (a.scale != 1.0f)
+            for (int k = 0; k < a.w->k; k++) out[k] *= a.scale;
     }
 }
 
@@ -317,8 +355,8 @@ void rope_table(const RopeTableArgs& a) {
         float* t = a.table + static_cast<size_t>(r) * 2 * a.half;
         for (int i = 0; i < a.half; i++) {
             const double angle = static_cast<double>(a.position + r) * a.freq[i];
-            t[i] = static_cast<float>(std::cos(angle));
-            t[a.half + i] = static_cast<float>(std::sin(angle));
+            t[i] = static_cast<float>(a.magnitude * std::cos(angle));
+            t[a.half + i] = static_cast<float>(a.magnitude * std::sin(angle));
         }
     }
 }
@@ -380,6 +418,26 @@ void rope_kv(const RopeArgs& a) {
             }
         }
     }
+}
+
+// cap · tanh(x / cap), where tanh(z) = 1 - 2 / (e^2z + 1).
+template <class S>
+inline V16<S> soft_cap(V16<S> x, float cap) {
+    using V = V16<S>;
+    const V e = exp16<S>(x * V::set1(2.0f / cap));
+    return V::fma(V::set1(-2.0f * cap) / (e + V::set1(1.0f)), V::set1(1.0f), V::set1(cap));
+}
+
+template <class S>
+void finish_logits(const LogitArgs& a) {
+    using V = V16<S>;
+    const V scale = V::set1(a.scale);
+    for (int r = 0; r < a.rows; r++)
+        for (int i = 0; i < a.cols; i += 16) {
+            float* y = a.y + r * a.ld + i;
+            const V v = V::load_n(y, a.cols - i) * scale;
+            (a.cap == 0.0f ? v : soft_cap<S>(v, a.cap)).store_n(y, a.cols - i);
+        }
 }
 
 // The first index of the largest value; NaN never wins, all NaN gives index 0.

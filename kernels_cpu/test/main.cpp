@@ -159,8 +159,8 @@ void test_linear(const KernelTable& t, const KernelTable& scalar) {
                 }
                 std::vector<int32_t> ids = {0, s[0] - 1, s[0] / 2};
                 Aligned<float> a(3 * static_cast<size_t>(w.w.k)), b(3 * static_cast<size_t>(w.w.k));
-                t.embed({&w.w, ids.data(), a.data(), 0, 3});
-                scalar.embed({&w.w, ids.data(), b.data(), 0, 3});
+                t.embed({&w.w, ids.data(), a.data(), 1.7f, 0, 3});
+                scalar.embed({&w.w, ids.data(), b.data(), 1.7f, 0, 3});
                 expect(same(a.copy(), b.copy()), std::string(t.name) + " embed");
             }
 }
@@ -171,15 +171,26 @@ void test_rows(const KernelTable& t, const KernelTable& scalar) {
         const auto x = random_rows(rows, 2 * k), weight = random_rows(1, k);
         Input a(rows, k, bits, group), b(rows, k, bits, group), c(rows, k, bits * 2, group),
             d(rows, k, bits * 2, group);
-        t.rms_norm({x.data(), weight.data(), 1e-5f, a.a, 0, rows});
-        scalar.rms_norm({x.data(), weight.data(), 1e-5f, b.a, 0, rows});
+        for (const float* add : {static_cast<const float*>(nullptr), x.data() + k}) {
+            t.rms_norm({x.data(), weight.data(), 1e-5f, a.a, add, 0, rows});
+            scalar.rms_norm({x.data(), weight.data(), 1e-5f, b.a, add, 0, rows});
+            expect(same(a.f.copy(), b.f.copy()), std::string(t.name) + " rms_norm added");
+        }
         const std::string what = std::string(t.name) + " k " + std::to_string(k);
         expect(same(a.f.copy(), b.f.copy()) && same(a.q.copy(), b.q.copy()) && same(a.gsum.copy(), b.gsum.copy()) &&
                    same(a.scale.copy(), b.scale.copy()) && same(a.nsum.copy(), b.nsum.copy()),
                what + " rms_norm");
-        t.silu_mul({x.data(), c.a, 0, rows, 0, k});
-        scalar.silu_mul({x.data(), d.a, 0, rows, 0, k});
-        expect(same(c.f.copy(), d.f.copy()) && same(c.q.copy(), d.q.copy()), what + " silu_mul");
+        for (bool gelu : {false, true}) {
+            t.gate_mul({x.data(), c.a, gelu, 0, rows, 0, k});
+            scalar.gate_mul({x.data(), d.a, gelu, 0, rows, 0, k});
+            expect(same(c.f.copy(), d.f.copy()) && same(c.q.copy(), d.q.copy()), what + (gelu ? " gelu" : " silu"));
+        }
+        auto heads = x, expected = x;
+        t.norm_heads(
+            {heads.data(), static_cast<size_t>(2 * k), k, k, k, k, weight.data(), weight.data(), 1e-5f, 0, rows});
+        scalar.norm_heads(
+            {expected.data(), static_cast<size_t>(2 * k), k, k, k, k, weight.data(), weight.data(), 1e-5f, 0, rows});
+        expect(same(heads, expected), what + " norm_heads");
         const ArgmaxResult p = t.argmax(x.data(), k), q = scalar.argmax(x.data(), k);
         expect(p.index == q.index && p.value == q.value, what + " argmax");
     }
@@ -199,7 +210,7 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     std::vector<double> freq;
     for (int i = 0; i < half; i++) freq.push_back(std::pow(10000.0, -2.0 * i / dim));
     Aligned<float> table(static_cast<size_t>(total) * 2 * half);
-    t.rope_table({freq.data(), half, 0, table.data(), 0, total});
+    t.rope_table({freq.data(), half, 1.2, 0, table.data(), 0, total});
     // The last `rows` rows are the step's; the ones before only fill the cache.
     t.rope_kv({qkv.data(), table.data(), half, heads, kv, dim, 1, 0.3f, &pool, blocks.data(), 0, 0, total});
     const size_t ld = static_cast<size_t>(heads + 2 * kv) * dim;

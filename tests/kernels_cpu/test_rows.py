@@ -40,6 +40,74 @@ def test_silu_mul(isa, k):
     np.testing.assert_allclose(b.view(out.floats, 3), expected, rtol=3e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", [3, 16, 96, 5000])
+def test_gelu_mul(isa, k):
+    rng = np.random.default_rng(k)
+    x = (rng.normal(size=(3, 2 * k)) * 3).astype(np.float32)
+    x[0, : min(k, 8)] = [0.0, -0.0, 100.0, -100.0, 1e30, -1e30, 12.5, -4.0][: min(k, 8)]
+    b = Bench(isa)
+    out = b.p.rows(k, True, 0, 0)
+    b.p.gelu_mul(b.input(x), out)
+    b.run(3)
+    gate, up = torch.from_numpy(x).double().chunk(2, dim=-1)
+    expected = (torch.nn.functional.gelu(gate, approximate="tanh") * up).numpy()
+    np.testing.assert_allclose(b.view(out.floats, 3), expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", [5, 64, 100])
+def test_a_norm_is_added_to_the_residual(isa, k):
+    rng = np.random.default_rng(k)
+    x, y, w = (rng.normal(size=s).astype(np.float32) for s in ((5, k), (5, k), k))
+    b = Bench(isa)
+    residual = b.input(y)
+    b.p.rms_norm_add(b.input(x), w, 1e-5, residual)
+    b.run(5)
+    normed = torch.nn.functional.rms_norm(torch.from_numpy(x), (k,), torch.from_numpy(w), 1e-5).numpy()
+    np.testing.assert_allclose(b.view(residual, 5), y + normed, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("widths", [(20, 20), (8, 40), (80, 40)])
+def test_queries_and_keys_are_normed_and_values_are_not(isa, widths):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 80 + 40 + 40)).astype(np.float32)
+    q, k = (rng.normal(size=n).astype(np.float32) for n in widths)
+    b = Bench(isa)
+    qkv = b.input(x)
+    b.p.norm_heads(qkv, q, k, 80, 40, 1e-5)
+    b.run(5)
+
+    def norm(part, weight):
+        spans = torch.from_numpy(part).unflatten(1, (-1, len(weight)))
+        return torch.nn.functional.rms_norm(spans, (len(weight),), torch.from_numpy(weight), 1e-5).flatten(1)
+
+    expected = np.concatenate([norm(x[:, :80], q), norm(x[:, 80:120], k), x[:, 120:]], axis=1)
+    np.testing.assert_allclose(b.view(qkv, 5), expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cap", [0.0, 30.0])
+def test_logits_are_scaled_and_capped_and_greedy_agrees(isa, cap):
+    rng = np.random.default_rng(3)
+    w, x = pack(random_linear(rng, "int8", 777, 64, 32)), rng.normal(size=(5, 64)).astype(np.float32) * 30
+
+    def program(**finish):
+        b = Bench(isa)
+        rows = input_rows(b.p, w, 8)
+        b.p.quantize(b.input(x), None, rows, True)
+        b.p.lm_head(w.native, rows, **finish)
+        return b
+
+    plain = run_head(program(), 5, 0, 777, False)
+    finished = program(scale=1.5, cap=cap)
+    expected = 30 * np.tanh(plain.astype(np.float64) * 1.5 / 30) if cap else plain * np.float32(1.5)
+    got = run_head(finished, 5, 0, 777, False)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
+    np.testing.assert_array_equal(run_head(finished, 5, 0, 777, True), got.argmax(axis=1))
+
+
 def test_silu_mul_has_the_same_bits_on_every_isa_and_keeps_nan():
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(4, 192)) * 30).astype(np.float32)

@@ -199,13 +199,17 @@ class _Recorder:
 
     # Ops
 
-    def embed(self, weight):
+    def embed(self, weight, scale=1.0):
         (w,) = weight
         out = _Buffer(w.shape[1])
-        self._record([out], lambda p: p.embed(w.native, out.native))
+        self._record([out], lambda p: p.embed(w.native, out.native, scale))
         return _Value(out.cols, floats=out)
 
-    def rms_norm(self, x, weight, eps):
+    def rms_norm(self, x, weight, eps, add_to=None):
+        if add_to is not None:
+            x, y = x.floats, add_to.floats
+            self._record([x, y], lambda p: p.rms_norm_add(x.native, weight, eps, y.native))
+            return _Value(y.cols, floats=y)
         out, source = _Value(x.cols, rows=_Buffer(x.cols, rows=True)), x.floats
         self._record(
             [source, out.rows],
@@ -229,22 +233,28 @@ class _Recorder:
     def split_heads(self, qkv, cfg):
         return _Heads(qkv, cfg), _Heads(qkv, cfg), _Heads(qkv, cfg)
 
+    def norm_heads(self, q, k, q_weight, k_weight, eps):
+        qkv, cols = q.qkv.floats, [n * q.cfg.head_dim for n in (q.cfg.n_heads, q.cfg.n_kv_heads)]
+        self._record([qkv], lambda p: p.norm_heads(qkv.native, q_weight, k_weight, *cols, eps))
+        return q, k
+
     def rope(self, q, k, rope):
         if rope not in self.tables:
             table = self.tables[rope] = _Buffer(rope.dim)
             frequencies = [float(f) for f in rope.frequencies()]
 
             def emit(p):
-                table.native = p.rope_table(frequencies)
+                table.native = p.rope_table(frequencies, rope.magnitude)
 
             self._record([table], emit)
         return _Heads(q.qkv, q.cfg, rope), _Heads(k.qkv, k.cfg, rope)
 
     def attention(self, q, k, v, layer):
-        c, qkv, table = q.cfg, q.qkv.floats, self.tables[q.rope]
+        c, qkv = q.cfg, q.qkv.floats
+        table = self.tables[q.rope] if q.rope else _Buffer(0)  # nothing is rotated
         out = _Buffer(c.n_heads * c.head_dim)
         heads = c.n_heads, c.n_kv_heads, c.head_dim, layer
-        self._record([qkv, table], lambda p: p.rope_kv(qkv.native, table.native, *heads))
+        self._record([qkv, table], lambda p: p.rope_kv(qkv.native, table.native, *heads, c.attn_scale or 0.0))
         self._record([qkv, out], lambda p: p.attention(qkv.native, *heads, out.native))
         return _Value(out.cols, floats=out)
 
@@ -253,7 +263,7 @@ class _Recorder:
         self._record([source, out.rows], lambda p: p.silu_mul(source.native, out.rows.native))
         return out
 
-    def lm_head(self, x, weight):
+    def lm_head(self, x, weight, scale=1.0):
         (w,) = weight
         if x.consumed:
             raise NotImplementedError("the head's input is read by another op too")
@@ -261,7 +271,7 @@ class _Recorder:
         # The head always reads 16-bit activations: the demo model meets the reference argmax at 97.4 % of
         # positions instead of 96.5 %, and its weights take as long to read (docs/performance.md).
         rows = self._input(x, w, 16)
-        self._record([rows], lambda p: p.lm_head(w.native, rows.native))
+        self._record([rows], lambda p: p.lm_head(w.native, rows.native, scale))
         return None
 
     # Building

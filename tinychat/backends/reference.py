@@ -107,11 +107,12 @@ class ReferenceBackend:
 
     # Ops
 
-    def embed(self, weight):
-        return weight[0][self.ids]
+    def embed(self, weight, scale=1.0):
+        return weight[0][self.ids] * scale
 
-    def rms_norm(self, x, weight, eps):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+    def rms_norm(self, x, weight, eps, add_to=None):
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+        return y if add_to is None else add_to + y
 
     def linear(self, x, weight, add_to=None):
         y = F.linear(x, *weight)
@@ -121,11 +122,18 @@ class ReferenceBackend:
         q, k, v = qkv.split([n * cfg.head_dim for n in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)], dim=-1)
         return tuple(t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
 
+    def norm_heads(self, q, k, q_weight, k_weight, eps):
+        def norm(x, weight):
+            spans = x.flatten(1).unflatten(1, (-1, len(weight)))
+            return self.rms_norm(spans, weight, eps).reshape(x.shape)
+
+        return norm(q, q_weight), norm(k, k_weight)
+
     def rope(self, q, k, rope):
         if rope not in self._rope:
             self._rope[rope] = torch.from_numpy(rope.frequencies())
         angle = self.positions[:, None] * self._rope[rope]  # float64: exact enough at any position
-        cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
+        cos, sin = ((rope.magnitude * f(angle)).float()[:, None] for f in (torch.cos, torch.sin))
 
         def rotate(x):
             a, b, rest = x.split([rope.dim // 2, rope.dim // 2, x.shape[-1] - rope.dim], dim=-1)
@@ -140,7 +148,7 @@ class ReferenceBackend:
         t, end = q.shape[0], keys.shape[2]
         mask = torch.arange(end) <= (end - t + torch.arange(t))[:, None]
         y = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys, values, attn_mask=mask, enable_gqa=True
+            q.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=self.cfg.attn_scale, enable_gqa=True
         )
         return y[0].transpose(0, 1).flatten(1)
 
@@ -148,5 +156,5 @@ class ReferenceBackend:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def lm_head(self, x, weight):
-        return F.linear(x[self.current.logits_from :], *weight)
+    def lm_head(self, x, weight, scale=1.0):
+        return F.linear(x[self.current.logits_from :], *weight) * scale

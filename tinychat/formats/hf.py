@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensors, read_json
 from tinychat.models import FAMILIES
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import DenseLinear, Linear
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 class HFCheckpoint:
@@ -35,6 +38,7 @@ class HFCheckpoint:
         self.quantization = read_quantization(self.path, self.json)
         self._tensors = Tensors(self.path)
         self._shapes = _expected_shapes(self.config)
+        self._refuse_unknown()
 
     def has(self, name: str) -> bool:
         return f"{name}.weight" in self._tensors or self._quantized(name)
@@ -72,6 +76,19 @@ class HFCheckpoint:
             h.update(f"\0{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         return h.hexdigest()
 
+    def _refuse_unknown(self) -> None:
+        """A tensor in a layer that the family does not have would change what is computed."""
+        for tensor in self._tensors:
+            match = _LAYER.match(tensor)
+            module = tensor.rpartition(".")[0]
+            if match and int(match[1]) < self.config.n_layers and module not in self._shapes:
+                if tensor.endswith("rotary_emb.inv_freq"):  # what old files kept of the rope
+                    continue
+                raise UnsupportedModelError(
+                    f"The checkpoint has a tensor {tensor}, unknown in a {self.config.family} model.",
+                    "The model is of another family, or has parts that are not supported.",
+                )
+
     def _quantized(self, name: str) -> bool:
         return any(f"{name}.{part}" in self._tensors for part in PARTS)
 
@@ -89,9 +106,8 @@ class HFCheckpoint:
         return read_linear(self._tensors, self.quantization, name, shape, self._bias(name, shape[0]))
 
     def _bias(self, name: str, n: int) -> np.ndarray | None:
-        cfg = self.config
-        wanted = cfg.attention_bias if "self_attn" in name else cfg.mlp_bias and ".mlp." in name
-        if f"{name}.bias" not in self._tensors and not wanted:
+        wanted = FAMILIES[self.config.family].biases(self.config)
+        if f"{name}.bias" not in self._tensors and not name.endswith(wanted):
             return None
         self._tensors.check(f"{name}.bias", (n,))
         return self._tensors.float32(f"{name}.bias")
@@ -105,6 +121,7 @@ def _expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         "lm_head": table,
         "model.norm": (cfg.hidden_size,),
     }
+    family = FAMILIES[cfg.family]
     for layer in range(cfg.n_layers):
-        shapes.update(FAMILIES[cfg.family].linears(cfg, layer))
+        shapes |= family.linears(cfg, layer) | family.norms(cfg, layer)
     return shapes

@@ -281,9 +281,11 @@ def _license(path: Path, checkpoint: Any) -> str | None:
 
 
 def _parameters(cfg: Any) -> int:
-    from tinychat.models import llama
+    from tinychat.models import FAMILIES
 
-    body = sum(n * k for n, k in llama.linears(cfg, 0).values()) + 2 * cfg.hidden_size
+    family = FAMILIES[cfg.family]
+    body = sum(n * k for n, k in family.linears(cfg, 0).values())
+    body += sum(n for (n,) in family.norms(cfg, 0).values())
     tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
     return body * cfg.n_layers + tables + cfg.hidden_size
 

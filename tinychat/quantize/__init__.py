@@ -90,6 +90,11 @@ def quantize(
         raise UsageError(f"The method {method!r} is not known.", f"Use {' or '.join(METHODS)}.")
     started = time.monotonic()
     cfg = checkpoint.config
+    if cfg.family != "llama":
+        raise UnsupportedModelError(
+            f"{checkpoint.path.name} is a {cfg.family} model, which cannot be quantized yet.",
+            'Models of the Llama family can; others run with quantize="rtn", or as someone quantized them.',
+        )
     group = choose_group(cfg, group_size)
     report = progress or (lambda done, total, what: None)
     report(0, cfg.n_layers, "reading")

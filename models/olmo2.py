@@ -1,0 +1,73 @@
+"""OLMo 2: norms behind attention and MLP instead of before them, and queries and keys normed over all heads
+together (OLMo et al. 2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinychat.config import ModelConfig
+from tinychat.models import llama
+from tinychat.models.llama import ATTENTION, biases, linears, mlp
+from tinychat.ops import Handle, Ops
+
+__all__ = ["biases", "forward", "linears", "load", "norms"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Weights of one decoder block, as the backend's handles."""
+
+    qkv: Handle
+    q_norm: Handle
+    k_norm: Handle
+    o: Handle
+    attn_norm: Handle
+    gate_up: Handle
+    down: Handle
+    mlp_norm: Handle
+
+
+def load_block(w: Any, p: str) -> Block:
+    """The block whose modules' names begin with `p`."""
+    return Block(
+        qkv=w.linear(*(p + name for name in ATTENTION[:3])),
+        q_norm=w.vector(p + "self_attn.q_norm"),
+        k_norm=w.vector(p + "self_attn.k_norm"),
+        o=w.linear(p + "self_attn.o_proj"),
+        attn_norm=w.vector(p + "post_attention_layernorm"),
+        gate_up=w.linear(p + "mlp.gate_proj", p + "mlp.up_proj"),
+        down=w.linear(p + "mlp.down_proj"),
+        mlp_norm=w.vector(p + "post_feedforward_layernorm"),
+    )
+
+
+def load(w: Any, cfg: ModelConfig) -> llama.Weights:
+    """Ask the backend's loader `w` for every weight."""
+    return llama.load(w, cfg, load_block)
+
+
+def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
+    """One post-norm decoder block. x: [T, hidden]."""
+    q, k, v = ops.split_heads(ops.linear(x, w.qkv), cfg)
+    q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
+    y = ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o)
+    x = ops.rms_norm(y, w.attn_norm, cfg.norm_eps, add_to=x)
+    return ops.rms_norm(ops.linear(mlp(ops, w, x), w.down), w.mlp_norm, cfg.norm_eps, add_to=x)
+
+
+def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
+    """Token ids (the step's input) to logits."""
+    return llama.forward(ops, cfg, w, block)
+
+
+def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
+    """Names and [n] of a block's vectors."""
+    p, d = f"model.layers.{layer}.", cfg.head_dim
+    return {
+        p + "self_attn.q_norm": (cfg.n_heads * d,),
+        p + "self_attn.k_norm": (cfg.n_kv_heads * d,),
+        p + "post_attention_layernorm": (cfg.hidden_size,),
+        p + "post_feedforward_layernorm": (cfg.hidden_size,),
+    }

@@ -1,0 +1,44 @@
+"""Phi-3, Phi-3.5 mini, Phi-4 and Phi-4-mini: Llama with fused projections (Abdin et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinychat.config import ModelConfig
+from tinychat.models import llama
+from tinychat.models.llama import forward, norms
+
+__all__ = ["biases", "forward", "linears", "load", "norms"]
+
+
+def load_block(w: Any, p: str) -> llama.Block:
+    """The block whose modules' names begin with `p`."""
+    return llama.Block(
+        attn_norm=w.vector(p + "input_layernorm"),
+        qkv=w.linear(p + "self_attn.qkv_proj"),
+        o=w.linear(p + "self_attn.o_proj"),
+        mlp_norm=w.vector(p + "post_attention_layernorm"),
+        gate_up=w.linear(p + "mlp.gate_up_proj"),
+        down=w.linear(p + "mlp.down_proj"),
+    )
+
+
+def load(w: Any, cfg: ModelConfig) -> llama.Weights:
+    """Ask the backend's loader `w` for every weight."""
+    return llama.load(w, cfg, load_block)
+
+
+def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """Names and [out, in] of a block's linears."""
+    p, h, f = f"model.layers.{layer}.", cfg.hidden_size, cfg.intermediate_size
+    return {
+        p + "self_attn.qkv_proj": ((cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim, h),
+        p + "self_attn.o_proj": (h, cfg.n_heads * cfg.head_dim),
+        p + "mlp.gate_up_proj": (2 * f, h),
+        p + "mlp.down_proj": (h, f),
+    }
+
+
+def biases(cfg: ModelConfig) -> tuple[str, ...]:
+    """Linears that must have a bias: none."""
+    return ()

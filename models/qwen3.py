@@ -1,0 +1,51 @@
+"""Qwen3: Llama whose queries and keys are normed head by head before they are rotated (Yang et al. 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinychat.config import ModelConfig
+from tinychat.models import llama
+from tinychat.models.llama import biases, linears, mlp
+from tinychat.ops import Handle, Ops
+
+__all__ = ["biases", "forward", "linears", "load", "norms"]
+
+
+@dataclass(frozen=True)
+class Block(llama.Block):
+    """Llama's, and the norms of queries and keys."""
+
+    q_norm: Handle
+    k_norm: Handle
+
+
+def load_block(w: Any, p: str) -> Block:
+    """The block whose modules' names begin with `p`."""
+    heads = {name: w.vector(f"{p}self_attn.{name}") for name in ("q_norm", "k_norm")}
+    return Block(**vars(llama.load_block(w, p)), **heads)
+
+
+def load(w: Any, cfg: ModelConfig) -> llama.Weights:
+    """Ask the backend's loader `w` for every weight."""
+    return llama.load(w, cfg, load_block)
+
+
+def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
+    """One decoder block. x: [T, hidden]."""
+    q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), cfg)
+    q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
+    x = ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o, add_to=x)
+    return ops.linear(mlp(ops, w, ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)), w.down, add_to=x)
+
+
+def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
+    """Token ids (the step's input) to logits."""
+    return llama.forward(ops, cfg, w, block)
+
+
+def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
+    """Names and [n] of a block's vectors."""
+    p = f"model.layers.{layer}.self_attn."
+    return llama.norms(cfg, layer) | {p + "q_norm": (cfg.head_dim,), p + "k_norm": (cfg.head_dim,)}

@@ -1,0 +1,113 @@
+"""Every family against transformers' own forward pass on the same weights: reference and CPU engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from families import CASES, FromTransformers, logits_of, random_model, relative_error
+
+from tinychat.backends import Step
+from tinychat.backends.cpu import CpuBackend
+from tinychat.backends.reference import ReferenceBackend
+from tinychat.config import ModelConfig
+from tinychat.errors import UnsupportedModelError
+from tinychat.prepare import WeightPolicy
+
+N, BLOCKS = 200, 16
+IDS = np.random.default_rng(1).integers(0, 258, N).astype(np.int32)
+TABLE = np.random.default_rng(0).permutation(BLOCKS).astype(np.int32)
+CUTS = (90, 1, 1, 7, 101)  # prefill, decode, verification, and a prompt that goes on
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
+
+
+def run(backend, cuts=CUTS):
+    """Logits of IDS, fed in pieces of these sizes: later ones see earlier ones only through the cache."""
+    backend.allocate_kv(BLOCKS)
+    at, out = 0, []
+    for n in cuts:
+        out.append(backend.step(Step(IDS[at : at + n], at, at, TABLE, 0)))
+        at += n
+    return np.concatenate(out)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case):
+    cls, changes = CASES[case]
+    hf = random_model(cls, **changes)
+    checkpoint, theirs = FromTransformers(hf), logits_of(hf, IDS)
+    assert checkpoint.config.context_length >= N
+    reference = run(ReferenceBackend(checkpoint, WeightPolicy("none", 16)))
+    assert relative_error(reference, theirs) < 1e-4
+    assert np.abs(reference - theirs).max() < 1e-4 * np.abs(theirs).max()
+    # fp16 keys and values against fp32 everywhere; then 8-bit and 16-bit activations on int8 weights
+    cpu = run(CpuBackend(checkpoint, WeightPolicy("none", 16), threads=2))
+    assert relative_error(cpu, theirs) < 3e-3
+    policy = WeightPolicy("auto")
+    expected = run(ReferenceBackend(checkpoint, policy))
+    fine = CpuBackend(checkpoint, policy, threads=2, act_bits=16)
+    whole = run(fine)
+    assert relative_error(whole, expected) < 3e-3
+    np.testing.assert_array_equal(run(fine, (N,)), whole)  # row independence
+    assert relative_error(run(CpuBackend(checkpoint, policy, threads=2, act_bits=8)), expected) < 0.06
+
+
+def test_another_family_would_be_noticed():
+    # The comparisons above are worth something only if a missing part moves the logits far past their bound.
+    hf = random_model("Qwen3ForCausalLM", head_dim=16)
+    plain = random_model("LlamaForCausalLM", head_dim=16)
+    plain.load_state_dict(
+        {k: v for k, v in hf.state_dict().items() if "self_attn.q_norm" not in k}, strict=False
+    )
+    assert relative_error(logits_of(plain, IDS), logits_of(hf, IDS)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("arch", "option", "value"),
+    [
+        ("LlamaForCausalLM", "attn_logit_softcapping", 50.0),
+        ("LlamaForCausalLM", "num_local_experts", 8),
+        ("LlamaForCausalLM", "residual_multiplier", 0.22),
+        ("LlamaForCausalLM", "rope_interleaved", True),
+        ("MistralForCausalLM", "final_logit_softcapping", 30.0),
+        ("Qwen2ForCausalLM", "use_mrope", True),
+        ("Qwen3ForCausalLM", "num_experts", 128),
+        ("Olmo2ForCausalLM", "clip_qkv", 8.0),
+        ("Phi3ForCausalLM", "hidden_act", "gelu"),
+        ("GraniteForCausalLM", "num_local_experts", 40),
+        ("Qwen3ForCausalLM", "layer_types", ["full_attention", "linear_attention"]),
+    ],
+)
+def test_an_option_that_is_not_understood_is_refused_by_name(arch, option, value):
+    cfg = dict(
+        architectures=[arch], hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, vocab_size=258, no_rope_layer_interval=4,
+    )  # fmt: skip
+    ModelConfig.from_hf(cfg)
+    with pytest.raises(UnsupportedModelError) as e:
+        ModelConfig.from_hf({**cfg, option: value})
+    assert option in e.value.what or str(value) in e.value.what or value[-1] in e.value.what
+
+
+def test_silent_settings_are_those_of_transformers():
+    # config.json leaves out what equals transformers' default, so the defaults here must be the same.
+    import transformers
+
+    for name, needed in {
+        "Qwen3ForCausalLM": {},
+        "SmolLM3ForCausalLM": {},
+        "Olmo2ForCausalLM": {},
+        "Phi3ForCausalLM": {},
+        "GraniteForCausalLM": {},
+        "Qwen2ForCausalLM": {},
+    }.items():
+        whole = getattr(transformers, name).config_class(**needed).to_dict()
+        names = (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id",
+        )  # fmt: skip
+        bare = {n: whole[n] for n in names} | {"architectures": [name]}
+        assert ModelConfig.from_hf(bare) == ModelConfig.from_hf(whole | {"architectures": [name]}), name

@@ -1,0 +1,106 @@
+"""Every family in every 4-bit format, from disk, against transformers on the same dequantized weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import packers
+import pytest
+import torch
+from families import CASES, logits_of, random_model, relative_error
+from safetensors.numpy import save_file
+
+from tinychat.backends import Step
+from tinychat.backends.cpu import CpuBackend
+from tinychat.backends.reference import ReferenceBackend
+from tinychat.formats import awq
+from tinychat.formats.hf import HFCheckpoint
+from tinychat.models import FAMILIES
+from tinychat.prepare import WeightPolicy
+from tinychat.weights import QuantizedLinear, quantize_rtn
+
+GROUP = 32
+N, BLOCKS = 100, 8
+IDS = np.random.default_rng(1).integers(0, 258, N).astype(np.int32)
+TABLE = np.arange(BLOCKS, dtype=np.int32)
+FAMILY_CASES = ("llama yarn", "qwen2", "qwen3", "phi3 longrope", "smollm3", "olmo2", "granite")
+
+
+def gptq(w: QuantizedLinear, seed: int):
+    """With act-order: group i holds inputs from all over the row."""
+    k = w.shape[1]
+    groups = np.random.default_rng(seed).permutation(np.arange(k) // GROUP)
+    order = np.argsort(groups, kind="stable")  # column j of w is input order[j]
+    codes = np.empty_like(w.codes)
+    codes[:, order] = w.codes
+    truth = QuantizedLinear(w.codes, w.scales, w.zeros, perm=order.astype(np.int32))
+    return packers.gptq(codes, w.zeros, w.scales, groups, 1), truth.dequantize()
+
+
+def plain(pack):
+    return lambda w, seed: (pack(w), w.dequantize())
+
+
+WEIGHTS = dict(num_bits=4, type="int", symmetric=False, strategy="group", group_size=GROUP)
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True}
+FORMATS = {
+    "gemm": (AWQ, plain(awq.pack)),
+    "gemv": (AWQ | {"version": "gemv"}, plain(lambda w: packers.autoawq_gemv(w.codes, w.zeros, w.scales))),
+    "gemv_fast": (
+        AWQ | {"version": "gemv_fast"},
+        plain(lambda w: packers.autoawq_gemv_fast(w.codes, w.zeros, w.scales)),
+    ),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}, gptq),
+    "compressed-tensors": (
+        COMPRESSED,
+        plain(lambda w: packers.compressed_tensors(w.codes, w.zeros, w.scales)),
+    ),
+}
+
+
+def write(hf, folder, format_name):
+    """The model's folder, its linears quantized; `hf` gets the dequantized weights."""
+    config, pack = FORMATS[format_name]
+    folder.mkdir()
+    settings = hf.config.to_dict() | {"architectures": [type(hf).__name__], "quantization_config": config}
+    (folder / "config.json").write_text(json.dumps(settings))
+    from tinychat.config import ModelConfig
+
+    cfg = ModelConfig.from_hf(settings)
+    state = {name: t.detach().numpy().copy() for name, t in hf.state_dict().items()}
+    for layer in range(cfg.n_layers):
+        for seed, name in enumerate(FAMILIES[cfg.family].linears(cfg, layer)):
+            if name.endswith("v_proj") and layer == 1:
+                continue  # a module left in 16 bits
+            w = quantize_rtn(state.pop(f"{name}.weight"), GROUP)
+            parts, dequantized = pack(w, seed)
+            state |= {f"{name}.{part}": a for part, a in parts.items()}
+            hf.get_submodule(name).weight.data = torch.from_numpy(dequantized)
+    if cfg.tie_embeddings:
+        del state["lm_head.weight"]
+    save_file(state, folder / "model.safetensors")
+
+
+def run(backend):
+    backend.allocate_kv(BLOCKS)
+    steps = [(0, 61), (61, 62), (62, 63), (63, N)]
+    return np.concatenate([backend.step(Step(IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_logits_equal_transformers_on_the_dequantized_weights(case, format_name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
+    cls, changes = CASES[case]
+    hf = random_model(cls, **changes)
+    write(hf, tmp_path / "model", format_name)
+    theirs = logits_of(hf, IDS)
+    checkpoint, policy = HFCheckpoint(tmp_path / "model"), WeightPolicy("none", 16)
+    assert relative_error(run(ReferenceBackend(checkpoint, policy)), theirs) < 1e-4
+    assert relative_error(run(CpuBackend(checkpoint, policy, threads=1, act_bits=16)), theirs) < 3e-3
