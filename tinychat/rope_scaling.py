@@ -121,6 +121,9 @@ def yarn_factors(
     hardly turns, in between a ramp (Peng et al., YaRN, 2023, section 3.2).
     """
 
+    if not 2 <= dim <= 1024:
+        raise ValueError(f"{dim} rotated dimensions")
+
     def dimension(turns: float) -> float:
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 

@@ -1,0 +1,90 @@
+"""Writes a tiny random model of any family as a GGUF: names from the gguf package's own map, metadata and
+reordering as llama.cpp's converter makes them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from tiny_gguf import permute
+
+ARCHS = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+# LlamaModel and what the converter derives from it: rows of q and k in pairs
+PERMUTED = ("llama", "smollm3", "granite")
+
+
+def write(path: Path, hf, arch: str) -> None:
+    """The model `hf` in float32."""
+    from tokenizers import pre_tokenizers
+
+    c = hf.config
+    w = GGUFWriter(path, arch)
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    w.add_block_count(c.num_hidden_layers)
+    w.add_context_length(c.max_position_embeddings)
+    w.add_embedding_length(c.hidden_size)
+    w.add_feed_forward_length(c.intermediate_size)
+    w.add_head_count(c.num_attention_heads)
+    w.add_head_count_kv(c.num_key_value_heads)
+    w.add_key_length(head_dim)
+    w.add_value_length(head_dim)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    w.add_vocab_size(c.vocab_size)
+    tensors = dict(hf.state_dict())
+    METADATA.get(arch, lambda w, c, tensors: None)(w, c, tensors)
+    rope(w, c, head_dim, tensors)
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    w.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"])
+    w.add_token_types([1] * 256 + [3, 3])
+    w.add_token_merges(["a b"])
+    w.add_eos_token_id(257)
+    w.add_bos_token_id(256)
+    names = get_tensor_name_map(ARCHS[arch], c.num_hidden_layers)
+    for name, t in tensors.items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        a = np.ascontiguousarray(t.numpy() if hasattr(t, "numpy") else t)
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        if arch in PERMUTED and heads:
+            a = permute(a.reshape(len(a), -1), heads).reshape(a.shape)
+        if arch.startswith("gemma") and "norm" in name:
+            a = a + 1
+        w.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) or name, np.ascontiguousarray(a))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def rope(w: GGUFWriter, c, head_dim: int, tensors: dict) -> None:
+    p = c.rope_parameters
+    p = p.get("full_attention", p)
+    dim = int(head_dim * p.get("partial_rotary_factor", 1.0))
+    w.add_rope_dimension_count(dim)
+    w.add_rope_freq_base(p["rope_theta"])
+    if p["rope_type"] == "yarn":
+        from gguf import RopeScalingType
+
+        w.add_rope_scaling_type(RopeScalingType.YARN)
+        w.add_rope_scaling_factor(p["factor"])
+        w.add_rope_scaling_orig_ctx_len(p["original_max_position_embeddings"])
+    if p["rope_type"] == "longrope":  # Phi3MiniModel.generate_extra_tensors
+        original, factor = c.original_max_position_embeddings, c.max_position_embeddings
+        factor /= original
+        w.add_rope_scaling_orig_ctx_len(original)
+        w.add_rope_scaling_attn_factors(float(np.sqrt(1 + np.log(factor) / np.log(original))))
+        for kind in ("long", "short"):
+            tensors[f"rope_factors_{kind}.weight"] = np.array(p[f"{kind}_factor"], np.float32)
+
+
+def granite(w: GGUFWriter, c, tensors: dict) -> None:
+    w.add_attention_scale(c.attention_multiplier)
+    w.add_embedding_scale(c.embedding_multiplier)
+    w.add_residual_scale(c.residual_multiplier)
+    w.add_logit_scale(c.logits_scaling)
+
+
+METADATA = {"granite": granite}

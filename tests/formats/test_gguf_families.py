@@ -1,0 +1,64 @@
+"""GGUF of every family against transformers on the same weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from families import CASES, logits_of, random_model, relative_error
+from family_gguf import write
+
+from tinychat.backends import Step
+from tinychat.backends.reference import ReferenceBackend
+from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.formats.gguf import GGUFCheckpoint
+from tinychat.prepare import WeightPolicy
+
+IDS = np.random.default_rng(1).integers(0, 258, 120).astype(np.int32)
+TABLE = np.arange(8, dtype=np.int32)
+ARCHS = {
+    "mistral wide heads": "llama",
+    "llama yarn": "llama",
+    "qwen2": "qwen2",
+    "qwen2 tied": "qwen2",
+    "qwen2 yarn": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "phi3 partial": "phi3",
+    "phi3 longrope": "phi3",
+    "smollm3": "smollm3",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "granite tied": "granite",
+}
+
+
+@pytest.mark.parametrize("case", ARCHS)
+def test_logits_equal_transformers(case, tmp_path):
+    cls, changes = CASES[case]
+    hf = random_model(cls, **changes)
+    write(tmp_path / "m.gguf", hf, ARCHS[case])
+    checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
+    assert checkpoint.config.context_length >= len(IDS)
+    backend = ReferenceBackend(checkpoint, WeightPolicy("none", 16))
+    backend.allocate_kv(8)
+    steps = [(0, 70), (70, 71), (71, 120)]
+    ours = np.concatenate([backend.step(Step(IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
+    assert relative_error(ours, logits_of(hf, IDS)) < 1e-4
+    assert checkpoint.tokenizer().vocab_size == 258
+
+
+def test_a_missing_bias_and_a_foreign_tensor_are_refused(tmp_path):
+    hf = random_model("Qwen2ForCausalLM")
+    del hf.model.layers[1].self_attn.k_proj.bias
+    hf.model.layers[1].self_attn.k_proj.bias = None
+    write(tmp_path / "m.gguf", hf, "qwen2")
+    with pytest.raises(CheckpointError, match=r"blk\.1\.attn_k\.bias"):
+        GGUFCheckpoint(tmp_path / "m.gguf")
+    write(tmp_path / "m.gguf", random_model("Qwen3ForCausalLM", head_dim=16), "llama")
+    with pytest.raises(UnsupportedModelError, match="q_norm"):
+        GGUFCheckpoint(tmp_path / "m.gguf")
+    write(tmp_path / "m.gguf", random_model("GraniteForCausalLM", **CASES["granite"][1]), "granite")
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(content.replace(b"granite", b"smollm3"))  # of the same length
+    with pytest.raises(UnsupportedModelError, match=r"smollm3\.(attention\.scale|embedding_scale)"):
+        GGUFCheckpoint(tmp_path / "m.gguf")
