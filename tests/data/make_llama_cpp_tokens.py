@@ -19,7 +19,7 @@ from pathlib import Path
 import gguf
 from llama_cpp import Llama
 
-PRES = ("smollm", "gpt-2", "llama-bpe", "qwen2", "default")
+PRES = ("smollm", "gpt-2", "llama-bpe", "qwen2", "default", "dbrx", "refact", "gpt-4o", "tekken")
 FIXED = [
     "Hello, world!",
     "\n\n1",

@@ -27,7 +27,9 @@ def test_demo_model_gives_the_ids_of_llama_cpp(fields, special):
     assert differences(from_gguf(fields), expected, special) == []
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "default"])
+@pytest.mark.parametrize(
+    "pre", ["gpt-2", "llama-bpe", "qwen2", "default", "dbrx", "refact", "gpt-4o", "tekken"]
+)
 def test_other_pre_tokenizers_give_the_ids_of_llama_cpp(fields, pre):
     tokenizer = from_gguf({**fields, "tokenizer.ggml.pre": pre})
     assert differences(tokenizer, GOLDEN["byte_level"][pre][0], False) == []

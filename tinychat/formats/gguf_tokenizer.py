@@ -19,6 +19,13 @@ _LLAMA3 = (
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# words that begin with capitals, then small letters; llama.cpp's own spelling of OpenAI's o200k pattern
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+END"
+    r"|[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*END"
+    r"|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SHORT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?"
 # Each pattern splits what the one before left whole; what lies between two matches is a piece of its own.
 SPLITS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
@@ -26,12 +33,17 @@ SPLITS = {
     "smollm": (r"\p{N}", _GPT2),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_LLAMA3.replace("{1,3}", ""),),
+    "dbrx": (_LLAMA3,),
+    "gpt-4o": (_CASED.replace("END", _SHORT).replace("DIGITS", "{1,3}"),),
+    "tekken": (_CASED.replace("END", "").replace("DIGITS", ""),),
 }
 ALIASES = {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
     "falcon3": "llama-bpe",
     "deepseek-r1-qwen": "qwen2",
+    "refact": "smollm",
+    "smaug-bpe": "dbrx",
     "phi-2": "gpt-2",
     "mpt": "gpt-2",
     "olmo": "gpt-2",
@@ -86,7 +98,7 @@ def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int], pre: Any) -> t
     merges = [tuple(line.split(" ", 1)) for line in _strings(fields, "tokenizer.ggml.merges")]
     if any(len(pair) != 2 for pair in merges):
         raise _damaged("has a merge that is not a pair")
-    settings = dict(vocab=vocab, ignore_merges=name == "llama-bpe")
+    settings = dict(vocab=vocab, ignore_merges=name in ("llama-bpe", "tekken"))
     try:
         backend = tk.Tokenizer(_bpe(merges=merges, **settings))
     except CheckpointError:
