@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from tinychat.models import granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
+from tinychat.models import gemma2, gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
 
 FAMILIES: dict[str, ModuleType] = {
+    "gemma2": gemma2,
+    "gemma3": gemma3,
     "granite": granite,
     "llama": llama,
     "olmo2": olmo2,

@@ -70,7 +70,7 @@ def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle
 
 def forward(ops: Ops, cfg: ModelConfig, w: Weights, block: Callable[..., Handle] = block) -> Handle:
     """Token ids (the step's input) to logits."""
-    x = ops.embed(w.embed)
+    x = ops.embed(w.embed, cfg.embed_scale)
     for layer, weights in enumerate(w.blocks):
         x = block(ops, cfg, weights, x, layer)
     return ops.lm_head(ops.rms_norm(x, w.norm, cfg.norm_eps), w.head)

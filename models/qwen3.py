@@ -47,5 +47,9 @@ def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
 
 def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
     """Names and [n] of a block's vectors."""
-    p = f"model.layers.{layer}.self_attn."
-    return llama.norms(cfg, layer) | {p + "q_norm": (cfg.head_dim,), p + "k_norm": (cfg.head_dim,)}
+    return llama.norms(cfg, layer) | head_norms(cfg, layer)
+
+
+def head_norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
+    """Those of queries and keys."""
+    return {f"model.layers.{layer}.self_attn.{name}": (cfg.head_dim,) for name in ("q_norm", "k_norm")}

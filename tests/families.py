@@ -42,7 +42,7 @@ class FromTransformers:
         return DenseLinear(self.state[name + ".weight"], self.state.get(name + ".bias"))
 
     def vector(self, name):
-        return self.state[name + ".weight"]
+        return self.state[name + ".weight"] + np.float32(self.config.family.startswith("gemma"))
 
     def tokenizer(self):
         from tiny import byte_tokenizer
@@ -131,6 +131,53 @@ CASES = {
     "granite tied": (
         "GraniteForCausalLM",
         dict(GRANITE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, residual_multiplier=1.7),
+    ),
+    "mistral window": ("MistralForCausalLM", dict(sliding_window=37)),
+    "ministral window": (
+        "MinistralForCausalLM",
+        dict(sliding_window=70, head_dim=16, layer_types=["sliding_attention", "full_attention"] * 2)
+        | dict(num_hidden_layers=4),
+    ),
+    "qwen2 window": (
+        "Qwen2ForCausalLM",
+        dict(use_sliding_window=True, sliding_window=50, max_window_layers=1),
+    ),
+    "phi3 window": ("Phi3ForCausalLM", dict(sliding_window=64)),
+    "smollm3 window": (
+        "SmolLM3ForCausalLM",
+        dict(use_sliding_window=True, sliding_window=33, no_rope_layers=[1, 0, 0]),
+    ),
+    "gemma2": ("Gemma2ForCausalLM", dict(head_dim=16, sliding_window=48, query_pre_attn_scalar=16)),
+    "gemma2 caps": (
+        "Gemma2ForCausalLM",
+        dict(
+            head_dim=32,
+            sliding_window=300,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            num_key_value_heads=1,
+        ),
+    ),
+    "gemma2 uncapped": (
+        "Gemma2ForCausalLM",
+        dict(head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True),
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        dict(head_dim=32, sliding_window=64, num_hidden_layers=7, query_pre_attn_scalar=32),
+    ),
+    "gemma3 scaled": (
+        "Gemma3ForCausalLM",
+        dict(
+            head_dim=16,
+            sliding_window=20,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            final_logit_softcapping=5.0,
+            rope_parameters={
+                "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+                "sliding_attention": dict(rope_type="default", rope_theta=500.0),
+            },
+        ),
     ),
     "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
 }

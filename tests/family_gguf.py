@@ -87,4 +87,17 @@ def granite(w: GGUFWriter, c, tensors: dict) -> None:
     w.add_logit_scale(c.logits_scaling)
 
 
-METADATA = {"granite": granite}
+def gemma(w: GGUFWriter, c, tensors: dict) -> None:
+    w.add_sliding_window(c.sliding_window)
+    if c.attn_logit_softcapping:
+        w.add_attn_logit_softcapping(c.attn_logit_softcapping)
+    if c.final_logit_softcapping:
+        w.add_final_logit_softcapping(c.final_logit_softcapping)
+
+
+def window(w: GGUFWriter, c, tensors: dict) -> None:
+    if getattr(c, "sliding_window", None):
+        w.add_sliding_window(c.sliding_window)
+
+
+METADATA = {"granite": granite, "gemma2": gemma, "gemma3": gemma, "llama": window, "phi3": window}

@@ -57,6 +57,10 @@ class ModelConfig:
     residual_scale    what a block adds to the residual is multiplied by
     logit_scale       what logits are multiplied by
     unrotated_layers  layers without rotary embedding
+    window            tokens that a token in `windowed_layers` attends to, itself included; None: all of them
+    local_rope        the rope of windowed layers, where it is another
+    attn_soft_cap     c: scores become c·tanh(score / c); 0: they stay
+    logit_soft_cap    likewise, for logits
     """
 
     family: str
@@ -80,6 +84,11 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     unrotated_layers: tuple[int, ...] = ()
+    window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
+    local_rope: RopeConfig | None = None
+    attn_soft_cap: float = 0.0
+    logit_soft_cap: float = 0.0
 
     def __post_init__(self):
         limits = {
@@ -121,27 +130,50 @@ class ModelConfig:
                 f"The checkpoint has norm epsilon {self.norm_eps!r} and rope theta {self.rope.theta!r}.",
                 "The file is damaged; pull it again.",
             )
-        if self.rope.dim % 2 or not 0 < self.rope.dim <= self.head_dim:
+        caps = (self.attn_soft_cap, self.logit_soft_cap)
+        if not all(math.isfinite(cap) and cap >= 0 for cap in caps):
             raise CheckpointError(
-                f"The checkpoint rotates {self.rope.dim} of {self.head_dim} head dimensions.",
+                f"The checkpoint caps scores and logits at {caps!r}.", "The file is damaged; pull it again."
+            )
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise CheckpointError(
+                f"The checkpoint's sliding window is {self.window!r} tokens.",
                 "The file is damaged; pull it again.",
             )
-        try:
-            with np.errstate(all="ignore"):
-                frequencies = self.rope.frequencies()
-        except ValueError:  # stored factors of another number
-            frequencies = np.zeros(1)
-        if not (np.isfinite(frequencies) & (frequencies > 0)).all():
-            raise CheckpointError(
-                f"The checkpoint's rope scaling {self.rope.kind!r} gives frequencies that are not positive.",
-                "The file is damaged; pull it again.",
-            )
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                self._check_rope(rope)
         for token_id in (self.bos_id, *self.eos_ids):
             if token_id is not None and (not isinstance(token_id, int) or isinstance(token_id, bool)):
                 raise CheckpointError(
                     f"The checkpoint's token id {token_id!r} is not a number.",
                     "The file is damaged; pull it again.",
                 )
+
+    def _check_rope(self, rope: RopeConfig) -> None:
+        if rope.dim % 2 or not 0 < rope.dim <= self.head_dim:
+            raise CheckpointError(
+                f"The checkpoint rotates {rope.dim} of {self.head_dim} head dimensions.",
+                "The file is damaged; pull it again.",
+            )
+        try:
+            with np.errstate(all="ignore"):
+                frequencies = rope.frequencies()
+        except ValueError:  # stored factors of another number
+            frequencies = np.zeros(1)
+        if not (np.isfinite(frequencies) & (frequencies > 0)).all():
+            raise CheckpointError(
+                f"The checkpoint's rope scaling {rope.kind!r} gives frequencies that are not positive.",
+                "The file is damaged; pull it again.",
+            )
+
+    def window_of(self, layer: int) -> int:
+        """Tokens that a token attends to in this layer; 0: all."""
+        return self.window if self.window and layer in self.windowed_layers else 0
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """The rope of this layer."""
+        return self.local_rope if self.local_rope and layer in self.windowed_layers else self.rope
 
     @classmethod
     def from_hf(cls, cfg: dict, generation: dict | None = None) -> ModelConfig:

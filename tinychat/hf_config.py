@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,19 +11,29 @@ from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, UnsupportedModelError
 from tinychat.rope_scaling import rope_config
 
+Settings = dict[str, Any]
+
+
+def _no_layers(cfg: Settings) -> list[int]:
+    return []
+
 
 @dataclass(frozen=True)
 class Architecture:
     """How one architecture's config.json reads.
 
-    defaults  what transformers' config class takes where the file is silent
-    options   settings of OPTIONS that this architecture has; `extra` reads them
+    defaults    what transformers' config class takes where the file is silent
+    options     settings of OPTIONS that this architecture has; `extra` reads them
+    windowed    layers that a sliding window is for, where the file has no layer_types
+    activation  the setting that names it, and what it must be
     """
 
     family: str
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: Settings = field(default_factory=dict)
     options: tuple[str, ...] = ()
-    extra: Callable[[dict[str, Any]], dict[str, Any]] = lambda cfg: {}
+    extra: Callable[[Settings], Settings] = lambda cfg: {}
+    windowed: Callable[[Settings], Iterable[int]] = _no_layers
+    activation: tuple[str, str] = ("hidden_act", "silu")
 
 
 # Settings that change what a network computes, and the values that do not.
@@ -50,7 +61,15 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _granite(cfg: dict[str, Any]) -> dict[str, Any]:
+def _layers(cfg: Settings) -> range:
+    return range(min(cfg["num_hidden_layers"], 1024))
+
+
+def _last_layers(cfg: Settings) -> Iterable[int]:
+    return (i for i in _layers(cfg) if i >= cfg["max_window_layers"])
+
+
+def _granite(cfg: Settings) -> Settings:
     return {
         "embed_scale": float(cfg["embedding_multiplier"]),
         "residual_scale": float(cfg["residual_multiplier"]),
@@ -59,24 +78,49 @@ def _granite(cfg: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _smollm3(cfg: dict[str, Any]) -> dict[str, Any]:
+def _unrotated(cfg: Settings) -> tuple[int, ...]:
     rotated = cfg.get("no_rope_layers")  # 1 where a layer has rope, in spite of its name
     if rotated is None:
-        interval = cfg["no_rope_layer_interval"]
-        rotated = [(i + 1) % interval for i in range(min(cfg["num_hidden_layers"], 1024))]
+        return tuple(i for i in _layers(cfg) if (i + 1) % cfg["no_rope_layer_interval"] == 0)
     if len(rotated) < cfg["num_hidden_layers"]:
         raise ValueError(f"no_rope_layers names {len(rotated)} layers")
-    return {"unrotated_layers": tuple(i for i, on in enumerate(rotated) if not on)}
+    return tuple(i for i in _layers(cfg) if not rotated[i])
 
 
+def _gemma2(cfg: Settings) -> Settings:
+    return {
+        "embed_scale": math.sqrt(cfg["hidden_size"]),
+        "attn_scale": float(cfg["query_pre_attn_scalar"]) ** -0.5,
+        "attn_soft_cap": float(cfg.get("attn_logit_softcapping") or 0),
+        "logit_soft_cap": float(cfg.get("final_logit_softcapping") or 0),
+    }
+
+
+def _gemma3(cfg: Settings) -> Settings:
+    given = cfg.get("rope_parameters") or {}
+    local = given.get("sliding_attention") or {"rope_theta": cfg["rope_local_base_freq"]}
+    return _gemma2(cfg) | {"local_rope": rope_config({**cfg, "rope_parameters": local}, cfg["head_dim"])}
+
+
+def _gemma3_layers(cfg: Settings) -> Iterable[int]:
+    # the published files spell it with and without the underscore
+    every = cfg.get("sliding_window_pattern") or cfg["_sliding_window_pattern"]
+    return (i for i in _layers(cfg) if (i + 1) % every)
+
+
+_QWEN = {"use_sliding_window": False, "max_window_layers": 28}
 _GRANITE = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
+_GELU = ("hidden_activation", "gelu_pytorch_tanh")
+_GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 256, "head_dim": 256, "sliding_window": 4096}
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama"),
-    "MistralForCausalLM": Architecture("llama"),
-    "MinistralForCausalLM": Architecture("llama"),
-    "Qwen2ForCausalLM": Architecture("qwen2", {"use_sliding_window": False, "attention_bias": True}),
-    "Qwen3ForCausalLM": Architecture("qwen3", {"use_sliding_window": False, "head_dim": 128}),
-    "Phi3ForCausalLM": Architecture("phi3", {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
+    "MistralForCausalLM": Architecture("llama", {"sliding_window": 4096}, windowed=_layers),
+    "MinistralForCausalLM": Architecture("llama", {"sliding_window": 4096}, windowed=_layers),
+    "Qwen2ForCausalLM": Architecture("qwen2", _QWEN, windowed=_last_layers),
+    "Qwen3ForCausalLM": Architecture("qwen3", {**_QWEN, "head_dim": 128}, windowed=_last_layers),
+    "Phi3ForCausalLM": Architecture(
+        "phi3", {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}, windowed=_layers
+    ),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3",
         {
@@ -86,14 +130,31 @@ ARCHITECTURES = {
             "tie_word_embeddings": True,
         },
         ("no_rope_layers",),
-        _smollm3,
+        lambda cfg: {"unrotated_layers": _unrotated(cfg)},
+        _unrotated,
     ),
     "Olmo2ForCausalLM": Architecture("olmo2", {"rms_norm_eps": 1e-5}),
     "GraniteForCausalLM": Architecture("granite", dict.fromkeys(_GRANITE, 1.0), _GRANITE, _granite),
+    "Gemma2ForCausalLM": Architecture(
+        "gemma2",
+        {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        _gemma2,
+        lambda cfg: _layers(cfg)[::2],
+        _GELU,
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3",
+        {**_GEMMA, "_sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ("query_pre_attn_scalar", "final_logit_softcapping"),
+        _gemma3,
+        _gemma3_layers,
+        _GELU,
+    ),
 }
 
 
-def read(given: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
+def read(given: Settings, generation: Settings | None = None) -> ModelConfig:
     """From config.json (and generation_config.json, whose stop tokens win).
 
     Raises UnsupportedModelError for an architecture, option or rope scaling that is not understood, by name,
@@ -123,6 +184,7 @@ def read(given: dict[str, Any], generation: dict[str, Any] | None = None) -> Mod
             head_dim=head_dim,
             vocab_size=cfg["vocab_size"],
             context_length=_context(cfg),
+            **_windows(kind, cfg),
             norm_eps=float(cfg.get("rms_norm_eps", 1e-6)),
             rope=rope_config(cfg, head_dim),
             tie_embeddings=bool(cfg.get("tie_word_embeddings", False)),
@@ -139,18 +201,20 @@ def read(given: dict[str, Any], generation: dict[str, Any] | None = None) -> Mod
         ) from e
 
 
-def _refuse(arch: str, kind: Architecture, cfg: dict[str, Any]) -> None:
-    act = cfg.get("hidden_act", "silu")
-    if act != "silu":
+def _refuse(arch: str, kind: Architecture, cfg: Settings) -> None:
+    setting, needed = kind.activation
+    act = cfg.get(setting, needed)
+    if act != needed:
         raise UnsupportedModelError(
-            f"The activation {act!r} is not supported in a {arch}.", "Supported: silu."
+            f"The activation {act!r} is not supported in a {arch}.", f"Supported: {needed}."
         )
     types = cfg.get("layer_types") or []
     for layer_type in types if isinstance(types, list) else [types]:
-        if layer_type not in ("full_attention", "sliding_attention"):
+        windows = ("sliding_attention",) if kind.windowed is not _no_layers else ()
+        if layer_type not in ("full_attention", *windows):
             raise UnsupportedModelError(
                 f"Layers of the type {layer_type!r} are not supported in a {arch}.",
-                "Supported: full_attention, sliding_attention.",
+                f"Supported: {', '.join(('full_attention', *windows))}.",
             )
     for option, harmless in OPTIONS.items():
         if option not in kind.options and cfg.get(option) not in harmless:
@@ -160,11 +224,24 @@ def _refuse(arch: str, kind: Architecture, cfg: dict[str, Any]) -> None:
             )
 
 
-def _context(cfg: dict[str, Any]) -> int:
-    # Within its window sliding attention is full attention, so nothing is computed differently.
+def _context(cfg: Settings) -> int:
     context = cfg.get("max_position_embeddings", 2048)
-    window = cfg.get("sliding_window") if cfg.get("use_sliding_window", True) else None
     rope = cfg.get("rope_parameters") or cfg.get("rope_scaling") or {}
     if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
-        context = min(context, cfg.get("original_max_position_embeddings") or context)
-    return min(context, window) if window else context
+        original = cfg.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        context = min(context, original or context)
+    return context
+
+
+def _windows(kind: Architecture, cfg: Settings) -> Settings:
+    window = cfg.get("sliding_window") if cfg.get("use_sliding_window", True) else None
+    types = cfg.get("layer_types")
+    if types and kind.windowed is not _no_layers:
+        if len(types) < cfg["num_hidden_layers"]:
+            raise ValueError(f"layer_types names {len(types)} layers")
+        layers = tuple(i for i in _layers(cfg) if types[i] == "sliding_attention")
+    else:
+        layers = tuple(kind.windowed(cfg)) if window else ()
+    if not window or not layers or window >= _context(cfg):
+        return {}
+    return {"window": window, "windowed_layers": layers}

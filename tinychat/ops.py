@@ -46,7 +46,8 @@ class Ops(Protocol):
     def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
         """Write k and v to the layer's cache slots; causal GQA attention over the cache: [T, heads·D].
 
-        Scores are multiplied by the config's attn_scale.
+        As the config says, scores are multiplied by attn_scale and capped by attn_soft_cap, and in windowed layers
+        a token attends to the last `window` tokens only, itself included.
         """
         ...
 
@@ -54,6 +55,13 @@ class Ops(Protocol):
         """[T, 2F] → silu(first half) · second half: [T, F]."""
         ...
 
+    def gelu_mul(self, gate_up: Handle) -> Handle:
+        """[T, 2F] → gelu(first half) · second half, by GELU's tanh formula: [T, F]."""
+        ...
+
     def lm_head(self, x: Handle, weight: Handle, scale: float = 1.0) -> Handle:
-        """Logits, multiplied by `scale`, of the rows that the step asked for: float32 [rows, vocab]."""
+        """Logits of the rows that the step asked for: float32 [rows, vocab].
+
+        Multiplied by `scale`, and capped by the config's logit_soft_cap.
+        """
         ...

@@ -35,6 +35,7 @@ def rope_config(cfg: dict[str, Any], head_dim: int) -> RopeConfig:
     """
     # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling.
     params = dict(cfg.get("rope_parameters") or cfg.get("rope_scaling") or {})
+    params = dict(params.get("full_attention") or params)  # one rope for each type of layer: the global one
     theta = float(params.pop("rope_theta", None) or cfg.get("rope_theta") or 10000.0)
     kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
     params.pop("type", None)

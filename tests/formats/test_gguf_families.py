@@ -27,6 +27,10 @@ ARCHS = {
     "phi3 longrope": "phi3",
     "smollm3": "smollm3",
     "olmo2": "olmo2",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "mistral window": "llama",
+    "phi3 window": "phi3",
     "granite": "granite",
     "granite tied": "granite",
 }

@@ -58,7 +58,7 @@ class CpuBackend:
         weights = family.load(
             packs.load(checkpoint, policy or WeightPolicy(), family, self.threads), self.cfg
         )
-        recorder = _Recorder(self.act_bits)
+        recorder = _Recorder(self.cfg, self.act_bits)
         family.forward(recorder, self.cfg, weights)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))
         self.max_rows = MAX_ROWS
@@ -193,6 +193,7 @@ class _Record:
 class _Recorder:
     """Implements `Ops` by writing down what to run. Norms and activations take the form that is read."""
 
+    cfg: ModelConfig
     act_bits: int
     records: list[_Record] = field(default_factory=list)
     tables: dict[RopeConfig, _Buffer] = field(default_factory=dict)
@@ -259,8 +260,14 @@ class _Recorder:
         return _Value(out.cols, floats=out)
 
     def silu_mul(self, gate_up):
+        return self._gate(gate_up, "silu_mul")
+
+    def gelu_mul(self, gate_up):
+        return self._gate(gate_up, "gelu_mul")
+
+    def _gate(self, gate_up, op):
         source, out = gate_up.floats, _Value(gate_up.cols // 2, rows=_Buffer(gate_up.cols // 2, rows=True))
-        self._record([source, out.rows], lambda p: p.silu_mul(source.native, out.rows.native))
+        self._record([source, out.rows], lambda p: getattr(p, op)(source.native, out.rows.native))
         return out
 
     def lm_head(self, x, weight, scale=1.0):
@@ -271,7 +278,8 @@ class _Recorder:
         # The head always reads 16-bit activations: the demo model meets the reference argmax at 97.4 % of
         # positions instead of 96.5 %, and its weights take as long to read (docs/performance.md).
         rows = self._input(x, w, 16)
-        self._record([rows], lambda p: p.lm_head(w.native, rows.native, scale))
+        cap = self.cfg.logit_soft_cap
+        self._record([rows], lambda p: p.lm_head(w.native, rows.native, scale, cap))
         return None
 
     # Building

@@ -146,15 +146,31 @@ class ReferenceBackend:
         self.kv[1, layer, self.write_slots] = v
         keys, values = (self.kv[i, layer, self.read_slots].transpose(0, 1)[None] for i in (0, 1))
         t, end = q.shape[0], keys.shape[2]
-        mask = torch.arange(end) <= (end - t + torch.arange(t))[:, None]
-        y = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=self.cfg.attn_scale, enable_gqa=True
-        )
+        own = (end - t + torch.arange(t))[:, None]
+        mask = torch.arange(end) <= own
+        if window := self.cfg.window_of(layer):
+            mask &= torch.arange(end) > own - window
+        q, cap = q.transpose(0, 1)[None], self.cfg.attn_soft_cap
+        if cap:
+            scale = self.cfg.attn_scale or q.shape[-1] ** -0.5
+            per_kv = q.shape[1] // keys.shape[1]
+            keys, values = (x.repeat_interleave(per_kv, dim=1) for x in (keys, values))
+            scores = cap * torch.tanh(q @ keys.transpose(2, 3) * scale / cap)
+            y = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ values
+        else:
+            y = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=mask, scale=self.cfg.attn_scale, enable_gqa=True
+            )
         return y[0].transpose(0, 1).flatten(1)
 
     def silu_mul(self, gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def gelu_mul(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
     def lm_head(self, x, weight, scale=1.0):
-        return F.linear(x[self.current.logits_from :], *weight) * scale
+        y, cap = F.linear(x[self.current.logits_from :], *weight) * scale, self.cfg.logit_soft_cap
+        return cap * torch.tanh(y / cap) if cap else y

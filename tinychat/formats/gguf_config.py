@@ -28,6 +28,11 @@ _NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_GEMMA_NAMES = _NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 _QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 # Metadata that changes what is computed.
 _OPTIONS = (
@@ -80,6 +85,33 @@ def _granite(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _gemma(m: Metadata, period: int, largest: int) -> dict[str, Any]:
+    hidden, heads, layers = (m.number(k) for k in ("embedding_length", "attention.head_count", "block_count"))
+    period = m.number("attention.sliding_window_pattern", period)
+    return {
+        "embed_scale": math.sqrt(hidden),
+        # the 27B of either generation scales by its hidden size, which only its depth tells
+        "attn_scale": (hidden / heads) ** -0.5 if layers == largest else None,
+        "windowed_layers": tuple(i for i in range(min(layers, 1024)) if (i + 1) % period),
+    }
+
+
+def _gemma2(m: Metadata) -> dict[str, Any]:
+    caps = {
+        "attn_soft_cap": float(m.number("attn_logit_softcapping", 50.0)),
+        "logit_soft_cap": float(m.number("final_logit_softcapping", 30.0)),
+    }
+    return _gemma(m, 2, 46) | caps
+
+
+def _gemma3(m: Metadata) -> dict[str, Any]:
+    dim = m.number("attention.key_length", m.number("embedding_length") // m.number("attention.head_count"))
+    return _gemma(m, 6, 62) | {
+        "logit_soft_cap": float(m.number("final_logit_softcapping", 0.0)),
+        "local_rope": RopeConfig(float(m.number("rope.freq_base_swa", 10000.0)), dim),
+    }
+
+
 def _smollm3(m: Metadata) -> dict[str, Any]:
     # llama.cpp has the interval in its code, not in the file
     return {"unrotated_layers": tuple(range(3, min(m.number("block_count"), 1024), 4))}
@@ -91,6 +123,7 @@ class Architecture:
 
     names        a block's modules: Hugging Face's name → GGUF's
     interleaved  rows of q and k are stored for rotating neighbours (x[2i], x[2i + 1])
+    windowed     a sliding window in the metadata is for its layers (of `extra`'s choice, or all)
     options      those of _OPTIONS that it has; `extra` reads them
     """
 
@@ -98,6 +131,7 @@ class Architecture:
     names: dict[str, str] = field(default_factory=lambda: _NAMES)
     interleaved: bool = False
     options: tuple[str, ...] = ()
+    windowed: bool = True
     extra: Callable[[Metadata], dict[str, Any]] = lambda m: {}
 
 
@@ -115,6 +149,15 @@ ARCHITECTURES = {
             "post_attention_layernorm": "post_attention_norm",
             "post_feedforward_layernorm": "post_ffw_norm",
         },
+    ),
+    "gemma2": Architecture(
+        "gemma2",
+        _GEMMA_NAMES,
+        options=("attn_logit_softcapping", "final_logit_softcapping"),
+        extra=_gemma2,
+    ),
+    "gemma3": Architecture(
+        "gemma3", _GEMMA_NAMES | _QK_NORMS, options=("final_logit_softcapping",), extra=_gemma3
     ),
     "granite": Architecture(
         "granite",
@@ -170,10 +213,14 @@ def _config(file: GGUFFile, arch: Architecture, m: Metadata) -> ModelConfig:
     if head_dim % 2:
         raise file.damaged(f"its heads have {head_dim} dimensions, an odd number")
     rope = _rope(file, m, head_dim)
-    context, window = m.number("context_length"), m.number("attention.sliding_window", 0)
+    context = m.number("context_length")
     if rope.kind == "longrope":
         context = rope.original_context
-    names = file.tensors
+    names, extra = file.tensors, arch.extra(m)
+    window = m.number("attention.sliding_window", 0)
+    layers = extra.pop("windowed_layers", range(min(m.number("block_count"), 1024)))
+    if 0 < window < context and arch.windowed:
+        extra |= {"window": window, "windowed_layers": tuple(layers)}
     return ModelConfig(
         family=arch.family,
         hidden_size=hidden,
@@ -183,7 +230,7 @@ def _config(file: GGUFFile, arch: Architecture, m: Metadata) -> ModelConfig:
         n_kv_heads=m.number("attention.head_count_kv", heads),
         head_dim=head_dim,
         vocab_size=embedding.shape[0],
-        context_length=min(context, window) if window else context,
+        context_length=context,
         norm_eps=float(m.number("attention.layer_norm_rms_epsilon")),
         rope=rope,
         tie_embeddings="output.weight" not in names,
@@ -191,7 +238,7 @@ def _config(file: GGUFFile, arch: Architecture, m: Metadata) -> ModelConfig:
         mlp_bias="blk.0.ffn_down.bias" in names,
         bos_id=_token_id(file, "bos"),
         eos_ids=_eos_ids(file),
-        **arch.extra(m),
+        **extra,
     )
 
 

@@ -63,7 +63,7 @@ class HFCheckpoint:
         values = self._tensors.float32(f"{name}.weight")
         if not np.isfinite(values).all():
             raise CheckpointError(f"The weights of {name} hold NaN or infinity.", PULL_AGAIN)
-        return values
+        return values + getattr(FAMILIES[self.config.family], "NORM_OFFSET", np.float32(0))
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_hf(self.path)
