@@ -1,6 +1,6 @@
-"""Gemma 2: norms before and behind attention and MLP, GELU, scaled embeddings, soft-capped scores and logits, and
-every other layer attends to a sliding window (Gemma Team 2024). Windows and caps are in the config: attention
-and head see to them.
+"""Gemma 2: norms before and behind attention and MLP, GELU, scaled embeddings, soft-capped scores and logits,
+and every other layer attends to a sliding window (Gemma Team 2024). Windows and caps are in the config:
+attention and head see to them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Gemma 3: Gemma 2 with norms on queries and keys instead of soft caps, and another rope base in windowed layers
-(Gemma Team 2025).
+"""Gemma 3: Gemma 2 with norms on queries and keys instead of soft caps, and another rope base in windowed
+layers (Gemma Team 2025).
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ __all__ = ["biases", "forward", "linears", "load", "norms"]
 def block(ops: Ops, cfg: ModelConfig, w: llama.Block, x: Handle, layer: int) -> Handle:
     """One decoder block. x: [T, hidden]."""
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), cfg)
-    if layer not in cfg.unrotated_layers:
-        q, k = ops.rope(q, k, cfg.rope)
+    if rope := cfg.rope_of(layer):
+        q, k = ops.rope(q, k, rope)
     x = ops.linear(ops.attention(q, k, v, layer), w.o, add_to=x)
     return ops.linear(mlp(ops, w, ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)), w.down, add_to=x)
 

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from tiny import byte_tokenizer, tiny_folder
+from tiny_gguf import write as write_gguf
 
 from tinychat.config import RopeConfig
 
@@ -193,10 +194,14 @@ def test_usage_errors(folder, here):
         (["completion", "tcsh"], None),
         (["completion"], None),
         (["quantize", folder], None),
+        (["quantize", folder, "--out", "out", "--group-size", "128"], None),
+        (["quantize", folder, "--out", "out", "--group-size", "0"], None),
+        (["quantize", folder, "--out", "out", "--calib", "binary"], None),
     ]:
         out = tinychat(*args, stdin=stdin)
         assert out.returncode == 2, (args, out.stderr)
         assert_two_lines(out, 2)
+    assert sorted(p.name for p in here.iterdir()) == ["binary", "latin1.txt"]
 
 
 def test_an_unknown_model_is_3(here):
@@ -215,11 +220,15 @@ def test_damaged_models_are_1(folder, here):
         change(copy)
         return tinychat("run", f"./{name}", "hi")
 
-    nan = tiny_folder(here / "nan")
-    raw = bytearray(weights)
-    raw[-4:] = np.array([np.nan], dtype=np.float32).tobytes()
-    (nan / "model.safetensors").write_bytes(raw)
+    nan = weights[:-4] + np.array([np.nan], dtype=np.float32).tobytes()
+
+    def pickled(f):
+        (f / "model.safetensors").unlink()
+        (f / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch stolen'\ntR.")
+
     cases = {
+        "nan": lambda f: (f / "model.safetensors").write_bytes(nan),
+        "pickle": pickled,
         "cut short": lambda f: (f / "model.safetensors").write_bytes(weights[: len(weights) // 2]),
         "not safetensors": lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 100),
         "empty": lambda f: (f / "model.safetensors").write_bytes(b""),
@@ -240,8 +249,14 @@ def test_damaged_models_are_1(folder, here):
         assert_two_lines(out, 1)
     assert "FooForCausalLM" in broken("architecture", cases["architecture"]).stderr
     assert "yarn" in broken("rope", cases["rope"]).stderr
+    assert not list(here.rglob("stolen"))
     (here / "file.gguf").write_bytes(b"GGUF but not really")
     assert_two_lines(tinychat("run", "./file.gguf", "hi"), 1)
+    write_gguf(here / "whole.gguf")
+    (here / "cut.gguf").write_bytes((here / "whole.gguf").read_bytes()[:-1000])
+    assert_two_lines(tinychat("run", "./cut.gguf", "hi"), 1)
+    (here / "model.pth").write_bytes(b"\x80\x04")
+    assert_two_lines(tinychat("run", "./model.pth", "hi"), 1)
 
 
 def test_a_context_that_does_not_fit_is_4(tmp_path, here):

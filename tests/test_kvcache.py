@@ -154,14 +154,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def blocks_are_held_or_available(self):
-        assert self.pool.available == N_BLOCKS - len(self.held())
+        assert self.pool.available() == N_BLOCKS - len(self.held())
         assert self.pool.used >= len(self.held())
 
     def teardown(self):
         for b in self.branches:
             b.free()
         # Nothing leaked: a new branch can have the whole pool, and not a slot more.
-        assert self.pool.available == N_BLOCKS
+        assert self.pool.available() == N_BLOCKS
         all_of_it = Branch(self.pool)
         self.backend.write(all_of_it, [2] * (N_BLOCKS * BLOCK))
         with pytest.raises(PoolExhaustedError):
@@ -187,7 +187,7 @@ def test_freed_blocks_are_found_again_by_content(backend, pool):
     first = Branch(pool)
     backend.write(first, ids)
     first.free()
-    assert pool.available == N_BLOCKS
+    assert pool.available() == N_BLOCKS
     second = Branch(pool)
     assert second.match(ids) == 32
     assert backend.read(second) == history(ids[:32])

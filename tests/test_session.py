@@ -171,7 +171,7 @@ def test_an_empty_message_is_refused(model, bad):
 
 
 def test_a_message_longer_than_the_context_changes_nothing(model):
-    session = model.session(**GREEDY)
+    session = model.session(kv_policy="none", **GREEDY)
     say(session, "hello")
     before = session.messages, session.path(), len(session.nodes)
     for call in (lambda: session.send("x" * 300), lambda: session.edit(0, "y" * 300)):
@@ -182,7 +182,8 @@ def test_a_message_longer_than_the_context_changes_nothing(model):
 
 
 def test_a_full_context_is_said_and_nothing_is_dropped(model):
-    session = model.session(temperature=5.0, top_k=0, top_p=1, min_p=0, seed=4, repeat_penalty=1.0)
+    unruly = dict(temperature=5.0, top_k=0, top_p=1, min_p=0, seed=4, repeat_penalty=1.0)
+    session = model.session(kv_policy="none", **unruly)
     model.tokenizer.eos_ids = frozenset()
     done = say(session, "x" * 200)
     assert done.finish_reason == "context_full"
@@ -190,6 +191,13 @@ def test_a_full_context_is_said_and_nothing_is_dropped(model):
     with pytest.raises(UsageError, match="context"):
         list(session.send("more"))
     assert len(session.messages) == 2
+
+
+def test_an_answer_that_finds_no_end_is_ended(model):
+    """Where what is attended to least is given up, a context is never full; still no answer runs for ever."""
+    model.tokenizer.eos_ids = frozenset()
+    done = say(model.session(temperature=0), "hello")
+    assert (done.finish_reason, done.stats.generated_tokens) == ("length", model.n_ctx)
 
 
 # Stopping
@@ -614,7 +622,7 @@ class SessionMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.model = tiny_model(ctx=256)
-        self.session = self.model.session(temperature=0, max_tokens=5)
+        self.session = self.model.session(kv_policy="none", temperature=0, max_tokens=5)
         self.finished = []
 
     def check(self, stream, cut=None):

@@ -1,13 +1,38 @@
-"""`tinychat` and `python -m tinychat`: Ctrl+C ends the program quietly while it is still importing itself."""
+"""`tinychat` and `python -m tinychat`: Ctrl+C ends the program quietly, from first import to last step."""
+
+import sys
 
 
 def main() -> None:
     """The command line."""
+    sys.unraisablehook = _unraisable
     try:
         from tinychat.cli.main import main as run
+
+        run()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    run()
+    finally:
+        # What there was to say is said; Python's own shutdown takes a tenth of a second and would complain. A
+        # thread that does not end can still be interrupted; once all have, Ctrl+C changes nothing.
+        import atexit
+        import os
+        import signal
+
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def _unraisable(lost) -> None:
+    """Ctrl+C that came in a `__del__` or a weakref's callback, where Python forgets it, comes once more."""
+    if lost.exc_type is KeyboardInterrupt:
+        import signal
+        import threading
+
+        again = (threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.01, signal.pthread_kill, again).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 if __name__ == "__main__":

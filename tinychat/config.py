@@ -171,8 +171,10 @@ class ModelConfig:
         """Tokens that a token attends to in this layer; 0: all."""
         return self.window if self.window and layer in self.windowed_layers else 0
 
-    def rope_of(self, layer: int) -> RopeConfig:
-        """The rope of this layer."""
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rope of this layer; None: it rotates nothing."""
+        if layer in self.unrotated_layers:
+            return None
         return self.local_rope if self.local_rope and layer in self.windowed_layers else self.rope
 
     @classmethod

@@ -16,6 +16,7 @@ import numpy as np
 from tinychat.backends import BLOCK, Backend, Step
 from tinychat.errors import MemoryBudgetError, UsageError
 from tinychat.events import Completion, Done, Event, FinishReason, Notice, Stats, TextDelta
+from tinychat.eviction import WATCHED, EvictionPolicy, Ledger
 from tinychat.kvcache import BlockPool, Branch, PoolExhaustedError
 from tinychat.machine import human_bytes, peak_rss
 from tinychat.sampling import SamplingParams, choose_seed, sample
@@ -33,24 +34,40 @@ class Engine:
     any thread.
     """
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, n_ctx: int):
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        n_ctx: int,
+        trained_context: int | None = None,
+        spare: int = 0,
+    ):
+        """n_ctx: tokens that the pool has room for. trained_context: positions that the model knows; a
+        conversation that evicts never goes beyond them. spare: blocks beside, for what such a conversation
+        was before its last answer.
+        """
         self.backend, self.tokenizer, self.n_ctx = backend, tokenizer, n_ctx
+        self.trained_context = trained_context or n_ctx
         n_blocks = -(-n_ctx // BLOCK) + 2  # copy-on-write of the last block never fails for want of one
-        backend.allocate_kv(n_blocks)
-        self.pool = BlockPool(n_blocks, backend.copy_block)
+        backend.allocate_kv(n_blocks + spare)
+        self.pool = BlockPool(n_blocks + spare, backend.copy_block, spare)
         self.lock = threading.RLock()
-        self._branches: WeakSet[_OwnedBranch] = WeakSet()
+        self._branches: WeakSet[OwnedBranch] = WeakSet()
         self.orphans: deque[list[int]] = deque()
         self._prefill_rate = 0.0
         self._clock = 0
         self._closed = False
 
-    def branch(self) -> _OwnedBranch:
-        """A new, empty sequence."""
+    def branch(self, policy: EvictionPolicy | None = None) -> OwnedBranch:
+        """A new, empty sequence. With a policy it may outgrow its budget; without, it ends where the context
+        is full.
+        """
+        return self._known(OwnedBranch(self, policy and Ledger(policy, *self.backend.kv_heads())))
+
+    def _known(self, branch: OwnedBranch) -> OwnedBranch:
         with self.lock:
-            b = _OwnedBranch(self)
-            self._branches.add(b)
-            return b
+            self._branches.add(branch)
+        return branch
 
     def run(
         self,
@@ -59,10 +76,12 @@ class Engine:
         first_logit: int,
         step_greedy: bool = False,
         accept: Callable[[np.ndarray], int] | None = None,
+        watched: int | None = None,
     ) -> np.ndarray:
         """Append `ids` to the branch in one step; logits (or argmax) from row `first_logit` on.
 
         accept: given that output, how many of `ids` stay in the cache; without it all of them do.
+        watched: how many of the last rows tell an eviction policy what they attend to; default: all.
         Raises PoolExhaustedError if there is no room even after idle branches gave theirs.
         """
         with self.lock:
@@ -70,18 +89,48 @@ class Engine:
                 raise UsageError("The model is closed.", "Load it again.")
             self._clock += 1
             branch.last_used = self._clock
+            self.make_room(branch, len(ids))
             self._reserve(branch, len(ids))
+            scores, rows = None, 0
+            if branch.ledger and branch.ledger.watches:
+                rows = len(ids) if watched is None else watched
+                if rows:
+                    first = 1 if accept is None and rows > 1 else rows
+                    scores = np.empty((first, *self.backend.kv_heads(), branch.slots + len(ids)), np.float32)
+            tokens = np.asarray(ids, dtype=np.int32)
             step = Step(
-                np.asarray(ids, dtype=np.int32), len(branch), len(branch), branch.block_table(), first_logit
+                tokens, branch.position, branch.slots, branch.block_table(), first_logit, scores, rows
             )
             out = self.backend.step_greedy(step) if step_greedy else self.backend.step(step)
-            branch.commit(ids if accept is None else ids[: accept(out)])
+            n = len(ids) if accept is None else accept(out)
+            branch.commit(ids[:n])
+            if branch.ledger:
+                branch.ledger.append(n, scores, min(rows, n))
             return out
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """float32 [n_tokens, vocab] for every position of `ids`, computed from nothing cached."""
-        self._check_prompt(ids)
-        branch, chunk = self.branch(), self.backend.max_rows
+    def make_room(self, branch: Branch, n: int) -> None:
+        """Evict what n more tokens need, where the branch has a policy; without one, nothing happens."""
+        ledger = branch.ledger
+        if ledger is None:
+            return
+        with self.lock:
+            excess = branch.slots + n - ledger.policy.budget
+            if excess > 0:
+                self._freeing(branch, branch.own)
+                table = branch.block_table()
+                self.backend.move_slots(table, *branch.give_up(-(-excess // BLOCK) * BLOCK))
+                branch.drop_empty_blocks()
+            if branch.position + n > self.trained_context and branch.slots + n <= self.trained_context:
+                self._freeing(branch, branch.own)
+                self.backend.turn_keys(branch.block_table(), branch.reindex())
+
+    def logits(self, ids: Sequence[int], policy: EvictionPolicy | None = None) -> np.ndarray:
+        """float32 [n_tokens, vocab] for every position of `ids`, computed from nothing cached.
+
+        With an eviction policy, in steps of BLOCK tokens, as if they had been drafted: nearly token by token.
+        """
+        self._check_prompt(ids, policy is not None)
+        branch, chunk = self.branch(policy), BLOCK if policy else self.backend.max_rows
         try:
             with self._held(branch):
                 parts = [self.run(branch, ids[i : i + chunk], 0) for i in range(0, len(ids), chunk)]
@@ -93,7 +142,7 @@ class Engine:
 
     def generate(
         self,
-        branch: Branch,
+        branch: OwnedBranch,
         prompt: Sequence[int],
         params: SamplingParams,
         cancel: threading.Event | None = None,
@@ -104,17 +153,17 @@ class Engine:
         speculator: drafts tokens that are verified several at a time; the text is the same without it.
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
-        self._check_prompt(prompt)
+        self._check_prompt(prompt, branch.ledger is not None)
         cancel = cancel or threading.Event()
         generation = _Generation(self, branch, list(prompt), params, cancel, speculator or Speculator())
         return self._guarded(branch, generation)
 
-    def _guarded(self, branch, generation: _Generation) -> Iterator[Event]:
+    def _guarded(self, branch: OwnedBranch, generation: _Generation) -> Iterator[Event]:
         with self._held(branch):
             yield from generation.events()
 
     @contextmanager
-    def _held(self, branch: _OwnedBranch) -> Iterator[None]:
+    def _held(self, branch: OwnedBranch) -> Iterator[None]:
         """One user at a time; nobody reclaims its blocks meanwhile."""
         with self.lock:
             if branch.busy:
@@ -140,10 +189,10 @@ class Engine:
             "Close another session, or load the model with a larger ctx.",
         )
 
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
+    def _check_prompt(self, prompt: Sequence[int], evicts: bool = False) -> None:
         if len(prompt) == 0:
             raise UsageError("The prompt is empty.", "Give at least one character.")
-        if len(prompt) > self.n_ctx:
+        if len(prompt) > self.n_ctx and not evicts:
             raise UsageError(
                 f"The prompt has {len(prompt)} tokens and the context holds {self.n_ctx}.",
                 f"Shorten it, or ask for a larger context: --ctx {-(-len(prompt) // 1024) * 1024}.",
@@ -168,9 +217,13 @@ class Engine:
         while self.orphans:
             for block in reversed(self.orphans.popleft()):
                 self.pool.release(block)
+        self._freeing(branch, lambda: branch.reserve(n))
+
+    def _freeing(self, branch: Branch, action: Callable[[], None]) -> None:
+        """Do what needs blocks; where there are none, the branch that waited longest gives its own."""
         while True:
             try:
-                return branch.reserve(n)
+                return action()
             except PoolExhaustedError:
                 others = [b for b in self._branches if b is not branch and b.table and not b.busy]
                 if not others:
@@ -178,14 +231,18 @@ class Engine:
                 min(others, key=lambda b: b.last_used).free()  # recomputed when its owner speaks again
 
 
-class _OwnedBranch(Branch):
+class OwnedBranch(Branch):
     """A branch that gives its blocks back when its owner is gone."""
 
-    def __init__(self, engine: Engine):
-        super().__init__(engine.pool)
+    def __init__(self, engine: Engine, ledger: Ledger | None = None):
+        super().__init__(engine.pool, ledger=ledger)
+        self._engine = engine
         self._orphans = engine.orphans
         self.last_used = 0
         self.busy = False
+
+    def _empty(self) -> OwnedBranch:
+        return self._engine._known(OwnedBranch(self._engine))
 
     def __del__(self):
         # May run in any thread, in the middle of anything: only leave the blocks where the engine finds them.
@@ -206,11 +263,17 @@ class _Generation:
         speculator: Speculator,
     ):
         self.engine, self.branch, self.speculator = engine, branch, speculator
-        self.prompt, self.params, self.cancel = prompt, params, cancel
+        self.prompt, self.cancel = prompt, cancel
+        if params.max_tokens is None and branch.ledger:
+            # Nothing else would end an answer that runs in circles.
+            params = params.but(max_tokens=engine.n_ctx)
+        self.params = params
         self.context = list(prompt)  # and the answer's tokens so far
         self.decoder = StreamDecoder(engine.tokenizer, continued=True)
         self.matcher = StopMatcher(params.stop)
         self.seed = choose_seed(params)
+        self.evicted_before = branch.evicted
+        self.notices: list[str] = []
         self.ids: list[int] = []
         self.steps = self.decided = 0  # decode steps, and the tokens that they decided
         self.chosen = 0  # the stop token counts as a step too
@@ -221,6 +284,7 @@ class _Generation:
         """Prefill, then a TextDelta a token, then Done."""
         began = time.perf_counter()
         out = self._prefill()
+        yield from self._take_notices()
         if out is None:
             yield self._done("cancelled", began, began)
             return
@@ -230,8 +294,7 @@ class _Generation:
         tokens = self._tokens(out)
         while self._may_continue():
             token = next(tokens, None)
-            if notice := self.speculator.take_notice():
-                yield Notice(notice)
+            yield from self._take_notices()
             if token is None:
                 reason = "context_full"
                 break
@@ -269,7 +332,7 @@ class _Generation:
             for token in decided:
                 yield token
                 self.context.append(token)
-            room = self.engine.n_ctx - len(self.branch) - 1
+            room = self._room()
             if room < 0:
                 return
             if self.params.max_tokens is not None:
@@ -295,6 +358,28 @@ class _Generation:
             self.steps += 1
             self.decided += len(decided)
 
+    def _take_notices(self) -> Iterator[Notice]:
+        if self.branch.evicted and not self.evicted_before:
+            self.evicted_before = self.branch.evicted
+            policy = self.branch.ledger.policy
+            who = "what the model attends to least is" if policy.name == "h2o" else "the oldest are"
+            yield Notice(f"The KV cache's {policy.budget} tokens are full: from here on {who} given up.")
+        if notice := self.speculator.take_notice():
+            yield Notice(notice)
+        while self.notices:
+            yield Notice(self.notices.pop(0))
+
+    def _room(self) -> int:
+        """Tokens that fit behind the one of the next step; negative when the context is full."""
+        branch = self.branch
+        if branch.ledger is None:
+            return self.engine.n_ctx - len(branch) - 1
+        # A window never crosses an eviction: what is given up must not depend on how many were drafted.
+        left = branch.ledger.policy.budget - branch.slots
+        room = (left or BLOCK) - 1
+        left = self.engine.trained_context - branch.position
+        return min(room, left - 1) if left > 0 else room
+
     def _verify(self, out: np.ndarray, draft: Draft) -> list[int]:
         """What a window decides: the accepted drafts, then the first that differs, or one more after them
         all.
@@ -316,17 +401,24 @@ class _Generation:
         engine, branch = self.engine, self.branch
         with engine.lock:
             # The last token always runs: its logits are what comes next.
+            evicted = branch.evicted
             cached = branch.match(self.prompt[:-1])
+        if evicted and not branch.evicted:
+            self.notices.append("Earlier tokens of this conversation had been given up; it is read again.")
+            self.evicted_before = 0
         self.stats.cached_tokens = cached
         began, at = time.perf_counter(), cached
         while True:
             if self.cancel.is_set():
                 return None
-            chunk = self.prompt[at : at + engine.chunk_size()]
-            last = at + len(chunk) == len(self.prompt)
+            size, watched = engine.chunk_size(), None
             start = time.perf_counter()
             try:
-                out = engine.run(branch, chunk, len(chunk) - last, self.params.greedy)
+                if branch.ledger:
+                    size, watched = self._part_of_chunk(at, size)
+                chunk = self.prompt[at : at + size]
+                last = at + len(chunk) == len(self.prompt)
+                out = engine.run(branch, chunk, len(chunk) - last, self.params.greedy, watched=watched)
             except PoolExhaustedError:
                 raise engine.pool_too_small(len(self.prompt)) from None
             if len(chunk) >= BLOCK:
@@ -335,6 +427,18 @@ class _Generation:
             if last:
                 self.stats.prefill_tps = (at - cached) / max(time.perf_counter() - began, 1e-9)
                 return out
+
+    def _part_of_chunk(self, at: int, size: int) -> tuple[int, int]:
+        """Where eviction may come, prompts have chunks of a constant size, and the last queries of each vote.
+
+        Makes room for the rest of the chunk that token `at` lies in. Returns how many tokens to run now,
+        `size` at most, and how many of them vote.
+        """
+        chunk = self.branch.ledger.policy.chunk
+        end = min((at // chunk + 1) * chunk, len(self.prompt))
+        self.engine.make_room(self.branch, end - at)
+        n = min(size, end - at)
+        return n, max(0, min(n, at + n - (end - WATCHED)))
 
     def _choose(self, row, drafted: int | None, q=None, before: Sequence[int] = ()) -> int:
         """The token that follows the context and `before`, from its row of logits (or its argmax)."""
@@ -362,6 +466,7 @@ class _Generation:
             s.tokens_per_step = self.decided / self.steps
             s.draft_speedup = self.speculator.speed_up()
         s.kv_bytes = self.engine.kv_bytes()
+        s.evicted_tokens = self.branch.evicted
         s.peak_rss_bytes = peak_rss()
         return Done(reason, s, Completion(text, ids, reason, s))
 

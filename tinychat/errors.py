@@ -9,9 +9,14 @@ class TinychatError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, todo: str):
-        super().__init__(f"{what}\n{todo}")
-        self.what = what
-        self.todo = todo
+        self.what, self.todo = _line(what), _line(todo)
+        super().__init__(f"{self.what}\n{self.todo}")
+
+
+def _line(text: str) -> str:
+    """One line of bearable length, whatever a damaged file made the message quote."""
+    text = " ".join(text.splitlines())
+    return text if len(text) <= 1000 else f"{text[:700]}…{text[-200:]}"
 
 
 class UsageError(TinychatError):

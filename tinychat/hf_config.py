@@ -241,7 +241,7 @@ def _windows(kind: Architecture, cfg: Settings) -> Settings:
             raise ValueError(f"layer_types names {len(types)} layers")
         layers = tuple(i for i in _layers(cfg) if types[i] == "sliding_attention")
     else:
-        layers = tuple(kind.windowed(cfg)) if window else ()
-    if not window or not layers or window >= _context(cfg):
-        return {}
-    return {"window": window, "windowed_layers": layers}
+        layers = tuple(kind.windowed(cfg)) if cfg.get("sliding_window") else ()
+    if window and window >= _context(cfg):
+        window = None  # nothing is ever outside; the layers may still have their own rope
+    return {"window": window or None, "windowed_layers": layers}

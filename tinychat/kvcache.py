@@ -3,6 +3,9 @@
 Only bookkeeping lives here; the numbers live in the backend's pool. A block is found again by a hash of every
 token id up to its end, so branches of a conversation, later turns and other sessions share what they have in
 common. A block that nobody holds stays findable until its room is needed, oldest first.
+
+A branch may give up slots (`tinychat.eviction` says which). From then on its blocks are its own: what they
+hold is no longer a function of the token ids alone, so they are neither shared nor found by content.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tinychat.backends import BLOCK
+from tinychat.eviction import Ledger
 
 
 class PoolExhaustedError(Exception):
@@ -23,8 +27,10 @@ class PoolExhaustedError(Exception):
 class BlockPool:
     """Which blocks are free, held (and by how many), or kept for reuse."""
 
-    def __init__(self, n_blocks: int, copy_block: Callable[[int, int], None]):
+    def __init__(self, n_blocks: int, copy_block: Callable[[int, int], None], spare: int = 0):
+        """spare: of the blocks, those that only branches that gave up slots may take."""
         self.n_blocks = n_blocks
+        self._usual = n_blocks - spare
         self.copy_block = copy_block
         self._free = list(range(n_blocks - 1, -1, -1))
         self._refs = [0] * n_blocks
@@ -32,17 +38,17 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # indexed blocks without a holder, oldest first
 
-    def allocate(self) -> int:
+    def allocate(self, spare: bool = False) -> int:
         """A block with one reference; reclaims the oldest idle block if none is free. Raises
         PoolExhaustedError.
         """
-        if self._free:
+        if not self.available(spare):
+            raise PoolExhaustedError
+        if self._free and (self.used < self._usual or not self._idle):
             block = self._free.pop()
-        elif self._idle:
+        else:
             block, _ = self._idle.popitem(last=False)
             del self._block_of[self._key_of.pop(block)]
-        else:
-            raise PoolExhaustedError
         self._refs[block] = 1
         return block
 
@@ -61,8 +67,8 @@ class BlockPool:
                 self._free.append(block)
 
     def publish(self, block: int, key: bytes) -> int:
-        """Make a full block findable; the block to hold from now on. A content is kept once: where another block
-        has it already, the caller's reference moves to that one.
+        """Make a full block findable; the block to hold from now on. A content is kept once: where another
+        block has it already, the caller's reference moves to that one.
         """
         first = self._block_of.setdefault(key, block)
         if first == block:
@@ -72,18 +78,27 @@ class BlockPool:
             self.release(block)
         return first
 
+    def withdraw(self, block: int) -> None:
+        """No longer findable: its only holder is going to overwrite it."""
+        if key := self._key_of.pop(block, None):
+            del self._block_of[key]
+
     def find(self, key: bytes) -> int | None:
         """The block with that content, if it is still there."""
         return self._block_of.get(key)
+
+    def holders(self, block: int) -> int:
+        """How many branches hold it."""
+        return self._refs[block]
 
     def is_private(self, block: int) -> bool:
         """Whether the only holder may overwrite it."""
         return self._refs[block] == 1 and block not in self._key_of
 
-    @property
-    def available(self) -> int:
+    def available(self, spare: bool = False) -> int:
         """Blocks that `allocate` can still give."""
-        return len(self._free) + len(self._idle)
+        held = self.used - len(self._idle)
+        return max(0, (self.n_blocks if spare else self._usual) - held)
 
     @property
     def used(self) -> int:
@@ -100,25 +115,44 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Branch:
-    """One sequence in the cache: the token ids whose keys and values are there, and the blocks that hold
-    them.
+    """One sequence in the cache: its token ids, and the blocks that hold their keys and values.
+
+    `evicted` of the ids have no slot any more; with a ledger, eviction may begin.
     """
 
-    def __init__(self, pool: BlockPool, root_key: bytes = b""):
+    def __init__(self, pool: BlockPool, root_key: bytes = b"", ledger: Ledger | None = None):
         self.pool = pool
         self.ids: list[int] = []
         self.table: list[int] = []
+        self.ledger = ledger
+        self.evicted = 0
+        self._floor = 0  # ids at the last eviction: going back behind it means to start over
         self._keys: list[bytes] = []  # of the full blocks
         self._root = root_key
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def slots(self) -> int:
+        """Slots in use."""
+        return len(self.ids) - self.evicted
+
+    @property
+    def position(self) -> int:
+        """Rotary position of the next token."""
+        return self.ledger.next_position if self.ledger else len(self.ids)
+
     def match(self, ids: Sequence[int]) -> int:
         """Keep or find the longest cached prefix of `ids`; afterwards `len(self)` is its length, which is
         returned.
         """
-        self.truncate(common_prefix(self.ids, ids))
+        same = common_prefix(self.ids, ids)
+        if same < self._floor:
+            self.free()
+        self.truncate(same)
+        if self.evicted:
+            return len(self.ids)
         start = len(self.ids) // BLOCK
         keys = self._keys[:start]
         found = []
@@ -136,45 +170,97 @@ class Branch:
                 self.pool.release(block)
             self.table[start:] = found
             self._keys = keys
+            held = len(self.ids)
             self.ids = list(ids[: len(self.table) * BLOCK])
+            if self.ledger:
+                self.ledger.append(len(self.ids) - held)
         return len(self.ids)
 
     def reserve(self, n: int) -> None:
         """Have private room for n more tokens. Raises PoolExhaustedError; then nothing has changed but
         copies.
         """
-        last, offset = divmod(len(self.ids), BLOCK)
+        spare = self.evicted > 0
+        last, offset = divmod(self.slots, BLOCK)
         if offset and n and not self.pool.is_private(self.table[last]):
-            fresh = self.pool.allocate()
+            fresh = self.pool.allocate(spare)
             self.pool.copy_block(self.table[last], fresh)
             self.pool.release(self.table[last])
             self.table[last] = fresh
-        needed = -(-(len(self.ids) + n) // BLOCK) - len(self.table)
-        if needed > self.pool.available:
+        needed = -(-(self.slots + n) // BLOCK) - len(self.table)
+        if needed > self.pool.available(spare):
             raise PoolExhaustedError
-        self.table.extend(self.pool.allocate() for _ in range(needed))
+        self.table.extend(self.pool.allocate(spare) for _ in range(needed))
 
     def commit(self, ids: Sequence[int]) -> None:
-        """The backend has written keys and values for `ids`; room beyond them is given back."""
+        """The backend has written keys and values for `ids`; room beyond them is given back. The ledger is
+        told by who has the scores.
+        """
         self.ids.extend(ids)
-        self._release_from(-(-len(self.ids) // BLOCK))
+        self._release_from(-(-self.slots // BLOCK))
+        if self.evicted:
+            return
         for i in range(len(self._keys), len(self.ids) // BLOCK):
             previous = self._keys[-1] if self._keys else self._root
             self._keys.append(self._key(previous, self.ids[i * BLOCK : (i + 1) * BLOCK]))
             self.table[i] = self.pool.publish(self.table[i], self._keys[-1])
 
     def truncate(self, n: int) -> None:
-        """Forget everything after the first n tokens (rollback)."""
+        """Forget everything after the first n tokens (rollback). Raises ValueError where an eviction came in
+        between.
+        """
         if n >= len(self.ids):
             return
+        if n < self._floor:
+            raise ValueError(f"{n} tokens: the branch was thinned out at {self._floor}")
         del self.ids[n:]
-        self._release_from(-(-n // BLOCK))
+        self._release_from(-(-self.slots // BLOCK))
         del self._keys[n // BLOCK :]
+        if self.ledger:
+            self.ledger.truncate(self.slots)
+
+    def own(self) -> None:
+        """Make every block private, before slots are given up. Raises PoolExhaustedError; what is done
+        stays.
+        """
+        for i, block in enumerate(self.table):
+            if self.pool.holders(block) == 1:
+                self.pool.withdraw(block)
+                continue
+            fresh = self.pool.allocate(spare=True)
+            self.pool.copy_block(block, fresh)
+            self.pool.release(block)
+            self.table[i] = fresh
+
+    def give_up(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """n slots (a multiple of BLOCK) of each layer and KV head are no longer needed; every block is
+        private.
+
+        Returns what the backend has to move, as `Ledger.evict` does; the table still has the last blocks.
+        """
+        moves = self.ledger.evict(n)
+        self.evicted += n
+        self._floor = len(self.ids)
+        self._keys = []
+        return moves
+
+    def reindex(self) -> np.ndarray:
+        """Positions become consecutive; every block is private. Returns what the backend has to turn keys by,
+        as `Ledger.reindex` does.
+        """
+        self._floor = len(self.ids)
+        return self.ledger.reindex()
+
+    def drop_empty_blocks(self) -> None:
+        """Give back the blocks behind the last slot, once the backend has moved what they held."""
+        self._release_from(-(-self.slots // BLOCK))
 
     def fork(self) -> Branch:
         """A second branch that shares every block until one of them writes."""
-        other = Branch(self.pool, self._root)
+        other = self._empty()
         other.ids, other.table, other._keys = list(self.ids), list(self.table), list(self._keys)
+        other.evicted, other._floor = self.evicted, self._floor
+        other.ledger = self.ledger and self.ledger.copy()
         for block in other.table:
             self.pool.retain(block)
         return other
@@ -184,6 +270,12 @@ class Branch:
         for block in reversed(self.table):  # the end of a sequence is reclaimed before its beginning
             self.pool.release(block)
         self.ids, self.table, self._keys = [], [], []
+        self.evicted = self._floor = 0
+        if self.ledger:
+            self.ledger.clear()
+
+    def _empty(self) -> Branch:
+        return Branch(self.pool, self._root)
 
     def block_table(self) -> np.ndarray:
         """int32 [n blocks], for a backend's Step."""

@@ -13,6 +13,7 @@ from tinychat.config import ModelConfig
 from tinychat.engine import Engine
 from tinychat.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.events import Completion, Done, Event
+from tinychat.eviction import POLICIES, SINKS, SMALLEST, EvictionPolicy
 from tinychat.formats import Checkpoint, open_checkpoint
 from tinychat.machine import available_memory, human_bytes
 from tinychat.models import FAMILIES
@@ -37,6 +38,9 @@ def load(
     head_bits: int = 8,
     ctx: int | None = None,
     quantize: str = "auto",
+    kv_bits: int = 16,
+    kv_budget: int | None = None,
+    kv_policy: str | None = None,
     draft: str | None = None,
     draft_tokens: int | None = None,
     offline: bool = False,
@@ -50,6 +54,10 @@ def load(
     ctx        tokens the context holds; default: the smaller of the trained context, 8192 and what fits in
                memory
     quantize   "auto" | "rtn" | "none": how weights stored in 16 or 32 bits run (`prepare.WeightPolicy`)
+    kv_bits    16 or 8: how keys and values are cached
+    kv_budget  tokens that a conversation keeps in the cache; beyond it the policy gives some up
+    kv_policy  "h2o" (those that the model attends to least), "window" (the oldest) or "none" (the answer
+               ends). Default: "h2o" where there is a budget, and for conversations when their context is full
     draft      "ngram" | "none" | a smaller model of the same family: who drafts tokens for verification; the
                text is
                the same. Default: "ngram" where the backend's rows are independent of each other
@@ -67,6 +75,12 @@ def load(
         raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
     if draft_tokens is not None and not 0 <= draft_tokens <= 15:
         raise UsageError(f"draft_tokens is {draft_tokens}.", "Use 0 to 15.")
+    if kv_bits not in (8, 16):
+        raise UsageError(f"kv_bits is {kv_bits}.", "Use 8 or 16.")
+    if kv_policy not in (None, "none", *POLICIES):
+        raise UsageError(f"kv_policy={kv_policy!r} is not known.", "Use h2o, window or none.")
+    if kv_budget is not None and kv_policy == "none":
+        raise UsageError("A KV budget needs a policy that keeps it.", "Leave out --kv-policy none.")
     path = store.resolve(str(model), offline=offline)
     checkpoint = open_checkpoint(path)
     if ctx is not None and not 1 <= ctx <= checkpoint.config.context_length:
@@ -74,16 +88,23 @@ def load(
             f"A context of {ctx} tokens is outside what the model was trained for.",
             f"Use --ctx 1 to {checkpoint.config.context_length}.",
         )
-    backend = make_backend(checkpoint, policy, device, threads, act_bits)
+    backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits)
     loaded = Model(checkpoint, backend, str(model), ctx, policy)
     loaded.draft_tokens = draft_tokens
+    loaded.kv_budget, loaded.kv_policy = kv_budget, kv_policy
+    loaded.eviction(kv_budget, kv_policy)  # refuse what cannot work now, not in the middle of a chat
     if draft is not None:
         loaded.draft = draft
     return loaded
 
 
 def make_backend(
-    checkpoint: Checkpoint, policy: WeightPolicy, device: str, threads: int | None, act_bits: int | None
+    checkpoint: Checkpoint,
+    policy: WeightPolicy,
+    device: str,
+    threads: int | None,
+    act_bits: int | None,
+    kv_bits: int = 16,
 ) -> Backend:
     """The backend for a device, loaded. Raises MemoryBudgetError before anything is read if it cannot fit."""
     reference = device == "reference"
@@ -99,10 +120,10 @@ def make_backend(
     if reference:
         from tinychat.backends.reference import ReferenceBackend
 
-        return ReferenceBackend(checkpoint, policy, threads)
+        return ReferenceBackend(checkpoint, policy, threads, kv_bits=8 if kv_bits == 8 else 32)
     from tinychat.backends.cpu import CpuBackend
 
-    return CpuBackend(checkpoint, policy, threads=threads, act_bits=act_bits)
+    return CpuBackend(checkpoint, policy, threads=threads, act_bits=act_bits, kv_bits=kv_bits)
 
 
 def count_weights(cfg: ModelConfig) -> int:
@@ -133,14 +154,21 @@ class Model:
         )
         defaults = getattr(checkpoint, "sampling_defaults", dict)()
         self.default_sampling = SamplingParams().but(**defaults)
-        self.engine = Engine(backend, self.tokenizer, self._fit_context(ctx))
+        n_ctx = self._fit_context(ctx)
+        spare = max(0, min(n_ctx, self._room_for_tokens() - n_ctx)) // BLOCK
+        self.engine = Engine(backend, self.tokenizer, n_ctx, self.config.context_length, spare)
+        self.kv_budget: int | None = None
+        self.kv_policy: str | None = None
         self.draft = "ngram" if backend.row_independent else "none"
         self.draft_tokens: int | None = None
         self._draft_models: dict[str, Model] = {}
 
+    def _room_for_tokens(self) -> int:
+        return max(0, available_memory() - HEADROOM) // self.backend.kv_bytes_per_block() * BLOCK
+
     def _fit_context(self, asked: int | None) -> int:
         per_block = self.backend.kv_bytes_per_block()
-        fits = max(0, available_memory() - HEADROOM) // per_block * BLOCK
+        fits = self._room_for_tokens()
         wanted = asked or min(self.config.context_length, DEFAULT_CTX)
         if asked is None:
             wanted = min(wanted, fits)
@@ -176,11 +204,45 @@ class Model:
         head = [self.tokenizer.bos_id] if self.needs_bos(text) else []
         return head + self.tokenizer.encode(text)
 
+    def eviction(
+        self, budget: int | None = None, name: str | None = None, chat: bool = False
+    ) -> EvictionPolicy | None:
+        """What happens when the cache is full; None: the answer ends with `context_full`.
+
+        budget and name as in `load`; those given there are the default. chat: a conversation falls back to
+        "h2o" when its context is full.
+
+        Raises UsageError for a budget outside the context, or too small to work with.
+        """
+        budget, name = budget or self.kv_budget, name or self.kv_policy
+        asked = bool(budget or name)
+        if name is None:
+            name = "h2o" if budget or chat else "none"
+        if name == "none":
+            return None
+        if self.config.window:
+            if asked:
+                raise UsageError(
+                    f"{self.name} attends to sliding windows, in which nothing can be given up yet.",
+                    "Leave out --kv-budget and --kv-policy.",
+                )
+            return None
+        if budget is not None and budget > self.n_ctx:
+            raise UsageError(
+                f"A KV budget of {budget} tokens is larger than the context of {self.n_ctx}.",
+                "Use a smaller --kv-budget or a larger --ctx.",
+            )
+        if budget is None and self.n_ctx < SINKS + SMALLEST:
+            return None
+        return EvictionPolicy.of(name, budget or self.n_ctx)
+
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [n_tokens, vocab]: row i is the prediction after token i. Raises UsageError on ids out of
         range.
+
+        With a `kv_budget` or `kv_policy`, after what was given up until then.
         """
-        return self.engine.logits(self._checked(token_ids))
+        return self.engine.logits(self._checked(token_ids), self.eviction())
 
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[Event]:
         """Continue a bare prompt (text or ids; no chat template). Yields events; sampling parameters by
@@ -189,7 +251,8 @@ class Model:
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._checked(prompt)
         speculator = self.speculator(sampling.pop("draft", None))
         params = self.default_sampling.but(**sampling)
-        return self.engine.generate(self.engine.branch(), ids, params, speculator=speculator)
+        branch = self.engine.branch(self.eviction())
+        return self.engine.generate(branch, ids, params, speculator=speculator)
 
     def chat(self, messages: Sequence[dict[str, str]], **sampling: Any) -> Completion:
         """One answer to a list of {"role", "content"} messages. A model without a chat template continues
@@ -210,13 +273,16 @@ class Model:
         else:
             text = self.template.render(list(messages))
             ids = ([self.tokenizer.bos_id] if self.needs_bos(text) else []) + self.template.encode(text)
-        for event in self.engine.generate(self.engine.branch(), ids, params, speculator=speculator):
+        branch = self.engine.branch(self.eviction())
+        for event in self.engine.generate(branch, ids, params, speculator=speculator):
             if isinstance(event, Done):
                 return event.completion
         raise AssertionError("a generation ends with Done")
 
     def session(self, system: str | None = None, **sampling: Any) -> Session:
-        """A conversation with a memory. `draft` as in `load`; sampling parameters by keyword."""
+        """A conversation with a memory. `draft`, `kv_budget` and `kv_policy` as in `load`; sampling
+        parameters by keyword.
+        """
         return Session(self, system, **sampling)
 
     def speculator(self, draft: str | None = None) -> Speculator:

@@ -46,8 +46,8 @@ class Ops(Protocol):
     def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
         """Write k and v to the layer's cache slots; causal GQA attention over the cache: [T, heads·D].
 
-        As the config says, scores are multiplied by attn_scale and capped by attn_soft_cap, and in windowed layers
-        a token attends to the last `window` tokens only, itself included.
+        As the config says, scores are multiplied by attn_scale and capped by attn_soft_cap, and in windowed
+        layers a token attends to the last `window` tokens only, itself included.
         """
         ...
 

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 from tinychat.engine import cut_ids
 from tinychat.errors import TinychatError, UsageError
 from tinychat.events import Done, Event, FinishReason, TextDelta
+from tinychat.eviction import SMALLEST
 from tinychat.files import write_atomically
+from tinychat.kvcache import common_prefix
 from tinychat.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from tinychat.engine import OwnedBranch
     from tinychat.model import Model
 
 FORMAT = 1
@@ -60,14 +63,27 @@ class Session:
     a cancel, an error or a closed iterator stays in the conversation.
     """
 
-    def __init__(self, model: Model, system: str | None = None, draft: str | None = None, **sampling: Any):
+    def __init__(
+        self,
+        model: Model,
+        system: str | None = None,
+        draft: str | None = None,
+        kv_budget: int | None = None,
+        kv_policy: str | None = None,
+        **sampling: Any,
+    ):
         self.model = model
         self.speculator = model.speculator(draft)
+        self._eviction = model.eviction(kv_budget, kv_policy, chat=True)
+        self._strict = bool(kv_budget or model.kv_budget)  # a budget was asked for
         self.params = model.default_sampling.but(**sampling)
         self.nodes: list[Message] = []
         self.leaf: int | None = None
         self._system = system
-        self._branch = model.engine.branch()
+        self._branch = model.engine.branch(self._eviction)
+        self._before: OwnedBranch | None = (
+            None  # as it was before the last answer, for the next one in its place
+        )
         self._cancel = threading.Event()
         self._answering = threading.Lock()
 
@@ -180,6 +196,7 @@ class Session:
                 question = n_nodes
             segments = self._prompt(self.path(question), True)
             prompt = [i for _, part in segments for i in part]
+            self._go_back(prompt)
             for event in self.model.engine.generate(
                 self._branch, prompt, params, self._cancel, self.speculator
             ):
@@ -212,6 +229,36 @@ class Session:
                 # Tokens whose text was still held back were never said.
                 self._settle(answer, pieces, cut_ids(self.model.tokenizer, ids, "".join(pieces)))
             self._answering.release()
+
+    def _go_back(self, prompt: list[int]) -> None:
+        """Have the branch that continues into `prompt`, although eviction may have begun since."""
+        if self._eviction is None:
+            return
+        branch, before = self._branch, self._before
+        if (
+            branch.evicted
+            and before is not None
+            and before.ids
+            and common_prefix(branch.ids, prompt) < len(branch.ids)
+            and before.ids == prompt[: len(before.ids)]
+        ):
+            branch = before.fork()
+        pinned = self._count_pinned(prompt)
+        if not self._strict:
+            pinned = min(pinned, self._eviction.budget - SMALLEST)
+        branch.ledger.set_policy(self._eviction.with_pinned(pinned))
+        self._branch, self._before = branch, branch.fork()
+
+    def _count_pinned(self, prompt: list[int]) -> int:
+        """Tokens that say what the system prompt says: never given up."""
+        if self._system is None or self.model.template is None:
+            return 0
+        try:
+            text = self.model.template.render([{"role": "system", "content": self._system}], False)
+        except TinychatError:  # some templates want a user's message
+            return 0
+        bos = 1 if self.model.needs_bos(text) else 0
+        return bos + common_prefix(self.model.template.encode(text), prompt[bos:])
 
     @staticmethod
     def _settle(answer: Message, pieces: list[str], ids: list[int]) -> None:

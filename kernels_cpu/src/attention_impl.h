@@ -14,70 +14,122 @@ constexpr int kPairs = 8;  // pairs that share one conversion of keys and values
 
 struct PairBatch {
     int count;
-    int valid[kPairs];       // slots that the pair attends to, of this part
+    int from[kPairs];        // first slot that the pair attends to, of this part
+    int valid[kPairs];       // behind the last one; 0: none at all
     const float* q[kPairs];  // head_dim values
     float* state[kPairs];
+    float *weights[kPairs], *peak[kPairs];  // where a scored pair leaves its exponentials of the part; or null
+};
+
+// How keys and values are read: fp16 as it is, or int8 with a scale for each slot and 32 channels.
+struct Kv16 {
+    using E = uint16_t;
+    static constexpr int kGroup = kMaxHeadDim;
+    template <class S>
+    static typename S::F load(const E* p) {
+        return S::load_f16(p);
+    }
+};
+struct Kv8 {
+    using E = int8_t;
+    static constexpr int kGroup = kKvGroup;
+    template <class S>
+    static typename S::F load(const E* p) {
+        return S::load_i8(p);
+    }
 };
 
 // scores[p][slot] = q[p] · key[slot], for the blocks that any pair needs. Slots in the lanes: no horizontal sums.
-template <class S, int P>
-void score_part(const AttentionArgs& a, const PairBatch& b, int part, int n_slots, float* scores) {
+template <class S, class K, int P>
+void score_part(const AttentionArgs& a, const PairBatch& b, int part, int s0, int n_slots, float* scores) {
     using F = typename S::F;
-    const int d = a.kv->head_dim;
-    for (int s = 0; s < n_slots; s += kBlockSlots) {
+    using E = typename K::E;
+    const int d = a.kv->head_dim, lines = static_cast<int>(a.kv->head_bytes() / 64);
+    for (int s = s0; s < n_slots; s += kBlockSlots) {
         const int* block = a.blocks + (part * kPartSlots + s) / kBlockSlots;
-        const uint16_t* keys = a.kv->keys(block[0], a.layer, a.kv_head);
+        const uint8_t* head = a.kv->keys(block[0], a.layer, a.kv_head);
+        const E* keys = reinterpret_cast<const E*>(head);
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + a.kv->code_bytes());
         const bool more = s + kBlockSlots < n_slots;
         // Blocks lie far apart, so the hardware does not see the next one coming: its keys into L1, this one's values
-        // into L2, a line for every two dimensions.
-        const uint16_t* next = more ? a.kv->keys(block[1], a.layer, a.kv_head) : keys;
-        const uint16_t* values = a.kv->values(block[0], a.layer, a.kv_head);
+        // into L2, a line at a time.
+        const uint8_t* next = more ? a.kv->keys(block[1], a.layer, a.kv_head) : head;
+        const uint8_t* values = a.kv->values(block[0], a.layer, a.kv_head);
+        int line = 0;
         for (int h = 0; h < kBlockSlots; h += S::kLanes) {
-            F even[P], odd[P];
-            for (int p = 0; p < P; p++) even[p] = odd[p] = S::zero();
-            int i = 0;
-            for (; i + 2 <= d; i += 2) {
-                if (h == 0) {
-                    S::prefetch(next + i * kBlockSlots);
-                    __builtin_prefetch(values + i * kBlockSlots, 0, 2);
+            F total[P];
+            for (int g = 0; g < d; g += K::kGroup) {
+                const int end = d - g < K::kGroup ? d : g + K::kGroup;
+                F even[P], odd[P];
+                for (int p = 0; p < P; p++) even[p] = odd[p] = S::zero();
+                int i = g;
+                for (; i + 2 <= end; i += 2) {
+                    if (line < lines) {
+                        S::prefetch(next + line * 64);
+                        __builtin_prefetch(values + line * 64, 0, 2);
+                        line++;
+                    }
+                    F k0 = K::template load<S>(keys + i * kBlockSlots + h),
+                      k1 = K::template load<S>(keys + (i + 1) * kBlockSlots + h);
+                    for (int p = 0; p < P; p++) {
+                        even[p] = S::fma(S::set1(b.q[p][i]), k0, even[p]);
+                        odd[p] = S::fma(S::set1(b.q[p][i + 1]), k1, odd[p]);
+                    }
                 }
-                F k0 = S::load_f16(keys + i * kBlockSlots + h), k1 = S::load_f16(keys + (i + 1) * kBlockSlots + h);
+                if (i < end) {
+                    F k0 = K::template load<S>(keys + i * kBlockSlots + h);
+                    for (int p = 0; p < P; p++) even[p] = S::fma(S::set1(b.q[p][i]), k0, even[p]);
+                }
                 for (int p = 0; p < P; p++) {
-                    even[p] = S::fma(S::set1(b.q[p][i]), k0, even[p]);
-                    odd[p] = S::fma(S::set1(b.q[p][i + 1]), k1, odd[p]);
+                    const F sum = S::add(even[p], odd[p]);
+                    if (K::kGroup == kMaxHeadDim) {
+                        total[p] = sum;
+                    } else {
+                        const F scale = S::load_f16(scales + g / K::kGroup * kBlockSlots + h);
+                        total[p] = g == 0 ? S::mul(sum, scale) : S::fma(sum, scale, total[p]);
+                    }
                 }
             }
-            if (i < d) {
-                F k0 = S::load_f16(keys + i * kBlockSlots + h);
-                for (int p = 0; p < P; p++) even[p] = S::fma(S::set1(b.q[p][i]), k0, even[p]);
-            }
-            for (int p = 0; p < P; p++) S::store(scores + p * kPartSlots + s + h, S::add(even[p], odd[p]));
+            for (int p = 0; p < P; p++) S::store(scores + p * kPartSlots + s + h, total[p]);
         }
     }
 }
 
-// values[p][d0…] += Σ_slot weight[p][slot] · value[slot][d0…], C registers wide, slot after slot.
-template <class S, int P, int C>
-void weigh_values(const AttentionArgs& a, int part, int n_slots, const float* weights, int d0, float* values, int ld) {
+// values[p][d0…] += Σ_slot weight[p][slot] · value[slot][d0…], C registers wide (of one group), slot after slot.
+template <class S, class K, int P, int C>
+void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const float* weights, int d0, float* values,
+                  int ld) {
     using F = typename S::F;
-    const int stride = a.kv->padded_dim(), lines = d0 == 0 ? stride / 32 : 0;
+    using E = typename K::E;
+    const int stride = a.kv->padded_dim(), lines = d0 == 0 ? static_cast<int>(a.kv->head_bytes() / 64) : 0;
     const int last = (a.length + a.r1 - 1) / kBlockSlots;
     F acc[P][C];
     for (int p = 0; p < P; p++)
         for (int c = 0; c < C; c++) acc[p][c] = S::zero();
-    for (int s = 0; s < n_slots; s += kBlockSlots) {
-        const uint16_t* v = a.kv->values(a.blocks[(part * kPartSlots + s) / kBlockSlots], a.layer, a.kv_head) + d0;
+    for (int s = s0; s < n_slots; s += kBlockSlots) {
+        const uint8_t* head = a.kv->values(a.blocks[(part * kPartSlots + s) / kBlockSlots], a.layer, a.kv_head);
+        const E* v = reinterpret_cast<const E*>(head) + d0;
         const int end = n_slots - s < kBlockSlots ? n_slots - s : kBlockSlots;
+        float scaled[K::kGroup == kMaxHeadDim ? 1 : P][kBlockSlots];
+        if (K::kGroup != kMaxHeadDim) {
+            const uint16_t* scales =
+                reinterpret_cast<const uint16_t*>(head + a.kv->code_bytes()) + d0 / K::kGroup * kBlockSlots;
+            for (int h = 0; h < kBlockSlots; h += S::kLanes) {
+                const F scale = S::load_f16(scales + h);
+                for (int p = 0; p < P; p++)
+                    S::store(scaled[p] + h, S::mul(S::load(weights + p * kPartSlots + s + h), scale));
+            }
+        }
         // Meanwhile the keys of the part behind this one come into L2: memory must not idle while values are weighed.
         const int ahead = ((part + 1) * kPartSlots + s) / kBlockSlots;
-        const uint16_t* keys = lines && ahead <= last ? a.kv->keys(a.blocks[ahead], a.layer, a.kv_head) : nullptr;
+        const uint8_t* keys = lines && ahead <= last ? a.kv->keys(a.blocks[ahead], a.layer, a.kv_head) : nullptr;
         for (int j = 0; j < end; j++, v += stride) {
             if (keys)
-                for (int l = 0; l < lines; l++) __builtin_prefetch(keys + (j * lines + l) * 32, 0, 2);
+                for (int l = j; l < lines; l += kBlockSlots) __builtin_prefetch(keys + l * 64, 0, 2);
             F x[C];
-            for (int c = 0; c < C; c++) x[c] = S::load_f16(v + c * S::kLanes);
+            for (int c = 0; c < C; c++) x[c] = K::template load<S>(v + c * S::kLanes);
             for (int p = 0; p < P; p++) {
-                F w = S::set1(weights[p * kPartSlots + s + j]);
+                F w = S::set1(K::kGroup == kMaxHeadDim ? weights[p * kPartSlots + s + j] : scaled[p][j]);
                 for (int c = 0; c < C; c++) acc[p][c] = S::fma(w, x[c], acc[p][c]);
             }
         }
@@ -105,59 +157,73 @@ inline void merge_state(float* state, float max, float sum, const float* values,
         V::fma(V::load(values + i), fresh, V::load(state + kState + i) * old).store(state + kState + i);
 }
 
-template <class S, int P>
+template <class S, class K, int P>
 void attend_part(const AttentionArgs& a, const PairBatch& b, int part, float* scores, float* values) {
     using V = V16<S>;
     const int dim = a.kv->padded_dim();
-    int n_slots = 0;
-    for (int p = 0; p < P; p++) n_slots = b.valid[p] > n_slots ? b.valid[p] : n_slots;
+    int s0 = kPartSlots, n_slots = 0;  // what any pair attends to, from a whole block on
+    for (int p = 0; p < P; p++) {
+        n_slots = b.valid[p] > n_slots ? b.valid[p] : n_slots;
+        if (b.valid[p] && b.from[p] < s0) s0 = b.from[p] / kBlockSlots * kBlockSlots;
+    }
+    for (int p = 0; p < P; p++)
+        if (b.weights[p] && (!b.valid[p] || s0)) {
+            memset(b.weights[p], 0, (n_slots ? s0 : kPartSlots) * sizeof(float));
+            *b.peak[p] = -INFINITY;
+        }
     if (n_slots == 0) return;
-    score_part<S, P>(a, b, part, n_slots, scores);
+    score_part<S, K, P>(a, b, part, s0, n_slots, scores);
 
     const int padded = static_cast<int>(round_up(n_slots, kBlockSlots));
     float max[P], sum[P];
     for (int p = 0; p < P; p++) {
         float* s = scores + p * kPartSlots;
-        for (int i = b.valid[p]; i < padded; i++) s[i] = -INFINITY;
+        if (a.cap != 0.0f)
+            for (int i = s0; i < padded; i += 16) soft_cap<S>(V::load(s + i), a.cap).store(s + i);
+        for (int i = s0; i < b.from[p]; i++) s[i] = -INFINITY;
+        for (int i = b.valid[p] > s0 ? b.valid[p] : s0; i < padded; i++) s[i] = -INFINITY;
         V top = V::set1(-INFINITY);
-        for (int i = 0; i < padded; i += 16) top = V::max(V::load(s + i), top);
+        for (int i = s0; i < padded; i += 16) top = V::max(V::load(s + i), top);
         max[p] = top.largest();
         const V shift = V::set1(b.valid[p] ? -max[p] : 0.0f);
         V total = V::set1(0.0f);
-        for (int i = 0; i < padded; i += 16) {
+        for (int i = s0; i < padded; i += 16) {
             V e = exp16<S>(V::load(s + i) + shift);
             e.store(s + i);
             total = total + e;
         }
         sum[p] = total.sum();
+        if (!b.weights[p]) continue;
+        memcpy(b.weights[p] + s0, s + s0, (padded - s0) * sizeof(float));
+        *b.peak[p] = max[p];
     }
     int d0 = 0;
     for (; d0 + 2 * S::kLanes <= dim; d0 += 2 * S::kLanes)
-        weigh_values<S, P, 2>(a, part, n_slots, scores, d0, values, dim);
-    for (; d0 < dim; d0 += S::kLanes) weigh_values<S, P, 1>(a, part, n_slots, scores, d0, values, dim);
+        weigh_values<S, K, P, 2>(a, part, s0, n_slots, scores, d0, values, dim);
+    for (; d0 < dim; d0 += S::kLanes) weigh_values<S, K, P, 1>(a, part, s0, n_slots, scores, d0, values, dim);
     for (int p = 0; p < P; p++)
         if (b.valid[p]) merge_state<S>(b.state[p], max[p], sum[p], values + p * dim, dim);
 }
 
-template <class S>
+template <class S, class K>
 void attend_batch(const AttentionArgs& a, const PairBatch& b, int part, float* scores, float* values) {
     switch (b.count) {
         case 1:
-            return attend_part<S, 1>(a, b, part, scores, values);
+            return attend_part<S, K, 1>(a, b, part, scores, values);
         case 2:
-            return attend_part<S, 2>(a, b, part, scores, values);
+            return attend_part<S, K, 2>(a, b, part, scores, values);
         case 3:
-            return attend_part<S, 3>(a, b, part, scores, values);
+            return attend_part<S, K, 3>(a, b, part, scores, values);
         case 4:
-            return attend_part<S, 4>(a, b, part, scores, values);
+            return attend_part<S, K, 4>(a, b, part, scores, values);
         case 5:
-            return attend_part<S, 5>(a, b, part, scores, values);
+            return attend_part<S, K, 5>(a, b, part, scores, values);
         case 6:
-            return attend_part<S, 6>(a, b, part, scores, values);
+            return attend_part<S, K, 6>(a, b, part, scores, values);
         case 7:
-            return attend_part<S, 7>(a, b, part, scores, values);
+            return attend_part<S, K, 7>(a, b, part, scores, values);
         default:
-            return attend_part<S, 8>(a, b, part, scores, values);
+            return attend_part<S, K, 8>(a, b, part, scores, values);
     }
 }
 
@@ -166,12 +232,16 @@ inline void finish_pair(const AttentionArgs& a, const float* state, int row, int
     using V = V16<S>;
     const int d = a.kv->head_dim;
     float* out = a.out + (static_cast<size_t>(row) * a.n_heads + head) * d;
+    if (a.score && row >= a.score->from) {
+        float* totals = a.score->totals + (static_cast<size_t>(row - a.score->from) * a.n_heads + head) * 2;
+        totals[0] = state[0], totals[1] = state[1];
+    }
     const V inv = V::set1(1.0f / state[1]);
     for (int i = 0; i < d; i += 16) (V::load(state + kState + i) * inv).store_n(out + i, d - i);
 }
 
-template <class S>
-void attention(const AttentionArgs& a) {
+template <class S, class K>
+void attention_over(const AttentionArgs& a) {
     const int d = a.kv->head_dim, dim = a.kv->padded_dim(), per_kv = a.n_heads / a.kv->n_kv;
     const int head0 = a.kv_head * per_kv, rows = a.r1 - a.r0, pairs = rows * per_kv;
     float* scores = a.scratch;
@@ -192,15 +262,31 @@ void attention(const AttentionArgs& a) {
                 const int row = a.r0 + (first + p) / per_kv, head = head0 + (first + p) % per_kv;
                 const int valid = a.length + row + 1 - part * kPartSlots;
                 b.valid[p] = valid < 0 ? 0 : valid > kPartSlots ? kPartSlots : valid;
+                b.from[p] = a.window && valid > a.window ? valid - a.window : 0;
+                if (b.from[p] >= b.valid[p]) b.from[p] = b.valid[p] = 0;
                 b.q[p] = a.q + row * a.ldq + static_cast<size_t>(head) * d;
                 b.state[p] = state_of(first + p, part);
                 if (a.partial) b.state[p][1] = 0.0f;
+                b.weights[p] = b.peak[p] = nullptr;
+                if (a.score && row >= a.score->from) {
+                    const size_t at = static_cast<size_t>(row - a.score->from) * a.n_heads + head;
+                    b.weights[p] = a.score->weights + at * a.score->ld + part * kPartSlots;
+                    b.peak[p] = a.score->peaks + at * a.n_parts + part;
+                }
             }
-            attend_batch<S>(a, b, part, scores, values);
+            attend_batch<S, K>(a, b, part, scores, values);
         }
     }
     if (!a.partial)
         for (int i = 0; i < pairs; i++) finish_pair<S>(a, state_of(i, 0), a.r0 + i / per_kv, head0 + i % per_kv);
+}
+
+template <class S>
+void attention(const AttentionArgs& a) {
+    if (a.kv->bits == 8)
+        attention_over<S, Kv8>(a);
+    else
+        attention_over<S, Kv16>(a);
 }
 
 // Rows r0…r1-1 of the query heads of one KV head: their parts merged in slot order.
@@ -216,6 +302,40 @@ void attention_merge(const AttentionArgs& a) {
             }
             finish_pair<S>(a, first, row, head);
         }
+}
+
+// A row's part: Σ_head e^(score - peak) · e^(peak - top) / total, heads in their order.
+template <class S>
+void attention_score(const ScoreArgs& a) {
+    using V = V16<S>;
+    const ScoreScratch& s = *a.score;
+    for (int part = a.p0; part < a.p1; part++) {
+        const int first = part * kPartSlots, n_out = a.n_slots - first < kPartSlots ? a.n_slots - first : kPartSlots;
+        for (int row = 0; row < a.rows; row++) {
+            float* out = a.out + (a.sum ? 0 : row * a.row_stride) + first;
+            const int visible = a.length + row + 1 - first, n = visible < n_out ? visible : n_out;
+            const bool fresh = !a.sum || row == 0;
+            if (n <= 0) {
+                if (fresh) memset(out, 0, n_out * sizeof(float));
+                continue;
+            }
+            for (int head = a.kv_head * a.per_kv; head < (a.kv_head + 1) * a.per_kv; head++) {
+                const size_t at = static_cast<size_t>(row) * a.n_heads + head;
+                float power[16] = {s.peaks[at * a.n_parts + part] - s.totals[2 * at]}, scale[16];
+                exp16<S>(V::load(power)).store(scale);
+                const V w = V::set1(scale[0] / s.totals[2 * at + 1]);
+                const float* e = s.weights + at * s.ld + first;
+                const bool set = fresh && head == a.kv_head * a.per_kv;
+                for (int i = 0; i < n; i += 16) {
+                    V y = V::load(e + i) * w;
+                    if (!set) y = y + V::load_n(out + i, n_out - i);
+                    y.store_n(out + i, n_out - i);
+                }
+            }
+            const int written = static_cast<int>(round_up(n, 16));
+            if (fresh && written < n_out) memset(out + written, 0, (n_out - written) * sizeof(float));
+        }
+    }
 }
 
 }  // namespace

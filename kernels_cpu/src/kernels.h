@@ -86,6 +86,16 @@ struct RopeArgs {
     int r0, r1;
 };
 
+// How the rows of a step spread their attention over the slots, for eviction: while attention runs, each scored row
+// leaves its exponentials behind, relative to the largest score of their part.
+struct ScoreScratch {
+    float* weights = nullptr;  // [scored rows][heads][ld]
+    float* peaks = nullptr;    // [scored rows][heads][n_parts]
+    float* totals = nullptr;   // [scored rows][heads][2]: largest score, sum of exponentials
+    size_t ld = 0;
+    int from = 0;  // first scored row
+};
+
 // Causal attention of rows r0…r1-1 for one KV head over the parts p0…p1-1 of the cache.
 // With partial == null the merged result goes to out; else each (row, head, part) leaves max, sum and the weighted
 // values there for attention_merge: partial [rows][heads][n_parts][padded_dim + 16] (the first 16 floats hold max and
@@ -97,10 +107,36 @@ struct AttentionArgs {
     const KvPool* kv;
     const int32_t* blocks;
     int length;  // row r attends to slots 0 … length + r
+    int window;  // and of these to the last so many; 0: all
+    float cap;   // scores become cap · tanh(score / cap); 0: they stay
     int r0, r1, p0, p1, n_parts;
     float* partial;
     float* out;  // [rows, heads · head_dim]
     float* scratch;
+    const ScoreScratch* score;  // or null
+};
+
+// Attention probability that the slots of parts p0…p1-1 get in one KV head, summed over its query heads; either for
+// each scored row (out_rows == rows) or summed over the rows too, in their order.
+struct ScoreArgs {
+    const ScoreScratch* score;
+    int n_heads, per_kv, kv_head, n_parts;
+    int rows;    // scored rows
+    int length;  // row i of them attends to slots 0 … length + i
+    int p0, p1;
+    float* out;  // row 0, this layer and KV head
+    size_t row_stride;
+    bool sum;
+    int n_slots;  // slots of out that belong to the step: what a row does not attend to is zero
+};
+
+// Turns keys that are in the cache already by `delta` positions: slots s0…s1-1 of one layer and KV head.
+struct TurnKeysArgs {
+    const KvPool* kv;
+    const int32_t* blocks;
+    const double* freq;
+    int half, layer, kv_head, s0, s1;
+    const int32_t* delta;  // of slot 0
 };
 
 // y = cap · tanh(scale · y / cap), or scale · y where cap is 0.
@@ -129,6 +165,8 @@ struct KernelTable {
     void (*rope_kv)(const RopeArgs&);
     void (*attention)(const AttentionArgs&);
     void (*attention_merge)(const AttentionArgs&);
+    void (*attention_score)(const ScoreArgs&);
+    void (*turn_keys)(const TurnKeysArgs&);
     ArgmaxResult (*argmax)(const float* v, int n);
     void (*finish_logits)(const LogitArgs&);
 };

@@ -85,25 +85,29 @@ struct Activations {
 };
 
 // The paged KV pool. A block holds 16 slots of every layer: for each layer the keys of all KV heads, then the values.
-//   keys    fp16 [kv_heads][head_dim][16 slots]: slots in the lanes, so a score needs no horizontal sum
-//   values  fp16 [kv_heads][16 slots][head_dim padded to 16]
+//   keys    [kv_heads][head_dim padded to 16][16 slots]: slots in the lanes, so a score needs no horizontal sum
+//   values  [kv_heads][16 slots][head_dim padded to 16]
+// in fp16, or in int8 with an fp16 scale for each slot and 32 channels behind each head's codes: [groups][16 slots].
+constexpr int kKvGroup = 32;
+
 struct KvPool {
     uint8_t* base = nullptr;
-    int n_blocks = 0, n_layers = 0, n_kv = 0, head_dim = 0;
+    int n_blocks = 0, n_layers = 0, n_kv = 0, head_dim = 0, bits = 16;
 
     int padded_dim() const { return static_cast<int>(round_up(head_dim, 16)); }
-    size_t head_bytes() const { return static_cast<size_t>(kBlockSlots) * padded_dim() * 2; }
+    int groups() const { return (head_dim + kKvGroup - 1) / kKvGroup; }
+    size_t code_bytes() const { return static_cast<size_t>(kBlockSlots) * padded_dim() * (bits / 8); }
+    size_t head_bytes() const {
+        return bits == 16 ? code_bytes() : round_up(code_bytes() + groups() * kBlockSlots * sizeof(uint16_t), 64);
+    }
     size_t layer_bytes() const { return 2 * n_kv * head_bytes(); }
     // Without the padding a block is often a power of two of bytes: a head's keys of all blocks would then share a few
     // cache sets and push each other out before they are read.
     size_t block_bytes() const { return n_layers * layer_bytes() + 33 * 64; }
-    uint16_t* keys(int block, int layer, int head) const {
-        return reinterpret_cast<uint16_t*>(base + block * block_bytes() + layer * layer_bytes() + head * head_bytes());
+    uint8_t* keys(int block, int layer, int head) const {
+        return base + block * block_bytes() + layer * layer_bytes() + head * head_bytes();
     }
-    uint16_t* values(int block, int layer, int head) const {
-        return reinterpret_cast<uint16_t*>(base + block * block_bytes() + layer * layer_bytes() +
-                                           (n_kv + head) * head_bytes());
-    }
+    uint8_t* values(int block, int layer, int head) const { return keys(block, layer, n_kv + head); }
 };
 
 }  // namespace tinychat

@@ -105,7 +105,7 @@ struct PyProgram {
 
 // Positive step inputs, checked here once so that kernels need not: a wrong id or block is an exception, not a crash.
 void run_step(PyProgram& p, In<int32_t> ids, long long position, int length, In<int32_t> blocks, int logits_from,
-              nb::object logits, nb::object greedy) {
+              nb::object logits, nb::object greedy, nb::object scores, int scored_rows) {
     StepState s;
     const KvPool& kv = p.program.kv();
     s.rows = static_cast<int>(ids.size());
@@ -132,9 +132,29 @@ void run_step(PyProgram& p, In<int32_t> ids, long long position, int length, In<
         require(out.size() == static_cast<size_t>(s.logit_rows()), "greedy ids have the wrong size");
         s.greedy = out.data();
     }
+    if (!scores.is_none()) {
+        auto out = nb::cast<Out<float>>(scores);
+        require(scored_rows >= 1 && scored_rows <= s.rows, "scored rows are rows of the step");
+        require(out.ndim() == 4 && (out.shape(0) == 1 || static_cast<int>(out.shape(0)) == scored_rows) &&
+                    static_cast<int>(out.shape(1)) == kv.n_layers && static_cast<int>(out.shape(2)) == kv.n_kv &&
+                    static_cast<int>(out.shape(3)) >= length + s.rows,
+                "scores have the wrong shape");
+        s.scores = out.data(), s.scored_rows = scored_rows;
+        s.sum_scores = out.shape(0) == 1, s.score_slots = static_cast<int>(out.shape(3));
+    }
     require(s.logit_rows() == 0 || s.logits || s.greedy, "the step asks for logits and gives no place for them");
     nb::gil_scoped_release release;
     p.program.run(s);
+}
+
+// n of an array [layers, kv_heads, n] that goes with a block table of the pool.
+int slots_of_heads(const PyProgram& p, const In<int32_t>& blocks, const In<int32_t>& a) {
+    const KvPool& kv = p.program.kv();
+    require(a.ndim() == 3 && static_cast<int>(a.shape(0)) == kv.n_layers && static_cast<int>(a.shape(1)) == kv.n_kv,
+            "slots are given for each layer and KV head");
+    for (size_t i = 0; i < blocks.size(); i++)
+        require(blocks.data()[i] >= 0 && blocks.data()[i] < kv.n_blocks, "a block is outside the pool");
+    return static_cast<int>(a.shape(2));
 }
 
 void bind_packing(nb::module_& m) {
@@ -306,13 +326,16 @@ void bind_program(nb::module_& m) {
             "q_scale 0: 1 / sqrt(head_dim)")
         .def(
             "attention",
-            [](PyProgram& p, Floats qkv, int n_heads, int n_kv, int head_dim, int layer, Floats out) {
+            [](PyProgram& p, Floats qkv, int n_heads, int n_kv, int head_dim, int layer, Floats out, int window,
+               float cap) {
+                require(window >= 0 && cap >= 0.0f, "a window and a cap are not negative");
                 require(n_kv > 0 && n_heads % n_kv == 0 && qkv.cols == (n_heads + 2 * n_kv) * head_dim &&
                             out.cols == n_heads * head_dim,
                         "the heads do not fit");
-                p.program.attention(qkv.p, n_heads, n_kv, head_dim, layer, out.p);
+                p.program.attention(qkv.p, n_heads, n_kv, head_dim, layer, out.p, window, cap);
             },
-            "qkv"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a, "out"_a)
+            "qkv"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a, "out"_a, "window"_a = 0, "cap"_a = 0.0f,
+            "window: the last so many slots are attended to, 0 all of them; cap: of the scores, 0 none")
         .def(
             "silu_mul",
             [](PyProgram& p, Floats x, Rows out) {
@@ -339,8 +362,10 @@ void bind_program(nb::module_& m) {
             "weight"_a, "x"_a, "scale"_a = 1.0f, "cap"_a = 0.0f)
         .def(
             "set_kv",
-            [](PyProgram& p, nb::object pool, int n_blocks, int n_layers, int n_kv, int head_dim) {
+            [](PyProgram& p, nb::object pool, int n_blocks, int n_layers, int n_kv, int head_dim, int bits) {
+                require(bits == 8 || bits == 16, "the cache has 8 or 16 bits");
                 KvPool kv;
+                kv.bits = bits;
                 auto bytes = nb::cast<Out<uint8_t>>(pool);
                 kv.base = bytes.data();
                 kv.n_blocks = n_blocks, kv.n_layers = n_layers, kv.n_kv = n_kv, kv.head_dim = head_dim;
@@ -348,9 +373,32 @@ void bind_program(nb::module_& m) {
                 p.pool_owner = pool;
                 p.program.set_kv(kv);
             },
-            "pool"_a, "n_blocks"_a, "n_layers"_a, "n_kv"_a, "head_dim"_a)
+            "pool"_a, "n_blocks"_a, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16)
+        .def(
+            "move_slots",
+            [](PyProgram& p, In<int32_t> blocks, In<int32_t> src, In<int32_t> dst) {
+                const int n = slots_of_heads(p, blocks, src);
+                require(slots_of_heads(p, blocks, dst) == n, "as many slots to as from");
+                const int end = static_cast<int>(blocks.size()) * kBlockSlots;
+                for (size_t i = 0; i < src.size(); i++)
+                    require(src.data()[i] < end && dst.data()[i] < end && (src.data()[i] < 0 || dst.data()[i] >= 0),
+                            "a slot is outside the block table");
+                nb::gil_scoped_release release;
+                p.program.move_slots(blocks.data(), src.data(), dst.data(), n);
+            },
+            "blocks"_a, "src"_a, "dst"_a)
+        .def(
+            "turn_keys",
+            [](PyProgram& p, In<int32_t> blocks, std::vector<double> frequencies, In<int32_t> delta) {
+                const int n = slots_of_heads(p, blocks, delta), half = static_cast<int>(frequencies.size());
+                require(2 * half <= p.program.kv().head_dim, "more frequencies than the head has pairs");
+                require(static_cast<size_t>(n) <= blocks.size() * kBlockSlots, "a slot is outside the block table");
+                nb::gil_scoped_release release;
+                p.program.turn_keys(blocks.data(), frequencies.data(), half, delta.data(), n);
+            },
+            "blocks"_a, "frequencies"_a, "delta"_a)
         .def("run", &run_step, "ids"_a, "position"_a, "length"_a, "blocks"_a, "logits_from"_a, "logits"_a.none(),
-             "greedy"_a.none())
+             "greedy"_a.none(), "scores"_a.none() = nb::none(), "scored_rows"_a = 0)
         .def(
             "set_timing", [](PyProgram& p, bool on) { p.program.set_timing(on); }, "on"_a)
         .def(
@@ -360,8 +408,9 @@ void bind_program(nb::module_& m) {
 
 }  // namespace
 
-size_t kv_block_bytes(int n_layers, int n_kv, int head_dim) {
+size_t kv_block_bytes(int n_layers, int n_kv, int head_dim, int bits) {
     KvPool kv;
+    kv.bits = bits;
     kv.n_layers = n_layers, kv.n_kv = n_kv, kv.head_dim = head_dim;
     return kv.block_bytes();
 }
@@ -383,7 +432,7 @@ NB_MODULE(_native, m) {
     m.def("read_bandwidth", &read_bandwidth, nb::arg("threads"), nb::arg("bytes") = size_t{1} << 30,
           nb::arg("rounds") = 5, nb::call_guard<nb::gil_scoped_release>(),
           "Best of `rounds` plain multi-threaded reads, GB/s.");
-    m.def("kv_block_bytes", &kv_block_bytes, "n_layers"_a, "n_kv"_a, "head_dim"_a,
+    m.def("kv_block_bytes", &kv_block_bytes, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16,
           "Bytes of one block of 16 slots, all layers, in the pool that `set_kv` takes.");
     bind_packing(m);
     bind_program(m);

@@ -102,12 +102,15 @@ void Program::rope_kv(float* qkv, const float* table, int half, int n_heads, int
     add(std::make_unique<RopeOp>(k_, qkv, table, half, n_heads, n_kv, head_dim, layer, q_scale));
 }
 
-void Program::attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out) {
+void Program::attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out, int window,
+                        float cap) {
     need_scratch(attention_scratch(n_heads, n_kv, head_dim));
-    auto op = std::make_unique<AttentionOp>(k_, &scratch_, qkv, n_heads, n_kv, head_dim, layer, out);
+    auto op =
+        std::make_unique<AttentionOp>(k_, &scratch_, &scores_, qkv, n_heads, n_kv, head_dim, layer, out, window, cap);
     AttentionOp* attention = op.get();
     add(std::move(op));
     add(std::make_unique<AttentionMergeOp>(k_, attention));
+    add(std::make_unique<AttentionScoreOp>(k_, &scores_, n_heads, layer));
 }
 
 void Program::gate_mul(const float* x, Activations* out, bool gelu) { add(std::make_unique<GateOp>(k_, x, out, gelu)); }
@@ -118,6 +121,38 @@ void Program::lm_head(const LinearWeights* w, const Activations* x, float scale,
     LmHeadOp* head = op.get();
     add(std::move(op));
     add(std::make_unique<GreedyOp>(head));
+}
+
+void Program::move_slots(const int32_t* blocks, const int32_t* src, const int32_t* dst, int n) {
+    std::lock_guard<std::mutex> lock(turn_);
+    const size_t element = kv_.bits / 8, row = kv_.padded_dim() * element;
+    for (int layer = 0; layer < kv_.n_layers; layer++)
+        for (int head = 0; head < kv_.n_kv; head++)
+            for (int i = 0; i < n; i++) {
+                const size_t at = (static_cast<size_t>(layer) * kv_.n_kv + head) * n + i;
+                if (src[at] < 0) continue;
+                const int a = src[at] % kBlockSlots, b = dst[at] % kBlockSlots;
+                const int from = blocks[src[at] / kBlockSlots], to = blocks[dst[at] / kBlockSlots];
+                uint8_t *ka = kv_.keys(from, layer, head), *kb = kv_.keys(to, layer, head);
+                uint8_t *va = kv_.values(from, layer, head), *vb = kv_.values(to, layer, head);
+                for (int d = 0; d < kv_.padded_dim(); d++)
+                    memcpy(kb + (d * kBlockSlots + b) * element, ka + (d * kBlockSlots + a) * element, element);
+                memcpy(vb + b * row, va + a * row, row);
+                if (kv_.bits == 16) continue;
+                for (int g = 0; g < kv_.groups(); g++) {
+                    const size_t scales = kv_.code_bytes() + g * kBlockSlots * sizeof(uint16_t);
+                    memcpy(kb + scales + b * sizeof(uint16_t), ka + scales + a * sizeof(uint16_t), sizeof(uint16_t));
+                    memcpy(vb + scales + b * sizeof(uint16_t), va + scales + a * sizeof(uint16_t), sizeof(uint16_t));
+                }
+            }
+}
+
+void Program::turn_keys(const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n) {
+    std::lock_guard<std::mutex> lock(turn_);
+    for (int layer = 0; layer < kv_.n_layers; layer++)
+        for (int head = 0; head < kv_.n_kv; head++)
+            k_.turn_keys({&kv_, blocks, freq, half, layer, head, 0, n,
+                          delta + (static_cast<size_t>(layer) * kv_.n_kv + head) * n});
 }
 
 void Program::run(StepState step) {

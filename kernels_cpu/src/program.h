@@ -21,6 +21,11 @@ struct StepState {
     const int32_t* blocks = nullptr;
     float* logits = nullptr;    // [rows - logits_from, vocab] or null
     int32_t* greedy = nullptr;  // [rows - logits_from] or null
+    // Attention that each slot got from the last scored_rows rows, for eviction: [layers][kv_heads][score_slots], for
+    // each of those rows, or summed over them.
+    float* scores = nullptr;
+    int scored_rows = 0, score_slots = 0;
+    bool sum_scores = false;
     const KvPool* kv = nullptr;
 
     int logit_rows() const { return rows - logits_from; }
@@ -63,6 +68,12 @@ struct LinearPart {
     int column;  // of its first output in the op's output
 };
 
+// Behind ScoreScratch; one layer at a time uses it.
+struct ScoreBuffers {
+    std::vector<float> weights, peaks, totals;
+    ScoreScratch view;
+};
+
 class Program : private Job {
   public:
     Program(IsaKind isa, int threads, int max_rows);
@@ -85,11 +96,16 @@ class Program : private Job {
     void linear(std::vector<LinearPart> parts, float* y, int ldy, const float* add);
     void rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer,
                  float q_scale);
-    void attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out);
+    void attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out, int window = 0,
+                   float cap = 0.0f);
     void gate_mul(const float* x, Activations* out, bool gelu);
     void lm_head(const LinearWeights* w, const Activations* x, float scale = 1.0f, float cap = 0.0f);
 
     void set_kv(const KvPool& kv) { kv_ = kv; }
+    // Slots src of each layer and KV head over slots dst: [layers][kv_heads][n], those with src < 0 are skipped.
+    void move_slots(const int32_t* blocks, const int32_t* src, const int32_t* dst, int n);
+    // The first n slots' keys turned by delta [layers][kv_heads][n] positions.
+    void turn_keys(const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n);
     const KvPool& kv() const { return kv_; }
 
     // Runs the step. Callers on several threads take turns. The inputs have been checked.
@@ -121,6 +137,7 @@ class Program : private Job {
     std::vector<std::unique_ptr<Op>> ops_;
     std::vector<float*> scratch_;  // one for each thread
     size_t scratch_floats_ = 0;
+    ScoreBuffers scores_;
     KvPool kv_;
 
     std::mutex turn_;

@@ -228,18 +228,22 @@ class RopeOp : public Op {
 // Many rows: one piece is one KV head and a few rows over the whole context, merged as it goes.
 class AttentionOp : public Op {
   public:
-    AttentionOp(const KernelTable& k, const std::vector<float*>* scratch, const float* qkv, int n_heads, int n_kv,
-                int head_dim, int layer, float* out)
+    AttentionOp(const KernelTable& k, const std::vector<float*>* scratch, ScoreBuffers* scores, const float* qkv,
+                int n_heads, int n_kv, int head_dim, int layer, float* out, int window, float cap)
         : k_(k),
           scratch_(scratch),
+          scores_(scores),
           qkv_(qkv),
           n_heads_(n_heads),
           n_kv_(n_kv),
           head_dim_(head_dim),
           layer_(layer),
-          out_(out) {}
+          out_(out),
+          window_(window),
+          cap_(cap) {}
     const char* name() const override { return "attention"; }
     void reserve(const StepState& s, int) override {
+        if (s.scored_rows) reserve_scores(s);
         if (!split(s)) return;
         const size_t n = static_cast<size_t>(s.rows) * n_heads_ * parts(s) * (round_up(head_dim_, 16) + 16);
         if (partial_.size() < n) partial_.resize(n + n / 2);
@@ -258,7 +262,9 @@ class AttentionOp : public Op {
             const int groups = pieces(s.rows, kAttentionRows);
             a.kv_head = c / groups;
             a.r0 = c % groups * kAttentionRows, a.r1 = std::min(s.rows, a.r0 + kAttentionRows);
-            a.p0 = 0, a.p1 = (s.length + a.r1 + kPartSlots - 1) / kPartSlots;
+            a.p1 = (s.length + a.r1 + kPartSlots - 1) / kPartSlots;
+            // scored rows leave zeros where they do not look, so for them no part is skipped
+            a.p0 = window_ && !s.scored_rows ? std::max(0, s.length + a.r0 + 1 - window_) / kPartSlots : 0;
         }
         k_.attention(a);
     }
@@ -269,17 +275,64 @@ class AttentionOp : public Op {
         AttentionArgs a{};
         a.q = qkv_, a.ldq = ld, a.n_heads = n_heads_, a.layer = layer_;
         a.kv = s.kv, a.blocks = s.blocks, a.length = s.length, a.n_parts = parts(s), a.out = out_;
+        a.window = window_, a.cap = cap_;
         a.partial = split(s) ? partial_.data() : nullptr;
+        a.score = s.scored_rows ? &scores_->view : nullptr;
         return a;
     }
 
   private:
+    void reserve_scores(const StepState& s) {
+        const size_t pairs = static_cast<size_t>(s.scored_rows) * n_heads_;
+        ScoreScratch& view = scores_->view;
+        view.ld = static_cast<size_t>(parts(s)) * kPartSlots;
+        view.from = s.rows - s.scored_rows;
+        if (scores_->weights.size() < pairs * view.ld) scores_->weights.resize(pairs * (view.ld + 4 * kPartSlots));
+        if (scores_->peaks.size() < pairs * parts(s)) scores_->peaks.resize(pairs * (parts(s) + 4));
+        if (scores_->totals.size() < pairs * 2) scores_->totals.resize(pairs * 2);
+        view.weights = scores_->weights.data();
+        view.peaks = scores_->peaks.data();
+        view.totals = scores_->totals.data();
+    }
+
     const KernelTable& k_;
     const std::vector<float*>* scratch_;
+    ScoreBuffers* scores_;
     const float* qkv_;
     int n_heads_, n_kv_, head_dim_, layer_;
     float* out_;
+    int window_;
+    float cap_;
     std::vector<float> partial_;
+};
+
+// What the scored rows attended to, for eviction. One piece is one KV head and a few parts.
+class AttentionScoreOp : public Op {
+  public:
+    AttentionScoreOp(const KernelTable& k, const ScoreBuffers* scores, int n_heads, int layer)
+        : k_(k), scores_(scores), n_heads_(n_heads), layer_(layer) {}
+    const char* name() const override { return "attention_score"; }
+    int chunks(const StepState& s, int) override { return s.scored_rows ? s.kv->n_kv * groups(s) : 0; }
+    void run(const StepState& s, int c, int) override {
+        const KvPool& kv = *s.kv;
+        const int parts = AttentionOp::parts(s), group = c % groups(s);
+        ScoreArgs a{};
+        a.score = &scores_->view;
+        a.n_heads = n_heads_, a.per_kv = n_heads_ / kv.n_kv, a.kv_head = c / groups(s), a.n_parts = parts;
+        a.rows = s.scored_rows, a.length = s.length + s.rows - s.scored_rows;
+        a.p0 = group * kParts, a.p1 = std::min(parts, a.p0 + kParts);
+        a.row_stride = static_cast<size_t>(kv.n_layers) * kv.n_kv * s.score_slots;
+        a.out = s.scores + (static_cast<size_t>(layer_) * kv.n_kv + a.kv_head) * s.score_slots;
+        a.sum = s.sum_scores, a.n_slots = s.length + s.rows;
+        k_.attention_score(a);
+    }
+
+  private:
+    static constexpr int kParts = 4;
+    static int groups(const StepState& s) { return pieces(AttentionOp::parts(s), kParts); }
+    const KernelTable& k_;
+    const ScoreBuffers* scores_;
+    int n_heads_, layer_;
 };
 
 class AttentionMergeOp : public Op {

@@ -389,12 +389,102 @@ inline void to_half16(const float* x, uint16_t* out) {
     }
 }
 
+constexpr int kMaxHeadDim = 1024;
+
+// A key or value to the cache, or back: `stride` elements lie between its channels. x has padded_dim values.
+template <class S>
+inline void store_half(const KvPool& kv, const float* x, uint8_t* head, int slot, bool key) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(head);
+    uint16_t half[16];
+    for (int i = 0; i < kv.padded_dim(); i += 16) {
+        if (!key) {
+            to_half16<S>(x + i, to + slot * kv.padded_dim() + i);
+            continue;
+        }
+        to_half16<S>(x + i, half);
+        for (int j = 0; j < 16; j++) to[(i + j) * kBlockSlots + slot] = half[j];
+    }
+}
+
+// int8 codes of 32 channels and their scale. The codes are those of the scale as fp16 holds it. NaN makes the scale
+// NaN, so it stays visible; infinity is the largest finite fp16, as in an fp16 cache.
+template <class S>
+inline void store_int8(const KvPool& kv, const float* x, uint8_t* head, int slot, bool key) {
+    using V = V16<S>;
+    int8_t* to = reinterpret_cast<int8_t*>(head);
+    uint16_t* scales = reinterpret_cast<uint16_t*>(head + kv.code_bytes());
+    for (int g = 0; g < kv.groups(); g++) {
+        const int first = g * kKvGroup, n = kv.padded_dim() - first < kKvGroup ? kv.padded_dim() - first : kKvGroup;
+        float y[kKvGroup], scale[16];
+        uint16_t half[16];
+        V peak = V::set1(0.0f);
+        for (int i = 0; i < n; i += 16) {
+            to_half16<S>(x + first + i, half);
+            for (int j = 0; j < 16; j += S::kLanes) S::store(y + i + j, S::load_f16(half + j));
+            peak = V::max_abs(peak, V::load(y + i));
+        }
+        V::set1(peak.largest_bits() * (1.0f / 127.0f)).store(scale);
+        to_half16<S>(scale, half);
+        for (int j = 0; j < 16; j += S::kLanes) S::store(scale + j, S::load_f16(half + j));
+        scales[g * kBlockSlots + slot] = half[0];
+        const typename S::F inv = S::set1(scale[0] == 0.0f ? 0.0f : 1.0f / scale[0]);
+        int8_t codes[kKvGroup];
+        for (int i = 0; i < n; i += S::kLanes) S::store_i8(codes + i, S::round(S::mul(S::load(y + i), inv)));
+        if (!key)
+            memcpy(to + slot * kv.padded_dim() + first, codes, n);
+        else
+            for (int i = 0; i < n; i++) to[(first + i) * kBlockSlots + slot] = codes[i];
+    }
+}
+
+template <class S>
+inline void store_slot(const KvPool& kv, const float* x, uint8_t* head, int slot, bool key) {
+    if (kv.bits == 8)
+        store_int8<S>(kv, x, head, slot, key);
+    else
+        store_half<S>(kv, x, head, slot, key);
+}
+
+template <class S>
+inline void load_key(const KvPool& kv, const uint8_t* head, int slot, float* x) {
+    float lanes[16];
+    for (int i = 0; i < kv.head_dim; i++) {
+        const int at = i * kBlockSlots + slot / S::kLanes * S::kLanes;
+        S::store(lanes, kv.bits == 8 ? S::load_i8(reinterpret_cast<const int8_t*>(head) + at)
+                                     : S::load_f16(reinterpret_cast<const uint16_t*>(head) + at));
+        x[i] = lanes[slot % S::kLanes];
+    }
+    if (kv.bits == 16) return;
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + kv.code_bytes());
+    for (int g = 0; g < kv.groups(); g++) {
+        S::store(lanes, S::load_f16(scales + g * kBlockSlots + slot / S::kLanes * S::kLanes));
+        for (int i = g * kKvGroup; i < kv.head_dim && i < (g + 1) * kKvGroup; i++) x[i] *= lanes[slot % S::kLanes];
+    }
+}
+
+template <class S>
+void turn_keys(const TurnKeysArgs& a) {
+    const int d = a.kv->head_dim;
+    float x[kMaxHeadDim + 16] = {}, table[kMaxHeadDim];
+    for (int s = a.s0; s < a.s1; s++) {
+        if (a.delta[s] == 0) continue;
+        for (int i = 0; i < a.half; i++) {
+            const double angle = a.delta[s] * a.freq[i];
+            table[i] = static_cast<float>(std::cos(angle));
+            table[a.half + i] = static_cast<float>(std::sin(angle));
+        }
+        uint8_t* head = a.kv->keys(a.blocks[s / kBlockSlots], a.layer, a.kv_head);
+        load_key<S>(*a.kv, head, s % kBlockSlots, x);
+        rotate_head<S>(x, table, a.half, d, 1.0f, x);
+        store_slot<S>(*a.kv, x, head, s % kBlockSlots, true);
+    }
+}
+
 template <class S>
 void rope_kv(const RopeArgs& a) {
-    const int d = a.head_dim;
+    const int d = a.head_dim, dim = a.kv->padded_dim();
     const size_t ld = static_cast<size_t>(a.n_heads + 2 * a.n_kv) * d;
-    float rotated[16 * ((1024 + 15) / 16)];
-    uint16_t half[16];
+    float x[kMaxHeadDim + 16];
     for (int r = a.r0; r < a.r1; r++) {
         float* q = a.qkv + r * ld;
         const float* k = q + static_cast<size_t>(a.n_heads) * d;
@@ -402,20 +492,12 @@ void rope_kv(const RopeArgs& a) {
         const float* table = a.table + static_cast<size_t>(r) * 2 * a.half;
         for (int h = 0; h < a.n_heads; h++) rotate_head<S>(q + h * d, table, a.half, d, a.q_scale, q + h * d);
         const int slot = a.length + r, block = a.blocks[slot / kBlockSlots], in_block = slot % kBlockSlots;
+        for (int i = d; i < dim; i++) x[i] = 0;
         for (int h = 0; h < a.n_kv; h++) {
-            rotate_head<S>(k + h * d, table, a.half, d, 1.0f, rotated);
-            for (int i = d; i % 16; i++) rotated[i] = 0;
-            uint16_t* keys = a.kv->keys(block, a.layer, h) + in_block;
-            for (int i = 0; i < d; i += 16) {
-                to_half16<S>(rotated + i, half);
-                for (int j = 0; j < 16 && i + j < d; j++) keys[(i + j) * kBlockSlots] = half[j];
-            }
-            uint16_t* values = a.kv->values(block, a.layer, h) + static_cast<size_t>(in_block) * a.kv->padded_dim();
-            for (int i = 0; i < d; i += 16) {
-                float t[16] = {};
-                memcpy(t, v + h * d + i, (d - i < 16 ? d - i : 16) * sizeof(float));
-                to_half16<S>(t, values + i);
-            }
+            rotate_head<S>(k + h * d, table, a.half, d, 1.0f, x);
+            store_slot<S>(*a.kv, x, a.kv->keys(block, a.layer, h), in_block, true);
+            memcpy(x, v + h * d, d * sizeof(float));
+            store_slot<S>(*a.kv, x, a.kv->values(block, a.layer, h), in_block, false);
         }
     }
 }

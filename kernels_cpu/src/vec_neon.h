@@ -34,6 +34,11 @@ struct Neon {
         I bits = vandq_s32(vreinterpretq_s32_f32(x), vdupq_n_s32(0x7fffffff));
         return vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(acc), bits));
     }
+    static F load_i8(const int8_t* p) {
+        int32_t four;
+        memcpy(&four, p, 4);
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+    }
     static F load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
     static void store_f16(uint16_t* p, F a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
     static F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }

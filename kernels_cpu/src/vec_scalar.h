@@ -78,6 +78,11 @@ struct Scalar {
         }
         return acc;
     }
+    static F load_i8(const int8_t* p) {
+        F r;
+        TC_LANES r.v[i] = p[i];
+        return r;
+    }
     static float half_to_float(uint16_t h) {
         uint32_t sign = (h & 0x8000u) << 16, e = (h >> 10) & 31, m = h & 0x3ff, bits;
         if (e == 31) {

@@ -196,11 +196,13 @@ void test_rows(const KernelTable& t, const KernelTable& scalar) {
     }
 }
 
+// Attention of the last `rows` rows, and behind it what they attended to.
 std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int dim, int length, int rows, bool split,
-                                 std::vector<float> qkv) {
+                                 int bits, std::vector<float> qkv) {
     const int n_blocks = (length + rows + kBlockSlots - 1) / kBlockSlots, layers = 2;
     KvPool pool;
     pool.n_blocks = n_blocks, pool.n_layers = layers, pool.n_kv = kv, pool.head_dim = dim;
+    pool.bits = bits;
     Aligned<uint8_t> memory(pool.block_bytes() * n_blocks);
     std::memset(memory.data(), 0xff, pool.block_bytes() * n_blocks);  // NaN wherever nothing was written
     pool.base = memory.data();
@@ -221,6 +223,11 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     a.q = qkv.data() + length * ld, a.ldq = ld, a.n_heads = heads, a.layer = 1, a.kv = &pool, a.blocks = blocks.data();
     a.length = length, a.n_parts = parts, a.out = out.data(), a.scratch = scratch.data();
     a.partial = split ? partial.data() : nullptr;
+    a.window = bits == 8 ? length / 2 : 0, a.cap = length == 5 ? 4.0f : 0.0f;
+    const size_t pairs = static_cast<size_t>(rows) * heads;
+    Aligned<float> weights(pairs * parts * kPartSlots), peaks(pairs * parts), totals(pairs * 2);
+    const ScoreScratch score{weights.data(), peaks.data(), totals.data(), static_cast<size_t>(parts) * kPartSlots, 0};
+    a.score = &score;
     for (int h = 0; h < kv; h++) {
         a.kv_head = h;
         if (split) {
@@ -234,7 +241,21 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     }
     a.r0 = 0, a.r1 = rows;
     for (a.kv_head = 0; split && a.kv_head < kv; a.kv_head++) t.attention_merge(a);
-    return out.copy();
+    Aligned<float> scores(static_cast<size_t>(kv) * (rows + 1) * total);
+    for (int h = 0; h < kv; h++)
+        for (bool sum : {false, true})
+            t.attention_score({&score, heads, heads / kv, h, parts, rows, length, 0, parts,
+                               scores.data() + (static_cast<size_t>(h) * (rows + 1) + (sum ? rows : 0)) * total,
+                               static_cast<size_t>(total), sum, total});
+    std::vector<int32_t> delta(total);
+    for (int i = 0; i < total; i++) delta[i] = 3 * i - total;
+    t.turn_keys({&pool, blocks.data(), freq.data(), half, 1, 0, 0, total, delta.data()});
+    std::vector<float> result = out.copy();
+    for (float s : scores.copy()) result.push_back(s);
+    const uint8_t* turned = pool.keys(blocks[0], 1, 0);
+    for (int i = 0; i < dim * kBlockSlots; i++)
+        if (i % kBlockSlots < total) result.push_back(turned[i]);
+    return result;
 }
 
 void test_attention(const KernelTable& t, const KernelTable& scalar) {
@@ -243,12 +264,15 @@ void test_attention(const KernelTable& t, const KernelTable& scalar) {
         for (int length : {0, 5, 250, 600}) {
             const int rows = uniform(1, 13);
             const auto qkv = random_rows(length + rows, (s[0] + 2 * s[1]) * s[2]);
-            const auto expected = run_attention(scalar, s[0], s[1], s[2], length, rows, false, qkv);
-            const std::string what =
-                std::string(t.name) + " attention dim " + std::to_string(s[2]) + " length " + std::to_string(length);
-            for (float v : expected) expect(std::isfinite(v), what + " finite");
-            expect(same(run_attention(t, s[0], s[1], s[2], length, rows, false, qkv), expected), what);
-            expect(same(run_attention(t, s[0], s[1], s[2], length, rows, true, qkv), expected), what + " split");
+            for (int bits : {16, 8}) {
+                const auto expected = run_attention(scalar, s[0], s[1], s[2], length, rows, false, bits, qkv);
+                const std::string what = std::string(t.name) + " attention dim " + std::to_string(s[2]) + " length " +
+                                         std::to_string(length) + " bits " + std::to_string(bits);
+                for (float v : expected) expect(std::isfinite(v), what + " finite");
+                expect(same(run_attention(t, s[0], s[1], s[2], length, rows, false, bits, qkv), expected), what);
+                expect(same(run_attention(t, s[0], s[1], s[2], length, rows, true, bits, qkv), expected),
+                       what + " split");
+            }
         }
 }
 

@@ -134,12 +134,24 @@ def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path):
         GGUFCheckpoint(tmp_path / "s.gguf").linear("model.layers.1.mlp.up_proj")
 
 
-def test_scales_that_are_not_numbers_are_refused(tmp_path):
-    write(tmp_path / "n.gguf", Kind.Q4_0)
+@pytest.mark.parametrize(
+    ("kind", "at", "bits"),
+    [
+        (Kind.Q4_0, 0, (0x7E00, "<H")),  # the scale, NaN in fp16
+        (Kind.Q4_1, 2, (0x7C00, "<H")),  # the offset, infinite
+        (Kind.Q8_0, 0, (0xFE00, "<H")),
+        (Kind.F16, 6, (0x7E00, "<H")),
+        (Kind.BF16, 6, (0x7FC0, "<H")),
+        (Kind.F32, 8, (0xFF800000, "<I")),
+    ],
+    ids=lambda v: getattr(v, "name", None),
+)
+def test_weights_and_scales_that_are_not_numbers_are_refused(tmp_path, kind, at, bits):
+    write(tmp_path / "n.gguf", kind)
     content = bytearray((tmp_path / "n.gguf").read_bytes())
     name = "model.layers.0.mlp.down_proj"
     tensor = next(t for t in _tensors(tmp_path / "n.gguf") if t[0] == "blk.0.ffn_down.weight")
-    struct.pack_into("<H", content, tensor[1], 0x7E00)
+    struct.pack_into(bits[1], content, tensor[1] + at, bits[0])
     (tmp_path / "n.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match="NaN"):
         WeightPolicy().linear(GGUFCheckpoint(tmp_path / "n.gguf"), name)

@@ -14,6 +14,7 @@ from tinychat.errors import CheckpointError, ModelNotFoundError, TinychatError, 
 from tinychat.formats import awq
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.models.llama import linears
+from tinychat.prepare import WeightPolicy
 from tinychat.weights import DenseLinear, QuantizedLinear, bf16_to_f32, quantize_rtn
 
 CONFIG = {
@@ -305,6 +306,21 @@ def test_nan_in_a_norm_is_refused(tmp_path):
     tensors["model.norm.weight"][3] = np.nan
     with pytest.raises(CheckpointError, match=r"model\.norm"):
         HFCheckpoint(write(tmp_path / "m", tensors)).vector("model.norm")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_scale_that_is_not_a_number_is_refused_by_name(tmp_path, bad):
+    tensors, _ = awq_tensors(float_tensors())
+    scales = tensors[Q0 + ".scales"].copy()
+    scales[1, 7] = bad
+    folder = write(tmp_path / "m", tensors | {Q0 + ".scales": scales}, quantization_config=AWQ)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj") as e:
+        WeightPolicy().linear(HFCheckpoint(folder), Q0)
+    assert len(str(e.value).splitlines()) == 2
+    dense = float_tensors()
+    dense[Q0 + ".weight"][3, 5] = bad
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj"):
+        WeightPolicy().linear(HFCheckpoint(write(tmp_path / "d", dense)), Q0)
 
 
 def test_an_unknown_dtype_is_refused_by_name(tmp_path):

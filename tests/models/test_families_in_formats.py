@@ -24,7 +24,17 @@ GROUP = 32
 N, BLOCKS = 100, 8
 IDS = np.random.default_rng(1).integers(0, 258, N).astype(np.int32)
 TABLE = np.arange(BLOCKS, dtype=np.int32)
-FAMILY_CASES = ("llama yarn", "qwen2", "qwen3", "phi3 longrope", "smollm3", "olmo2", "granite")
+FAMILY_CASES = (
+    "llama yarn",
+    "qwen2",
+    "qwen3",
+    "phi3 longrope",
+    "smollm3",
+    "olmo2",
+    "granite",
+    "gemma2",
+    "gemma3",
+)
 
 
 def gptq(w: QuantizedLinear, seed: int):

@@ -202,10 +202,13 @@ def test_llama_3_1_config():
     assert c.rope == RopeConfig(5e5, 128, "llama3", 8.0, 1.0, 4.0, 8192)
 
 
-def test_mistral_context_ends_where_its_window_does():
-    # Within the window sliding attention is full attention, so nothing is computed differently.
-    assert ModelConfig.from_hf(MISTRAL_01).context_length == 4096
-    assert ModelConfig.from_hf({**MISTRAL_01, "sliding_window": None}).context_length == 32768
+def test_mistral_slides_its_window():
+    c = ModelConfig.from_hf(MISTRAL_01)
+    assert (c.context_length, c.window, c.window_of(0), c.window_of(31)) == (32768, 4096, 4096, 4096)
+    c = ModelConfig.from_hf({**MISTRAL_01, "sliding_window": None})
+    assert (c.context_length, c.window, c.window_of(0)) == (32768, None, 0)
+    # a window that holds the whole context is none
+    assert ModelConfig.from_hf({**MISTRAL_01, "max_position_embeddings": 4096}).window is None
 
 
 def test_smollm2_config():

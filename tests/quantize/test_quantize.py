@@ -134,6 +134,74 @@ def test_folded_scales_leave_the_float_function_as_it_is(tmp_path, text, monkeyp
         assert not torch.allclose(folded.linear[name], w.linear[name], rtol=0.05)
 
 
+def read_as_autoawq_does(folder: Path, module: str) -> torch.Tensor:
+    """A weight [out, in] from the files alone, in the way of AutoAWQ's `dequantize_gemm`: shift the nibbles
+    of a word apart, put them in the order 0, 4, 1, 5, 2, 6, 3, 7, repeat scales and zeros down the group.
+    """
+    from safetensors.torch import load_file
+
+    q = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (q["quant_method"], q["version"], q["bits"], q["zero_point"]) == ("awq", "gemm", 4, True)
+    t = load_file(folder / "model.safetensors")
+
+    def nibbles(words: torch.Tensor) -> torch.Tensor:
+        apart = (words[:, :, None] >> torch.arange(0, 32, 4)) & 15
+        return apart[:, :, [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1)
+
+    def down(rows: torch.Tensor) -> torch.Tensor:
+        return rows.repeat_interleave(q["group_size"], dim=0)
+
+    codes, zeros = nibbles(t[module + ".qweight"]), nibbles(t[module + ".qzeros"])
+    return ((codes - down(zeros)) * down(t[module + ".scales"].float())).T
+
+
+@pytest.mark.parametrize("changes", HEADS.values(), ids=HEADS.keys())
+def test_an_independent_reader_of_the_folder_gets_the_same_weights_and_logits(tmp_path, text, changes):
+    import tinychat
+    from tinychat.models.llama import linears
+
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    quantize(TinyCheckpoint(**changes), out, calib_file=text)
+    ours = HFCheckpoint(out)
+    config = transformers.LlamaConfig.from_pretrained(out)
+    del config.quantization_config
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    from safetensors.torch import load_file
+
+    state = {k: v.float() for k, v in load_file(out / "model.safetensors").items() if k.endswith(".weight")}
+    for layer in range(ours.config.n_layers):
+        for name in linears(ours.config, layer):
+            weight = read_as_autoawq_does(out, name)
+            assert torch.equal(weight, torch.from_numpy(ours.linear(name).dequantize()))
+            state[name + ".weight"] = weight
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    theirs.tie_weights()
+    ids = list(b"They say the lazy fox jumps.")
+    with torch.inference_mode():
+        want = theirs(torch.tensor([ids])).logits[0].numpy()
+    with tinychat.load(out, device="reference", head_bits=16) as model:
+        got = model.logits(ids)
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_torchs_threads_are_left_as_they_were(tmp_path, text):
+    from tinychat.quantize import rounding
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        quantize(TinyCheckpoint(n_layers=1), tmp_path / "out", calib_file=text)
+        assert torch.get_num_threads() == before + 1
+        with pytest.raises(AttributeError):
+            rounding.compensated(None, None, 32)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_is_written_computes_what_the_quantizer_saw(tmp_path, text):
     """The written folder, run by transformers, agrees with the float model far better than chance."""
     source = TinyCheckpoint()

@@ -22,6 +22,9 @@ class Step:
     block_table  int32 [n]: logical slot s is slot `s % BLOCK` of pool block `block_table[s // BLOCK]`;
                  covers length + T slots
     logits_from  rows from this one on get logits (T: none at all, the cache is filled only)
+    scores       float32 [R or 1, layers, kv_heads, n ≥ length + T], or None: filled with the attention
+                 probability that each slot got from the last `scored_rows` rows (R of them), summed over the
+                 query heads of its KV head; with a first dimension of 1, summed over the rows too
     """
 
     token_ids: np.ndarray
@@ -29,6 +32,8 @@ class Step:
     length: int
     block_table: np.ndarray
     logits_from: int
+    scores: np.ndarray | None = None
+    scored_rows: int = 0
 
 
 class Backend(Protocol):
@@ -42,6 +47,10 @@ class Backend(Protocol):
         """What runs: backend, isa, act_bits, kv_bits, threads."""
         ...
 
+    def kv_heads(self) -> tuple[int, int]:
+        """Layers that have keys and values, and KV heads of each."""
+        ...
+
     def kv_bytes_per_block(self) -> int:
         """Bytes that one block of BLOCK slots takes, all layers, keys and values."""
         ...
@@ -52,6 +61,16 @@ class Backend(Protocol):
 
     def copy_block(self, src: int, dst: int) -> None:
         """Copy a pool block, all layers (copy-on-write)."""
+        ...
+
+    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+        """Keys and values of the logical slots `src` over those of `dst`: int32 [layers, kv_heads, n], and
+        nothing where src is negative. Eviction fills the holes with the last slots.
+        """
+        ...
+
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
+        """Rotate the cached keys of the first n slots by `delta` positions: int32 [layers, kv_heads, n]."""
         ...
 
     def step(self, step: Step) -> np.ndarray:

@@ -44,8 +44,8 @@ class CpuBackend:
         """Raises UsageError for an unknown setting, or a TINYCHAT_ISA that this CPU does not run."""
         if act_bits not in (None, 8, 16):
             raise UsageError(f"act_bits={act_bits!r} is not known.", "Use 8 or 16.")
-        if kv_bits != 16:
-            raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 16.")
+        if kv_bits not in (8, 16):
+            raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 8 or 16.")
         try:
             self.isa = _native.isa()
         except RuntimeError as e:
@@ -53,6 +53,7 @@ class CpuBackend:
         self.cfg: ModelConfig = checkpoint.config
         # Every ISA has an exact 8-bit dot product and it is the fastest path, so it runs unless asked.
         self.act_bits = act_bits or 8
+        self.kv_bits = kv_bits
         self.threads = threads or _native.cores()
         family = FAMILIES[self.cfg.family]
         weights = family.load(
@@ -71,13 +72,18 @@ class CpuBackend:
             "backend": self.name,
             "isa": self.isa,
             "act_bits": self.act_bits,
-            "kv_bits": 16,
+            "kv_bits": self.kv_bits,
             "threads": self.threads,
         }
 
+    def kv_heads(self) -> tuple[int, int]:
+        """Layers, and KV heads of each."""
+        return self.cfg.n_layers, self.cfg.n_kv_heads
+
     def kv_bytes_per_block(self) -> int:
-        """Bytes of one block of BLOCK slots: fp16 keys and values of all layers."""
-        return _native.kv_block_bytes(self.cfg.n_layers, self.cfg.n_kv_heads, self.cfg.head_dim)
+        """Bytes of one block of BLOCK slots: keys and values of all layers."""
+        c = self.cfg
+        return _native.kv_block_bytes(c.n_layers, c.n_kv_heads, c.head_dim, self.kv_bits)
 
     def allocate_kv(self, n_blocks: int) -> None:
         """Reserve the KV pool; memory is touched only as blocks are used."""
@@ -95,12 +101,27 @@ class CpuBackend:
         c = self.cfg
         self._pool = np.frombuffer(memory, np.uint8)
         self._blocks = n_blocks
-        self._program.set_kv(self._pool, n_blocks, c.n_layers, c.n_kv_heads, c.head_dim)
+        self._program.set_kv(self._pool, n_blocks, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_bits)
 
     def copy_block(self, src: int, dst: int) -> None:
         """Copy a pool block, all layers (copy-on-write)."""
         blocks = self._pool.reshape(max(1, self._blocks), -1)
         blocks[dst] = blocks[src]
+
+    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+        """Keys and values of the logical slots `src` over those of `dst`."""
+        self._program.move_slots(*(np.ascontiguousarray(a, np.int32) for a in (block_table, src, dst)))
+
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
+        """Rotate the cached keys of the first slots by `delta` positions."""
+        table = np.ascontiguousarray(block_table, np.int32)
+        ropes = [self.cfg.rope_of(layer) for layer in range(self.cfg.n_layers)]
+        for rope in {*ropes} - {None}:
+            here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
+            frequencies = [float(f) for f in rope.frequencies()]
+            self._program.turn_keys(
+                table, frequencies, np.ascontiguousarray(np.where(here, delta, 0), np.int32)
+            )
 
     def step(self, step: Step) -> np.ndarray:
         """Run the network. float32 [T - logits_from, vocab]."""
@@ -139,6 +160,8 @@ class CpuBackend:
             step.logits_from,
             logits,
             greedy,
+            step.scores,
+            step.scored_rows,
         )
 
 
@@ -256,7 +279,8 @@ class _Recorder:
         out = _Buffer(c.n_heads * c.head_dim)
         heads = c.n_heads, c.n_kv_heads, c.head_dim, layer
         self._record([qkv, table], lambda p: p.rope_kv(qkv.native, table.native, *heads, c.attn_scale or 0.0))
-        self._record([qkv, out], lambda p: p.attention(qkv.native, *heads, out.native))
+        window, cap = c.window_of(layer), c.attn_soft_cap
+        self._record([qkv, out], lambda p: p.attention(qkv.native, *heads, out.native, window, cap))
         return _Value(out.cols, floats=out)
 
     def silu_mul(self, gate_up):

@@ -17,6 +17,25 @@ from tinychat.models import FAMILIES
 from tinychat.prepare import WeightPolicy
 
 
+def quantize_kv(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values [..., head_dim] as an 8-bit cache gives them back: int8 with an fp16 scale for each 32
+    channels.
+    """
+    parts = []
+    for g in x.split(32, dim=-1):
+        scale = (g.abs().amax(-1, keepdim=True) * np.float32(1 / 127)).half().float()
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)
+        parts.append((g * inverse).round().clamp(-128, 127) * scale)
+    return torch.cat(parts, dim=-1)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Halves convention, over the first dimensions that cos and sin have pairs for."""
+    n = cos.shape[-1]
+    a, b, rest = x.split([n, n, x.shape[-1] - 2 * n], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
 class _Loader:
     """Gives a model file its weights as torch tensors (weight, bias)."""
 
@@ -53,13 +72,19 @@ class ReferenceBackend:
     max_rows = 512
 
     def __init__(
-        self, checkpoint: Checkpoint, policy: WeightPolicy | None = None, threads: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        policy: WeightPolicy | None = None,
+        threads: int | None = None,
+        kv_bits: int = 32,
     ):
+        """kv_bits: 32, or 16 or 8 to keep keys and values as the fast backends do."""
         if threads:
             torch.set_num_threads(threads)
         self.cfg: ModelConfig = checkpoint.config
         self.family = FAMILIES[self.cfg.family]
         self.weights = self.family.load(_Loader(checkpoint, policy or WeightPolicy()), self.cfg)
+        self.kv_bits = kv_bits
         self.kv = torch.empty(0)
         self._rope: dict[RopeConfig, torch.Tensor] = {}
 
@@ -70,9 +95,12 @@ class ReferenceBackend:
             "backend": self.name,
             "isa": "torch",
             "act_bits": 32,
-            "kv_bits": 32,
+            "kv_bits": self.kv_bits,
             "threads": torch.get_num_threads(),
         }
+
+    def kv_heads(self) -> tuple[int, int]:
+        return self.cfg.n_layers, self.cfg.n_kv_heads
 
     def kv_bytes_per_block(self) -> int:
         return self.cfg.n_layers * 2 * BLOCK * self.cfg.n_kv_heads * self.cfg.head_dim * 4
@@ -83,6 +111,22 @@ class ReferenceBackend:
 
     def copy_block(self, src: int, dst: int) -> None:
         self.kv[:, :, dst * BLOCK : (dst + 1) * BLOCK] = self.kv[:, :, src * BLOCK : (src + 1) * BLOCK]
+
+    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+        layer, head, i = np.nonzero(src >= 0)
+        to, from_ = (self._slots(block_table)[a[layer, head, i]] for a in (dst, src))
+        self.kv[:, layer, to, head] = self.kv[:, layer, from_, head]
+
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
+        slots = self._slots(block_table)[: delta.shape[2]]
+        for layer in range(self.cfg.n_layers):
+            rope = self.cfg.rope_of(layer)
+            if rope is None:
+                continue
+            keys = self.kv[0, layer, slots]  # [slots, kv_heads, dim]
+            angle = torch.from_numpy(delta[layer]).double().T[..., None] * self._frequencies(rope)
+            turned = _rotate(keys, angle.cos().float(), angle.sin().float())
+            self.kv[0, layer, slots] = self._stored(turned)
 
     @torch.inference_mode()
     def step(self, step: Step) -> np.ndarray:
@@ -99,11 +143,28 @@ class ReferenceBackend:
     def _begin(self, step: Step) -> None:
         self.current = step
         end = step.length + len(step.token_ids)
-        table = torch.from_numpy(step.block_table.astype(np.int64))
-        slots = (table[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:end]
+        slots = self._slots(step.block_table)[:end]
         self.read_slots, self.write_slots = slots, slots[step.length :]
         self.ids = torch.from_numpy(step.token_ids.astype(np.int64))
         self.positions = step.position + torch.arange(len(step.token_ids), dtype=torch.float64)
+
+    @staticmethod
+    def _slots(block_table: np.ndarray) -> torch.Tensor:
+        """Pool slots of the logical ones."""
+        table = torch.from_numpy(block_table.astype(np.int64))
+        return (table[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+
+    def _frequencies(self, rope: RopeConfig) -> torch.Tensor:
+        if rope not in self._rope:
+            self._rope[rope] = torch.from_numpy(rope.frequencies())
+        return self._rope[rope]
+
+    def _stored(self, x: torch.Tensor) -> torch.Tensor:
+        """What the cache gives back of keys or values [..., head_dim]."""
+        if self.kv_bits == 32:
+            return x
+        x = x.clamp(-65504, 65504).half().float()
+        return x if self.kv_bits == 16 else quantize_kv(x)
 
     # Ops
 
@@ -130,38 +191,46 @@ class ReferenceBackend:
         return norm(q, q_weight), norm(k, k_weight)
 
     def rope(self, q, k, rope):
-        if rope not in self._rope:
-            self._rope[rope] = torch.from_numpy(rope.frequencies())
-        angle = self.positions[:, None] * self._rope[rope]  # float64: exact enough at any position
+        angle = self.positions[:, None] * self._frequencies(rope)  # float64: exact enough at any position
         cos, sin = ((rope.magnitude * f(angle)).float()[:, None] for f in (torch.cos, torch.sin))
-
-        def rotate(x):
-            a, b, rest = x.split([rope.dim // 2, rope.dim // 2, x.shape[-1] - rope.dim], dim=-1)
-            return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-
-        return rotate(q), rotate(k)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     def attention(self, q, k, v, layer):
-        self.kv[0, layer, self.write_slots] = k
-        self.kv[1, layer, self.write_slots] = v
+        self.kv[0, layer, self.write_slots] = self._stored(k)
+        self.kv[1, layer, self.write_slots] = self._stored(v)
         keys, values = (self.kv[i, layer, self.read_slots].transpose(0, 1)[None] for i in (0, 1))
         t, end = q.shape[0], keys.shape[2]
         own = (end - t + torch.arange(t))[:, None]
         mask = torch.arange(end) <= own
         if window := self.cfg.window_of(layer):
             mask &= torch.arange(end) > own - window
-        q, cap = q.transpose(0, 1)[None], self.cfg.attn_soft_cap
-        if cap:
-            scale = self.cfg.attn_scale or q.shape[-1] ** -0.5
-            per_kv = q.shape[1] // keys.shape[1]
-            keys, values = (x.repeat_interleave(per_kv, dim=1) for x in (keys, values))
-            scores = cap * torch.tanh(q @ keys.transpose(2, 3) * scale / cap)
-            y = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ values
-        else:
-            y = F.scaled_dot_product_attention(
-                q, keys, values, attn_mask=mask, scale=self.cfg.attn_scale, enable_gqa=True
-            )
+        self._score(q, keys[0], mask, layer)
+        if self.cfg.attn_soft_cap:
+            p = self._probabilities(q, keys[0], mask)  # [kv_heads, heads of each, rows, slots]
+            return torch.einsum("gjrs,gsd->rgjd", p, values[0]).flatten(1)
+        y = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=self.cfg.attn_scale, enable_gqa=True
+        )
         return y[0].transpose(0, 1).flatten(1)
+
+    def _score(self, q, keys, mask, layer):
+        """What the step's last rows attended to in one layer, for eviction."""
+        step = self.current
+        if step.scores is None:
+            return
+        r = step.scored_rows
+        p = self._probabilities(q[-r:], keys, mask[-r:]).sum(1)  # [kv_heads, rows, slots]
+        out = p.transpose(0, 1) if len(step.scores) == r else p.sum(1)[None]
+        step.scores[:, layer, :, : p.shape[2]] = out.numpy()
+
+    def _probabilities(self, q, keys, mask):
+        """softmax(scale · q kᵀ) with soft cap, written out: [kv_heads, heads of each, rows, slots]."""
+        scale, cap = self.cfg.attn_scale or q.shape[-1] ** -0.5, self.cfg.attn_soft_cap
+        groups = q.shape[1] // keys.shape[0]
+        logits = torch.einsum("rgjd,gsd->gjrs", q.unflatten(1, (-1, groups)), keys) * scale
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return logits.masked_fill(~mask, -torch.inf).softmax(-1)
 
     def silu_mul(self, gate_up):
         gate, up = gate_up.chunk(2, dim=-1)

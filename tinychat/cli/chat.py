@@ -83,7 +83,10 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
 
     loaded = load(model, **pick(o, LOADING + DRAFTING))
     with loaded:
-        session = loaded.session(o["system"], **pick(o, SAMPLING))
+        # One answer ends where its context does; a conversation goes on.
+        once = "none" if text is not None and chat is None and not o["kv_budget"] else None
+        policy = o["kv_policy"] or once
+        session = loaded.session(o["system"], kv_policy=policy, **pick(o, SAMPLING))
         keeper = None
         if store is not None:
             from tinychat.keep import Keeper

@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 import traceback
+import warnings
+from pathlib import Path
 
 import click
 
@@ -22,6 +24,12 @@ class ReaderGoneError(Exception):
 
 class Commands(click.Group):
     """The group; keeps click from making an error of a closed pipe."""
+
+    def make_context(self, *args, **kwargs) -> click.Context:  # prints --help and --version
+        try:
+            return super().make_context(*args, **kwargs)
+        except BrokenPipeError as e:
+            raise ReaderGoneError from e
 
     def invoke(self, ctx: click.Context):
         try:
@@ -47,11 +55,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller (`<&-`)
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    warnings.showwarning = _warn
     try:
         code = cli.main(args=argv, prog_name="tinychat", standalone_mode=False, color=_color()) or 0
         sys.stdout.flush()
     except BaseException as e:
-        if isinstance(e, SystemExit):
+        if isinstance(e, SystemExit) and not _reader_gone(e):
             raise
         code = report(e)
     sys.exit(code)
@@ -59,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(e: BaseException) -> int:
     """Say what went wrong in two lines on stderr; the exit code."""
-    if isinstance(e, (ReaderGoneError, BrokenPipeError)):
+    if _reader_gone(e):
         # Keep the interpreter from complaining at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -90,6 +99,23 @@ def report(e: BaseException) -> int:
         todo, code = "This is a bug. TINYCHAT_DEBUG=1 shows where; please report it.", 1
     click.echo(f"{click.style('Error:', fg='red')} {what}\n{todo}", err=True, color=_color())
     return code
+
+
+def _reader_gone(e: BaseException) -> bool:
+    """Also where rich (tables) has made an exit with code 1 of it."""
+    cause = e.__context__ if isinstance(e, SystemExit) else e
+    return isinstance(cause, (ReaderGoneError, BrokenPipeError))
+
+
+_warn_as_python = warnings.showwarning
+
+
+def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning of ours is a plain sentence to the user; a library's stays as Python shows it."""
+    if Path(__file__).parents[1] in Path(filename).parents:
+        click.echo(str(message), err=True)
+    else:
+        _warn_as_python(message, category, filename, lineno, file, line)
 
 
 def _color() -> bool | None:

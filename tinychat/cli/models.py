@@ -33,8 +33,13 @@ def pull(model: str, as_json: bool) -> None:
         click.echo(f"{model} is ready: {path}", err=True)
 
 
+def _available(name: str, alias: Any) -> dict[str, Any]:
+    facts = {"name": name, "family": alias.family, "size": alias.size, "source": str(alias.sources[0])}
+    return facts | {"license": alias.license, "draft": alias.draft, "verified": alias.verified}
+
+
 @click.command("list")
-@click.option("--all", "everything", is_flag=True, help="Models that can be pulled, too.")
+@click.option("--all", "--available", "everything", is_flag=True, help="Models that can be pulled, too.")
 @click.option("--json", "as_json", is_flag=True)
 def list_models(everything: bool, as_json: bool) -> None:
     """Models on this machine."""
@@ -51,7 +56,8 @@ def list_models(everything: bool, as_json: bool) -> None:
         for m in store.installed()
     ]
     have = {r["name"] for r in rows}
-    available = [name for name in aliases.ALIASES if name not in have] if everything else []
+    available = [_available(name, a) for name, a in aliases.ALIASES.items() if name not in have]
+    available = available if everything else []
     if as_json:
         _echo_json(rows if not everything else {"installed": rows, "available": available})
         return
@@ -64,8 +70,9 @@ def list_models(everything: bool, as_json: bool) -> None:
     table = Table("model", "size", "weights", "source", box=None, pad_edge=False)
     for r in rows:
         table.add_row(r["name"], human_bytes(r["size"]), r["quantization"] or "", r["source"] or "")
-    for name in available:
-        table.add_row(name, "", "", "not pulled", style="dim")
+    for a in available:
+        what = f"{a['source']} · {a['license']}{'' if a['verified'] else ' · unverified'}"
+        table.add_row(a["name"], human_bytes(a["size"]), "not pulled", what, style="dim")
     Console().print(table)
 
 

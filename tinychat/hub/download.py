@@ -45,18 +45,29 @@ def download(source: Source, staging: Path, parts: Path, *, expect: int = 0) -> 
 
 def check_room(folder: Path, disk: int, weights: int) -> None:
     """Refuse before a download what cannot work after it."""
+    memory = psutil.virtual_memory().total
+    if weights > memory:
+        raise MemoryBudgetError(
+            f"The model needs {human_bytes(weights)} of memory and this machine has {human_bytes(memory)}.",
+            _smaller(memory),
+        )
     free = shutil.disk_usage(folder).free
     if disk > free:
         raise DownloadError(
             f"The download needs {human_bytes(disk)}; the disk of {folder} has {human_bytes(free)} free.",
             "Free some space, or set TINYCHAT_HOME to another disk.",
         )
-    memory = psutil.virtual_memory().total
-    if weights > memory:
-        raise MemoryBudgetError(
-            f"The model needs {human_bytes(weights)} of memory and this machine has {human_bytes(memory)}.",
-            "Choose a smaller model: tinychat list --all",
-        )
+
+
+def _smaller(memory: int) -> str:
+    """The largest known model that fits, by name."""
+    from tinychat.hub.aliases import ALIASES
+
+    fits = [(a.size, name) for name, a in ALIASES.items() if a.size * 1.3 < memory]
+    if not fits:
+        return "Choose a smaller model: tinychat list --available"
+    size, name = max(fits)
+    return f"Try {name} ({human_bytes(size)}); others: tinychat list --available"
 
 
 listener: Callable[[str, int, int], None] | None = None  # hears (label, done, total) of every download

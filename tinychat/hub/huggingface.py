@@ -24,9 +24,9 @@ def from_hf(source: Source, staging: Path) -> dict:
     """Download a repo's model into `staging`; returns what a manifest says of it."""
     import huggingface_hub as hub
 
-    repo, wanted = _split(source)
-    with _errors(repo):
-        info = hub.HfApi().model_info(repo, files_metadata=True)
+    repo, revision, wanted = _split(source)
+    with _errors(repo, revision):
+        info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
     files = choose_files(repo, list(sizes), wanted)
     _check_config(repo, info.sha, files, staging)
@@ -41,32 +41,46 @@ def from_hf(source: Source, staging: Path) -> dict:
         hub.snapshot_download(
             repo, revision=info.sha, local_dir=staging, allow_patterns=[_literal(f) for f in files]
         )
+    digests = _verified(repo, info, files, staging)
     facts: dict[str, Any] = {"source": f"hf:{repo}@{info.sha}", "size": weights}
     ggufs = [f for f in files if f.endswith(".gguf")]
     if ggufs:
-        from tinychat.hub.download import sha256_of
-
         file = staging / ggufs[0]
         if file.parent != staging:  # the manifest's file is directly in the model's folder
             file = file.rename(staging / file.name)
-        digest = sha256_of(file)
-        promised = next(
-            (s.lfs.sha256 for s in info.siblings or [] if s.rfilename == ggufs[0] and s.lfs), digest
-        )
-        if digest != promised:
-            file.unlink()
-            raise DownloadError(f"{ggufs[0]} from {repo} is damaged: its hash is wrong.", "Pull it again.")
-        facts |= {"file": file.name, "sha256": digest, "size": file.stat().st_size}
+        facts |= {"file": file.name, "sha256": digests[ggufs[0]], "size": file.stat().st_size}
     return facts
+
+
+def _verified(repo: str, info: Any, files: list[str], staging: Path) -> dict[str, str]:
+    """sha256 of every weight file, which must have the size and the hash that the Hub's metadata promises."""
+    from tinychat.hub.download import sha256_of
+
+    found = {}
+    for s in info.siblings or []:
+        if s.rfilename not in files or not s.rfilename.endswith((".safetensors", ".gguf")):
+            continue
+        file = staging / s.rfilename
+        whole = file.is_file() and (s.size is None or file.stat().st_size == s.size)
+        digest = found[s.rfilename] = sha256_of(file) if whole else ""
+        if not whole or (s.lfs and digest != s.lfs.sha256):
+            file.unlink(missing_ok=True)
+            raise DownloadError(
+                f"{s.rfilename} from {repo} is damaged: its {'hash' if whole else 'size'} is wrong.",
+                "Pull it again; if it stays so, another network may help.",
+            )
+    return found
 
 
 def cached(source: Source) -> Path | None:
     """The model in Hugging Face's own cache, complete, or None. No network."""
-    repo, wanted = _split(source)
+    repo, revision, wanted = _split(source)
     try:
         import huggingface_hub as hub
 
-        root = Path(hub.snapshot_download(repo, local_files_only=True, allow_patterns=["*.json"]))
+        root = Path(
+            hub.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["*.json"])
+        )
         files = choose_files(repo, [str(f.relative_to(root)) for f in root.rglob("*") if f.is_file()], wanted)
     except (TinychatError, OSError, ValueError, ImportError):
         return None
@@ -122,10 +136,11 @@ def choose_files(repo: str, names: list[str], wanted: str | None = None) -> list
     )
 
 
-def _split(source: Source) -> tuple[str, str | None]:
-    """OWNER/REPO and the file in it, if one is named."""
+def _split(source: Source) -> tuple[str, str | None, str | None]:
+    """OWNER/REPO, the revision and the file in it, if they are named."""
     owner, name, *file = source.where.split("/")
-    return f"{owner}/{name}", "/".join(file) or None
+    name, _, revision = name.partition("@")
+    return f"{owner}/{name}", revision or None, "/".join(file) or None
 
 
 def _literal(name: str) -> str:
@@ -172,8 +187,8 @@ class _progress_bars:  # noqa: N801  (reads as a statement)
 class _errors:  # noqa: N801
     """huggingface_hub's errors in two lines."""
 
-    def __init__(self, repo: str):
-        self._repo = repo
+    def __init__(self, repo: str, revision: str | None = None):
+        self._repo, self._revision = repo, revision
 
     def __enter__(self):
         return self
@@ -187,6 +202,16 @@ class _errors:  # noqa: N801
         if isinstance(e, hf.GatedRepoError):
             todo = f"Accept its terms on its page, then set HF_TOKEN ({repo} on huggingface.co)."
             raise DownloadError(f"{repo} asks for a login and its terms to be accepted.", todo) from e
+        if isinstance(e, hf.RevisionNotFoundError):
+            raise ModelNotFoundError(
+                f"{repo} has no revision {self._revision}.", "Name a branch, a tag or a commit of it."
+            ) from e
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        if status == 429:
+            raise DownloadError(
+                f"Hugging Face asks for patience: too many requests for {repo}.",
+                "Try again in some minutes; with HF_TOKEN set the limit is higher.",
+            ) from e
         if isinstance(e, hf.RepositoryNotFoundError):
             raise ModelNotFoundError(
                 f"Hugging Face has no repository {repo}, or it is private.",

@@ -263,10 +263,16 @@ def _check_memory(cfg: ModelConfig, n_tokens: int) -> None:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Progress]:
-    """A bar on a terminal's stderr; one line on any other."""
+    """A bar on a terminal's stderr; on any other one line, once what can be refused has not been."""
     if not sys.stderr.isatty():
-        print("Quantizing", file=sys.stderr, flush=True)
-        yield lambda done, total, what: None
+        said: list[str] = []
+
+        def say(done: int, total: int, what: str) -> None:
+            if what != "reading" and not said:
+                said.append(what)
+                print(f"Quantizing {total} blocks", file=sys.stderr, flush=True)
+
+        yield say
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

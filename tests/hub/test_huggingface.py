@@ -1,0 +1,290 @@
+"""A real huggingface_hub client, in a process of its own, against a hub look-alike on the loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from tiny import tiny_folder
+from tiny_gguf import write
+
+from tinychat.errors import DownloadError, MemoryBudgetError
+from tinychat.hub.download import check_room
+
+REPO = "someone/tiny"
+SHA, OLD = "a" * 40, "b" * 40
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """files: name → content. The rest says how it misbehaves."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = files
+        self.promised: dict[str, dict] = {}  # what the metadata says instead of the truth
+        self.fail: tuple[int, dict[str, str]] | None = None
+        self.cuts = 0  # downloads that end in the middle
+        self.pause = 0.0
+        self.seen: list[tuple[str, str, str | None]] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.seen.append((self.command, path, self.headers.get("Range")))
+        if hub.fail:
+            status, headers = hub.fail
+            return self.send(status, b'{"error": "no"}', headers, body)
+        if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/{SHA}"):
+            return self.send(200, self.metadata(SHA), {}, body)
+        if path in (f"/api/models/{REPO}/revision/v1", f"/api/models/{REPO}/revision/{OLD}"):
+            return self.send(200, self.metadata(OLD), {}, body)
+        if path in (f"/api/models/{REPO}/tree/{SHA}", f"/api/models/{REPO}/tree/{OLD}"):
+            return self.send(200, self.tree(), {}, body)
+        if "/revision/" in path:
+            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+        for revision in (SHA, OLD):
+            prefix = f"/{REPO}/resolve/{revision}/"
+            if path.startswith(prefix) and path.removeprefix(prefix) in hub.files:
+                return self.file(path.removeprefix(prefix), revision, body)
+        self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def metadata(self, sha: str) -> bytes:
+        siblings = []
+        for name, content in self.server.files.items():
+            lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+            entry = {"rfilename": name, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
+            if name.endswith((".safetensors", ".gguf")):
+                entry["lfs"] = lfs | self.server.promised.get(name, {})
+                entry["size"] = entry["lfs"]["size"]
+            siblings.append(entry)
+        return json.dumps({"id": REPO, "modelId": REPO, "sha": sha, "siblings": siblings}).encode()
+
+    def tree(self) -> bytes:
+        entries = []
+        for name, content in self.server.files.items():
+            entry = {"type": "file", "path": name, "size": len(content)}
+            entries.append(entry | {"oid": hashlib.sha1(content).hexdigest()})
+        return json.dumps(entries).encode()
+
+    def file(self, name: str, revision: str, body: bool) -> None:
+        hub, content = self.server, self.server.files[name]
+        etag = hashlib.sha256(content).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": revision, "Accept-Ranges": "bytes"}
+        asked = self.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
+        part = content[start:]
+        if asked:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if body and hub.cuts and len(part) > 50_000:
+            hub.cuts -= 1
+            self.send(206 if asked else 200, part, headers, body, cut=len(part) // 2)
+            self.close_connection = True
+            return
+        self.send(206 if asked else 200, part, headers, body)
+
+    def send(self, status: int, content: bytes, headers: dict, body: bool, cut: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if not body:
+            return
+        for at in range(0, len(content[:cut]), 65536):
+            self.wfile.write(content[:cut][at : at + 65536])
+            if self.server.pause:
+                threading.Event().wait(self.server.pause)
+        self.wfile.flush()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    folder = tiny_folder(tmp_path / "source")
+    files = {f.name: f.read_bytes() for f in folder.iterdir()}
+    files |= {"pytorch_model.bin": b"never fetched", "training.log": b"nor this", "README.md": b"# tiny\n"}
+    server = Hub(files)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def tinychat(hub, tmp_path):
+    """Run a command; (exit code, stdout, stderr)."""
+
+    def run(*args: str, **env: str) -> tuple[int, str, str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+        clean |= {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "TINYCHAT_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        command = [sys.executable, "-m", "tinychat", *args]
+        out = subprocess.run(command, capture_output=True, text=True, env=clean | env, timeout=120)
+        return out.returncode, out.stdout, out.stderr
+
+    return run
+
+
+def installed(tinychat) -> list[str]:
+    code, out, _ = tinychat("list", "--json")
+    assert code == 0
+    return [m["name"] for m in json.loads(out)]
+
+
+def refused(result: tuple[int, str, str], code: int, *words: str) -> None:
+    """Two lines, this exit code, these words."""
+    assert result[0] == code, result
+    what, todo = [line for line in result[2].splitlines() if not line.startswith("Downloading")][-2:]
+    assert what.startswith("Error: ")
+    assert todo
+    for word in words:
+        assert word in result[2], result[2]
+
+
+def fetched(hub) -> set[str]:
+    gets = (path for command, path, _ in hub.seen if command == "GET" and "/resolve/" in path)
+    return {path.rpartition("/")[2] for path in gets}
+
+
+def test_only_what_is_needed_is_fetched_and_the_revision_is_kept(hub, tinychat):
+    code, out, err = tinychat("pull", REPO, "--json")
+    assert code == 0, err
+    path = Path(json.loads(out)["path"])
+    assert fetched(hub) >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not fetched(hub) & {"pytorch_model.bin", "training.log"}
+    assert installed(tinychat) == [REPO]
+    assert json.loads((path / "manifest.json").read_text())["source"] == f"hf:{REPO}@{SHA}"
+    before = len(hub.seen)
+    assert tinychat("pull", REPO)[0] == 0
+    code, out, _ = tinychat("run", REPO, "hi", "--temp", "0", "--max-tokens", "3", HF_HUB_OFFLINE="1")
+    assert (code, len(hub.seen)) == (0, before)  # a model that is here needs no network
+
+
+def test_a_revision_can_be_pinned(hub, tinychat):
+    code, out, err = tinychat("pull", f"{REPO}@v1", "--json")
+    assert code == 0, err
+    manifest = json.loads((Path(json.loads(out)["path"]) / "manifest.json").read_text())
+    assert manifest["source"] == f"hf:{REPO}@{OLD}"
+    assert installed(tinychat) == [f"{REPO}@v1"]
+    refused(tinychat("pull", f"{REPO}@nowhere"), 3, "revision nowhere")
+
+
+def test_a_cut_connection_is_resumed_where_it_broke(hub, tinychat):
+    tensors = safetensors.numpy.load(hub.files["model.safetensors"])
+    tensors["padding"] = np.zeros(24_000_000, np.uint8)  # the client writes 10 MB at a time
+    hub.files["model.safetensors"] = safetensors.numpy.save(tensors)
+    hub.cuts = 1
+    code, _, err = tinychat("pull", REPO)
+    assert code == 0, err
+    ranges = [r for command, path, r in hub.seen if command == "GET" and path.endswith("model.safetensors")]
+    assert len(ranges) == 2
+    assert ranges[0] is None
+    assert ranges[1].startswith("bytes=")
+    assert installed(tinychat) == [REPO]
+
+
+def test_a_server_that_keeps_breaking_off_leaves_nothing_and_the_next_pull_goes_on(hub, tinychat):
+    hub.cuts = 1000
+    refused(tinychat("pull", REPO), 1, REPO)
+    assert installed(tinychat) == []
+    hub.cuts = 0
+    assert tinychat("pull", REPO)[0] == 0
+    assert installed(tinychat) == [REPO]
+
+
+@pytest.mark.parametrize("promise", [{"sha256": "0" * 64}, {"size": 12345}])
+def test_weights_that_are_not_what_was_promised_are_refused(hub, tinychat, promise):
+    hub.promised["model.safetensors"] = promise
+    refused(tinychat("pull", REPO), 1, "model.safetensors")
+    assert installed(tinychat) == []
+    hub.promised.clear()
+    assert tinychat("pull", REPO)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "code", "word"),
+    [
+        (401, {"X-Error-Code": "GatedRepo"}, 1, "HF_TOKEN"),
+        (403, {"X-Error-Code": "GatedRepo"}, 1, "terms"),
+        (404, {"X-Error-Code": "RepoNotFound"}, 3, "no repository"),
+        (401, {"X-Error-Code": "RepoNotFound"}, 3, "no repository"),
+        (429, {"Retry-After": "0"}, 1, "patience"),
+        (500, {}, 1, "cannot be downloaded"),
+    ],
+)
+def test_refusals_of_the_hub_are_told_in_two_lines(hub, tinychat, status, headers, code, word):
+    hub.fail = (status, headers)
+    refused(tinychat("pull", REPO), code, word)
+    assert installed(tinychat) == []
+
+
+def test_a_slow_server_is_waited_for(hub, tinychat):
+    hub.pause = 0.2
+    assert tinychat("pull", REPO)[0] == 0
+
+
+def test_offline_asks_nobody(hub, tinychat):
+    refused(tinychat("run", REPO, "hi", HF_HUB_OFFLINE="1"), 3, "offline")
+    refused(tinychat("pull", REPO, HF_HUB_OFFLINE="1"), 3, "offline")
+    assert hub.seen == []
+
+
+def test_a_model_larger_than_memory_is_refused_before_a_byte_of_it(hub, tinychat):
+    hub.promised["model.safetensors"] = {"size": 10**15}
+    refused(tinychat("pull", REPO), 4, "memory", "Try ", "tinychat list")
+    assert "model.safetensors" not in fetched(hub)
+
+
+def test_a_model_of_an_unsupported_family_is_refused_before_a_byte_of_it(hub, tinychat):
+    config = json.loads(hub.files["config.json"])
+    hub.files["config.json"] = json.dumps(config | {"architectures": ["MambaForCausalLM"]}).encode()
+    refused(tinychat("pull", REPO), 1, "MambaForCausalLM")
+    assert fetched(hub) == {"config.json"}
+
+
+def test_one_gguf_of_several_is_fetched(hub, tinychat, tmp_path):
+    write(tmp_path / "x.gguf")
+    content = (tmp_path / "x.gguf").read_bytes()
+    hub.files = {"tiny-q8_0.gguf": content, "tiny-q4_k_m.gguf": content, "README.md": b"#"}
+    assert tinychat("pull", REPO)[0] == 0
+    assert fetched(hub) == {"tiny-q4_k_m.gguf"}
+    code, out, err = tinychat("show", REPO, "--json")
+    assert code == 0, err
+    assert json.loads(out)["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_full_disk_is_seen_before_the_download(tmp_path):
+    with pytest.raises(DownloadError, match="disk"):
+        check_room(tmp_path, 1 << 60, 1)
+    with pytest.raises(MemoryBudgetError, match="memory") as e:
+        check_room(tmp_path, 1 << 60, 1 << 60)
+    assert "Try " in e.value.todo

@@ -1,0 +1,187 @@
+"""Which cached tokens to give up when a budget is full: H2O, a sliding window, or (to compare with) chance.
+
+H2O (Zhang et al. 2023) keeps the heavy hitters: the slots that received the most attention. Here a slot's
+score is the attention probability that it got, summed over the query heads of its KV head, divided by the
+number of queries that could see it, so that age alone neither helps nor harms. Each layer and KV head chooses
+for itself. The first tokens (attention sinks, the system prompt) and the most recent ones are never given up
+(StreamingLLM, Xiao et al. 2023: sinks and recent tokens alone are the policy "window").
+
+Attention does not care in which slot a token lies, so victims are replaced by the tokens of the last slots,
+and the sequence is shorter by as many: no hole, no mask, and whatever comes next is appended as always.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tinychat.backends import BLOCK
+from tinychat.errors import UsageError
+
+POLICIES = ("h2o", "window", "random")
+SINKS = 4  # StreamingLLM: the first four tokens take the attention that nothing else deserves
+CHUNK = 256  # tokens of a prompt between two evictions, at most
+WATCHED = 32  # queries at the end of a prompt's chunk that vote (SnapKV's observation window)
+SMALLEST = 96  # slots that a budget needs beyond what is pinned
+
+
+@dataclass(frozen=True)
+class EvictionPolicy:
+    """budget: slots kept, a multiple of BLOCK. pinned: first tokens never given up. recent: newest ones."""
+
+    name: str
+    budget: int
+    pinned: int = SINKS
+    recent: int = 0
+
+    @staticmethod
+    def of(name: str, budget: int, pinned: int = SINKS, recent: int | None = None) -> EvictionPolicy:
+        """A policy with half of the budget recent, less where the pinned tokens need it.
+
+        Raises UsageError for an unknown name, or a budget that the pinned tokens fill.
+        """
+        if name not in POLICIES:
+            raise UsageError(f"kv_policy={name!r} is not known.", "Use h2o, window or none.")
+        budget, pinned = budget // BLOCK * BLOCK, max(SINKS, pinned)
+        if budget < pinned + SMALLEST:
+            raise UsageError(
+                f"A KV budget of {budget} tokens is too small: {pinned} are pinned (the system prompt) and "
+                f"{SMALLEST} more are needed.",
+                f"Use --kv-budget {-(-(pinned + SMALLEST) // BLOCK) * BLOCK} or more.",
+            )
+        free = budget - pinned - 2 * BLOCK
+        return EvictionPolicy(name, budget, pinned, min(budget // 2 if recent is None else recent, free))
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt between two evictions: constant, so that what is given up does not depend on how
+        fast the machine is.
+        """
+        return max(BLOCK, min(CHUNK, (self.budget - self.pinned - self.recent) // 2 // BLOCK * BLOCK))
+
+    def with_pinned(self, pinned: int) -> EvictionPolicy:
+        """The same policy for another system prompt."""
+        return (
+            self if self.pinned == max(SINKS, pinned) else EvictionPolicy.of(self.name, self.budget, pinned)
+        )
+
+
+class Ledger:
+    """What eviction knows of one branch: for each layer, KV head and slot the position of its token, the
+    attention that it received, and since when. All arrays [layers, kv_heads, slots].
+    """
+
+    def __init__(self, policy: EvictionPolicy, n_layers: int, n_kv_heads: int):
+        self.policy = policy
+        self.shape = n_layers, n_kv_heads
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.size = 0
+        self.next_position = 0
+        self.seen = 0  # queries whose attention was counted so far
+        self._grow(0)
+
+    def _grow(self, capacity: int) -> None:
+        for name, kind in (("_positions", np.int32), ("_born", np.int32), ("_scores", np.float32)):
+            new = np.zeros((*self.shape, capacity), kind)
+            if self.size:
+                new[..., : self.size] = getattr(self, name)[..., : self.size]
+            setattr(self, name, new)
+
+    def copy(self) -> Ledger:
+        """For a fork."""
+        other = Ledger(self.policy, *self.shape)
+        other.size, other.next_position, other.seen = self.size, self.next_position, self.seen
+        for name in ("_positions", "_born", "_scores"):
+            setattr(other, name, getattr(self, name).copy())
+        return other
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int32 [layers, kv_heads, slots]."""
+        return self._positions[..., : self.size]
+
+    @property
+    def watches(self) -> bool:
+        """Whether the policy wants to know what queries attend to."""
+        return self.policy.name == "h2o"
+
+    def append(self, n: int, scores: np.ndarray | None = None, rows: int = 0) -> None:
+        """n tokens have been written behind the others.
+
+        scores: float32 [rows, layers, kv_heads, ≥ slots] of their last `rows` queries, or [1, …], summed.
+        """
+        end = self.size + n
+        if end > self._positions.shape[-1]:
+            self._grow(max(end, min(2 * end, self.policy.budget)))
+        watched = np.maximum(0, np.arange(n, dtype=np.int32) - (n - rows))
+        self._positions[..., self.size : end] = self.next_position + np.arange(n, dtype=np.int32)
+        self._born[..., self.size : end] = self.seen + watched
+        self._scores[..., self.size : end] = 0
+        self.size, self.next_position = end, self.next_position + n
+        self.seen += rows
+        for row in () if scores is None else scores[:rows]:
+            self._scores[..., :end] += row[..., :end]
+
+    def truncate(self, size: int) -> None:
+        """Forget the last slots (rollback): those that were appended since the last eviction."""
+        self.next_position -= self.size - size
+        self.size = size
+
+    def evict(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Choose n slots (a multiple of BLOCK) of each layer and KV head, and fill their places from the end.
+
+        Returns which slot goes where, int32 [layers, kv_heads, n] each, -1 for nothing: what the backend has
+        to move. Afterwards there are n slots fewer.
+        """
+        keep = self.size - n
+        victims = np.zeros((*self.shape, self.size), bool)
+        np.put_along_axis(victims, self._choose(n), True, axis=-1)
+        holes, movers = victims[..., :keep], ~victims[..., keep:]
+        src = np.full((*self.shape, n), -1, np.int32)
+        dst = np.zeros((*self.shape, n), np.int32)
+        # As many movers as holes in every row: the k-th mover goes to the k-th hole.
+        layer, head, slot = np.nonzero(movers)
+        at = (np.cumsum(movers, axis=-1) - 1)[layer, head, slot]
+        src[layer, head, at] = slot + keep
+        hole_layer, hole_head, hole = np.nonzero(holes)
+        dst[hole_layer, hole_head, (np.cumsum(holes, axis=-1) - 1)[hole_layer, hole_head, hole]] = hole
+        for a in (self._positions, self._born, self._scores):
+            a[hole_layer, hole_head, hole] = a[layer, head, slot + keep]
+        self.size = keep
+        return src, dst
+
+    def _choose(self, n: int) -> np.ndarray:
+        """Victims, [layers, kv_heads, n] slot numbers: the lowest of what is neither pinned nor recent."""
+        p, positions = self.policy, self.positions
+        if p.name == "h2o":
+            value = self._scores[..., : self.size] / np.maximum(1, self.seen - self._born[..., : self.size])
+        elif p.name == "window":
+            value = positions.astype(np.float32)
+        else:
+            value = np.random.default_rng([self.next_position, self.seen]).random(positions.shape, np.float32)
+        # The newest stay although a chunk may need more room than is left beside them.
+        recent = min(p.recent, self.size - p.pinned - n)
+        protected = (positions < p.pinned) | (positions >= self.next_position - recent)
+        # NaN (a broken checkpoint) counts as nothing, so that a choice is always possible.
+        value = np.where(protected, np.inf, np.nan_to_num(value, nan=0.0, posinf=1e30))
+        return np.argpartition(value, n - 1, axis=-1)[..., :n]
+
+    def reindex(self) -> np.ndarray:
+        """Positions become consecutive again, in their order. Returns by how much each slot's key has to
+        turn, int32 [layers, kv_heads, slots].
+        """
+        before = self.positions.copy()
+        order = np.argsort(before, axis=-1, kind="stable")
+        np.put_along_axis(
+            self._positions[..., : self.size], order, np.arange(self.size, dtype=np.int32), axis=-1
+        )
+        self.next_position = self.size
+        return self.positions - before
+
+    def set_policy(self, policy: EvictionPolicy) -> None:
+        """From now on."""
+        self.policy = replace(policy)
