@@ -44,15 +44,20 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 """
 
 
-def held_out_text(work: Path) -> str:
-    """The text, from the sdist in `work`, downloaded if it is not there."""
+def held_out_archive(work: Path) -> Path:
+    """The source distribution in `work`, downloaded if it is not there."""
     path = work / "docutils-0.21.2.tar.gz"
     if not path.is_file():
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(work)]
         subprocess.run([*pip, SDIST], check=True, stdout=sys.stderr)
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         raise SystemExit(f"{path} is not the file that the published figures were measured on.")
-    with tarfile.open(path) as tar:
+    return path
+
+
+def held_out_text(work: Path) -> str:
+    """The text that is scored."""
+    with tarfile.open(held_out_archive(work)) as tar:
         return "\n".join(tar.extractfile(f"docutils-0.21.2/{f}").read().decode() for f in FILES)
 
 

@@ -32,6 +32,12 @@ class FakeSession:
     def cancel(self):
         self._cancel.set()
 
+    def load_kv(self, path):
+        return 0
+
+    def save_kv(self, path):
+        return False
+
     def regenerate(self):
         self._cancel.clear()
         question = self.nodes[self.leaf].content

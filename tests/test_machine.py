@@ -25,7 +25,8 @@ def cgroups(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "CGROUPS", root)
     monkeypatch.setattr(machine, "OWN_CGROUP", own)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 64 * GB}))
+    memory = type("M", (), {"available": 64 * GB, "total": 96 * GB})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     return root
 
 
@@ -38,6 +39,7 @@ def write(folder, **files):
 def test_without_limits_the_machine_counts(cgroups):
     assert machine.cpu_count() == 16
     assert machine.available_memory() == 64 * GB
+    assert machine.total_memory() == 96 * GB
     write(cgroups / "outer", memory__max="max", memory__current=GB, cpu__max="max 100000")
     assert machine.cpu_count() == 16
     assert machine.available_memory() == 64 * GB
@@ -49,6 +51,17 @@ def test_the_tightest_limit_on_the_way_up_counts(cgroups, where):
     write(cgroups / where, memory__max=4 * GB, memory__current=GB, cpu__max="250000 100000")
     assert machine.cpu_count() == 3
     assert machine.available_memory() == 3 * GB
+    assert machine.total_memory() == 4 * GB
+
+
+def test_a_model_larger_than_the_cgroup_is_refused_before_it_is_downloaded(cgroups, tmp_path):
+    from tinychat.errors import MemoryBudgetError
+    from tinychat.hub.download import check_room
+
+    check_room(tmp_path, 0, 5 * GB)
+    write(cgroups / "outer", memory__max=4 * GB, memory__current=0)
+    with pytest.raises(MemoryBudgetError, match=r"4\.3 GB"):
+        check_room(tmp_path, 0, 5 * GB)
 
 
 def test_cached_files_can_be_dropped(cgroups):
@@ -68,6 +81,7 @@ def test_the_old_cgroups(cgroups):
     write(cgroups / "memory", memory__limit_in_bytes=3 * GB, memory__usage_in_bytes=GB)
     write(cgroups / "cpu", cpu__cfs_quota_us=150000, cpu__cfs_period_us=100000)
     assert machine.available_memory() == 2 * GB
+    assert machine.total_memory() == 3 * GB
     assert machine.cpu_count() == 2
     write(cgroups / "memory", memory__limit_in_bytes=(1 << 63) - 4096, memory__usage_in_bytes=GB)
     write(cgroups / "cpu", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)

@@ -19,8 +19,9 @@ def main() -> None:
         import os
         import signal
 
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background job
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _unraisable(lost) -> None:

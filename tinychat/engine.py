@@ -90,7 +90,7 @@ class Engine:
             self._clock += 1
             branch.last_used = self._clock
             self.make_room(branch, len(ids))
-            self._reserve(branch, len(ids))
+            self.reserve(branch, len(ids))
             scores, rows = None, 0
             if branch.ledger and branch.ledger.watches:
                 rows = len(ids) if watched is None else watched
@@ -213,7 +213,8 @@ class Engine:
         """Bytes of the KV pool that hold something."""
         return self.pool.used * self.backend.kv_bytes_per_block()
 
-    def _reserve(self, branch: Branch, n: int) -> None:
+    def reserve(self, branch: Branch, n: int) -> None:
+        """Have room for n more tokens. Raises PoolExhaustedError if others that are busy hold it all."""
         while self.orphans:
             for block in reversed(self.orphans.popleft()):
                 self.pool.release(block)

@@ -105,6 +105,23 @@ class Ledger:
         return self._positions[..., : self.size]
 
     @property
+    def born(self) -> np.ndarray:
+        """int32 [layers, kv_heads, slots]: queries that had been counted when the slot was written."""
+        return self._born[..., : self.size]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """float32 [layers, kv_heads, slots]: attention received since then."""
+        return self._scores[..., : self.size]
+
+    def restore(
+        self, positions: np.ndarray, born: np.ndarray, scores: np.ndarray, next_position: int, seen: int
+    ) -> None:
+        """As it was when these were saved."""
+        self._positions, self._born, self._scores = positions.copy(), born.copy(), scores.copy()
+        self.size, self.next_position, self.seen = positions.shape[-1], next_position, seen
+
+    @property
     def watches(self) -> bool:
         """Whether the policy wants to know what queries attend to."""
         return self.policy.name == "h2o"
@@ -158,7 +175,7 @@ class Ledger:
         """Victims, [layers, kv_heads, n] slot numbers: the lowest of what is neither pinned nor recent."""
         p, positions = self.policy, self.positions
         if p.name == "h2o":
-            value = self._scores[..., : self.size] / np.maximum(1, self.seen - self._born[..., : self.size])
+            value = self.scores / np.maximum(1, self.seen - self.born)
         elif p.name == "window":
             value = positions.astype(np.float32)
         else:

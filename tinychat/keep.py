@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from tinychat import kvfile
+from tinychat.errors import TinychatError
 from tinychat.session import Message
 from tinychat.store import Chat, ChatStore, StoredMessage
 
@@ -29,6 +32,7 @@ class Keeper:
     def _attach(self, session: Session) -> None:
         self.session = session
         self._ids: list[int] = []  # of the session's messages, in the store
+        self._said = False
 
     def _restore(self, chat: Chat) -> None:
         session, model = self.session, self.session.model.name
@@ -41,6 +45,7 @@ class Keeper:
             session.nodes.append(Message(parent=None if m.parent is None else index[m.parent], **known))
         self._ids = [m.id for m in messages]
         session.leaf = index.get(chat.leaf)
+        session.load_kv(kvfile.path_of(str(chat.id)))
         session.system = chat.system if session.system is None else session.system
 
     def keep(self, session: Session) -> None:
@@ -51,6 +56,7 @@ class Keeper:
             self._attach(session)
         if not session.nodes:
             return
+        self._said = True
         model = session.model.name
         if self.chat is None:
             self.chat = self.store.create(model, session.system)
@@ -69,7 +75,10 @@ class Keeper:
             self.store.update(self.chat.id, leaf=self._ids[session.leaf], system=session.system)
 
     def close(self) -> None:
-        """Let other programs have the chat. Idempotent."""
+        """Keep the KV cache for the next time, and let other programs have the chat. Idempotent."""
         if self._release is not None:
+            if self.chat is not None and self._said:
+                with suppress(TinychatError):  # it only saves time; the conversation itself is safe
+                    self.session.save_kv(kvfile.path_of(str(self.chat.id)))
             self._release()
             self._release = None

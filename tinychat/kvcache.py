@@ -251,6 +251,16 @@ class Branch:
         self._floor = len(self.ids)
         return self.ledger.reindex()
 
+    def restore(self, ids: Sequence[int], evicted: int) -> None:
+        """The backend has filled the reserved blocks with what was saved of `ids`, `evicted` of them given
+        up; what was saved of the ledger comes behind.
+        """
+        self.evicted = evicted
+        self._floor = len(ids) if evicted else 0
+        self.commit(ids)
+        if self.ledger and not evicted:
+            self.ledger.append(len(ids))
+
     def drop_empty_blocks(self) -> None:
         """Give back the blocks behind the last slot, once the backend has moved what they held."""
         self._release_from(-(-self.slots // BLOCK))

@@ -56,6 +56,15 @@ def available_memory() -> int:
     return free
 
 
+def total_memory() -> int:
+    """Bytes that could ever be allocated: the machine's memory, or less where a limit says so."""
+    limits = [_read_int(d / "memory.max") for d in _cgroup_dirs()]
+    limits.append(_read_int(CGROUPS / "memory" / "memory.limit_in_bytes"))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limits.append(None if soft == resource.RLIM_INFINITY else soft)
+    return min([psutil.virtual_memory().total, *(n for n in limits if n is not None)])
+
+
 def cpu_count() -> int:
     """Cores this process may use at once: affinity, and the cgroup's CPU quota rounded up. At least 1."""
     try:

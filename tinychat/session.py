@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.engine import cut_ids
 from tinychat.errors import TinychatError, UsageError
-from tinychat.events import Done, Event, FinishReason, TextDelta
+from tinychat.events import Done, Event, FinishReason, Notice, TextDelta
 from tinychat.eviction import SMALLEST
 from tinychat.files import write_atomically
 from tinychat.kvcache import common_prefix
@@ -84,6 +84,7 @@ class Session:
         self._before: OwnedBranch | None = (
             None  # as it was before the last answer, for the next one in its place
         )
+        self._notices: list[str] = []  # to be said with the next answer
         self._cancel = threading.Event()
         self._answering = threading.Lock()
 
@@ -196,6 +197,8 @@ class Session:
                 question = n_nodes
             segments = self._prompt(self.path(question), True)
             prompt = [i for _, part in segments for i in part]
+            while self._notices:
+                yield Notice(self._notices.pop(0))
             self._go_back(prompt)
             for event in self.model.engine.generate(
                 self._branch, prompt, params, self._cancel, self.speculator
@@ -308,6 +311,27 @@ class Session:
         write_atomically(
             Path(path), json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace")
         )
+
+    def save_kv(self, path: Path) -> bool:
+        """Keep the KV cache in a file, so that the conversation goes on at once when it is resumed; whether
+        it is worth it. Raises TinychatError when the disk is full.
+        """
+        from tinychat import kvfile
+
+        return kvfile.save(path, self.model, self._branch)
+
+    def load_kv(self, path: Path) -> int:
+        """Take the KV cache from a file that `save_kv` wrote; how many tokens that are. What does not fit is
+        not used, and a damaged file is set aside: the next answer then says so and reads the conversation
+        again.
+        """
+        from tinychat import kvfile
+
+        try:
+            return kvfile.load(path, self.model, self._branch)
+        except kvfile.DamagedKvError as e:
+            self._notices.append(f"{e.what} {e.todo}")
+            return 0
 
     @classmethod
     def load(cls, path: str | Path, model: Model | None = None) -> Session:

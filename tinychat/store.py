@@ -99,14 +99,18 @@ class ChatStore:
     Raises TinychatError if the file cannot be opened, is damaged, or was made by a newer tinychat.
     """
 
-    def __init__(self, path: Path | None = None, *, full_text: bool = True):
+    def __init__(self, path: Path | None = None, *, full_text: bool = True, in_memory: bool = False):
+        """in_memory: nothing is written anywhere."""
         self.path = path or locations.home() / "chats.db"
+        self.in_memory = in_memory
         self._lock = threading.RLock()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.path.exists():
-                os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))  # nobody else's business
-            self._db = sqlite3.connect(self.path, timeout=10, check_same_thread=False, isolation_level=None)
+            if not in_memory:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                if not self.path.exists():
+                    os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))  # nobody else's business
+            where = ":memory:" if in_memory else self.path
+            self._db = sqlite3.connect(where, timeout=10, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA foreign_keys = ON")
@@ -367,6 +371,8 @@ class ChatStore:
         """
         import fcntl
 
+        if self.in_memory:
+            return lambda: None
         folder = self.path.parent / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / f"chat-{chat_id}", os.O_CREAT | os.O_RDWR, 0o600)

@@ -11,7 +11,8 @@ Whoever starts it talks to it through `tinychat.client`. Requests, one object a 
     {"op": "limits", "id": N}                           → reply: bytes of weights a token, memory bandwidth
 
 Events, one object a line: loading, loaded, began, text (batched), notice, done, failed, reply. When stdin
-closes (the parent is gone, however it went) the process ends at once, whatever it is doing.
+closes (the parent is gone, however it went) the process saves the KV caches of its chats, if nothing is being
+answered, and ends.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 BATCH_SECONDS = 0.04
+IDLE_SECONDS = 15.0  # after an answer, until the KV cache is saved
+LAST_SECONDS = 1.5  # that saving may take when the parent is gone
 KEPT_SESSIONS = 4
 THOUGHT_ENDS = "</think>"
 
@@ -46,6 +49,8 @@ class Worker:
         self.sessions: OrderedDict[str, Any] = OrderedDict()
         self.answering: Any = None
         self.limits: dict[str, float] | None = None
+        self.unsaved: set[str] = set()  # chats whose KV cache on disk is older than the one here
+        self.keeps = True  # KV caches on disk
         self.cancelled = threading.Event()
         self.requests: queue.SimpleQueue[dict] = queue.SimpleQueue()
         self.questions: queue.SimpleQueue[dict] = queue.SimpleQueue()
@@ -56,7 +61,11 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._answer_questions, daemon=True).start()
         while True:
-            request = self.requests.get()
+            try:
+                request = self.requests.get(timeout=IDLE_SECONDS if self.unsaved else None)
+            except queue.Empty:
+                self._save()
+                continue
             handle = {"load": self._load, "answer": self._answer}[request["op"]]
             try:
                 handle(request)
@@ -80,7 +89,21 @@ class Worker:
                 if op == "answer":
                     self.cancelled.clear()
                 self.requests.put(request)
+        if self.answering is None and self.unsaved:
+            last = threading.Thread(target=self._save, daemon=True)
+            last.start()
+            last.join(LAST_SECONDS)
         os._exit(0)
+
+    def _save(self) -> None:
+        """Keep the KV caches of the chats that were spoken in, so that they go on at once when resumed."""
+        from tinychat import kvfile
+
+        while self.unsaved:
+            key = self.unsaved.pop()
+            if self.keeps and key in self.sessions and key.isdecimal():
+                with suppress(Exception):  # it only saves time; the conversation itself is safe
+                    self.sessions[key].save_kv(kvfile.path_of(key))
 
     def _send(self, **event: Any) -> None:
         data = json.dumps(event).encode() + b"\n"
@@ -109,6 +132,7 @@ class Worker:
 
     def _load(self, request: dict) -> None:
         if self.model is not None:
+            self._save()
             self.sessions.clear()
             self.model.close()
             self.model = self.limits = None
@@ -120,7 +144,9 @@ class Worker:
                 last = now
                 self._send(ev="loading", what=what, done=done, total=total)
 
-        self.model = self.load(request["model"], request["options"], progress)
+        options = dict(request["options"])
+        self.keeps = options.pop("keep_kv", True)
+        self.model = self.load(request["model"], options, progress)
         defaults = getattr(self.model, "default_sampling", None)
         self._send(
             ev="loaded",
@@ -140,12 +166,21 @@ class Worker:
             self._stream(session, session.regenerate())
         finally:
             self.answering = None
+            self.unsaved.add(request["chat"])
 
     def _session(self, request: dict) -> Any:
         from tinychat.session import Message
 
         key = request["chat"]
-        session = self.sessions.pop(key, None) or self.model.session(request["system"])
+        session = self.sessions.pop(key, None)
+        if session is None:
+            session = self.model.session(request["system"])
+            if self.keeps and key.isdecimal():
+                from tinychat import kvfile
+
+                session.load_kv(kvfile.path_of(key))
+        if len(self.sessions) >= KEPT_SESSIONS:
+            self._save()
         self.sessions[key] = session
         while len(self.sessions) > KEPT_SESSIONS:
             self.sessions.popitem(last=False)

@@ -425,6 +425,26 @@ def test_chats_are_calibrated_on_in_the_models_own_template(tmp_path):
     assert ids.count(256) == 2
 
 
+def test_the_default_text_is_half_a_models_and_half_peoples(demo_gguf):
+    from pydoc_data.topics import topics
+
+    from tinychat.formats import open_checkpoint
+    from tinychat.quantize.calibration import DEFAULT, windows
+
+    tokenizer = open_checkpoint(demo_gguf).tokenizer()
+    ids = windows(tokenizer, count=16, length=128)
+    assert ids.shape == (16, 128)
+    assert np.array_equal(ids, windows(tokenizer, count=16, length=128))
+    assert not np.array_equal(ids, windows(tokenizer, count=16, length=128, seed=1))
+    reference = "".join(topics.values())
+    told = ""
+    for d in map(json.loads, DEFAULT.read_text(encoding="utf-8").splitlines()):
+        told += d["text"] if "text" in d else "".join(m["content"] for m in d["messages"])
+    middles = [tokenizer.decode(row[40:60].tolist()) for row in ids]
+    assert 5 <= sum(m in reference for m in middles) <= 11
+    assert 5 <= sum(m in told for m in middles) <= 11
+
+
 def test_large_models_are_written_in_shards(tmp_path):
     arrays = {f"t{i}": np.full((10, 10), i, np.float16) for i in range(5)}
     entries = [folder.Entry.of(k, v) for k, v in arrays.items()]
@@ -460,14 +480,25 @@ def test_llama3_rope_written_out_by_gguf_is_named_again():
 @pytest.mark.slow
 def test_awq_recovers_most_of_what_rounding_to_nearest_loses(demo_gguf, tmp_path):
     """Perplexity of the float weights, AWQ g64 and RTN g64, on text that calibration never saw."""
-    import pydoc_data.topics
+    from importlib.metadata import metadata
 
     from tinychat.formats import open_checkpoint
 
     source = open_checkpoint(demo_gguf)
-    text = "\n\n".join(pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics.topics))
+    packages = (
+        "huggingface-hub",
+        "textual",
+        "click",
+        "rich",
+        "jinja2",
+        "tokenizers",
+        "safetensors",
+        "hypothesis",
+    )
+    text = "\n\n".join(metadata(p).get_payload() or "" for p in packages)
     ids = source.tokenizer().encode(text)
-    windows = torch.tensor(ids[: len(ids) // 512 * 512]).view(-1, 512)[:: len(ids) // 512 // 24][:24]
+    windows = torch.tensor(ids[: len(ids) // 512 * 512]).view(-1, 512)[:24]
+    assert len(windows) >= 12
     found = {"float": _perplexity(source, windows)}
     for method in ("awq", "rtn"):
         quantize(source, tmp_path / method, method=method, group_size=64)

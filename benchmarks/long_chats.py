@@ -1,0 +1,195 @@
+"""What eviction costs: the tables of docs/long-chats.md.
+
+    python benchmarks/long_chats.py perplexity --work DIR     # 30 documents, budgets 50, 25 and 12.5 %
+    python benchmarks/long_chats.py recall                    # facts told early, asked for after evictions
+    python benchmarks/long_chats.py soak [--tokens 100000]    # memory and time a token, budget 1,024
+
+perplexity: the first 2,048 tokens of each English document in docutils 0.21.2's docs folder, in steps of 16
+tokens, the second half scored. Calibration never saw them. Losses are in nats over the full cache; intervals
+are paired bootstraps over documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from quality import held_out_archive
+
+import tinychat
+from tinychat.backends import BLOCK
+from tinychat.eviction import EvictionPolicy
+from tinychat.sampling import log_softmax
+
+LENGTH = 2048
+BUDGETS = (1024, 512, 256)
+POLICIES = ("h2o", "window", "random")
+
+
+def documents(work: Path, tokenizer) -> dict[str, list[int]]:
+    """The first LENGTH tokens of every document that has them."""
+    out = {}
+    with tarfile.open(held_out_archive(work)) as tar:
+        for member in sorted(tar.getmembers(), key=lambda m: m.name):
+            parts = member.name.split("/")
+            if member.isfile() and parts[1] in ("docs", "FAQ.txt") and member.name.endswith(".txt"):
+                ids = tokenizer.encode(tar.extractfile(member).read().decode())
+                if len(ids) >= LENGTH:
+                    out["/".join(parts[1:])] = ids[:LENGTH]
+    return out
+
+
+def nll(model, ids: list[int], policy: EvictionPolicy | None) -> float:
+    """Mean negative log-likelihood of the second half."""
+    branch, total = model.engine.branch(policy), 0.0
+    for i in range(0, LENGTH - BLOCK, BLOCK):
+        rows = log_softmax(model.engine.run(branch, ids[i : i + BLOCK], 0))
+        if i >= LENGTH // 2:
+            total -= rows[np.arange(BLOCK), ids[i + 1 : i + 1 + BLOCK]].sum()
+    return total / (LENGTH // 2 - BLOCK)
+
+
+def bootstrap(values: np.ndarray, statistic, rounds: int = 10_000) -> tuple[float, float]:
+    """95 % interval of a statistic of rows drawn with replacement."""
+    rng = np.random.default_rng(0)
+    draws = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(rounds)]
+    return tuple(np.percentile(draws, [2.5, 97.5]))
+
+
+def perplexity(args: argparse.Namespace) -> None:
+    with tinychat.load(args.model, act_bits=16) as model:
+        texts = documents(args.work, model.tokenizer)
+        print(f"{len(texts)} documents", file=sys.stderr)
+        kinds = [None] + [(p, b) for b in args.budgets for p in args.policies]
+        table = np.zeros((len(texts), len(kinds)))
+        for i, (name, ids) in enumerate(texts.items()):
+            for j, kind in enumerate(kinds):
+                policy = kind and EvictionPolicy.of(
+                    kind[0], kind[1], recent=args.recent and kind[1] * args.recent // 100
+                )
+                table[i, j] = nll(model, ids, policy)
+            print(name, " ".join(f"{x:.3f}" for x in table[i]), file=sys.stderr)
+    print("| budget | policy | perplexity | loss, nats | of window's loss | 95 % |")
+    print("|---|---|---|---|---|---|")
+    full = table[:, 0]
+    print(f"| all | | {np.exp(full.mean()):.3f} | | | |")
+    for j, (policy, budget) in enumerate(kinds[1:], 1):
+        loss = table[:, j] - full
+        line = f"| {budget} | {policy} | {np.exp(table[:, j].mean()):.3f} | {loss.mean():.4f} |"
+        if "window" in args.policies:
+            window = table[:, kinds.index(("window", budget))] - full
+            low, high = bootstrap(np.stack([loss, window], 1), lambda r: r[:, 0].sum() / r[:, 1].sum())
+            line += f" {loss.mean() / window.mean():.2f} | {low:.2f} … {high:.2f} |"
+        print(line)
+
+
+NAMES = "Anna Boris Clara David Elena Felix Greta Henry Irene Jonas Karen Louis Maria Nadia Oscar Paula"
+THINGS = {
+    "colour": "red blue green yellow black white brown purple",
+    "city": "Paris London Rome Berlin Madrid Vienna Oslo Tokyo",
+    "animal": "cat dog horse rabbit parrot tiger bear snake",
+    "job": "doctor teacher pilot farmer baker lawyer painter sailor",
+}
+
+
+def recall(args: argparse.Namespace) -> None:
+    """Facts at the beginning of a long text; which of them are still known at its end."""
+    rng = np.random.default_rng(0)
+    with tinychat.load(args.model, act_bits=16) as model:
+        fillers = list(documents(args.work, model.tokenizer).values())
+        encode = model.tokenizer.encode
+        facts = []
+        while len(facts) < args.facts:
+            kind = str(rng.choice(list(THINGS)))
+            facts.append((str(rng.choice(NAMES.split())), kind, str(rng.choice(THINGS[kind].split()))))
+        counts = {"all": 0} | {(p, b): 0 for b in args.budgets for p in ("h2o", "window")}
+        asked = 0
+        for n, (name, kind, value) in enumerate(facts):
+            told = encode(f"Remember this: the favourite {kind} of {name} is {value}.\n\n")
+            filler = fillers[n % len(fillers)]
+            start = int(rng.integers(0, LENGTH - args.between))
+            question = encode(f"\n\nRemember: the favourite {kind} of {name} is")
+            ids = encode("Notes.\n\n") + told + filler[start : start + args.between] + question
+            answers = [model.tokenizer.encode(" " + v)[0] for v in THINGS[kind].split()]
+
+            def known(policy, ids=ids, answers=answers, value=value, kind=kind) -> bool:
+                branch, row = model.engine.branch(policy), None
+                for i in range(0, len(ids), BLOCK):
+                    row = model.engine.run(branch, ids[i : i + BLOCK], len(ids[i : i + BLOCK]) - 1)
+                return int(np.argmax(row[-1][answers])) == THINGS[kind].split().index(value)
+
+            if not known(None):
+                continue
+            asked += 1
+            counts["all"] += 1
+            for key in counts:
+                if key != "all":
+                    counts[key] += known(EvictionPolicy.of(*key))
+            print(asked, counts, file=sys.stderr)
+            if asked == args.asked:
+                break
+    print(f"{asked} facts that the full cache knows, {args.between} tokens later (chance: 1 in 8)\n")
+    print("| budget | policy | known | share |\n|---|---|---|---|")
+    for key, n in counts.items():
+        policy, budget = ("", "all") if key == "all" else key
+        print(f"| {budget} | {policy} | {n} | {n / asked:.0%} |")
+
+
+def soak(args: argparse.Namespace) -> None:
+    """Sampled text without an end under a budget: memory and time a token, window after window."""
+    process = psutil.Process()
+    with tinychat.load(args.model, kv_budget=args.budget, draft="none") as model:
+        model.tokenizer.eos_ids = frozenset()
+        ids, started, last = [], time.perf_counter(), 0
+        print("| tokens | ms a token | resident MB |\n|---|---|---|")
+        for event in model.generate("Once upon a time", temperature=0.8, seed=1, max_tokens=args.tokens):
+            if isinstance(event, tinychat.TextDelta) and event.token_id is not None:
+                ids.append(event.token_id)
+            if len(ids) - last == args.tokens // 20:
+                seconds = (time.perf_counter() - started) / (len(ids) - last)
+                rss = process.memory_info().rss / 1e6
+                print(f"| {len(ids)} | {1e3 * seconds:.2f} | {rss:.0f} |", flush=True)
+                started, last = time.perf_counter(), len(ids)
+    for name, part in (("first", ids[:2000]), ("last", ids[-2000:])):
+        grams = {tuple(part[i : i + 4]) for i in range(len(part) - 3)}
+        print(f"distinct 4-grams of the {name} 2,000 tokens: {len(grams) / (len(part) - 3):.2f}")
+    middle = len(ids) // 2
+    with tinychat.load(args.model) as model:
+        for name, part in (("first", ids[:1024]), ("middle", ids[middle:][:1024]), ("last", ids[-1024:])):
+            rows = log_softmax(model.logits(part)[511:-1])
+            value = np.exp(-rows[np.arange(512), part[512:]].mean())
+            print(f"perplexity of the {name} 1,024 tokens under the full cache: {value:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    commands = parser.add_subparsers(required=True)
+    p = commands.add_parser("perplexity")
+    p.add_argument("--work", type=Path, required=True, help="Folder for what is downloaded.")
+    p.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    p.add_argument("--policies", nargs="+", default=POLICIES)
+    p.add_argument("--recent", type=int, help="Per cent of the budget that are recent tokens.")
+    p.set_defaults(run=perplexity)
+    p = commands.add_parser("recall")
+    p.add_argument("--work", type=Path, required=True, help="Folder for what is downloaded.")
+    p.add_argument("--budgets", type=int, nargs="+", default=(256, 512))
+    p.add_argument("--facts", type=int, default=400, help="Facts to try.")
+    p.add_argument("--asked", type=int, default=100, help="Facts that the full cache knows.")
+    p.add_argument("--between", type=int, default=1200, help="Tokens between telling and asking.")
+    p.set_defaults(run=recall)
+    p = commands.add_parser("soak")
+    p.add_argument("--budget", type=int, default=1024)
+    p.add_argument("--tokens", type=int, default=100_000)
+    p.set_defaults(run=soak)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
