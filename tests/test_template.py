@@ -117,6 +117,19 @@ def test_extra_variables_reach_the_template():
     assert "</think>" not in template(THINKING).render(CONVERSATIONS["one"])
 
 
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking"])
+def test_reasoning_can_be_switched_where_the_template_has_a_switch(name):
+    source = "{% if " + name + " is defined and not " + name + " %}quiet{% else %}think{% endif %}"
+    t = template(source)
+    assert t.render([]) == "think"
+    t.think(False)
+    assert t.render([]) == "quiet"
+    t.think(True)
+    assert t.render([]) == "think"
+    with pytest.raises(UsageError, match="switch"):
+        template(TEMPLATE).think(False)
+
+
 def test_the_template_can_tell_the_date():
     text = template("{{ strftime_now('%Y-%m-%d') }}").render([])
     assert abs(datetime.date.fromisoformat(text) - datetime.date.today()) <= datetime.timedelta(days=1)

@@ -43,6 +43,7 @@ def load(
     kv_policy: str | None = None,
     draft: str | None = None,
     draft_tokens: int | None = None,
+    think: bool | None = None,
     offline: bool = False,
 ) -> Model:
     """Load a model: an alias (downloaded if need be), a Hugging Face repo id, a local folder or a .gguf file.
@@ -62,6 +63,7 @@ def load(
                text is
                the same. Default: "ngram" where the backend's rows are independent of each other
     draft_tokens  how many to draft, always; default: as many as pay
+    think      whether the model reasons before it answers, where its chat template has a switch for that
 
     Raises ModelNotFoundError, CheckpointError, UnsupportedModelError, MemoryBudgetError, DownloadError,
     UsageError.
@@ -95,6 +97,8 @@ def load(
     loaded.eviction(kv_budget, kv_policy)  # refuse what cannot work now, not in the middle of a chat
     if draft is not None:
         loaded.draft = draft
+    if think is not None:
+        loaded.think(think)
     return loaded
 
 
@@ -179,6 +183,12 @@ class Model:
                 f"Use --ctx {fits} or less." if fits >= BLOCK else "Choose a smaller model.",
             )
         return wanted
+
+    def think(self, on: bool) -> None:
+        """Whether to reason before answering. Raises UsageError where the template has no such switch."""
+        if self.template is None:
+            raise UsageError(f"{self.name} has no chat template.", "Leave out --think and --no-think.")
+        self.template.think(on)
 
     @property
     def n_ctx(self) -> int:

@@ -22,6 +22,7 @@ _GUARD = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 # What one rendering may take. A conversation of 4000 messages runs 140,000 to 730,000 lines.
 MAX_LINES = 2_000_000
 MAX_BYTES = 1 << 28
+REASONING = ("enable_thinking", "thinking")  # what templates call the switch: Qwen3 and SmolLM3, Granite
 
 
 class ChatTemplate:
@@ -36,6 +37,7 @@ class ChatTemplate:
 
         self.source = source
         self.tokenizer = tokenizer
+        self._settings: dict[str, Any] = {}
         added = tokenizer.backend.get_added_tokens_decoder().values()
         self._spellings = [*sorted((t.content for t in added if t.special), key=len, reverse=True), _OPEN]
         self._special = re.compile("|".join(map(re.escape, self._spellings)))
@@ -47,6 +49,15 @@ class ChatTemplate:
                 "The checkpoint is damaged; pull it again.",
             ) from e
 
+    def think(self, on: bool) -> None:
+        """Whether the model reasons before it answers. Raises UsageError where the template has no switch."""
+        named = [name for name in REASONING if re.search(rf"\b{name}\b", self.source)]
+        if not named:
+            raise UsageError(
+                "The model's chat template has no switch for reasoning.", "Leave out --think and --no-think."
+            )
+        self._settings = dict.fromkeys(named, on)
+
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
         """The prompt's text, with guards in place of control tokens that messages spell.
 
@@ -56,7 +67,8 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from jinja2.exceptions import SecurityError
 
-        given = {"tools": None, "documents": None, **self.tokenizer.special_tokens, **self.guard(extra)}
+        given = {"tools": None, "documents": None, **self.tokenizer.special_tokens, **self._settings}
+        given |= self.guard(extra)
         try:
             with _bounded():
                 return self._template.render(

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinychat.cli.options import (
+    ANSWERING,
     DEFAULT_MODEL,
-    DRAFTING,
-    LOADING,
     SAMPLING,
+    answering_options,
     complete_models,
-    drafting_options,
     loading_options,
     pick,
     sampling_options,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("-s", "--system", help="System prompt.")
 @sampling_options
-@drafting_options
+@answering_options
 @loading_options
 @click.option(
     "-f",
@@ -81,12 +80,12 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         with first_frame():
             from tinychat.tui.app import make_app
 
-            options = pick(o, LOADING + DRAFTING) | ({"keep_kv": False} if o["no_store"] else {})
+            options = pick(o, ANSWERING) | ({"keep_kv": False} if o["no_store"] else {})
             app = make_app(model, store, chat, o["system"], pick(o, SAMPLING), options)
         sys.exit(app.run_to_end())
     from tinychat.model import load
 
-    loaded = load(model, **pick(o, LOADING + DRAFTING))
+    loaded = load(model, **pick(o, ANSWERING))
     with loaded:
         # One answer ends where its context does; a conversation goes on.
         once = "none" if text is not None and chat is None and not o["kv_budget"] else None

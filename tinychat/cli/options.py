@@ -22,6 +22,7 @@ LOADING = (
     "offline",
 )
 DRAFTING = ("draft", "draft_tokens")
+ANSWERING = (*LOADING, *DRAFTING, "think")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "seed", "stop")
 
 
@@ -87,10 +88,11 @@ sampling_options = _stack(
 )
 
 
-drafting_options = _stack(
+answering_options = _stack(
     [
         click.option("--draft", metavar="MODEL|ngram|auto|none", help="Who drafts; the text stays the same."),
         click.option("--draft-tokens", type=click.IntRange(0, 15), help="Draft this many, always."),
+        click.option("--think/--no-think", default=None, help="Whether the model reasons before it answers."),
     ]
 )
 
