@@ -58,10 +58,11 @@ def random_model(name: str, **changes):
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     hf = cls(cls.config_class(**{**SHAPE, **changes})).float().eval()
+    one = 0.0 if name.startswith("Gemma") else 1.0  # Gemma's files hold norms as what they differ from one
     with torch.no_grad():
         for parameter, p in hf.named_parameters():
             if "norm" in parameter:
-                p.uniform_(0.5, 1.5)
+                p.uniform_(one - 0.5, one + 0.5)
             else:
                 p.normal_(0, 0.7 if parameter.endswith("bias") else 1.2 / math.sqrt(p.shape[-1]))
     return hf
