@@ -2,8 +2,10 @@
 
     python benchmarks/speculation_exact.py [--model smollm2-135m] [--prompts 200] [--tokens 128] [--draft DIR]
 
-Each prompt draws a drafter (n-gram, a draft model if one is given, a scripted one that is right at random), a
-window of 1…8, greedy or seeded sampling, with and without a repetition penalty. Exits 1 if any differs.
+Each prompt draws a drafter (n-gram, a draft model, a scripted one that is right at random), a window of 1…8,
+greedy or seeded sampling, a repetition penalty or none, keys and values in 16 or 8 bits, and H2O under a
+budget that the answer outgrows, or no eviction. The default draft model is a part of the demo model's own
+layers. Exits 1 if any differs.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import numpy as np
 
 import tinychat
 from tinychat.events import TextDelta
+from tinychat.eviction import EvictionPolicy
 from tinychat.speculation import Draft
 from tinychat.speculation.control import Controller
-from tinychat.speculation.draft_model import DraftModel
 from tinychat.speculation.lookup import PromptLookup
 from tinychat.speculation.speculator import Speculator
 
@@ -79,16 +81,14 @@ class Scripted:
         )
 
 
-def answer(model, ids: list[int], params, speculator: Speculator | None):
-    """(ids, stats) of one answer, on an empty cache half of the time."""
-    branch = model.engine.branch()
+def answer(model, ids: list[int], params, policy, speculator: Speculator | None):
+    """(ids, stats) of one answer."""
+    branch = model.engine.branch(policy)
     out, done = [], None
     for event in model.engine.generate(branch, ids, params, speculator=speculator):
-        if isinstance(event, TextDelta):
-            if event.token_id is not None:
-                out.append(event.token_id)
-        else:
-            done = event
+        if isinstance(event, TextDelta) and event.token_id is not None:
+            out.append(event.token_id)
+        done = event
     branch.free()
     return out, done.stats
 
@@ -100,15 +100,19 @@ def main() -> None:
     p.add_argument("--prompts", type=int, default=200)
     p.add_argument("--tokens", type=int, default=128)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--draft", help="a draft model to draw too")
+    p.add_argument("--draft", default="layers:0-23,28-29", help="the draft model")
     o = p.parse_args()
     rng = np.random.default_rng(o.seed)
-    model = tinychat.load(o.model, draft="none")
-    drafts = ["ngram", "scripted"] + ([o.draft] if o.draft else [])
-    other = tinychat.load(o.draft, draft="none") if o.draft else None
-    different, drafted, accepted, began = [], 0, 0, time.time()
+    models = [tinychat.load(o.model, draft="none", kv_bits=bits) for bits in (16, 8)]
+    drafters = [m.speculator(o.draft).drafter for m in models]
+    if drafters[0] is None:
+        sys.exit(f"{o.draft} does not draft for {o.model}.")
+    different, drafted, accepted, evicted, began = [], 0, 0, 0, time.time()
     for i in range(o.prompts):
         stem, topic = STEMS[i % len(STEMS)], TOPICS[int(rng.integers(len(TOPICS)))]
+        which = int(rng.integers(2))
+        model = models[which]
+        policy = EvictionPolicy.of("h2o", 112) if rng.random() < 0.5 else None
         text = model.template.render([{"role": "user", "content": stem.replace("{}", topic)}])
         ids = model.template.encode(text)
         params = model.default_sampling.but(max_tokens=o.tokens, temperature=0.0)
@@ -116,18 +120,27 @@ def main() -> None:
             params = params.but(temperature=float(rng.uniform(0.3, 1.2)), seed=int(rng.integers(1 << 31)))
         if rng.random() < 0.3:
             params = params.but(repeat_penalty=1.15)
-        plain, _ = answer(model, ids, params, None)
-        kind, k = drafts[int(rng.integers(len(drafts)))], int(rng.integers(1, 9))
+        plain, _ = answer(model, ids, params, policy, None)
+        kind, k = ("ngram", "scripted", "model")[int(rng.integers(3))], int(rng.integers(1, 9))
         if kind == "ngram":
             drafter = PromptLookup()
         elif kind == "scripted":
             drafter = Scripted(plain, len(ids), float(rng.uniform(0.3, 1.0)), i)
         else:
-            drafter = DraftModel(other.engine, kind)
-        got, stats = answer(model, ids, params, Speculator(drafter, Controller(fixed=k)))
+            drafter = drafters[which]
+        got, stats = answer(model, ids, params, policy, Speculator(drafter, Controller(fixed=k)))
         drafted, accepted = drafted + stats.drafted_tokens, accepted + stats.accepted_tokens
+        evicted += stats.evicted_tokens
         if got != plain:
-            different.append({"prompt": stem.replace("{}", topic), "drafter": kind, "k": k})
+            different.append(
+                {
+                    "prompt": stem.replace("{}", topic),
+                    "drafter": kind,
+                    "k": k,
+                    "kv_bits": (16, 8)[which],
+                    "h2o": policy is not None,
+                }
+            )
     print(
         json.dumps(
             {
@@ -137,6 +150,7 @@ def main() -> None:
                 "different": different,
                 "drafted_tokens": drafted,
                 "accepted_tokens": accepted,
+                "evicted_tokens": evicted,
                 "seconds": round(time.time() - began, 1),
             }
         )

@@ -305,3 +305,20 @@ def test_the_ledger_keeps_what_it_should_whatever_moves(seed, name, appended):
         assert ledger.size <= 128
         for h, known in truth.items():
             assert sorted(ledger.positions[h].tolist()) == sorted(known)
+
+
+@pytest.mark.parametrize("n", [40, 90, 300, 600])
+def test_what_is_given_up_does_not_depend_on_what_the_cache_has(n):
+    """The same prompt again, and after others that begin like it: found in the cache, and given up alike."""
+    with tiny_model(ctx=700, backend="cpu", context_length=700) as m:
+        m.tokenizer.eos_ids = frozenset()
+        options = dict(temperature=0, max_tokens=150)
+        first, done, _ = ids_of(m, TEXT[:n], **options)
+        assert done.stats.cached_tokens == 0
+        assert done.stats.evicted_tokens > 0
+        again, done, _ = ids_of(m, TEXT[:n], **options)
+        assert again == first
+        list(m.generate(TEXT[: n - 8] + TEXT[:20], temperature=0, max_tokens=1))
+        third, done, _ = ids_of(m, TEXT[:n], **options)
+        assert third == first
+        assert (done.stats.cached_tokens > 0) == (n > 48)

@@ -16,7 +16,7 @@ import numpy as np
 from tinychat.backends import BLOCK, Backend, Step
 from tinychat.errors import MemoryBudgetError, UsageError
 from tinychat.events import Completion, Done, Event, FinishReason, Notice, Stats, TextDelta
-from tinychat.eviction import WATCHED, EvictionPolicy, Ledger
+from tinychat.eviction import EvictionPolicy, Ledger
 from tinychat.kvcache import BlockPool, Branch, PoolExhaustedError
 from tinychat.machine import human_bytes, peak_rss
 from tinychat.sampling import SamplingParams, choose_seed, sample
@@ -403,7 +403,9 @@ class _Generation:
         with engine.lock:
             # The last token always runs: its logits are what comes next.
             evicted = branch.evicted
-            cached = branch.match(self.prompt[:-1])
+            policy = branch.ledger and branch.ledger.policy
+            limit = policy.first_voter(len(self.prompt)) if policy else None
+            cached = branch.match(self.prompt[:-1], limit)
         if evicted and not branch.evicted:
             self.notices.append("Earlier tokens of this conversation had been given up; it is read again.")
             self.evicted_before = 0
@@ -430,16 +432,17 @@ class _Generation:
                 return out
 
     def _part_of_chunk(self, at: int, size: int) -> tuple[int, int]:
-        """Where eviction may come, prompts have chunks of a constant size, and the last queries of each vote.
+        """Where eviction may come, prompts have chunks of a constant size, and fixed queries vote.
 
         Makes room for the rest of the chunk that token `at` lies in. Returns how many tokens to run now,
         `size` at most, and how many of them vote.
         """
-        chunk = self.branch.ledger.policy.chunk
-        end = min((at // chunk + 1) * chunk, len(self.prompt))
+        policy, n = self.branch.ledger.policy, len(self.prompt)
+        end = policy.chunk_end(at, n)
         self.engine.make_room(self.branch, end - at)
-        n = min(size, end - at)
-        return n, max(0, min(n, at + n - (end - WATCHED)))
+        voters = policy.voters(end, self.branch.slots + end - at, n)
+        size = min(size, end - at)
+        return size, max(0, min(size, at + size - (end - voters)))
 
     def _choose(self, row, drafted: int | None, q=None, before: Sequence[int] = ()) -> int:
         """The token that follows the context and `before`, from its row of logits (or its argmax)."""

@@ -60,6 +60,27 @@ class EvictionPolicy:
         """
         return max(BLOCK, min(CHUNK, (self.budget - self.pinned - self.recent) // 2 // BLOCK * BLOCK))
 
+    # Which queries of a prompt vote: the last ones, and the last ones of a chunk that an eviction follows. They
+    # are fixed by the prompt alone, so a prefix found in the cache changes nothing, if it ends before them.
+
+    def chunk_end(self, at: int, n_prompt: int) -> int:
+        """Where the chunk of token `at` ends."""
+        return min((at // self.chunk + 1) * self.chunk, n_prompt)
+
+    def voters(self, end: int, slots: int, n_prompt: int) -> int:
+        """How many of the last queries of the chunk that ends there vote; `slots` are in use then."""
+        following = self.chunk_end(end, n_prompt) - end
+        return WATCHED if end == n_prompt or slots + following > self.budget else 0
+
+    def first_voter(self, n_prompt: int) -> int:
+        """The first token of a prompt, read from its beginning, whose query votes."""
+        end = 0
+        while end < n_prompt:
+            end = self.chunk_end(end, n_prompt)
+            if self.voters(end, end, n_prompt):
+                break
+        return max(0, end - WATCHED)
+
     def with_pinned(self, pinned: int) -> EvictionPolicy:
         """The same policy for another system prompt."""
         return (

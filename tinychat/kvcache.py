@@ -143,9 +143,9 @@ class Branch:
         """Rotary position of the next token."""
         return self.ledger.next_position if self.ledger else len(self.ids)
 
-    def match(self, ids: Sequence[int]) -> int:
+    def match(self, ids: Sequence[int], limit: int | None = None) -> int:
         """Keep or find the longest cached prefix of `ids`; afterwards `len(self)` is its length, which is
-        returned.
+        returned. Of what other branches left, not more than the first `limit` tokens.
         """
         same = common_prefix(self.ids, ids)
         if same < self._floor:
@@ -156,7 +156,7 @@ class Branch:
         start = len(self.ids) // BLOCK
         keys = self._keys[:start]
         found = []
-        for i in range(start, len(ids) // BLOCK):
+        for i in range(start, (len(ids) if limit is None else min(len(ids), limit)) // BLOCK):
             key = self._key(keys[-1] if keys else self._root, ids[i * BLOCK : (i + 1) * BLOCK])
             block = self.pool.find(key)
             if block is None:

@@ -239,8 +239,7 @@ class Session:
             return
         branch, before = self._branch, self._before
         if (
-            branch.evicted
-            and before is not None
+            before is not None
             and before.ids
             and common_prefix(branch.ids, prompt) < len(branch.ids)
             and before.ids == prompt[: len(before.ids)]

@@ -40,8 +40,12 @@ def quantize_model(
     """`quantize` for a model by name (alias, repo id, folder, .gguf), with a progress bar on stderr."""
     from tinychat.formats import open_checkpoint
     from tinychat.hub import store
+    from tinychat.machine import cpu_count
 
     checkpoint = open_checkpoint(store.resolve(model))
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # torch does not know of cgroups
     with _bar() as progress:
         return quantize(
             checkpoint,
