@@ -60,8 +60,8 @@ class EvictionPolicy:
         """
         return max(BLOCK, min(CHUNK, (self.budget - self.pinned - self.recent) // 2 // BLOCK * BLOCK))
 
-    # Which queries of a prompt vote: the last ones, and the last ones of a chunk that an eviction follows. They
-    # are fixed by the prompt alone, so a prefix found in the cache changes nothing, if it ends before them.
+    # Which queries of a prompt vote: the last ones, and the last ones of a chunk that an eviction follows.
+    # The prompt alone decides them, so a prefix found in the cache changes nothing if it ends before them.
 
     def chunk_end(self, at: int, n_prompt: int) -> int:
         """Where the chunk of token `at` ends."""

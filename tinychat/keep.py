@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from tinychat import kvfile
+from tinychat import locations
 from tinychat.errors import TinychatError
 from tinychat.session import Message
 from tinychat.store import Chat, ChatStore, StoredMessage
@@ -45,7 +45,7 @@ class Keeper:
             session.nodes.append(Message(parent=None if m.parent is None else index[m.parent], **known))
         self._ids = [m.id for m in messages]
         session.leaf = index.get(chat.leaf)
-        session.load_kv(kvfile.path_of(str(chat.id)))
+        session.load_kv(locations.kv_file(str(chat.id)))
         session.system = chat.system if session.system is None else session.system
 
     def keep(self, session: Session) -> None:
@@ -79,6 +79,6 @@ class Keeper:
         if self._release is not None:
             if self.chat is not None and self._said:
                 with suppress(TinychatError):  # it only saves time; the conversation itself is safe
-                    self.session.save_kv(kvfile.path_of(str(self.chat.id)))
+                    self.session.save_kv(locations.kv_file(str(self.chat.id)))
             self._release()
             self._release = None

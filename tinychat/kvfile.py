@@ -20,7 +20,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tinychat import locations
 from tinychat.backends import BLOCK
 from tinychat.errors import TinychatError
 from tinychat.kvcache import PoolExhaustedError
@@ -37,11 +36,6 @@ LEDGER = ("positions", "born", "scores")
 
 class DamagedKvError(TinychatError):
     """The file is not what it should be."""
-
-
-def path_of(chat: str) -> Path:
-    """Where the cache of a chat lies."""
-    return locations.home() / "kv" / f"{chat}.safetensors"
 
 
 def identity(model: Model) -> str:
@@ -157,10 +151,3 @@ def _adopt(model: Model, branch: OwnedBranch, about: dict[str, str], read: dict[
         if watched:
             branch.ledger.restore(*(read[n] for n in LEDGER), int(about["next_position"]), int(about["seen"]))
     return len(ids)
-
-
-def forget(chat: str) -> None:
-    """Delete what is kept of a chat."""
-    for path in (path_of(chat), path_of(chat).with_suffix(".damaged")):
-        with suppress(OSError):
-            path.unlink()

@@ -19,6 +19,11 @@ def models_dir() -> Path:
     return home() / "models"
 
 
+def kv_file(chat: str) -> Path:
+    """Where the KV cache of a chat is kept."""
+    return home() / "kv" / f"{chat}.safetensors"
+
+
 def packs_dir() -> Path:
     """Weights in a backend's own layout, made at first load and memory-mapped afterwards."""
     return home() / "packs"

@@ -96,39 +96,68 @@ class ChatLockedError(TinychatError):
 class ChatStore:
     """All chats in `path` (default: `chats.db` in tinychat's home). Calls may come from any thread.
 
-    Raises TinychatError if the file cannot be opened, is damaged, or was made by a newer tinychat.
+    A damaged file is set aside, never deleted, and `notice` says so. Raises TinychatError if the file cannot
+    be opened or was made by a newer tinychat.
     """
 
     def __init__(self, path: Path | None = None, *, full_text: bool = True, in_memory: bool = False):
         """in_memory: nothing is written anywhere."""
         self.path = path or locations.home() / "chats.db"
         self.in_memory = in_memory
+        self.notice = ""
         self._lock = threading.RLock()
         try:
-            if not in_memory:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                if not self.path.exists():
-                    os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))  # nobody else's business
-            where = ":memory:" if in_memory else self.path
-            self._db = sqlite3.connect(where, timeout=10, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version > VERSION:
-                raise TinychatError(
-                    f"{self.path} was written by a newer tinychat.", "Update tinychat, or move the file away."
-                )
-            self.full_text = full_text
-            if version < VERSION or not self._has_words():
-                self._create(full_text)
-            else:
-                self.full_text = full_text and self._has_words()
-        except (sqlite3.Error, OSError) as e:
+            self._open(full_text)
+        except sqlite3.OperationalError as e:  # locked, read-only, full: not the file's fault
+            raise self._unusable(e) from e
+        except sqlite3.DatabaseError:
+            try:
+                self._set_aside()
+                self._open(full_text)
+            except (sqlite3.Error, OSError) as e:
+                raise self._unusable(e) from e
+        except OSError as e:
+            raise self._unusable(e) from e
+
+    def _unusable(self, e: Exception) -> TinychatError:
+        return TinychatError(
+            f"The chats in {self.path} cannot be opened: {e}.",
+            "Move the file away to start afresh, or set TINYCHAT_HOME to a folder of yours.",
+        )
+
+    def _set_aside(self) -> None:
+        self._db.close()
+        aside = self.path.with_name(f"{self.path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        for end in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                os.rename(f"{self.path}{end}", f"{aside}{end}")
+        self.notice = f"The stored chats were damaged and set aside as {aside}; a new store was begun."
+
+    def _open(self, full_text: bool) -> None:
+        if not self.in_memory:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))  # nobody else's business
+        where = ":memory:" if self.in_memory else self.path
+        self._db = sqlite3.connect(where, timeout=10, check_same_thread=False, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
             raise TinychatError(
-                f"The chats in {self.path} cannot be opened: {e}.",
-                "Move the file away to start afresh, or set TINYCHAT_HOME to a folder of yours.",
-            ) from e
+                f"{self.path} was written by a newer tinychat.", "Update tinychat, or move the file away."
+            )
+        self.full_text = full_text
+        if version < VERSION or not self._has_words():
+            self._create(full_text)
+        else:
+            self.full_text = full_text and self._has_words()
+        # Damage further in shows here, not in the middle of a chat. A large store is not read for it.
+        if not self.in_memory and self.path.stat().st_size < 1 << 22:
+            (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
 
     def _has_words(self) -> bool:
         return bool(self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone())
@@ -245,6 +274,8 @@ class ChatStore:
                         (chat_id,),
                     )
                 db.execute("DELETE FROM messages WHERE chat = ?", (chat_id,))
+            if not self.in_memory:
+                locations.kv_file(str(chat_id)).unlink(missing_ok=True)
                 db.execute("DELETE FROM chats WHERE id = ?", (chat_id,))
         return len(gone)
 

@@ -97,13 +97,13 @@ class Worker:
 
     def _save(self) -> None:
         """Keep the KV caches of the chats that were spoken in, so that they go on at once when resumed."""
-        from tinychat import kvfile
+        from tinychat import locations
 
         while self.unsaved:
             key = self.unsaved.pop()
             if self.keeps and key in self.sessions and key.isdecimal():
                 with suppress(Exception):  # it only saves time; the conversation itself is safe
-                    self.sessions[key].save_kv(kvfile.path_of(key))
+                    self.sessions[key].save_kv(locations.kv_file(key))
 
     def _send(self, **event: Any) -> None:
         data = json.dumps(event).encode() + b"\n"
@@ -176,9 +176,9 @@ class Worker:
         if session is None:
             session = self.model.session(request["system"])
             if self.keeps and key.isdecimal():
-                from tinychat import kvfile
+                from tinychat import locations
 
-                session.load_kv(kvfile.path_of(key))
+                session.load_kv(locations.kv_file(key))
         if len(self.sessions) >= KEPT_SESSIONS:
             self._save()
         self.sessions[key] = session

@@ -104,6 +104,8 @@ class ChatApp(App[None]):
         for number in (signal.SIGTERM, signal.SIGHUP):
             with suppress(NotImplementedError, RuntimeError, ValueError):
                 loop.add_signal_handler(number, self._told_to_end)
+        if self.store.notice:
+            self.chat.say(self.store.notice, error=True)
         await self.start_engine()
         self.run_worker(self._warm_up, thread=True, group="warm")
         self.set_interval(POLL_SECONDS, self._look_at_machine)

@@ -143,11 +143,34 @@ def test_what_was_said_is_the_input_history(store):
     assert store.said() == ["one", "two"]
 
 
-def test_a_damaged_file_is_an_error_with_a_way_out(tmp_path):
+@pytest.mark.parametrize("damage", ["garbage", "middle"])
+def test_a_damaged_file_is_set_aside_and_the_program_goes_on(tmp_path, damage):
     path = tmp_path / "chats.db"
-    path.write_bytes(b"not a database at all" * 100)
-    with pytest.raises(TinychatError, match="cannot be opened"):
-        ChatStore(path)
+    before = b"not a database at all" * 100
+    if damage == "middle":
+        old = ChatStore(path)
+        talk(old, *(f"message {i} " * 40 for i in range(40)))
+        old.close()
+        before = bytearray(path.read_bytes())
+        before[4096 * 2 : 4096 * 6] = b"\xff" * 4096 * 4
+    path.write_bytes(before)
+    store = ChatStore(path)
+    (aside,) = (
+        p for p in tmp_path.iterdir() if "damaged" in p.name and p.suffix not in (".db-wal", ".db-shm")
+    )
+    assert aside.read_bytes() == before
+    assert str(aside) in store.notice
+    talk(store, "hello", "hi")
+    assert len(store.search("hello")) == 1
+    assert ChatStore(path).notice == ""
+
+
+def test_a_store_in_memory_writes_nothing(tmp_path):
+    store = ChatStore(tmp_path / "chats.db", in_memory=True)
+    talk(store, "secret", "well")
+    store.lock(1)()
+    assert len(store.search("secret")) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_newer_file_is_left_alone(store, tmp_path):

@@ -71,6 +71,8 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         raise UsageError("--no-store knows no earlier chats.", "Leave it out to go on with one.")
     # One answer alone is not kept.
     store = ChatStore(in_memory=o["no_store"]) if resumed or text is None else None
+    if store is not None and store.notice:
+        click.echo(store.notice, err=True)
     chat = chosen(store, o["latest"], o["resume"]) if resumed else None
     if chat is not None and not given("model"):
         model = chat.model
