@@ -112,6 +112,29 @@ def test_rendered_text_equals_transformers(name, conversation, generating):
     assert expected.strip()
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "What it is like in <a place>",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+        },
+    }
+]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_tools_are_rendered_as_transformers_does(name):
+    ours = template(REAL[name])
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.tokenizer.backend, **SPECIALS)
+    messages = CONVERSATIONS["one"]
+    expected = theirs.apply_chat_template(
+        messages, tools=TOOLS, chat_template=REAL[name], tokenize=False, add_generation_prompt=True
+    )
+    assert ours.render(messages, tools=TOOLS) == expected
+
+
 def test_extra_variables_reach_the_template():
     assert "</think>" in template(THINKING).render(CONVERSATIONS["one"], enable_thinking=False)
     assert "</think>" not in template(THINKING).render(CONVERSATIONS["one"])
