@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from tinychat.backends import BLOCK
+from tinychat.config import RopeConfig
 from tinychat.errors import UsageError
 from tinychat.events import Done, Notice
 from tinychat.eviction import EvictionPolicy, Ledger
@@ -322,3 +323,16 @@ def test_what_is_given_up_does_not_depend_on_what_the_cache_has(n):
         third, done, _ = ids_of(m, TEXT[:n], **options)
         assert third == first
         assert (done.stats.cached_tokens > 0) == (n > 48)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"window": 32, "windowed_layers": (0,)}, {"unrotated_layers": (1,)}, {"local_rope": RopeConfig(dim=16)}],
+)
+def test_models_whose_layers_differ_keep_everything(changes):
+    with tiny_model(ctx=256, backend="cpu", **changes) as m:
+        with pytest.raises(UsageError, match="sliding windows"):
+            m.session(kv_budget=128)
+        m.tokenizer.eos_ids = frozenset()
+        _, done, _ = said(m.session(temperature=0, draft="none"), "hello")
+        assert done.finish_reason == "context_full"

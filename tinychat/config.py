@@ -90,6 +90,14 @@ class ModelConfig:
     attn_soft_cap: float = 0.0
     logit_soft_cap: float = 0.0
 
+    @property
+    def may_evict(self) -> bool:
+        """Whether cached tokens can be given up and renumbered: every layer sees all of them and turns keys
+        alike, by an angle that depends on the distance alone.
+        """
+        alike = not self.unrotated_layers and not self.windowed_layers and self.local_rope is None
+        return alike and self.rope.kind not in ("dynamic", "longrope")
+
     def __post_init__(self):
         limits = {
             "hidden_size": 1 << 17,

@@ -242,7 +242,12 @@ class Model:
                 f"A KV budget of {budget} tokens is larger than the context of {self.n_ctx}.",
                 "Use a smaller --kv-budget or a larger --ctx.",
             )
-        if budget is None and self.n_ctx < SINKS + SMALLEST:
+        if not self.config.may_evict and (budget or self.kv_policy):
+            raise UsageError(
+                f"{self.name} has sliding windows or layers of their own positions: it keeps all tokens.",
+                "Leave out --kv-budget and --kv-policy.",
+            )
+        if not self.config.may_evict or (budget is None and self.n_ctx < SINKS + SMALLEST):
             return None
         return EvictionPolicy.of(name, budget or self.n_ctx)
 
