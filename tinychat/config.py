@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class ModelConfig:
     unrotated_layers  layers without rotary embedding
     window            tokens that a token in `windowed_layers` attends to, itself included; None: all of them
     local_rope        the rope of windowed layers, where it is another
+    long_context      a longer context that the model knows too, with `long_rope` (longrope's second factors)
     attn_soft_cap     c: scores become c·tanh(score / c); 0: they stay
     logit_soft_cap    likewise, for logits
     """
@@ -87,6 +88,8 @@ class ModelConfig:
     window: int | None = None
     windowed_layers: tuple[int, ...] = ()
     local_rope: RopeConfig | None = None
+    long_context: int = 0
+    long_rope: RopeConfig | None = None
     attn_soft_cap: float = 0.0
     logit_soft_cap: float = 0.0
 
@@ -148,7 +151,7 @@ class ModelConfig:
                 f"The checkpoint's sliding window is {self.window!r} tokens.",
                 "The file is damaged; pull it again.",
             )
-        for rope in (self.rope, self.local_rope):
+        for rope in (self.rope, self.local_rope, self.long_rope):
             if rope is not None:
                 self._check_rope(rope)
         for token_id in (self.bos_id, *self.eos_ids):
@@ -174,6 +177,13 @@ class ModelConfig:
                 f"The checkpoint's rope scaling {rope.kind!r} gives frequencies that are not positive.",
                 "The file is damaged; pull it again.",
             )
+
+    def for_context(self, n: int) -> ModelConfig:
+        """The config that a context of n tokens needs: another one only where it is a long context."""
+        if n <= self.context_length or self.long_rope is None:
+            return self
+        longer = dict(context_length=self.long_context, rope=self.long_rope)
+        return replace(self, **longer, long_context=0, long_rope=None)
 
     def window_of(self, layer: int) -> int:
         """Tokens that a token attends to in this layer; 0: all."""

@@ -183,10 +183,9 @@ def read(given: Settings, generation: Settings | None = None) -> ModelConfig:
             n_kv_heads=cfg.get("num_key_value_heads") or heads,
             head_dim=head_dim,
             vocab_size=cfg["vocab_size"],
-            context_length=_context(cfg),
             **_windows(kind, cfg),
             norm_eps=float(cfg.get("rms_norm_eps", 1e-6)),
-            rope=rope_config(cfg, head_dim),
+            **_ropes(cfg, head_dim),
             tie_embeddings=bool(cfg.get("tie_word_embeddings", False)),
             attention_bias=bool(cfg.get("attention_bias", False)),
             mlp_bias=bool(cfg.get("mlp_bias", False)),
@@ -225,12 +224,16 @@ def _refuse(arch: str, kind: Architecture, cfg: Settings) -> None:
 
 
 def _context(cfg: Settings) -> int:
-    context = cfg.get("max_position_embeddings", 2048)
-    rope = cfg.get("rope_parameters") or cfg.get("rope_scaling") or {}
-    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
-        original = cfg.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-        context = min(context, original or context)
-    return context
+    return cfg.get("max_position_embeddings", 2048)
+
+
+def _ropes(cfg: Settings, head_dim: int) -> Settings:
+    """The rope and the context that it is for; a second pair where longrope has one."""
+    rope, context = rope_config(cfg, head_dim), _context(cfg)
+    if rope.kind != "longrope" or context <= rope.original_context:
+        return {"rope": rope, "context_length": context}
+    long = {"long_rope": rope_config(cfg, head_dim, long=True), "long_context": context}
+    return {"rope": rope, "context_length": rope.original_context, **long}
 
 
 def _windows(kind: Architecture, cfg: Settings) -> Settings:

@@ -42,6 +42,7 @@ def identity(model: Model) -> str:
     """Whatever decides what keys and values are: model, weights, backend, precision, layout."""
     facts = {k: v for k, v in model.backend.describe().items() if k not in ("threads", "isa")}
     what = [VERSION, model._checkpoint.fingerprint(), repr(model._policy), sorted(facts.items())]
+    what.append(repr((model.config.rope, model.config.local_rope)))
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 

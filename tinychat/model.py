@@ -85,11 +85,14 @@ def load(
         raise UsageError("A KV budget needs a policy that keeps it.", "Leave out --kv-policy none.")
     path = store.resolve(str(model), offline=offline)
     checkpoint = open_checkpoint(path)
-    if ctx is not None and not 1 <= ctx <= checkpoint.config.context_length:
+    cfg = checkpoint.config
+    longest = max(cfg.context_length, cfg.long_context)
+    if ctx is not None and not 1 <= ctx <= longest:
         raise UsageError(
             f"A context of {ctx} tokens is outside what the model was trained for.",
-            f"Use --ctx 1 to {checkpoint.config.context_length}.",
+            f"Use --ctx 1 to {longest}.",
         )
+    checkpoint.config = cfg.for_context(ctx or 1)
     backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits)
     loaded = Model(checkpoint, backend, str(model), ctx, policy)
     loaded.draft_tokens = draft_tokens

@@ -28,8 +28,8 @@ FIELDS: dict[str, tuple[set[str], set[str]]] = {
 }  # fmt: skip
 
 
-def rope_config(cfg: dict[str, Any], head_dim: int) -> RopeConfig:
-    """The rope of a model's config.json.
+def rope_config(cfg: dict[str, Any], head_dim: int, long: bool = False) -> RopeConfig:
+    """The rope of a model's config.json; long: with longrope's factors for a context beyond the original one.
 
     Raises UnsupportedModelError for a scaling, or a field of one, that is not understood.
     """
@@ -56,6 +56,8 @@ def rope_config(cfg: dict[str, Any], head_dim: int) -> RopeConfig:
     original = cfg.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
     original = int(original or cfg.get("max_position_embeddings", 2048))
     base = RopeConfig(theta=theta, dim=int(head_dim * partial))
+    if long:
+        params["short_factor"] = params["long_factor"]
     return _MAKE[kind](base, params, original, cfg)
 
 
@@ -137,7 +139,6 @@ def yarn_factors(
 
 
 def _longrope(base: RopeConfig, params: dict, original: int, cfg: dict) -> RopeConfig:
-    # The long factors belong to sequences longer than the original context, where ours ends.
     factor = float(params.get("factor") or cfg["max_position_embeddings"] / original)
     magnitude = params.get("attention_factor")
     if magnitude is None:

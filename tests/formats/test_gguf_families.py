@@ -7,9 +7,10 @@ import pytest
 from families import CASES, logits_of, random_model, relative_error
 from family_gguf import write
 
+import tinychat
 from tinychat.backends import Step
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.errors import CheckpointError, UnsupportedModelError, UsageError
 from tinychat.formats.gguf import GGUFCheckpoint
 from tinychat.prepare import WeightPolicy
 
@@ -49,6 +50,23 @@ def test_logits_equal_transformers(case, tmp_path):
     ours = np.concatenate([backend.step(Step(IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
     assert relative_error(ours, logits_of(hf, IDS)) < 1e-4
     assert checkpoint.tokenizer().vocab_size == 258
+
+
+def test_a_context_beyond_the_original_is_a_matter_of_asking(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
+    hf = random_model(
+        "Phi3ForCausalLM", **CASES["phi3 longrope"][1] | {"original_max_position_embeddings": 60}
+    )
+    write(tmp_path / "m.gguf", hf, "phi3")
+    options = dict(device="reference", quantize="none", head_bits=16)
+    with tinychat.load(tmp_path / "m.gguf", **options) as m:
+        assert m.n_ctx == m.config.context_length == 60
+        assert relative_error(m.logits(IDS[:60]), logits_of(hf, IDS[:60])) < 1e-4
+    with tinychat.load(tmp_path / "m.gguf", ctx=120, **options) as m:
+        assert m.n_ctx == 120
+        assert relative_error(m.logits(IDS), logits_of(hf, IDS)) < 1e-4
+    with pytest.raises(UsageError, match="1601"):
+        tinychat.load(tmp_path / "m.gguf", ctx=1601)
 
 
 def test_a_missing_bias_and_a_foreign_tensor_are_refused(tmp_path):

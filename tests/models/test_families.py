@@ -83,6 +83,20 @@ def test_eviction_in_sliding_windows_is_refused():
                 m.eviction(**asked)
 
 
+@pytest.mark.parametrize("backend", [ReferenceBackend, CpuBackend])
+def test_a_long_context_takes_longropes_long_factors(backend):
+    # transformers chooses by the length of what it is given: here it is longer than the original context
+    changes = CASES["phi3 longrope"][1] | dict(original_max_position_embeddings=60)
+    hf = random_model("Phi3ForCausalLM", **changes)
+    checkpoint = FromTransformers(hf)
+    assert (checkpoint.config.context_length, checkpoint.config.long_context) == (60, 1600)
+    assert checkpoint.config.for_context(60) is checkpoint.config
+    checkpoint.config = checkpoint.config.for_context(200)
+    assert checkpoint.config.context_length == 1600
+    ours = run(backend(checkpoint, WeightPolicy("none", 16)))
+    assert relative_error(ours, logits_of(hf, IDS)) < (1e-4 if backend is ReferenceBackend else 3e-3)
+
+
 def test_another_family_would_be_noticed():
     # The comparisons above are worth something only if a missing part moves the logits far past their bound.
     hf = random_model("Qwen3ForCausalLM", head_dim=16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,10 @@ def _config(file: GGUFFile, arch: Architecture, m: Metadata) -> ModelConfig:
         raise file.damaged(f"its heads have {head_dim} dimensions, an odd number")
     rope = _rope(file, m, head_dim)
     context = m.number("context_length")
-    if rope.kind == "longrope":
+    long: dict[str, Any] = {}
+    if rope.kind == "longrope" and context > rope.original_context:
+        factors = _factors(file, "rope_factors_long.weight", rope.dim)
+        long = {"long_rope": replace(rope, factors=factors), "long_context": context}
         context = rope.original_context
     names, extra = file.tensors, arch.extra(m)
     window = m.number("attention.sliding_window", 0)
@@ -237,6 +240,7 @@ def _config(file: GGUFFile, arch: Architecture, m: Metadata) -> ModelConfig:
         bos_id=_token_id(file, "bos"),
         eos_ids=_eos_ids(file),
         **extra,
+        **long,
     )
 
 
