@@ -237,7 +237,7 @@ def test_damaged_models_are_1(folder, here):
             json.dumps({**config, "architectures": ["FooForCausalLM"]})
         ),
         "rope": lambda f: (f / "config.json").write_text(
-            json.dumps({**config, "rope_scaling": {"type": "yarn", "factor": 4}})
+            json.dumps({**config, "rope_scaling": {"type": "mrope", "factor": 4}})
         ),
         "shape": lambda f: (f / "config.json").write_text(json.dumps({**config, "intermediate_size": 128})),
         "layers": lambda f: (f / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3})),
@@ -248,7 +248,7 @@ def test_damaged_models_are_1(folder, here):
         assert out.returncode == 1, (name, out.stderr)
         assert_two_lines(out, 1)
     assert "FooForCausalLM" in broken("architecture", cases["architecture"]).stderr
-    assert "yarn" in broken("rope", cases["rope"]).stderr
+    assert "mrope" in broken("rope", cases["rope"]).stderr
     assert not list(here.rglob("stolen"))
     (here / "file.gguf").write_bytes(b"GGUF but not really")
     assert_two_lines(tinychat("run", "./file.gguf", "hi"), 1)

@@ -11,6 +11,7 @@ from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.config import ModelConfig
 from tinychat.errors import UnsupportedModelError, UsageError
+from tinychat.formats.subset import LayerSubset
 from tinychat.prepare import WeightPolicy
 
 N, BLOCKS = 200, 16
@@ -70,6 +71,15 @@ def test_turned_keys_are_those_of_later_positions_in_every_layer(case, backend):
             b.turn_keys(TABLE, np.full((c.n_layers, c.n_kv_heads, 50), 9, np.int32))
         outs.append(b.step(Step(IDS[50:60], 59, 50, TABLE, 0)))
     assert relative_error(*outs) < (1e-5 if backend is ReferenceBackend else 3e-3)
+
+
+def test_a_subset_of_layers_keeps_what_each_of_them_is():
+    checkpoint = FromTransformers(random_model(CASES["smollm3"][0], **CASES["smollm3"][1]))
+    assert checkpoint.config.unrotated_layers == (3,)
+    assert LayerSubset(checkpoint, [0, 3, 4]).config.unrotated_layers == (1,)
+    checkpoint = FromTransformers(random_model(CASES["gemma3"][0], **CASES["gemma3"][1]))
+    assert checkpoint.config.windowed_layers == (0, 1, 2, 3, 4, 6)
+    assert LayerSubset(checkpoint, [4, 5, 6]).config.windowed_layers == (0, 2)
 
 
 def test_eviction_in_sliding_windows_is_refused():

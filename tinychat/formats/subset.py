@@ -31,7 +31,12 @@ class LayerSubset:
             )
         self.whole, self.keep = checkpoint, tuple(keep)
         self.path: Path = checkpoint.path
-        self.config = replace(checkpoint.config, n_layers=len(self.keep))
+        self.config = replace(
+            checkpoint.config,
+            n_layers=len(self.keep),
+            unrotated_layers=self._kept(checkpoint.config.unrotated_layers),
+            windowed_layers=self._kept(checkpoint.config.windowed_layers),
+        )
 
     def has(self, name: str) -> bool:
         """Whether the module exists."""
@@ -52,6 +57,10 @@ class LayerSubset:
     def fingerprint(self) -> str:
         """The whole model's, and which layers."""
         return f"{self.whole.fingerprint()}-layers-{','.join(map(str, self.keep))}"
+
+    def _kept(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Where those of `layers` that are kept stand now."""
+        return tuple(i for i, layer in enumerate(self.keep) if layer in layers)
 
     def _renamed(self, name: str) -> str:
         match = _LAYER.fullmatch(name)
