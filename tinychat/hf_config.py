@@ -174,7 +174,7 @@ def read(given: Settings, generation: Settings | None = None) -> ModelConfig:
         head_dim = cfg.get("head_dim") or hidden // heads
         eos = (generation or {}).get("eos_token_id")
         eos = cfg.get("eos_token_id") if eos is None else eos
-        return ModelConfig(
+        config = ModelConfig(
             family=kind.family,
             hidden_size=hidden,
             intermediate_size=cfg["intermediate_size"],
@@ -198,6 +198,12 @@ def read(given: Settings, generation: Settings | None = None) -> ModelConfig:
             f"config.json does not describe a {arch}: {type(e).__name__} {e}.",
             "The folder is damaged or incomplete; pull it again.",
         ) from e
+    if config.rope.dim != config.head_dim and kind.family != "phi3":
+        raise UnsupportedModelError(
+            f"The option partial_rotary_factor is not supported in a {arch}.",
+            "A setting that is ignored gives garbage, so it is refused.",
+        )
+    return config
 
 
 def _refuse(arch: str, kind: Architecture, cfg: Settings) -> None:

@@ -126,6 +126,7 @@ def test_another_family_would_be_noticed():
         ("LlamaForCausalLM", "rope_interleaved", True),
         ("MistralForCausalLM", "final_logit_softcapping", 30.0),
         ("Qwen2ForCausalLM", "use_mrope", True),
+        ("LlamaForCausalLM", "partial_rotary_factor", 0.5),
         ("Qwen3ForCausalLM", "num_experts", 128),
         ("Olmo2ForCausalLM", "clip_qkv", 8.0),
         ("Phi3ForCausalLM", "hidden_act", "gelu"),

@@ -212,6 +212,11 @@ def _config(file: GGUFFile, arch: Architecture, m: Metadata) -> ModelConfig:
         raise file.damaged(f"its heads have {head_dim} dimensions, an odd number")
     rope = _rope(file, m, head_dim)
     context = m.number("context_length")
+    if rope.dim != head_dim and arch.interleaved:
+        raise UnsupportedModelError(
+            f"The GGUF rotates {rope.dim} of {head_dim} dimensions of a head.",
+            f"Partial rotation is not supported in a {arch.family} model.",
+        )
     long: dict[str, Any] = {}
     if rope.kind == "longrope" and context > rope.original_context:
         factors = _factors(file, "rope_factors_long.weight", rope.dim)
