@@ -13,7 +13,7 @@ pipe = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
 config = openvino_genai.GenerationConfig()
 config.max_new_tokens, config.ignore_eos, config.do_sample = n_gen, True, False
 text = "The quick brown fox jumps over the lazy dog. " * (n_prompt // 10)
-pipe.generate([text], config)  # warm-up
+pipe.generate(["Warming up. " + text], config)  # another beginning: a cached prefix would not be read again
 m = pipe.generate([text], config).perf_metrics
 tokens = m.get_num_input_tokens()
 print(

@@ -24,6 +24,7 @@ def write(shape: str, tokenizer: Path, out: Path) -> None:
     c = SHAPES[shape]
     reader, w = GGUFReader(tokenizer), GGUFWriter(out, "llama")
     rng = np.random.default_rng(0)
+    w.add_file_type(2)
     w.add_block_count(c.n_layers)
     w.add_context_length(8192)
     w.add_embedding_length(c.hidden_size)

@@ -724,3 +724,18 @@ def test_little_memory_is_an_error_not_a_crash(folder, here):
     assert out.returncode in (0, 4), out.stderr
     if out.returncode == 4:
         assert_two_lines(out, 4)
+
+
+@pytest.mark.parametrize("bits", ["16", "8"])
+def test_bench_measures_what_it_says(folder, here, bits):
+    sizes = ("-p", 32, "-n", 2, "--context", 0, "--context", 40, "--rounds", 1)
+    out = tinychat("bench", folder, *sizes, "--kv-bits", bits, "--json")
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout)
+    assert result["kv_bits"] == int(bits)
+    assert [row["context"] for row in result["decode"]] == [0, 40]
+    assert result["prefill"][0]["n_tokens"] == 32
+    for row in result["decode"]:
+        assert row["tok_s"] > 0
+        assert row["fraction_of_bandwidth"] == pytest.approx(row["gb_s"] / result["read_bandwidth_gb_s"])
+    assert result["weight_bytes_per_token"] > 0

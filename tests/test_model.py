@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
 
 import numpy as np
+import psutil
 import pytest
 from tiny import TinyCheckpoint, byte_tokenizer, tiny_folder, tiny_model
 
@@ -160,3 +163,32 @@ def test_nan_and_infinity_are_refused_by_name(bad, where):
     checkpoint.linear = lambda name: linear
     with pytest.raises(CheckpointError, match=r"model\.layers\.7"):
         WeightPolicy().linear(checkpoint, "model.layers.7.mlp.up_proj")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("cycles", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_starting_cancelling_and_closing_leaks_nothing(cycles):
+    """Threads, files and memory after many short lives of a model, each left in the middle of an answer."""
+
+    def live(seed):
+        with tiny_model(ctx=256, backend="cpu") as m:
+            m.tokenizer.eos_ids = frozenset()
+            session = m.session(temperature=0)
+            for n, _ in enumerate(session.send("hello there")):
+                if n == seed % 4:
+                    session.cancel()
+                    break
+
+    def held():
+        gc.collect()
+        process = psutil.Process()
+        return process.num_threads(), process.num_fds(), process.memory_info().rss
+
+    for i in range(20):
+        live(i)
+    threads, files, memory = held()
+    for i in range(cycles):
+        live(i)
+    after = held()
+    assert after[:2] == (threads, files)
+    assert after[2] - memory < 20_000_000

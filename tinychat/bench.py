@@ -218,6 +218,7 @@ def run(
     threads: int | None = None,
     act_bits: int | None = None,
     head_bits: int = 8,
+    kv_bits: int = 16,
     quantize: str = "auto",
     offline: bool = False,
     **sizes: Any,
@@ -235,7 +236,7 @@ def run(
     else:
         checkpoint = open_checkpoint(store.resolve(model, offline=offline))
     began = time.perf_counter()
-    backend = make_backend(checkpoint, policy, device, threads, act_bits)
+    backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits)
     load_s = time.perf_counter() - began
     try:
         weight_bytes = weight_bytes_per_token(checkpoint, policy)
@@ -252,7 +253,7 @@ def run(
         backend.close()
     return {
         "model": model or synthetic,
-        **{k: facts[k] for k in ("backend", "isa", "act_bits", "threads")},
+        **{k: facts[k] for k in ("backend", "isa", "act_bits", "kv_bits", "threads")},
         "weight_bytes_per_token": weight_bytes,
         **result,
         "load_s": load_s,

@@ -44,7 +44,8 @@ template <class S, class K, int P>
 void score_part(const AttentionArgs& a, const PairBatch& b, int part, int s0, int n_slots, float* scores) {
     using F = typename S::F;
     using E = typename K::E;
-    const int d = a.kv->head_dim, lines = static_cast<int>(a.kv->head_bytes() / 64);
+    const int d = a.kv->head_dim;
+    const size_t step = 2 * a.kv->head_bytes() / d;  // bytes to fetch ahead for every two dimensions
     for (int s = s0; s < n_slots; s += kBlockSlots) {
         const int* block = a.blocks + (part * kPartSlots + s) / kBlockSlots;
         const uint8_t* head = a.kv->keys(block[0], a.layer, a.kv_head);
@@ -52,11 +53,11 @@ void score_part(const AttentionArgs& a, const PairBatch& b, int part, int s0, in
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + a.kv->code_bytes());
         const bool more = s + kBlockSlots < n_slots;
         // Blocks lie far apart, so the hardware does not see the next one coming: its keys into L1, this one's values
-        // into L2, a line at a time.
+        // into L2, little by little.
         const uint8_t* next = more ? a.kv->keys(block[1], a.layer, a.kv_head) : head;
         const uint8_t* values = a.kv->values(block[0], a.layer, a.kv_head);
-        int line = 0;
         for (int h = 0; h < kBlockSlots; h += S::kLanes) {
+            const uint8_t *ahead = next, *behind = values;
             F total[P];
             for (int g = 0; g < d; g += K::kGroup) {
                 const int end = d - g < K::kGroup ? d : g + K::kGroup;
@@ -64,11 +65,9 @@ void score_part(const AttentionArgs& a, const PairBatch& b, int part, int s0, in
                 for (int p = 0; p < P; p++) even[p] = odd[p] = S::zero();
                 int i = g;
                 for (; i + 2 <= end; i += 2) {
-                    if (line < lines) {
-                        S::prefetch(next + line * 64);
-                        __builtin_prefetch(values + line * 64, 0, 2);
-                        line++;
-                    }
+                    S::prefetch(ahead);
+                    __builtin_prefetch(behind, 0, 2);
+                    ahead += step, behind += step;
                     F k0 = K::template load<S>(keys + i * kBlockSlots + h),
                       k1 = K::template load<S>(keys + (i + 1) * kBlockSlots + h);
                     for (int p = 0; p < P; p++) {
@@ -101,7 +100,8 @@ void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const f
                   int ld) {
     using F = typename S::F;
     using E = typename K::E;
-    const int stride = a.kv->padded_dim(), lines = d0 == 0 ? static_cast<int>(a.kv->head_bytes() / 64) : 0;
+    const int stride = a.kv->padded_dim();
+    const size_t step = a.kv->head_bytes() / kBlockSlots;
     const int last = (a.length + a.r1 - 1) / kBlockSlots;
     F acc[P][C];
     for (int p = 0; p < P; p++)
@@ -122,10 +122,11 @@ void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const f
         }
         // Meanwhile the keys of the part behind this one come into L2: memory must not idle while values are weighed.
         const int ahead = ((part + 1) * kPartSlots + s) / kBlockSlots;
-        const uint8_t* keys = lines && ahead <= last ? a.kv->keys(a.blocks[ahead], a.layer, a.kv_head) : nullptr;
+        const uint8_t* keys = d0 == 0 && ahead <= last ? a.kv->keys(a.blocks[ahead], a.layer, a.kv_head) : head;
         for (int j = 0; j < end; j++, v += stride) {
-            if (keys)
-                for (int l = j; l < lines; l += kBlockSlots) __builtin_prefetch(keys + l * 64, 0, 2);
+            __builtin_prefetch(keys, 0, 2);
+            __builtin_prefetch(keys + step / 2, 0, 2);
+            keys += step;
             F x[C];
             for (int c = 0; c < C; c++) x[c] = K::template load<S>(v + c * S::kLanes);
             for (int p = 0; p < P; p++) {

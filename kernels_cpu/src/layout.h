@@ -84,9 +84,9 @@ struct Activations {
     }
 };
 
-// The paged KV pool. A block holds 16 slots of every layer: for each layer the keys of all KV heads, then the values.
-//   keys    [kv_heads][head_dim padded to 16][16 slots]: slots in the lanes, so a score needs no horizontal sum
-//   values  [kv_heads][16 slots][head_dim padded to 16]
+// The paged KV pool. A block holds 16 slots of every layer: for each layer and KV head
+//   keys    [head_dim padded to 16][16 slots]: slots in the lanes, so a score needs no horizontal sum
+//   values  [16 slots][head_dim padded to 16]
 // in fp16, or in int8 with an fp16 scale for each slot and 32 channels behind each head's codes: [groups][16 slots].
 constexpr int kKvGroup = 32;
 
@@ -105,9 +105,9 @@ struct KvPool {
     // cache sets and push each other out before they are read.
     size_t block_bytes() const { return n_layers * layer_bytes() + 33 * 64; }
     uint8_t* keys(int block, int layer, int head) const {
-        return base + block * block_bytes() + layer * layer_bytes() + head * head_bytes();
+        return base + block * block_bytes() + layer * layer_bytes() + 2 * head * head_bytes();
     }
-    uint8_t* values(int block, int layer, int head) const { return keys(block, layer, n_kv + head); }
+    uint8_t* values(int block, int layer, int head) const { return keys(block, layer, head) + head_bytes(); }
 };
 
 }  // namespace tinychat
