@@ -12,7 +12,7 @@ and the sequence is shorter by as many: no hole, no mask, and whatever comes nex
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -219,7 +219,3 @@ class Ledger:
         )
         self.next_position = self.size
         return self.positions - before
-
-    def set_policy(self, policy: EvictionPolicy) -> None:
-        """From now on."""
-        self.policy = replace(policy)

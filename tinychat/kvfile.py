@@ -143,6 +143,8 @@ def _adopt(model: Model, branch: OwnedBranch, about: dict[str, str], read: dict[
             if read[name].shape != shape or read[name].dtype != kind:
                 raise ValueError(name)
         positions, end = np.sort(read["positions"], axis=-1), int(about["next_position"])
+        if not (0 < end < 1 << 30 and 0 <= int(about["seen"]) < 1 << 30):
+            raise ValueError("counts")
         if positions.min() < 0 or positions.max() >= end or (np.diff(positions) < 1).any():
             raise ValueError("positions")
     with engine.lock:

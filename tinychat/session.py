@@ -237,19 +237,21 @@ class Session:
         """Have the branch that continues into `prompt`, although eviction may have begun since."""
         if self._eviction is None:
             return
-        branch, before = self._branch, self._before
-        if (
-            before is not None
-            and before.ids
-            and common_prefix(branch.ids, prompt) < len(branch.ids)
-            and before.ids == prompt[: len(before.ids)]
-        ):
-            branch = before.fork()
         pinned = self._count_pinned(prompt)
         if not self._strict:
             pinned = min(pinned, self._eviction.budget - SMALLEST)
-        branch.ledger.set_policy(self._eviction.with_pinned(pinned))
-        self._branch, self._before = branch, branch.fork()
+        policy = self._eviction.with_pinned(pinned)
+        with self.model.engine.lock:  # forks hold blocks of a pool that other conversations use
+            branch, before = self._branch, self._before
+            if (
+                before is not None
+                and before.ids
+                and common_prefix(branch.ids, prompt) < len(branch.ids)
+                and before.ids == prompt[: len(before.ids)]
+            ):
+                branch = before.fork()
+            branch.ledger.policy = policy
+            self._branch, self._before = branch, branch.fork()
 
     def _count_pinned(self, prompt: list[int]) -> int:
         """Tokens that say what the system prompt says: never given up."""
