@@ -86,9 +86,10 @@ def test_one_answer_alone_is_not_kept_and_a_continued_chat_is(tmp_path, demo_ggu
     assert json.loads(tinychat("chats", "--json")) == []
     tinychat("run", str(demo_gguf), "hello", "-c", *short)
     tinychat("run", str(demo_gguf), "more", "--resume", "1", *short)
+    tinychat("run", "-c", "and then what?", *short)  # a single argument: the chat knows its model
     (chat,) = json.loads(tinychat("chats", "--json"))
-    assert (chat["id"], chat["messages"], chat["title"]) == (1, 4, "hello")
+    assert (chat["id"], chat["messages"], chat["title"]) == (1, 6, "hello")
     assert "hello" in tinychat("chats", "--export", "1")
-    assert [m.role for m in ChatStore(tmp_path / "chats.db").messages(1)] == ["user", "assistant"] * 2
+    assert [m.role for m in ChatStore(tmp_path / "chats.db").messages(1)] == ["user", "assistant"] * 3
     tinychat("chats", "--delete", "1")
     assert json.loads(tinychat("chats", "--json", "--search", "hello")) == []

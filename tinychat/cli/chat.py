@@ -59,6 +59,10 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     """
     if o["as_json"] and o["stream_json"]:
         raise UsageError("--json and --stream-json exclude each other.", "Choose one.")
+    resumed = o["latest"] or o["resume"] is not None
+    named = given("model")
+    if resumed and prompt is None and len(model.split()) > 1 and not Path(model).exists():
+        prompt, named = model, False  # `run -c "And then?"`: the chat knows its model
     text = _gather(prompt, o["files"])
     if text is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError(
@@ -66,7 +70,6 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         )
     from tinychat.store import ChatStore, chosen
 
-    resumed = o["latest"] or o["resume"] is not None
     if resumed and o["no_store"]:
         raise UsageError("--no-store knows no earlier chats.", "Leave it out to go on with one.")
     # One answer alone is not kept.
@@ -74,7 +77,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     if store is not None and store.notice:
         click.echo(store.notice, err=True)
     chat = chosen(store, o["latest"], o["resume"]) if resumed else None
-    if chat is not None and not given("model"):
+    if chat is not None and not named:
         model = chat.model
     if text is None and not o["plain"] and os.environ.get("TERM") != "dumb":
         from tinychat.tui.first_frame import first_frame
