@@ -94,7 +94,10 @@ void Program::quantize(const float* x, const int32_t* perm, Activations* out, bo
 }
 
 void Program::linear(std::vector<LinearPart> parts, float* y, int ldy, const float* add_to) {
-    add(std::make_unique<LinearOp>(k_, std::move(parts), y, ldy, add_to));
+    need_scratch(LinearOp::gate_scratch());
+    auto op = std::make_unique<LinearOp>(k_, &scratch_, std::move(parts), y, ldy, add_to);
+    last_linear_ = op.get();
+    add(std::move(op));
 }
 
 void Program::rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer,
@@ -113,7 +116,10 @@ void Program::attention(const float* qkv, int n_heads, int n_kv, int head_dim, i
     add(std::make_unique<AttentionScoreOp>(k_, &scores_, n_heads, layer));
 }
 
-void Program::gate_mul(const float* x, Activations* out, bool gelu) { add(std::make_unique<GateOp>(k_, x, out, gelu)); }
+void Program::gate_mul(const float* x, Activations* out, bool gelu) {
+    const bool fused = last_linear_ && last_linear_->fuse_gate(x, out, gelu);
+    add(std::make_unique<GateOp>(k_, x, out, gelu, fused ? last_linear_ : nullptr));
+}
 
 void Program::lm_head(const LinearWeights* w, const Activations* x, float scale, float cap) {
     need_scratch(static_cast<size_t>(LmHeadOp::kRows) * LmHeadOp::kCols);
