@@ -49,6 +49,10 @@ class WeightPolicy:
             return w
         return _int8(w)
 
+    def router(self, checkpoint: Checkpoint, name: str) -> Linear:
+        """What chooses experts: as stored, since a small error may choose others."""
+        return _checked(checkpoint.linear(name), name)
+
     def embedding(self, checkpoint: Checkpoint, name: str) -> Linear:
         """The embedding (rows are token ids)."""
         w = _checked(checkpoint.linear(name), name)

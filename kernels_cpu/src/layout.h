@@ -82,6 +82,16 @@ struct Activations {
     size_t group_at(int row, int g) const {
         return (static_cast<size_t>(row / kRowBlock) * (k / group) + g) * kRowBlock + row % kRowBlock;
     }
+    // The rows from `row` on, a multiple of kRowBlock.
+    Activations from(int row) const {
+        Activations x = *this;
+        if (f) x.f += static_cast<size_t>(row) * k;
+        if (q) {
+            x.q = static_cast<int8_t*>(q) + at(row, 0) * kActGroup * (bits / 8);
+            x.scale += at(row, 0), x.nsum += at(row, 0), x.gsum += group_at(row, 0);
+        }
+        return x;
+    }
 };
 
 // The paged KV pool. A block holds 16 slots of every layer: for each layer and KV head

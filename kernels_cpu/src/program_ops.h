@@ -101,7 +101,7 @@ class QuantizeOp : public Op {
     void run(const StepState& s, int c, int) override {
         const int piece = row_piece(out_->k), rows = tail_ ? s.logit_rows() : s.rows;
         const float* x = x_ + (tail_ ? static_cast<size_t>(s.logits_from) * out_->k : 0);
-        k_.quantize({x, perm_, *out_, c * piece, std::min(rows, (c + 1) * piece)});
+        k_.quantize({x, nullptr, perm_, *out_, c * piece, std::min(rows, (c + 1) * piece)});
     }
 
   private:
@@ -114,12 +114,16 @@ class QuantizeOp : public Op {
 
 class GateOp : public Op {
   public:
-    GateOp(const KernelTable& k, const float* x, const Activations* out, bool gelu)
-        : k_(k), x_(x), out_(out), gelu_(gelu) {}
+    // routing: x and out are rows of experts, [slots]; or null
+    GateOp(const KernelTable& k, const float* x, const Activations* out, bool gelu, const Routing* routing)
+        : k_(k), x_(x), out_(out), gelu_(gelu), routing_(routing) {}
     const char* name() const override { return gelu_ ? "gelu_mul" : "silu_mul"; }
-    int chunks(const StepState& s, int) override { return s.rows * pieces(out_->k, cols()); }
+    int chunks(const StepState& s, int) override {
+        return (routing_ ? routing_->end : s.rows) * pieces(out_->k, cols());
+    }
     void run(const StepState&, int c, int) override {
         const int across = pieces(out_->k, cols()), row = c / across, col = c % across * cols();
+        if (routing_ && routing_->row_of[row] < 0) return;
         k_.gate_mul({x_, *out_, gelu_, row, row + 1, col, std::min(out_->k, col + cols())});
     }
 
@@ -130,6 +134,7 @@ class GateOp : public Op {
     const float* x_;
     const Activations* out_;
     bool gelu_;
+    const Routing* routing_;
 };
 
 // Tiles of several weights that share an output (q, k, v; gate, up), cut by tile across all of them.
@@ -411,13 +416,7 @@ class LmHeadOp : public Op {
         constexpr int kTiles = kCols / kTile;
         for (int r = 0; r < rows; r += kRows) {
             const int n = std::min(kRows, rows - r);
-            Activations x = *x_;
-            if (x.f) x.f += static_cast<size_t>(r) * x.k;
-            const size_t at = x.at(r, 0);
-            if (x.q) {
-                x.q = static_cast<int8_t*>(x.q) + at * kActGroup * (x.bits / 8);
-                x.scale += at, x.nsum += at, x.gsum += x.group_at(r, 0);
-            }
+            const Activations x = x_->from(r);
             for (int t = t0; t < t1; t += kTiles) {
                 const int end = std::min(t1, t + kTiles), first = t * kTile,
                           cols = std::min(w_->n, end * kTile) - first;

@@ -34,6 +34,9 @@ ARCHS = {
     "phi3 window": "phi3",
     "granite": "granite",
     "granite tied": "granite",
+    "mixtral": "llama",
+    "mixtral window": "llama",
+    "qwen3moe": "qwen3moe",
 }
 
 

@@ -147,6 +147,7 @@ def show(name: str) -> dict[str, Any]:
         "heads": cfg.n_heads,
         "kv_heads": cfg.n_kv_heads,
         "head_dim": cfg.head_dim,
+        "experts": f"{cfg.n_experts_used} of {cfg.n_experts}" if cfg.n_experts else None,
         "vocab_size": cfg.vocab_size,
         "context_length": cfg.context_length,
         "rope_theta": cfg.rope.theta,
@@ -284,10 +285,12 @@ def _parameters(cfg: Any) -> int:
     from tinychat.models import FAMILIES
 
     family = FAMILIES[cfg.family]
-    body = sum(n * k for n, k in family.linears(cfg, 0).values())
-    body += sum(n for (n,) in family.norms(cfg, 0).values())
+    body = 0
+    for layer in range(cfg.n_layers):
+        body += sum(n * k for n, k in family.linears(cfg, layer).values())
+        body += sum(n for (n,) in family.norms(cfg, layer).values())
     tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
-    return body * cfg.n_layers + tables + cfg.hidden_size
+    return body + tables + cfg.hidden_size
 
 
 def _folder(name: str) -> Path:
