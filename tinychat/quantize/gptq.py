@@ -1,0 +1,116 @@
+"""GPTQ (Frantar et al. 2023, arXiv:2210.17323): columns are rounded one after the other, and each one's error
+is passed on to the columns that are not rounded yet.
+
+For a row w of the weight and inputs X the error is (w − ŵ) H (w − ŵ)ᵀ with H = XXᵀ. Rounding w_q costs
+(quant(w_q) − w_q)² / [H⁻¹]_qq, and the others repair most of it by moving by
+δ = −(w_q − quant(w_q)) / [H⁻¹]_qq · (H⁻¹)_:,q (eq. 2). H⁻¹ without the row and the column q (eq. 3) need not
+be computed at each step: what is read of it are the rows of the upper Cholesky factor U of H⁻¹, so that
+δ = −(w_q − quant(w_q)) / U_qq · U_q,: (section 3.3, step 3; algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tinychat.quantize.block import QuantizedBlock, norm16
+from tinychat.quantize.forward import DOWN, GATE_UP, O_PROJ, QKV, BlockWeights, Forward
+from tinychat.quantize.rounding import CHUNK, Rounded, inverse_factor, one_thread, rounded_columns
+
+if TYPE_CHECKING:
+    import torch
+
+
+@one_thread()
+def gptq(
+    w: torch.Tensor, h: torch.Tensor, group: int, damp: float = 0.01, act_order: bool = False
+) -> Rounded:
+    """Round w to 4-bit groups by GPTQ, each group's grid from its weights as they are when it is reached.
+
+    w          float32 [out, in]
+    h          float32 [in, in], mean of xxᵀ over inputs x
+    damp       share of H's mean diagonal that is added to its diagonal (section 3.3, step 2)
+    act_order  columns in the order of falling H_qq, so that large inputs are rounded while there are columns
+               left to repair them; groups are then of inputs from all over the row (`Rounded.order`)
+
+    An input that was always zero is rounded to nearest: its error moves nothing. Zero points are 1…15, which
+    GPTQ's files hold whatever their version. Raises ValueError if `in` is not a multiple of `group`.
+    """
+    import torch
+
+    k = w.shape[1]
+    if group <= 0 or k % group:
+        raise ValueError(f"{k} inputs are not a multiple of group size {group}")
+    order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(k)
+    _, u = inverse_factor(h, order, damp)
+    columns = w.T[order]
+    rows = max(1, CHUNK // k)
+    parts = [rounded_columns(p.contiguous(), u, group, False, lowest=1) for p in columns.split(rows, dim=1)]
+    codes, scales, zeros = (torch.cat(p, dim=1).T.contiguous() for p in zip(*parts, strict=True))
+    return Rounded(codes, scales, zeros, order if act_order else None)
+
+
+@dataclass(frozen=True)
+class GPTQQuantizer:
+    """Quantizes blocks in order, linear by linear in the order of use: each sees the inputs that the
+    quantized network before it makes (section 4, setup).
+    """
+
+    forward: Forward
+    group: int
+    act_order: bool = False
+    damp: float = 0.01
+    batch: int = 8  # windows in one forward pass
+
+    def __call__(self, w: BlockWeights, x: torch.Tensor) -> tuple[QuantizedBlock, torch.Tensor]:
+        """w: the float block (not changed). x [S, T, H]: its input in the quantized network, overwritten.
+        Returns the quantized block and its output.
+        """
+        f, now = self.forward, w.copy()
+        now.norm = {k: norm16(v, f.cfg) for k, v in w.norm.items()}
+        now.bias = {k: v.half().float() for k, v in w.bias.items()}
+        out = QuantizedBlock({}, now.bias, now.norm, w.layer)
+
+        def attended(part: torch.Tensor) -> torch.Tensor:
+            return f.attend(f.attention_input(part, now), now)
+
+        def middle(part: torch.Tensor) -> torch.Tensor:
+            return f.middle(f.mlp_input(part, now), now)
+
+        self._round(QKV, x, lambda part: f.attention_input(part, now), now, out)
+        self._round((O_PROJ,), x, attended, now, out)
+        for s in self._batches(x):
+            x[s] = f.add_attention(x[s], f.linear(attended(x[s]), now, O_PROJ), now)
+        self._round(GATE_UP, x, lambda part: f.mlp_input(part, now), now, out)
+        self._round((DOWN,), x, middle, now, out)
+        for s in self._batches(x):
+            x[s] = f.add_mlp(x[s], f.linear(middle(x[s]), now, DOWN), now)
+        return out, x
+
+    def advance(self, quantized: BlockWeights, x: torch.Tensor) -> torch.Tensor:
+        """Past a block that is quantized already: its output, in place."""
+        for s in self._batches(x):
+            x[s] = self.forward.block(x[s], quantized)
+        return x
+
+    def _round(
+        self,
+        names: tuple[str, ...],
+        x: torch.Tensor,
+        read: Callable[[torch.Tensor], torch.Tensor],
+        now: BlockWeights,
+        out: QuantizedBlock,
+    ) -> None:
+        """Round the linears `names`, whose input is `read` of the block's; `now` and `out` get them."""
+        h, n = 0, 0
+        for s in self._batches(x):
+            inputs = read(x[s]).flatten(0, 1)
+            h, n = h + inputs.T @ inputs, n + len(inputs)
+        for name in names:
+            out.linear[name] = gptq(now.linear[name], h / n, self.group, self.damp, self.act_order)
+            now.linear[name] = out.linear[name].dequantize()
+
+    def _batches(self, x: torch.Tensor) -> Iterator[slice]:
+        for start in range(0, len(x), self.batch):
+            yield slice(start, start + self.batch)
