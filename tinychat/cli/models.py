@@ -71,7 +71,8 @@ def list_models(everything: bool, as_json: bool) -> None:
     for r in rows:
         table.add_row(r["name"], human_bytes(r["size"]), r["quantization"] or "", r["source"] or "")
     for a in available:
-        what = f"{a['source']} · {a['license']}{'' if a['verified'] else ' · unverified'}"
+        what = [a["source"], a["license"], a["draft"] and f"--draft {a['draft']}"]
+        what = " · ".join(filter(None, [*what, None if a["verified"] else "unverified"]))
         table.add_row(a["name"], human_bytes(a["size"]), "not pulled", what, style="dim")
     Console().print(table)
 
