@@ -15,6 +15,7 @@ from tinychat.config import ModelConfig, RopeConfig
 from tinychat.formats import Checkpoint
 from tinychat.models import FAMILIES
 from tinychat.prepare import WeightPolicy
+from tinychat.weights import Linear
 
 
 def quantize_kv(x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +47,10 @@ class _Loader:
         return torch.from_numpy(np.ascontiguousarray(self.checkpoint.vector(name)))
 
     def linear(self, *names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        parts = [self.policy.linear(self.checkpoint, n) for n in names]
+        return self._stacked([self.policy.linear(self.checkpoint, n) for n in names])
+
+    @staticmethod
+    def _stacked(parts: list[Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight = torch.cat([torch.from_numpy(p.dequantize()) for p in parts])
         if all(p.bias is None for p in parts):
             return weight, None
@@ -54,7 +58,7 @@ class _Loader:
         return weight, torch.from_numpy(np.concatenate(bias).astype(np.float32))
 
     def router(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return torch.from_numpy(self.policy.router(self.checkpoint, name).dequantize()), None
+        return self._stacked([self.policy.router(self.checkpoint, name)])
 
     def embedding(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         return torch.from_numpy(self.policy.embedding(self.checkpoint, name).dequantize()), None
