@@ -18,6 +18,7 @@ from families import (
     usual_error,
 )
 from safetensors.numpy import save_file
+from tiny import byte_tokenizer
 
 from tinychat.backends import Step
 from tinychat.backends.cpu import CpuBackend
@@ -150,3 +151,28 @@ def test_experts_that_are_missing_or_too_many_are_refused(tmp_path):
         (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_local_experts": n}))
         with pytest.raises(error, match=r"experts\.[78]\.|mlp\.gate"):
             ReferenceBackend(HFCheckpoint(tmp_path / "model"), WeightPolicy("none", 16))
+
+
+def test_a_mixture_of_experts_is_counted_whole_in_memory_and_by_what_a_token_takes_in_speed(tmp_path):
+    from tinychat.bench import linear_bytes, weight_bytes_per_token
+    from tinychat.hub import store
+    from tinychat.model import count_weights
+
+    cls, changes = CASES["qwen3moe dense layers"]
+    hf = random_model(cls, **changes)
+    hf.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save(tmp_path / "model")
+    facts = store.show(str(tmp_path / "model"))
+    assert facts["experts"] == "4 of 16"
+    assert facts["parameters"] == sum(p.numel() for p in hf.parameters())  # a tied head counts once
+    checkpoint, policy = HFCheckpoint(tmp_path / "model"), WeightPolicy("rtn")
+    vectors = sum(p.numel() for name, p in hf.named_parameters() if "norm" in name)
+    assert count_weights(checkpoint.config) == facts["parameters"] - vectors
+    names = [n for layer in range(4) for n in FAMILIES["qwen3_moe"].linears(checkpoint.config, layer)]
+    one, rest = "model.layers.1.mlp.experts.0.", [n for n in names if ".experts." not in n]
+    expert = sum(
+        linear_bytes(policy.linear(checkpoint, one + n)) for n in ("gate_proj", "up_proj", "down_proj")
+    )
+    others = sum(linear_bytes(policy.linear(checkpoint, n)) for n in rest if not n.endswith("mlp.gate"))
+    router, head = 4 * 16 * 64, linear_bytes(policy.embedding(checkpoint, "model.embed_tokens"))
+    assert weight_bytes_per_token(checkpoint, policy) == int(others + 4 * expert + router + head)
