@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import CASES, logits_of, random_model, relative_error
 from family_gguf import write as write_gguf
 from tiny import byte_tokenizer
@@ -173,7 +174,15 @@ def test_settings_of_a_gguf_are_read_back_as_they_were(case, tmp_path):
     cls, changes = CASES[case]
     write_gguf(tmp_path / "m.gguf", random_model(cls, **changes), GGUF_CASES[case])
     given = GGUFCheckpoint(tmp_path / "m.gguf").config
-    found = ModelConfig.from_hf(json.loads(json.dumps(settings.hf_config(given))))
+    written = json.loads(json.dumps(settings.hf_config(given)))
+    found = ModelConfig.from_hf(written)
+    theirs = transformers.AutoConfig.for_model(written.pop("model_type"), **written)
+    assert type(theirs).__name__ == f"{cls.removesuffix('ForCausalLM')}Config".replace(
+        "Gemma3Config", "Gemma3TextConfig"
+    )
+    again = ModelConfig.from_hf(theirs.to_dict() | {"architectures": [cls]})
+    assert (again.windowed_layers, again.window) == (given.windowed_layers, given.window)
+    np.testing.assert_allclose(again.rope.frequencies(), given.rope.frequencies(), rtol=1e-6)
     for name, value in numbers(given).items():
         other = vars(found)[name]
         if name == "attn_scale":

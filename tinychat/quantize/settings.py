@@ -88,8 +88,9 @@ def _granite(c: ModelConfig) -> Settings:
 
 def _gemma2(c: ModelConfig) -> Settings:
     return {
+        "hidden_act": None,
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": (c.attn_scale or c.head_dim**-0.5) ** -2,
+        "query_pre_attn_scalar": round((c.attn_scale or c.head_dim**-0.5) ** -2),
         "attn_logit_softcapping": c.attn_soft_cap or None,
         "final_logit_softcapping": c.logit_soft_cap or None,
         "sliding_window": c.window or c.context_length,
@@ -98,7 +99,8 @@ def _gemma2(c: ModelConfig) -> Settings:
 
 
 def _gemma3(c: ModelConfig) -> Settings:
-    settings = _gemma2(c) | {"rope_local_base_freq": c.local_rope.theta if c.local_rope else 1e4}
+    settings = _gemma2(c) | {"model_type": "gemma3_text"}
+    settings["rope_local_base_freq"] = c.local_rope.theta if c.local_rope else 1e4
     del settings["attn_logit_softcapping"]
     return settings
 
