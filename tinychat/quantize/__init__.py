@@ -114,7 +114,7 @@ def quantize(
     if method != "rtn":
         length = min(calibration.LENGTH, cfg.context_length)
         tokens = calibration.windows(checkpoint.tokenizer(), file=calib_file, length=length, seed=seed)
-        _check_memory(cfg, tokens.size)
+        _check_memory(cfg, tokens.size, method)
     if checkpoint.config.tie_embeddings is False and not checkpoint.has("lm_head"):
         raise CheckpointError(f"{checkpoint.path} has no output head.", "Pull the model again.")
     if getattr(checkpoint, "json", None) is None:
@@ -238,13 +238,14 @@ def _rest(checkpoint: Checkpoint) -> list:
     return [*entries, Entry.of("model.norm.weight", norm)]
 
 
-def _check_memory(cfg: ModelConfig, n_tokens: int) -> None:
+def _check_memory(cfg: ModelConfig, n_tokens: int, method: str) -> None:
     """Raises MemoryBudgetError when one block and the calibration activations do not fit."""
     from tinychat.machine import available_memory, human_bytes
 
     h, f = cfg.hidden_size, cfg.intermediate_size
     block = 4 * (h * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 3 * h * f)
-    need = 4 * block + 3 * 4 * n_tokens * h + 8 * 4 * max(h, f) ** 2 + 4 * cfg.vocab_size * h
+    kept = 2 * h + f if method == "gptq" else 3 * h  # activations of a token
+    need = 4 * block + 4 * kept * n_tokens + 8 * 4 * max(h, f) ** 2 + 4 * cfg.vocab_size * h
     free = available_memory()
     if need > free:
         raise MemoryBudgetError(

@@ -10,7 +10,7 @@ be computed at each step: what is read of it are the rows of the upper Cholesky 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,25 +67,23 @@ class GPTQQuantizer:
         """w: the float block (not changed). x [S, T, H]: its input in the quantized network, overwritten.
         Returns the quantized block and its output.
         """
+        import torch
+
         f, now = self.forward, w.copy()
         now.norm = {k: norm16(v, f.cfg) for k, v in w.norm.items()}
         now.bias = {k: v.half().float() for k, v in w.bias.items()}
         out = QuantizedBlock({}, now.bias, now.norm, w.layer)
 
-        def attended(part: torch.Tensor) -> torch.Tensor:
-            return f.attend(f.attention_input(part, now), now)
-
-        def middle(part: torch.Tensor) -> torch.Tensor:
-            return f.middle(f.mlp_input(part, now), now)
-
-        self._round(QKV, x, lambda part: f.attention_input(part, now), now, out)
-        self._round((O_PROJ,), x, attended, now, out)
+        self._round(QKV, now, out, (f.attention_input(x[s], now) for s in self._batches(x)))
+        inner = torch.empty(*x.shape[:2], now.linear[O_PROJ].shape[1])
+        self._round((O_PROJ,), now, out, self._kept(inner, x, self._attended(now)))
         for s in self._batches(x):
-            x[s] = f.add_attention(x[s], f.linear(attended(x[s]), now, O_PROJ), now)
-        self._round(GATE_UP, x, lambda part: f.mlp_input(part, now), now, out)
-        self._round((DOWN,), x, middle, now, out)
+            x[s] = f.add_attention(x[s], f.linear(inner[s], now, O_PROJ), now)
+        self._round(GATE_UP, now, out, (f.mlp_input(x[s], now) for s in self._batches(x)))
+        inner = torch.empty(*x.shape[:2], now.linear[DOWN].shape[1])
+        self._round((DOWN,), now, out, self._kept(inner, x, self._middle(now)))
         for s in self._batches(x):
-            x[s] = f.add_mlp(x[s], f.linear(middle(x[s]), now, DOWN), now)
+            x[s] = f.add_mlp(x[s], f.linear(inner[s], now, DOWN), now)
         return out, x
 
     def advance(self, quantized: BlockWeights, x: torch.Tensor) -> torch.Tensor:
@@ -94,19 +92,28 @@ class GPTQQuantizer:
             x[s] = self.forward.block(x[s], quantized)
         return x
 
-    def _round(
-        self,
-        names: tuple[str, ...],
-        x: torch.Tensor,
-        read: Callable[[torch.Tensor], torch.Tensor],
-        now: BlockWeights,
-        out: QuantizedBlock,
-    ) -> None:
-        """Round the linears `names`, whose input is `read` of the block's; `now` and `out` get them."""
-        h, n = 0, 0
+    def _attended(self, now: BlockWeights) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: self.forward.attend(self.forward.attention_input(x, now), now)
+
+    def _middle(self, now: BlockWeights) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: self.forward.middle(self.forward.mlp_input(x, now), now)
+
+    def _kept(
+        self, inner: torch.Tensor, x: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """`read` of x, batch by batch, which stays in `inner`."""
         for s in self._batches(x):
-            inputs = read(x[s]).flatten(0, 1)
-            h, n = h + inputs.T @ inputs, n + len(inputs)
+            inner[s] = read(x[s])
+            yield inner[s]
+
+    def _round(
+        self, names: tuple[str, ...], now: BlockWeights, out: QuantizedBlock, inputs: Iterable[torch.Tensor]
+    ) -> None:
+        """Round the linears `names`, which read `inputs`; `now` and `out` get them."""
+        h, n = 0, 0
+        for batch in inputs:
+            rows = batch.flatten(0, 1)
+            h, n = h + rows.T @ rows, n + len(rows)
         for name in names:
             out.linear[name] = gptq(now.linear[name], h / n, self.group, self.damp, self.act_order)
             now.linear[name] = out.linear[name].dequantize()
