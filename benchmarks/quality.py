@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import subprocess
@@ -35,6 +36,12 @@ SDIST = "docutils==0.21.2"
 SHA256 = "3a6b18732edf182daa3cd12775bbb338cf5691468f91eeeb109deff6ebfa986f"
 FILES = ("docs/ref/rst/restructuredtext.txt",)
 LENGTH = 512
+METHODS = {
+    "awq": {"method": "awq"},
+    "gptq": {"method": "gptq"},
+    "gptq-act-order": {"method": "gptq", "act_order": True},
+    "rtn": {"method": "rtn"},
+}
 LLAMA_TYPES = {"Q4_K_M": 15, "Q4_0": 2}
 REQUANTIZE = """
 import ctypes, sys, llama_cpp
@@ -65,7 +72,7 @@ def hidden(checkpoint: Checkpoint, windows: torch.Tensor) -> tuple[torch.Tensor,
     """Final hidden states that predict each window's second half [W, L/2, H], and the head [vocab, H]."""
     embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
     f = Forward(checkpoint.config, windows.shape[1])
-    x = embedding[windows]
+    x = f.embed(embedding, windows)
     for layer in range(checkpoint.config.n_layers):
         w = read_block(checkpoint, layer)
         for i in range(0, len(x), 4):
@@ -134,13 +141,13 @@ def main() -> None:
 def made(args: argparse.Namespace, source: Path) -> dict[str, Path]:
     """The rows of the table, each made where `work` does not have it."""
     models = {}
-    for method, group in (("awq", 64), ("awq", 32), ("rtn", 64), ("rtn", 32)):
-        out = args.work / f"{method}-g{group}"
+    for kind, group in itertools.product(METHODS, (64, 32)):
+        out = args.work / f"{kind}-g{group}"
         if not (out / "config.json").is_file():
             started = time.monotonic()
-            facts = quantize(open_checkpoint(source), out, method=method, group_size=group)
+            facts = quantize(open_checkpoint(source), out, group_size=group, **METHODS[kind])
             print(json.dumps(facts | {"wall_s": round(time.monotonic() - started)}), file=sys.stderr)
-        models[f"{method.upper()} g{group}"] = out
+        models[f"{kind.upper()} g{group}"] = out
     for kind, number in LLAMA_TYPES.items() if args.llama_python else ():
         path = args.work / f"{kind}.gguf"
         if not path.is_file():

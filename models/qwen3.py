@@ -32,11 +32,16 @@ def load(w: Any, cfg: ModelConfig) -> llama.Weights:
     return llama.load(w, cfg, load_block)
 
 
-def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
-    """One decoder block. x: [T, hidden]."""
+def attention(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
+    """The attention half of a block. x: [T, hidden]."""
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), cfg)
     q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
-    x = ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o, add_to=x)
+    return ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o, add_to=x)
+
+
+def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
+    """One decoder block. x: [T, hidden]."""
+    x = attention(ops, cfg, w, x, layer)
     return ops.linear(mlp(ops, w, ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)), w.down, add_to=x)
 
 

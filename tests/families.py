@@ -33,7 +33,7 @@ class FromTransformers:
 
     def __init__(self, hf):
         self.config = ModelConfig.from_hf({**hf.config.to_dict(), "architectures": [type(hf).__name__]})
-        self.state = {k: v.detach().numpy() for k, v in hf.state_dict().items()}
+        self.state = {k: v.detach().numpy() for k, v in experts_apart(hf.state_dict()).items()}
 
     def has(self, name):
         return name + ".weight" in self.state
@@ -51,6 +51,46 @@ class FromTransformers:
 
     def fingerprint(self):
         return "random"
+
+
+def experts_apart(state: dict) -> dict:
+    """A state dict with one linear for each expert, where transformers has all of a layer in one tensor."""
+    out = {}
+    for name, t in state.items():
+        prefix, _, linear = name.rpartition(".")
+        if not prefix.endswith("mlp.experts"):
+            out[name] = t
+            continue
+        for e, one in enumerate(t):
+            parts = one.chunk(2) if linear == "gate_up_proj" else (one,)
+            names = ("gate_proj", "up_proj") if linear == "gate_up_proj" else (linear,)
+            out |= {f"{prefix}.{e}.{n}.weight": p for n, p in zip(names, parts, strict=True)}
+    return out
+
+
+def set_weight(hf, name: str, weight: np.ndarray) -> None:
+    """A linear's weight, by the module names of `experts_apart`."""
+    prefix, _, linear = name.rpartition(".")
+    tensor = torch.from_numpy(weight)
+    if ".experts." not in name:
+        hf.get_submodule(name).weight.data = tensor
+        return
+    experts, e = hf.get_submodule(prefix.rpartition(".")[0]), int(prefix.rpartition(".")[2])
+    with torch.no_grad():
+        if linear == "down_proj":
+            experts.down_proj[e] = tensor
+        else:
+            half = len(weight) * (linear == "up_proj")
+            experts.gate_up_proj[e, half : half + len(weight)] = tensor
+
+
+def as_files_name_it(name: str, cls: str) -> str:
+    """Mixtral's files have other names than transformers' modules: its conversion map says which."""
+    if cls != "MixtralForCausalLM" or ".mlp." not in name:
+        return name
+    for module, file in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+        name = name.replace(f".{module}.", f".{file}.")
+    return name.replace(".mlp.", ".block_sparse_moe.")
 
 
 def random_model(name: str, **changes):
@@ -74,6 +114,13 @@ def logits_of(hf, ids) -> np.ndarray:
         return hf(torch.tensor([list(map(int, ids))])).logits[0].numpy()
 
 
+def usual_error(ours, theirs) -> float:
+    """The relative error that nine of ten rows stay below: where two experts are level, a router may take the
+    other one, and that row is then another.
+    """
+    return float(np.quantile(np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1), 0.9))
+
+
 def relative_error(ours, theirs) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
@@ -88,6 +135,8 @@ LONGROPE = dict(short_factor=[1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0], long_fact
 GRANITE = dict(
     embedding_multiplier=12.0, attention_multiplier=0.11, residual_multiplier=0.22, logits_scaling=8.0
 )
+
+QWEN3_MOE = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, head_dim=16)
 
 # name → transformers' class, and how its config differs from SHAPE
 CASES = {
@@ -180,5 +229,23 @@ CASES = {
             },
         ),
     ),
+    "mixtral": ("MixtralForCausalLM", dict(num_local_experts=8)),
+    "mixtral window": (
+        "MixtralForCausalLM",
+        dict(num_local_experts=4, num_experts_per_tok=3, sliding_window=40, tie_word_embeddings=True)
+        | dict(head_dim=32, num_key_value_heads=1),
+    ),
+    "mixtral all": ("MixtralForCausalLM", dict(num_local_experts=3, num_experts_per_tok=3)),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM",
+        dict(QWEN3_MOE, norm_topk_prob=True),
+    ),
+    "qwen3moe unnormalized": ("Qwen3MoeForCausalLM", dict(QWEN3_MOE, attention_bias=True)),
+    "qwen3moe dense layers": (
+        "Qwen3MoeForCausalLM",
+        dict(QWEN3_MOE, mlp_only_layers=[3], decoder_sparse_step=2, num_hidden_layers=4)
+        | dict(tie_word_embeddings=True, use_sliding_window=True, sliding_window=50),
+    ),
+    "qwen3moe one": ("Qwen3MoeForCausalLM", dict(QWEN3_MOE, num_experts_per_tok=1)),
     "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
 }

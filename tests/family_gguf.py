@@ -33,6 +33,7 @@ def write(path: Path, hf, arch: str) -> None:
     w.add_layer_norm_rms_eps(c.rms_norm_eps)
     w.add_vocab_size(c.vocab_size)
     tensors = dict(hf.state_dict())
+    experts(w, c, tensors)
     METADATA.get(arch, lambda w, c, tensors: None)(w, c, tensors)
     rope(w, c, head_dim, tensors)
     w.add_tokenizer_model("gpt2")
@@ -57,6 +58,22 @@ def write(path: Path, hf, arch: str) -> None:
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+def experts(w: GGUFWriter, c, tensors: dict) -> None:
+    if not hasattr(c, "num_local_experts"):
+        return
+    w.add_expert_count(c.num_local_experts)
+    w.add_expert_used_count(c.num_experts_per_tok)
+    if hasattr(c, "moe_intermediate_size"):
+        w.add_expert_feed_forward_length(c.moe_intermediate_size)
+    for name in [n for n in tensors if n.endswith("experts.gate_up_proj")]:
+        prefix, gate_up = name.removesuffix("gate_up_proj"), tensors.pop(name)
+        for part, t in zip(("gate_proj", "up_proj"), gate_up.chunk(2, dim=1), strict=True):
+            tensors[f"{prefix}{part}.weight"] = t
+        tensors[f"{prefix}down_proj.weight"] = tensors.pop(f"{prefix}down_proj")
+    for name in [n for n in tensors if n.endswith("mlp.gate.weight")]:
+        tensors[name.replace("mlp.gate", "block_sparse_moe.gate")] = tensors.pop(name)
 
 
 def rope(w: GGUFWriter, c, head_dim: int, tensors: dict) -> None:

@@ -55,6 +55,7 @@ def write(
     change=None,
     shapes: dict[str, tuple[int, int]] | None = None,
     template: str | None = TEMPLATE,
+    license: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Write the file; returns what each linear is after quantization, float32, in Hugging Face's row order.
 
@@ -63,6 +64,8 @@ def write(
     from tokenizers import pre_tokenizers
 
     w = GGUFWriter(path, arch)
+    if license:
+        w.add_license(license)
     w.add_block_count(LAYERS)
     w.add_context_length(256)
     w.add_embedding_length(H)

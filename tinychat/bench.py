@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ SHAPES: dict[str, ModelConfig] = {
     "llama-2-7b": _shape(4096, 11008, 32, 32, 32, 32000, tied=False),
     "llama-3-8b": _shape(4096, 14336, 32, 32, 8, 128256, tied=False),
 }
+SHAPES["qwen3-30b-a3b"] = replace(
+    _shape(2048, 6144, 48, 32, 4, 151936, tied=False),
+    family="qwen3_moe",
+    head_dim=128,
+    rope=RopeConfig(dim=128),
+    n_experts=128,
+    n_experts_used=8,
+    expert_size=768,
+)
 
 
 class SyntheticCheckpoint:
@@ -71,6 +81,9 @@ class SyntheticCheckpoint:
         c = self.config
         if name in ("lm_head", "model.embed_tokens"):
             n, k, body = c.vocab_size, c.hidden_size, False
+        elif name.endswith("mlp.gate"):
+            shape = self._linears["model.layers.0.mlp.gate"]
+            return DenseLinear(np.random.default_rng(0).normal(0, 1, shape).astype(np.float32))
         else:
             tail = name.split(".", 3)[-1]
             (n, k), body = self._linears[f"model.layers.0.{tail}"], True
@@ -82,7 +95,8 @@ class SyntheticCheckpoint:
 
     def vector(self, name: str) -> np.ndarray:
         """Ones."""
-        return np.ones(self.config.hidden_size, np.float32)
+        c = self.config
+        return np.ones(c.head_dim if name.endswith(("q_norm", "k_norm")) else c.hidden_size, np.float32)
 
     def fingerprint(self) -> str:
         """The shape's name says it all."""
@@ -122,18 +136,21 @@ def linear_bytes(w: Linear) -> float:
 
 
 def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:
-    """What decoding one token reads: every linear of the body and the head (a tied head is the embedding)."""
+    """What decoding one token reads: every linear of the body and the head (a tied head is the embedding); of
+    experts as many as a token takes.
+    """
     c = checkpoint.config
     total, by_shape = 0.0, {}
     for layer in range(c.n_layers):
-        for name in FAMILIES[c.family].linears(c, layer):
-            if isinstance(checkpoint, SyntheticCheckpoint):  # all layers are alike
-                key = name.split(".", 3)[-1]
-                if key not in by_shape:
-                    by_shape[key] = linear_bytes(policy.linear(checkpoint, name))
-                total += by_shape[key]
+        for name, shape in FAMILIES[c.family].linears(c, layer).items():
+            read = policy.router if name.endswith("mlp.gate") else policy.linear
+            share = c.n_experts_used / c.n_experts if ".experts." in name else 1
+            if isinstance(checkpoint, SyntheticCheckpoint):  # linears of a shape are alike
+                if shape not in by_shape:
+                    by_shape[shape] = linear_bytes(read(checkpoint, name))
+                total += by_shape[shape] * share
             else:
-                total += linear_bytes(policy.linear(checkpoint, name))
+                total += linear_bytes(read(checkpoint, name)) * share
     head = policy.head(checkpoint, "lm_head") or policy.embedding(checkpoint, "model.embed_tokens")
     return int(total + linear_bytes(head))
 

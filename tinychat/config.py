@@ -62,6 +62,11 @@ class ModelConfig:
     long_context      a longer context that the model knows too, with `long_rope` (longrope's second factors)
     attn_soft_cap     c: scores become c·tanh(score / c); 0: they stay
     logit_soft_cap    likewise, for logits
+    n_experts         MLPs of which each token takes some; 0: one MLP for all tokens
+    n_experts_used    how many a token takes
+    expert_size       their intermediate size
+    norm_experts      the weights of those that a token takes are made to sum to one
+    dense_layers      layers that have one MLP all the same
     """
 
     family: str
@@ -92,6 +97,11 @@ class ModelConfig:
     long_rope: RopeConfig | None = None
     attn_soft_cap: float = 0.0
     logit_soft_cap: float = 0.0
+    n_experts: int = 0
+    n_experts_used: int = 0
+    expert_size: int = 0
+    norm_experts: bool = True
+    dense_layers: tuple[int, ...] = ()
 
     @property
     def may_evict(self) -> bool:
@@ -119,6 +129,7 @@ class ModelConfig:
                     f"The checkpoint's {name} is {value!r}, outside 1…{limit}.",
                     "The file is damaged or not a language model; pull it again.",
                 )
+        self._check_experts()
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
                 f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.",
@@ -161,6 +172,23 @@ class ModelConfig:
                     "The file is damaged; pull it again.",
                 )
 
+    def _check_experts(self) -> None:
+        counts = (self.n_experts, self.n_experts_used, self.expert_size)
+        if counts == (0, 0, 0):
+            return
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in counts)
+        if not (
+            whole
+            and 1 <= self.n_experts_used <= min(self.n_experts, 64)
+            and self.n_experts * self.n_layers <= 1 << 17
+            and 1 <= self.expert_size <= 1 << 19
+        ):
+            raise CheckpointError(
+                f"The checkpoint has {self.n_experts!r} experts of the size {self.expert_size!r} in each of"
+                f" {self.n_layers} layers, and a token takes {self.n_experts_used!r}.",
+                "The file is damaged; pull it again.",
+            )
+
     def _check_rope(self, rope: RopeConfig) -> None:
         if rope.dim % 2 or not 0 < rope.dim <= self.head_dim:
             raise CheckpointError(
@@ -184,6 +212,10 @@ class ModelConfig:
             return self
         longer = dict(context_length=self.long_context, rope=self.long_rope)
         return replace(self, **longer, long_context=0, long_rope=None)
+
+    def experts_in(self, layer: int) -> bool:
+        """Whether the layer has experts in place of one MLP."""
+        return self.n_experts > 0 and layer not in self.dense_layers
 
     def window_of(self, layer: int) -> int:
         """Tokens that a token attends to in this layer; 0: all."""

@@ -108,16 +108,60 @@ def _gemma3_layers(cfg: Settings) -> Iterable[int]:
     return (i for i in _layers(cfg) if (i + 1) % every)
 
 
+def _mixtral(cfg: Settings) -> Settings:
+    return _experts(cfg, cfg["intermediate_size"], 8)
+
+
+def _qwen3_moe(cfg: Settings) -> Settings:
+    step, dense = cfg["decoder_sparse_step"], cfg["mlp_only_layers"] or ()
+    return _experts(cfg, cfg["moe_intermediate_size"], 128) | {
+        "norm_experts": bool(cfg["norm_topk_prob"]),
+        "dense_layers": tuple(i for i in _layers(cfg) if i in dense or (i + 1) % step),
+    }
+
+
+def _experts(cfg: Settings, size: int, default: int) -> Settings:
+    # transformers has two names for the number and writes either
+    named = {cfg[name] for name in ("num_experts", "num_local_experts") if cfg.get(name) is not None}
+    if len(named) > 1:
+        raise ValueError(f"it has {' and '.join(map(str, sorted(named)))} experts")
+    n = named.pop() if named else default
+    return {"n_experts": n, "n_experts_used": cfg["num_experts_per_tok"], "expert_size": size}
+
+
 _QWEN = {"use_sliding_window": False, "max_window_layers": 28}
 _GRANITE = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
+_EXPERTS = ("num_experts", "num_local_experts")
 _GELU = ("hidden_activation", "gelu_pytorch_tanh")
 _GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 256, "head_dim": 256, "sliding_window": 4096}
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama"),
     "MistralForCausalLM": Architecture("llama", {"sliding_window": 4096}, windowed=_layers),
+    "MixtralForCausalLM": Architecture(
+        "mixtral",
+        {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2},
+        _EXPERTS,
+        _mixtral,
+        _layers,
+    ),
     "MinistralForCausalLM": Architecture("llama", {"sliding_window": 4096}, windowed=_layers),
     "Qwen2ForCausalLM": Architecture("qwen2", _QWEN, windowed=_last_layers),
     "Qwen3ForCausalLM": Architecture("qwen3", {**_QWEN, "head_dim": 128}, windowed=_last_layers),
+    "Qwen3MoeForCausalLM": Architecture(
+        "qwen3_moe",
+        {
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+        _EXPERTS,
+        _qwen3_moe,
+        lambda cfg: _layers(cfg) if cfg["use_sliding_window"] else (),
+    ),
     "Phi3ForCausalLM": Architecture(
         "phi3", {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}, windowed=_layers
     ),

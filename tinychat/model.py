@@ -142,7 +142,8 @@ def make_backend(
 
 def count_weights(cfg: ModelConfig) -> int:
     """Weights of the linears, the embedding and the head."""
-    body = sum(n * k for n, k in FAMILIES[cfg.family].linears(cfg, 0).values()) * cfg.n_layers
+    linears = FAMILIES[cfg.family].linears
+    body = sum(n * k for layer in range(cfg.n_layers) for n, k in linears(cfg, layer).values())
     return body + cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
 
 

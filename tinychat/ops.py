@@ -7,6 +7,7 @@ the backend, so a model never sees them. Every handle has as many rows as the st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tinychat.config import ModelConfig, RopeConfig
@@ -15,7 +16,7 @@ Handle = Any
 
 
 class Ops(Protocol):
-    """A dozen verbs. Shapes: T tokens in the step, H hidden, D head_dim."""
+    """The verbs. Shapes: T tokens in the step, H hidden, D head_dim."""
 
     def embed(self, weight: Handle, scale: float = 1.0) -> Handle:
         """Rows of the embedding for the step's token ids, multiplied by `scale`: [T, H]."""
@@ -57,6 +58,26 @@ class Ops(Protocol):
 
     def gelu_mul(self, gate_up: Handle) -> Handle:
         """[T, 2F] → gelu(first half) · second half, by GELU's tanh formula: [T, F]."""
+        ...
+
+    def route(self, scores: Handle, n: int, normalize: bool) -> Handle:
+        """Which n experts each token takes: those of the largest softmax(scores), which weighs them.
+
+        scores: [T, experts], one for each expert. `normalize`: a token's weights are made to sum to one.
+        Ties go to the expert with the lower number.
+        """
+        ...
+
+    def expert_linear(self, x: Handle, weights: Sequence[Handle], routes: Handle) -> Handle:
+        """`linear` of each token with each expert that it takes: [T, taken, out].
+
+        x: [T, in], or what `silu_mul` made of such a result. weights: one linear for each expert; those
+        that no token takes are not read.
+        """
+        ...
+
+    def expert_sum(self, x: Handle, routes: Handle, add_to: Handle) -> Handle:
+        """add_to + Σ weight · x over the experts that each token takes; x: [T, taken, H]. Replaces add_to."""
         ...
 
     def lm_head(self, x: Handle, weight: Handle, scale: float = 1.0) -> Handle:

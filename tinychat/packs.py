@@ -68,6 +68,10 @@ class Packs:
         """Linears that share an input."""
         return tuple(self._linear(n) for n in names)
 
+    def router(self, name: str) -> tuple[PackedLinear, ...]:
+        """What chooses experts."""
+        return (self._linear(name),)
+
     def embedding(self, name: str) -> tuple[PackedLinear, ...]:
         """The embedding (rows are token ids)."""
         return (self._linear(name),)
@@ -239,6 +243,9 @@ class _Packer:
     def linear(self, *names: str) -> None:
         for name in names:
             self._pack(name, self.policy.linear(self.checkpoint, name))
+
+    def router(self, name: str) -> None:
+        self._pack(name, self.policy.router(self.checkpoint, name))
 
     def embedding(self, name: str) -> None:
         self._pack(name, self.policy.embedding(self.checkpoint, name))

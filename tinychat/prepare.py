@@ -49,6 +49,11 @@ class WeightPolicy:
             return w
         return _int8(w)
 
+    def router(self, checkpoint: Checkpoint, name: str) -> Linear:
+        """What chooses experts, in 16 or 32 bits: a small error may choose others."""
+        w = _checked(checkpoint.linear(name), name)
+        return w if isinstance(w, DenseLinear) else DenseLinear(w.dequantize(), w.bias)
+
     def embedding(self, checkpoint: Checkpoint, name: str) -> Linear:
         """The embedding (rows are token ids)."""
         w = _checked(checkpoint.linear(name), name)

@@ -43,6 +43,7 @@ struct HeadNormArgs {
 
 struct QuantizeArgs {
     const float* x;       // [rows, k]
+    const int32_t* rows;  // out row r takes input row rows[r]; or null: row r
     const int32_t* perm;  // out column j takes input perm[j]; or null
     Activations out;
     int r0, r1;

@@ -73,13 +73,19 @@ struct Linear {
     }
 };
 
-// A buffer of fp32 rows, and the quantized view of a value.
+// A buffer of fp32 rows, and the quantized view of a value. rows 0: those of the program.
 struct Floats {
     float* p;
     int cols;
+    int rows = 0;
 };
 struct Rows {
     Activations* a;
+    int rows = 0;
+};
+struct Routes {
+    Routing* r;
+    int slots() const { return static_cast<int>(r->row_of.size()); }
 };
 
 // A program and what its pointers lead to.
@@ -101,6 +107,16 @@ struct PyProgram {
     }
     // With room behind the last row of a view, kernels would still write only what was asked for.
     void keep_alive(nb::handle h) { keep.push_back(nb::borrow(h)); }
+    // The order of n inputs; null for None.
+    const int32_t* permutation(const nb::object& perm, int n) {
+        if (perm.is_none()) return nullptr;
+        auto a = nb::cast<In<int32_t>>(perm);
+        require(static_cast<int>(a.size()) == n, "the permutation has the wrong size");
+        for (size_t i = 0; i < a.size(); i++)
+            require(a.data()[i] >= 0 && a.data()[i] < n, "the permutation leaves the row");
+        keep_alive(perm);
+        return a.data();
+    }
 };
 
 // Positive step inputs, checked here once so that kernels need not: a wrong id or block is an exception, not a crash.
@@ -201,35 +217,122 @@ void bind_packing(nb::module_& m) {
         .def_prop_ro("quantized", [](const Linear& l) { return l.w.quantized(); });
 }
 
+// Linears of experts: all of the same shapes, reading rows that are slots of the routes.
+std::vector<std::vector<LinearPart>> expert_parts(
+    PyProgram& p, const Routes& routes, const std::vector<std::vector<std::tuple<nb::object, Rows, int>>>& experts,
+    Floats out) {
+    require(static_cast<int>(experts.size()) == routes.r->n_experts, "there is not one linear for each expert");
+    require(out.rows >= routes.slots(), "the output has too few slots");
+    std::vector<std::vector<LinearPart>> parts;
+    for (const auto& expert : experts) {
+        std::vector<LinearPart> native;
+        for (const auto& [weight, rows, column] : expert) {
+            const Linear& w = nb::cast<const Linear&>(weight);
+            require(w.w.k == rows.a->k && column >= 0 && column + w.w.n <= out.cols, "a linear does not fit");
+            require(readable(w.w, *rows.a), "a linear's input has another form");
+            require(rows.rows >= routes.slots(), "the input has too few slots");
+            p.keep_alive(weight);
+            native.push_back({&w.w, rows.a, column});
+        }
+        require(!native.empty() && (parts.empty() || native.size() == parts[0].size()), "experts differ");
+        for (size_t i = 0; !parts.empty() && i < native.size(); i++)
+            require(native[i].w->n == parts[0][i].w->n, "experts differ");
+        parts.push_back(std::move(native));
+    }
+    return parts;
+}
+
+void bind_experts(nb::class_<PyProgram>& program) {
+    program
+        .def(
+            "routes",
+            [](PyProgram& p, int n_experts, int taken) {
+                require(taken >= 1 && taken <= n_experts && n_experts <= 1 << 17, "experts taken are some of all");
+                return Routes{p.program.routing(n_experts, taken)};
+            },
+            "n_experts"_a, "taken"_a)
+        .def(
+            "route",
+            [](PyProgram& p, Floats scores, Routes routes, bool normalize) {
+                require(scores.cols == routes.r->n_experts, "there is not one score for each expert");
+                p.program.route(scores.p, routes.r, normalize);
+            },
+            "scores"_a, "routes"_a, "normalize"_a)
+        .def(
+            "expert_input",
+            [](PyProgram& p, Routes routes, Floats x, std::vector<std::vector<std::pair<Rows, nb::object>>> inputs) {
+                require(static_cast<int>(inputs.size()) == routes.r->n_experts, "each expert has its inputs");
+                std::vector<std::vector<ExpertInput>> native;
+                for (const auto& expert : inputs) {
+                    native.emplace_back();
+                    for (const auto& [rows, perm] : expert) {
+                        require(rows.a->k == x.cols && rows.rows >= routes.slots(), "an expert's input does not fit");
+                        native.back().push_back({rows.a, p.permutation(perm, x.cols)});
+                    }
+                    require(!native.back().empty(), "each expert has its inputs");
+                }
+                p.program.expert_input(routes.r, x.p, x.rows < routes.slots(), std::move(native));
+            },
+            "routes"_a, "x"_a, "inputs"_a, "inputs: for each expert, rows to write and the order of its inputs or None")
+        .def(
+            "expert_linear",
+            [](PyProgram& p, Routes routes, std::vector<std::vector<std::tuple<nb::object, Rows, int>>> experts,
+               Floats out) {
+                auto parts = expert_parts(p, routes, experts, out);
+                p.program.expert_linear(routes.r, std::move(parts), out.p, out.cols);
+            },
+            "routes"_a, "experts"_a, "out"_a)
+        .def(
+            "expert_silu_mul",
+            [](PyProgram& p, Routes routes, Floats x, Rows out) {
+                require(x.cols == 2 * out.a->k, "gate and up do not fit");
+                require(x.rows >= routes.slots() && out.rows >= routes.slots(), "there are too few slots");
+                p.program.gate_mul(x.p, out.a, false, routes.r);
+            },
+            "routes"_a, "x"_a, "out"_a)
+        .def(
+            "expert_sum",
+            [](PyProgram& p, Routes routes, Floats x, Floats y) {
+                require(x.cols == y.cols && x.rows >= routes.slots(), "the experts' outputs do not fit");
+                p.program.expert_sum(routes.r, x.p, y.p, y.cols);
+            },
+            "routes"_a, "x"_a, "y"_a, "y += the experts' outputs, weighted");
+}
+
 void bind_program(nb::module_& m) {
+    nb::class_<Routes>(m, "Routes", "Which experts the rows of a step take.").def_prop_ro("slots", [](const Routes& r) {
+        return r.slots();
+    });
     nb::class_<Floats>(m, "Floats", "fp32 rows of a program.").def_ro("cols", &Floats::cols);
     nb::class_<Rows>(m, "Rows", "A value as linears read it: integers, fp32, or both.")
         .def_prop_ro("floats", [](const Rows& r) {
             require(r.a->f != nullptr, "these rows have no fp32 form");
-            return Floats{r.a->f, r.a->k};
+            return Floats{r.a->f, r.a->k, r.rows};
         });
-    nb::class_<PyProgram>(m, "Program")
-        .def(nb::init<const std::string&, int, int>(), "isa"_a, "threads"_a, "max_rows"_a)
+    nb::class_<PyProgram> program(m, "Program");
+    bind_experts(program);
+    program.def(nb::init<const std::string&, int, int>(), "isa"_a, "threads"_a, "max_rows"_a)
         .def_prop_ro("max_rows", [](const PyProgram& p) { return p.program.max_rows(); })
         .def(
-            "floats", [](PyProgram& p, int cols) { return Floats{p.program.floats(cols), cols}; }, "cols"_a)
+            "floats", [](PyProgram& p, int cols, int rows) { return Floats{p.program.floats(cols, rows), cols, rows}; },
+            "cols"_a, "rows"_a = 0, "rows 0: max_rows")
         .def(
             "array",
             [](nb::object self, Floats f) {
-                const size_t shape[2] = {static_cast<size_t>(nb::cast<PyProgram&>(self).program.max_rows()),
-                                         static_cast<size_t>(f.cols)};
+                const int rows = f.rows ? f.rows : nb::cast<PyProgram&>(self).program.max_rows();
+                const size_t shape[2] = {static_cast<size_t>(rows), static_cast<size_t>(f.cols)};
                 return nb::ndarray<nb::numpy, float, nb::ndim<2>>(f.p, 2, shape, self);
             },
-            "floats"_a, "The buffer as a numpy array [max_rows, cols], to look into.")
+            "floats"_a, "The buffer as a numpy array [rows, cols], to look into.")
         .def(
             "rows",
-            [](PyProgram& p, int k, bool as_float, int bits, int group) {
+            [](PyProgram& p, int k, bool as_float, int bits, int group, int rows) {
                 require(bits == 0 || bits == 8 || bits == 16, "integers have 8 or 16 bits");
                 require(!bits || (group > 0 && group % kActGroup == 0 && k % group == 0),
                         "quantized rows need whole groups of a multiple of 32 inputs");
-                return Rows{p.program.activations(k, as_float, bits, group)};
+                return Rows{p.program.activations(k, as_float, bits, group, rows), rows};
             },
-            "k"_a, "as_float"_a, "bits"_a, "group"_a)
+            "k"_a, "as_float"_a, "bits"_a, "group"_a, "rows"_a = 0)
         .def(
             "embed",
             [](PyProgram& p, nb::object weight, Floats out, float scale) {
@@ -282,16 +385,7 @@ void bind_program(nb::module_& m) {
             "quantize",
             [](PyProgram& p, Floats x, nb::object perm, Rows out, bool tail) {
                 require(out.a->k == x.cols, "the shapes of quantize differ");
-                const int32_t* indices = nullptr;
-                if (!perm.is_none()) {
-                    auto a = nb::cast<In<int32_t>>(perm);
-                    require(static_cast<int>(a.size()) == x.cols, "the permutation has the wrong size");
-                    for (size_t i = 0; i < a.size(); i++)
-                        require(a.data()[i] >= 0 && a.data()[i] < x.cols, "the permutation leaves the row");
-                    p.keep_alive(perm);
-                    indices = a.data();
-                }
-                p.program.quantize(x.p, indices, out.a, tail);
+                p.program.quantize(x.p, p.permutation(perm, x.cols), out.a, tail);
             },
             "x"_a, "perm"_a.none(), "out"_a, "tail"_a)
         .def(

@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "expert_ops.h"
 #include "program_ops.h"
 
 namespace tinychat {
@@ -39,17 +40,22 @@ Program::Program(IsaKind isa, int threads, int max_rows)
     scratch_.resize(pool_.size(), nullptr);
 }
 
-float* Program::floats(int cols) {
-    return static_cast<float*>(arena_.take(static_cast<size_t>(max_rows_) * cols * sizeof(float)));
+float* Program::floats(int cols, int rows) {
+    return static_cast<float*>(arena_.take(static_cast<size_t>(rows ? rows : max_rows_) * cols * sizeof(float)));
 }
 
-Activations* Program::activations(int k, bool as_float, int bits, int group) {
+Routing* Program::routing(int n_experts, int taken) {
+    routings_.push_back(std::make_unique<Routing>(n_experts, taken, max_rows_));
+    return routings_.back().get();
+}
+
+Activations* Program::activations(int k, bool as_float, int bits, int group, int rows) {
     auto a = std::make_unique<Activations>();
     a->k = k;
     a->bits = bits ? bits : 8;
-    if (as_float) a->f = floats(k);
+    if (as_float) a->f = floats(k, rows);
     if (bits) {
-        const size_t n = static_cast<size_t>(max_rows_) * k;
+        const size_t n = round_up(rows ? rows : max_rows_, kRowBlock) * k;
         a->q = arena_.take(n * (bits / 8));
         a->scale = static_cast<float*>(arena_.take(n / kActGroup * sizeof(float)));
         a->group = group;
@@ -116,9 +122,26 @@ void Program::attention(const float* qkv, int n_heads, int n_kv, int head_dim, i
     add(std::make_unique<AttentionScoreOp>(k_, &scores_, n_heads, layer));
 }
 
-void Program::gate_mul(const float* x, Activations* out, bool gelu) {
-    const bool fused = last_linear_ && last_linear_->fuse_gate(x, out, gelu);
-    add(std::make_unique<GateOp>(k_, x, out, gelu, fused ? last_linear_ : nullptr));
+void Program::gate_mul(const float* x, Activations* out, bool gelu, const Routing* routing) {
+    const bool fused = !routing && last_linear_ && last_linear_->fuse_gate(x, out, gelu);
+    add(std::make_unique<GateOp>(k_, x, out, gelu, routing, fused ? last_linear_ : nullptr));
+}
+
+void Program::route(const float* scores, Routing* routing, bool normalize) {
+    add(std::make_unique<RouteOp>(scores, routing, normalize));
+}
+
+void Program::expert_input(const Routing* routing, const float* x, bool from_rows,
+                           std::vector<std::vector<ExpertInput>> inputs) {
+    add(std::make_unique<ExpertInputOp>(k_, routing, x, from_rows, std::move(inputs)));
+}
+
+void Program::expert_linear(const Routing* routing, std::vector<std::vector<LinearPart>> parts, float* y, int ldy) {
+    add(std::make_unique<ExpertLinearOp>(k_, routing, std::move(parts), y, ldy));
+}
+
+void Program::expert_sum(const Routing* routing, const float* x, float* y, int cols) {
+    add(std::make_unique<ExpertSumOp>(routing, x, y, cols));
 }
 
 void Program::lm_head(const LinearWeights* w, const Activations* x, float scale, float cap) {

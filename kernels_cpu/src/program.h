@@ -1,6 +1,7 @@
 // A program: the ops of one pass over the network, recorded once, replayed each step by all threads together.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -70,6 +71,39 @@ struct LinearPart {
     int column;  // of its first output in the op's output
 };
 
+// What one expert reads: its inputs in the form of its weights, in the order `perm` of them (null: as they are).
+struct ExpertInput {
+    Activations* out;
+    const int32_t* perm;
+};
+
+// Which experts the rows of a step take. Each row has a slot with each of its experts; the slots of an expert follow
+// each other from a multiple of kRowBlock on, so that its linears see them as rows of their own.
+struct Routing {
+    Routing(int n_experts, int taken, int max_rows)
+        : n_experts(n_experts),
+          taken(taken),
+          experts(static_cast<size_t>(max_rows) * taken),
+          slots(experts.size()),
+          row_of(max_slots(n_experts, taken, max_rows)),
+          expert_of(row_of.size()),
+          first(n_experts),
+          count(n_experts),
+          weights(experts.size()) {
+        used.reserve(n_experts);
+    }
+    static int max_slots(int n_experts, int taken, int max_rows) {
+        return max_rows * taken + std::min(n_experts, max_rows * taken) * (kRowBlock - 1);
+    }
+
+    int n_experts, taken;                     // so many of so many for each row
+    int end = 0;                              // slots in use, gaps counted
+    std::vector<int32_t> experts, slots;      // [rows, taken], experts ascending
+    std::vector<int32_t> row_of, expert_of;   // [slots]; row −1: a gap
+    std::vector<int32_t> first, count, used;  // first slot and slots of each expert; experts that have any
+    std::vector<float> weights;               // [rows, taken]
+};
+
 // Behind ScoreScratch; one layer at a time uses it.
 struct ScoreBuffers {
     std::vector<float> weights, peaks, totals;
@@ -85,8 +119,10 @@ class Program : private Job {
     int threads() const { return pool_.size(); }
 
     // Buffers: [max_rows, cols] fp32; a value as linears read it: fp32, integers of 8 or 16 bits (0: none), or both.
-    float* floats(int cols);
-    Activations* activations(int k, bool as_float, int bits, int group);
+    // rows: instead of max_rows
+    float* floats(int cols, int rows = 0);
+    Activations* activations(int k, bool as_float, int bits, int group, int rows = 0);
+    Routing* routing(int n_experts, int taken);
 
     void embed(const LinearWeights* w, float* out, float scale);
     float* rope_table(const std::vector<double>& frequencies, double magnitude);
@@ -100,7 +136,12 @@ class Program : private Job {
                  float q_scale);
     void attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out, int window = 0,
                    float cap = 0.0f);
-    void gate_mul(const float* x, Activations* out, bool gelu);
+    void gate_mul(const float* x, Activations* out, bool gelu, const Routing* routing = nullptr);
+    void route(const float* scores, Routing* routing, bool normalize);
+    void expert_input(const Routing* routing, const float* x, bool from_rows,
+                      std::vector<std::vector<ExpertInput>> inputs);
+    void expert_linear(const Routing* routing, std::vector<std::vector<LinearPart>> parts, float* y, int ldy);
+    void expert_sum(const Routing* routing, const float* x, float* y, int cols);
     void lm_head(const LinearWeights* w, const Activations* x, float scale = 1.0f, float cap = 0.0f);
 
     void set_kv(const KvPool& kv) { kv_ = kv; }
@@ -136,6 +177,7 @@ class Program : private Job {
     ThreadPool pool_;
     Arena arena_;
     std::vector<std::unique_ptr<Activations>> activations_;
+    std::vector<std::unique_ptr<Routing>> routings_;
     std::vector<std::unique_ptr<Op>> ops_;
     std::vector<float*> scratch_;  // one for each thread
     LinearOp* last_linear_ = nullptr;

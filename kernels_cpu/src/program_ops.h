@@ -101,7 +101,7 @@ class QuantizeOp : public Op {
     void run(const StepState& s, int c, int) override {
         const int piece = row_piece(out_->k), rows = tail_ ? s.logit_rows() : s.rows;
         const float* x = x_ + (tail_ ? static_cast<size_t>(s.logits_from) * out_->k : 0);
-        k_.quantize({x, perm_, *out_, c * piece, std::min(rows, (c + 1) * piece)});
+        k_.quantize({x, nullptr, perm_, *out_, c * piece, std::min(rows, (c + 1) * piece)});
     }
 
   private:
@@ -217,18 +217,22 @@ class LinearOp : public Op {
 
 class GateOp : public Op {
   public:
-    // before: the linear that makes x, where that may do it all
-    GateOp(const KernelTable& k, const float* x, const Activations* out, bool gelu, const LinearOp* before)
-        : k_(k), x_(x), out_(out), gelu_(gelu), before_(before) {}
+    // routing: x and out are rows of experts, [slots]; or null. before: the linear that makes x, where that may do it
+    // all; or null.
+    GateOp(const KernelTable& k, const float* x, const Activations* out, bool gelu, const Routing* routing,
+           const LinearOp* before)
+        : k_(k), x_(x), out_(out), gelu_(gelu), routing_(routing), before_(before) {}
     const char* name() const override { return gelu_ ? "gelu_mul" : "silu_mul"; }
     int chunks(const StepState& s, int) override {
-        return before_ && before_->fused(s) ? 0 : s.rows * pieces(out_->k, cols());
+        if (before_ && before_->fused(s)) return 0;
+        return (routing_ ? routing_->end : s.rows) * pieces(out_->k, cols());
     }
     void run(const StepState&, int c, int) override {
         const int across = pieces(out_->k, cols()), row = c / across, col = c % across * cols();
+        if (routing_ && routing_->row_of[row] < 0) return;
+        const size_t ld = static_cast<size_t>(2) * out_->k;
         const float* gate = x_ + col;
-        k_.gate_mul({gate, gate + out_->k, static_cast<size_t>(2) * out_->k, *out_, gelu_, row, row + 1, col,
-                     std::min(out_->k, col + cols())});
+        k_.gate_mul({gate, gate + out_->k, ld, *out_, gelu_, row, row + 1, col, std::min(out_->k, col + cols())});
     }
 
   private:
@@ -238,6 +242,7 @@ class GateOp : public Op {
     const float* x_;
     const Activations* out_;
     bool gelu_;
+    const Routing* routing_;
     const LinearOp* before_;
 };
 

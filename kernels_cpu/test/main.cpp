@@ -127,7 +127,7 @@ std::vector<float> random_rows(int rows, int k) {
 
 std::vector<float> run_linear(const KernelTable& t, const Weights& w, const std::vector<float>& x, int rows, int bits) {
     Input in(rows, w.w.k, w.w.quantized() ? bits : 0, w.w.group);
-    t.quantize({x.data(), nullptr, in.a, 0, rows});
+    t.quantize({x.data(), nullptr, nullptr, in.a, 0, rows});
     Aligned<float> y(static_cast<size_t>(rows) * w.w.n);
     const int cut = uniform(0, w.w.tiles());
     t.linear({&w.w, &in.a, rows, y.data(), static_cast<size_t>(w.w.n), nullptr, 0, 0, cut});
@@ -309,14 +309,71 @@ void test_threads() {
     }
 }
 
+// Experts' outputs for rows with random scores; what is read and in which order differs from expert to expert.
+std::vector<float> run_experts(std::vector<std::unique_ptr<Weights>>& w, const std::vector<float>& x,
+                               const std::vector<float>& scores, const std::vector<int32_t>& perm, int rows,
+                               int threads) {
+    const int experts = static_cast<int>(w.size()) / 3, k = 96, f = 64;
+    Program p(supported_isas().front(), threads, rows);
+    float *in = p.floats(k), *s = p.floats(experts), *y = p.floats(k);
+    Routing* r = p.routing(experts, 3);
+    const int slots = static_cast<int>(r->row_of.size());
+    Activations *plain = p.activations(k, false, 16, 32, slots), *turned = p.activations(k, false, 16, 32, slots);
+    Activations* mid = p.activations(f, true, 16, 32, slots);
+    float *gate_up = p.floats(2 * f, slots), *down = p.floats(k, slots);
+    std::vector<std::vector<ExpertInput>> inputs;
+    std::vector<std::vector<LinearPart>> first, second;
+    for (int e = 0; e < experts; e++) {
+        Activations* own = e % 2 ? turned : plain;
+        inputs.push_back({{own, e % 2 ? perm.data() : nullptr}});
+        first.push_back({{&w[3 * e]->w, own, 0}, {&w[3 * e + 1]->w, own, f}});
+        second.push_back({{&w[3 * e + 2]->w, mid, 0}});
+    }
+    p.route(s, r, true);
+    p.expert_input(r, in, true, inputs);
+    p.expert_linear(r, first, gate_up, 2 * f);
+    p.gate_mul(gate_up, mid, false, r);
+    p.expert_linear(r, second, down, k);
+    p.expert_sum(r, down, y, k);
+    std::vector<int32_t> zero(rows);
+    for (int round = 0; round < 3; round++) {
+        std::memcpy(in, x.data(), rows * k * sizeof(float));
+        std::memcpy(s, scores.data(), rows * experts * sizeof(float));
+        std::memset(y, 0, rows * k * sizeof(float));
+        StepState step;
+        step.rows = rows, step.logits_from = rows, step.ids = zero.data();
+        p.run(step);
+    }
+    return {y, y + rows * k};
+}
+
+void test_experts() {
+    const int experts = 9, rows = 37;
+    std::vector<std::unique_ptr<Weights>> w;
+    for (int e = 0; e < experts; e++)
+        for (auto [n, k] : {std::pair(64, 96), std::pair(64, 96), std::pair(96, 64)})
+            w.push_back(std::make_unique<Weights>(e % 3 ? WeightKind::kW4 : WeightKind::kW8, Meta::kSym, n, k, 32));
+    const auto x = random_rows(rows, 96), scores = random_rows(rows, experts);
+    std::vector<int32_t> perm(96);
+    for (int i = 0; i < 96; i++) perm[i] = i * 5 % 96;
+    const auto whole = run_experts(w, x, scores, perm, rows, 1);
+    for (float v : whole) expect(std::isfinite(v), "experts finite");
+    for (int threads : {2, 4})
+        expect(same(run_experts(w, x, scores, perm, rows, threads), whole), "experts on threads");
+    const auto one = run_experts(w, x, scores, perm, 1, 2);
+    expect(same(one, std::vector<float>(whole.begin(), whole.begin() + 96)), "experts of one row");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     const std::string what = argc > 1 ? argv[1] : "kernels";
     if (what == "threads") {
         test_threads();
+        test_experts();
     } else {
         const KernelTable& scalar = kernels_for(IsaKind::kScalar);
+        test_experts();
         for (IsaKind isa : supported_isas()) {
             const KernelTable& t = kernels_for(isa);
             std::printf("%s\n", t.name);

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import packers
 import pytest
-from families import CASES, random_model
+from families import CASES, experts_apart, random_model
 from family_gguf import write as write_gguf
 from safetensors.numpy import load_file, save_file
 
@@ -27,8 +27,13 @@ FOLDERS = {
     "phi3": (CASES["phi3 longrope"], "compressed-tensors"),
     "smollm3": (CASES["smollm3"], None),
     "granite": (CASES["granite"], "gemv_fast"),
+    "qwen3moe": (CASES["qwen3moe dense layers"], "gptq"),
+    "mixtral": (CASES["mixtral"], None),
 }
-GGUFS = {"qwen3": "qwen3", "gemma3": "gemma3", "phi3 longrope": "phi3", "granite": "granite"}
+GGUFS = {"qwen3": "qwen3", "gemma3": "gemma3", "phi3 longrope": "phi3", "granite": "granite"} | {
+    "mixtral window": "llama",
+    "qwen3moe": "qwen3moe",
+}
 JUNK = [
     None, 0, -1, 1, 7, 1 << 31, 1 << 62, 0.5, -0.0, 1e308, float("inf"), float("nan"), "", "x", "1", True,
     False, [], [None], [1] * 5000, {}, {"a": {}}, {"factor": -1}, "sliding_attention", ["full_attention"],
@@ -61,13 +66,16 @@ def sound(tmp_path_factory):
         folder = out[name] = root / name
         folder.mkdir()
         settings = hf.config.to_dict() | {"architectures": [cls]}
-        tensors = {k: t.detach().numpy() for k, t in hf.state_dict().items()}
+        state = hf.state_dict() if quantization is None else experts_apart(hf.state_dict())
+        tensors = {k: t.detach().numpy().copy() for k, t in state.items()}
         if hf.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
         if quantization:
             settings["quantization_config"] = CONFIGS[quantization]
             cfg = ModelConfig.from_hf(settings)
-            for linear in FAMILIES[cfg.family].linears(cfg, 0):
+            for linear in FAMILIES[cfg.family].linears(cfg, 1):
+                if linear.endswith("mlp.gate"):
+                    continue
                 w = quantize_rtn(tensors.pop(f"{linear}.weight"), 32)
                 tensors |= {f"{linear}.{part}": a for part, a in PACK[quantization](w).items()}
         (folder / "config.json").write_text(json.dumps(settings))

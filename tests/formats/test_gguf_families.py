@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from families import CASES, logits_of, random_model, relative_error
 from family_gguf import write
+from gguf import ExpertGatingFuncType, GGUFWriter
 
 import tinychat
 from tinychat.backends import Step
@@ -34,6 +35,9 @@ ARCHS = {
     "phi3 window": "phi3",
     "granite": "granite",
     "granite tied": "granite",
+    "mixtral": "llama",
+    "mixtral window": "llama",
+    "qwen3moe": "qwen3moe",
 }
 
 
@@ -67,6 +71,37 @@ def test_a_context_beyond_the_original_is_a_matter_of_asking(tmp_path, monkeypat
         assert relative_error(m.logits(IDS), logits_of(hf, IDS)) < 1e-4
     with pytest.raises(UsageError, match="1601"):
         tinychat.load(tmp_path / "m.gguf", ctx=1601)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "word"),
+    [
+        ("add_expert_count", 7, CheckpointError, "ffn_gate_inp"),
+        ("add_expert_count", 1 << 31, CheckpointError, "experts"),
+        ("add_expert_used_count", 0, CheckpointError, "takes 0"),
+        ("add_expert_used_count", 9, CheckpointError, "takes 9"),
+        ("add_expert_feed_forward_length", 48, CheckpointError, "expected"),
+        ("add_expert_gating_func", ExpertGatingFuncType.SIGMOID, UnsupportedModelError, "expert_gating_func"),
+        ("add_expert_weights_scale", 2.5, UnsupportedModelError, "expert_weights_scale"),
+        ("add_expert_shared_count", 1, UnsupportedModelError, "expert_shared_count"),
+    ],
+)
+def test_experts_that_do_not_fit_together_are_refused(field, value, error, word, tmp_path, monkeypatch):
+    hf = random_model("Qwen3MoeForCausalLM", **CASES["qwen3moe"][1] | dict(num_experts=8))
+    given = {name: getattr(GGUFWriter, name) for name in ("add_tokenizer_model", field)}
+    if field in ("add_expert_count", "add_expert_used_count", "add_expert_feed_forward_length"):
+        monkeypatch.setattr(GGUFWriter, field, lambda w, _: given[field](w, value))
+    else:
+
+        def and_this(w, model):
+            given[field](w, value)
+            given["add_tokenizer_model"](w, model)
+
+        monkeypatch.setattr(GGUFWriter, "add_tokenizer_model", and_this)
+    write(tmp_path / "m.gguf", hf, "qwen3moe")
+    with pytest.raises(error, match=word) as e:
+        GGUFCheckpoint(tmp_path / "m.gguf")
+    assert len(str(e.value).splitlines()) == 2
 
 
 def test_a_missing_bias_and_a_foreign_tensor_are_refused(tmp_path):

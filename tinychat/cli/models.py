@@ -71,7 +71,8 @@ def list_models(everything: bool, as_json: bool) -> None:
     for r in rows:
         table.add_row(r["name"], human_bytes(r["size"]), r["quantization"] or "", r["source"] or "")
     for a in available:
-        what = f"{a['source']} · {a['license']}{'' if a['verified'] else ' · unverified'}"
+        what = [a["source"], a["license"], a["draft"] and f"--draft {a['draft']}"]
+        what = " · ".join(filter(None, [*what, None if a["verified"] else "unverified"]))
         table.add_row(a["name"], human_bytes(a["size"]), "not pulled", what, style="dim")
     Console().print(table)
 
@@ -112,19 +113,27 @@ def rm(model: str, yes: bool, as_json: bool) -> None:
 @click.command()
 @model_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--method", type=click.Choice(["awq", "rtn"]), default="awq", show_default=True)
+@click.option("--method", type=click.Choice(["awq", "gptq", "rtn"]), default="awq", show_default=True)
 @click.option(
     "--group-size", type=int, help="Inputs that share a scale: 32, 64 or 128 (default: largest that fits)."
 )
 @click.option(
     "--calib", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Calibration text."
 )
+@click.option("--act-order", is_flag=True, help="gptq: round inputs with large activations first.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def quantize(
-    model: str, out: Path, method: str, group_size: int | None, calib: Path | None, seed: int, as_json: bool
+    model: str,
+    out: Path,
+    method: str,
+    group_size: int | None,
+    act_order: bool,
+    calib: Path | None,
+    seed: int,
+    as_json: bool,
 ) -> None:
-    """Make a 4-bit AWQ checkpoint of MODEL in the folder OUT."""
+    """Make a 4-bit AWQ or GPTQ checkpoint of MODEL in the folder OUT."""
     if group_size is not None and group_size <= 0:
         raise UsageError(f"A group of {group_size} makes no sense.", "Use 32, 64 or 128.")
     # Threads with nothing to do sleep: where they spin beside another program, quantizing takes 4 times as
@@ -132,7 +141,15 @@ def quantize(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from tinychat.quantize import quantize_model
 
-    facts = quantize_model(model, out, method=method, group_size=group_size, calib_file=calib, seed=seed)
+    facts = quantize_model(
+        model,
+        out,
+        method=method,
+        group_size=group_size,
+        act_order=act_order,
+        calib_file=calib,
+        seed=seed,
+    )
     if as_json:
         _echo_json(facts)
     else:

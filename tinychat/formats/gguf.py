@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,8 @@ from tinychat.formats.gguf_file import (
 from tinychat.models import FAMILIES
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
+
+_EXPERT = re.compile(r"mlp\.experts\.(\d{1,6})\.")
 
 
 class GGUFCheckpoint:
@@ -134,14 +138,25 @@ class GGUFCheckpoint:
         """`model.layers.3.mlp.up_proj` → `blk.3.ffn_up`; an unknown name stays as it is and is not found."""
         if name in TOP:
             return TOP[name]
-        layer, dot, module = name.removeprefix("model.layers.").partition(".")
+        layer, dot, module = _EXPERT.sub("mlp.experts.", name.removeprefix("model.layers.")).partition(".")
         return f"blk.{layer}.{self.arch.names[module]}" if dot and module in self.arch.names else name
 
     def _tensor(self, name: str, suffix: str = ".weight") -> Tensor:
         tensor = self.file.tensors.get(self._name(name) + suffix)
         if tensor is None:
             raise self.file.damaged(f"the tensor {self._name(name) + suffix!r} is missing")
-        return tensor
+        expert = _EXPERT.search(name)
+        return self._one_of(tensor, int(expert[1])) if expert else tensor
+
+    def _one_of(self, tensor: Tensor, expert: int) -> Tensor:
+        """One expert's part of a tensor [experts, out, in]."""
+        n = self.config.n_experts
+        if len(tensor.shape) != 3 or tensor.shape[0] != n:
+            raise self.file.damaged(
+                f"the tensor {tensor.name!r} has the shape {list(tensor.shape)} for {n} experts"
+            )
+        size = tensor.n_bytes // n
+        return replace(tensor, shape=tensor.shape[1:], start=tensor.start + expert * size, n_bytes=size)
 
     def _dense(self, tensor: Tensor, rows: np.ndarray | None) -> np.ndarray:
         """float32 in the tensor's shape, rows reordered."""

@@ -33,6 +33,12 @@ _GEMMA_NAMES = _NAMES | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_EXPERT_NAMES = _NAMES | {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
 _QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 # Metadata that changes what is computed.
 _OPTIONS = (
@@ -42,6 +48,10 @@ _OPTIONS = (
     "attn_logit_softcapping",
     "embedding_scale",
     "expert_count",
+    "expert_gating_func",
+    "expert_group_count",
+    "expert_shared_count",
+    "expert_weights_scale",
     "final_logit_softcapping",
     "logit_scale",
     "residual_scale",
@@ -52,6 +62,10 @@ _OPTIONS = (
     "rope.scaling.yarn_ext_factor",
     "rope.scaling.yarn_log_multiplier",
 )
+
+
+# Values of these that say what is done anyway: softmax, times one, one group.
+_HARMLESS = {"expert_gating_func": 1, "expert_weights_scale": 1.0, "expert_group_count": 1}
 
 
 class Metadata:
@@ -112,6 +126,24 @@ def _gemma3(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _mixtral(m: Metadata) -> dict[str, Any]:
+    return _experts(m, m.number("feed_forward_length"))
+
+
+def _qwen3_moe(m: Metadata) -> dict[str, Any]:
+    return _experts(m, m.number("expert_feed_forward_length"))
+
+
+def _experts(m: Metadata, size: int) -> dict[str, Any]:
+    # llama.cpp makes the weights sum to one for both, whatever the model was trained with
+    return {
+        "n_experts": m.number("expert_count"),
+        "n_experts_used": m.number("expert_used_count"),
+        "expert_size": size,
+        "norm_experts": bool(m.get("expert_weights_norm", True)),
+    }
+
+
 def _smollm3(m: Metadata) -> dict[str, Any]:
     # llama.cpp has the interval in its code, not in the file
     return {"unrotated_layers": tuple(range(3, min(m.number("block_count"), 1024), 4))}
@@ -133,10 +165,14 @@ class Architecture:
     extra: Callable[[Metadata], dict[str, Any]] = lambda m: {}
 
 
+MIXTRAL = Architecture("mixtral", _EXPERT_NAMES, True, ("expert_count",), _mixtral)
 ARCHITECTURES = {
     "llama": Architecture("llama", interleaved=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", _NAMES | _QK_NORMS),
+    "qwen3moe": Architecture(
+        "qwen3_moe", _EXPERT_NAMES | _QK_NORMS, options=("expert_count",), extra=_qwen3_moe
+    ),
     "phi3": Architecture("phi3", _NAMES | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}),
     "smollm3": Architecture("smollm3", interleaved=True, extra=_smollm3),
     "olmo2": Architecture(
@@ -175,6 +211,8 @@ def read_config(file: GGUFFile) -> tuple[Architecture, ModelConfig]:
             f"The GGUF architecture {name!r} is not supported.", f"Supported: {', '.join(ARCHITECTURES)}."
         )
     general, m = Metadata(file, "general"), Metadata(file, name)
+    if name == "llama" and m.get("expert_count"):  # one name for both
+        arch = MIXTRAL
     if general.get("type", "model") != "model":
         raise UnsupportedModelError(
             f"{file.path} holds a {general.get('type')}, not a model.", "Give the GGUF of the model itself."
@@ -185,7 +223,7 @@ def read_config(file: GGUFFile) -> tuple[Architecture, ModelConfig]:
             f"{file.path} is one of {parts} parts.", "Join them with llama-gguf-split --merge."
         )
     for option in _OPTIONS:
-        if option not in arch.options and m.get(option):
+        if option not in arch.options and m.get(option) not in (None, 0, _HARMLESS.get(option)):
             raise UnsupportedModelError(
                 f"The GGUF sets {name}.{option}, which is not supported.",
                 "A setting that is ignored gives garbage, so it is refused.",

@@ -19,6 +19,32 @@ from tinychat.formats import nibbles
 from tinychat.weights import QuantizedLinear
 
 
+def pack(weight: QuantizedLinear) -> dict[str, np.ndarray]:
+    """The tensors of version 1 (and `bias`), bit for bit.
+
+    Raises ValueError for what they cannot hold: offsets, zero points outside 1…15 (0 is read as 16 by some),
+    float32 scales, outputs or inputs that are not a multiple of 8.
+    """
+    n, k = weight.shape
+    if weight.zeros is None or weight.scales.dtype != np.float16 or n % 8 or k % 8:
+        raise ValueError("GPTQ's layout holds integer zero points, float16 scales and whole words of 8")
+    if weight.zeros.min() < 1 or weight.zeros.max() > 15:
+        raise ValueError("GPTQ's layout holds zero points 1…15")
+    order = np.arange(k) if weight.perm is None else weight.perm
+    codes, g_idx = np.empty_like(weight.codes), np.empty(k, np.int32)
+    codes[:, order] = weight.codes
+    g_idx[order] = np.arange(k) // weight.group
+    out = {
+        "qweight": np.ascontiguousarray(nibbles.pack(codes).T),
+        "qzeros": nibbles.pack(np.ascontiguousarray(weight.zeros.T) - 1),
+        "scales": np.ascontiguousarray(weight.scales.T),
+        "g_idx": g_idx,
+    }
+    if weight.bias is not None:
+        out["bias"] = weight.bias.astype(np.float16)
+    return out
+
+
 def unpack(
     qweight: np.ndarray,
     qzeros: np.ndarray,

@@ -10,6 +10,7 @@ import numpy as np
 
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from tinychat.formats import experts
 from tinychat.formats.quantized import PARTS, SUPPORTED, read_linear, read_quantization
 from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensors, read_json
 from tinychat.models import FAMILIES
@@ -36,7 +37,7 @@ class HFCheckpoint:
         generation = read_json(self.path / "generation_config.json")
         self.config = ModelConfig.from_hf(self.json, generation)
         self.quantization = read_quantization(self.path, self.json)
-        self._tensors = Tensors(self.path)
+        self._tensors = Tensors(self.path, lambda found: experts.by_module(found, self.config))
         self._shapes = _expected_shapes(self.config)
         self._refuse_unknown()
 

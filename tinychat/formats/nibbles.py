@@ -13,3 +13,10 @@ def unpack(words: np.ndarray) -> np.ndarray:
     np.bitwise_and(packed, 15, out=out[:, 0::2])
     np.right_shift(packed, 4, out=out[:, 1::2])
     return out
+
+
+def pack(values: np.ndarray) -> np.ndarray:
+    """uint8 [rows, 8W], values 0…15, to int32 [rows, W]."""
+    rows, n = values.shape
+    packed = values[:, 0::2] | (values[:, 1::2] << 4)
+    return np.ascontiguousarray(packed).view("<i4").astype(np.int32, copy=False).reshape(rows, n // 8)

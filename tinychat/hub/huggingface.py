@@ -12,6 +12,7 @@ from typing import Any
 
 from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError
 from tinychat.hub.aliases import Source
+from tinychat.hub.licenses import TEXTS, has_terms
 from tinychat.machine import human_bytes
 
 SETTINGS = re.compile(r"[\w.-]+\.(json|jinja)|tokenizer[\w.-]*|README\.md|LICENSE[\w.-]*")
@@ -29,6 +30,9 @@ def from_hf(source: Source, staging: Path) -> dict:
         info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
     files = choose_files(repo, list(sizes), wanted)
+    terms = _terms(repo, info)
+    if "license" in terms:
+        files += sorted(n for n in sizes if TEXTS.fullmatch(n) and n not in files)
     _check_config(repo, info.sha, files, staging)
     weights = sum(sizes[f] for f in files)
     from tinychat.hub.download import check_room, watched
@@ -42,7 +46,7 @@ def from_hf(source: Source, staging: Path) -> dict:
             repo, revision=info.sha, local_dir=staging, allow_patterns=[_literal(f) for f in files]
         )
     digests = _verified(repo, info, files, staging)
-    facts: dict[str, Any] = {"source": f"hf:{repo}@{info.sha}", "size": weights}
+    facts: dict[str, Any] = {"source": f"hf:{repo}@{info.sha}", "size": weights} | terms
     ggufs = [f for f in files if f.endswith(".gguf")]
     if ggufs:
         file = staging / ggufs[0]
@@ -50,6 +54,21 @@ def from_hf(source: Source, staging: Path) -> dict:
             file = file.rename(staging / file.name)
         facts |= {"file": file.name, "sha256": digests[ggufs[0]], "size": file.stat().st_size}
     return facts
+
+
+def _terms(repo: str, info: Any) -> dict[str, str]:
+    """Licence and where to read it, where it is one with terms: what a manifest says of it."""
+    card = info.card_data or {}
+    license, gated = card.get("license"), bool(info.gated)
+    license = ", ".join(map(str, license)) if isinstance(license, list) else license
+    if not has_terms(license, gated):
+        return {}
+    link = card.get("license_link")
+    page = f"https://huggingface.co/{repo}"
+    return {
+        "license": str(card.get("license_name") or license or "gated"),
+        "license_link": link if isinstance(link, str) and link.startswith("https://") else page,
+    }
 
 
 def _verified(repo: str, info: Any, files: list[str], staging: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from tinychat import locations
 from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError, UsageError
+from tinychat.hub import licenses
 from tinychat.hub.aliases import Alias, Source, all_aliases, is_repo_id, parse_source
 
 MANIFEST = "manifest.json"
@@ -136,7 +137,7 @@ def show(name: str) -> dict[str, Any]:
         "source": manifest.get("source"),
         "pulled_at": manifest.get("pulled_at"),
         "sha256": manifest.get("sha256"),
-        "license": _license(path, checkpoint),
+        "license": manifest.get("license") or _license(path, checkpoint),
         "family": cfg.family,
         "quantization": _quantization(path, checkpoint),
         "weights": checkpoint.tensor_bytes() if hasattr(checkpoint, "tensor_bytes") else None,
@@ -147,6 +148,7 @@ def show(name: str) -> dict[str, Any]:
         "heads": cfg.n_heads,
         "kv_heads": cfg.n_kv_heads,
         "head_dim": cfg.head_dim,
+        "experts": f"{cfg.n_experts_used} of {cfg.n_experts}" if cfg.n_experts else None,
         "vocab_size": cfg.vocab_size,
         "context_length": cfg.context_length,
         "rope_theta": cfg.rope.theta,
@@ -236,6 +238,9 @@ def _pull_from(source: Source, name: str, folder: Path, parts: Path, expect: int
                     f"Move it away, or delete it: tinychat rm {name}",
                 )
             os.replace(staging, folder)
+        if licenses.has_terms(facts.get("license")):
+            said = licenses.notice(name, facts["license"], facts.get("license_link"), folder)
+            print(said, file=sys.stderr, flush=True)
         return _model_path(folder, facts)
     except BaseException as e:
         if not keep or isinstance(e, CheckpointError):
@@ -249,7 +254,9 @@ def _checked(staging: Path, facts: dict) -> dict:
 
     path = _model_path(staging, facts)
     checkpoint = open_checkpoint(path)
-    return {"quantization": _quantization(path, checkpoint), "context": checkpoint.config.context_length}
+    said = {"quantization": _quantization(path, checkpoint), "context": checkpoint.config.context_length}
+    license = facts.get("license") or _license(path, checkpoint)
+    return said | ({"license": license} if license else {})
 
 
 def _quantization(path: Path, checkpoint: Any) -> str | None:
@@ -284,10 +291,12 @@ def _parameters(cfg: Any) -> int:
     from tinychat.models import FAMILIES
 
     family = FAMILIES[cfg.family]
-    body = sum(n * k for n, k in family.linears(cfg, 0).values())
-    body += sum(n for (n,) in family.norms(cfg, 0).values())
+    body = 0
+    for layer in range(cfg.n_layers):
+        body += sum(n * k for n, k in family.linears(cfg, layer).values())
+        body += sum(n for (n,) in family.norms(cfg, layer).values())
     tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
-    return body * cfg.n_layers + tables + cfg.hidden_size
+    return body + tables + cfg.hidden_size
 
 
 def _folder(name: str) -> Path:

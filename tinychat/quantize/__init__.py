@@ -1,7 +1,8 @@
-"""Quantization: a float checkpoint in, a 4-bit AutoAWQ checkpoint out.
+"""Quantization: a float checkpoint in, a 4-bit AutoAWQ or GPTQ checkpoint out.
 
 `calibration` gives the text, `forward` runs a block, `block` scales and fits its linears, `rounding` rounds
-one of them, `folder` writes the result.
+one of them; `gptq` does both as its paper says; `layouts` packs a block, `settings` names what config.json
+says, `folder` writes the result.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tinychat.formats import Checkpoint
 
 GROUPS = (128, 64, 32)
-METHODS = ("awq", "rtn")
+METHODS = ("awq", "gptq", "rtn")
 RECIPE = 2  # raised when the same job would give another result
 Progress = Callable[[int, int, str], None]
 
@@ -34,6 +35,7 @@ def quantize_model(
     *,
     method: str = "awq",
     group_size: int | None = None,
+    act_order: bool = False,
     calib_file: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def quantize_model(
             out,
             method=method,
             group_size=group_size,
+            act_order=act_order,
             calib_file=calib_file,
             seed=seed,
             progress=progress,
@@ -64,14 +67,17 @@ def quantize(
     *,
     method: str = "awq",
     group_size: int | None = None,
+    act_order: bool = False,
     calib_file: Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a 4-bit AutoAWQ `gemm` folder of the checkpoint's weights (dequantized, where stored so).
+    """Write a 4-bit folder of the checkpoint's weights (dequantized, where stored so).
 
-    method      "awq": activation-aware scales and rounding fitted to calibration text; "rtn": round to
-                nearest
+    method      "awq": activation-aware scales and rounding fitted to calibration text; "gptq": rounding
+                alone, as its paper says; "rtn": round to nearest. Stored in AutoAWQ's `gemm` layout, or in
+                GPTQ's
+    act_order   gptq: round the inputs with the largest activations first (`desc_act`)
     group_size  inputs that share a scale; None: the largest of 128, 64, 32 that divides every linear
     calib_file  text to calibrate on instead of the default (plain UTF-8, or .jsonl)
     seed        decides the order of the calibration documents, and which are used
@@ -85,19 +91,21 @@ def quantize(
     """
     import torch
 
-    from tinychat.formats import awq
     from tinychat.quantize import block as b
-    from tinychat.quantize import calibration, folder
-    from tinychat.quantize.forward import BlockWeights, Forward, read_block
+    from tinychat.quantize import calibration, folder, layouts, settings
+    from tinychat.quantize.forward import Forward, read_block
+    from tinychat.quantize.gptq import GPTQQuantizer
 
     if method not in METHODS:
         raise UsageError(f"The method {method!r} is not known.", f"Use {' or '.join(METHODS)}.")
+    if act_order and method != "gptq":
+        raise UsageError(f"The method {method!r} has no act-order.", "Use it with gptq.")
     started = time.monotonic()
     cfg = checkpoint.config
-    if cfg.family != "llama":
+    if cfg.n_experts:
         raise UnsupportedModelError(
-            f"{checkpoint.path.name} is a {cfg.family} model, which cannot be quantized yet.",
-            'Models of the Llama family can; others run with quantize="rtn", or as someone quantized them.',
+            f"{checkpoint.path.name} is a mixture of experts, which cannot be quantized yet.",
+            'It runs with quantize="rtn", or as someone quantized it.',
         )
     group = choose_group(cfg, group_size)
     report = progress or (lambda done, total, what: None)
@@ -106,48 +114,56 @@ def quantize(
     if method != "rtn":
         length = min(calibration.LENGTH, cfg.context_length)
         tokens = calibration.windows(checkpoint.tokenizer(), file=calib_file, length=length, seed=seed)
-        _check_memory(cfg, tokens.size)
+        _check_memory(cfg, tokens.size, method)
     if checkpoint.config.tie_embeddings is False and not checkpoint.has("lm_head"):
         raise CheckpointError(f"{checkpoint.path} has no output head.", "Pull the model again.")
-    folder.hf_config(cfg)  # refuse now what could not be written at the end
+    if getattr(checkpoint, "json", None) is None:
+        settings.hf_config(cfg)  # refuse now what could not be written at the end
     job = {
         "recipe": RECIPE,
         "source": checkpoint.fingerprint(),
         "method": method,
         "group_size": group,
         "calibration": None if tokens is None else hashlib.sha256(tokens.tobytes()).hexdigest(),
-    }
-    options = b.Options(method=method, group=group)
+    } | ({"act_order": act_order} if method == "gptq" else {})
     rest = _rest(checkpoint)
     with folder.OutputFolder(out_dir, job) as target, torch.inference_mode():
         x_f = x_q = None
         if tokens is not None:
             forward = Forward(cfg, tokens.shape[1])
             embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
-            x_f = embedding[torch.from_numpy(tokens)]
-            x_q = x_f.clone()
+            x_q = forward.embed(embedding, torch.from_numpy(tokens))
+            x_f = x_q.clone() if method == "awq" else None
             del embedding
-            quantizer = b.BlockQuantizer(forward, options)
+            if method == "gptq":
+                quantizer = GPTQQuantizer(forward, group, act_order)
+            else:
+                quantizer = b.BlockQuantizer(forward, b.Options(group=group))
         for layer in range(cfg.n_layers):
             report(layer, cfg.n_layers, f"block {layer + 1} of {cfg.n_layers}")
-            prefix = f"model.layers.{layer}."
             done = target.block(layer)
             if done is not None and method == "rtn":
                 continue
             w = read_block(checkpoint, layer)
             if done is not None:
-                x_f, x_q = quantizer.advance(w, _unpacked(done, prefix, BlockWeights, awq), x_f, x_q)
+                quantized = layouts.unpacked(done, cfg, layer, method)
+                if method == "gptq":
+                    x_q = quantizer.advance(quantized, x_q)
+                else:
+                    x_f, x_q = quantizer.advance(w, quantized, x_f, x_q)
                 continue
             if method == "rtn":
-                quantized = b.round_to_nearest(w, group)
+                quantized = b.round_to_nearest(w, group, cfg)
+            elif method == "gptq":
+                quantized, x_q = quantizer(w, x_q)
             else:
                 quantized, x_f, x_q = quantizer(w, x_f, x_q)
-                if not bool(torch.isfinite(x_q).all()):
-                    raise CheckpointError(
-                        f"Block {layer} gives NaN or infinity on the calibration text.",
-                        "The checkpoint is damaged; pull it again.",
-                    )
-            target.write_block(layer, _packed(quantized, prefix, awq))
+            if x_q is not None and not bool(torch.isfinite(x_q).all()):
+                raise CheckpointError(
+                    f"Block {layer} gives NaN or infinity on the calibration text.",
+                    "The checkpoint is damaged; pull it again.",
+                )
+            target.write_block(layer, layouts.packed(quantized, cfg, method))
         report(cfg.n_layers, cfg.n_layers, "writing")
         record = {"calibration_tokens": 0 if tokens is None else int(tokens.size), "seed": seed}
         target.finish(checkpoint, rest, record)
@@ -199,6 +215,7 @@ def _rest(checkpoint: Checkpoint) -> list:
     """What stays in 16 bits: embedding, final norm, and the head where it is not the embedding."""
     from tinychat.quantize.folder import Entry
     from tinychat.quantize.forward import finite
+    from tinychat.quantize.layouts import as_stored
 
     def half(name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -217,46 +234,18 @@ def _rest(checkpoint: Checkpoint) -> list:
                 lambda n=name: half(n, lambda: checkpoint.linear(n).dequantize()),
             )
         )
-    norm = half("model.norm", lambda: checkpoint.vector("model.norm"))
+    norm = finite(as_stored(checkpoint.vector("model.norm"), cfg), "model.norm")
     return [*entries, Entry.of("model.norm.weight", norm)]
 
 
-def _packed(quantized: Any, prefix: str, awq: Any) -> dict[str, np.ndarray]:
-    """A block's tensors as they are stored."""
-    out = {}
-    for name, r in quantized.linear.items():
-        weight = r.canonical(quantized.bias.get(name))
-        out |= {f"{prefix}{name}.{part}": a for part, a in awq.pack(weight).items()}
-    for name, v in quantized.norm.items():
-        out[f"{prefix}{name}.weight"] = v.numpy().astype(np.float16)
-    return out
-
-
-def _unpacked(tensors: dict[str, np.ndarray], prefix: str, kind: Any, awq: Any) -> Any:
-    """BlockWeights from a block's stored tensors."""
-    import torch
-
-    w = kind({})
-    for key in tensors:
-        name, _, part = key.removeprefix(prefix).rpartition(".")
-        if part == "qweight":
-            parts = {p: tensors.get(f"{prefix}{name}.{p}") for p in ("qweight", "qzeros", "scales", "bias")}
-            linear = awq.unpack(**parts)
-            w.linear[name] = torch.from_numpy(linear.dequantize())
-            if linear.bias is not None:
-                w.bias[name] = torch.from_numpy(linear.bias)
-        elif part == "weight":
-            w.norm[name] = torch.from_numpy(tensors[key].astype(np.float32))
-    return w
-
-
-def _check_memory(cfg: ModelConfig, n_tokens: int) -> None:
+def _check_memory(cfg: ModelConfig, n_tokens: int, method: str) -> None:
     """Raises MemoryBudgetError when one block and the calibration activations do not fit."""
     from tinychat.machine import available_memory, human_bytes
 
     h, f = cfg.hidden_size, cfg.intermediate_size
     block = 4 * (h * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 3 * h * f)
-    need = 4 * block + 3 * 4 * n_tokens * h + 8 * 4 * max(h, f) ** 2 + 4 * cfg.vocab_size * h
+    kept = 2 * h + f if method == "gptq" else 3 * h  # activations of a token
+    need = 4 * block + 4 * kept * n_tokens + 8 * 4 * max(h, f) ** 2 + 4 * cfg.vocab_size * h
     free = available_memory()
     if need > free:
         raise MemoryBudgetError(

@@ -12,16 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinychat.quantize.forward import (
-    ATTN_NORM,
-    DOWN,
-    GATE_UP,
-    MLP_NORM,
-    O_PROJ,
-    QKV,
-    BlockWeights,
-    Forward,
-)
+from tinychat.config import ModelConfig
+from tinychat.models import FAMILIES
+from tinychat.quantize.forward import DOWN, GATE_UP, O_PROJ, QKV, BlockWeights, Forward
 from tinychat.quantize.rounding import Metric, Rounded, compensated, nearest, refine
 
 if TYPE_CHECKING:
@@ -35,7 +28,6 @@ SCALE_LIMIT = 32.0  # scales stay within 1/32…32, so that folded norms and row
 class Options:
     """How a block is quantized.
 
-    method       "awq", or "rtn": round to nearest, the baseline
     group        inputs that share a scale
     target       what a linear is fitted to: "local": its float output on the inputs it gets; "float": its
                  output in the float network; "residual": the float network's residual stream
@@ -46,7 +38,6 @@ class Options:
     batch        windows in one forward pass
     """
 
-    method: str = "awq"
     group: int = 64
     target: str = "float"
     damp: float = 0.01
@@ -66,16 +57,24 @@ class QuantizedBlock:
     linear: dict[str, Rounded]
     bias: dict[str, torch.Tensor]
     norm: dict[str, torch.Tensor]
+    layer: int = 0
 
     def weights(self) -> BlockWeights:
         """Dequantized, for the forward pass."""
-        return BlockWeights({k: r.dequantize() for k, r in self.linear.items()}, self.bias, self.norm)
+        linear = {k: r.dequantize() for k, r in self.linear.items()}
+        return BlockWeights(linear, self.bias, self.norm, self.layer)
 
 
-def round_to_nearest(w: BlockWeights, group: int) -> QuantizedBlock:
+def norm16(v: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
+    """A norm's weight as a file in fp16 gives it back."""
+    offset = getattr(FAMILIES[cfg.family], "NORM_OFFSET", 0.0)
+    return (v - offset).half().float() + offset if offset else v.half().float()
+
+
+def round_to_nearest(w: BlockWeights, group: int, cfg: ModelConfig) -> QuantizedBlock:
     """RTN: every linear rounded on its own, nothing folded."""
-    norms = {k: v.half().float() for k, v in w.norm.items()}
-    return QuantizedBlock({k: nearest(v, group) for k, v in w.linear.items()}, dict(w.bias), norms)
+    norms = {k: norm16(v, cfg) for k, v in w.norm.items()}
+    return QuantizedBlock({k: nearest(v, group) for k, v in w.linear.items()}, dict(w.bias), norms, w.layer)
 
 
 class _Moments:
@@ -110,67 +109,68 @@ class BlockQuantizer:
         import torch
 
         f, float_w, w = self.forward, w, w.copy()
-        out, start = QuantizedBlock({}, {}, {}), x_q.clone()
+        out, start = QuantizedBlock({}, {}, {}, w.layer), x_q.clone()
 
         # q, k, v
         m = _Moments()
         for s in self._batches(x_q):
-            m.add(f.norm(x_q[s], float_w.norm[ATTN_NORM]), f.norm(x_f[s], float_w.norm[ATTN_NORM]))
-        few = f.norm(x_q[: self.options.judge], float_w.norm[ATTN_NORM])
-        ideal = few if self.options.target == "local" else f.norm(x_f[: len(few)], float_w.norm[ATTN_NORM])
+            m.add(f.attention_input(x_q[s], float_w), f.attention_input(x_f[s], float_w))
+        few = f.attention_input(x_q[: self.options.judge], float_w)
+        ideal = few if self.options.target == "local" else f.attention_input(x_f[: len(few)], float_w)
         wanted = f.linear(f.attend(ideal, float_w), float_w, O_PROJ)
 
         def attention_error(trial: BlockWeights) -> float:
             return float((f.linear(f.attend(few, trial), trial, O_PROJ) - wanted).pow(2).mean())
 
         s = self._quantize(QKV, w, out, m, float_w, attention_error)
-        self._fold_norm(w, ATTN_NORM, s)
+        self._fold_norm(w, f.norms.attn_in, s)
         quantized = self._now(w, out, float_w)
 
         # o
         m = _Moments()
         inner = torch.empty(*x_q.shape[:2], w.linear[O_PROJ].shape[1])
         for s in self._batches(x_q):
-            inner[s] = f.attend(f.norm(x_q[s], w.norm[ATTN_NORM]), quantized)
-            wide = f.attend(f.norm(x_f[s], float_w.norm[ATTN_NORM]), float_w)
+            inner[s] = f.attend(f.attention_input(x_q[s], w), quantized)
+            wide = f.attend(f.attention_input(x_f[s], float_w), float_w)
             m.add(inner[s], wide, self._gap(x_f[s], x_q[s]))
-            x_f[s] += f.linear(wide, float_w, O_PROJ)
+            x_f[s] = f.add_attention(x_f[s], f.linear(wide, float_w, O_PROJ), float_w)
         s = self._quantize((O_PROJ,), w, out, m, float_w, None, self._shared_by_heads)
         self._fold_rows(
             w, out, QKV[2], s.view(self.forward.cfg.n_kv_heads, -1, self.forward.cfg.head_dim)[:, 0].flatten()
         )
         o = out.linear[O_PROJ].dequantize() / s  # `inner` was made before v was divided by s
         for b in self._batches(x_q):
-            x_q[b] += torch.nn.functional.linear(inner[b], o, w.bias.get(O_PROJ))
+            y = torch.nn.functional.linear(inner[b], o, w.bias.get(O_PROJ))
+            x_q[b] = f.add_attention(x_q[b], y, w)
         del inner
 
         # gate, up
         m = _Moments()
         for s in self._batches(x_q):
-            m.add(f.norm(x_q[s], float_w.norm[MLP_NORM]), f.norm(x_f[s], float_w.norm[MLP_NORM]))
-        few = f.norm(x_q[: self.options.judge], float_w.norm[MLP_NORM])
-        ideal = few if self.options.target == "local" else f.norm(x_f[: len(few)], float_w.norm[MLP_NORM])
+            m.add(f.mlp_input(x_q[s], float_w), f.mlp_input(x_f[s], float_w))
+        few = f.mlp_input(x_q[: self.options.judge], float_w)
+        ideal = few if self.options.target == "local" else f.mlp_input(x_f[: len(few)], float_w)
         wanted = f.linear(f.middle(ideal, float_w), float_w, DOWN)
 
         def mlp_error(trial: BlockWeights) -> float:
             return float((f.linear(f.middle(few, trial), trial, DOWN) - wanted).pow(2).mean())
 
         s = self._quantize(GATE_UP, w, out, m, float_w, mlp_error)
-        self._fold_norm(w, MLP_NORM, s)
+        self._fold_norm(w, f.norms.mlp_in, s)
         quantized = self._now(w, out, float_w)
 
         # down
         m = _Moments()
         for s in self._batches(x_q):
-            wide = f.middle(f.norm(x_f[s], float_w.norm[MLP_NORM]), float_w)
-            narrow = f.middle(f.norm(x_q[s], w.norm[MLP_NORM]), quantized)
+            wide = f.middle(f.mlp_input(x_f[s], float_w), float_w)
+            narrow = f.middle(f.mlp_input(x_q[s], w), quantized)
             m.add(narrow, wide, self._gap(x_f[s], x_q[s]))
-            x_f[s] += f.linear(wide, float_w, DOWN)
+            x_f[s] = f.add_mlp(x_f[s], f.linear(wide, float_w, DOWN), float_w)
         s = self._quantize((DOWN,), w, out, m, float_w, None)
         self._fold_rows(w, out, GATE_UP[1], s)
 
         # What goes on is what the stored block computes, so that a resumed run sees the same numbers.
-        out.norm = dict(w.norm)
+        out.norm = {k: norm16(v, f.cfg) for k, v in w.norm.items()}
         out.bias = {k: v.half().float() for k, v in w.bias.items()}
         return out, x_f, self._run(start, out.weights())
 
@@ -196,7 +196,7 @@ class BlockQuantizer:
     def _now(self, w: BlockWeights, out: QuantizedBlock, float_w: BlockWeights) -> BlockWeights:
         """Quantized where that is done already, float elsewhere."""
         linear = {k: out.linear[k].dequantize() if k in out.linear else v for k, v in float_w.linear.items()}
-        return BlockWeights(linear, w.bias, w.norm)
+        return BlockWeights(linear, w.bias, w.norm, w.layer)
 
     def _quantize(
         self,
@@ -220,7 +220,7 @@ class BlockQuantizer:
         targets = {n: self._target(w.linear[n], m, metric) for n in names}
         mean_x = (m.x / m.n).clamp_min(1e-5)
         best, best_error = torch.ones_like(mean_x), float("inf")
-        for alpha in o.alphas if len(o.alphas) > 1 else ():
+        for alpha in o.alphas if self._foldable(names) and len(o.alphas) > 1 else ():
             s = mean_x.pow(alpha)
             s = share((s / (s.max() * s.min()).sqrt()).clamp(1 / SCALE_LIMIT, SCALE_LIMIT))
             scaled = metric.scaled(s)
@@ -229,7 +229,7 @@ class BlockQuantizer:
                 error = sum(scaled.loss(targets[n] * s, r) for n, r in trial.items())
             else:
                 linear = dict(float_w.linear) | {n: r.dequantize() / s for n, r in trial.items()}
-                error = judge(BlockWeights(linear, float_w.bias, float_w.norm))
+                error = judge(BlockWeights(linear, float_w.bias, float_w.norm, w.layer))
             if _better(error, best_error):
                 best, best_error, self.last_alpha = s, error, alpha
         s = self._exact_in_norm(names, w, best)
@@ -252,17 +252,27 @@ class BlockQuantizer:
             wanted = wanted + m.r / m.n
         return w + o.trust * torch.linalg.solve(metric.h.double(), wanted.double().T).T.float()
 
+    def _norm_before(self, names: tuple[str, ...]) -> str | None:
+        return {QKV: self.forward.norms.attn_in, GATE_UP: self.forward.norms.mlp_in}.get(names)
+
+    def _foldable(self, names: tuple[str, ...]) -> bool:
+        """Whether something before the linears `names` can be divided by their scales: a norm, or the rows of
+        v (for o) and of up (for down). OLMo 2's q, k, v and gate, up read the residual itself.
+        """
+        return names not in (QKV, GATE_UP) or self._norm_before(names) is not None
+
     def _exact_in_norm(self, names: tuple[str, ...], w: BlockWeights, s: torch.Tensor) -> torch.Tensor:
         """`s` moved by what fp16 rounds off the folded norm, so that the folding is exact."""
-        norm = {QKV: ATTN_NORM, GATE_UP: MLP_NORM}.get(names)
+        norm = self._norm_before(names)
         if norm is None:
             return s
-        folded = (w.norm[norm] / s).half().float()
+        folded = norm16(w.norm[norm] / s, self.forward.cfg)
         usable = (folded != 0) & (w.norm[norm] != 0)
         return (w.norm[norm] / folded).where(usable, s)
 
-    def _fold_norm(self, w: BlockWeights, norm: str, s: torch.Tensor) -> None:
-        w.norm[norm] = (w.norm[norm] / s).half().float()
+    def _fold_norm(self, w: BlockWeights, norm: str | None, s: torch.Tensor) -> None:
+        if norm is not None:
+            w.norm[norm] = norm16(w.norm[norm] / s, self.forward.cfg)
 
     def _fold_rows(self, w: BlockWeights, out: QuantizedBlock, name: str, s: torch.Tensor) -> None:
         out.linear[name].divide_rows(s)

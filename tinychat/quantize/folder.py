@@ -1,4 +1,4 @@
-"""The folder that quantization writes: Hugging Face layout, AutoAWQ `gemm`, whole or not there at all.
+"""The folder that quantization writes: Hugging Face layout, whole or not there at all.
 
 While it grows, everything lies in `.NAME.partial` beside it: one file a finished block, each renamed into
 place, so a run that was killed goes on where it stopped when the same job is started again.
@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import TinychatError, UnsupportedModelError, UsageError
+from tinychat.config import ModelConfig
+from tinychat.errors import TinychatError, UsageError
 from tinychat.formats import Checkpoint
 from tinychat.machine import human_bytes
+from tinychat.quantize.layouts import quantization_config
+from tinychat.quantize.settings import hf_config, one_or_many
 from tinychat.tokenizer import Tokenizer
 
 RECORD = "quantize.json"  # says how the folder was made, and so that it is ours to replace
@@ -135,7 +137,7 @@ class OutputFolder:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
             write_weights(new, [*rest, *self._block_entries(checkpoint.config.n_layers)])
-            write_settings(new, checkpoint, self.job["group_size"])
+            write_settings(new, checkpoint, quantization_config(self.job))
             _write_json(new / RECORD, {**self.job, **record})
             self._check_replaceable()
             if self.out.exists():
@@ -191,20 +193,13 @@ def write_weights(folder: Path, entries: list[Entry], shard_bytes: int = SHARD_B
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_settings(folder: Path, checkpoint: Checkpoint, group: int) -> None:
+def write_settings(folder: Path, checkpoint: Checkpoint, quantization: dict[str, Any]) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
     source = getattr(checkpoint, "json", None)  # a Hugging Face folder's own config.json, kept as it is
     config = dict(source) if source is not None else hf_config(checkpoint.config)
     config["torch_dtype"] = "float16"
     config.pop("dtype", None)
-    config["quantization_config"] = {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": 4,
-        "group_size": group,
-        "zero_point": True,
-        "modules_to_not_convert": None,
-    }
+    config["quantization_config"] = quantization
     tokenizer = checkpoint.tokenizer()
     if source is not None:
         for name in COPIED:
@@ -217,69 +212,9 @@ def write_settings(folder: Path, checkpoint: Checkpoint, group: int) -> None:
     _write_json(folder / "config.json", config)
 
 
-def hf_config(c: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that came in another format.
-
-    Raises UnsupportedModelError when its rope scaling has no name in Hugging Face's vocabulary.
-    """
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_kv_heads,
-        "head_dim": c.head_dim,
-        "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.context_length,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope.theta,
-        "rope_scaling": _rope_scaling(c.rope),
-        "tie_word_embeddings": c.tie_embeddings,
-        "attention_bias": c.attention_bias,
-        "mlp_bias": c.mlp_bias,
-        "bos_token_id": c.bos_id,
-        "eos_token_id": _one_or_many(c.eos_ids),
-        "use_cache": True,
-    }
-    if c.rope.dim != c.head_dim:
-        config["partial_rotary_factor"] = c.rope.dim / c.head_dim
-    return config
-
-
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.kind == "none":
-        return None
-    if rope.kind == "linear":
-        return {"rope_type": "linear", "factor": rope.factor}
-    if rope.kind == "factors":  # GGUF writes llama3 out; the published models use these two
-        for factor in (8.0, 32.0):
-            llama3 = RopeConfig(rope.theta, rope.dim, "llama3", factor, 1.0, 4.0, 8192)
-            if np.allclose(llama3.frequencies(), rope.frequencies(), rtol=1e-4):
-                return _rope_scaling(llama3)
-        raise UnsupportedModelError(
-            "The GGUF's rope factors are not those of Llama 3.1 or 3.2, so config.json cannot name them.",
-            "Quantize the original Hugging Face checkpoint instead.",
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_context,
-    }
-
-
 def _generation(c: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     ids = list(c.eos_ids) + sorted(set(tokenizer.eos_ids) - set(c.eos_ids))
-    return {"bos_token_id": c.bos_id, "eos_token_id": _one_or_many(ids), "do_sample": True}
-
-
-def _one_or_many(ids: Iterable[int]) -> int | list[int] | None:
-    ids = list(ids)
-    return None if not ids else ids[0] if len(ids) == 1 else ids
+    return {"bos_token_id": c.bos_id, "eos_token_id": one_or_many(ids), "do_sample": True}
 
 
 def _read(path: Path, name: str) -> np.ndarray:

@@ -5,6 +5,7 @@ Shapes: S windows, T tokens each, H hidden, D head_dim, F intermediate.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError
 from tinychat.formats import Checkpoint
-from tinychat.models.llama import linears
+from tinychat.models import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,32 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 O_PROJ = "self_attn.o_proj"
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = "mlp.down_proj"
-ATTN_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
+FUSED = {"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": GATE_UP}
+"""Linears that some families store as one; here each part is a linear of its own."""
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Names of the norms before and behind attention and MLP, inside a block; None: there is none."""
+
+    attn_in: str | None = "input_layernorm"
+    attn_out: str | None = None
+    mlp_in: str | None = "post_attention_layernorm"
+    mlp_out: str | None = None
+
+
+_GEMMA = Norms(
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+NORMS = {
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "olmo2": Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+}
 
 
 @dataclass
@@ -32,33 +58,51 @@ class BlockWeights:
     linear: dict[str, torch.Tensor]
     bias: dict[str, torch.Tensor] = field(default_factory=dict)
     norm: dict[str, torch.Tensor] = field(default_factory=dict)
+    layer: int = 0
 
     def copy(self) -> BlockWeights:
         return BlockWeights(
             {k: v.clone() for k, v in self.linear.items()},
             {k: v.clone() for k, v in self.bias.items()},
             {k: v.clone() for k, v in self.norm.items()},
+            self.layer,
         )
 
 
 def read_block(checkpoint: Checkpoint, layer: int) -> BlockWeights:
-    """Block `layer` of a checkpoint, dequantized where it is quantized.
+    """Block `layer` of a checkpoint, dequantized where it is quantized, fused linears apart.
 
     Raises CheckpointError when a weight holds NaN or infinity, by name.
     """
     import torch
 
-    prefix = f"model.layers.{layer}."
-    w = BlockWeights({})
-    for name in linears(checkpoint.config, layer):
+    family, cfg, prefix = FAMILIES[checkpoint.config.family], checkpoint.config, f"model.layers.{layer}."
+    w = BlockWeights({}, layer=layer)
+    for name in family.linears(cfg, layer):
         linear = checkpoint.linear(name)
         short = name.removeprefix(prefix)
-        w.linear[short] = torch.from_numpy(finite(linear.dequantize(), name))
+        weight = torch.from_numpy(finite(linear.dequantize(), name))
+        w.linear |= apart(cfg, short, weight)
         if linear.bias is not None:
-            w.bias[short] = torch.from_numpy(finite(np.array(linear.bias, np.float32), name + ".bias"))
-    for short in (ATTN_NORM, MLP_NORM):
-        w.norm[short] = torch.from_numpy(finite(np.array(checkpoint.vector(prefix + short)), prefix + short))
+            bias = torch.from_numpy(finite(np.array(linear.bias, np.float32), name + ".bias"))
+            w.bias |= apart(cfg, short, bias)
+    for name in family.norms(cfg, layer):
+        w.norm[name.removeprefix(prefix)] = torch.from_numpy(finite(np.array(checkpoint.vector(name)), name))
     return w
+
+
+def apart(cfg: ModelConfig, name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of a fused linear by their names; any other one as it is. rows: [out, …]."""
+    if name not in FUSED:
+        return {name: rows}
+    d, f = cfg.head_dim, cfg.intermediate_size
+    sizes = [f, f] if name == "mlp.gate_up_proj" else [n * d for n in (cfg.n_heads, *[cfg.n_kv_heads] * 2)]
+    return dict(zip(FUSED[name], rows.split(sizes), strict=True))
+
+
+def stored(names: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+    """A block's linears as its family stores them: name → the parts that it is made of."""
+    return {n: FUSED.get(n, (n,)) for n in names}
 
 
 def finite(a: np.ndarray, name: str) -> np.ndarray:
@@ -71,19 +115,21 @@ def finite(a: np.ndarray, name: str) -> np.ndarray:
 
 
 class Forward:
-    """The float32 forward pass of a Llama block over windows [S, T, H]; causal, positions 0…T−1."""
+    """The float32 forward pass of a block over windows [S, T, H]; causal, positions 0…T−1."""
 
     def __init__(self, config: ModelConfig, length: int):
-        import torch
+        self.cfg, self.length = config, length
+        self.norms = NORMS.get(config.family, Norms())
+        self.gelu = config.family.startswith("gemma")
+        self._tables: dict = {}
 
-        self.cfg = config
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.from_numpy(
-            config.rope.frequencies()
-        )
-        self.cos, self.sin = angle.cos().float(), angle.sin().float()
+    def embed(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [S, T] → [S, T, H]."""
+        x = table[ids]
+        return x if self.cfg.embed_scale == 1 else x * self.cfg.embed_scale
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[S, T, H] → [S, T, H]."""
+        """[…, n] → […, n]."""
         import torch
 
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.cfg.norm_eps) * weight
@@ -94,33 +140,82 @@ class Forward:
 
         return torch.nn.functional.linear(x, w.linear[name], w.bias.get(name))
 
-    def attend(self, a: torch.Tensor, w: BlockWeights) -> torch.Tensor:
-        """Normed input [S, T, H] → input of the output projection [S, T, heads·D]."""
-        import torch
+    def attention_input(self, x: torch.Tensor, w: BlockWeights) -> torch.Tensor:
+        """What q, k and v read: [S, T, H]."""
+        return self.norm(x, w.norm[self.norms.attn_in]) if self.norms.attn_in else x
 
-        q, k, v = (self.linear(a, w, n).unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2) for n in QKV)
-        y = torch.nn.functional.scaled_dot_product_attention(
-            self._rotate(q), self._rotate(k), v, is_causal=True, enable_gqa=True
-        )
-        return y.transpose(1, 2).flatten(2)
+    def mlp_input(self, x: torch.Tensor, w: BlockWeights) -> torch.Tensor:
+        """What gate and up read: [S, T, H]."""
+        return self.norm(x, w.norm[self.norms.mlp_in]) if self.norms.mlp_in else x
+
+    def attend(self, a: torch.Tensor, w: BlockWeights) -> torch.Tensor:
+        """Input of q, k and v [S, T, H] → input of the output projection [S, T, heads·D]."""
+        q, k, v = (self.linear(a, w, n) for n in QKV)
+        if QK_NORMS[0] in w.norm:
+            q, k = (self._norm_heads(x, w.norm[n]) for x, n in zip((q, k), QK_NORMS, strict=True))
+        q, k, v = (x.unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2) for x in (q, k, v))
+        rope = self.cfg.rope_of(w.layer)
+        if rope is not None:
+            q, k = self._rotate(q, rope), self._rotate(k, rope)
+        return self._attention(q, k, v, self.cfg.window_of(w.layer)).transpose(1, 2).flatten(2)
 
     def middle(self, m: torch.Tensor, w: BlockWeights) -> torch.Tensor:
-        """Normed input [S, T, H] → input of the down projection [S, T, F]."""
-        import torch
+        """Input of gate and up [S, T, H] → input of the down projection [S, T, F]."""
+        from torch.nn import functional
 
         gate, up = (self.linear(m, w, n) for n in GATE_UP)
-        return torch.nn.functional.silu(gate) * up
+        return (functional.gelu(gate, approximate="tanh") if self.gelu else functional.silu(gate)) * up
+
+    def add_attention(self, x: torch.Tensor, y: torch.Tensor, w: BlockWeights) -> torch.Tensor:
+        """The residual behind attention: x and the output projection's y, both [S, T, H]."""
+        return self._add(x, y, w, self.norms.attn_out)
+
+    def add_mlp(self, x: torch.Tensor, y: torch.Tensor, w: BlockWeights) -> torch.Tensor:
+        """The residual behind the MLP: x and the down projection's y, both [S, T, H]."""
+        return self._add(x, y, w, self.norms.mlp_out)
 
     def block(self, x: torch.Tensor, w: BlockWeights) -> torch.Tensor:
         """[S, T, H] → [S, T, H]."""
-        x = x + self.linear(self.attend(self.norm(x, w.norm[ATTN_NORM]), w), w, O_PROJ)
-        return x + self.linear(self.middle(self.norm(x, w.norm[MLP_NORM]), w), w, DOWN)
+        x = self.add_attention(x, self.linear(self.attend(self.attention_input(x, w), w), w, O_PROJ), w)
+        return self.add_mlp(x, self.linear(self.middle(self.mlp_input(x, w), w), w, DOWN), w)
 
-    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, norm: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """The last block's output […, H] → […, vocab]."""
         import torch
 
-        half = self.cfg.rope.dim // 2
+        y, cap = self.norm(x, norm) @ head.T * self.cfg.logit_scale, self.cfg.logit_soft_cap
+        return cap * torch.tanh(y / cap) if cap else y
+
+    def _add(self, x, y, w, norm):
+        y = self.norm(y, w.norm[norm]) if norm else y
+        return x + y if self.cfg.residual_scale == 1 else x + y * self.cfg.residual_scale
+
+    def _norm_heads(self, x, weight):
+        return self.norm(x.unflatten(-1, (-1, len(weight))), weight).flatten(-2)
+
+    def _rotate(self, x, rope):
+        import torch
+
+        if rope not in self._tables:
+            frequencies = torch.from_numpy(rope.frequencies())
+            angle = torch.arange(self.length, dtype=torch.float64)[:, None] * frequencies
+            self._tables[rope] = tuple((rope.magnitude * f(angle)).float() for f in (torch.cos, torch.sin))
+        cos, sin = (table[: x.shape[2]] for table in self._tables[rope])
+        half = cos.shape[1]
         a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        t = x.shape[2]
-        cos, sin = self.cos[:t], self.sin[:t]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+    def _attention(self, q, k, v, window):
+        import torch
+
+        t, cap, scale = q.shape[2], self.cfg.attn_soft_cap, self.cfg.attn_scale
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        if not cap and not 0 < window < t:
+            return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        distance = torch.arange(t)[:, None] - torch.arange(t)
+        seen = (distance >= 0) & (distance < (window or t))
+        if not cap:
+            return sdpa(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5) / cap)
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v

@@ -33,12 +33,14 @@ MIN_SCALE = 1e-6  # still a normal-enough fp16 number
 class Rounded:
     """Codes and zeros as float tensors with integer values; scales float32 that fp16 represents.
 
-    codes [out, in], scales and zeros [out, in/group].
+    codes [out, in], scales and zeros [out, in/group]. order: int64 [in], column j of `codes` multiplies input
+    `order[j]`; None: as they are.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
+    order: torch.Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -48,11 +50,21 @@ class Rounded:
         """float32 [out, in]."""
         n, k = self.codes.shape
         q = self.codes.view(n, -1, self.group)
-        return ((q - self.zeros[..., None]) * self.scales[..., None]).reshape(n, k)
+        w = ((q - self.zeros[..., None]) * self.scales[..., None]).reshape(n, k)
+        return w if self.order is None else w[:, self.order.argsort()]
 
     def divide_rows(self, s: torch.Tensor) -> None:
         """Divide output row i by s[i]: the codes stay, the scales change."""
         self.scales = fp16(self.scales / s[:, None])
+
+    def stacked(self, more: list[Rounded]) -> Rounded:
+        """The rows of all of them, which share an input and so its order."""
+        import torch
+
+        def rows(name: str) -> torch.Tensor:
+            return torch.cat([getattr(r, name) for r in (self, *more)])
+
+        return Rounded(rows("codes"), rows("scales"), rows("zeros"), self.order) if more else self
 
     def canonical(self, bias: torch.Tensor | None) -> QuantizedLinear:
         """The weight that is written."""
@@ -60,6 +72,7 @@ class Rounded:
             codes=self.codes.numpy().astype(np.uint8),
             scales=self.scales.numpy().astype(np.float16),
             zeros=self.zeros.numpy().astype(np.uint8),
+            perm=None if self.order is None else self.order.numpy().astype(np.int32),
             bias=None if bias is None else bias.numpy(),
         )
 
@@ -85,23 +98,12 @@ class Metric:
         """h: float32 [in, in], symmetric. damp: share of the mean diagonal that is added to the diagonal."""
         import torch
 
-        k = h.shape[0]
-        h = h.clone()
-        diagonal = h.diagonal()
-        floor = damp * diagonal.mean() + 1e-12
-        weight = diagonal.view(-1, group)
+        weight = h.diagonal().view(-1, group)
         inside = weight.argsort(dim=1, descending=True)
         groups = weight.sum(1).argsort(descending=True)
-        order = (inside + torch.arange(0, k, group)[:, None])[groups].flatten()
-        diagonal += floor
-        while True:
-            try:
-                lower = torch.linalg.cholesky(h[order][:, order].double())
-                u = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
-                return cls(h, order, u)
-            except torch.linalg.LinAlgError:  # float32 sums of nearly dependent inputs
-                floor *= 10
-                diagonal += floor
+        order = (inside + torch.arange(0, len(h), group)[:, None])[groups].flatten()
+        h, u = inverse_factor(h, order, damp)
+        return cls(h, order, u)
 
     def scaled(self, s: torch.Tensor) -> Metric:
         """The metric of the weight W·diag(s), whose inputs are x / s."""
@@ -113,19 +115,38 @@ class Metric:
         return float(((d @ self.h) * d).sum())
 
 
-def nearest(w: torch.Tensor, group: int) -> Rounded:
-    """Round to nearest on each group's whole range (RTN). w: float32 [out, in]."""
+def inverse_factor(h: torch.Tensor, order: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """H with `damp` of its mean diagonal added; the upper U with UᵀU = H⁻¹, rows and columns in `order`."""
+    import torch
+
+    h = h.clone()
+    diagonal = h.diagonal()
+    floor = damp * diagonal.mean() + 1e-12
+    diagonal += floor
+    while True:
+        try:
+            lower = torch.linalg.cholesky(h[order][:, order].double())
+            return h, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+        except torch.linalg.LinAlgError:  # float32 sums of nearly dependent inputs
+            floor *= 10
+            diagonal += floor
+
+
+def nearest(w: torch.Tensor, group: int, lowest: int = 0) -> Rounded:
+    """Round to nearest on each group's whole range (RTN). w: float32 [out, in]; lowest: of zero points."""
     n, k = w.shape
     g = w.view(n, -1, group)
     lo, hi = g.amin(-1).clamp_max(0), g.amax(-1).clamp_min(0)
+    if lowest:
+        lo = lo.minimum(-hi * lowest / (LEVELS - lowest))
     scale = fp16((hi - lo) / LEVELS)
-    zero = (-lo / scale).round().clamp(0, LEVELS)
+    zero = (-lo / scale).round().clamp(lowest, LEVELS)
     codes = ((g / scale[..., None]).round() + zero[..., None]).clamp(0, LEVELS)
     return Rounded(codes.view(n, k), scale, zero)
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Tensor operations run in this thread alone: a sweep makes thousands of small ones, and where another
     program holds a core, each would wait at a barrier (6 times slower beside one busy process, two cores).
     """
@@ -139,7 +160,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(n)
 
 
-@_one_thread()
+@one_thread()
 def compensated(w: torch.Tensor, metric: Metric, group: int, search: bool = True) -> Rounded:
     """Round column by column, passing errors on; `search`: choose each group's range by the error that is
     left.
@@ -150,14 +171,14 @@ def compensated(w: torch.Tensor, metric: Metric, group: int, search: bool = True
 
     columns = w.T[metric.order]  # [in, out]: a column of w lies in one piece
     rows = max(1, CHUNK // (group * 4 * len(SHRINK))) if search else max(1, CHUNK // w.shape[1])
-    parts = [_compensated(p.contiguous(), metric.u, group, search) for p in columns.split(rows, dim=1)]
+    parts = [rounded_columns(p.contiguous(), metric.u, group, search) for p in columns.split(rows, dim=1)]
     codes, scales, zeros = (torch.cat(p, dim=1).T for p in zip(*parts, strict=True))
     back = metric.order.argsort()
     groups = back.view(-1, group)[:, 0] // group  # where each group came in the order
     return Rounded(codes[:, back].contiguous(), scales[:, groups].contiguous(), zeros[:, groups].contiguous())
 
 
-def _compensated(w, u, group, search):
+def rounded_columns(w, u, group, search, lowest=0):
     """The same for w [in, out] (overwritten), rows in order: codes [in, out]; scales, zeros [groups, out]."""
     import torch
 
@@ -173,7 +194,7 @@ def _compensated(w, u, group, search):
             best = _sweep(wide, s.flatten(), z.flatten(), ub).view(s.shape).argmin(0, keepdim=True)
             s, z = s.gather(0, best)[0], z.gather(0, best)[0]
         else:
-            r = nearest(part.T, group)
+            r = nearest(part.T, group, lowest)
             s, z = r.scales[:, 0], r.zeros[:, 0]
         error = torch.empty_like(part)
         _sweep(part.clone(), s, z, ub, codes[span], error)
@@ -231,7 +252,7 @@ def refine(w: torch.Tensor, metric: Metric, r: Rounded, rounds: int = 2) -> Roun
     return r
 
 
-@_one_thread()
+@one_thread()
 def _descend(w: torch.Tensor, h: torch.Tensor, r: Rounded) -> None:
     """One pass over the columns; each code moves to the level that is best given all the others."""
     import torch

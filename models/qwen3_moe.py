@@ -1,0 +1,67 @@
+"""Qwen3-MoE: Qwen3's attention with Mixtral's experts; some layers may have one MLP all the same (Yang et al.
+2025).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinychat.config import ModelConfig
+from tinychat.models import llama, mixtral, qwen3
+from tinychat.models.llama import ATTENTION
+from tinychat.models.qwen3 import norms
+from tinychat.ops import Handle, Ops
+
+__all__ = ["biases", "forward", "linears", "load", "norms"]
+
+
+@dataclass(frozen=True)
+class Block(mixtral.Block):
+    """Mixtral's, and the norms of queries and keys."""
+
+    q_norm: Handle
+    k_norm: Handle
+
+
+def load(w: Any, cfg: ModelConfig) -> llama.Weights:
+    """Ask the backend's loader `w` for every weight."""
+
+    def load_block(w: Any, p: str) -> Block | qwen3.Block:
+        if not cfg.experts_in(int(p.split(".")[2])):
+            return qwen3.load_block(w, p)
+        return Block(
+            attn_norm=w.vector(p + "input_layernorm"),
+            qkv=w.linear(*(p + name for name in ATTENTION[:3])),
+            q_norm=w.vector(p + "self_attn.q_norm"),
+            k_norm=w.vector(p + "self_attn.k_norm"),
+            o=w.linear(p + "self_attn.o_proj"),
+            mlp_norm=w.vector(p + "post_attention_layernorm"),
+            experts=mixtral.load_experts(w, cfg, p),
+        )
+
+    return llama.load(w, cfg, load_block)
+
+
+def block(ops: Ops, cfg: ModelConfig, w: Block | qwen3.Block, x: Handle, layer: int) -> Handle:
+    """One decoder block. x: [T, hidden]."""
+    x = qwen3.attention(ops, cfg, w, x, layer)
+    m = ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)
+    if cfg.experts_in(layer):
+        return mixtral.experts(ops, cfg, w.experts, m, add_to=x)
+    return ops.linear(llama.mlp(ops, w, m), w.down, add_to=x)
+
+
+def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
+    """Token ids (the step's input) to logits."""
+    return llama.forward(ops, cfg, w, block)
+
+
+def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """Names and [out, in] of a block's linears."""
+    return mixtral.linears(cfg, layer) if cfg.experts_in(layer) else llama.linears(cfg, layer)
+
+
+def biases(cfg: ModelConfig) -> tuple[str, ...]:
+    """Linears that must have a bias, by their names inside a block."""
+    return ATTENTION if cfg.attention_bias else ()

@@ -1,0 +1,209 @@
+"""The quantizer on every dense family: its forward pass is transformers', its folder loads and is close."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import CASES, logits_of, random_model, relative_error
+from family_gguf import write as write_gguf
+from tiny import byte_tokenizer
+
+from tinychat.backends import Step
+from tinychat.backends.reference import ReferenceBackend
+from tinychat.config import ModelConfig
+from tinychat.errors import UnsupportedModelError
+from tinychat.formats.gguf import GGUFCheckpoint
+from tinychat.formats.hf import HFCheckpoint
+from tinychat.prepare import WeightPolicy
+from tinychat.quantize import block, quantize, settings
+from tinychat.quantize.forward import Forward, read_block
+from tinychat.weights import QuantizedLinear
+
+FAMILIES = (
+    "mistral window",
+    "qwen2",
+    "qwen3 bias",
+    "phi3 partial",
+    "phi3 window",
+    "smollm3 listed",
+    "olmo2",
+    "granite tied",
+    "gemma2",
+    "gemma2 caps",
+    "gemma3",
+    "gemma3 scaled",
+    "llama yarn magnitude",
+)
+ONE_EACH = tuple(name for name in FAMILIES if name not in ("phi3 partial", "gemma2 caps", "gemma3"))
+GGUF_CASES = {
+    "mistral window": "llama",
+    "llama yarn": "llama",
+    "qwen2 yarn": "qwen2",
+    "qwen3": "qwen3",
+    "phi3 window": "phi3",
+    "phi3 partial": "phi3",
+    "phi3 longrope": "phi3",
+    "smollm3": "smollm3",
+    "olmo2": "olmo2",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "granite": "granite",
+}
+IDS = np.random.default_rng(1).integers(32, 127, 128).astype(np.int32)
+
+
+@pytest.fixture
+def source(request, tmp_path):
+    """The case's model in a folder, and transformers' own."""
+    cls, changes = CASES[request.param]
+    hf = random_model(cls, **changes)
+    hf.save_pretrained(tmp_path / "source")
+    byte_tokenizer().save(tmp_path / "source")
+    return HFCheckpoint(tmp_path / "source"), hf
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(map(chr, np.random.default_rng(0).integers(32, 127, 2600))))
+    return path
+
+
+def forward(checkpoint, ids, weights=read_block) -> np.ndarray:
+    """Logits [T, vocab] by the quantizer's forward pass."""
+    f = Forward(checkpoint.config, len(ids))
+    embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
+    tied = checkpoint.config.tie_embeddings
+    head = embedding if tied else torch.from_numpy(checkpoint.linear("lm_head").dequantize())
+    with torch.inference_mode():
+        x = f.embed(embedding, torch.from_numpy(ids.astype(np.int64))[None])
+        for layer in range(checkpoint.config.n_layers):
+            x = f.block(x, weights(checkpoint, layer))
+        return f.logits(x, torch.from_numpy(checkpoint.vector("model.norm")), head)[0].numpy()
+
+
+def logits(folder: Path) -> np.ndarray:
+    backend = ReferenceBackend(HFCheckpoint(folder), WeightPolicy("none", 16))
+    backend.allocate_kv(8)
+    return backend.step(Step(IDS, 0, 0, np.arange(8, dtype=np.int32), 0))
+
+
+@pytest.mark.parametrize("source", FAMILIES, indirect=True)
+def test_the_forward_pass_is_that_of_transformers(source):
+    checkpoint, hf = source
+    assert relative_error(forward(checkpoint, IDS), logits_of(hf, IDS)) < 1e-4
+
+
+@pytest.mark.parametrize("source", FAMILIES, indirect=True)
+def test_folding_leaves_the_function_as_it_is(source, monkeypatch):
+    """With rounding switched off, what is left of AWQ must be the same network, its scales far from one."""
+    checkpoint, hf = source
+
+    class Unrounded:
+        def __init__(self, w):
+            self.w = w
+
+        def dequantize(self):
+            return self.w
+
+        def divide_rows(self, s):
+            self.w = self.w / s[:, None]
+
+    scales = {}
+    quantize_group = block.BlockQuantizer._quantize
+
+    def watched(self, names, *args):
+        scales[names] = quantize_group(self, names, *args)
+        return scales[names]
+
+    monkeypatch.setattr(block, "compensated", lambda w, metric, group, search=True: Unrounded(w))
+    monkeypatch.setattr(block, "refine", lambda w, metric, r, rounds: r)
+    monkeypatch.setattr(block.Metric, "loss", lambda self, w, r: 0.0)
+    monkeypatch.setattr(block, "_better", lambda error, best: True)
+    monkeypatch.setattr(block.BlockQuantizer, "_quantize", watched)
+    cfg = checkpoint.config
+    quantizer = block.BlockQuantizer(
+        Forward(cfg, 128), block.Options(group=32, target="local", alphas=(0.0, 0.7))
+    )
+    x = torch.randn(4, 128, cfg.hidden_size)
+    folded = []
+    for layer in range(cfg.n_layers):
+        result, _, x = quantizer(read_block(checkpoint, layer), x.clone(), x.clone())
+        folded.append(result.weights())
+        unscaled = [names for names, s in scales.items() if bool((s == 1).all())]
+        assert len(unscaled) == (2 if cfg.family == "olmo2" else 0)
+    got = forward(checkpoint, IDS, lambda _, layer: folded[layer])
+    assert relative_error(got, logits_of(hf, IDS)) < 2e-3  # folded norms and biases are in fp16
+
+
+@pytest.mark.parametrize("source", ONE_EACH, indirect=True)
+def test_each_method_writes_a_folder_that_runs_and_is_close(source, text, tmp_path):
+    checkpoint, hf = source
+    want, error = logits_of(hf, IDS), {}
+    for method in ("awq", "gptq", "rtn"):
+        facts = quantize(checkpoint, tmp_path / method, method=method, group_size=32, calib_file=text)
+        assert facts["group_size"] == 32
+        written = HFCheckpoint(tmp_path / method)
+        assert written.config == checkpoint.config
+        for name in block.FAMILIES[checkpoint.config.family].linears(checkpoint.config, 1):
+            assert isinstance(written.linear(name), QuantizedLinear)
+        error[method] = relative_error(logits(tmp_path / method), want)
+    # random weights and bytes have little to fit to: what calibration may not do is lose anything
+    assert error["rtn"] < 0.6
+    assert error["awq"] < error["rtn"]
+    assert error["gptq"] < 1.05 * error["rtn"]
+
+
+def numbers(c: ModelConfig) -> dict:
+    """What the config says, floats to seven digits, ropes by what they do."""
+    out = vars(c) | {"attn_scale": c.attn_scale or c.head_dim**-0.5}
+    out = {k: pytest.approx(v) if isinstance(v, float) else v for k, v in out.items()}
+    for name in ("rope", "local_rope", "long_rope"):
+        if rope := getattr(c, name):
+            out[name] = pytest.approx([rope.magnitude, *rope.frequencies()])
+    return out
+
+
+@pytest.mark.parametrize("case", GGUF_CASES)
+def test_settings_of_a_gguf_are_read_back_as_they_were(case, tmp_path):
+    cls, changes = CASES[case]
+    write_gguf(tmp_path / "m.gguf", random_model(cls, **changes), GGUF_CASES[case])
+    given = GGUFCheckpoint(tmp_path / "m.gguf").config
+    written = json.loads(json.dumps(settings.hf_config(given)))
+    found = ModelConfig.from_hf(written)
+    theirs = transformers.AutoConfig.for_model(written.pop("model_type"), **written)
+    assert type(theirs).__name__ == f"{cls.removesuffix('ForCausalLM')}Config".replace(
+        "Gemma3Config", "Gemma3TextConfig"
+    )
+    again = ModelConfig.from_hf(theirs.to_dict() | {"architectures": [cls]})
+    assert (again.windowed_layers, again.window) == (given.windowed_layers, given.window)
+    np.testing.assert_allclose(again.rope.frequencies(), given.rope.frequencies(), rtol=1e-6)
+    for name, value in numbers(given).items():
+        other = vars(found)[name]
+        if name == "attn_scale":
+            other = other or found.head_dim**-0.5
+        elif other is not None and name.endswith("rope"):
+            other = [other.magnitude, *other.frequencies()]
+        assert other == value, name
+
+
+def test_a_gguf_of_another_family_is_quantized_too(tmp_path, text):
+    cls, changes = CASES["gemma3"]
+    hf = random_model(cls, **changes)
+    write_gguf(tmp_path / "m.gguf", hf, "gemma3")
+    quantize(GGUFCheckpoint(tmp_path / "m.gguf"), tmp_path / "out", method="rtn", group_size=32)
+    assert relative_error(logits(tmp_path / "out"), logits_of(hf, IDS)) < 0.5
+
+
+def test_mixtures_of_experts_are_refused(tmp_path, text):
+    cls, changes = CASES["mixtral"]
+    random_model(cls, **changes).save_pretrained(tmp_path / "source")
+    byte_tokenizer().save(tmp_path / "source")
+    with pytest.raises(UnsupportedModelError, match="mixture of experts"):
+        quantize(HFCheckpoint(tmp_path / "source"), tmp_path / "out", calib_file=text)
+    assert not (tmp_path / "out").exists()

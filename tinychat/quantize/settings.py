@@ -1,0 +1,155 @@
+"""config.json of a model that came in another format: what `tinychat.hf_config` reads back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from tinychat.config import ModelConfig, RopeConfig
+from tinychat.errors import UnsupportedModelError
+
+Settings = dict[str, Any]
+
+
+def hf_config(c: ModelConfig) -> Settings:
+    """In Hugging Face's vocabulary. Raises UnsupportedModelError where a rope scaling has no name in it."""
+    if c.family not in _FAMILIES:
+        raise UnsupportedModelError(
+            f"A {c.family} model cannot be written as a folder yet.",
+            "Quantize its original Hugging Face checkpoint instead.",
+        )
+    architecture, own = _FAMILIES[c.family]
+    if c.family == "llama" and c.window:
+        architecture = "MistralForCausalLM"
+    rope = _rope_scaling(c.rope, c.long_rope)
+    config = {
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.long_context or c.context_length,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope.theta,
+        "rope_scaling": rope,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": c.attention_bias,
+        "mlp_bias": c.mlp_bias,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": one_or_many(c.eos_ids),
+        "use_cache": True,
+    }
+    if c.rope.dim != c.head_dim:
+        config["partial_rotary_factor"] = c.rope.dim / c.head_dim
+    if c.window:
+        config["sliding_window"] = c.window
+    return config | own(c)
+
+
+def one_or_many(ids: Iterable[int]) -> int | list[int] | None:
+    """As Hugging Face writes token ids: none, one, or a list."""
+    ids = list(ids)
+    return None if not ids else ids[0] if len(ids) == 1 else ids
+
+
+def _layer_types(c: ModelConfig) -> list[str]:
+    windowed = set(c.windowed_layers)
+    return ["sliding_attention" if i in windowed else "full_attention" for i in range(c.n_layers)]
+
+
+def _qwen(c: ModelConfig) -> Settings:
+    return {"use_sliding_window": bool(c.window)} | ({"layer_types": _layer_types(c)} if c.window else {})
+
+
+def _smollm3(c: ModelConfig) -> Settings:
+    return _qwen(c) | {"no_rope_layers": [int(i not in c.unrotated_layers) for i in range(c.n_layers)]}
+
+
+def _phi3(c: ModelConfig) -> Settings:
+    original = c.rope.original_context if c.rope.kind == "longrope" else c.context_length
+    return {"original_max_position_embeddings": original, "sliding_window": c.window}
+
+
+def _granite(c: ModelConfig) -> Settings:
+    return {
+        "embedding_multiplier": c.embed_scale,
+        "residual_multiplier": c.residual_scale,
+        "attention_multiplier": c.attn_scale or c.head_dim**-0.5,
+        "logits_scaling": 1 / c.logit_scale,
+    }
+
+
+def _gemma2(c: ModelConfig) -> Settings:
+    return {
+        "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": round((c.attn_scale or c.head_dim**-0.5) ** -2),
+        "attn_logit_softcapping": c.attn_soft_cap or None,
+        "final_logit_softcapping": c.logit_soft_cap or None,
+        "sliding_window": c.window or c.context_length,
+        "layer_types": _layer_types(c),
+    }
+
+
+def _gemma3(c: ModelConfig) -> Settings:
+    settings = _gemma2(c) | {"model_type": "gemma3_text"}
+    settings["rope_local_base_freq"] = c.local_rope.theta if c.local_rope else 1e4
+    del settings["attn_logit_softcapping"]
+    return settings
+
+
+_FAMILIES: dict[str, tuple[str, Callable[[ModelConfig], Settings]]] = {
+    "gemma2": ("Gemma2ForCausalLM", _gemma2),
+    "gemma3": ("Gemma3ForCausalLM", _gemma3),
+    "granite": ("GraniteForCausalLM", _granite),
+    "llama": ("LlamaForCausalLM", lambda c: {}),
+    "olmo2": ("Olmo2ForCausalLM", lambda c: {}),
+    "phi3": ("Phi3ForCausalLM", _phi3),
+    "qwen2": ("Qwen2ForCausalLM", _qwen),
+    "qwen3": ("Qwen3ForCausalLM", _qwen),
+    "smollm3": ("SmolLM3ForCausalLM", _smollm3),
+}
+
+
+def _rope_scaling(rope: RopeConfig, long: RopeConfig | None = None) -> Settings | None:
+    if rope.kind == "none":
+        return None
+    if rope.kind == "linear":
+        return {"rope_type": "linear", "factor": rope.factor}
+    if rope.kind == "factors":  # GGUF writes llama3 out; the published models use these two
+        for factor in (8.0, 32.0):
+            llama3 = RopeConfig(rope.theta, rope.dim, "llama3", factor, 1.0, 4.0, 8192)
+            if np.allclose(llama3.frequencies(), rope.frequencies(), rtol=1e-4):
+                return _rope_scaling(llama3)
+        raise UnsupportedModelError(
+            "The GGUF's rope factors are not those of Llama 3.1 or 3.2, so config.json cannot name them.",
+            "Quantize the original Hugging Face checkpoint instead.",
+        )
+    if rope.kind == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": rope.factor,
+            "original_max_position_embeddings": rope.original_context,
+            "attention_factor": rope.magnitude,
+        }
+    if rope.kind == "longrope":
+        return {
+            "rope_type": "longrope",
+            "short_factor": list(rope.factors),
+            "long_factor": list((long or rope).factors),
+            "attention_factor": rope.magnitude,
+        }
+    return {
+        "rope_type": "llama3",
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_context,
+    }
