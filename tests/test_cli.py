@@ -744,7 +744,14 @@ def test_bench_measures_what_it_says(folder, here, bits):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("0", 0), ("500MB", 500_000_000), ("4 gb", 4_000_000_000), ("1.5GiB", 3 << 29), ("10k", 10_000), ("7b", 7)],
+    [
+        ("0", 0),
+        ("500MB", 500_000_000),
+        ("4 gb", 4_000_000_000),
+        ("1.5GiB", 3 << 29),
+        ("10k", 10_000),
+        ("7b", 7),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(text, size):
     from tinychat.cli.options import Size
