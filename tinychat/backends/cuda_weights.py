@@ -1,15 +1,80 @@
-"""Linears of `tinychat.weights` in the CUDA kernels' forms."""
+"""Linears of `tinychat.weights` in the CUDA kernels' forms, and on the device."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 
-from tinychat.kernels_cuda import layout
-from tinychat.kernels_cuda.layout import Form, Shape
+from tinychat.formats import Checkpoint
+from tinychat.kernels_cuda import layout, linear
+from tinychat.kernels_cuda.driver import Memory
+from tinychat.kernels_cuda.layout import TILE, Form, Shape
+from tinychat.kernels_cuda.linear import DeviceLinear
+from tinychat.kernels_cuda.modules import Modules
+from tinychat.prepare import WeightPolicy
 from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear, bf16_to_f32
 
 
-def pack(w: Linear) -> tuple[Shape, dict[str, np.ndarray | None]]:
+class Loader:
+    """Gives a model file its weights, packed and uploaded one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, modules: Modules):
+        self.checkpoint, self.policy, self.modules = checkpoint, policy, modules
+
+    def vector(self, name: str) -> Memory:
+        """float32 [n]."""
+        v = np.ascontiguousarray(self.checkpoint.vector(name), np.float32)
+        memory = self.modules.device.allocate(v.nbytes)
+        self.modules.device.upload(memory, v)
+        return memory
+
+    def linear(self, *names: str) -> tuple[DeviceLinear, ...]:
+        """Linears that share an input; neighbours that can be one weight are."""
+        packed = [pack(self.policy.linear(self.checkpoint, name)) for name in names]
+        return tuple(linear.upload(self.modules, *p) for p in _joined(packed))
+
+    def embedding(self, name: str) -> tuple[DeviceLinear, ...]:
+        """The embedding (rows are token ids)."""
+        return (linear.upload(self.modules, *pack(self.policy.embedding(self.checkpoint, name))),)
+
+    def head(self, name: str, tied_to: Any) -> Any:
+        """The output head, or the embedding where they are one."""
+        head = self.policy.head(self.checkpoint, name)
+        return tied_to if head is None else (linear.upload(self.modules, *pack(head)),)
+
+
+Packed = tuple[Shape, dict[str, "np.ndarray | None"]]
+
+
+def _joined(packed: list[Packed]) -> list[Packed]:
+    """Weights of one form below each other, where the upper one ends with a whole tile."""
+    out: list[Packed] = []
+    for shape, parts in packed:
+        if out and parts["perm"] is None:
+            above, over = out[-1]
+            alike = (above.form, above.k, above.group) == (shape.form, shape.k, shape.group)
+            if alike and above.n % TILE == 0 and over["perm"] is None:
+                out[-1] = replace(above, n=above.n + shape.n), _below(above, over, shape, parts)
+                continue
+        out.append((shape, parts))
+    return out
+
+
+def _below(above: Shape, over: dict, shape: Shape, parts: dict) -> dict[str, np.ndarray | None]:
+    both: dict[str, np.ndarray | None] = {"perm": None, "bias": None}
+    for name in ("codes", "meta", "zeros"):
+        both[name] = None if parts[name] is None else np.concatenate([over[name], parts[name]])
+    if over["bias"] is not None or parts["bias"] is not None:
+        pairs = ((above, over), (shape, parts))
+        both["bias"] = np.concatenate(
+            [np.zeros(s.n, np.float32) if p["bias"] is None else p["bias"] for s, p in pairs]
+        )
+    return both
+
+
+def pack(w: Linear) -> Packed:
     """The smallest form that holds the weight, and its arrays: codes, meta, zeros, bias, perm."""
     n, k = w.shape
     parts: dict[str, np.ndarray | None] = dict.fromkeys(("meta", "zeros", "perm"))
