@@ -16,7 +16,7 @@ MAX_HEAD = 256
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of a model. size: channels of a head; bits: of the cache; scale: of scores; cap: 0 is none."""
+    """Attention of a model. size: channels of a head; bits: of the cache; scale: of scores; cap 0: none."""
 
     layers: int
     heads: int
@@ -112,12 +112,13 @@ class Attention:
             tiles = -(-n * (s.heads // s.kv_heads) // QUERIES)
             self.device.launch(
                 self._attend_spans, (-(-spans // 4), s.kv_heads, tiles), 128,
-                step, q, pool, blocks, stats, parts, layer, s.layers, row, n, s.heads, s.kv_heads, spans, window,
-                float(s.scale), float(s.cap),
+                step, q, pool, blocks, stats, parts, layer, s.layers, row, n, s.heads, s.kv_heads, spans,
+                window, float(s.scale), float(s.cap),
             )  # fmt: skip
             self.device.launch(
                 self._merge_spans, (n, s.heads), s.head,
-                step, stats, parts, totals, to, row, s.heads, spans, window, s.size, row_length(s.heads * s.size),
+                step, stats, parts, totals, to, row, s.heads, spans, window, s.size,
+                row_length(s.heads * s.size),
             )  # fmt: skip
 
     def walk(
@@ -162,8 +163,8 @@ class Attention:
         s = self.shape
         self.device.launch(
             self._score_slots, (-(-slots // SLOTS), s.kv_heads), 32,
-            step, q, pool, blocks, totals, scores, layer, s.layers, rows, watched, int(apart), s.heads, s.kv_heads,
-            slots, window, float(s.scale), float(s.cap),
+            step, q, pool, blocks, totals, scores, layer, s.layers, rows, watched, int(apart), s.heads,
+            s.kv_heads, slots, window, float(s.scale), float(s.cap),
         )  # fmt: skip
 
     def move(self, pool: Memory, blocks: Memory, src: Memory, dst: Memory, n: int) -> None:

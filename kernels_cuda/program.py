@@ -1,9 +1,9 @@
 """A model's kernels in their order, recorded once and replayed for every step.
 
-Buffers have room for the largest step and are given out by who reads them last. What changes from step to step
-(ids, position, length, block table) lies in one fixed piece of device memory, so a step of up to 16 rows is a CUDA
-graph: one copy in, one call, one copy out. A graph is made for each size of step, the second time that it occurs:
-by then every kernel has been loaded.
+Buffers have room for the largest step; what is no longer read is written again. What changes from step to
+step (ids, position, length, block table) lies in one fixed piece of device memory, so a step of up to 16
+rows is a CUDA graph: one copy in, one call, one copy out. A graph is made for each size of step, the second
+time that it occurs: by then every kernel has been loaded.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ HEADER = 16  # int32: position, length
 
 @dataclass(frozen=True)
 class Size:
-    """What a step's launches depend on. tail: last rows, which get logits. spans: of attention, for all that is
-    cached. watched: last rows whose attention is scored, apart from each other or summed. greedy: argmax too.
+    """What a step's launches depend on.
+
+    tail     last rows, which get logits
+    spans    of attention, for all that is cached
+    watched  last rows whose attention is scored, apart from each other or summed
+    greedy   argmax too
     """
 
     rows: int
@@ -295,7 +299,7 @@ class Program:
         scores: np.ndarray | None,
         watched: int,
     ) -> None:
-        """One step. Fills float32 logits [tail, vocab] or int32 greedy [tail], and scores if there are any."""
+        """One step. Fills float32 logits [tail, vocab] or int32 greedy [tail], and scores where asked."""
         rows = len(ids)
         self._put_inputs(ids, position, length, block_table)
         apart = scores is not None and len(scores) == watched

@@ -21,7 +21,7 @@ from tinychat.kernels_cuda.driver import Device, Memory
 from tinychat.kernels_cuda.modules import Cache, Modules
 
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall"]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall"]
 
 
 def missing() -> str | None:

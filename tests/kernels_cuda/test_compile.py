@@ -23,9 +23,11 @@ pytestmark = pytest.mark.skipif(NVRTC is None, reason=WHY)
 
 
 def limits(source: str) -> dict[str, dict[str, int]]:
-    """What a source says that its kernels may use."""
+    """What a source says that its kernels may use; "NAME/256" is NAME for heads of that size."""
     found = {}
-    for name, rest in re.findall(r"^// resources (\w+): (.*)$", (modules.SOURCES / source).read_text(), re.M):
+    for name, rest in re.findall(
+        r"^// resources ([\w/]+): (.*)$", (modules.SOURCES / source).read_text(), re.M
+    ):
         found[name] = {word: int(n) for word, n in re.findall(r"(\w+) (\d+)", rest)}
     return found
 
@@ -54,7 +56,8 @@ def check(source: str, defines: dict[str, str], architecture: int) -> None:
     assert actual
     for name, resources in actual.items():
         for what, n in resources.items():
-            assert n <= allowed[name][what], f"{name} {defines} sm_{architecture}: {n} {what}"
+            limit = allowed.get(f"{name}/{defines.get('HEAD')}", allowed[name])[what]
+            assert n <= limit, f"{name} {defines} sm_{architecture}: {n} {what}"
 
 
 def each(forms):
@@ -72,6 +75,34 @@ def test_rarer_linears_compile_within_their_limits(form):
     check("linear.cu", form.defines, 86)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", ["rows.cu", "embed.cu"])
+def test_the_rest_compiles_within_its_limits(source, architecture):
+    check(source, COMMON[1].defines if source == "embed.cu" else {}, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", ["cache.cu", "attention.cu"])
+def test_attention_compiles_within_its_limits(source, architecture):
+    check(source, {"HEAD": "64", "KV_BITS": "16"}, architecture)
+
+
+@pytest.mark.parametrize("head", [32, 96, 128, 256])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_other_heads_compile_within_their_limits(head, bits):
+    for source in ("cache.cu", "attention.cu"):
+        check(source, {"HEAD": str(head), "KV_BITS": str(bits)}, 86)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("head", range(32, 257, 32))
+def test_every_head_compiles_for_every_gpu(head, bits, architecture):
+    for source in ("cache.cu", "attention.cu"):
+        check(source, {"HEAD": str(head), "KV_BITS": str(bits)}, architecture)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("form", each(f for f in layout.FORMS if f not in COMMON))
@@ -84,7 +115,7 @@ def test_every_kernel_states_its_limits():
         text = source.read_text()
         kernels = set(re.findall(r"^(?:EXPORT|LINEAR)\((\w+)", text, re.M))
         assert kernels
-        assert kernels == set(limits(source.name)), source.name
+        assert kernels == {name.split("/")[0] for name in limits(source.name)}, source.name
 
 
 def test_a_gpu_newer_than_the_compiler_gets_ptx():

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tinychat import machine
 from tinychat.backends import BLOCK, Step
-from tinychat.backends.cuda_device import open_modules
+from tinychat.backends.cuda_device import free_memory, open_modules
 from tinychat.backends.cuda_weights import Loader
 from tinychat.config import ModelConfig, RopeConfig
 from tinychat.errors import MemoryBudgetError, TinychatError, UnsupportedModelError, UsageError
@@ -57,7 +56,7 @@ class CudaBackend:
         c = self.cfg
         if c.head_dim > MAX_HEAD:
             raise UnsupportedModelError(
-                f"{checkpoint.path.name} has heads of {c.head_dim} channels; the CUDA kernels have {MAX_HEAD}.",
+                f"{checkpoint.path.name} has heads of {c.head_dim} channels; {MAX_HEAD} is the most.",
                 "Use --device cpu.",
             )
         self._modules = modules or open_modules()
@@ -88,11 +87,18 @@ class CudaBackend:
         }
 
     def free_memory(self) -> int:
-        """Bytes that the device can still give. Where it shares the CPU's memory, what that has."""
-        if self._device.integrated:
-            return machine.available_memory()
+        """Bytes that the device can still give."""
         with self._on_device():
-            return self._device.memory()[0]
+            return free_memory(self._device)
+
+    def copy_bandwidth(self) -> float:
+        """GB/s of a plain copy within the device, bytes read and written: the measure for decoding."""
+        size = min(1 << 30, self.free_memory() // 4)
+        with self._on_device():
+            a, b = self._device.allocate(size), self._device.allocate(size)
+            return (
+                max(2 * size / self._device.seconds(lambda: self._device.copy(a, b)) for _ in range(5)) / 1e9
+            )
 
     def kv_heads(self) -> tuple[int, int]:
         """Layers, and KV heads of each."""
@@ -204,7 +210,7 @@ class CudaBackend:
             free = human_bytes(self._device.memory()[0])
             raise MemoryBudgetError(
                 f"{self._device.name} has not enough memory: {free} are free.",
-                "Try a smaller --ctx or a smaller model, close other programs on the GPU, or use --device cpu.",
+                "Try a smaller --ctx or model, close other programs on the GPU, or use --device cpu.",
             ) from None
         except DeviceError as e:
             raise TinychatError(

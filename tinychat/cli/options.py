@@ -56,7 +56,7 @@ loading_options = _stack(
             help="What is given up: what is attended to least, the oldest, or nothing.",
         ),
         click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Bits of the KV cache."),
-        click.option("--device", type=click.Choice(["auto", "cpu", "reference"]), default="auto"),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "reference"]), default="auto"),
         click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
         click.option(
             "--act-bits", type=click.Choice(["16", "8"]), help="Activation bits of the CPU kernels."
