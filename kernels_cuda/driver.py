@@ -20,7 +20,7 @@ OLDEST_CAPABILITY = 80  # cp.async and mma.m16n8k16
 OUT_OF_MEMORY, NO_DEVICE = 2, 100
 INTEGRATED, PROCESSORS, CLOCK, MAJOR, MINOR = 18, 16, 13, 75, 76  # CUdevice_attribute
 NON_BLOCKING = 1  # a stream that does not wait for the default one
-THREAD_LOCAL_CAPTURE = 1  # other threads of the process may allocate meanwhile
+RELAXED_CAPTURE = 2  # memory may be freed meanwhile: Python decides when
 
 
 class DeviceMissingError(Exception):
@@ -195,7 +195,7 @@ class Device:
     def capture(self, launches: Callable[[], None]) -> Graph:
         """What `launches` puts on the stream, to be replayed in one call. Nothing runs yet."""
         graph, executable = c_void_p(), c_void_p()
-        self._call("cuStreamBeginCapture_v2", self._stream, THREAD_LOCAL_CAPTURE)
+        self._call("cuStreamBeginCapture_v2", self._stream, RELAXED_CAPTURE)
         try:
             launches()
         except BaseException:

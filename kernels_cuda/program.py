@@ -94,6 +94,7 @@ class Program:
     attention: Attention
     max_rows: int
     records: list[_Record] = field(default_factory=list)
+    weights: list[DeviceLinear] = field(default_factory=list)
 
     def __post_init__(self):
         self.device = self.modules.device
@@ -199,6 +200,7 @@ class Program:
 
     def linear(self, w: DeviceLinear, x: Buffer, to: Buffer, column: int, cols: int, add: bool) -> None:
         """Into (or added to) the columns of `to` from `column` on."""
+        self.weights.append(w)
         self.record(
             [x, to],
             lambda z: linear.launch(self.modules, w, x.memory, to.memory[4 * column :], z.rows, cols, add),
@@ -236,6 +238,7 @@ class Program:
 
     def head(self, w: DeviceLinear, x: Buffer, scale: float, cap: float) -> None:
         """The last op: logits of the tail."""
+        self.weights.append(w)
         self._head = w, x, scale, cap
         self.record([x], lambda z: None)  # x lives to the end
 

@@ -214,6 +214,8 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 EXPORT(attend_spans)
 // resources attend_spans: registers 255, spills 0, shared 0
+// resources attend_spans/224: registers 255, spills 64, shared 0
+// resources attend_spans/256: registers 255, spills 64, shared 0
 
 // The spans of a row, merged. totals: float2 (m, l) [rows, heads]. grid (rows, heads), HEAD threads.
 extern "C" __global__ void __launch_bounds__(HEAD)
@@ -290,6 +292,8 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP)
 }
 EXPORT(attend_rows)
 // resources attend_rows: registers 255, spills 0, shared 32768
+// resources attend_rows/224: registers 255, spills 1024, shared 32768
+// resources attend_rows/256: registers 255, spills 1024, shared 32768
 
 // The probability that each slot got from the last `watched` rows, summed over the query heads of its KV head:
 // scores float [watched, layers, kv_heads, slots], or [1, …] summed over the rows too. For H2O eviction.

@@ -95,16 +95,14 @@ def test_logits_have_the_same_bits_however_the_tokens_are_cut(kv_bits):
         np.testing.assert_array_equal(run(b, IDS, cuts), whole)
 
 
-def relevant(name: str) -> bool:
-    """One of each family and each oddity; the rest is slow."""
-    return name in (
-        "llama yarn magnitude", "qwen2 window", "qwen3", "phi3 partial", "phi3 longrope", "smollm3 window",
-        "olmo2 mha", "granite tied", "gemma2 caps", "gemma3",
-    )  # fmt: skip
+# One of each family, with its oddities; the rest is slow.
+FAMILIES = (
+    "qwen2 window", "qwen3", "phi3 partial", "smollm3 window", "olmo2 mha", "granite tied", "gemma2 caps", "gemma3",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "case", [c if relevant(c) else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+    "case", [c if c in FAMILIES else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 )
 def test_every_family_is_the_references(case):
     cls, changes = CASES[case]
@@ -361,3 +359,40 @@ def test_nothing_of_cuda_is_loaded_on_the_cpu_and_no_torch_on_cuda():
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code, tests], check=True, env=os.environ)
+
+
+def test_the_benchmark_measures_everything_that_it_promises():
+    import importlib.util
+    from pathlib import Path
+
+    file = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu", file)
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    gpu.ROUNDS = gpu.WARM_UP = gpu.REPEAT = 1
+    gpu.LINEAR_ROWS = (1, 5)
+    b = CudaBackend(TinyCheckpoint(0, n_layers=1), WeightPolicy("rtn"), modules=bench().modules)
+    b.copy_bandwidth = lambda: 100.0
+    result = gpu.measure(b, 1000, [0, 20], 40, 1)
+    assert (result["gpu"], result["driver"]) == ("Emulated GPU", "CUDA 12.6")
+    assert [d["context"] for d in result["decode"]] == [0, 20]
+    for d in result["decode"]:
+        moved = 1000 + d["context"] * b.kv_bytes_per_block() / BLOCK
+        assert d["gb_s"] == pytest.approx(moved / d["ms"] / 1e6)
+        assert d["fraction_of_bandwidth"] == pytest.approx(d["gb_s"] / 100)
+    assert set(result["step_ms_by_rows"]) == {"1", "2", "3", "4", "5", "8", "9", "16"}
+    assert {(w["n"], w["k"]) for w in result["linears"]} == {
+        (128, 64),
+        (64, 64),
+        (192, 64),
+        (64, 96),
+        (258, 64),
+    }
+    times = gpu.torch_products(b.cfg, (1, 4), "cpu", "float32")
+    assert all(t > 0 for t in times.values())
+
+
+def test_the_bandwidth_is_that_of_a_copy():
+    b = cuda(TinyCheckpoint(0, n_layers=1))
+    b.free_memory = lambda: 64 << 20
+    assert 0.1 < b.copy_bandwidth() < 10_000

@@ -234,25 +234,25 @@ for (auto& work : *graph)
 return 0;
 }
 CALL(cuEventCreate, double** event, unsigned)
-    *event = new double(0);
-    return 0;
+*event = new double(0);
+return 0;
 }
 CALL(cuEventRecord, double* event, void*)
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    *event = 1e3 * t.tv_sec + 1e-6 * t.tv_nsec;
-    return 0;
+timespec t;
+clock_gettime(CLOCK_MONOTONIC, &t);
+*event = 1e3 * t.tv_sec + 1e-6 * t.tv_nsec;
+return 0;
 }
 CALL(cuEventSynchronize, double*)
-    return 0;
+return 0;
 }
 CALL(cuEventElapsedTime, float* milliseconds, double* begin, double* end)
-    *milliseconds = static_cast<float>(*end - *begin);
-    return 0;
+*milliseconds = static_cast<float>(*end - *begin);
+return 0;
 }
 CALL(cuEventDestroy_v2, double* event)
-    delete event;
-    return 0;
+delete event;
+return 0;
 }
 extern "C" int cuGetErrorName(int code, const char** name) {
     static const std::map<int, const char*> names = {{1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"},

@@ -5,6 +5,7 @@ limits beside the kernels ("// resources NAME: registers …, spills …, shared
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,7 +13,6 @@ from tinychat.kernels_cuda import layout, modules
 from tinychat.kernels_cuda.nvrtc import CompilerMissingError, Nvrtc
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
-COMMON = (layout.Form(4, "ZERO"), layout.Form(8, "SYMMETRIC"))
 
 try:
     NVRTC, WHY = Nvrtc(), ""
@@ -60,54 +60,55 @@ def check(source: str, defines: dict[str, str], architecture: int) -> None:
             assert n <= limit, f"{name} {defines} sm_{architecture}: {n} {what}"
 
 
-def each(forms):
-    return [pytest.param(f, id=f"{f.bits}-{f.meta}") for f in forms]
+def attention_units(head: int, bits: int) -> list[tuple[str, dict[str, str]]]:
+    return [(f"{name}.cu", {"HEAD": str(head), "KV_BITS": str(bits)}) for name in ("cache", "attention")]
+
+
+def linear_units(*forms: layout.Form) -> list[tuple[str, dict[str, str]]]:
+    return [("linear.cu", form.defines) for form in forms]
+
+
+# Every source, in its commonest shape.
+USUAL = [
+    *linear_units(layout.Form(4, "ZERO")),
+    ("embed.cu", layout.Form(8, "SYMMETRIC").defines),
+    ("rows.cu", {}),
+    *attention_units(64, 16),
+]
+# Another form of weight, and heads that need more registers.
+OTHERS = [
+    *linear_units(layout.Form(8, "SYMMETRIC")),
+    *attention_units(128, 16),
+    *attention_units(256, 8),
+]
+
+
+def check_all(units: list[tuple[str, dict[str, str]]], architecture: int) -> None:
+    """Two at a time: the compiler runs outside of Python."""
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(check, *unit, architecture) for unit in units]:
+            done.result()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("form", each(COMMON))
-def test_linears_compile_within_their_limits(form, architecture):
-    check("linear.cu", form.defines, architecture)
+def test_every_source_compiles_within_its_limits(architecture):
+    check_all(USUAL, architecture)
 
 
-@pytest.mark.parametrize("form", each(f for f in layout.FORMS if f not in COMMON))
-def test_rarer_linears_compile_within_their_limits(form):
-    check("linear.cu", form.defines, 86)
+def test_every_source_is_among_the_usual():
+    assert {source for source, _ in USUAL} == {f.name for f in modules.SOURCES.glob("*.cu")}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", ["rows.cu", "embed.cu"])
-def test_the_rest_compiles_within_its_limits(source, architecture):
-    check(source, COMMON[1].defines if source == "embed.cu" else {}, architecture)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", ["cache.cu", "attention.cu"])
-def test_attention_compiles_within_its_limits(source, architecture):
-    check(source, {"HEAD": "64", "KV_BITS": "16"}, architecture)
-
-
-@pytest.mark.parametrize("head", [32, 96, 128, 256])
-@pytest.mark.parametrize("bits", [16, 8])
-def test_other_heads_compile_within_their_limits(head, bits):
-    for source in ("cache.cu", "attention.cu"):
-        check(source, {"HEAD": str(head), "KV_BITS": str(bits)}, 86)
+def test_other_forms_compile_within_their_limits():
+    check_all(OTHERS, 86)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("head", range(32, 257, 32))
-def test_every_head_compiles_for_every_gpu(head, bits, architecture):
-    for source in ("cache.cu", "attention.cu"):
-        check(source, {"HEAD": str(head), "KV_BITS": str(bits)}, architecture)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("form", each(f for f in layout.FORMS if f not in COMMON))
-def test_rarer_linears_compile_for_every_gpu(form, architecture):
-    check("linear.cu", form.defines, architecture)
+def test_everything_compiles_for_every_gpu(architecture):
+    heads = [unit for head in range(32, 257, 32) for bits in (16, 8) for unit in attention_units(head, bits)]
+    check_all([*linear_units(*layout.FORMS), *heads], architecture)
+    check_all([("embed.cu", form.defines) for form in layout.FORMS], architecture)
 
 
 def test_every_kernel_states_its_limits():
