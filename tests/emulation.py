@@ -1,5 +1,7 @@
 """The CUDA engine without a GPU: g++ in place of NVRTC, `libcuda.cpp` in place of the driver. The rest is
 real.
+
+With TINYCHAT_TEST_DEVICE=gpu the same tests run on this machine's GPU, those of the emulated driver excepted.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall"]
 
 
+ON_GPU = os.environ.get("TINYCHAT_TEST_DEVICE") == "gpu"
+
+
 def missing() -> str | None:
     """What the emulation needs and this machine does not have."""
     if platform.system() != "Linux":
@@ -37,7 +42,11 @@ def missing() -> str | None:
     return "this g++ has no _Float16 (12 or newer is needed)" if probe.returncode else None
 
 
-needs_emulation = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+_missing = missing()
+needs_device = pytest.mark.skipif(not ON_GPU and _missing is not None, reason=_missing or "")
+needs_emulation = pytest.mark.skipif(
+    ON_GPU or _missing is not None, reason="the tests run on a GPU" if ON_GPU else _missing or ""
+)
 
 
 @lru_cache
@@ -113,11 +122,16 @@ def cache() -> Cache:
 
 
 class Bench:
-    """An emulated device and its kernels, arrays in and out."""
+    """A device and its kernels, arrays in and out."""
 
     def __init__(self):
-        self.device = Device(driver())
-        self.modules = Modules(self.device, cache())
+        if ON_GPU:
+            from tinychat.backends.cuda_device import open_modules
+
+            self.modules = open_modules()
+        else:
+            self.modules = Modules(Device(driver()), cache())
+        self.device = self.modules.device
 
     def put(self, a: np.ndarray | None) -> Memory | None:
         if a is None:

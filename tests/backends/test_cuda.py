@@ -10,11 +10,13 @@ import sys
 
 import numpy as np
 import pytest
-from emulation import bench, controls, needs_emulation
+from emulation import bench, controls, needs_device, needs_emulation
 from families import CASES, FromTransformers, random_model, relative_error
 from programs import random_linear
-from tiny import TinyCheckpoint, tiny_model
+from tiny import TinyCheckpoint, tiny_folder, tiny_model
 
+import tinychat
+from tinychat import kvfile
 from tinychat.backends import BLOCK, Step
 from tinychat.backends.cuda import CudaBackend
 from tinychat.backends.reference import ReferenceBackend
@@ -25,9 +27,16 @@ from tinychat.prepare import WeightPolicy
 from tinychat.sampling import SamplingParams
 from tinychat.weights import QuantizedLinear
 
-pytestmark = needs_emulation
+pytestmark = needs_device
 
 BLOCKS = 24
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path / "home"))
+
+
 TABLE = np.random.default_rng(0).permutation(BLOCKS).astype(np.int32)
 IDS = np.random.default_rng(1).integers(0, 258, 300).astype(np.int32)
 
@@ -97,8 +106,15 @@ def test_logits_have_the_same_bits_however_the_tokens_are_cut(kv_bits):
 
 # One of each family, with its oddities; the rest is slow.
 FAMILIES = (
-    "qwen2 window", "qwen3", "phi3 partial", "smollm3 window", "olmo2 mha", "granite tied", "gemma2 caps", "gemma3",
-)  # fmt: skip
+    "qwen2 window",
+    "qwen3",
+    "phi3 partial",
+    "smollm3 window",
+    "olmo2 mha",
+    "granite tied",
+    "gemma2 caps",
+    "gemma3",
+)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +206,7 @@ def test_saved_blocks_can_be_put_elsewhere(kv_bits):
     np.testing.assert_array_equal(other.step(Step(IDS[40:41], 40, 40, table, 0)), expected)
 
 
+@needs_emulation
 def test_a_step_that_was_seen_before_is_one_graph():
     b = cuda(TinyCheckpoint(1))
     b.step(Step(IDS[:20], 0, 0, TABLE, 20))
@@ -259,6 +276,7 @@ def test_the_prefix_cache_changes_nothing():
         assert first.completion.token_ids == again.completion.token_ids
 
 
+@needs_emulation
 def test_what_runs_is_described():
     b = cuda(TinyCheckpoint(0))
     facts = b.describe()
@@ -290,6 +308,7 @@ def test_unknown_settings_and_wrong_steps_are_errors():
         b.step(Step(IDS[:1], 0, 0, TABLE, 0))
 
 
+@needs_emulation
 def test_memory_is_given_back():
     import gc
 
@@ -307,6 +326,7 @@ def test_memory_is_given_back():
 # What goes wrong on a GPU
 
 
+@needs_emulation
 def test_no_room_for_the_weights_or_the_cache_is_said_with_numbers():
     controls().fake_fail(b"cuMemAlloc_v2", 2)
     with pytest.raises(MemoryBudgetError, match=r"not enough memory: .* are free") as e:
@@ -319,6 +339,7 @@ def test_no_room_for_the_weights_or_the_cache_is_said_with_numbers():
     assert b.step(Step(IDS[:3], 0, 0, TABLE, 2)).shape == (1, 258)
 
 
+@needs_emulation
 @pytest.mark.parametrize(
     "call", ["cuLaunchKernel", "cuGraphLaunch", "cuStreamSynchronize", "cuMemcpyHtoDAsync_v2"]
 )
@@ -361,6 +382,7 @@ def test_nothing_of_cuda_is_loaded_on_the_cpu_and_no_torch_on_cuda():
     subprocess.run([sys.executable, "-c", code, tests], check=True, env=os.environ)
 
 
+@needs_emulation
 def test_the_benchmark_measures_everything_that_it_promises():
     import importlib.util
     from pathlib import Path
@@ -396,3 +418,56 @@ def test_the_bandwidth_is_that_of_a_copy():
     b = cuda(TinyCheckpoint(0, n_layers=1))
     b.free_memory = lambda: 64 << 20
     assert 0.1 < b.copy_bandwidth() < 10_000
+
+
+# The choice of device
+
+
+@pytest.fixture
+def machine_with_gpu(monkeypatch):
+    """`open_modules` finds the device of these tests, or raises what it is told to."""
+    found = {"error": None}
+
+    def open_modules():
+        if found["error"]:
+            raise found["error"]
+        return bench().modules
+
+    monkeypatch.setattr("tinychat.backends.cuda_device.open_modules", open_modules)
+    monkeypatch.setattr("tinychat.model.has_gpu", lambda: True)
+    return found
+
+
+def test_auto_takes_the_gpu_and_a_chat_is_kept_with_its_cache(machine_with_gpu, tmp_path):
+    folder = tiny_folder(tmp_path / "tiny")
+    with tinychat.load(folder, device="auto", draft="none") as m:
+        assert m.describe()["backend"] == "cuda"
+        branch = m.engine.branch()
+        m.engine.run(branch, [int(t) for t in IDS[:200]], 200)
+        assert kvfile.save(tmp_path / "kv", m, branch)
+        with tinychat.load(folder, device="cuda") as again:
+            other = again.engine.branch()
+            assert kvfile.load(tmp_path / "kv", again, other) == 200
+            np.testing.assert_array_equal(again.engine.run(other, [7], 0), m.engine.run(branch, [7], 0))
+
+
+def test_auto_falls_back_to_the_cpu_and_says_why(machine_with_gpu, tmp_path):
+    machine_with_gpu["error"] = UsageError("The GPU is from 2010.", "Use --device cpu.")
+    folder = tiny_folder(tmp_path / "tiny")
+    with pytest.warns(RuntimeWarning, match="CPU is used: The GPU is from 2010"):
+        m = tinychat.load(folder, device="auto")
+    assert m.describe()["backend"] == "cpu"
+    m.close()
+    with pytest.raises(UsageError, match="2010"):
+        tinychat.load(folder, device="cuda")
+
+
+def test_a_model_that_the_gpu_has_no_room_for_is_refused_before_it_is_read(
+    machine_with_gpu, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tinychat.backends.cuda_device.free_memory", lambda device: 200_000_000)
+    folder = tiny_folder(tmp_path / "tiny")
+    with pytest.raises(MemoryBudgetError, match="200 MB are free"):
+        tinychat.load(folder, device="cuda")
+    with pytest.warns(RuntimeWarning, match="CPU is used"), tinychat.load(folder) as m:
+        assert m.describe()["backend"] == "cpu"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from emulation import bench, needs_emulation
+from emulation import bench, needs_device
 
 from tinychat.backends.reference import quantize_kv
 from tinychat.kernels_cuda import attention
 
-pytestmark = needs_emulation
+pytestmark = needs_device
 
 BLOCKS = 40  # of the pool; the sequence's lie scattered in it
 TABLE = np.random.default_rng(0).permutation(BLOCKS).astype(np.int32)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import bench, needs_emulation
+from emulation import bench, needs_device, needs_emulation
 from programs import FORMS, random_dense, random_linear
 
 from tinychat.backends.cuda_weights import pack
 from tinychat.kernels_cuda import layout, linear
 
-pytestmark = needs_emulation
+pytestmark = needs_device
 
 DENSE = ("fp16", "bf16", "fp32")
 KINDS = [*FORMS, *DENSE]
@@ -117,6 +117,7 @@ def test_every_form_is_met():
     assert met == set(layout.FORMS)
 
 
+@needs_emulation
 def test_warps_may_run_in_any_order():
     """No barrier is missing: the emulation runs warps from the last to the first; the bits are the same."""
     code = (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emulation import bench, needs_emulation
+from emulation import bench, needs_device
 from programs import FORMS, random_dense, random_linear
 
 from tinychat.backends.cuda_weights import pack
 from tinychat.kernels_cuda import linear
 
-pytestmark = needs_emulation
+pytestmark = needs_device
 
 RNG = np.random.default_rng(0)
 WIDTHS = (1, 20, 64, 300, 777)
