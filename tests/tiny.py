@@ -89,16 +89,25 @@ class TinyCheckpoint:
 
 
 def tiny_model(ctx: int = 256, seed: int = 0, backend: str = "reference", kv_bits: int = 16, **changes):
-    """A Model on the reference or the CPU backend, weights as they are."""
+    """A Model on the reference, the CPU or the (emulated) CUDA backend, weights as they are."""
     from tinychat.backends.cpu import CpuBackend
     from tinychat.backends.reference import ReferenceBackend
     from tinychat.model import Model
     from tinychat.prepare import WeightPolicy
 
     checkpoint = TinyCheckpoint(seed, **changes)
+    policy = WeightPolicy("none", 16)
+    if backend == "cuda":
+        from emulation import bench
+
+        from tinychat.backends.cuda import CudaBackend
+
+        return Model(
+            checkpoint, CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=bench().modules), "tiny", ctx
+        )
     kind = {"reference": ReferenceBackend, "cpu": CpuBackend}[backend]
-    more = {"kv_bits": kv_bits} if backend == "cpu" else {}
-    return Model(checkpoint, kind(checkpoint, WeightPolicy("none", 16), threads=1, **more), "tiny", ctx)
+    more = {} if backend == "reference" else {"kv_bits": kv_bits}
+    return Model(checkpoint, kind(checkpoint, policy, threads=1, **more), "tiny", ctx)
 
 
 def tiny_folder(path: Path, seed: int = 0, **changes) -> Path:

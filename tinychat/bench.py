@@ -168,7 +168,8 @@ def measure(
 ) -> dict[str, Any]:
     """Prefill and decode rates: warm-up, then `rounds` of each; medians, with the spread (max/min − 1).
 
-    bandwidth: a plain multi-threaded read, GB/s; taken before, between and after, and the best one counts.
+    bandwidth: a plain multi-threaded read (on a GPU: a copy), GB/s; taken before, between and after, and the
+    best one counts.
     """
     reach = max(n_prompt, max(contexts) + n_gen)
     n_blocks = -(-reach // BLOCK)
@@ -262,7 +263,7 @@ def run(
             backend,
             checkpoint.config,
             weight_bytes,
-            lambda: _native.read_bandwidth(n_threads, 1 << 29, 3),
+            getattr(backend, "copy_bandwidth", lambda: _native.read_bandwidth(n_threads, 1 << 29, 3)),
             **sizes,
         )
         facts = backend.describe()

@@ -29,6 +29,11 @@ def packs_dir() -> Path:
     return home() / "packs"
 
 
+def kernels_dir() -> Path:
+    """CUDA kernels, compiled for the GPU that is here."""
+    return home() / "kernels"
+
+
 def history_file() -> Path:
     """Input lines of the plain REPL."""
     return home() / "history"

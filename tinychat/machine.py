@@ -65,6 +65,12 @@ def total_memory() -> int:
     return min([psutil.virtual_memory().total, *(n for n in limits if n is not None)])
 
 
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU's device file is there: a card, a Jetson, or what WSL2 passes through."""
+    files = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
+    return any(Path(f).exists() for f in files)
+
+
 def cpu_count() -> int:
     """Cores this process may use at once: affinity, and the cgroup's CPU quota rounded up. At least 1."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,11 @@ import numpy as np
 from tinychat.backends import BLOCK, Backend
 from tinychat.config import ModelConfig
 from tinychat.engine import Engine
-from tinychat.errors import MemoryBudgetError, TinychatError, UsageError
+from tinychat.errors import MemoryBudgetError, TinychatError, UnsupportedModelError, UsageError
 from tinychat.events import Completion, Done, Event
 from tinychat.eviction import POLICIES, SINKS, SMALLEST, EvictionPolicy
 from tinychat.formats import Checkpoint, open_checkpoint
-from tinychat.machine import available_memory, human_bytes
+from tinychat.machine import available_memory, has_gpu, human_bytes
 from tinychat.models import FAMILIES
 from tinychat.prepare import WeightPolicy
 from tinychat.sampling import SamplingParams
@@ -50,7 +51,8 @@ def load(
 ) -> Model:
     """Load a model: an alias (downloaded if need be), a Hugging Face repo id, a local folder or a .gguf file.
 
-    device     "auto" | "cpu" | "reference" (torch, fp32: slow, the truth)
+    device     "auto" (an NVIDIA GPU if there is one that works, else the CPU) | "cpu" | "cuda" | "reference"
+               (torch, fp32: slow, the truth)
     threads    CPU threads; default: the cores this process may use
     act_bits   8 or 16: activation precision of the CPU kernels
     head_bits  8 or 16: how an embedding and output head stored in 16 bits run
@@ -121,23 +123,44 @@ def make_backend(
     kv_bits: int = 16,
 ) -> Backend:
     """The backend for a device, loaded. Raises MemoryBudgetError before anything is read if it cannot fit."""
-    reference = device == "reference"
-    if device not in ("auto", "cpu", "reference"):
-        raise UsageError(f"The device {device!r} is not known.", "Use auto, cpu or reference.")
+    if device not in ("auto", "cpu", "cuda", "reference"):
+        raise UsageError(f"The device {device!r} is not known.", "Use auto, cpu, cuda or reference.")
+    if device == "cuda":
+        return _cuda(checkpoint, policy, kv_bits)
+    if device == "auto" and has_gpu():
+        try:
+            return _cuda(checkpoint, policy, kv_bits)
+        except TinychatError as e:
+            warnings.warn(f"The CPU is used: {e.what}", RuntimeWarning, stacklevel=2)
     # Mapped packs can be dropped by the system, but a model larger than memory would crawl.
-    need, free = count_weights(checkpoint.config) * (4 if reference else 0.55), available_memory()
-    if need + HEADROOM > free:
-        raise MemoryBudgetError(
-            f"{checkpoint.path.name} needs {human_bytes(need)} and {human_bytes(free)} are free.",
-            "Choose a smaller model, or close other programs.",
-        )
-    if reference:
+    _check_room(checkpoint, 4 if device == "reference" else 0.55, available_memory())
+    if device == "reference":
         from tinychat.backends.reference import ReferenceBackend
 
         return ReferenceBackend(checkpoint, policy, threads, kv_bits=8 if kv_bits == 8 else 32)
     from tinychat.backends.cpu import CpuBackend
 
     return CpuBackend(checkpoint, policy, threads=threads, act_bits=act_bits, kv_bits=kv_bits)
+
+
+def _cuda(checkpoint: Checkpoint, policy: WeightPolicy, kv_bits: int) -> Backend:
+    from tinychat.backends.cuda import CudaBackend
+    from tinychat.backends.cuda_device import free_memory, open_modules
+
+    if checkpoint.config.n_experts:
+        raise UnsupportedModelError("Mixtures of experts do not run on a GPU yet.", "Use --device cpu.")
+    modules = open_modules()
+    _check_room(checkpoint, 0.55, free_memory(modules.device))
+    return CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=modules)
+
+
+def _check_room(checkpoint: Checkpoint, bytes_a_weight: float, free: int) -> None:
+    need = count_weights(checkpoint.config) * bytes_a_weight
+    if need + HEADROOM > free:
+        raise MemoryBudgetError(
+            f"{checkpoint.path.name} needs {human_bytes(need)} and {human_bytes(free)} are free.",
+            "Choose a smaller model, or close other programs.",
+        )
 
 
 def count_weights(cfg: ModelConfig) -> int:
@@ -180,7 +203,11 @@ class Model:
         self._draft_models: dict[str, Model] = {}
 
     def _room_for_tokens(self) -> int:
-        return max(0, available_memory() - HEADROOM) // self.backend.kv_bytes_per_block() * BLOCK
+        return max(0, self._free_memory() - HEADROOM) // self.backend.kv_bytes_per_block() * BLOCK
+
+    def _free_memory(self) -> int:
+        """Of the device that the cache is on."""
+        return getattr(self.backend, "free_memory", available_memory)()
 
     def _fit_context(self, asked: int | None) -> int:
         per_block = self.backend.kv_bytes_per_block()
@@ -191,7 +218,7 @@ class Model:
         if wanted > fits or wanted < 1:
             raise MemoryBudgetError(
                 f"A context of {wanted} tokens takes {human_bytes(max(wanted, BLOCK) / BLOCK * per_block)} "
-                f"and {human_bytes(available_memory())} are free.",
+                f"and {human_bytes(self._free_memory())} are free.",
                 f"Use --ctx {fits} or less." if fits >= BLOCK else "Choose a smaller model.",
             )
         return wanted

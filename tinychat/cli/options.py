@@ -82,7 +82,7 @@ loading_options = _stack(
             help="What the caches of stored chats may take on disk, such as 500MB; default 4GB, 0: nothing.",
         ),
         click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Bits of the KV cache."),
-        click.option("--device", type=click.Choice(["auto", "cpu", "reference"]), default="auto"),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "reference"]), default="auto"),
         click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
         click.option(
             "--act-bits", type=click.Choice(["16", "8"]), help="Activation bits of the CPU kernels."

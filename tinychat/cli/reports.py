@@ -83,7 +83,8 @@ def bench(
         click.echo(json.dumps(result))
         return
     per_token = human_bytes(result["weight_bytes_per_token"])
-    click.echo(f"{result['model']} · {result['backend']} {result['isa']} · {result['threads']} threads")
+    threads = f" · {result['threads']} threads" if result["threads"] else ""
+    click.echo(f"{result['model']} · {result['backend']} {result['isa']}{threads}")
     click.echo(f"{per_token} of weights a token · read bandwidth {result['read_bandwidth_gb_s']:.1f} GB/s")
     for row in result["prefill"]:
         click.echo(
@@ -138,6 +139,15 @@ def _facts() -> dict[str, Any]:
         facts["read_bandwidth_gb_s"] = round(_native.read_bandwidth(cpu_count(), 1 << 28), 1)
     except (ImportError, AttributeError) as e:
         problems.append(f"The CPU kernels do not load ({e}): reinstall tinychat.")
+    from tinychat import jetson
+    from tinychat.backends import cuda_device
+
+    facts |= cuda_device.report()
+    if problem := facts.pop("gpu_problem", None):
+        problems.append(problem)
+    board = jetson.report()
+    problems += board.pop("problems", [])
+    facts |= board
     home = locations.home()
     facts["home"] = str(home)
     existing = next(p for p in (home, *home.parents) if p.exists())

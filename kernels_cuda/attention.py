@@ -1,0 +1,187 @@
+"""The KV cache and attention on the device: layout, launches, and how a few rows spread over the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinychat.kernels_cuda.driver import Memory
+from tinychat.kernels_cuda.linear import row_length
+from tinychat.kernels_cuda.modules import Modules
+
+SLOTS = 16  # in a block
+SPAN = 64  # slots that attention takes at once
+QUERIES = 16  # of a warp
+MAX_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of a model. size: channels of a head; bits: of the cache; scale: of scores; cap 0: none."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    size: int
+    bits: int
+    scale: float
+    cap: float = 0.0
+
+    @property
+    def head(self) -> int:
+        """Channels with padding."""
+        return -(-self.size // 32) * 32
+
+    @property
+    def block_bytes(self) -> int:
+        """Of 16 slots, all layers: `src/cache.cuh` says how they lie."""
+        scales = SLOTS * (self.head // 32) * 2 if self.bits == 8 else 0
+        return self.layers * self.kv_heads * 2 * (SLOTS * self.head * self.bits // 8 + scales)
+
+    @property
+    def query_bytes(self) -> int:
+        """Of a row's queries."""
+        return self.heads * self.head * 2
+
+
+class Attention:
+    """Launches for one model's shape."""
+
+    def __init__(self, modules: Modules, shape: Shape, workspace: int):
+        """workspace: bytes for spans of rows that are not yet merged; what does not fit goes in turns."""
+        self.shape, self.device = shape, modules.device
+        defines = {"HEAD": str(shape.head), "KV_BITS": str(shape.bits)}
+        for source, names in (
+            ("cache.cu", ("rope_table", "rope_append", "move_slots", "turn_keys")),
+            ("attention.cu", ("attend_spans", "merge_spans", "attend_rows", "score_slots")),
+        ):
+            for name in names:
+                setattr(self, "_" + name, modules.kernel(source, name, defines))
+        self._stats_and_parts = self.device.allocate(workspace)
+
+    def row_bytes(self, spans: int) -> int:
+        """Workspace that a row takes when it is spread over so many spans."""
+        return self.shape.heads * spans * (8 + 4 * self.shape.head)
+
+    def turns(
+        self, step: Memory, frequencies: Memory, table: Memory, rows: int, pairs: int, magnitude: float
+    ):
+        """cos and sin of the rows' angles: float32 [rows, pairs, 2]. frequencies: float64 [pairs]."""
+        self.device.launch(self._rope_table, (rows,), 128, step, frequencies, table, pairs, float(magnitude))
+
+    def append(
+        self,
+        step: Memory,
+        qkv: Memory,
+        table: Memory | None,
+        q: Memory,
+        pool: Memory,
+        blocks: Memory,
+        layer: int,
+        rows: int,
+        pairs: int,
+    ) -> None:
+        """Turn queries and keys by `table` (pairs 0: not at all), write keys and values to the cache."""
+        s = self.shape
+        self.device.launch(
+            self._rope_append, (rows, s.heads + 2 * s.kv_heads), 32,
+            step, qkv, table, q, pool, blocks, layer, s.layers, s.heads, s.kv_heads, s.size, pairs,
+        )  # fmt: skip
+
+    def spread(
+        self,
+        step: Memory,
+        q: Memory,
+        pool: Memory,
+        blocks: Memory,
+        totals: Memory,
+        to: Memory,
+        layer: int,
+        rows: int,
+        spans: int,
+        window: int,
+    ) -> None:
+        """For few rows: `spans` (enough for all that is cached) at once, then merged."""
+        s = self.shape
+        at_once = min(rows, self._stats_and_parts.size // self.row_bytes(spans))
+        if not at_once:
+            return self.walk(step, q, pool, blocks, totals, to, layer, rows, spans, window)
+        stats = self._stats_and_parts
+        parts = stats[at_once * s.heads * spans * 8 :]
+        for row in range(0, rows, at_once):
+            n = min(at_once, rows - row)
+            tiles = -(-n * (s.heads // s.kv_heads) // QUERIES)
+            self.device.launch(
+                self._attend_spans, (-(-spans // 4), s.kv_heads, tiles), 128,
+                step, q, pool, blocks, stats, parts, layer, s.layers, row, n, s.heads, s.kv_heads, spans,
+                window, float(s.scale), float(s.cap),
+            )  # fmt: skip
+            self.device.launch(
+                self._merge_spans, (n, s.heads), s.head,
+                step, stats, parts, totals, to, row, s.heads, spans, window, s.size,
+                row_length(s.heads * s.size),
+            )  # fmt: skip
+
+    def walk(
+        self,
+        step: Memory,
+        q: Memory,
+        pool: Memory,
+        blocks: Memory,
+        totals: Memory,
+        to: Memory,
+        layer: int,
+        rows: int,
+        spans: int,
+        window: int,
+    ) -> None:
+        """For many rows: the same numbers, bit by bit."""
+        s = self.shape
+        warps = 4 if s.head <= 128 else 2
+        grid = -(-rows * (s.heads // s.kv_heads) // (QUERIES * warps)), s.kv_heads
+        self.device.launch(
+            self._attend_rows, grid, warps * 32,
+            step, q, pool, blocks, totals, to, layer, s.layers, rows, s.heads, s.kv_heads, window,
+            float(s.scale), float(s.cap), s.size, row_length(s.heads * s.size),
+        )  # fmt: skip
+
+    def score(
+        self,
+        step: Memory,
+        q: Memory,
+        pool: Memory,
+        blocks: Memory,
+        totals: Memory,
+        scores: Memory,
+        layer: int,
+        rows: int,
+        watched: int,
+        apart: bool,
+        slots: int,
+        window: int,
+    ) -> None:
+        """The probability that each slot got from the last `watched` rows, after their attention."""
+        s = self.shape
+        self.device.launch(
+            self._score_slots, (-(-slots // SLOTS), s.kv_heads), 32,
+            step, q, pool, blocks, totals, scores, layer, s.layers, rows, watched, int(apart), s.heads,
+            s.kv_heads, slots, window, float(s.scale), float(s.cap),
+        )  # fmt: skip
+
+    def move(self, pool: Memory, blocks: Memory, src: Memory, dst: Memory, n: int) -> None:
+        """Slots src over slots dst: int32 [layers, kv_heads, n]."""
+        s = self.shape
+        grid = n, s.kv_heads, s.layers
+        self.device.launch(self._move_slots, grid, 128, pool, blocks, src, dst, s.layers, s.kv_heads, n)
+
+    def turn(
+        self, pool: Memory, blocks: Memory, delta: Memory, frequencies: Memory, n: int, pairs: int
+    ) -> None:
+        """Keys of the first n slots by delta positions: int32 [layers, kv_heads, n]."""
+        s = self.shape
+        self.device.launch(
+            self._turn_keys, (n, s.kv_heads, s.layers), 32,
+            pool, blocks, delta, frequencies, s.layers, s.kv_heads, n, pairs,
+        )  # fmt: skip
+
+
+__all__ = ["MAX_HEAD", "SLOTS", "SPAN", "Attention", "Shape", "row_length"]

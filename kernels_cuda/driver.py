@@ -1,0 +1,281 @@
+"""The CUDA driver, through its C interface: one device, one stream, memory, modules, launches, graphs.
+
+`libcuda.so.1` is part of the driver, so nothing has to be installed or to match. Python launches each kernel
+of a step once, while a graph is captured; afterwards a step is one call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
+
+import numpy as np
+
+LIBRARY = "libcuda.so.1"
+OLDEST_DRIVER = 12000  # CUDA 12.0: graphs as they are used here
+OLDEST_CAPABILITY = 80  # cp.async and mma.m16n8k16
+
+OUT_OF_MEMORY, NO_DEVICE = 2, 100
+INTEGRATED, PROCESSORS, CLOCK, MAJOR, MINOR = 18, 16, 13, 75, 76  # CUdevice_attribute
+NON_BLOCKING = 1  # a stream that does not wait for the default one
+RELAXED_CAPTURE = 2  # memory may be freed meanwhile: Python decides when
+
+
+class DeviceMissingError(Exception):
+    """No driver, no GPU, or one that the kernels do not run on; the text says which."""
+
+
+class DeviceError(Exception):
+    """A call failed: `code` is a CUresult, the text its name."""
+
+    def __init__(self, call: str, code: int, name: str):
+        self.code = code
+        super().__init__(f"{call}: {name}")
+
+
+class OutOfMemoryError(DeviceError):
+    """The device has no room."""
+
+
+class Memory:
+    """Bytes on the device. Slices share them; the whole frees them."""
+
+    def __init__(self, address: int, size: int, owner: Any = None):
+        self.address, self.size, self._owner = address, size, owner
+
+    def __getitem__(self, part: slice) -> Memory:
+        """The bytes from `part.start` to `part.stop`."""
+        start, stop, _ = part.indices(self.size)
+        return Memory(self.address + start, stop - start, self)
+
+
+class Kernel:
+    """A function of a module."""
+
+    def __init__(self, handle: c_void_p, name: str, module: Any):
+        self.handle, self.name, self._module = handle, name, module
+
+
+class Device:
+    """The first GPU (CUDA_VISIBLE_DEVICES says which that is)."""
+
+    def __init__(self, library: str = LIBRARY):
+        """Raises DeviceMissingError."""
+        try:
+            self._library = ctypes.CDLL(library)
+        except OSError:
+            raise DeviceMissingError("No NVIDIA driver is installed.") from None
+        version = c_int()
+        self._call("cuDriverGetVersion", byref(version))
+        self.driver_version = version.value // 1000, version.value % 1000 // 10
+        if version.value < OLDEST_DRIVER:
+            raise DeviceMissingError(
+                "The NVIDIA driver knows CUDA {}.{}; 12.0 is needed.".format(*self.driver_version)
+            )
+        try:
+            self._call("cuInit", 0)
+        except DeviceError as e:
+            raise DeviceMissingError(f"There is no usable NVIDIA GPU ({e}).") from None
+        n, device = c_int(), c_int()
+        self._call("cuDeviceGetCount", byref(n))
+        if not n.value:
+            raise DeviceMissingError("There is no NVIDIA GPU.")
+        self._call("cuDeviceGet", byref(device), 0)
+        self._device = device
+        text = ctypes.create_string_buffer(256)
+        self._call("cuDeviceGetName", text, len(text), device)
+        self.name = text.value.decode(errors="replace")
+        self.capability = 10 * self._attribute(MAJOR) + self._attribute(MINOR)
+        self.processors = self._attribute(PROCESSORS)
+        self.integrated = bool(self._attribute(INTEGRATED))  # shares its memory with the CPU, as on Jetson
+        if self.capability < OLDEST_CAPABILITY:
+            raise DeviceMissingError(
+                f"{self.name} has compute capability {self.capability / 10}; 8.0 (Ampere) or newer is needed."
+            )
+        self._context, self._stream = c_void_p(), c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
+        self.enter()
+        self._call("cuStreamCreate", byref(self._stream), NON_BLOCKING)
+
+    def enter(self) -> None:
+        """Make it the calling thread's device: steps may come from any thread."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes."""
+        free, total = c_size_t(), c_size_t()
+        self._call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value, total.value
+
+    # Memory. Copies are ordered with launches; from and to pinned memory they run in the background.
+
+    def allocate(self, size: int) -> Memory:
+        """Raises OutOfMemoryError."""
+        address = c_uint64()
+        self._call("cuMemAlloc_v2", byref(address), c_size_t(max(size, 16)))
+        return Memory(address.value, size, _Freed(self, "cuMemFree_v2", address))
+
+    def pinned(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        """Host memory that the device reads and writes itself."""
+        address, size = c_void_p(), int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._call("cuMemHostAlloc", byref(address), c_size_t(max(size, 16)), c_uint(0))
+        raw = (ctypes.c_uint8 * max(size, 16)).from_address(address.value)
+        raw._owner = _Freed(self, "cuMemFreeHost", address)
+        return np.frombuffer(raw, np.uint8)[:size].view(dtype).reshape(shape)
+
+    def upload(self, to: Memory, data: np.ndarray) -> None:
+        """Into device memory. A pageable array has been read when this returns."""
+        if data.nbytes:
+            size = c_size_t(data.nbytes)
+            self._call(
+                "cuMemcpyHtoDAsync_v2", c_uint64(to.address), c_void_p(data.ctypes.data), size, self._stream
+            )
+
+    def download(self, to: np.ndarray, data: Memory) -> None:
+        """Out of device memory; complete after `synchronize`."""
+        if to.nbytes:
+            size = c_size_t(to.nbytes)
+            self._call(
+                "cuMemcpyDtoHAsync_v2", c_void_p(to.ctypes.data), c_uint64(data.address), size, self._stream
+            )
+
+    def copy(self, to: Memory, data: Memory) -> None:
+        """Within the device."""
+        size = c_size_t(data.size)
+        self._call("cuMemcpyDtoDAsync_v2", c_uint64(to.address), c_uint64(data.address), size, self._stream)
+
+    def clear(self, memory: Memory) -> None:
+        """Zero bytes."""
+        size = c_size_t(memory.size)
+        self._call("cuMemsetD8Async", c_uint64(memory.address), ctypes.c_ubyte(0), size, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait for everything so far."""
+        self._call("cuStreamSynchronize", self._stream)
+
+    # Kernels
+
+    def module(self, image: bytes) -> c_void_p:
+        """Load machine code or PTX."""
+        module = c_void_p()
+        self._call("cuModuleLoadData", byref(module), c_char_p(image))
+        return module
+
+    def kernel(self, module: c_void_p, name: str) -> Kernel:
+        """One of its functions."""
+        function = c_void_p()
+        self._call("cuModuleGetFunction", byref(function), module, name.encode())
+        return Kernel(function, name, module)
+
+    def launch(self, kernel: Kernel, grid: Sequence[int], threads: int, *arguments: Any) -> None:
+        """Arguments by their Python type: Memory (or None) is a pointer, int an int, float a float."""
+        values = [_argument(a) for a in arguments]
+        pointers = (c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        x, y, z = (*grid, 1, 1)[:3]
+        self._call(
+            "cuLaunchKernel",
+            kernel.handle,
+            x,
+            y,
+            z,
+            threads,
+            1,
+            1,
+            0,
+            self._stream,
+            pointers,
+            None,
+            what=kernel.name,
+        )
+
+    # Graphs
+
+    def capture(self, launches: Callable[[], None]) -> Graph:
+        """What `launches` puts on the stream, to be replayed in one call. Nothing runs yet."""
+        graph, executable = c_void_p(), c_void_p()
+        self._call("cuStreamBeginCapture_v2", self._stream, RELAXED_CAPTURE)
+        try:
+            launches()
+        except BaseException:
+            self._library.cuStreamEndCapture(self._stream, byref(graph))
+            raise
+        self._call("cuStreamEndCapture", self._stream, byref(graph))
+        try:
+            self._call("cuGraphInstantiateWithFlags", byref(executable), graph, c_uint64(0))
+        finally:
+            self._library.cuGraphDestroy(graph)
+        return Graph(self, executable)
+
+    # Time, for benchmarks
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """How long the device is busy with what `work` puts on the stream."""
+        events = [c_void_p(), c_void_p()]
+        for e in events:
+            self._call("cuEventCreate", byref(e), 0)
+        self._call("cuEventRecord", events[0], self._stream)
+        work()
+        self._call("cuEventRecord", events[1], self._stream)
+        self._call("cuEventSynchronize", events[1])
+        milliseconds = c_float()
+        self._call("cuEventElapsedTime", byref(milliseconds), *events)
+        for e in events:
+            self._call("cuEventDestroy_v2", e)
+        return milliseconds.value / 1000
+
+    def close(self) -> None:
+        """Give the device back. Memory and graphs must be gone."""
+        if self._context:
+            self._library.cuStreamDestroy_v2(self._stream)
+            self._library.cuDevicePrimaryCtxRelease_v2(self._device)
+            self._context = c_void_p()
+
+    def _attribute(self, which: int) -> int:
+        value = c_int()
+        self._call("cuDeviceGetAttribute", byref(value), which, self._device)
+        return value.value
+
+    def _call(self, function: str, *arguments: Any, what: str | None = None) -> None:
+        code = getattr(self._library, function)(*arguments)
+        if code:
+            name = c_char_p()
+            self._library.cuGetErrorName(code, byref(name))
+            kind = OutOfMemoryError if code == OUT_OF_MEMORY else DeviceError
+            raise kind(what or function, code, (name.value or b"unknown error").decode())
+
+
+class Graph:
+    """Recorded launches."""
+
+    def __init__(self, device: Device, executable: c_void_p):
+        self._device, self._executable = device, executable
+
+    def replay(self) -> None:
+        """Put all of them on the stream."""
+        self._device._call("cuGraphLaunch", self._executable, self._device._stream)
+
+    def __del__(self):
+        if self._device._context:
+            self._device._library.cuGraphExecDestroy(self._executable)
+
+
+class _Freed:
+    """Frees memory when nobody holds it any more; the driver waits for the launches that use it."""
+
+    def __init__(self, device: Device, function: str, address: Any):
+        self._device, self._function, self._address = device, function, address
+
+    def __del__(self):
+        if self._device._context:  # else the context took its memory along
+            self._device._library.cuCtxSetCurrent(self._device._context)
+            getattr(self._device._library, self._function)(self._address)
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Memory):
+        return c_uint64(value.address)
+    if value is None:
+        return c_uint64(0)
+    return c_float(value) if isinstance(value, float) else c_int(value)

@@ -1,0 +1,87 @@
+// The KV cache, for one head size and precision a compilation: HEAD (a multiple of 32; heads are padded with zeros)
+// and KV_BITS (16: halves; 8: int8 with a half as scale for each token and 32 channels).
+//
+// A pool block holds 16 slots of every layer and KV head: [layers][kv_heads] units of
+//   keys    [slot][HEAD]
+//   values  [HEAD][slot]      so that both are read as the mma's second operand, without a detour
+//   8 bits: key scales [slot][HEAD / 32], value scales [HEAD / 32][slot]
+#pragma once
+
+#include "device.cuh"
+
+#ifndef HEAD
+#define HEAD 64
+#define KV_BITS 16
+#endif
+
+constexpr int PARTS = HEAD / 32;  // of 32 channels
+constexpr int CODE = KV_BITS / 8;
+constexpr int KEYS = SLOTS * HEAD * CODE;  // bytes
+constexpr int SCALES = KV_BITS == 8 ? SLOTS * PARTS * 2 : 0;
+constexpr int UNIT = 2 * (KEYS + SCALES);
+
+// What a step is told, in device memory; kernels_cuda/step.py writes it.
+struct Step {
+    int position, length;  // of the first row: rotary position, slot
+};
+
+// One layer of the pool, behind a sequence's block table.
+struct Cache {
+    u8* pool;
+    const int* table;
+    int layer, layers, kv_heads;
+
+    DEVICE_MEMBER u8* unit(int slot, int head) const {
+        size_t block = static_cast<size_t>(table[slot / SLOTS]);
+        return pool + ((block * layers + layer) * kv_heads + head) * UNIT;
+    }
+};
+
+DEVICE u16* halves(u8* p) { return reinterpret_cast<u16*>(p); }
+
+// Where the parts of a unit begin.
+DEVICE u8* values_of(u8* unit) { return unit + KEYS; }
+DEVICE u16* key_scales(u8* unit) { return halves(unit + 2 * KEYS); }
+DEVICE u16* value_scales(u8* unit) { return halves(unit + 2 * KEYS + SCALES); }
+
+// A lane's channel as int8: the scale is the largest of the warp's 32 channels over 127, as a half.
+struct Code {
+    signed char q;
+    u16 scale;
+};
+
+DEVICE Code quantize(float x) {
+    u16 scale = to_half(warp_max(fabsf(x)) * (1.0f / 127));
+    float s = to_float(scale), inverse = s == 0 ? 0 : 1 / s;
+    return {static_cast<signed char>(fminf(fmaxf(rintf(x * inverse), -128.0f), 127.0f)), scale};
+}
+
+// Channel 32 part + lane of the key (or value) in a slot. Every lane of the warp takes part.
+DEVICE void store_key(u8* unit, int slot, int part, float x) {
+    int channel = part * 32 + lane_id();
+    if constexpr (KV_BITS == 16) {
+        halves(unit)[slot * HEAD + channel] = to_half(x);
+    } else {
+        Code c = quantize(to_float(to_half(x)));
+        unit[slot * HEAD + channel] = static_cast<u8>(c.q);
+        if (lane_id() == 0) key_scales(unit)[slot * PARTS + part] = c.scale;
+    }
+}
+
+DEVICE void store_value(u8* unit, int slot, int part, float x) {
+    int channel = part * 32 + lane_id();
+    u8* values = values_of(unit);
+    if constexpr (KV_BITS == 16) {
+        halves(values)[channel * SLOTS + slot] = to_half(x);
+    } else {
+        Code c = quantize(to_float(to_half(x)));
+        values[channel * SLOTS + slot] = static_cast<u8>(c.q);
+        if (lane_id() == 0) value_scales(unit)[part * SLOTS + slot] = c.scale;
+    }
+}
+
+DEVICE float load_key(u8* unit, int slot, int channel) {
+    if constexpr (KV_BITS == 16) return to_float(halves(unit)[slot * HEAD + channel]);
+    float q = static_cast<float>(static_cast<signed char>(unit[slot * HEAD + channel]));
+    return q * to_float(key_scales(unit)[slot * PARTS + channel / 32]);
+}

@@ -1,0 +1,129 @@
+// What happens between two linears, one row of activations at a time. Sums run in fp32 in an order that depends on
+// nothing but the width, so a row's result does not depend on the others. Each moves its inputs and outputs once.
+#include "device.cuh"
+
+constexpr int THREADS = 256;
+
+// The same on every thread. scratch: a float a warp.
+DEVICE float block_sum(float x, float* scratch) {
+    x = warp_sum(x);
+    if (lane_id() == 0) scratch[warp_id()] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int i = 0; i < THREADS / WARP; ++i) sum += scratch[i];
+    __syncthreads();
+    return sum;
+}
+
+DEVICE float silu(float x) { return x / (1 + expf(-x)); }
+
+// The tanh formula.
+DEVICE float gelu(float x) { return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x))); }
+
+// to[row] = x[row] / sqrt(mean(x²) + eps) · weight, as halves, zero from n to ld.
+// x: float [rows, n]. grid: rows.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    rms_norm(const float* x, const float* weight, u16* to, int n, int ld, float eps) {
+    __shared__ float scratch[THREADS / WARP];
+    x += static_cast<size_t>(blockIdx.x) * n;
+    to += static_cast<size_t>(blockIdx.x) * ld;
+    float sum = 0;
+    for (int i = threadIdx.x; i < n; i += THREADS) sum = fmaf(x[i], x[i], sum);
+    float factor = 1 / sqrtf(block_sum(sum, scratch) / static_cast<float>(n) + eps);
+    for (int i = threadIdx.x; i < ld; i += THREADS) to[i] = i < n ? to_half(x[i] * factor * weight[i]) : 0;
+}
+EXPORT(rms_norm)
+// resources rms_norm: registers 40, spills 0, shared 64
+
+// to[row] += the norm of x[row], in floats.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    rms_norm_add(const float* x, const float* weight, float* to, int n, float eps) {
+    __shared__ float scratch[THREADS / WARP];
+    x += static_cast<size_t>(blockIdx.x) * n;
+    to += static_cast<size_t>(blockIdx.x) * n;
+    float sum = 0;
+    for (int i = threadIdx.x; i < n; i += THREADS) sum = fmaf(x[i], x[i], sum);
+    float factor = 1 / sqrtf(block_sum(sum, scratch) / static_cast<float>(n) + eps);
+    for (int i = threadIdx.x; i < n; i += THREADS) to[i] += x[i] * factor * weight[i];
+}
+EXPORT(rms_norm_add)
+// resources rms_norm_add: registers 40, spills 0, shared 64
+
+// Spans of n floats of x, the first at `offset` of each row, normed in place. grid (rows, spans).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    norm_spans(float* x, const float* weight, int n, int offset, int ldx, float eps) {
+    __shared__ float scratch[THREADS / WARP];
+    x += static_cast<size_t>(blockIdx.x) * ldx + offset + blockIdx.y * n;
+    float sum = 0;
+    for (int i = threadIdx.x; i < n; i += THREADS) sum = fmaf(x[i], x[i], sum);
+    float factor = 1 / sqrtf(block_sum(sum, scratch) / static_cast<float>(n) + eps);
+    for (int i = threadIdx.x; i < n; i += THREADS) x[i] = x[i] * factor * weight[i];
+}
+EXPORT(norm_spans)
+// resources norm_spans: registers 40, spills 0, shared 64
+
+// to = f(first half of x) · second half, as halves, zero from n to ld. x: float [rows, 2n]. grid (⌈ld / 256⌉, rows).
+template <class F>
+DEVICE void gate(const float* x, u16* to, int n, int ld, F f) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= ld) return;
+    x += static_cast<size_t>(blockIdx.y) * 2 * n;
+    to[static_cast<size_t>(blockIdx.y) * ld + i] = i < n ? to_half(f(x[i]) * x[n + i]) : 0;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) silu_mul(const float* x, u16* to, int n, int ld) {
+    gate(x, to, n, ld, [](float v) { return silu(v); });
+}
+EXPORT(silu_mul)
+// resources silu_mul: registers 40, spills 0, shared 0
+
+extern "C" __global__ void __launch_bounds__(THREADS) gelu_mul(const float* x, u16* to, int n, int ld) {
+    gate(x, to, n, ld, [](float v) { return gelu(v); });
+}
+EXPORT(gelu_mul)
+// resources gelu_mul: registers 40, spills 0, shared 0
+
+// Floats to the halves that a linear reads, in its order (perm, or null). grid (⌈ld / 256⌉, rows).
+extern "C" __global__ void __launch_bounds__(THREADS) halve(const float* x, const int* perm, u16* to, int n, int ld) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= ld) return;
+    x += static_cast<size_t>(blockIdx.y) * n;
+    to[static_cast<size_t>(blockIdx.y) * ld + i] = i < n ? to_half(x[perm ? perm[i] : i]) : 0;
+}
+EXPORT(halve)
+// resources halve: registers 32, spills 0, shared 0
+
+// Halves in another order: to[i] = x[perm[i]]. Both [rows, ld]. grid (⌈ld / 256⌉, rows).
+extern "C" __global__ void __launch_bounds__(THREADS) reorder(const u16* x, const int* perm, u16* to, int n, int ld) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= ld) return;
+    size_t row = static_cast<size_t>(blockIdx.y) * ld;
+    to[row + i] = i < n ? x[row + perm[i]] : 0;
+}
+EXPORT(reorder)
+// resources reorder: registers 32, spills 0, shared 0
+
+// The largest of each row of n logits, the lowest id on a tie; NaN never wins. grid: rows. 1024 threads.
+extern "C" __global__ void __launch_bounds__(1024) argmax(const float* x, int* to, int n) {
+    __shared__ float values[1024];
+    __shared__ int ids[1024];
+    x += static_cast<size_t>(blockIdx.x) * n;
+    float best = -INFINITY;
+    int id = n;
+    for (int i = threadIdx.x; i < n; i += blockDim.x)
+        if (x[i] > best) best = x[i], id = i;
+    values[threadIdx.x] = best;
+    ids[threadIdx.x] = id;
+    for (int half = blockDim.x / 2; half; half /= 2) {
+        __syncthreads();
+        int i = threadIdx.x, j = i + half;
+        if (i >= half) continue;
+        if (values[j] > values[i] || (values[j] == values[i] && ids[j] < ids[i])) {
+            values[i] = values[j];
+            ids[i] = ids[j];
+        }
+    }
+    if (threadIdx.x == 0) to[blockIdx.x] = ids[0] < n ? ids[0] : 0;
+}
+EXPORT(argmax)
+// resources argmax: registers 40, spills 0, shared 8192

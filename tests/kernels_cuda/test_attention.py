@@ -1,0 +1,242 @@
+"""The KV cache and attention kernels under emulation, against the same sums in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from emulation import bench, needs_device
+
+from tinychat.backends.reference import quantize_kv
+from tinychat.kernels_cuda import attention
+
+pytestmark = needs_device
+
+BLOCKS = 40  # of the pool; the sequence's lie scattered in it
+TABLE = np.random.default_rng(0).permutation(BLOCKS).astype(np.int32)
+
+
+@dataclass
+class Case:
+    """A cache that the kernels fill, and what was written to it."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    size: int = 32
+    bits: int = 16
+    window: int = 0
+    cap: float = 0.0
+    layers: int = 2
+    pairs: int = 0
+
+    def __post_init__(self):
+        self.shape = attention.Shape(
+            self.layers, self.heads, self.kv_heads, self.size, self.bits, self.size**-0.5, self.cap
+        )
+        self.kernels = attention.Attention(bench().modules, self.shape, workspace=1 << 20)
+        self.pool = bench().device.allocate(BLOCKS * self.shape.block_bytes)
+        bench().device.clear(self.pool)
+        self.blocks = bench().put(TABLE)
+        self.keys = np.zeros((0, self.kv_heads, self.size), np.float32)
+        self.values = np.zeros((0, self.kv_heads, self.size), np.float32)
+
+    def stored(self, x):
+        """What the cache gives back."""
+        x = torch.from_numpy(x).half().float()
+        return (x if self.bits == 16 else quantize_kv(x)).numpy()
+
+    def append(self, qkv, layer=1):
+        """Rows behind what is there; the queries' halves on the device."""
+        b, rows = bench(), len(qkv)
+        step = b.put(np.array([len(self.keys), len(self.keys)], np.int32))
+        q = b.device.allocate(rows * self.shape.query_bytes)
+        self.kernels.append(step, b.put(qkv), None, q, self.pool, self.blocks, layer, rows, 0)
+        parts = qkv.reshape(rows, -1, self.size)
+        self.keys = np.concatenate([self.keys, parts[:, self.heads : self.heads + self.kv_heads]])
+        self.values = np.concatenate([self.values, parts[:, self.heads + self.kv_heads :]])
+        return step, q
+
+    def probabilities(self, q):
+        """float64 [rows, heads, slots] for the last rows."""
+        rows, n = len(q), len(self.keys)
+        q = q.reshape(rows, self.heads, self.size).astype(np.float16).astype(np.float64)
+        keys = np.repeat(self.stored(self.keys).astype(np.float64), self.heads // self.kv_heads, axis=1)
+        s = np.einsum("rhd,shd->rhs", q, keys) * self.size**-0.5
+        if self.cap:
+            s = self.cap * np.tanh(s / self.cap)
+        own, slot = np.arange(n - rows, n)[:, None, None], np.arange(n)
+        seen = slot <= own
+        if self.window:
+            seen = seen & (slot > own - self.window)
+        p = np.exp(np.where(seen, s, -np.inf) - s.max())
+        return p / p.sum(-1, keepdims=True)
+
+    def expected(self, q):
+        values = np.repeat(self.stored(self.values).astype(np.float64), self.heads // self.kv_heads, axis=1)
+        return np.einsum("rhs,shd->rhd", self.probabilities(q), values).reshape(len(q), -1)
+
+    def attend(self, step, q, rows, spread, layer=1, spans=8):
+        """float16 [rows, heads · size]; spread: by spans, else walked by rows."""
+        b, ld = bench(), attention.row_length(self.heads * self.size)
+        to, totals = b.device.allocate(rows * ld * 2), b.device.allocate(rows * self.heads * 8)
+        method = self.kernels.spread if spread else self.kernels.walk
+        method(step, q, self.pool, self.blocks, totals, to, layer, rows, spans, self.window)
+        out = b.get(to, (rows, ld), np.float16)
+        assert not out[:, self.heads * self.size :].any()
+        return out[:, : self.heads * self.size], totals
+
+
+def random_rows(case, rows, seed=0):
+    cols = (case.heads + 2 * case.kv_heads) * case.size
+    return np.random.default_rng([seed, rows]).normal(size=(rows, cols)).astype(np.float32)
+
+
+def queries(case, qkv):
+    return qkv[:, : case.heads * case.size]
+
+
+CASES = {
+    "plain": {},
+    "8 bits": dict(bits=8),
+    "one KV head, many queries": dict(heads=7, kv_heads=1),
+    "head 20": dict(size=20),
+    "head 64, 8 bits": dict(size=64, bits=8, heads=6, kv_heads=3),
+    "head 96": dict(size=96, heads=2, kv_heads=2),
+    "head 128": dict(size=128, heads=2, kv_heads=1),
+    "head 256": dict(size=256, heads=2, kv_heads=1),
+    "head 256, 8 bits": dict(size=256, heads=1, kv_heads=1, bits=8),
+    "window": dict(window=37),
+    "soft cap": dict(cap=2.0),
+    "window and cap, 8 bits": dict(window=70, cap=1.5, bits=8),
+}
+
+
+SLOW = ("head 96", "head 256")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
+def test_attention_is_the_softmax_over_what_is_cached(name):
+    case = Case(**CASES[name])
+    for rows in (70, 1, 16, 5):
+        qkv = random_rows(case, rows)
+        step, q = case.append(qkv)
+        expected = case.expected(queries(case, qkv))
+        got, _ = case.attend(step, q, rows, spread=rows <= 16)
+        # Probabilities are halves in the product with values.
+        np.testing.assert_allclose(got, expected, atol=3e-3)
+
+
+@pytest.mark.parametrize("name", ["plain", "8 bits", "one KV head, many queries", "window", "head 128"])
+def test_a_row_has_the_same_bits_spread_or_walked_in_any_company(name):
+    qkv = random_rows(Case(**CASES[name]), 150)
+    whole = Case(**CASES[name])
+    step, q = whole.append(qkv)
+    expected, _ = whole.attend(step, q, 150, spread=False)
+    for cuts in ([120, 1, 1, 5, 16, 7], [64, 64, 22]):
+        case, at = Case(**CASES[name]), 0
+        for n in cuts:
+            step, q = case.append(qkv[at : at + n])
+            for spread in (False, True):
+                got, _ = case.attend(step, q, n, spread)
+                np.testing.assert_array_equal(got, expected[at : at + n])
+            at += n
+
+
+def test_a_small_workspace_is_used_several_times():
+    case = Case()
+    step, q = case.append(random_rows(case, 12))
+    expected, _ = case.attend(step, q, 12, spread=True)
+    case.kernels = attention.Attention(bench().modules, case.shape, workspace=case.kernels.row_bytes(8) * 5)
+    np.testing.assert_array_equal(case.attend(step, q, 12, spread=True)[0], expected)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize(
+    "name", ["plain", "8 bits", "one KV head, many queries", "soft cap", "head 256, 8 bits"]
+)
+def test_scores_are_the_probabilities_that_slots_got(name, apart):
+    case = Case(**CASES[name])
+    case.append(random_rows(case, 70))
+    for rows, watched in ((1, 1), (7, 5), (16, 16)):
+        qkv = random_rows(case, rows)
+        step, q = case.append(qkv)
+        _, totals = case.attend(step, q, rows, spread=True)
+        n = len(case.keys) + 3  # the caller's array may be wider
+        b, shape = bench(), (watched if apart else 1, case.layers, case.kv_heads, n)
+        scores = b.put(np.full(shape, 7, np.float32))
+        case.kernels.score(step, q, case.pool, case.blocks, totals, scores, 1, rows, watched, apart, n, 0)
+        p = case.probabilities(queries(case, qkv))[-watched:]
+        p = p.reshape(watched, case.kv_heads, -1, p.shape[-1]).sum(2)
+        got = b.get(scores, shape)[:, 1]
+        np.testing.assert_allclose(got[..., :-3], p if apart else p.sum(0)[None], atol=2e-3)
+        np.testing.assert_array_equal(got[..., -3:], 0)
+
+
+@pytest.mark.parametrize("pairs", [10, 16, 5])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_queries_and_keys_are_turned(bits, pairs):
+    """By comparing scores with those of vectors turned in float64; at a position where floats would fail."""
+    case, position = Case(bits=bits, size=32), 123_457
+    frequencies = 10000.0 ** -(np.arange(pairs) / pairs)
+    qkv = random_rows(case, 9)
+    b = bench()
+    step, q = b.put(np.array([position, 0], np.int32)), b.device.allocate(9 * case.shape.query_bytes)
+    table = b.device.allocate(9 * pairs * 8)
+    case.kernels.turns(step, b.put(frequencies), table, 9, pairs, 1.5)
+    case.kernels.append(step, b.put(qkv), table, q, case.pool, case.blocks, 1, 9, pairs)
+
+    angle = (position + np.arange(9))[:, None, None] * frequencies
+    x = qkv.reshape(9, -1, 32).astype(np.float64)
+    one, two, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    cos, sin = 1.5 * np.cos(angle), 1.5 * np.sin(angle)
+    turned = np.concatenate([one * cos - two * sin, two * cos + one * sin, rest], axis=-1)
+    got = b.get(q, (9, case.heads, 32), np.float16)
+    np.testing.assert_allclose(got, turned[:, : case.heads], atol=4e-3)
+    case.keys = turned[:, case.heads : case.heads + case.kv_heads].astype(np.float32)
+    case.values = qkv.reshape(9, -1, 32)[:, case.heads + case.kv_heads :]
+    out, _ = case.attend(step, q, 9, spread=True)
+    np.testing.assert_allclose(out, case.expected(got), atol=2e-2 if bits == 8 else 3e-3)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_moved_slots_hold_what_they_were_given(bits):
+    case = Case(bits=bits)
+    case.append(random_rows(case, 80))
+    rng = np.random.default_rng(0)
+    n, b = 16, bench()
+    src = np.full((2, 2, n), -1, np.int32)
+    dst = np.zeros((2, 2, n), np.int32)
+    for head in range(2):
+        moved = int(rng.integers(1, n))
+        src[1, head, :moved] = 64 + rng.permutation(16)[:moved]
+        dst[1, head, :moved] = rng.permutation(64)[:moved]
+        case.keys[dst[1, head, :moved], head] = case.keys[src[1, head, :moved], head]
+        case.values[dst[1, head, :moved], head] = case.values[src[1, head, :moved], head]
+    case.kernels.move(case.pool, case.blocks, b.put(src), b.put(dst), n)
+    case.keys, case.values = case.keys[:64], case.values[:64]
+    qkv = random_rows(case, 3)
+    step, q = case.append(qkv)
+    got, _ = case.attend(step, q, 3, spread=True)
+    np.testing.assert_allclose(got, case.expected(queries(case, qkv)), atol=3e-3)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_keys_are_turned_in_place(bits):
+    case = Case(bits=bits)
+    case.append(random_rows(case, 50))
+    b, pairs, n = bench(), 16, 40
+    frequencies = 10000.0 ** -(np.arange(pairs) / pairs)
+    delta = np.random.default_rng(0).integers(-90, 1, (2, 2, n)).astype(np.int32)
+    case.kernels.turn(case.pool, case.blocks, b.put(delta), b.put(frequencies), n, pairs)
+    angle = delta[1].T[..., None] * frequencies
+    x = case.stored(case.keys[:n]).astype(np.float64)
+    one, two = x[..., :pairs], x[..., pairs:]
+    case.keys[:n] = np.concatenate(
+        [one * np.cos(angle) - two * np.sin(angle), two * np.cos(angle) + one * np.sin(angle)], axis=-1
+    )
+    qkv = random_rows(case, 2)
+    step, q = case.append(qkv)
+    got, _ = case.attend(step, q, 2, spread=True)
+    np.testing.assert_allclose(got, case.expected(queries(case, qkv)), atol=2e-2 if bits == 8 else 3e-3)

@@ -1,0 +1,129 @@
+"""Every source under NVRTC for every GPU generation, its registers, spills and shared memory against the
+limits beside the kernels ("// resources NAME: registers …, spills …, shared …"). No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tinychat.kernels_cuda import layout, modules
+from tinychat.kernels_cuda.nvrtc import CompilerMissingError, Nvrtc
+
+ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
+
+try:
+    NVRTC, WHY = Nvrtc(), ""
+except CompilerMissingError as e:
+    NVRTC, WHY = None, f"{e} pip install nvidia-cuda-nvrtc-cu12"
+
+pytestmark = pytest.mark.skipif(NVRTC is None, reason=WHY)
+
+
+def limits(source: str) -> dict[str, dict[str, int]]:
+    """What a source says that its kernels may use; "NAME/256" is NAME for heads of that size."""
+    found = {}
+    for name, rest in re.findall(
+        r"^// resources ([\w/]+): (.*)$", (modules.SOURCES / source).read_text(), re.M
+    ):
+        found[name] = {word: int(n) for word, n in re.findall(r"(\w+) (\d+)", rest)}
+    return found
+
+
+def used(log: str) -> dict[str, dict[str, int]]:
+    """What ptxas says that they do use."""
+    found: dict[str, dict[str, int]] = {}
+    for part in re.split(r"(?=Compiling entry function)", log)[1:]:
+        name = re.match(r"Compiling entry function '(\w+)'", part)[1]
+        shared = re.search(r"(\d+) bytes smem", part)
+        found[name] = {
+            "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+            "spills": int(re.search(r"(\d+) bytes spill stores", part)[1]),
+            "shared": int(shared[1]) if shared else 0,
+        }
+    return found
+
+
+def check(source: str, defines: dict[str, str], architecture: int) -> None:
+    image, log = NVRTC.compile(
+        modules.SOURCES / source, modules.headers(), f"sm_{architecture}", defines, verbose=True
+    )
+    assert image.startswith(b"\x7fELF")
+    assert "warning" not in log, log
+    allowed, actual = limits(source), used(log)
+    assert actual
+    for name, resources in actual.items():
+        for what, n in resources.items():
+            limit = allowed.get(f"{name}/{defines.get('HEAD')}", allowed[name])[what]
+            assert n <= limit, f"{name} {defines} sm_{architecture}: {n} {what}"
+
+
+def attention_units(head: int, bits: int) -> list[tuple[str, dict[str, str]]]:
+    return [(f"{name}.cu", {"HEAD": str(head), "KV_BITS": str(bits)}) for name in ("cache", "attention")]
+
+
+def linear_units(*forms: layout.Form) -> list[tuple[str, dict[str, str]]]:
+    return [("linear.cu", form.defines) for form in forms]
+
+
+# Every source, in its commonest shape.
+USUAL = [
+    *linear_units(layout.Form(4, "ZERO")),
+    ("embed.cu", layout.Form(8, "SYMMETRIC").defines),
+    ("rows.cu", {}),
+    *attention_units(64, 16),
+]
+# Another form of weight, and heads that need more registers.
+OTHERS = [
+    *linear_units(layout.Form(8, "SYMMETRIC")),
+    *attention_units(128, 16),
+    *attention_units(256, 8),
+]
+
+
+def check_all(units: list[tuple[str, dict[str, str]]], architecture: int) -> None:
+    """Two at a time: the compiler runs outside of Python."""
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(check, *unit, architecture) for unit in units]:
+            done.result()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_source_compiles_within_its_limits(architecture):
+    check_all(USUAL, architecture)
+
+
+def test_every_source_is_among_the_usual():
+    assert {source for source, _ in USUAL} == {f.name for f in modules.SOURCES.glob("*.cu")}
+
+
+def test_other_forms_compile_within_their_limits():
+    check_all(OTHERS, 86)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_everything_compiles_for_every_gpu(architecture):
+    heads = [unit for head in range(32, 257, 32) for bits in (16, 8) for unit in attention_units(head, bits)]
+    check_all([*linear_units(*layout.FORMS), *heads], architecture)
+    check_all([("embed.cu", form.defines) for form in layout.FORMS], architecture)
+
+
+def test_every_kernel_states_its_limits():
+    for source in modules.SOURCES.glob("*.cu"):
+        text = source.read_text()
+        kernels = set(re.findall(r"^(?:EXPORT|LINEAR)\((\w+)", text, re.M))
+        assert kernels
+        assert kernels == {name.split("/")[0] for name in limits(source.name)}, source.name
+
+
+def test_a_gpu_newer_than_the_compiler_gets_ptx():
+    newest = NVRTC.architectures()[-1]
+    assert NVRTC.target(86) == "sm_86"
+    assert NVRTC.target(newest + 30) == f"compute_{newest}"
+    image, _ = NVRTC.compile(
+        modules.SOURCES / "linear.cu", modules.headers(), f"compute_{newest}", layout.FORMS[0].defines
+    )
+    assert b".target" in image

@@ -1,0 +1,128 @@
+"""rows.cu and embed.cu under emulation, against the same in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from emulation import bench, needs_device
+from programs import FORMS, random_dense, random_linear
+
+from tinychat.backends.cuda_weights import pack
+from tinychat.kernels_cuda import linear
+
+pytestmark = needs_device
+
+RNG = np.random.default_rng(0)
+WIDTHS = (1, 20, 64, 300, 777)
+
+
+def floats(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def run(name, grid, *arguments, out, dtype=np.float32, threads=256):
+    """`arguments`: arrays go to the device; None is where the output goes."""
+    b = bench()
+    to = b.put(out)
+    sent = [to if a is ... else b.put(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    b.run("rows.cu", name, grid, threads, *sent)
+    return b.get(to, out.shape, dtype)
+
+
+def poison(rows, ld):
+    """What halves must be written over."""
+    return np.full((rows, ld), 0x7E00, np.uint16)
+
+
+def normed(x, weight):
+    x = x.astype(np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_norms(n):
+    rows, ld = 5, linear.row_length(n)
+    x, weight, to = floats(rows, n), floats(n), floats(rows, n)
+    out = run("rms_norm", (rows,), x, weight, ..., n, ld, 1e-5, out=poison(rows, ld), dtype=np.float16)
+    np.testing.assert_allclose(out[:, :n], normed(x, weight), rtol=2e-3, atol=1e-4)
+    assert not out[:, n:].any()
+    out = run("rms_norm_add", (rows,), x, weight, ..., n, 1e-5, out=to)
+    np.testing.assert_allclose(out, to + normed(x, weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "spans"), [(16, 4), (96, 1), (20, 3)])
+def test_spans_are_normed_where_they_are(n, spans):
+    x, weight = floats(3, 130), floats(n)
+    out = run("norm_spans", (3, spans), ..., weight, n, 7, 130, 1e-5, out=x)
+    expected = x.astype(np.float64)
+    part = expected[:, 7 : 7 + n * spans].reshape(3, spans, n)
+    expected[:, 7 : 7 + n * spans] = normed(part, weight).reshape(3, -1)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_gates(n):
+    rows, ld = 3, linear.row_length(n)
+    x = floats(rows, 2 * n) * 3
+    a, b = x[:, :n].astype(np.float64), x[:, n:].astype(np.float64)
+    gates = {
+        "silu_mul": a / (1 + np.exp(-a)) * b,
+        "gelu_mul": 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) * b,
+    }
+    for name, expected in gates.items():
+        grid = -(-ld // 256), rows
+        out = run(name, grid, x, ..., n, ld, out=poison(rows, ld), dtype=np.float16)
+        np.testing.assert_allclose(out[:, :n], expected, rtol=2e-3, atol=1e-4)
+        assert not out[:, n:].any()
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_halves_in_the_order_of_a_permutation(n):
+    rows, ld = 3, linear.row_length(n)
+    x, perm, grid = floats(rows, n), RNG.permutation(n).astype(np.int32), (-(-ld // 256), 3)
+    for p in (None, perm):
+        out = run("halve", grid, x, p, ..., n, ld, out=poison(rows, ld), dtype=np.float16)
+        np.testing.assert_array_equal(
+            out[:, :n], x.astype(np.float16)[:, perm if p is not None else slice(None)]
+        )
+        assert not out[:, n:].any()
+    padded = np.zeros((rows, ld), np.float16)
+    padded[:, :n] = x
+    out = run("reorder", grid, padded, perm, ..., n, ld, out=poison(rows, ld), dtype=np.float16)
+    np.testing.assert_array_equal(out[:, :n], padded[:, perm])
+    assert not out[:, n:].any()
+
+
+def test_what_no_half_holds_becomes_the_largest():
+    x = np.array([[1e6, -1e6, 65504, 65519, -70000, np.inf]], np.float32)
+    out = run("halve", (1, 1), x, None, ..., 6, 64, out=poison(1, 64), dtype=np.float16)
+    np.testing.assert_array_equal(out[0, :6], [65504, -65504, 65504, 65504, -65504, 65504])
+
+
+def test_argmax_is_the_first_of_the_largest():
+    x = floats(6, 5000)
+    x[1, [7, 4000, 3]] = 9
+    x[2] = -np.inf
+    x[3] = 0
+    x[4, ::2] = np.nan
+    x[5, 4999] = 50
+    out = run("argmax", (6,), x, ..., 5000, out=np.zeros(6, np.int32), dtype=np.int32, threads=1024)
+    clean = np.where(np.isnan(x), -np.inf, x)
+    np.testing.assert_array_equal(out, clean.argmax(axis=1))
+
+
+@pytest.mark.parametrize("kind", [*FORMS, "fp16", "bf16", "fp32"])
+def test_embedding_rows(kind):
+    n, k, b = 70, 320, bench()
+    dense = kind in ("fp16", "bf16", "fp32")
+    w = random_dense(RNG, kind, n, k) if dense else random_linear(RNG, kind, n, k, 32)
+    shape, parts = pack(w)
+    d = linear.upload(b.modules, shape, parts)
+    ids = np.array([0, 69, 15, 16, 33, 8], np.int32)
+    to = b.put(np.zeros((6, k), np.float32))
+    b.run(
+        "embed.cu", "embed", (2, 6), 256, d.codes, d.meta, d.zeros, b.put(ids), to, k, shape.stages,
+        shape.group, shape.groups, 3.0, **shape.form.defines,
+    )  # fmt: skip
+    expected = 3 * w.dequantize().astype(np.float64)[ids]
+    np.testing.assert_allclose(b.get(to, (6, k)), expected, rtol=1e-6, atol=2e-6)

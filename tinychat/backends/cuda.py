@@ -1,0 +1,313 @@
+"""The CUDA backend: a model's ops, recorded once as kernel launches; steps are CUDA graphs.
+
+Nothing here imports torch, and nothing of CUDA is loaded before a device is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinychat.backends import BLOCK, Step
+from tinychat.backends.cuda_device import free_memory, open_modules
+from tinychat.backends.cuda_weights import Loader
+from tinychat.config import ModelConfig, RopeConfig
+from tinychat.errors import MemoryBudgetError, TinychatError, UnsupportedModelError, UsageError
+from tinychat.formats import Checkpoint
+from tinychat.kernels_cuda.attention import MAX_HEAD, Attention, Shape
+from tinychat.kernels_cuda.driver import DeviceError, OutOfMemoryError
+from tinychat.kernels_cuda.linear import DeviceLinear
+from tinychat.kernels_cuda.modules import Modules
+from tinychat.kernels_cuda.program import Buffer, Program
+from tinychat.machine import human_bytes
+from tinychat.models import FAMILIES
+from tinychat.prepare import WeightPolicy
+
+MAX_ROWS = 512
+WORKSPACE = 64 << 20  # for attention's spans: 16 rows of 32 heads at 16,000 tokens of context
+
+
+class CudaBackend:
+    """Implements `Backend`. Rows do not depend on each other: any chunking gives the same bits."""
+
+    name = "cuda"
+    row_independent = True
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        policy: WeightPolicy | None = None,
+        *,
+        kv_bits: int = 16,
+        modules: Modules | None = None,
+    ):
+        """modules: a device and its compiler, in place of this machine's.
+
+        Raises UsageError for an unknown setting or where there is no usable GPU, MemoryBudgetError.
+        """
+        if kv_bits not in (8, 16):
+            raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 8 or 16.")
+        self.cfg: ModelConfig = checkpoint.config
+        self.kv_bits = kv_bits
+        c = self.cfg
+        if c.head_dim > MAX_HEAD:
+            raise UnsupportedModelError(
+                f"{checkpoint.path.name} has heads of {c.head_dim} channels; {MAX_HEAD} is the most.",
+                "Use --device cpu.",
+            )
+        self._modules = modules or open_modules()
+        self._device = self._modules.device
+        self.max_rows = MAX_ROWS
+        self._blocks = 0
+        scale = c.attn_scale or c.head_dim**-0.5
+        self._shape = Shape(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, kv_bits, scale, c.attn_soft_cap)
+        self._program: Program | None = None
+        with self._on_device():
+            family = FAMILIES[c.family]
+            weights = family.load(Loader(checkpoint, policy or WeightPolicy(), self._modules), c)
+            attention = Attention(self._modules, self._shape, WORKSPACE)
+            program = Program(self._modules, attention, MAX_ROWS)
+            family.forward(_Recorder(program, c), c, weights)
+            program.build()
+            self._program = program
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: backend, isa, act_bits, kv_bits, threads."""
+        return {
+            "backend": self.name,
+            "isa": f"sm_{self._device.capability}",
+            "act_bits": 16,
+            "kv_bits": self.kv_bits,
+            "threads": None,
+            "gpu": self._device.name,
+        }
+
+    def free_memory(self) -> int:
+        """Bytes that the device can still give."""
+        with self._on_device():
+            return free_memory(self._device)
+
+    def copy_bandwidth(self) -> float:
+        """GB/s of a plain copy within the device, bytes read and written: the measure for decoding."""
+        size = min(1 << 30, self.free_memory() // 4)
+        with self._on_device():
+            a, b = self._device.allocate(size), self._device.allocate(size)
+            return (
+                max(2 * size / self._device.seconds(lambda: self._device.copy(a, b)) for _ in range(5)) / 1e9
+            )
+
+    def kv_heads(self) -> tuple[int, int]:
+        """Layers, and KV heads of each."""
+        return self.cfg.n_layers, self.cfg.n_kv_heads
+
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of one block of BLOCK slots: keys and values of all layers."""
+        return self._shape.block_bytes
+
+    def allocate_kv(self, n_blocks: int) -> None:
+        """Reserve the KV pool, in device memory."""
+        with self._on_device():
+            self._open().set_cache(n_blocks)
+        self._blocks = n_blocks
+
+    def copy_block(self, src: int, dst: int) -> None:
+        """Copy a pool block, all layers (copy-on-write)."""
+        with self._on_device():
+            self._device.copy(self._block(dst), self._block(src))
+
+    def read_blocks(self, block_table: np.ndarray) -> np.ndarray:
+        """What the blocks hold: uint8 [n blocks, kv_bytes_per_block]."""
+        out = np.empty((len(block_table), self.kv_bytes_per_block()), np.uint8)
+        with self._on_device():
+            for to, block in zip(out, block_table, strict=True):
+                self._device.download(to, self._block(int(block)))
+            self._device.synchronize()
+        return out
+
+    def write_blocks(self, block_table: np.ndarray, data: np.ndarray) -> None:
+        """What `read_blocks` gave, into these blocks."""
+        with self._on_device():
+            for row, block in zip(data, block_table, strict=True):
+                self._device.upload(self._block(int(block)), np.ascontiguousarray(row))
+            self._device.synchronize()
+
+    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+        """Keys and values of the logical slots `src` over those of `dst`."""
+        with self._on_device():
+            p = self._open()
+            p.set_table(block_table)
+            a, b = (p.upload(np.ascontiguousarray(x, np.int32)) for x in (src, dst))
+            p.attention.move(p.pool, p.inputs.blocks, a, b, src.shape[2])
+            self._device.synchronize()
+
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
+        """Rotate the cached keys of the first slots by `delta` positions."""
+        ropes = [self.cfg.rope_of(layer) for layer in range(self.cfg.n_layers)]
+        with self._on_device():
+            p = self._open()
+            p.set_table(block_table)
+            for rope in {*ropes} - {None}:
+                here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
+                turns = p.upload(np.ascontiguousarray(np.where(here, delta, 0), np.int32))
+                f = rope.frequencies().astype(np.float64)
+                p.attention.turn(p.pool, p.inputs.blocks, turns, p.upload(f), delta.shape[2], len(f))
+                self._device.synchronize()
+
+    def step(self, step: Step) -> np.ndarray:
+        """Run the network. float32 [T - logits_from, vocab]."""
+        out = np.empty((len(step.token_ids) - step.logits_from, self.cfg.vocab_size), np.float32)
+        self._run(step, out, None)
+        return out
+
+    def step_greedy(self, step: Step) -> np.ndarray:
+        """The argmax of each asked row, lowest id on a tie: int32 [T - logits_from]."""
+        out = np.empty(len(step.token_ids) - step.logits_from, np.int32)
+        self._run(step, None, out)
+        return out
+
+    def close(self) -> None:
+        """Release memory. Idempotent."""
+        self._program = None
+
+    def _run(self, step: Step, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
+        ids, rows = step.token_ids, len(step.token_ids)
+        with self._on_device():
+            program = self._open()
+            if not 1 <= rows <= MAX_ROWS:
+                raise ValueError(f"a step has 1 to {MAX_ROWS} rows, not {rows}")
+            if ids.min() < 0 or ids.max() >= self.cfg.vocab_size:
+                raise ValueError("a token id is outside the vocabulary")
+            table = step.block_table
+            if len(table) * BLOCK < step.length + rows:
+                raise ValueError("the block table does not cover the step")
+            if len(table) > self._blocks or table.min() < 0 or table.max() >= self._blocks:
+                raise ValueError("the block table names blocks that are not there")
+            program.run(
+                ids, step.position, step.length, table, rows - step.logits_from, logits, greedy,
+                step.scores, step.scored_rows,
+            )  # fmt: skip
+
+    def _open(self) -> Program:
+        if self._program is None:
+            raise TinychatError("The model is closed.", "Load it again.")
+        return self._program
+
+    def _block(self, i: int) -> Any:
+        size = self.kv_bytes_per_block()
+        return self._open().pool[i * size : (i + 1) * size]
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """What the driver says, in words."""
+        try:
+            self._device.enter()
+            yield
+        except OutOfMemoryError:
+            free = human_bytes(self._device.memory()[0])
+            raise MemoryBudgetError(
+                f"{self._device.name} has not enough memory: {free} are free.",
+                "Try a smaller --ctx or model, close other programs on the GPU, or use --device cpu.",
+            ) from None
+        except DeviceError as e:
+            raise TinychatError(
+                f"{self._device.name} failed ({e}).",
+                "What was said is kept. Start again; if it happens again, use --device cpu.",
+            ) from e
+
+
+@dataclass(eq=False)
+class _Value:
+    """A handle: `floats` holds it in fp32, `halves` as linears read it; either may be missing."""
+
+    cols: int
+    floats: Buffer | None = None
+    halves: Buffer | None = None
+
+
+@dataclass(eq=False)
+class _Heads:
+    """A part of a qkv value, and how it is to be rotated."""
+
+    qkv: _Value
+    cfg: ModelConfig
+    rope: RopeConfig | None = None
+
+
+class _Recorder:
+    """Implements `Ops` by writing down what to launch."""
+
+    def __init__(self, program: Program, cfg: ModelConfig):
+        self.program, self.cfg = program, cfg
+        self.tables: dict[RopeConfig, Buffer] = {}
+
+    def embed(self, weight, scale=1.0):
+        (w,) = weight
+        return _Value(w.shape.k, floats=self.program.embed(w, scale))
+
+    def rms_norm(self, x, weight, eps, add_to=None):
+        if add_to is not None:
+            self.program.rms_norm_add(x.floats, weight, x.cols, eps, add_to.floats)
+            return _Value(x.cols, floats=add_to.floats)
+        return _Value(x.cols, halves=self.program.rms_norm(x.floats, weight, x.cols, eps))
+
+    def linear(self, x, weight, add_to=None):
+        cols = sum(w.shape.n for w in weight)
+        out = self.program.floats(cols) if add_to is None else add_to.floats
+        column = 0
+        for w in weight:
+            self.program.linear(w, self._input(x, w), out, column, cols, add_to is not None)
+            column += w.shape.n
+        return _Value(cols, floats=out)
+
+    def split_heads(self, qkv, cfg):
+        return _Heads(qkv, cfg), _Heads(qkv, cfg), _Heads(qkv, cfg)
+
+    def norm_heads(self, q, k, q_weight, k_weight, eps):
+        c, qkv = q.cfg, q.qkv
+        offset = 0
+        for weight, heads in ((q_weight, c.n_heads), (k_weight, c.n_kv_heads)):
+            n = weight.size // 4  # a head's, or all heads' as one
+            spans = heads * c.head_dim // n
+            self.program.norm_spans(qkv.floats, weight, n, offset, spans, qkv.cols, eps)
+            offset += heads * c.head_dim
+        return q, k
+
+    def rope(self, q, k, rope):
+        if rope not in self.tables:
+            self.tables[rope] = self.program.rope_table(rope.frequencies(), rope.magnitude)
+        return _Heads(q.qkv, q.cfg, rope), _Heads(k.qkv, k.cfg, rope)
+
+    def attention(self, q, k, v, layer):
+        table = self.tables[q.rope] if q.rope else None
+        pairs = len(q.rope.frequencies()) if q.rope else 0
+        window = self.cfg.window_of(layer) or 0
+        out = self.program.attend(q.qkv.floats, table, pairs, layer, window)
+        return _Value(q.cfg.n_heads * q.cfg.head_dim, halves=out)
+
+    def silu_mul(self, gate_up):
+        return self._gate("silu_mul", gate_up)
+
+    def gelu_mul(self, gate_up):
+        return self._gate("gelu_mul", gate_up)
+
+    def lm_head(self, x, weight, scale=1.0):
+        (w,) = weight
+        self.program.head(w, self._input(x, w), scale, self.cfg.logit_soft_cap)
+
+    def _gate(self, name, gate_up):
+        n = gate_up.cols // 2
+        return _Value(n, halves=self.program.gate(name, gate_up.floats, n))
+
+    def _input(self, x: _Value, w: DeviceLinear) -> Buffer:
+        """`x` as halves, in the order of the weight's inputs."""
+        if w.perm is not None:
+            if x.halves is not None:
+                return self.program.reorder(x.halves, x.cols, w.perm)
+            return self.program.halve(x.floats, x.cols, w.perm)
+        if x.halves is None:
+            x.halves = self.program.halve(x.floats, x.cols, None)
+        return x.halves

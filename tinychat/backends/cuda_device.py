@@ -1,0 +1,101 @@
+"""This machine's GPU and its compiler, opened and tried; what is missing said in two lines."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from tinychat import locations, machine
+from tinychat.errors import TinychatError, UsageError
+from tinychat.kernels_cuda import linear
+from tinychat.kernels_cuda.driver import LIBRARY, Device, DeviceError, DeviceMissingError
+from tinychat.kernels_cuda.modules import Cache, Modules
+from tinychat.kernels_cuda.nvrtc import CompileError, CompilerMissingError, Nvrtc
+
+INSTALL = "pip install nvidia-cuda-nvrtc-cu12"
+
+
+@lru_cache(maxsize=1)
+def open_modules(library: str = LIBRARY) -> Modules:
+    """One device a process. Raises UsageError if there is none that works, or no compiler for it."""
+    try:
+        device = Device(library)
+    except DeviceMissingError as e:
+        raise UsageError(
+            str(e), "Use --device cpu, or install a driver with which nvidia-smi shows the GPU."
+        ) from None
+    except DeviceError as e:
+        raise TinychatError(
+            f"The GPU cannot be used ({e}).", "Use --device cpu; nvidia-smi may say more."
+        ) from e
+    try:
+        compiler = Nvrtc()
+        modules = Modules(device, Cache(locations.kernels_dir(), compiler))
+        check(modules)
+    except (CompilerMissingError, CompileError) as e:
+        raise UsageError(
+            f"The kernels for {device.name} cannot be compiled: {e}", f"{INSTALL}, or use --device cpu."
+        ) from None
+    except DeviceError as e:
+        raise TinychatError(f"The kernels do not run on {device.name} ({e}).", "Use --device cpu.") from e
+    return modules
+
+
+def check(modules: Modules) -> None:
+    """A small product, computed and compared, so that a GPU, a driver or a compiler that is wrong in the
+    basics is not found out by its answers. Raises TinychatError.
+    """
+    from tinychat.backends.cuda_weights import pack
+    from tinychat.weights import quantize_int8
+
+    rng = np.random.default_rng(0)
+    device, rows, n, k = modules.device, 3, 48, 320
+    w = quantize_int8(rng.normal(size=(n, k)).astype(np.float32))
+    x = rng.normal(size=(rows, k)).astype(np.float16)
+    to, got = device.allocate(4 * rows * n), np.empty((rows, n), np.float32)
+    read = device.allocate(x.nbytes)
+    device.upload(read, x)
+    linear.launch(modules, linear.upload(modules, *pack(w)), read, to, rows, n)
+    device.download(got, to)
+    device.synchronize()
+    expected = x.astype(np.float64) @ w.dequantize().T.astype(np.float64)
+    if not np.abs(got - expected).max() < 1e-3:
+        raise TinychatError(
+            f"{device.name} computes something else than it should.",
+            "Use --device cpu, and report this with the output of tinychat doctor.",
+        )
+
+
+def free_memory(device: Device) -> int:
+    """Bytes that can still be allocated. Where GPU and CPU share their memory, what the CPU counts: the GPU's
+    own count leaves out what the page cache would give back.
+    """
+    if device.integrated:
+        return machine.available_memory()
+    device.enter()
+    return device.memory()[0]
+
+
+def report(library: str = LIBRARY) -> dict[str, Any]:
+    """What `tinychat doctor` says of it. Where something is missing, "gpu_problem" says what."""
+    try:
+        device = Device(library)
+    except (DeviceMissingError, DeviceError) as e:
+        return {"gpu": f"none ({e})"}
+    free, total = device.memory()
+    kept = locations.kernels_dir()
+    facts: dict[str, Any] = {
+        "gpu": f"{device.name}, sm_{device.capability}, {device.processors} processors",
+        "gpu_driver": "CUDA {}.{}".format(*device.driver_version),
+        "gpu_memory": f"{machine.human_bytes(free)} of {machine.human_bytes(total)} free",
+        "gpu_kernels": f"{len(list(kept.glob('*.kernel')))} compiled in {kept}",
+    }
+    try:
+        compiler = Nvrtc()
+        facts["gpu_compiler"] = f"{compiler.name} for {compiler.target(device.capability)}"
+    except (CompilerMissingError, CompileError) as e:
+        facts["gpu_problem"] = f"{e} Until then the CPU is used: {INSTALL}"
+    device.close()
+    return facts
