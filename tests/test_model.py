@@ -205,4 +205,4 @@ def test_a_mixture_of_experts_on_a_gpu_is_refused_by_name():
     checkpoint = TinyCheckpoint()
     checkpoint.config = replace(checkpoint.config, n_experts=4, n_experts_used=2, expert_size=96)
     with pytest.raises(UnsupportedModelError, match="experts do not run on a GPU yet"):
-        make_backend(checkpoint, WeightPolicy("none", 16), "cuda")
+        make_backend(checkpoint, WeightPolicy("none", 16), "cuda", None, None)
