@@ -3,6 +3,7 @@
     python benchmarks/long_chats.py perplexity --work DIR     # 30 documents, budgets 50, 25 and 12.5 %
     python benchmarks/long_chats.py recall                    # facts told early, asked for after evictions
     python benchmarks/long_chats.py soak [--tokens 100000]    # memory and time a token, budget 1,024
+    python benchmarks/long_chats.py cost                      # a history, scoring, 8-bit KV, resuming
 
 perplexity: the first 2,048 tokens of each English document in docutils 0.21.2's docs folder, in steps of 16
 tokens, the second half scored. Calibration never saw them. Losses are in nats over the full cache; intervals
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -166,6 +168,103 @@ def soak(args: argparse.Namespace) -> None:
             print(f"perplexity of the {name} 1,024 tokens under the full cache: {value:.2f}")
 
 
+def fused_multiply_adds() -> float:
+    """fp32 multiply-adds a second of a matrix product on all cores: attention is held against it."""
+    n = 1024
+    a = np.random.default_rng(0).random((n, n), np.float32)
+    best = min(timed(lambda: a @ a) for _ in range(20))
+    return n**3 / best
+
+
+def read(engine, ids: list[int], policy: EvictionPolicy | None = None):
+    """A branch that holds these tokens."""
+    branch = engine.branch(policy)
+    for i in range(0, len(ids), 256):
+        part = ids[i : i + 256]
+        engine.run(branch, part, len(part) - 1, step_greedy=True)
+    return branch
+
+
+def timed(action) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def cost(args: argparse.Namespace) -> None:
+    """What a long history costs while it is in the cache, and when it comes back from disk."""
+    rng = np.random.default_rng(0)
+    with tinychat.load(args.model, draft="none") as model:
+        c, engine = model.config, model.engine
+        ids = rng.integers(0, c.vocab_size, 4096).tolist()
+
+        def question(history: int) -> float:
+            """Seconds that 32 tokens behind so many take, until their logits are there."""
+            branch = read(engine, ids[:history])
+            times = []
+            for _ in range(args.rounds):
+                times.append(timed(lambda: engine.run(branch, ids[-32:], 31, step_greedy=True)))
+                branch.truncate(history)
+            return float(np.median(times))
+
+        near, far = question(100), question(4000)
+        whole = timed(lambda: read(engine, ids[::-1][:4032]).free())
+        adds = 32 * 3900 * c.n_heads * c.head_dim * 2 * c.n_layers / fused_multiply_adds()
+        print("32-token question, first token, ms")
+        print(f"| after 100 tokens | {1e3 * near:.1f} |\n| after 4,000 tokens | {1e3 * far:.1f} |")
+        print(f"| the attention that it adds, at the machine's fp32 rate | {1e3 * adds:.1f} |")
+        print(f"| added, of that | {(far - near) / adds:.2f} |")
+        print(f"| everything read again | {1e3 * whole:.0f}, {whole / far:.0f} times |\n")
+
+        def decode(branch, n: int = 16) -> float:
+            """Seconds a token, appended for good."""
+            return min(timed(lambda: engine.run(branch, [ids[0]], 0, step_greedy=True)) for _ in range(n))
+
+        plain = read(engine, ids[:960])
+        h2o = read(engine, ids[:960], EvictionPolicy.of("h2o", 1024))
+        ratios = []
+        for _ in range(args.rounds):
+            a, b = decode(plain, 2), decode(h2o, 2)
+            ratios.append(b / a)
+        print(f"scoring: a step with H2O takes {np.median(ratios):.3f} of one without, 1,000 slots\n")
+
+        session = model.session(max_tokens=8, temperature=0)
+        text = model.tokenizer.decode(ids[:3500])
+        list(session.send(text))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "1.safetensors"
+            session.save_kv(path)
+            held = len(session._branch)
+            session.save(Path(folder) / "chat.json")
+            size = path.stat().st_size / 1e6
+            with tinychat.load(args.model, draft="none") as again:
+                other = tinychat.Session.load(Path(folder) / "chat.json", again)
+                loading = timed(lambda: other.load_kv(path))
+                first = timed(lambda: next(iter(other.send("And then?"))))
+                empty = again.session(max_tokens=8, temperature=0)
+                alone = timed(lambda: next(iter(empty.send("And then?"))))
+        print(
+            f"resumed from disk: {held} tokens ({size:.0f} MB) in {1e3 * loading:.0f} ms, first token "
+            f"{1e3 * first:.0f} ms later; an empty chat's {1e3 * alone:.0f} ms\n"
+        )
+    print("| context | 8-bit KV, ms a token | 16-bit | ratio |\n|---|---|---|---|")
+    models = {bits: tinychat.load(args.model, draft="none", kv_bits=bits) for bits in (8, 16)}
+    for context in (1000, 2000, 4000):
+        branches = {}
+        for bits, m in models.items():
+            branches[bits] = read(m.engine, ids[:context])
+        times: dict[int, list[float]] = {8: [], 16: []}
+        for _ in range(args.rounds):
+            for bits, m in models.items():
+                times[bits].append(
+                    timed(lambda m=m, b=branches[bits]: m.engine.run(b, [ids[0]], 0, step_greedy=True))
+                )
+        a, b = (1e3 * np.median(times[bits]) for bits in (8, 16))
+        print(f"| {context} | {a:.2f} | {b:.2f} | {a / b:.3f} |")
+    per_token = {bits: m.backend.kv_bytes_per_block() / BLOCK for bits, m in models.items()}
+    print(f"bytes a token: {per_token[8]:.0f} and {per_token[16]:.0f}, {per_token[8] / per_token[16]:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
@@ -187,6 +286,9 @@ def main() -> None:
     p.add_argument("--budget", type=int, default=1024)
     p.add_argument("--tokens", type=int, default=100_000)
     p.set_defaults(run=soak)
+    p = commands.add_parser("cost")
+    p.add_argument("--rounds", type=int, default=21)
+    p.set_defaults(run=cost)
     args = parser.parse_args()
     args.run(args)
 
