@@ -336,3 +336,45 @@ def test_models_whose_layers_differ_keep_everything(changes):
         m.tokenizer.eos_ids = frozenset()
         _, done, _ = said(m.session(temperature=0, draft="none"), "hello")
         assert done.finish_reason == "context_full"
+
+
+def test_what_was_edited_away_has_no_vote(chatty):
+    """A message changed before anything was given up: later evictions are those of a chat that began so."""
+    ask = "What is kept of a long conversation, and what is given up first? " * 2
+    s = chatty.session(draft="none", temperature=0, max_tokens=30, kv_budget=256)
+    said(s, "Something else entirely, long enough to be heard.")
+    said(s, "And more of it.")
+    _, done = list(s.edit(0, ask))[-2:]
+    assert done.stats.evicted_tokens == 0
+    with tiny_model(ctx=256, backend="cpu") as other:
+        other.tokenizer.eos_ids = frozenset()
+        fresh = other.session(draft="none", temperature=0, max_tokens=30, kv_budget=256)
+        texts = [said(fresh, ask)[0]]
+        assert texts == [done.completion.text]
+        for i in range(6):
+            (ours, done, _), (theirs, _, _) = (said(x, f"Question {i}") for x in (s, fresh))
+            assert ours == theirs
+            np.testing.assert_array_equal(s._branch.ledger.positions, fresh._branch.ledger.positions)
+        assert done.stats.evicted_tokens > 100
+
+
+def test_asking_again_does_not_vote_twice(chatty):
+    """Regenerating runs one token, and what is given up later is what it would have been."""
+    s = chatty.session(draft="none", temperature=0, max_tokens=30, kv_budget=256)
+    said(s, "What is kept of a long conversation?")
+    first, _, _ = said(s, "And what is given up?")
+    for _ in range(3):
+        again, done, _ = said(s, None)
+        assert again == first
+        assert done.stats.cached_tokens == done.stats.prompt_tokens - 1
+    with tiny_model(ctx=256, backend="cpu") as other:
+        other.tokenizer.eos_ids = frozenset()
+        once = other.session(draft="none", temperature=0, max_tokens=30, kv_budget=256)
+        said(once, "What is kept of a long conversation?")
+        said(once, "And what is given up?")
+        for i in range(6):
+            (ours, done, _), (theirs, _, _) = (said(x, f"Question {i}") for x in (s, once))
+            assert ours == theirs
+            np.testing.assert_array_equal(s._branch.ledger.positions, once._branch.ledger.positions)
+            np.testing.assert_array_equal(s._branch.ledger.scores, once._branch.ledger.scores)
+        assert done.stats.evicted_tokens > 100

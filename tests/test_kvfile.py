@@ -94,6 +94,23 @@ def test_a_cache_under_a_larger_budget_is_not_used(model, path):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+def test_a_flipped_bit_anywhere_in_the_tensors_is_noticed(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("kv") / "1.safetensors"
+    with tiny_model(ctx=256, backend="cpu") as m:
+        kvfile.save(path, m, filled(m, 100))
+        raw = bytearray(path.read_bytes())
+        header = int.from_bytes(raw[:8], "little") + 8
+        raw[data.draw(st.integers(header, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(raw)
+        branch = m.engine.branch()
+        with pytest.raises(kvfile.DamagedKvError):
+            kvfile.load(path, m, branch)
+        assert len(branch) == 0
+        assert path.with_suffix(".damaged").is_file()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
 def test_a_damaged_file_is_set_aside_and_leaves_an_empty_branch(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("kv") / "1.safetensors"
     with tiny_model(ctx=256, backend="cpu") as m:
@@ -129,11 +146,13 @@ def test_the_oldest_files_go_first(model, path):
     size = None
     for i in range(4):
         p = path.with_name(f"{i}.safetensors")
-        kvfile.save(p, model, branch, disk_budget=10**9 if size is None else int(2.5 * size))
+        model.kv_disk_budget = 10**9 if size is None else int(2.5 * size)
+        kvfile.save(p, model, branch)
         size = p.stat().st_size
         os.utime(p, (i, i))
     assert sorted(os.listdir(path.parent)) == ["2.safetensors", "3.safetensors"]
-    assert not kvfile.save(path, model, branch, disk_budget=100)
+    model.kv_disk_budget = 100
+    assert not kvfile.save(path, model, branch)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(model, path, monkeypatch):

@@ -88,7 +88,7 @@ class TinyCheckpoint:
         return self._fingerprint
 
 
-def tiny_model(ctx: int = 256, seed: int = 0, backend: str = "reference", **changes):
+def tiny_model(ctx: int = 256, seed: int = 0, backend: str = "reference", kv_bits: int = 16, **changes):
     """A Model on the reference or the CPU backend, weights as they are."""
     from tinychat.backends.cpu import CpuBackend
     from tinychat.backends.reference import ReferenceBackend
@@ -97,7 +97,8 @@ def tiny_model(ctx: int = 256, seed: int = 0, backend: str = "reference", **chan
 
     checkpoint = TinyCheckpoint(seed, **changes)
     kind = {"reference": ReferenceBackend, "cpu": CpuBackend}[backend]
-    return Model(checkpoint, kind(checkpoint, WeightPolicy("none", 16), threads=1), "tiny", ctx)
+    more = {"kv_bits": kv_bits} if backend == "cpu" else {}
+    return Model(checkpoint, kind(checkpoint, WeightPolicy("none", 16), threads=1, **more), "tiny", ctx)
 
 
 def tiny_folder(path: Path, seed: int = 0, **changes) -> Path:

@@ -405,7 +405,8 @@ class _Generation:
             evicted = branch.evicted
             policy = branch.ledger and branch.ledger.policy
             limit = policy.first_voter(len(self.prompt)) if policy else None
-            cached = branch.match(self.prompt[:-1], limit)
+            again = branch.rewind(self.prompt)
+            cached = len(branch) if again else branch.match(self.prompt[:-1], limit)
         if evicted and not branch.evicted:
             self.notices.append("Earlier tokens of this conversation had been given up; it is read again.")
             self.evicted_before = 0
@@ -419,6 +420,7 @@ class _Generation:
             try:
                 if branch.ledger:
                     size, watched = self._part_of_chunk(at, size)
+                    watched = 0 if again else watched
                 chunk = self.prompt[at : at + size]
                 last = at + len(chunk) == len(self.prompt)
                 out = engine.run(branch, chunk, len(chunk) - last, self.params.greedy, watched=watched)
@@ -428,6 +430,8 @@ class _Generation:
                 engine.note_prefill(len(chunk), time.perf_counter() - start)
             at += len(chunk)
             if last:
+                if branch.ledger:
+                    branch.ledger.recall(again) if again else branch.ledger.remember()
                 self.stats.prefill_tps = (at - cached) / max(time.perf_counter() - began, 1e-9)
                 return out
 

@@ -13,6 +13,7 @@ and the sequence is shorter by as many: no hole, no mask, and whatever comes nex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -88,6 +89,15 @@ class EvictionPolicy:
         )
 
 
+class Votes(NamedTuple):
+    """What a ledger had counted at some time: slots, queries, scores and births."""
+
+    size: int
+    seen: int
+    scores: np.ndarray
+    born: np.ndarray
+
+
 class Ledger:
     """What eviction knows of one branch: for each layer, KV head and slot the position of its token, the
     attention that it received, and since when. All arrays [layers, kv_heads, slots].
@@ -103,6 +113,7 @@ class Ledger:
         self.size = 0
         self.next_position = 0
         self.seen = 0  # queries whose attention was counted so far
+        self.remembered: Votes | None = None
         self._grow(0)
 
     def _grow(self, capacity: int) -> None:
@@ -116,6 +127,7 @@ class Ledger:
         """For a fork."""
         other = Ledger(self.policy, *self.shape)
         other.size, other.next_position, other.seen = self.size, self.next_position, self.seen
+        other.remembered = self.remembered
         for name in ("_positions", "_born", "_scores"):
             setattr(other, name, getattr(self, name).copy())
         return other
@@ -147,6 +159,18 @@ class Ledger:
         """Whether the policy wants to know what queries attend to."""
         return self.policy.name == "h2o"
 
+    def remember(self) -> None:
+        """Keep the votes as they are now: a prompt has been read, and another answer to it may be wanted.
+        They are `remembered` until a slot of then is given up or forgotten.
+        """
+        if self.watches:
+            self.remembered = Votes(self.size, self.seen, self.scores.copy(), self.born.copy())
+
+    def recall(self, votes: Votes) -> None:
+        """The votes as they were; the slots are there again."""
+        self.remembered, self.seen = votes, votes.seen
+        self._scores[..., : votes.size], self._born[..., : votes.size] = votes.scores, votes.born
+
     def append(self, n: int, scores: np.ndarray | None = None, rows: int = 0) -> None:
         """n tokens have been written behind the others.
 
@@ -168,6 +192,8 @@ class Ledger:
         """Forget the last slots (rollback): those that were appended since the last eviction."""
         self.next_position -= self.size - size
         self.size = size
+        if self.remembered and size < self.remembered.size:
+            self.remembered = None
 
     def evict(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Choose n slots (a multiple of BLOCK) of each layer and KV head, and fill their places from the end.
@@ -175,7 +201,7 @@ class Ledger:
         Returns which slot goes where, int32 [layers, kv_heads, n] each, -1 for nothing: what the backend has
         to move. Afterwards there are n slots fewer.
         """
-        keep = self.size - n
+        keep, self.remembered = self.size - n, None
         victims = np.zeros((*self.shape, self.size), bool)
         np.put_along_axis(victims, self._choose(n), True, axis=-1)
         holes, movers = victims[..., :keep], ~victims[..., keep:]
@@ -212,7 +238,7 @@ class Ledger:
         """Positions become consecutive again, in their order. Returns by how much each slot's key has to
         turn, int32 [layers, kv_heads, slots].
         """
-        before = self.positions.copy()
+        before, self.remembered = self.positions.copy(), None
         order = np.argsort(before, axis=-1, kind="stable")
         np.put_along_axis(
             self._positions[..., : self.size], order, np.arange(self.size, dtype=np.int32), axis=-1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -12,13 +14,15 @@ from tinychat.session import Message
 from tinychat.store import Chat, ChatStore, StoredMessage
 
 if TYPE_CHECKING:
+    from tinychat.events import Event
     from tinychat.session import Session
 
+SAVE_SECONDS = 0.7  # of an answer in the making, at most that much is not yet stored
 _SHARED = [f.name for f in fields(Message) if f.name != "parent"]
 
 
 class Keeper:
-    """Ties a session to a chat in the store. Call `keep` after each answer; nothing is stored before the
+    """Ties a session to a chat in the store. Send answers through `follow`; nothing is stored before the
     first.
     """
 
@@ -32,6 +36,7 @@ class Keeper:
     def _attach(self, session: Session) -> None:
         self.session = session
         self._ids: list[int] = []  # of the session's messages, in the store
+        self._open: int | None = None  # the message that is being written
         self._said = False
 
     def _restore(self, chat: Chat) -> None:
@@ -47,6 +52,24 @@ class Keeper:
         session.leaf = index.get(chat.leaf)
         session.load_kv(locations.kv_file(str(chat.id)))
         session.system = chat.system if session.system is None else session.system
+
+    def follow(self, session: Session, events: Iterator[Event]) -> Iterator[Event]:
+        """An answer's events as they are; what is said is stored as it comes, so that a program that is
+        killed loses a second of it.
+        """
+        text, saved = "", 0.0
+        try:
+            for event in events:
+                text += event.text
+                if session.nodes and (now := time.monotonic()) - saved >= SAVE_SECONDS:
+                    saved = now
+                    self.keep(session)
+                    if self._open is not None:
+                        self.store.write_partial(self._ids[self._open], text)
+                yield event
+        finally:
+            events.close()  # now the session has what was said
+            self.keep(session)
 
     def keep(self, session: Session) -> None:
         """Store what was said since the last time. Another session than before is another chat."""
@@ -67,12 +90,23 @@ class Keeper:
                 stored = self.store.add(self.chat.id, "user", node.content, parent)
             else:
                 stored = self.store.add(self.chat.id, node.role, "", parent, model)
-                self.store.finish(
-                    StoredMessage(stored.id, parent, model=model, **{n: getattr(node, n) for n in _SHARED})
-                )
+                self._open = len(self._ids)
             self._ids.append(stored.id)
+            self._finish()
+        self._finish()
         if session.leaf is not None:
             self.store.update(self.chat.id, leaf=self._ids[session.leaf], system=session.system)
+
+    def _finish(self) -> None:
+        """Write the open message whole, once it is."""
+        if self._open is None or (node := self.session.nodes[self._open]).finish_reason is None:
+            return
+        parent = None if node.parent is None else self._ids[node.parent]
+        whole = {n: getattr(node, n) for n in _SHARED}
+        self.store.finish(
+            StoredMessage(self._ids[self._open], parent, model=self.session.model.name, **whole)
+        )
+        self._open = None
 
     def close(self) -> None:
         """Keep the KV cache for the next time, and let other programs have the chat. Idempotent."""

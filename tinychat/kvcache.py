@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tinychat.backends import BLOCK
-from tinychat.eviction import Ledger
+from tinychat.eviction import Ledger, Votes
 
 
 class PoolExhaustedError(Exception):
@@ -146,9 +146,13 @@ class Branch:
     def match(self, ids: Sequence[int], limit: int | None = None) -> int:
         """Keep or find the longest cached prefix of `ids`; afterwards `len(self)` is its length, which is
         returned. Of what other branches left, not more than the first `limit` tokens.
+
+        Votes of tokens that are no longer there cannot be taken back: where a policy counts them and nothing
+        was given up yet, the branch begins again with what is found, as if the other words were never said.
         """
         same = common_prefix(self.ids, ids)
-        if same < self._floor:
+        voted = self.ledger is not None and self.ledger.watches and self.ledger.seen > 0
+        if same < self._floor or (voted and not self.evicted and same < len(self.ids)):
             self.free()
         self.truncate(same)
         if self.evicted:
@@ -175,6 +179,22 @@ class Branch:
             if self.ledger:
                 self.ledger.append(len(self.ids) - held)
         return len(self.ids)
+
+    def may_rewind(self, prompt: Sequence[int]) -> bool:
+        """Whether the branch has read exactly this prompt, and nothing was given up since."""
+        votes = self.ledger and self.ledger.remembered
+        n = len(prompt)
+        return bool(votes) and votes.size + self.evicted == n and self.ids[:n] == list(prompt)
+
+    def rewind(self, prompt: Sequence[int]) -> Votes | None:
+        """If this is the prompt that was read last: go back to before its last token. That token votes no
+        second time; when it has run, `Ledger.recall` takes what is returned.
+        """
+        if not self.may_rewind(prompt):
+            return None
+        votes = self.ledger.remembered
+        self.truncate(len(prompt) - 1)
+        return votes
 
     def reserve(self, n: int) -> None:
         """Have private room for n more tokens. Raises PoolExhaustedError; then nothing has changed but

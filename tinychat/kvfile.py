@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,14 +29,21 @@ if TYPE_CHECKING:
     from tinychat.engine import OwnedBranch
     from tinychat.model import Model
 
-VERSION = 1
+VERSION = 2
 WORTH = 64  # tokens; fewer are read again as fast
-DISK_BUDGET = 4_000_000_000  # bytes for all chats together
 LEDGER = ("positions", "born", "scores")
 
 
 class DamagedKvError(TinychatError):
     """The file is not what it should be."""
+
+
+def checksum(tensors: dict[str, np.ndarray]) -> str:
+    """CRC-32 over all tensors in the order of their names: a flipped bit in a key would be a wrong answer."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8), crc)
+    return f"{crc:08x}"
 
 
 def identity(model: Model) -> str:
@@ -46,13 +54,14 @@ def identity(model: Model) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def save(path: Path, model: Model, branch: OwnedBranch, disk_budget: int = DISK_BUDGET) -> bool:
+def save(path: Path, model: Model, branch: OwnedBranch) -> bool:
     """Write what the branch holds, atomically, readable by its owner only; files of chats spoken in longest
-    ago go when there are too many. False if it is not worth it, or larger than the budget.
+    ago go when all together are larger than the model's `kv_disk_budget`. False if it is not worth it, or
+    larger than the budget alone.
 
     Raises TinychatError when the disk is full.
     """
-    engine = model.engine
+    engine, disk_budget = model.engine, model.kv_disk_budget
     with engine.lock:
         size = len(branch.table) * engine.backend.kv_bytes_per_block()
         if branch.slots < WORTH or size > disk_budget:
@@ -65,6 +74,7 @@ def save(path: Path, model: Model, branch: OwnedBranch, disk_budget: int = DISK_
         if ledger := branch.ledger:
             tensors |= {name: np.ascontiguousarray(getattr(ledger, name)) for name in LEDGER}
             about |= {"next_position": str(ledger.next_position), "seen": str(ledger.seen)}
+    about["crc32"] = checksum(tensors)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -109,6 +119,8 @@ def load(path: Path, model: Model, branch: OwnedBranch) -> int:
             if about.get("tinychat_kv") != identity(model):
                 return 0
             read = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        if about["crc32"] != checksum(read):
+            raise ValueError("checksum")
         return _adopt(model, branch, about, read)
     except PoolExhaustedError:
         return 0  # no room for it: read again as far as there is

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tinychat.speculation.speculator import Speculator
 
 DEFAULT_CTX = 8192
+KV_DISK_BUDGET = 4_000_000_000  # bytes for all chats together
 HEADROOM = 300_000_000  # bytes left for everything that is neither weights nor KV
 
 
@@ -41,6 +42,7 @@ def load(
     kv_bits: int = 16,
     kv_budget: int | None = None,
     kv_policy: str | None = None,
+    kv_disk_budget: int | None = None,
     draft: str | None = None,
     draft_tokens: int | None = None,
     think: bool | None = None,
@@ -59,6 +61,7 @@ def load(
     kv_budget  tokens that a conversation keeps in the cache; beyond it the policy gives some up
     kv_policy  "h2o" (those that the model attends to least), "window" (the oldest) or "none" (the answer
                ends). Default: "h2o" where there is a budget, and for conversations when their context is full
+    kv_disk_budget  bytes that the KV caches of stored chats may take on disk together (default 4 GB; 0: none)
     draft      "ngram" | "none" | a smaller model of the same family: who drafts tokens for verification; the
                text is
                the same. Default: "ngram" where the backend's rows are independent of each other
@@ -83,6 +86,8 @@ def load(
         raise UsageError(f"kv_policy={kv_policy!r} is not known.", "Use h2o, window or none.")
     if kv_budget is not None and kv_policy == "none":
         raise UsageError("A KV budget needs a policy that keeps it.", "Leave out --kv-policy none.")
+    if kv_disk_budget is not None and kv_disk_budget < 0:
+        raise UsageError(f"kv_disk_budget is {kv_disk_budget}.", "Use bytes, 0 or more.")
     path = store.resolve(str(model), offline=offline)
     checkpoint = open_checkpoint(path)
     cfg = checkpoint.config
@@ -97,6 +102,8 @@ def load(
     loaded = Model(checkpoint, backend, str(model), ctx, policy)
     loaded.draft_tokens = draft_tokens
     loaded.kv_budget, loaded.kv_policy = kv_budget, kv_policy
+    if kv_disk_budget is not None:
+        loaded.kv_disk_budget = kv_disk_budget
     loaded.eviction(kv_budget, kv_policy)  # refuse what cannot work now, not in the middle of a chat
     if draft is not None:
         loaded.draft = draft
@@ -167,6 +174,7 @@ class Model:
         self.engine = Engine(backend, self.tokenizer, n_ctx, self.config.context_length, spare)
         self.kv_budget: int | None = None
         self.kv_policy: str | None = None
+        self.kv_disk_budget = KV_DISK_BUDGET
         self.draft = "ngram" if backend.row_independent else "none"
         self.draft_tokens: int | None = None
         self._draft_models: dict[str, Model] = {}

@@ -243,6 +243,8 @@ class Session:
         policy = self._eviction.with_pinned(pinned)
         with self.model.engine.lock:  # forks hold blocks of a pool that other conversations use
             branch, before = self._branch, self._before
+            if branch.may_rewind(prompt):
+                return
             if (
                 before is not None
                 and before.ids

@@ -10,15 +10,15 @@ namespace {
 
 // A pair is one row of one query head. Its running state: [0] max, [1] sum, [16…] weighted values (padded_dim).
 constexpr int kState = 16;
-constexpr int kPairs = 8;  // pairs that share one conversion of keys and values to fp32
 
+// Pairs that share one conversion of keys and values to fp32.
 struct PairBatch {
     int count;
-    int from[kPairs];        // first slot that the pair attends to, of this part
-    int valid[kPairs];       // behind the last one; 0: none at all
-    const float* q[kPairs];  // head_dim values
-    float* state[kPairs];
-    float *weights[kPairs], *peak[kPairs];  // where a scored pair leaves its exponentials of the part; or null
+    int from[kMaxPairs];   // first slot that the pair attends to, of this part
+    int valid[kMaxPairs];  // behind the last one; 0: none at all
+    const float* q;        // [head_dim][count]: side by side, so that one register addresses them all
+    float* state[kMaxPairs];
+    float *weights[kMaxPairs], *peak[kMaxPairs];  // where a scored pair leaves its exponentials of the part; or null
 };
 
 // How keys and values are read: fp16 as it is, or int8 with a scale for each slot and 32 channels.
@@ -61,24 +61,29 @@ void score_part(const AttentionArgs& a, const PairBatch& b, int part, int s0, in
             F total[P];
             for (int g = 0; g < d; g += K::kGroup) {
                 const int end = d - g < K::kGroup ? d : g + K::kGroup;
+                const float* q = b.q + g * P;
                 F even[P], odd[P];
+#pragma GCC unroll 12
                 for (int p = 0; p < P; p++) even[p] = odd[p] = S::zero();
                 int i = g;
-                for (; i + 2 <= end; i += 2) {
+                for (; i + 2 <= end; i += 2, q += 2 * P) {
                     S::prefetch(ahead);
                     __builtin_prefetch(behind, 0, 2);
                     ahead += step, behind += step;
                     F k0 = K::template load<S>(keys + i * kBlockSlots + h),
                       k1 = K::template load<S>(keys + (i + 1) * kBlockSlots + h);
+#pragma GCC unroll 12
                     for (int p = 0; p < P; p++) {
-                        even[p] = S::fma(S::set1(b.q[p][i]), k0, even[p]);
-                        odd[p] = S::fma(S::set1(b.q[p][i + 1]), k1, odd[p]);
+                        even[p] = S::fma(S::set1(q[p]), k0, even[p]);
+                        odd[p] = S::fma(S::set1(q[P + p]), k1, odd[p]);
                     }
                 }
                 if (i < end) {
                     F k0 = K::template load<S>(keys + i * kBlockSlots + h);
-                    for (int p = 0; p < P; p++) even[p] = S::fma(S::set1(b.q[p][i]), k0, even[p]);
+#pragma GCC unroll 12
+                    for (int p = 0; p < P; p++) even[p] = S::fma(S::set1(q[p]), k0, even[p]);
                 }
+#pragma GCC unroll 12
                 for (int p = 0; p < P; p++) {
                     const F sum = S::add(even[p], odd[p]);
                     if (K::kGroup == kMaxHeadDim) {
@@ -89,6 +94,7 @@ void score_part(const AttentionArgs& a, const PairBatch& b, int part, int s0, in
                     }
                 }
             }
+#pragma GCC unroll 12
             for (int p = 0; p < P; p++) S::store(scores + p * kPartSlots + s + h, total[p]);
         }
     }
@@ -104,6 +110,7 @@ void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const f
     const size_t step = a.kv->head_bytes() / kBlockSlots;
     const int last = (a.length + a.r1 - 1) / kBlockSlots;
     F acc[P][C];
+#pragma GCC unroll 12
     for (int p = 0; p < P; p++)
         for (int c = 0; c < C; c++) acc[p][c] = S::zero();
     for (int s = s0; s < n_slots; s += kBlockSlots) {
@@ -116,6 +123,7 @@ void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const f
                 reinterpret_cast<const uint16_t*>(head + a.kv->code_bytes()) + d0 / K::kGroup * kBlockSlots;
             for (int h = 0; h < kBlockSlots; h += S::kLanes) {
                 const F scale = S::load_f16(scales + h);
+#pragma GCC unroll 12
                 for (int p = 0; p < P; p++)
                     S::store(scaled[p] + h, S::mul(S::load(weights + p * kPartSlots + s + h), scale));
             }
@@ -129,12 +137,14 @@ void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const f
             keys += step;
             F x[C];
             for (int c = 0; c < C; c++) x[c] = K::template load<S>(v + c * S::kLanes);
+#pragma GCC unroll 12
             for (int p = 0; p < P; p++) {
                 F w = S::set1(K::kGroup == kMaxHeadDim ? weights[p * kPartSlots + s + j] : scaled[p][j]);
                 for (int c = 0; c < C; c++) acc[p][c] = S::fma(w, x[c], acc[p][c]);
             }
         }
     }
+#pragma GCC unroll 12
     for (int p = 0; p < P; p++)
         for (int c = 0; c < C; c++) S::store(values + p * ld + d0 + c * S::kLanes, acc[p][c]);
 }
@@ -189,7 +199,7 @@ void attend_part(const AttentionArgs& a, const PairBatch& b, int part, float* sc
         const V shift = V::set1(b.valid[p] ? -max[p] : 0.0f);
         V total = V::set1(0.0f);
         for (int i = s0; i < padded; i += 16) {
-            V e = exp16<S>(V::load(s + i) + shift);
+            V e = V::map([](auto x) { return exp_below<S>(x); }, V::load(s + i) + shift);
             e.store(s + i);
             total = total + e;
         }
@@ -223,9 +233,26 @@ void attend_batch(const AttentionArgs& a, const PairBatch& b, int part, float* s
             return attend_part<S, K, 6>(a, b, part, scores, values);
         case 7:
             return attend_part<S, K, 7>(a, b, part, scores, values);
-        default:
+        case 8:
             return attend_part<S, K, 8>(a, b, part, scores, values);
+        default:
+            if constexpr (S::kPairs > 8) return attend_part<S, K, S::kPairs>(a, b, part, scores, values);
     }
+}
+
+// How many of the pairs that are left go together.
+template <class S>
+inline int batch_of(int left) {
+    return left >= S::kPairs ? S::kPairs : left < 8 ? left : 8;
+}
+
+template <int P>
+inline void interleave(const float* const* from, int d, float* to) {
+    const float* q[P];
+    for (int p = 0; p < P; p++) q[p] = from[p];
+    for (int i = 0; i < d; i++, to += P)
+#pragma GCC unroll 12
+        for (int p = 0; p < P; p++) to[p] = q[p][i];
 }
 
 template <class S>
@@ -246,8 +273,9 @@ void attention_over(const AttentionArgs& a) {
     const int d = a.kv->head_dim, dim = a.kv->padded_dim(), per_kv = a.n_heads / a.kv->n_kv;
     const int head0 = a.kv_head * per_kv, rows = a.r1 - a.r0, pairs = rows * per_kv;
     float* scores = a.scratch;
-    float* values = scores + kPairs * kPartSlots;
-    float* states = values + kPairs * dim;
+    float* values = scores + kMaxPairs * kPartSlots;
+    float* queries = values + kMaxPairs * dim;  // [batch][head_dim][pair]
+    float* states = queries + static_cast<size_t>(pairs) * d;
     auto state_of = [&](int pair, int part) {
         const int row = a.r0 + pair / per_kv, head = head0 + pair % per_kv;
         if (!a.partial) return states + static_cast<size_t>(pair) * (dim + kState);
@@ -255,17 +283,31 @@ void attention_over(const AttentionArgs& a) {
     };
     if (!a.partial)
         for (int i = 0; i < pairs; i++) state_of(i, 0)[1] = 0.0f;
+    for (int first = 0, n; first < pairs; first += n) {
+        n = batch_of<S>(pairs - first);
+        float* to = queries + static_cast<size_t>(first) * d;
+        const float* q[kMaxPairs];
+        for (int p = 0; p < n; p++) {
+            const int row = a.r0 + (first + p) / per_kv, head = head0 + (first + p) % per_kv;
+            q[p] = a.q + row * a.ldq + static_cast<size_t>(head) * d;
+        }
+        if (n == S::kPairs)
+            interleave<S::kPairs>(q, d, to);
+        else
+            for (int i = 0; i < d; i++)
+                for (int p = 0; p < n; p++) *to++ = q[p][i];
+    }
     for (int part = a.p0; part < a.p1; part++) {
-        for (int first = 0; first < pairs; first += kPairs) {
-            PairBatch b;
-            b.count = pairs - first < kPairs ? pairs - first : kPairs;
+        PairBatch b;
+        for (int first = 0; first < pairs; first += b.count) {
+            b.count = batch_of<S>(pairs - first);
+            b.q = queries + static_cast<size_t>(first) * d;
             for (int p = 0; p < b.count; p++) {
                 const int row = a.r0 + (first + p) / per_kv, head = head0 + (first + p) % per_kv;
                 const int valid = a.length + row + 1 - part * kPartSlots;
                 b.valid[p] = valid < 0 ? 0 : valid > kPartSlots ? kPartSlots : valid;
                 b.from[p] = a.window && valid > a.window ? valid - a.window : 0;
                 if (b.from[p] >= b.valid[p]) b.from[p] = b.valid[p] = 0;
-                b.q[p] = a.q + row * a.ldq + static_cast<size_t>(head) * d;
                 b.state[p] = state_of(first + p, part);
                 if (a.partial) b.state[p][1] = 0.0f;
                 b.weights[p] = b.peak[p] = nullptr;

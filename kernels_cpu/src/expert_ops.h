@@ -135,7 +135,7 @@ class ExpertLinearOp : public Op {
         const int first = r_->first[expert];
         for (const auto& p : parts_[expert]) {
             const int n = p.w->tiles(), a = std::max(t0, 0), b = std::min(t1, n);
-            const Activations x = p.x->from(first);
+            const Activations x = p.x->from_row(first);
             if (a < b)
                 k_.linear({p.w, &x, r_->count[expert], y_ + static_cast<size_t>(first) * ldy_ + p.column,
                            static_cast<size_t>(ldy_), nullptr, 0, a, b});

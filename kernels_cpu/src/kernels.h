@@ -7,6 +7,8 @@
 
 namespace tinychat {
 
+constexpr int kPanelRows = 64;  // prefill: rows whose activations stay in L2 while a chunk of tiles passes
+
 // y[m, n] (+)= Σ_k w[n, k] · x[m, k] + bias[n] for m in 0…rows-1 and the tiles t0…t1-1. y points at (row 0, column 0).
 struct LinearArgs {
     const LinearWeights* w;
@@ -47,10 +49,11 @@ struct QuantizeArgs {
     int r0, r1;
 };
 
-// f(x[:, :k]) · x[:, k:2k], columns c0…c1-1 (multiples of the weight group except the last) of rows r0…r1-1;
-// f is SiLU, or GELU by its tanh formula.
+// f(gate) · up, columns c0…c1-1 (multiples of the weight group except the last) of rows r0…r1-1; f is SiLU, or GELU by
+// its tanh formula.
 struct GateArgs {
-    const float* x;
+    const float *gate, *up;  // row 0, column c0
+    size_t ld;
     Activations out;
     bool gelu;
     int r0, r1, c0, c1;
@@ -172,11 +175,12 @@ struct KernelTable {
     void (*finish_logits)(const LogitArgs&);
 };
 
-constexpr int kAttentionRows = 8;  // rows of one prefill attention item
-// Floats of scratch that `attention` needs: running state of the item's pairs, scores of a batch.
+constexpr int kAttentionRows = 8;  // rows of one prefill attention item; few rows split over the context: up to twice
+constexpr int kMaxPairs = 12;      // of rows and heads that pass over keys and values together
+// Floats of scratch that `attention` needs: queries and running state of the item's pairs, scores of a batch.
 inline size_t attention_scratch(int n_heads, int n_kv, int head_dim) {
-    size_t pairs = static_cast<size_t>(kAttentionRows) * (n_heads / n_kv);
-    return pairs * (round_up(head_dim, 16) + 16) + 8 * (kPartSlots + round_up(head_dim, 16)) + 64;
+    const size_t dim = round_up(head_dim, 16), pairs = static_cast<size_t>(2 * kAttentionRows) * (n_heads / n_kv);
+    return pairs * (2 * dim + 16) + kMaxPairs * (kPartSlots + dim) + 64;
 }
 
 const KernelTable& kernels_scalar();

@@ -55,6 +55,13 @@ struct LinearWeights {
     }
     size_t tile_bytes() const { return tile_meta_bytes() + tile_code_bytes(); }
     size_t bytes() const { return tile_bytes() * tiles(); }
+    // The outputs from that tile on.
+    LinearWeights from_tile(int t) const {
+        LinearWeights w = *this;
+        w.data += t * tile_bytes(), w.n -= t * kTile;
+        if (bias) w.bias += t * kTile;
+        return w;
+    }
 };
 
 // Activations of a linear: fp32 rows, or integers with one scale for each 32 inputs.
@@ -82,15 +89,15 @@ struct Activations {
     size_t group_at(int row, int g) const {
         return (static_cast<size_t>(row / kRowBlock) * (k / group) + g) * kRowBlock + row % kRowBlock;
     }
-    // The rows from `row` on, a multiple of kRowBlock.
-    Activations from(int row) const {
-        Activations x = *this;
-        if (f) x.f += static_cast<size_t>(row) * k;
+    // The rows from `row` on, which begins a block.
+    Activations from_row(int row) const {
+        Activations a = *this;
+        if (f) a.f += static_cast<size_t>(row) * k;
         if (q) {
-            x.q = static_cast<int8_t*>(q) + at(row, 0) * kActGroup * (bits / 8);
-            x.scale += at(row, 0), x.nsum += at(row, 0), x.gsum += group_at(row, 0);
+            a.q = static_cast<int8_t*>(q) + at(row, 0) * kActGroup * (bits / 8);
+            a.scale += at(row, 0), a.nsum += at(row, 0), a.gsum += group_at(row, 0);
         }
-        return x;
+        return a;
     }
 };
 

@@ -10,7 +10,6 @@ namespace tinychat {
 namespace {
 
 constexpr int kPrefetchBytes = 4096;  // ahead of the line in use; 2-8 KB measure alike, less does not cover the latency
-constexpr int kPanelRows = 64;        // prefill: rows whose activations stay in L2 while a chunk of tiles passes
 
 inline int imin(int a, int b) { return a < b ? a : b; }
 

@@ -100,7 +100,10 @@ void Program::quantize(const float* x, const int32_t* perm, Activations* out, bo
 }
 
 void Program::linear(std::vector<LinearPart> parts, float* y, int ldy, const float* add_to) {
-    add(std::make_unique<LinearOp>(k_, std::move(parts), y, ldy, add_to));
+    need_scratch(LinearOp::gate_scratch());
+    auto op = std::make_unique<LinearOp>(k_, &scratch_, std::move(parts), y, ldy, add_to);
+    last_linear_ = op.get();
+    add(std::move(op));
 }
 
 void Program::rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer,
@@ -120,7 +123,8 @@ void Program::attention(const float* qkv, int n_heads, int n_kv, int head_dim, i
 }
 
 void Program::gate_mul(const float* x, Activations* out, bool gelu, const Routing* routing) {
-    add(std::make_unique<GateOp>(k_, x, out, gelu, routing));
+    const bool fused = !routing && last_linear_ && last_linear_->fuse_gate(x, out, gelu);
+    add(std::make_unique<GateOp>(k_, x, out, gelu, routing, fused ? last_linear_ : nullptr));
 }
 
 void Program::route(const float* scores, Routing* routing, bool normalize) {

@@ -45,6 +45,8 @@ class Arena {
     std::vector<std::pair<void*, size_t>> maps_;
 };
 
+class LinearOp;
+
 class Op {
   public:
     virtual ~Op() = default;
@@ -178,6 +180,7 @@ class Program : private Job {
     std::vector<std::unique_ptr<Routing>> routings_;
     std::vector<std::unique_ptr<Op>> ops_;
     std::vector<float*> scratch_;  // one for each thread
+    LinearOp* last_linear_ = nullptr;
     size_t scratch_floats_ = 0;
     ScoreBuffers scores_;
     KvPool kv_;

@@ -112,41 +112,38 @@ class QuantizeOp : public Op {
     bool tail_;
 };
 
-class GateOp : public Op {
-  public:
-    // routing: x and out are rows of experts, [slots]; or null
-    GateOp(const KernelTable& k, const float* x, const Activations* out, bool gelu, const Routing* routing)
-        : k_(k), x_(x), out_(out), gelu_(gelu), routing_(routing) {}
-    const char* name() const override { return gelu_ ? "gelu_mul" : "silu_mul"; }
-    int chunks(const StepState& s, int) override {
-        return (routing_ ? routing_->end : s.rows) * pieces(out_->k, cols());
-    }
-    void run(const StepState&, int c, int) override {
-        const int across = pieces(out_->k, cols()), row = c / across, col = c % across * cols();
-        if (routing_ && routing_->row_of[row] < 0) return;
-        k_.gate_mul({x_, *out_, gelu_, row, row + 1, col, std::min(out_->k, col + cols())});
-    }
-
-  private:
-    // Whole weight groups, about 4096 columns: their sums must not be cut.
-    int cols() const { return std::max(1, 4096 / out_->group) * out_->group; }
-    const KernelTable& k_;
-    const float* x_;
-    const Activations* out_;
-    bool gelu_;
-    const Routing* routing_;
-};
-
-// Tiles of several weights that share an output (q, k, v; gate, up), cut by tile across all of them.
+// Tiles of several weights that share an output (q, k, v; gate, up), cut by tile across all of them. In prefill gate
+// and up go through the activation function while they are still in the cache: written out, they are the largest thing
+// a layer makes.
 class LinearOp : public Op {
   public:
-    LinearOp(const KernelTable& k, std::vector<LinearPart> parts, float* y, int ldy, const float* add)
-        : k_(k), parts_(std::move(parts)), y_(y), ldy_(ldy), add_(add) {
+    LinearOp(const KernelTable& k, const std::vector<float*>* scratch, std::vector<LinearPart> parts, float* y, int ldy,
+             const float* add)
+        : k_(k), scratch_(scratch), parts_(std::move(parts)), y_(y), ldy_(ldy), add_(add) {
         for (const auto& p : parts_) tiles_ += p.w->tiles();
     }
+    // What follows is f(y[:, :k]) · y[:, k:2k] → out. False: it must be done by itself.
+    bool fuse_gate(const float* y, const Activations* out, bool gelu) {
+        if (y != y_ || add_ || out->k * 2 != ldy_ || out->k % kTile || out->group > kGateColumns) return false;
+        for (const auto& p : parts_)
+            if (p.column % kTile) return false;
+        gate_out_ = out, gelu_ = gelu;
+        return true;
+    }
+    bool fused(const StepState& s) const { return gate_out_ && s.rows > 2 * kRowBlock; }
+    static size_t gate_scratch() { return static_cast<size_t>(kPanelRows) * 2 * kGateColumns; }
+
     const char* name() const override { return "linear"; }
     int chunks(const StepState& s, int threads) override {
         rows_ = s.rows;
+        if (fused(s)) {
+            // Columns first: their weights come once. Rows too where that leaves threads without work.
+            const int across = pieces(gate_out_->k, gate_columns());
+            rows_piece_ = rows_;
+            while (across * pieces(rows_, rows_piece_) < 4 * threads && rows_piece_ > kPanelRows)
+                rows_piece_ = static_cast<int>(round_up(rows_piece_ / 2, kPanelRows));
+            return across * pieces(rows_, rows_piece_);
+        }
         piece_ = piece(s, threads);
         return pieces(tiles_, piece_);
     }
@@ -163,7 +160,8 @@ class LinearOp : public Op {
         }
         return false;
     }
-    void run(const StepState&, int c, int) override {
+    void run(const StepState& s, int c, int thread) override {
+        if (fused(s)) return run_gated(c, (*scratch_)[thread]);
         int t0 = c * piece_, t1 = std::min(tiles_, t0 + piece_);
         for (const auto& p : parts_) {
             const int n = p.w->tiles(), a = std::max(t0, 0), b = std::min(t1, n);
@@ -180,12 +178,72 @@ class LinearOp : public Op {
         // Prefill: the chunk's weights stay in L2 while panels of rows pass over them.
         return s.rows > 2 * kRowBlock ? std::min(size, 8) : size;
     }
+    // Whole groups of the weights behind the gate: their sums must not be cut.
+    int gate_columns() const { return kGateColumns / gate_out_->group * gate_out_->group; }
+    void run_gated(int c, float* scratch) {
+        const int k = gate_out_->k, across = pieces(k, gate_columns());
+        const int c0 = c % across * gate_columns(), c1 = std::min(k, c0 + gate_columns());
+        const int r0 = c / across * rows_piece_, r1 = std::min(rows_, r0 + rows_piece_);
+        float* up = scratch + static_cast<size_t>(kPanelRows) * kGateColumns;
+        for (int row = r0; row < r1; row += kPanelRows) {
+            const int n = std::min(kPanelRows, r1 - row);
+            outputs(c0, c1, row, n, scratch);
+            outputs(k + c0, k + c1, row, n, up);
+            k_.gate_mul({scratch, up, kGateColumns, gate_out_->from_row(row), gelu_, 0, n, c0, c1});
+        }
+    }
+    // Columns c0…c1-1 of y, of n rows, side by side.
+    void outputs(int c0, int c1, int row, int n, float* y) {
+        for (const auto& p : parts_) {
+            const int a = std::max(c0, p.column), b = std::min(c1, p.column + p.w->n);
+            if (a >= b) continue;
+            const LinearWeights w = p.w->from_tile((a - p.column) / kTile);
+            const Activations x = p.x->from_row(row);
+            k_.linear({&w, &x, n, y + (a - c0), kGateColumns, nullptr, 0, 0, pieces(b - a, kTile)});
+        }
+    }
+
+    static constexpr int kGateColumns = 128;
     const KernelTable& k_;
+    const std::vector<float*>* scratch_;
     std::vector<LinearPart> parts_;
     float* y_;
     int ldy_;
     const float* add_;
-    int tiles_ = 0, piece_ = 1, rows_ = 0;
+    int tiles_ = 0, piece_ = 1, rows_ = 0, rows_piece_ = 0;
+    const Activations* gate_out_ = nullptr;
+    bool gelu_ = false;
+};
+
+class GateOp : public Op {
+  public:
+    // routing: x and out are rows of experts, [slots]; or null. before: the linear that makes x, where that may do it
+    // all; or null.
+    GateOp(const KernelTable& k, const float* x, const Activations* out, bool gelu, const Routing* routing,
+           const LinearOp* before)
+        : k_(k), x_(x), out_(out), gelu_(gelu), routing_(routing), before_(before) {}
+    const char* name() const override { return gelu_ ? "gelu_mul" : "silu_mul"; }
+    int chunks(const StepState& s, int) override {
+        if (before_ && before_->fused(s)) return 0;
+        return (routing_ ? routing_->end : s.rows) * pieces(out_->k, cols());
+    }
+    void run(const StepState&, int c, int) override {
+        const int across = pieces(out_->k, cols()), row = c / across, col = c % across * cols();
+        if (routing_ && routing_->row_of[row] < 0) return;
+        const size_t ld = static_cast<size_t>(2) * out_->k;
+        const float* gate = x_ + col;
+        k_.gate_mul({gate, gate + out_->k, ld, *out_, gelu_, row, row + 1, col, std::min(out_->k, col + cols())});
+    }
+
+  private:
+    // Whole weight groups, about 4096 columns: their sums must not be cut.
+    int cols() const { return std::max(1, 4096 / out_->group) * out_->group; }
+    const KernelTable& k_;
+    const float* x_;
+    const Activations* out_;
+    bool gelu_;
+    const Routing* routing_;
+    const LinearOp* before_;
 };
 
 class RopeOp : public Op {
@@ -363,7 +421,7 @@ class AttentionMergeOp : public Op {
 // Logits of the asked rows; for a greedy step each piece keeps only its best id, and no logits array is written.
 class LmHeadOp : public Op {
   public:
-    static constexpr int kRows = 64, kCols = 256;
+    static constexpr int kRows = kPanelRows, kCols = 256;
 
     LmHeadOp(const KernelTable& k, const std::vector<float*>* scratch, const LinearWeights* w, const Activations* x,
              float scale, float cap)
@@ -416,14 +474,11 @@ class LmHeadOp : public Op {
         constexpr int kTiles = kCols / kTile;
         for (int r = 0; r < rows; r += kRows) {
             const int n = std::min(kRows, rows - r);
-            const Activations x = x_->from(r);
+            const Activations x = x_->from_row(r);
             for (int t = t0; t < t1; t += kTiles) {
                 const int end = std::min(t1, t + kTiles), first = t * kTile,
                           cols = std::min(w_->n, end * kTile) - first;
-                LinearWeights w = *w_;  // the columns from `first` on, so that they land at the scratch's start
-                w.data += t * w.tile_bytes();
-                w.n -= first;
-                if (w.bias) w.bias += first;
+                const LinearWeights w = w_->from_tile(t);  // so that they land at the scratch's start
                 k_.linear({&w, &x, n, scratch, kCols, nullptr, 0, 0, end - t});
                 finish(scratch, kCols, n, cols);
                 for (int m = 0; m < n; m++) {

@@ -70,17 +70,15 @@ struct V16 {
 
     // Lanes i and i + 8, then 4, 2, 1: the same tree on every ISA.
     float sum() const {
-        float t[16];
-        store(t);
-        for (int w = 8; w > 0; w /= 2)
-            for (int i = 0; i < w; i++) t[i] += t[i + w];
-        return t[0];
+        V16 t = *this;
+        for (int w = N / 2; w > 0; w /= 2)
+            for (int i = 0; i < w; i++) t.v[i] = S::add(t.v[i], t.v[i + w]);
+        return S::sum(t.v[0]);
     }
     float largest() const {
-        float t[16];
-        store(t);
-        for (int i = 1; i < 16; i++) t[0] = t[i] > t[0] ? t[i] : t[0];
-        return t[0];
+        typename S::F m = v[0];
+        for (int i = 1; i < N; i++) m = S::max(m, v[i]);
+        return S::maxf(m);
     }
     // The largest bit pattern: of absolute values, the largest number, or NaN if there is one.
     float largest_bits() const {
@@ -95,11 +93,10 @@ struct V16 {
     }
 };
 
-// e^x within 2 ulp; 0 below -87 (so that a masked score of -infinity weighs nothing), infinity above 88.
+// e^c for c in -87…88, within 2 ulp.
 template <class S>
-inline typename S::F exp_lanes(typename S::F x) {
+inline typename S::F exp_bounded(typename S::F c) {
     using F = typename S::F;
-    F c = S::min(S::max(x, S::set1(-87.0f)), S::set1(88.0f));
     typename S::I n = S::round(S::mul(c, S::set1(1.44269504f)));
     F nf = S::to_float(n);
     F r = S::fma(nf, S::set1(-0.693359375f), c);
@@ -111,11 +108,23 @@ inline typename S::F exp_lanes(typename S::F x) {
     p = S::fma(p, r, S::set1(1.6666665459e-1f));
     p = S::fma(p, r, S::set1(5.0000001201e-1f));
     p = S::fma(S::mul(r, r), p, S::add(r, S::set1(1.0f)));
-    F y = S::mul(p, S::pow2(n));
+    return S::mul(p, S::pow2(n));
+}
+
+// e^x; 0 below -87 (so that a masked score of -infinity weighs nothing), infinity above 88.
+template <class S>
+inline typename S::F exp_lanes(typename S::F x) {
+    typename S::F y = exp_bounded<S>(S::min(S::max(x, S::set1(-87.0f)), S::set1(88.0f)));
     y = S::select_lt(x, S::set1(-87.0f), S::zero(), y);
     y = S::select_lt(S::set1(88.0f), x, S::set1(INFINITY), y);
     // NaN is below nothing and above nothing, and stays.
     return S::select_lt(x, S::set1(INFINITY), y, S::select_lt(S::set1(88.0f), x, y, x));
+}
+
+// The same for x ≤ 0, as in a softmax; NaN stays (max gives its second operand if one is NaN).
+template <class S>
+inline typename S::F exp_below(typename S::F x) {
+    return S::select_lt(x, S::set1(-87.0f), S::zero(), exp_bounded<S>(S::max(S::set1(-87.0f), x)));
 }
 
 template <class S>
@@ -123,59 +132,76 @@ inline V16<S> exp16(V16<S> x) {
     return V16<S>::map([](auto v) { return exp_lanes<S>(v); }, x);
 }
 
-// Integers, scale and sums of 32 inputs of one row; returns their quantized sum, for gsum. NaN and infinity make the
-// scale NaN or infinite, so they stay visible in every output of the row; a group that is zero (or denormal) gets scale
-// 0.
-template <class S>
-inline float quantize32(const float* x, const Activations& out, int row, int g) {
-    using V = V16<S>;
-    const V a = V::load(x), b = V::load(x + 16);
-    const float peak = V::max_abs(V::max_abs(V::set1(0.0f), a), b).largest_bits();
-    const float top = out.bits == 8 ? 127.0f : 32767.0f;
-    const size_t at = out.at(row, g);
-    const typename S::F inv = S::set1(peak > 1e-30f ? top / peak : 0.0f);
-    const float scale = peak < 1e-30f ? 0.0f : peak * (1.0f / top);
-    int8_t* bytes = static_cast<int8_t*>(out.q) + at * kActGroup;
-    int16_t words[kActGroup];
-    typename S::I sums = S::set1i(0);
-    for (int i = 0; i < 2 * V::N; i++) {
-        const typename S::I q = S::round(S::mul(i < V::N ? a.v[i] : b.v[i - V::N], inv));
-        sums = S::addi(sums, q);
-        if (out.bits == 8)
-            S::store_i8(bytes + i * S::kLanes, q);
-        else
-            S::store_i16(words + i * S::kLanes, q);
-    }
-    if (out.bits == 16) {
-        int16_t* d = static_cast<int16_t*>(out.q) + at * kActGroup;
-        for (int i = 0; i < kActGroup; i += 8)
-            for (int j = 0; j < 4; j++) {
-                d[i + j] = words[i + 2 * j];
-                d[i + 4 + j] = words[i + 2 * j + 1];
-            }
-    }
-    const int32_t sum = S::sumi(sums);
-    out.scale[at] = scale;
-    out.nsum[at] = static_cast<int32_t>(0u - static_cast<uint32_t>(sum));
-    return scale * static_cast<float>(sum);
-}
+constexpr int kSpan = 8 * kActGroup;  // columns that are worked on together: their chains of latency overlap
 
-// Quantizes a row piece by piece of 32 and closes a weight group's sum behind its last piece.
+// Quantizes a row span by span, from a column where a weight group begins. NaN and infinity make the scale NaN or
+// infinite, so they stay visible in every output of the row; a group that is zero (or denormal) gets scale 0.
 template <class S>
 class RowQuantizer {
   public:
-    RowQuantizer(const Activations& out, int row) : out_(out), row_(row) {}
-    void add(const float* x, int column) {
-        sum_ += quantize32<S>(x, out_, row_, column / kActGroup);
-        if ((column + kActGroup) % out_.group) return;
-        out_.gsum[out_.group_at(row_, column / out_.group)] = sum_;
-        sum_ = 0;
+    RowQuantizer(const Activations& out, int row, int column = 0)
+        : out_(out), at_(out.at(row, column / kActGroup)), gsum_(out.gsum + out.group_at(row, column / out.group)) {}
+
+    // The next n ≤ kSpan columns, whole activation groups.
+    void add(const float* x, int n) {
+        using V = V16<S>;
+        const int groups = n / kActGroup;
+        const float top = out_.bits == 8 ? 127.0f : 32767.0f;
+        float peak[kSpan / kActGroup];
+        int32_t sum[kSpan / kActGroup];
+        for (int g = 0; g < groups; g++) {
+            const V a = V::load(x + g * kActGroup), b = V::load(x + g * kActGroup + 16);
+            peak[g] = V::max_abs(V::max_abs(V::set1(0.0f), a), b).largest_bits();
+        }
+        for (int g = 0; g < groups; g++) {
+            const typename S::F inv = S::set1(peak[g] > 1e-30f ? top / peak[g] : 0.0f);
+            sum[g] = out_.bits == 8 ? bytes(x + g * kActGroup, inv, at_ + g * kRowBlock)
+                                    : words(x + g * kActGroup, inv, at_ + g * kRowBlock);
+        }
+        for (int g = 0; g < groups; g++, at_ += kRowBlock) {
+            const float scale = peak[g] < 1e-30f ? 0.0f : peak[g] * (1.0f / top);
+            out_.scale[at_] = scale;
+            out_.nsum[at_] = static_cast<int32_t>(0u - static_cast<uint32_t>(sum[g]));
+            sum_ += scale * static_cast<float>(sum[g]);
+            if ((done_ += kActGroup) < out_.group) continue;
+            *gsum_ = sum_;
+            gsum_ += kRowBlock, sum_ = 0.0f, done_ = 0;
+        }
     }
 
   private:
+    int32_t bytes(const float* x, typename S::F inv, size_t at) {
+        int8_t* out = static_cast<int8_t*>(out_.q) + at * kActGroup;
+        typename S::I sums = S::set1i(0);
+        for (int i = 0; i < kActGroup; i += S::kLanes) {
+            const typename S::I q = S::round(S::mul(S::load(x + i), inv));
+            sums = S::addi(sums, q);
+            S::store_i8(out + i, q);
+        }
+        return S::sumi(sums);
+    }
+    int32_t words(const float* x, typename S::F inv, size_t at) {
+        int16_t* out = static_cast<int16_t*>(out_.q) + at * kActGroup;
+        int16_t plain[kActGroup];
+        typename S::I sums = S::set1i(0);
+        for (int i = 0; i < kActGroup; i += S::kLanes) {
+            const typename S::I q = S::round(S::mul(S::load(x + i), inv));
+            sums = S::addi(sums, q);
+            S::store_i16(plain + i, q);
+        }
+        for (int i = 0; i < kActGroup; i += 8)
+            for (int j = 0; j < 4; j++) {
+                out[i + j] = plain[i + 2 * j];
+                out[i + 4 + j] = plain[i + 2 * j + 1];
+            }
+        return S::sumi(sums);
+    }
+
     const Activations& out_;
-    int row_;
-    float sum_ = 0;
+    size_t at_;
+    float* gsum_;
+    float sum_ = 0.0f;
+    int done_ = 0;
 };
 
 // 1 / sqrt(mean(x²) + eps) of k values.
@@ -199,17 +225,18 @@ void rms_norm(const NormArgs& a) {
     for (int r = a.r0; r < a.r1; r++) {
         const float* x = a.x + static_cast<size_t>(r) * k;
         const V inv = V::set1(inverse_rms<S>(x, k, a.eps));
+        float y[kSpan];
         RowQuantizer<S> quantizer(a.out, r);
-        float y[32];
-        for (int i = 0; i < k; i += 32) {
-            for (int j = 0; j < 32 && i + j < k; j += 16) {
-                const int n = k - i - j;
+        for (int i = 0; i < k; i += kSpan) {
+            const int span = k - i < kSpan ? k - i : kSpan;
+            for (int j = 0; j < span; j += 16) {
+                const int n = span - j;
                 V v = V::load_n(x + i + j, n) * inv * V::load_n(a.weight + i + j, n);
                 if (a.add) v = V::load_n(a.add + static_cast<size_t>(r) * k + i + j, n) + v;
                 if (a.out.f) v.store_n(a.out.f + static_cast<size_t>(r) * k + i + j, n);
                 v.store(y + j);
             }
-            if (a.out.q) quantizer.add(y, i);
+            if (a.out.q) quantizer.add(y, span);
         }
     }
 }
@@ -238,18 +265,19 @@ void norm_heads(const HeadNormArgs& a) {
 template <class S>
 void quantize(const QuantizeArgs& a) {
     const int k = a.out.k;
-    float y[32];
+    float permuted[kSpan];
     for (int r = a.r0; r < a.r1; r++) {
         const float* x = a.x + static_cast<size_t>(a.rows ? a.rows[r] : r) * k;
         RowQuantizer<S> quantizer(a.out, r);
-        for (int i = 0; i < k; i += 32) {
-            const int n = k - i < 32 ? k - i : 32;
-            if (a.perm)
-                for (int j = 0; j < n; j++) y[j] = x[a.perm[i + j]];
-            else
-                memcpy(y, x + i, n * sizeof(float));
+        for (int i = 0; i < k; i += kSpan) {
+            const int n = k - i < kSpan ? k - i : kSpan;
+            const float* y = x + i;
+            if (a.perm) {
+                for (int j = 0; j < n; j++) permuted[j] = x[a.perm[i + j]];
+                y = permuted;
+            }
             if (a.out.f) memcpy(a.out.f + static_cast<size_t>(r) * k + i, y, n * sizeof(float));
-            if (a.out.q) quantizer.add(y, i);
+            if (a.out.q) quantizer.add(y, n);
         }
     }
 }
@@ -260,22 +288,22 @@ void gate_mul(const GateArgs& a) {
     // GELU's tanh formula is x · sigmoid(2 √(2/π) (x + 0.044715 x³))
     const V linear = V::set1(1.5957691216f), cubic = V::set1(0.0713548163f);
     const int k = a.out.k;
-    float y[32];
+    float y[kSpan];
     for (int r = a.r0; r < a.r1; r++) {
-        const float* gate = a.x + static_cast<size_t>(r) * 2 * k;
-        const float* up = gate + k;
-        RowQuantizer<S> quantizer(a.out, r);
-        for (int i = a.c0; i < a.c1; i += 32) {
-            for (int j = 0; j < 32 && i + j < a.c1; j += 16) {
-                const int n = a.c1 - i - j;
-                V g = V::load_n(gate + i + j, n);
-                V z = a.gelu ? g * V::fma(g * g, cubic, linear) : g;
-                V e = exp16<S>(z * V::set1(-1.0f));
-                V v = g / (e + V::set1(1.0f)) * V::load_n(up + i + j, n);
+        const float *gate = a.gate + r * a.ld, *up = a.up + r * a.ld;
+        RowQuantizer<S> quantizer(a.out, r, a.c0);
+        for (int i = a.c0; i < a.c1; i += kSpan, gate += kSpan, up += kSpan) {
+            const int span = a.c1 - i < kSpan ? a.c1 - i : kSpan;
+            for (int j = 0; j < span; j += 16) {
+                const int n = span - j;
+                const V g = V::load_n(gate + j, n);
+                const V z = a.gelu ? g * V::fma(g * g, cubic, linear) : g;
+                const V e = exp16<S>(z * V::set1(-1.0f));
+                const V v = g / (e + V::set1(1.0f)) * V::load_n(up + j, n);
                 if (a.out.f) v.store_n(a.out.f + static_cast<size_t>(r) * k + i + j, n);
                 v.store(y + j);
             }
-            if (a.out.q) quantizer.add(y, i);
+            if (a.out.q) quantizer.add(y, span);
         }
     }
 }

@@ -11,6 +11,7 @@ namespace tinychat {
 struct Avx2 {
     static constexpr int kLanes = 8;
     static constexpr int kRows = 4;
+    static constexpr int kPairs = 8;  // of attention
     using F = __m256;
     using I = __m256i;
     using Acc8 = __m256i;
@@ -62,6 +63,17 @@ struct Avx2 {
     }
     static void storei(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 
+    // Lanes i and i + 4, then 2, 1.
+    static float sum(F a) {
+        const __m128 q = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+        return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+    }
+    static float maxf(F a) {
+        const __m128 q = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        const __m128 d = _mm_max_ps(q, _mm_movehl_ps(q, q));
+        return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+    }
     static int32_t sumi(I a) {
         __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
         s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));

@@ -11,6 +11,7 @@ namespace tinychat {
 struct Avx512 {
     static constexpr int kLanes = 16;
     static constexpr int kRows = 8;
+    static constexpr int kPairs = 12;  // of attention
     using F = __m512;
     using I = __m512i;
     using Acc8 = __m512i;
@@ -58,6 +59,14 @@ struct Avx512 {
     }
     static void storei(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
 
+    // Lanes i and i + 8, then 4, 2, 1.
+    static float sum(F a) {
+        const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+        const __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+        const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+        return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+    }
+    static float maxf(F a) { return _mm512_reduce_max_ps(a); }
     static int32_t sumi(I a) { return _mm512_reduce_add_epi32(a); }
     static int32_t maxi(I a) { return _mm512_reduce_max_epi32(a); }
     static I bits(F a) { return _mm512_castps_si512(a); }

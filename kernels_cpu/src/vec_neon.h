@@ -11,6 +11,7 @@ namespace tinychat {
 struct Neon {
     static constexpr int kLanes = 4;
     static constexpr int kRows = 8;
+    static constexpr int kPairs = 8;  // of attention
     using F = float32x4_t;
     using I = int32x4_t;
     using Acc8 = int32x4_t;
@@ -56,6 +57,12 @@ struct Neon {
     static void store_i16(int16_t* p, I a) { vst1_s16(p, vqmovn_s32(a)); }
     static void storei(int32_t* p, I a) { vst1q_s32(p, a); }
 
+    // Lanes i and i + 2, then 1.
+    static float sum(F a) {
+        const float32x2_t d = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+        return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
+    }
+    static float maxf(F a) { return vmaxvq_f32(a); }
     static int32_t sumi(I a) { return vaddvq_s32(a); }
     static int32_t maxi(I a) { return vmaxvq_s32(a); }
     static I bits(F a) { return vreinterpretq_s32_f32(a); }

@@ -9,7 +9,8 @@ namespace tinychat {
 
 struct Scalar {
     static constexpr int kLanes = 16;
-    static constexpr int kRows = 4;  // activation rows that one pass over a weight tile serves
+    static constexpr int kRows = 4;   // activation rows that one pass over a weight tile serves
+    static constexpr int kPairs = 8;  // of attention
     struct F {
         float v[16];
     };
@@ -166,6 +167,16 @@ struct Scalar {
         TC_LANES p[i] = static_cast<int16_t>(a.v[i] > 32767 ? 32767 : a.v[i] < -32768 ? -32768 : a.v[i]);
     }
     static void storei(int32_t* p, I a) { memcpy(p, a.v, sizeof a.v); }
+    // Lanes i and i + 8, then 4, 2, 1.
+    static float sum(F a) {
+        for (int w = kLanes / 2; w > 0; w /= 2)
+            for (int i = 0; i < w; i++) a.v[i] += a.v[i + w];
+        return a.v[0];
+    }
+    static float maxf(F a) {
+        for (int i = 1; i < kLanes; i++) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0];
+        return a.v[0];
+    }
     // Sums wrap: only NaN inputs get that far, and their scale is NaN.
     static int32_t sumi(I a) {
         uint32_t s = 0;

@@ -181,8 +181,8 @@ void test_rows(const KernelTable& t, const KernelTable& scalar) {
                    same(a.scale.copy(), b.scale.copy()) && same(a.nsum.copy(), b.nsum.copy()),
                what + " rms_norm");
         for (bool gelu : {false, true}) {
-            t.gate_mul({x.data(), c.a, gelu, 0, rows, 0, k});
-            scalar.gate_mul({x.data(), d.a, gelu, 0, rows, 0, k});
+            t.gate_mul({x.data(), x.data() + k, static_cast<size_t>(2 * k), c.a, gelu, 0, rows, 0, k});
+            scalar.gate_mul({x.data(), x.data() + k, static_cast<size_t>(2 * k), d.a, gelu, 0, rows, 0, k});
             expect(same(c.f.copy(), d.f.copy()) && same(c.q.copy(), d.q.copy()), what + (gelu ? " gelu" : " silu"));
         }
         auto heads = x, expected = x;

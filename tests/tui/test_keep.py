@@ -89,7 +89,34 @@ def test_one_answer_alone_is_not_kept_and_a_continued_chat_is(tmp_path, demo_ggu
     tinychat("run", "-c", "and then what?", *short)  # a single argument: the chat knows its model
     (chat,) = json.loads(tinychat("chats", "--json"))
     assert (chat["id"], chat["messages"], chat["title"]) == (1, 6, "hello")
-    assert "hello" in tinychat("chats", "--export", "1")
+    assert "hello" in tinychat("chats", "export", "1")
     assert [m.role for m in ChatStore(tmp_path / "chats.db").messages(1)] == ["user", "assistant"] * 3
-    tinychat("chats", "--delete", "1")
-    assert json.loads(tinychat("chats", "--json", "--search", "hello")) == []
+    tinychat("chats", "rm", "1")
+    assert json.loads(tinychat("chats", "--json", "hello")) == []
+
+
+def test_the_chats_command_finds_exports_and_deletes(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from tinychat.cli.main import cli
+
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
+    store = ChatStore(tmp_path / "chats.db")
+    for text in ("glaciers and moraines", "a recipe", "rm"):
+        chat = store.create("demo")
+        store.add(chat.id, "user", text, None)
+
+    def chats(*args):
+        result = CliRunner().invoke(cli, ["chats", *args])
+        return result.exit_code, result.output
+
+    assert "recipe" in chats()[1]
+    assert "recipe" not in chats("glaciers", "moraines")[1]
+    assert chats("export", "1")[1].count("glaciers") >= 1
+    assert json.loads(chats("export", "1", "--json")[1])["nodes"][0]["content"] == "glaciers and moraines"
+    assert chats("rm")[0] == 2  # which one?
+    code, said = chats("rm", "1", "99")
+    assert code == 1 or "99" in said
+    assert "glaciers" in chats()[1]  # all of them, or none
+    assert json.loads(chats("rm", "1", "2", "--json")[1]) == {"deleted": [1, 2]}
+    assert json.loads(chats("--json", "rm", "the", "recipe")[1]) == []  # words are a search

@@ -109,13 +109,13 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
             from tinychat.cli.repl import Repl
 
             try:
-                Repl(session, o["verbose"], keeper.keep).run()
+                Repl(session, o["verbose"], keeper.follow).run()
             finally:
                 keeper.close()
             return
-        code = _answer_once(session, text, o)
+        events = session.send(text)
+        code = _answer_once(session, keeper.follow(session, events) if keeper else events, o)
         if keeper is not None:
-            keeper.keep(session)
             keeper.close()
     sys.exit(code)
 
@@ -145,13 +145,13 @@ def _gather(prompt: str | None, files: tuple[Path, ...]) -> str | None:
     return "\n\n".join(p.strip("\n") for p in parts) if parts else None
 
 
-def _answer_once(session: Session, text: str, o: dict[str, Any]) -> int:
+def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -> int:
     from tinychat.events import Done, Notice, event_to_json
 
     out = Printer()
     done = None
     with cancel_on_interrupt(session) as interrupted:
-        for event in session.send(text):
+        for event in events:
             if o["stream_json"]:
                 out.line(json.dumps(event_to_json(event), ensure_ascii=False))
             elif not o["as_json"]:
@@ -249,14 +249,15 @@ def show_events(events: Iterator[Event], out: Printer):
     """Print a stream of events; the Done at its end."""
     from tinychat.events import Done, Notice
 
+    done = None
     for event in events:
         out.write(event.text)
         if isinstance(event, Notice):
             click.echo(event.message, err=True)
         if isinstance(event, Done):
             out.end()
-            return event
-    return None
+            done = event
+    return done
 
 
 commands = [run]

@@ -5,38 +5,61 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from tinychat.cli.chat import Printer
 
+if TYPE_CHECKING:
+    from tinychat.store import ChatStore
+
 
 @click.command()
-@click.option("--search", metavar="TEXT", default="", help="Only chats in which TEXT was said.")
-@click.option(
-    "--export", "export_id", type=click.IntRange(1), metavar="ID", help="Print chat ID (--json: as JSON)."
-)
-@click.option("--delete", "delete_id", type=click.IntRange(1), metavar="ID", help="Delete chat ID.")
+@click.argument("words", nargs=-1, metavar="[SEARCH | export ID | rm ID...]")
 @click.option("--json", "as_json", is_flag=True)
-def chats(search: str, export_id: int | None, delete_id: int | None, as_json: bool) -> None:
-    """Chats on this machine, newest first: `tinychat run --resume ID` goes on with one."""
-    from tinychat.store import MARK, UNMARK, ChatStore
+def chats(words: tuple[str, ...], as_json: bool) -> None:
+    """Chats on this machine, newest first: `tinychat run --resume ID` goes on with one.
 
+    \b
+    tinychat chats glacier        those in which it was said
+    tinychat chats export 3       print chat 3 as Markdown (--json: for Session.load)
+    tinychat chats rm 3 5         delete chats
+    """
+    from tinychat.store import ChatStore
+
+    numbers = [int(w) for w in words[1:] if w.isdecimal()]
+    is_ids = bool(numbers) and len(numbers) == len(words) - 1
     store = ChatStore()
-    out = Printer()
-    if export_id is not None:
-        out.write(store.export_json(export_id) if as_json else store.export_markdown(export_id))
+    store.purge()
+    if words[:1] == ("rm",) and is_ids:
+        _remove(store, numbers, as_json)
+    elif words[:1] == ("export",) and is_ids and len(numbers) == 1:
+        out = Printer()
+        out.write(store.export_json(numbers[0]) if as_json else store.export_markdown(numbers[0]))
         out.end()
-        return
-    if delete_id is not None:
-        chat = store.chat(delete_id)
-        store.lock(delete_id)()  # not while it is open somewhere
-        store.delete(delete_id)
-        if as_json:
-            out.line(json.dumps({"deleted": delete_id}))
-        else:
-            click.echo(f"Deleted “{chat.title}”.", err=True)
-        return
+    elif len(words) == 1 and words[0] in ("rm", "export"):
+        raise click.UsageError(f"Which chat? tinychat chats {words[0]} ID; tinychat chats lists them.")
+    else:
+        _show(store, " ".join(words), as_json)
+
+
+def _remove(store: ChatStore, ids: list[int], as_json: bool) -> None:
+    found = [store.chat(i) for i in ids]  # all of them, or none
+    for chat in found:
+        store.lock(chat.id)()  # not while it is open somewhere
+    for chat in found:
+        store.delete(chat.id)
+        if not as_json:
+            click.echo(f"Deleted “{chat.title}”; it is wiped after a week.", err=True)
+    if as_json:
+        Printer().line(json.dumps({"deleted": ids}))
+
+
+def _show(store: ChatStore, search: str, as_json: bool) -> None:
+    from tinychat.store import MARK, UNMARK
+
+    out = Printer()
     hits = store.search(search)
     if as_json:
         rows = [{**asdict(h.chat), "excerpt": h.excerpt.replace(MARK, "").replace(UNMARK, "")} for h in hits]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -18,6 +19,7 @@ LOADING = (
     "kv_bits",
     "kv_budget",
     "kv_policy",
+    "kv_disk_budget",
     "quantize",
     "offline",
 )
@@ -33,6 +35,25 @@ def _stack(options: list[Callable]) -> Callable:
         return f
 
     return decorate
+
+
+class Size(click.ParamType):
+    """Bytes: `4GB`, `500 MB`, `1.5GiB`, or a plain number."""
+
+    name = "size"
+    UNITS: ClassVar[dict[str, int]] = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """To bytes; a usage error otherwise."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", value.strip().lower())
+        if not found or (found[3] and not found[2]):
+            self.fail(f"{value!r} is not a size. Write 500MB or 4GB.", param, ctx)
+        unit = self.UNITS[found[2]]
+        if found[3]:
+            unit = 1 << (10 * "kmgt".index(found[2]) + 10)
+        return int(float(found[1]) * unit)
 
 
 def complete_models(_ctx, _param, incomplete: str) -> list[str]:
@@ -54,6 +75,11 @@ loading_options = _stack(
             "--kv-policy",
             type=click.Choice(["h2o", "window", "none"]),
             help="What is given up: what is attended to least, the oldest, or nothing.",
+        ),
+        click.option(
+            "--kv-disk-budget",
+            type=Size(),
+            help="What the caches of stored chats may take on disk, such as 500MB; default 4GB, 0: nothing.",
         ),
         click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Bits of the KV cache."),
         click.option("--device", type=click.Choice(["auto", "cpu", "reference"]), default="auto"),

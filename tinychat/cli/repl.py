@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,9 +33,13 @@ class Repl:
     """Reads lines, shows answers. What was typed is kept for the next time (↑)."""
 
     def __init__(
-        self, session: Session, verbose: bool = False, keep: Callable[[Session], None] = lambda _: None
+        self,
+        session: Session,
+        verbose: bool = False,
+        follow: Callable[[Session, Iterator], Iterator] = lambda _, events: events,
     ):
-        self.session, self.verbose, self.keep = session, verbose, keep
+        """follow: sees the events of every answer on their way (to store them)."""
+        self.session, self.verbose, self.follow = session, verbose, follow
         self.last = None
 
     def run(self) -> None:
@@ -72,8 +76,7 @@ class Repl:
     def _answer(self, events) -> None:
         out = Printer()
         with cancel_on_interrupt(self.session):
-            self.last = show_events(events, out)
-        self.keep(self.session)
+            self.last = show_events(self.follow(self.session, events), out)
         if self.last is None:
             return
         reason = self.last.finish_reason

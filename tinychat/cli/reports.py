@@ -73,7 +73,11 @@ def bench(
         n_gen=o["n_gen"],
         contexts=contexts or (0,),
         rounds=o["rounds"],
-        **{k: v for k, v in pick(o, LOADING).items() if k not in ("ctx", "kv_budget", "kv_policy")},
+        **{
+            k: v
+            for k, v in pick(o, LOADING).items()
+            if k not in ("ctx", "kv_budget", "kv_policy", "kv_disk_budget")
+        },
     )
     if as_json:
         click.echo(json.dumps(result))

@@ -1,0 +1,190 @@
+"""Everything that may happen to conversations at once, against the same conversations held alone.
+
+Branches of one crowded engine are appended to, forked, rolled back, thinned out, freed, saved and loaded;
+each must go on exactly like a twin that lives in an engine with room for all, shares nothing and is computed
+from its own beginning. Bit for bit, so a block that is shared, copied, moved or read wrongly is seen.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from tiny import tiny_model
+
+from tinychat import kvfile
+from tinychat.eviction import EvictionPolicy
+
+BUDGET = 112
+MOST = 4
+tokens = st.builds(lambda token, n: [token] * n, st.integers(1, 3), st.sampled_from([1, 2, 15, 16, 17, 40]))
+policies = st.sampled_from([None, EvictionPolicy.of("h2o", BUDGET), EvictionPolicy.of("window", BUDGET)])
+
+
+class Twins:
+    """A branch in the crowd, and what was appended to it since it was empty."""
+
+    def __init__(self, branch, policy, parts=()):
+        self.branch, self.policy, self.parts = branch, policy, list(parts)
+
+
+class ConversationMachine(RuleBasedStateMachine):
+    kv_bits = 16
+
+    @initialize()
+    def open(self):
+        self.crowd = tiny_model(ctx=MOST * 112, backend="cpu", kv_bits=self.kv_bits)
+        self.alone = tiny_model(ctx=512, backend="cpu", kv_bits=self.kv_bits)
+        for m in (self.crowd, self.alone):
+            m.engine.trained_context = 256  # positions run out now and then
+        self.folder = Path(tempfile.mkdtemp())
+        self.saved: dict[Path, Twins] = {}
+        self.all: list[Twins] = []
+
+    def pick(self, data):
+        return self.all[data.draw(st.integers(0, len(self.all) - 1), label="branch")]
+
+    def twin(self, t: Twins):
+        """The same conversation, read anew."""
+        branch = self.alone.engine.branch(t.policy)
+        for part in t.parts:
+            self.alone.engine.run(branch, part, len(part))
+        return branch
+
+    @precondition(lambda self: len(self.all) < MOST)
+    @rule(policy=policies)
+    def new(self, policy):
+        self.all.append(Twins(self.crowd.engine.branch(policy), policy))
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data(), ids=tokens)
+    def append(self, data, ids):
+        self.say(self.pick(data), ids)
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data(), token=st.integers(1, 3), n=st.integers(48, 120))
+    def append_much(self, data, token, n):
+        self.say(self.pick(data), [token + i % 2 for i in range(n)])
+
+    def say(self, t, ids):
+        held = sum(len(part) for part in t.parts)
+        if len(t.branch) < held:  # others needed its blocks; it reads itself again, as a session does
+            t.branch.free()
+            for part in t.parts:
+                self.crowd.engine.run(t.branch, part, len(part))
+        if t.policy is None and held + len(ids) > 200:
+            return
+        alone = self.twin(t)
+        for i in range(0, len(ids), 32):
+            if part := ids[i : i + 32]:
+                ours, theirs = (
+                    e.run(b, part, 0) for e, b in ((self.crowd.engine, t.branch), (self.alone.engine, alone))
+                )
+                t.parts.append(part)
+                np.testing.assert_array_equal(ours, theirs)
+        alone.free()
+
+    @precondition(lambda self: 0 < len(self.all) < MOST)
+    @rule(data=st.data())
+    def fork(self, data):
+        t = self.pick(data)
+        self.all.append(Twins(t.branch.fork(), t.policy, t.parts))
+
+    @precondition(lambda self: any(t.parts for t in self.all))
+    @rule(data=st.data())
+    def roll_back(self, data):
+        t = self.pick(data)
+        if t.branch.ledger and t.branch.ledger.watches:  # votes cannot be taken back: a session reads again
+            return
+        held = sum(len(part) for part in t.parts)
+        if (
+            not t.parts
+            or t.branch.evicted
+            or len(t.branch) < held
+            or held - len(t.parts[-1]) < t.branch._floor
+        ):
+            return
+        t.branch.truncate(held - len(t.parts.pop()))
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def drop(self, data):
+        t = self.pick(data)
+        self.all.remove(t)
+        t.branch.free()
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def save(self, data):
+        t = self.pick(data)
+        path = self.folder / f"{len(self.saved)}.safetensors"
+        if len(t.branch) == sum(len(p) for p in t.parts) and kvfile.save(path, self.crowd, t.branch):
+            self.saved[path] = Twins(None, t.policy, t.parts)
+
+    @precondition(lambda self: self.saved and len(self.all) < MOST)
+    @rule(data=st.data())
+    def load(self, data):
+        path = data.draw(st.sampled_from(sorted(self.saved)), label="file")
+        was = self.saved[path]
+        branch = self.crowd.engine.branch(was.policy)
+        if n := kvfile.load(path, self.crowd, branch):
+            assert n == sum(len(p) for p in was.parts)
+            self.all.append(Twins(branch, was.policy, was.parts))
+
+    def teardown(self):
+        if not hasattr(self, "crowd"):
+            return
+        pool = self.crowd.engine.pool
+        for t in self.all:
+            t.branch.free()
+        assert pool.available(spare=True) == pool.n_blocks  # nothing leaked
+        self.crowd.close()
+        self.alone.close()
+        shutil.rmtree(self.folder)
+
+
+class ConversationMachine8(ConversationMachine):
+    kv_bits = 8
+
+
+ConversationMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+ConversationMachine8.TestCase.settings = settings(max_examples=10, stateful_step_count=40, deadline=None)
+TestConversations = ConversationMachine.TestCase
+TestConversations8 = ConversationMachine8.TestCase
+
+
+@pytest.mark.slow
+def test_ten_thousand_operations():
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(
+        ConversationMachine, settings=settings(max_examples=200, stateful_step_count=50, deadline=None)
+    )
+
+
+@pytest.mark.parametrize("wrong", ["one off", "swapped", "not copied"])
+def test_a_wrong_block_table_is_seen(monkeypatch, wrong):
+    """What the machine relies on: no mistake in a copied table leaves the bits as they are."""
+    ids = np.random.default_rng(0).integers(0, 256, 72).tolist()
+    with tiny_model(ctx=256, backend="cpu") as crowd, tiny_model(ctx=256, backend="cpu") as alone:
+        crowd.engine.run(crowd.engine.branch(), [9] * 40, 40)  # somebody else's blocks
+        first = crowd.engine.branch()
+        crowd.engine.run(first, ids[:40], 40)
+        other = first.fork()
+        if wrong == "one off":
+            other.table[1] += 1
+        elif wrong == "swapped":
+            other.table[0], other.table[1] = other.table[1], other.table[0]
+        else:
+            monkeypatch.setattr(crowd.engine.pool, "copy_block", lambda src, dst: None)
+        twin = alone.engine.branch()
+        alone.engine.run(twin, ids[:40], 40)
+        ours, theirs = crowd.engine.run(other, ids[40:], 0), alone.engine.run(twin, ids[40:], 0)
+        assert not np.array_equal(ours, theirs)
+        first.table.clear(), other.table.clear()  # the counts are wrong now on purpose
