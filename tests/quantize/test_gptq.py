@@ -158,6 +158,7 @@ def read_as_gptq_does(tensors: dict[str, torch.Tensor], module: str) -> torch.Te
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_folder_is_gptqs(act_order, tmp_path, text, monkeypatch):
     from safetensors.torch import load_file
+    from transformers.quantizers.auto import AutoQuantizationConfig
 
     from tinychat.backends import Step
     from tinychat.backends.cpu import CpuBackend
@@ -170,6 +171,7 @@ def test_the_folder_is_gptqs(act_order, tmp_path, text, monkeypatch):
     assert (facts["method"], facts["group_size"]) == ("gptq", 32)
     q = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (q["quant_method"], q["bits"], q["desc_act"], q["sym"]) == ("gptq", 4, act_order, False)
+    assert AutoQuantizationConfig.from_dict(q).desc_act == act_order
     tensors, ours = load_file(tmp_path / "out" / "model.safetensors"), HFCheckpoint(tmp_path / "out")
     reordered = 0
     for layer in range(2):
