@@ -17,7 +17,7 @@ from programs import random_linear
 from tiny import TinyCheckpoint, tiny_folder, tiny_model
 
 import tinychat
-from tinychat import kvfile
+from tinychat import kvfile, packs
 from tinychat.backends import BLOCK, Step
 from tinychat.backends.cuda import CudaBackend
 from tinychat.backends.reference import ReferenceBackend
@@ -37,6 +37,7 @@ BLOCKS = 24
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 TABLE = np.random.default_rng(0).permutation(BLOCKS).astype(np.int32)
@@ -276,6 +277,48 @@ def test_the_prefix_cache_changes_nothing():
         *_, again = m.generate(prompt, **options)
         assert (first.stats.cached_tokens, again.stats.cached_tokens) == (0, 64)
         assert first.completion.token_ids == again.completion.token_ids
+
+
+class Unreadable(TinyCheckpoint):
+    """A checkpoint whose weights must not be asked for."""
+
+    def linear(self, name):
+        raise AssertionError(f"{name} was read")
+
+    vector = linear
+
+
+def test_the_second_start_reads_the_pack_only(home):
+    for policy in (WeightPolicy(), WeightPolicy("rtn")):
+        first = run(cuda(TinyCheckpoint(1, tie_embeddings=False), policy), IDS, [9])
+        again = run(cuda(Unreadable(1, tie_embeddings=False), policy), IDS, [9])
+        np.testing.assert_array_equal(again, first)
+    files = list((home / "packs").iterdir())
+    assert len(files) == 2
+    assert [packs.verify(f) for f in files] == [[], []]
+
+
+def test_a_damaged_pack_is_made_again(home):
+    expected = run(cuda(TinyCheckpoint(1)), IDS, [9])
+    (file,) = (home / "packs").iterdir()
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1000])
+    np.testing.assert_array_equal(run(cuda(TinyCheckpoint(1)), IDS, [9]), expected)
+    assert file.read_bytes() == sound
+
+
+def test_a_full_disk_is_a_warning_and_the_model_answers(home, monkeypatch):
+    expected = run(cuda(TinyCheckpoint(1)), IDS, [9])
+    (file,) = (home / "packs").iterdir()
+    file.unlink()
+
+    def full(self, a):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packs._File, "put", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        got = run(cuda(TinyCheckpoint(1)), IDS, [9])
+    np.testing.assert_array_equal(got, expected)
 
 
 @needs_emulation
