@@ -166,6 +166,14 @@ def test_biases_are_added_also_where_only_some_have_one():
     assert relative_error(run(cuda(checkpoint), IDS, [20, 1]), expected) < 5e-3
 
 
+@needs_emulation
+def test_a_whole_step_has_the_same_bits_with_warps_in_another_order(monkeypatch):
+    checkpoint, cuts = TinyCheckpoint(6), [40, 1, 5]
+    expected = run(cuda(checkpoint, kv_bits=8), IDS, cuts)
+    monkeypatch.setenv("TINYCHAT_HOST_ORDER", "reverse")
+    np.testing.assert_array_equal(run(cuda(checkpoint, kv_bits=8), IDS, cuts), expected)
+
+
 def test_greedy_is_the_argmax():
     checkpoint, cuts = TinyCheckpoint(6), [80, 1, 5, 20]
     logits = run(cuda(checkpoint), IDS, cuts)
