@@ -18,7 +18,7 @@ OLDEST_DRIVER = 12000  # CUDA 12.0: graphs as they are used here
 OLDEST_CAPABILITY = 80  # cp.async and mma.m16n8k16
 
 OUT_OF_MEMORY, NO_DEVICE = 2, 100
-INTEGRATED, PROCESSORS, CLOCK, MAJOR, MINOR = 18, 16, 13, 75, 76  # CUdevice_attribute
+INTEGRATED, PROCESSORS, MAJOR, MINOR = 18, 16, 75, 76  # CUdevice_attribute
 NON_BLOCKING = 1  # a stream that does not wait for the default one
 RELAXED_CAPTURE = 2  # memory may be freed meanwhile: Python decides when
 

@@ -44,24 +44,24 @@ def candidates() -> list[str]:
 class Nvrtc:
     """A loaded compiler."""
 
-    def __init__(self, library: str | None = None):
-        """Raises CompilerMissingError."""
-        tried = [library] if library else candidates()
-        for self.path in tried:
+    def __init__(self, driver: int | None = None):
+        """driver: the first number of the CUDA version that the driver knows; code of a newer compiler would
+        not load. Raises CompilerMissingError.
+        """
+        why = "NVRTC, CUDA's run-time compiler, is not installed."
+        for self.path in candidates():
             try:
                 self._library = ctypes.CDLL(self.path)
-                break
             except OSError:
                 continue
-        else:
-            raise CompilerMissingError("NVRTC, CUDA's run-time compiler, is not installed.")
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
-        self.version = major.value, minor.value
-        if self.version < OLDEST:
-            raise CompilerMissingError(
-                f"NVRTC {major.value}.{minor.value} is older than {OLDEST[0]}.{OLDEST[1]}."
-            )
+            major, minor = ctypes.c_int(), ctypes.c_int()
+            self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+            self.version = major.value, minor.value
+            if self.version >= OLDEST and (driver is None or self.version[0] <= driver):
+                return
+            fits = "older than CUDA 12" if self.version < OLDEST else f"newer than the driver (CUDA {driver})"
+            why = f"{self.name.upper()} is {fits}."
+        raise CompilerMissingError(why)
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -58,11 +59,11 @@ class Packs:
     """Gives a model file its weights, in the kernels' layout."""
 
     def __init__(self, data: Any, index: dict[str, Any]):
-        self._data, self._index = data, index
+        self._data, self.index = data, index
 
     def vector(self, name: str) -> np.ndarray:
         """float32 [n]."""
-        return self._array(self._index["vectors"][name], np.float32)
+        return self.array(self.index["vectors"][name], np.float32)
 
     def linear(self, *names: str) -> tuple[PackedLinear, ...]:
         """Linears that share an input."""
@@ -78,23 +79,30 @@ class Packs:
 
     def head(self, name: str, tied_to: Any) -> Any:
         """The output head, or the embedding where they are one."""
-        return (self._linear(name),) if name in self._index["linears"] else tied_to
+        return (self._linear(name),) if name in self.index["linears"] else tied_to
 
-    def _array(self, at: list[int], dtype: Any) -> np.ndarray:
+    def array(self, at: list[int], dtype: Any) -> np.ndarray:
+        """What the index says lies there."""
         offset, size = at
         return np.frombuffer(self._data, np.uint8, size, offset).view(dtype)
 
     def _linear(self, name: str) -> PackedLinear:
-        e = self._index["linears"][name]
-        bias = None if e["bias"] is None else self._array(e["bias"], np.float32)
-        perm = None if e["perm"] is None else self._array(e["perm"], np.int32)
-        data = self._array(e["data"], np.uint8)
+        e = self.index["linears"][name]
+        bias = None if e["bias"] is None else self.array(e["bias"], np.float32)
+        perm = None if e["perm"] is None else self.array(e["perm"], np.int32)
+        data = self.array(e["data"], np.uint8)
         return PackedLinear(_native.Linear(*e["form"], data, bias), perm)
 
 
 def load(checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threads: int) -> Packs:
     """The checkpoint's pack: mapped if there is a sound one, else made (and kept, if the disk has room)."""
-    path = pack_path(checkpoint, policy)
+    return opened(
+        pack_path(checkpoint, policy), lambda sink: _build(checkpoint, policy, family, threads, sink)
+    )
+
+
+def opened(path: Path, build: Callable[[Any], dict[str, Any]]) -> Packs:
+    """The pack at `path`; without a sound one, what `build` puts into a sink (it returns the index)."""
     pack = _open(path)
     if pack is not None:
         return pack
@@ -104,7 +112,7 @@ def load(checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threa
         partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
         try:
             with open(partial, "wb") as f:
-                _build(checkpoint, policy, family, threads, _File(f))
+                build(_File(f))
             os.replace(partial, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -122,13 +130,13 @@ def load(checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threa
         stacklevel=2,
     )
     memory = _Memory()
-    index = _build(checkpoint, policy, family, threads, memory)
+    index = build(memory)
     return _MemoryPacks(memory.parts, index)
 
 
-def pack_path(checkpoint: Checkpoint, policy: WeightPolicy) -> Path:
+def pack_path(checkpoint: Checkpoint, policy: WeightPolicy, layout: str = "lanes16") -> Path:
     """Where the pack of these weights lies. Every ISA reads the same layout, so its name is no part of it."""
-    key = f"{checkpoint.fingerprint()}|{policy.quantize}|{policy.head_bits}|lanes16|{VERSION}"
+    key = f"{checkpoint.fingerprint()}|{policy.quantize}|{policy.head_bits}|{layout}|{VERSION}"
     return locations.packs_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pack"
 
 
@@ -138,8 +146,8 @@ def verify(path: Path) -> list[str]:
     if pack is None:
         return ["(header)"]
     bad = []
-    for name, e in pack._index["linears"].items():
-        if zlib.crc32(pack._array(e["data"], np.uint8)) != e["crc"]:
+    for name, e in pack.index["linears"].items():
+        if zlib.crc32(pack.array(e["data"], np.uint8)) != e["crc"]:
             bad.append(name)
     return bad
 
@@ -224,7 +232,7 @@ class _Memory:
 class _MemoryPacks(Packs):
     """Packs that no file holds."""
 
-    def _array(self, at: list[int], dtype: Any) -> np.ndarray:
+    def array(self, at: list[int], dtype: Any) -> np.ndarray:
         return self._data[at[0]].view(dtype)
 
 

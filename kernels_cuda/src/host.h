@@ -148,9 +148,7 @@ static bool run_warp(int begin, int end) {
     }
 }
 
-static bool run_block(int threads) {
-    static const char* order = getenv("TINYCHAT_HOST_ORDER");
-    bool reverse = order && !strcmp(order, "reverse");
+static bool run_block(int threads, bool reverse) {
     int n = (threads + LANES - 1) / LANES;
     for (int i = 0; i < threads; ++i) {
         fibers[i]->copies.clear();
@@ -183,11 +181,13 @@ static const char* run(void (*f)(void*), void* arguments, dim3 grid, dim3 block)
     gridDim = grid;
     blockDim = block;
     failure = nullptr;
+    const char* order = getenv("TINYCHAT_HOST_ORDER");
+    bool reverse = order && !strcmp(order, "reverse");
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
                 blockIdx = {x, y, z};
-                if (!run_block(threads)) {
+                if (!run_block(threads, reverse)) {
                     fibers.clear();
                     return failure;
                 }

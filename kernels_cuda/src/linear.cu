@@ -248,7 +248,7 @@ LINEAR(linear_1x8, 1, 1, 3)
 // resources linear_1x16: registers 80, spills 0, shared 49152
 LINEAR(linear_1x16, 1, 2, 3)
 #if BITS == 32  // two tiles would leave no room for a pipeline
-// resources linear_1x64: registers 144, spills 0, shared 49152
+// resources linear_1x64: registers 168, spills 0, shared 49152
 LINEAR(linear_1x64, 1, 8, 1)
 #else
 // resources linear_2x8: registers 128, spills 0, shared 49152

@@ -93,7 +93,7 @@ snprintf(name, n, "Emulated GPU");
 return 0;
 }
 CALL(cuDeviceGetAttribute, int* value, int which, int)
-std::map<int, int> known = {{75, capability / 10}, {76, capability % 10}, {16, 4}, {18, integrated}, {13, 1000000}};
+std::map<int, int> known = {{75, capability / 10}, {76, capability % 10}, {16, 4}, {18, integrated}};
 if (!known.count(which)) return INVALID;
 *value = known[which];
 return 0;

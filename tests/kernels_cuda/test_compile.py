@@ -79,7 +79,6 @@ USUAL = [
 OTHERS = [
     *linear_units(layout.Form(8, "SYMMETRIC")),
     *attention_units(128, 16),
-    *attention_units(256, 8),
 ]
 
 

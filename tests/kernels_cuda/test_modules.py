@@ -144,11 +144,21 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch):
         Nvrtc()
 
 
-def test_what_the_compiler_says_is_kept(tmp_path):
+@pytest.fixture
+def compiler():
     try:
-        compiler = Nvrtc()
+        return Nvrtc()
     except CompilerMissingError as e:
         pytest.skip(f"{e} {cuda_device.INSTALL}")
+
+
+def test_a_compiler_newer_than_the_driver_is_not_taken(compiler):
+    assert Nvrtc(compiler.version[0]).version == compiler.version
+    with pytest.raises(CompilerMissingError, match=r"NVRTC 1\d\.\d+ is newer than the driver \(CUDA 11\)"):
+        Nvrtc(11)
+
+
+def test_what_the_compiler_says_is_kept(compiler, tmp_path):
     (tmp_path / "bad.cu").write_text("__global__ void k() { nonsense(); }")
     with pytest.raises(CompileError, match="nonsense"):
         compiler.compile(tmp_path / "bad.cu", [], "sm_86", {})

@@ -68,7 +68,7 @@ class CudaBackend:
         self._program: Program | None = None
         with self._on_device():
             family = FAMILIES[c.family]
-            weights = family.load(Loader(checkpoint, policy or WeightPolicy(), self._modules), c)
+            weights = family.load(Loader(checkpoint, policy or WeightPolicy(), family, self._modules), c)
             attention = Attention(self._modules, self._shape, WORKSPACE)
             program = Program(self._modules, attention, MAX_ROWS)
             family.forward(_Recorder(program, c), c, weights)

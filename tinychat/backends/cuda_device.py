@@ -31,7 +31,7 @@ def open_modules(library: str = LIBRARY) -> Modules:
             f"The GPU cannot be used ({e}).", "Use --device cpu; nvidia-smi may say more."
         ) from e
     try:
-        compiler = Nvrtc()
+        compiler = Nvrtc(device.driver_version[0])
         modules = Modules(device, Cache(locations.kernels_dir(), compiler))
         check(modules)
     except (CompilerMissingError, CompileError) as e:
@@ -93,7 +93,7 @@ def report(library: str = LIBRARY) -> dict[str, Any]:
         "gpu_kernels": f"{len(list(kept.glob('*.kernel')))} compiled in {kept}",
     }
     try:
-        compiler = Nvrtc()
+        compiler = Nvrtc(device.driver_version[0])
         facts["gpu_compiler"] = f"{compiler.name} for {compiler.target(device.capability)}"
     except (CompilerMissingError, CompileError) as e:
         facts["gpu_problem"] = f"{e} Until then the CPU is used: {INSTALL}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from tinychat import packs
 from tinychat.formats import Checkpoint
 from tinychat.kernels_cuda import layout, linear
 from tinychat.kernels_cuda.driver import Memory
@@ -16,34 +19,8 @@ from tinychat.kernels_cuda.modules import Modules
 from tinychat.prepare import WeightPolicy
 from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear, bf16_to_f32
 
-
-class Loader:
-    """Gives a model file its weights, packed and uploaded one at a time."""
-
-    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, modules: Modules):
-        self.checkpoint, self.policy, self.modules = checkpoint, policy, modules
-
-    def vector(self, name: str) -> Memory:
-        """float32 [n]."""
-        v = np.ascontiguousarray(self.checkpoint.vector(name), np.float32)
-        memory = self.modules.device.allocate(v.nbytes)
-        self.modules.device.upload(memory, v)
-        return memory
-
-    def linear(self, *names: str) -> tuple[DeviceLinear, ...]:
-        """Linears that share an input; neighbours that can be one weight are."""
-        packed = [pack(self.policy.linear(self.checkpoint, name)) for name in names]
-        return tuple(linear.upload(self.modules, *p) for p in _joined(packed))
-
-    def embedding(self, name: str) -> tuple[DeviceLinear, ...]:
-        """The embedding (rows are token ids)."""
-        return (linear.upload(self.modules, *pack(self.policy.embedding(self.checkpoint, name))),)
-
-    def head(self, name: str, tied_to: Any) -> Any:
-        """The output head, or the embedding where they are one."""
-        head = self.policy.head(self.checkpoint, name)
-        return tied_to if head is None else (linear.upload(self.modules, *pack(head)),)
-
+LAYOUT = "cuda1"  # of kernels_cuda/layout.py, in the name of a pack
+PARTS = {"codes": np.uint8, "meta": np.uint8, "zeros": np.uint8, "bias": np.float32, "perm": np.int32}
 
 Packed = tuple[Shape, dict[str, "np.ndarray | None"]]
 
@@ -72,6 +49,84 @@ def _below(above: Shape, over: dict, shape: Shape, parts: dict) -> dict[str, np.
             [np.zeros(s.n, np.float32) if p["bias"] is None else p["bias"] for s, p in pairs]
         )
     return both
+
+
+class Loader:
+    """Gives a model file its weights on the device, out of a pack: one module at a time, straight from the
+    mapped file.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, modules: Modules):
+        def build(sink: Any) -> dict[str, Any]:
+            packer = _Packer(checkpoint, policy, sink)
+            family.load(packer, checkpoint.config)
+            sink.finish(packer.index)
+            return packer.index
+
+        self.pack = packs.opened(packs.pack_path(checkpoint, policy, LAYOUT), build)
+        self.modules = modules
+
+    def vector(self, name: str) -> Memory:
+        """float32 [n]."""
+        v = self.pack.array(self.pack.index["vectors"][name], np.float32)
+        memory = self.modules.device.allocate(v.nbytes)
+        self.modules.device.upload(memory, v)
+        return memory
+
+    def linear(self, *names: str) -> tuple[DeviceLinear, ...]:
+        """Linears that share an input; neighbours that can be one weight are."""
+        return tuple(linear.upload(self.modules, *p) for p in _joined([self._read(n) for n in names]))
+
+    def embedding(self, name: str) -> tuple[DeviceLinear, ...]:
+        """The embedding (rows are token ids)."""
+        return self.linear(name)
+
+    def head(self, name: str, tied_to: Any) -> Any:
+        """The output head, or the embedding where they are one."""
+        return self.linear(name) if name in self.pack.index["linears"] else tied_to
+
+    def _read(self, name: str) -> Packed:
+        e = self.pack.index["linears"][name]
+        bits, meta, n, k, group = e["form"]
+        parts = {
+            part: None if e[part] is None else self.pack.array(e[part], kind) for part, kind in PARTS.items()
+        }
+        return Shape(Form(bits, meta), n, k, group), parts
+
+
+class _Packer:
+    """The loader that a model file asks for its weights while they are packed."""
+
+    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, sink: Any):
+        self.checkpoint, self.policy, self.sink = checkpoint, policy, sink
+        self.index: dict[str, Any] = {"linears": {}, "vectors": {}}
+
+    def vector(self, name: str) -> None:
+        if name not in self.index["vectors"]:
+            v = np.ascontiguousarray(self.checkpoint.vector(name), np.float32)
+            self.index["vectors"][name] = self.sink.put(v)
+
+    def linear(self, *names: str) -> None:
+        for name in names:
+            self._pack(name, self.policy.linear(self.checkpoint, name))
+
+    def embedding(self, name: str) -> None:
+        self._pack(name, self.policy.embedding(self.checkpoint, name))
+
+    def head(self, name: str, tied_to: Any) -> None:
+        head = self.policy.head(self.checkpoint, name)
+        if head is not None:
+            self._pack(name, head)
+
+    def _pack(self, name: str, w: Linear) -> None:
+        shape, parts = pack(w)
+        entry: dict[str, Any] = {
+            part: None if parts[part] is None else self.sink.put(np.ascontiguousarray(parts[part]))
+            for part in PARTS
+        }
+        entry["form"] = [shape.form.bits, shape.form.meta, shape.n, shape.k, shape.group]
+        entry["data"], entry["crc"] = entry["codes"], zlib.crc32(parts["codes"])  # for packs.verify
+        self.index["linears"][name] = entry
 
 
 def pack(w: Linear) -> Packed:
