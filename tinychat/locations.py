@@ -34,6 +34,11 @@ def kernels_dir() -> Path:
     return home() / "kernels"
 
 
+def pack_name(fingerprint: str, rest: str = "") -> str:
+    """How the names of a checkpoint's packs begin, and go on."""
+    return "".join(c if c.isalnum() else "-" for c in fingerprint)[:80] + "--" + rest
+
+
 def history_file() -> Path:
     """Input lines of the plain REPL."""
     return home() / "history"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tinychat.speculation.speculator import Speculator
 
 DEFAULT_CTX = 8192
+AUTO_GPU = False  # until the CUDA engine has been run on a GPU: docs/performance.md lists what was not
 KV_DISK_BUDGET = 4_000_000_000  # bytes for all chats together
 HEADROOM = 300_000_000  # bytes left for everything that is neither weights nor KV
 
@@ -51,7 +52,7 @@ def load(
 ) -> Model:
     """Load a model: an alias (downloaded if need be), a Hugging Face repo id, a local folder or a .gguf file.
 
-    device     "auto" (an NVIDIA GPU if there is one that works, else the CPU) | "cpu" | "cuda" | "reference"
+    device     "auto" (the CPU, until the CUDA engine has been run on a GPU) | "cpu" | "cuda" | "reference"
                (torch, fp32: slow, the truth)
     threads    CPU threads; default: the cores this process may use
     act_bits   8 or 16: activation precision of the CPU kernels
@@ -127,7 +128,7 @@ def make_backend(
         raise UsageError(f"The device {device!r} is not known.", "Use auto, cpu, cuda or reference.")
     if device == "cuda":
         return _cuda(checkpoint, policy, kv_bits)
-    if device == "auto" and has_gpu():
+    if device == "auto" and AUTO_GPU and has_gpu():
         try:
             return _cuda(checkpoint, policy, kv_bits)
         except TinychatError as e:

@@ -136,8 +136,10 @@ def opened(path: Path, build: Callable[[Any], dict[str, Any]]) -> Packs:
 
 def pack_path(checkpoint: Checkpoint, policy: WeightPolicy, layout: str = "lanes16") -> Path:
     """Where the pack of these weights lies. Every ISA reads the same layout, so its name is no part of it."""
-    key = f"{checkpoint.fingerprint()}|{policy.quantize}|{policy.head_bits}|{layout}|{VERSION}"
-    return locations.packs_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pack"
+    fingerprint = checkpoint.fingerprint()
+    key = f"{fingerprint}|{policy.quantize}|{policy.head_bits}|{layout}|{VERSION}"
+    rest = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pack"
+    return locations.packs_dir() / locations.pack_name(fingerprint, rest)
 
 
 def verify(path: Path) -> list[str]:

@@ -507,7 +507,14 @@ def machine_with_gpu(monkeypatch):
 
     monkeypatch.setattr("tinychat.backends.cuda_device.open_modules", open_modules)
     monkeypatch.setattr("tinychat.model.has_gpu", lambda: True)
+    monkeypatch.setattr("tinychat.model.AUTO_GPU", True)
     return found
+
+
+def test_auto_waits_until_the_engine_has_been_run_on_a_gpu(machine_with_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr("tinychat.model.AUTO_GPU", False)
+    with tinychat.load(tiny_folder(tmp_path / "tiny"), device="auto") as m:
+        assert m.describe()["backend"] == "cpu"
 
 
 def test_auto_takes_the_gpu_and_a_chat_is_kept_with_its_cache(machine_with_gpu, tmp_path):

@@ -118,7 +118,11 @@ def test_a_pulled_model_is_listed_shown_run_and_removed(index):
 
     with tinychat.load("tiny") as m:
         assert m.logits([1, 2, 3]).shape == (3, 259)
+    packs = models(index).parent / "packs"
+    assert len(list(packs.iterdir())) == 1
+    (packs / "another--model.pack").write_bytes(b"kept")
     assert store.remove("tiny") > 0
+    assert [p.name for p in packs.iterdir()] == ["another--model.pack"]
     assert store.installed() == []
     assert files(models(index)) == []
     with pytest.raises(ModelNotFoundError):

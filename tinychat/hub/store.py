@@ -402,27 +402,22 @@ def _size(folder: Path) -> int:
 
 
 def _remove_packs(path: Path) -> int:
-    """Delete what backends have made of the model, named `packs/<fingerprint>…`. Returns the bytes freed."""
+    """Delete what backends have made of the model, whose names begin with its fingerprint. Returns the bytes freed."""
     from tinychat.formats import open_checkpoint
 
     packs = locations.packs_dir()
     if not packs.is_dir():
         return 0
     try:
-        key = pack_key(open_checkpoint(path).fingerprint())
+        beginning = locations.pack_name(open_checkpoint(path).fingerprint())
     except (TinychatError, OSError):
         return 0
     freed = 0
     for entry in packs.iterdir():
-        if entry.name.startswith(key):
+        if entry.name.startswith(beginning):
             freed += _size(entry) if entry.is_dir() else entry.stat().st_size
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return freed
-
-
-def pack_key(fingerprint: str) -> str:
-    """How names in packs_dir begin for a checkpoint with this fingerprint."""
-    return "".join(c if c.isalnum() else "-" for c in fingerprint)[:80]
 
 
 def _aside(kind: str, name: str) -> Path:
