@@ -402,7 +402,7 @@ def _size(folder: Path) -> int:
 
 
 def _remove_packs(path: Path) -> int:
-    """Delete what backends have made of the model, whose names begin with its fingerprint. Returns the bytes freed."""
+    """Delete what backends have made of the model: its packs. Returns the bytes freed."""
     from tinychat.formats import open_checkpoint
 
     packs = locations.packs_dir()
