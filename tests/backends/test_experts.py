@@ -175,8 +175,8 @@ libc, guarded = ctypes.CDLL(None, use_errno=True), 0
 for layer, experts in enumerate(json.loads(sys.argv[2])):
     for e in set(range(checkpoint.config.n_experts)) - set(experts):
         for part in ("gate_proj", "up_proj", "down_proj"):
-            entry = loaded[0]._index["linears"][f"model.layers.{layer}.mlp.experts.{e}.{part}"]
-            data = loaded[0]._array(entry["data"], np.uint8)
+            entry = loaded[0].index["linears"][f"model.layers.{layer}.mlp.experts.{e}.{part}"]
+            data = loaded[0].array(entry["data"], np.uint8)
             assert data.ctypes.data % 4096 == 0
             pages = ctypes.c_size_t(-(-data.nbytes // 4096) * 4096)
             assert libc.mprotect(ctypes.c_void_p(data.ctypes.data), pages, 0) == 0

@@ -114,7 +114,7 @@ def test_the_terminal_closed_in_mid_answer_loses_at_most_a_second(tmp_path):
         t.wait("word60")
         screen = descendants(t, "open_screen.py")[0]
         said = max(map(int, re.findall(r"word(\d+)", t.screen)))
-    psutil.wait_procs([screen], timeout=10)
+    psutil.wait_procs([screen], timeout=30)
     assert not screen.is_running()
     answer = ChatStore(tmp_path / "chats.db").messages(1)[1]
     assert answer.content.count("word") >= said - 50  # 20 ms a word
