@@ -302,7 +302,7 @@ class Program:
         scores: np.ndarray | None,
         watched: int,
     ) -> None:
-        """One step. Fills float32 logits [tail, vocab] or int32 greedy [tail], and scores where asked."""
+        """One step. Fills float32 logits [tail, vocab] or int32 greedy [tail], and adds to scores."""
         rows = len(ids)
         self._put_inputs(ids, position, length, block_table)
         apart = scores is not None and len(scores) == watched
@@ -404,8 +404,7 @@ class Program:
         self.device.download(got, self._scores)
         self.device.synchronize()
         n = min(scores.shape[-1], got.shape[-1])
-        scores[..., :n] = got[..., :n]
-        scores[..., n:] = 0
+        scores[..., :n] += got[..., :n]
 
 
 def spans_for(slots: int) -> int:
