@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,7 @@ def soak(args: argparse.Namespace) -> None:
     process = psutil.Process()
     with tinychat.load(args.model, kv_budget=args.budget, draft="none") as model:
         model.tokenizer.eos_ids = frozenset()
-        ids, started, last = [], time.perf_counter(), 0
+        ids, started, last = array("i"), time.perf_counter(), 0
         print("| tokens | ms a token | resident MB |\n|---|---|---|")
         for event in model.generate("Once upon a time", temperature=0.8, seed=1, max_tokens=args.tokens):
             if isinstance(event, tinychat.TextDelta) and event.token_id is not None:
@@ -172,7 +173,7 @@ def soak(args: argparse.Namespace) -> None:
     middle = len(ids) // 2
     with tinychat.load(args.model) as model:
         for name, part in (("first", ids[:1024]), ("middle", ids[middle:][:1024]), ("last", ids[-1024:])):
-            rows = log_softmax(model.logits(part)[511:-1])
+            rows = log_softmax(model.logits(list(part))[511:-1])
             value = np.exp(-rows[np.arange(512), part[512:]].mean())
             print(f"perplexity of the {name} 1,024 tokens under the full cache: {value:.2f}")
 

@@ -4,8 +4,10 @@ happens.
 
 from __future__ import annotations
 
+import io
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -274,12 +276,14 @@ class _Generation:
         self.decoder = StreamDecoder(engine.tokenizer, continued=True)
         self.matcher = StopMatcher(params.stop)
         self.seed = choose_seed(params)
+        self.seen: set[int] = set()  # the first n_seen of the context, where they are penalized
+        self.n_seen = 0
         self.evicted_before = branch.evicted
         self.notices: list[str] = []
-        self.ids: list[int] = []
+        self.ids = array("i")  # an answer may have no end: a few bytes a token
         self.steps = self.decided = 0  # decode steps, and the tokens that they decided
         self.chosen = 0  # the stop token counts as a step too
-        self.text: list[str] = []
+        self.text = io.StringIO()
         self.stats = Stats(prompt_tokens=len(prompt))
 
     def events(self) -> Iterator[Event]:
@@ -307,7 +311,7 @@ class _Generation:
                 break
             self.ids.append(token)
             text = self.matcher.push(self.decoder.push(token))
-            self.text.append(text)
+            self.text.write(text)
             yield TextDelta(text, token)
             if self.matcher.matched is not None:
                 reason = "stop"
@@ -319,7 +323,7 @@ class _Generation:
         if self.matcher.matched is not None:
             reason = "stop"
         if rest:
-            self.text.append(rest)
+            self.text.write(rest)
             yield TextDelta(rest, None)
         yield self._done(reason, first, last)
 
@@ -456,15 +460,16 @@ class _Generation:
         position = len(self.context) + len(before)
         seen = None
         if self.params.repeat_penalty != 1.0:
-            seen = np.unique(np.asarray([*self.context, *before], dtype=np.int64))
+            self.seen.update(self.context[self.n_seen :])
+            self.n_seen = len(self.context)
+            seen = np.sort(np.fromiter(self.seen.union(before), np.int64))
         if drafted is not None and self.speculator.rule == "rejection":
             return rejection(row, drafted, q, self.params, self.seed, position, seen)
         return sample(row, self.params, self.seed, position, seen)
 
     def _done(self, reason: FinishReason, first: float, last: float) -> Done:
         s = self.stats
-        text = "".join(self.text)
-        ids = self.ids
+        text, ids = self.text.getvalue(), self.ids.tolist()
         if self.matcher.matched is not None:
             ids = cut_ids(self.engine.tokenizer, ids, text)
         s.generated_tokens = len(self.ids)
