@@ -8,6 +8,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "step.cuh"
 
 #ifndef HEAD
 #define HEAD 64
@@ -19,11 +20,6 @@ constexpr int CODE = KV_BITS / 8;
 constexpr int KEYS = SLOTS * HEAD * CODE;  // bytes
 constexpr int SCALES = KV_BITS == 8 ? SLOTS * PARTS * 2 : 0;
 constexpr int UNIT = 2 * (KEYS + SCALES);
-
-// What a step is told, in device memory; kernels_cuda/step.py writes it.
-struct Step {
-    int position, length;  // of the first row: rotary position, slot
-};
 
 // One layer of the pool, behind a sequence's block table.
 struct Cache {

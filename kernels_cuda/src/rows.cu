@@ -102,28 +102,3 @@ extern "C" __global__ void __launch_bounds__(THREADS) reorder(const u16* x, cons
 }
 EXPORT(reorder)
 // resources reorder: registers 32, spills 0, shared 0
-
-// The largest of each row of n logits, the lowest id on a tie; NaN never wins. grid: rows. 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024) argmax(const float* x, int* to, int n) {
-    __shared__ float values[1024];
-    __shared__ int ids[1024];
-    x += static_cast<size_t>(blockIdx.x) * n;
-    float best = -INFINITY;
-    int id = n;
-    for (int i = threadIdx.x; i < n; i += blockDim.x)
-        if (x[i] > best) best = x[i], id = i;
-    values[threadIdx.x] = best;
-    ids[threadIdx.x] = id;
-    for (int half = blockDim.x / 2; half; half /= 2) {
-        __syncthreads();
-        int i = threadIdx.x, j = i + half;
-        if (i >= half) continue;
-        if (values[j] > values[i] || (values[j] == values[i] && ids[j] < ids[i])) {
-            values[i] = values[j];
-            ids[i] = ids[j];
-        }
-    }
-    if (threadIdx.x == 0) to[blockIdx.x] = ids[0] < n ? ids[0] : 0;
-}
-EXPORT(argmax)
-// resources argmax: registers 40, spills 0, shared 8192
