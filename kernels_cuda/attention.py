@@ -27,6 +27,11 @@ class Shape:
     cap: float = 0.0
 
     @property
+    def defines(self) -> dict[str, str]:
+        """What cache.cu and attention.cu are compiled with."""
+        return {"HEAD": str(self.head), "KV_BITS": str(self.bits)}
+
+    @property
     def head(self) -> int:
         """Channels with padding."""
         return -(-self.size // 32) * 32
@@ -49,13 +54,12 @@ class Attention:
     def __init__(self, modules: Modules, shape: Shape, workspace: int):
         """workspace: bytes for spans of rows that are not yet merged; what does not fit goes in turns."""
         self.shape, self.device = shape, modules.device
-        defines = {"HEAD": str(shape.head), "KV_BITS": str(shape.bits)}
         for source, names in (
             ("cache.cu", ("rope_table", "rope_append", "move_slots", "turn_keys")),
             ("attention.cu", ("attend_spans", "merge_spans", "attend_rows", "score_slots")),
         ):
             for name in names:
-                setattr(self, "_" + name, modules.kernel(source, name, defines))
+                setattr(self, "_" + name, modules.kernel(source, name, shape.defines))
         self._stats_and_parts = self.device.allocate(workspace)
 
     def row_bytes(self, spans: int) -> int:

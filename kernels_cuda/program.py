@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.kernels_cuda import head, linear
-from tinychat.kernels_cuda.attention import SPAN, Attention
+from tinychat.kernels_cuda.attention import SPAN, Attention, Shape
 from tinychat.kernels_cuda.driver import Graph, Kernel, Memory
 from tinychat.kernels_cuda.head import Head
 from tinychat.kernels_cuda.linear import DeviceLinear, row_length
@@ -385,6 +385,13 @@ class Program:
         n = min(scores.shape[-1], got.shape[-1])
         scores[..., :n] = got[..., :n]
         scores[..., n:] = 0
+
+
+def program_sources(shape: Shape) -> list[tuple[str, dict[str, str]]]:
+    """What a program is compiled from, apart from what its weights need."""
+    return [(f"{name}.cu", shape.defines) for name in ("cache", "attention")] + [
+        (f"{name}.cu", {}) for name in ("rows", "logits")
+    ]
 
 
 def spans_for(slots: int) -> int:

@@ -337,7 +337,7 @@ def load_model(name: str, options: dict[str, Any], progress: Callable[[str, int,
 
     download.listener = lambda label, done, total: progress(f"Downloading {label}", done, total)
     progress(f"Loading {name}", 0, 0)
-    return load(name, **options)
+    return load(name, **options, progress=lambda what: progress(what, 0, 0))
 
 
 def serve(load: Load = load_model) -> None:

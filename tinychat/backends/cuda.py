@@ -24,7 +24,7 @@ from tinychat.kernels_cuda.attention import MAX_HEAD, Attention, Shape
 from tinychat.kernels_cuda.driver import DeviceError, OutOfMemoryError
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
-from tinychat.kernels_cuda.program import Buffer, Program
+from tinychat.kernels_cuda.program import Buffer, Program, program_sources
 from tinychat.machine import human_bytes
 from tinychat.models import FAMILIES
 from tinychat.prepare import WeightPolicy
@@ -70,7 +70,9 @@ class CudaBackend:
         self._program: Program | None = None
         with self._on_device():
             family = FAMILIES[c.family]
-            weights = family.load(Loader(checkpoint, policy or WeightPolicy(), family, self._modules), c)
+            loader = Loader(checkpoint, policy or WeightPolicy(), family, self._modules)
+            weights = family.load(loader, c)
+            self._modules.prepare([*loader.sources, *program_sources(self._shape)])
             attention = Attention(self._modules, self._shape, WORKSPACE)
             program = Program(self._modules, attention, MAX_ROWS)
             family.forward(_Recorder(program, c), c, weights)

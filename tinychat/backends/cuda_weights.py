@@ -65,6 +65,7 @@ class Loader:
 
         self.pack = packs.opened(packs.pack_path(checkpoint, policy, LAYOUT), build)
         self.modules = modules
+        self.sources: list[tuple[str, dict[str, str]]] = []  # that the weights need, and how compiled
 
     def vector(self, name: str) -> Memory:
         """float32 [n]."""
@@ -75,11 +76,15 @@ class Loader:
 
     def linear(self, *names: str) -> tuple[DeviceLinear, ...]:
         """Linears that share an input; neighbours that can be one weight are."""
-        return tuple(linear.upload(self.modules, *p) for p in _joined([self._read(n) for n in names]))
+        packed = _joined([self._read(n) for n in names])
+        self.sources += [("linear.cu", shape.form.defines) for shape, _ in packed]
+        return tuple(linear.upload(self.modules, *p) for p in packed)
 
     def embedding(self, name: str) -> tuple[DeviceLinear, ...]:
         """The embedding (rows are token ids)."""
-        return self.linear(name)
+        (w,) = self.linear(name)
+        self.sources.append(("embed.cu", w.shape.form.defines))
+        return (w,)
 
     def head(self, name: str, tied_to: Any) -> Any:
         """The output head, or the embedding where they are one."""

@@ -15,12 +15,14 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def machine_with_gpu(monkeypatch):
     """`open_modules` finds the device of these tests, or raises what it is told to."""
-    found = {"error": None}
+    found = {"error": None, "modules": None}
 
-    def open_modules():
+    def open_modules(tell=None):
         if found["error"]:
             raise found["error"]
-        return bench().modules
+        modules = found["modules"] or bench().modules
+        modules.tell = tell
+        return modules
 
     monkeypatch.setattr("tinychat.backends.cuda_device.open_modules", open_modules)
     monkeypatch.setattr("tinychat.model.has_gpu", lambda: True)
