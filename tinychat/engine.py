@@ -131,11 +131,13 @@ class Engine:
             if excess > 0:
                 self._freeing(branch, branch.own)
                 table = branch.block_table()
-                self.backend.move_slots(table, *branch.give_up(-(-excess // BLOCK) * BLOCK))
+                with branch.rewritten():
+                    self.backend.move_slots(table, *branch.give_up(-(-excess // BLOCK) * BLOCK))
                 branch.drop_empty_blocks()
             if branch.position + n > self.trained_context and branch.slots + n <= self.trained_context:
                 self._freeing(branch, branch.own)
-                self.backend.turn_keys(branch.block_table(), branch.reindex())
+                with branch.rewritten():
+                    self.backend.turn_keys(branch.block_table(), branch.reindex())
 
     def logits(self, ids: Sequence[int], policy: EvictionPolicy | None = None) -> np.ndarray:
         """float32 [n_tokens, vocab] for every position of `ids`, computed from nothing cached.

@@ -6,7 +6,7 @@ Nothing here imports torch, and nothing of CUDA is loaded before a device is ope
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -229,17 +229,21 @@ class CudaBackend:
         try:
             self._device.enter()
             yield
-        except OutOfMemoryError:
-            free = human_bytes(self._device.memory()[0])
-            raise MemoryBudgetError(
-                f"{self._device.name} has not enough memory: {free} are free.",
-                "Try a smaller --ctx or model, close other programs on the GPU, or use --device cpu.",
-            ) from None
         except DeviceError as e:
-            raise TinychatError(
-                f"{self._device.name} failed ({e}).",
-                "What was said is kept. Start again; if it happens again, use --device cpu.",
-            ) from e
+            raise self._in_words(e) from e
+
+    def _in_words(self, e: DeviceError) -> TinychatError:
+        name = self._device.name
+        if isinstance(e, OutOfMemoryError):
+            with suppress(DeviceError):  # the device may be lost as well
+                return MemoryBudgetError(
+                    f"{name} has not enough memory: {human_bytes(self._device.memory()[0])} are free.",
+                    "Try a smaller --ctx or model, close other programs on the GPU, or use --device cpu.",
+                )
+        return TinychatError(
+            f"{name} failed ({e}).",
+            "What was said is kept. Start again; if it happens again, use --device cpu.",
+        )
 
 
 @dataclass(eq=False)
