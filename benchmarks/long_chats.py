@@ -1,7 +1,7 @@
 """What eviction costs: the tables of docs/long-chats.md.
 
     python benchmarks/long_chats.py perplexity --work DIR     # 30 documents, budgets 50, 25 and 12.5 %
-    python benchmarks/long_chats.py recall                    # facts told early, asked for after evictions
+    python benchmarks/long_chats.py recall --work DIR         # facts told early, asked for after evictions
     python benchmarks/long_chats.py soak [--tokens 100000]    # memory and time a token, budget 1,024
     python benchmarks/long_chats.py cost                      # a history, scoring, 8-bit KV, resuming
 
@@ -100,47 +100,56 @@ THINGS = {
 }
 
 
+def ask(session, text: str, max_tokens: int) -> str:
+    """One turn of a chat; what the model said."""
+    events = session.send(text, max_tokens=max_tokens)
+    return "".join(e.text for e in events if isinstance(e, tinychat.TextDelta))
+
+
 def recall(args: argparse.Namespace) -> None:
-    """Facts at the beginning of a long text; which of them are still known at its end."""
-    rng = np.random.default_rng(0)
-    with tinychat.load(args.model, act_bits=16) as model:
-        fillers = list(documents(args.work, model.tokenizer).values())
-        encode = model.tokenizer.encode
-        facts = []
-        while len(facts) < args.facts:
-            kind = str(rng.choice(list(THINGS)))
-            facts.append((str(rng.choice(NAMES.split())), kind, str(rng.choice(THINGS[kind].split()))))
-        counts = {"all": 0} | {(p, b): 0 for b in args.budgets for p in ("h2o", "window")}
-        asked = 0
-        for n, (name, kind, value) in enumerate(facts):
-            told = encode(f"Remember this: the favourite {kind} of {name} is {value}.\n\n")
-            filler = fillers[n % len(fillers)]
-            start = int(rng.integers(0, LENGTH - args.between))
-            question = encode(f"\n\nRemember: the favourite {kind} of {name} is")
-            ids = encode("Notes.\n\n") + told + filler[start : start + args.between] + question
-            answers = [model.tokenizer.encode(" " + v)[0] for v in THINGS[kind].split()]
-
-            def known(policy, ids=ids, answers=answers, value=value, kind=kind) -> bool:
-                branch, row = model.engine.branch(policy), None
-                for i in range(0, len(ids), BLOCK):
-                    row = model.engine.run(branch, ids[i : i + BLOCK], len(ids[i : i + BLOCK]) - 1)
-                return int(np.argmax(row[-1][answers])) == THINGS[kind].split().index(value)
-
-            if not known(None):
-                continue
-            asked += 1
-            counts["all"] += 1
-            for key in counts:
-                if key != "all":
-                    counts[key] += known(EvictionPolicy.of(*key))
-            print(asked, counts, file=sys.stderr)
-            if asked == args.asked:
-                break
-    print(f"{asked} facts that the full cache knows, {args.between} tokens later (chance: 1 in 8)\n")
-    print("| budget | policy | known | share |\n|---|---|---|---|")
-    for key, n in counts.items():
-        policy, budget = ("", "all") if key == "all" else key
-        print(f"| {budget} | {policy} | {n} | {n / asked:.0%} |")
+    """Chats that begin with a fact, go on with texts to read, and end with a question about the fact."""
+    rng = np.random.default_rng(1)
+    kinds = [None, *((p, b) for b in args.budgets for p in ("h2o", "window"))]
+    options = [{"kv_policy": k[0], "kv_budget": k[1]} if k else {} for k in kinds]
+    models = [tinychat.load(args.model, act_bits=16, draft="none", **o) for o in options]
+    tokenizer = models[0].tokenizer
+    texts = list(documents(args.work, tokenizer).values())
+    known = {turns: np.zeros((0, len(kinds)), bool) for turns in args.turns}
+    tried = 0
+    while sum(map(len, known.values())) < args.asked:
+        turns = args.turns[tried % len(args.turns)]
+        kind, name = str(rng.choice(list(THINGS))), str(rng.choice(NAMES.split()))
+        value, text = str(rng.choice(THINGS[kind].split())), texts[tried % len(texts)]
+        tried += 1
+        script = [(f"Remember this: the favourite {kind} of {name} is {value}. Repeat it.", 24)]
+        for _ in range(turns):
+            at = int(rng.integers(0, LENGTH - args.turn_tokens))
+            script.append((f"Read this text:\n\n{tokenizer.decode(text[at : at + args.turn_tokens])}", 8))
+        script.append((f"What is the favourite {kind} of {name}?", 20))
+        row = []
+        for model in models:
+            session = model.session(temperature=0)
+            answers = [ask(session, *turn) for turn in script]
+            row.append(value.lower() in answers[-1].lower())
+            if not row[0]:
+                break  # the full cache does not know it
+        else:
+            known[turns] = np.vstack([known[turns], row])
+            print(turns, np.concatenate(list(known.values())).sum(0), file=sys.stderr)
+    for model in models:
+        model.close()
+    together = np.concatenate(list(known.values()))
+    print(f"{len(together)} facts that the full cache knows, of {tried}; {args.turn_tokens} tokens a turn\n")
+    print(
+        "| budget | policy | known |" + "".join(f" of {len(k)} after {n} turns |" for n, k in known.items())
+    )
+    print("|---|---|---|" + "---|" * len(known))
+    for j, (policy, budget) in enumerate(kinds[1:], 1):
+        print(f"| {budget} | {policy} | {together[:, j].mean():.0%} |", end="")
+        print("".join(f" {k[:, j].sum()} |" for k in known.values()))
+    for budget in args.budgets:
+        h2o, window = (together[:, kinds.index((p, budget))] for p in ("h2o", "window"))
+        print(f"budget {budget}: only H2O knows {(h2o & ~window).sum()}, only window {(window & ~h2o).sum()}")
 
 
 def soak(args: argparse.Namespace) -> None:
@@ -278,10 +287,10 @@ def main() -> None:
     p.set_defaults(run=perplexity)
     p = commands.add_parser("recall")
     p.add_argument("--work", type=Path, required=True, help="Folder for what is downloaded.")
-    p.add_argument("--budgets", type=int, nargs="+", default=(256, 512))
-    p.add_argument("--facts", type=int, default=400, help="Facts to try.")
-    p.add_argument("--asked", type=int, default=100, help="Facts that the full cache knows.")
-    p.add_argument("--between", type=int, default=1200, help="Tokens between telling and asking.")
+    p.add_argument("--budgets", type=int, nargs="+", default=(512, 256))
+    p.add_argument("--asked", type=int, default=102, help="Facts that the full cache knows.")
+    p.add_argument("--turns", type=int, nargs="+", default=(4, 6, 8), help="Between telling and asking.")
+    p.add_argument("--turn-tokens", type=int, default=220)
     p.set_defaults(run=recall)
     p = commands.add_parser("soak")
     p.add_argument("--budget", type=int, default=1024)

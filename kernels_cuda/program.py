@@ -295,8 +295,8 @@ class Program:
         watched: int = 0,
         inverse_temperature: float = 0.0,
     ) -> None:
-        """One step. Fills `out` [last rows, head.columns] with what is wanted of their logits, and scores
-        where asked. inverse_temperature: of head.TOP's total.
+        """One step. Fills `out` [last rows, head.columns] with what is wanted of their logits, and adds to
+        scores. inverse_temperature: of head.TOP's total.
         """
         self.steps += 1
         rows, tail = len(ids), len(out)
@@ -383,8 +383,7 @@ class Program:
         self.device.download(got, self._scores)
         self.device.synchronize()
         n = min(scores.shape[-1], got.shape[-1])
-        scores[..., :n] = got[..., :n]
-        scores[..., n:] = 0
+        scores[..., :n] += got[..., :n]
 
 
 def program_sources(shape: Shape) -> list[tuple[str, dict[str, str]]]:

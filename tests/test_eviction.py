@@ -301,7 +301,7 @@ def test_the_ledger_keeps_what_it_should_whatever_moves(seed, name, appended):
                 known[tokens + i] = [0.0, rows + i]
             for slot, t in enumerate(held):
                 known[t][0] += float(scores[:, h[0], h[1], slot].sum())
-        ledger.append(n, scores, n)
+        ledger.append(n, n, scores)
         tokens, rows = tokens + n, rows + n
         assert ledger.size <= 128
         for h, known in truth.items():

@@ -97,9 +97,10 @@ class Engine:
             scores, rows = None, 0
             if branch.ledger and branch.ledger.watches:
                 rows = len(ids) if watched is None else watched
-                if rows:
-                    first = 1 if accept is None and rows > 1 else rows
-                    scores = np.empty((first, *self.backend.kv_heads(), branch.slots + len(ids)), np.float32)
+                if rows and accept is None:
+                    scores = branch.ledger.tally(len(ids))
+                elif rows:
+                    scores = np.zeros((rows, *self.backend.kv_heads(), branch.slots + len(ids)), np.float32)
             tokens = np.asarray(ids, dtype=np.int32)
             step = Step(
                 tokens, branch.position, branch.slots, branch.block_table(), first_logit, scores, rows
@@ -108,7 +109,7 @@ class Engine:
             n = len(ids) if accept is None else accept(out)
             branch.commit(ids[:n])
             if branch.ledger:
-                branch.ledger.append(n, scores, min(rows, n))
+                branch.ledger.append(n, min(rows, n), None if accept is None else scores)
             return out
 
     def _step(self, step: Step, params: SamplingParams | None) -> Any:

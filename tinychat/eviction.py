@@ -132,6 +132,10 @@ class Ledger:
             setattr(other, name, getattr(self, name).copy())
         return other
 
+    def _shrink(self, size: int) -> None:
+        self._scores[..., size : self.size] = 0  # behind the last slot there are no votes, always
+        self.size = size
+
     @property
     def positions(self) -> np.ndarray:
         """int32 [layers, kv_heads, slots]."""
@@ -171,18 +175,28 @@ class Ledger:
         self.remembered, self.seen = votes, votes.seen
         self._scores[..., : votes.size], self._born[..., : votes.size] = votes.scores, votes.born
 
-    def append(self, n: int, scores: np.ndarray | None = None, rows: int = 0) -> None:
-        """n tokens have been written behind the others.
-
-        scores: float32 [rows, layers, kv_heads, ≥ slots] of their last `rows` queries, or [1, …], summed.
+    def tally(self, n: int) -> np.ndarray:
+        """Where a backend adds what the queries of n more tokens attend to, if all of them stay: float32
+        [1, layers, kv_heads, ≥ slots].
         """
+        self._reserve(n)
+        return self._scores[None]
+
+    def _reserve(self, n: int) -> None:
         end = self.size + n
         if end > self._positions.shape[-1]:
             self._grow(max(end, min(2 * end, self.policy.budget)))
+
+    def append(self, n: int, rows: int = 0, scores: np.ndarray | None = None) -> None:
+        """n tokens have been written behind the others; their last `rows` queries were counted.
+
+        scores: float32 [≥ rows, layers, kv_heads, ≥ slots], what they attended to; None: it is in `tally`.
+        """
+        self._reserve(n)
+        end = self.size + n
         watched = np.maximum(0, np.arange(n, dtype=np.int32) - (n - rows))
         self._positions[..., self.size : end] = self.next_position + np.arange(n, dtype=np.int32)
         self._born[..., self.size : end] = self.seen + watched
-        self._scores[..., self.size : end] = 0
         self.size, self.next_position = end, self.next_position + n
         self.seen += rows
         for row in () if scores is None else scores[:rows]:
@@ -191,7 +205,7 @@ class Ledger:
     def truncate(self, size: int) -> None:
         """Forget the last slots (rollback): those that were appended since the last eviction."""
         self.next_position -= self.size - size
-        self.size = size
+        self._shrink(size)
         if self.remembered and size < self.remembered.size:
             self.remembered = None
 
@@ -215,7 +229,7 @@ class Ledger:
         dst[hole_layer, hole_head, (np.cumsum(holes, axis=-1) - 1)[hole_layer, hole_head, hole]] = hole
         for a in (self._positions, self._born, self._scores):
             a[hole_layer, hole_head, hole] = a[layer, head, slot + keep]
-        self.size = keep
+        self._shrink(keep)
         return src, dst
 
     def _choose(self, n: int) -> np.ndarray:

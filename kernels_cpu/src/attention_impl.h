@@ -347,36 +347,37 @@ void attention_merge(const AttentionArgs& a) {
         }
 }
 
-// A row's part: Σ_head e^(score - peak) · e^(peak - top) / total, heads in their order.
+// A row: Σ_head e^(score - peak) · e^(peak - top) / total.
 template <class S>
 void attention_score(const ScoreArgs& a) {
     using V = V16<S>;
     const ScoreScratch& s = *a.score;
-    for (int part = a.p0; part < a.p1; part++) {
-        const int first = part * kPartSlots, n_out = a.n_slots - first < kPartSlots ? a.n_slots - first : kPartSlots;
-        for (int row = 0; row < a.rows; row++) {
-            float* out = a.out + (a.sum ? 0 : row * a.row_stride) + first;
-            const int visible = a.length + row + 1 - first, n = visible < n_out ? visible : n_out;
-            const bool fresh = !a.sum || row == 0;
-            if (n <= 0) {
-                if (fresh) memset(out, 0, n_out * sizeof(float));
-                continue;
-            }
-            for (int head = a.kv_head * a.per_kv; head < (a.kv_head + 1) * a.per_kv; head++) {
-                const size_t at = static_cast<size_t>(row) * a.n_heads + head;
-                float power[16] = {s.peaks[at * a.n_parts + part] - s.totals[2 * at]}, scale[16];
+    alignas(64) float got[kPartSlots];
+    for (int row = 0; row < a.rows; row++) {
+        const size_t head0 = static_cast<size_t>(row) * a.n_heads + a.kv_head * a.per_kv;
+        const int visible = a.length + row + 1;
+        for (int part = 0; part * kPartSlots < visible; part++) {
+            const int first = part * kPartSlots, n = visible - first < kPartSlots ? visible - first : kPartSlots;
+            for (int p0 = 0; p0 < a.per_kv; p0 += 16) {
+                const int heads = a.per_kv - p0 < 16 ? a.per_kv - p0 : 16;
+                float power[16] = {}, scale[16];
+                for (int p = 0; p < heads; p++) {
+                    const size_t at = head0 + p0 + p;
+                    power[p] = s.peaks[at * a.n_parts + part] - s.totals[2 * at];
+                }
                 exp16<S>(V::load(power)).store(scale);
-                const V w = V::set1(scale[0] / s.totals[2 * at + 1]);
-                const float* e = s.weights + at * s.ld + first;
-                const bool set = fresh && head == a.kv_head * a.per_kv;
-                for (int i = 0; i < n; i += 16) {
-                    V y = V::load(e + i) * w;
-                    if (!set) y = y + V::load_n(out + i, n_out - i);
-                    y.store_n(out + i, n_out - i);
+                for (int p = 0; p < heads; p++) {
+                    const size_t at = head0 + p0 + p;
+                    const V w = V::set1(scale[p] / s.totals[2 * at + 1]);
+                    const float* e = s.weights + at * s.ld + first;
+                    if (p0 + p == 0)
+                        for (int i = 0; i < n; i += 16) (V::load(e + i) * w).store(got + i);
+                    else
+                        for (int i = 0; i < n; i += 16) V::fma(V::load(e + i), w, V::load(got + i)).store(got + i);
                 }
             }
-            const int written = static_cast<int>(round_up(n, 16));
-            if (fresh && written < n_out) memset(out + written, 0, (n_out - written) * sizeof(float));
+            float* out = a.out + row * a.row_stride + first;
+            for (int i = 0; i < n; i += 16) (V::load_n(out + i, n - i) + V::load(got + i)).store_n(out + i, n - i);
         }
     }
 }

@@ -120,18 +120,15 @@ struct AttentionArgs {
     const ScoreScratch* score;  // or null
 };
 
-// Attention probability that the slots of parts p0…p1-1 get in one KV head, summed over its query heads; either for
-// each scored row (out_rows == rows) or summed over the rows too, in their order.
+// Adds to out the attention probability that every slot gets in one KV head from each scored row, summed over the
+// row's query heads, in their order.
 struct ScoreArgs {
     const ScoreScratch* score;
     int n_heads, per_kv, kv_head, n_parts;
-    int rows;    // scored rows
-    int length;  // row i of them attends to slots 0 … length + i
-    int p0, p1;
-    float* out;  // row 0, this layer and KV head
-    size_t row_stride;
-    bool sum;
-    int n_slots;  // slots of out that belong to the step: what a row does not attend to is zero
+    int rows;           // scored rows
+    int length;         // row i of them attends to slots 0 … length + i
+    float* out;         // row 0, this layer and KV head
+    size_t row_stride;  // 0: all rows are added to the same slots, in their order
 };
 
 // Turns keys that are in the cache already by `delta` positions: slots s0…s1-1 of one layer and KV head.

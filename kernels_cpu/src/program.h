@@ -22,8 +22,8 @@ struct StepState {
     const int32_t* blocks = nullptr;
     float* logits = nullptr;    // [rows - logits_from, vocab] or null
     int32_t* greedy = nullptr;  // [rows - logits_from] or null
-    // Attention that each slot got from the last scored_rows rows, for eviction: [layers][kv_heads][score_slots], for
-    // each of those rows, or summed over them.
+    // The attention that each slot gets from the last scored_rows rows is added to these, for eviction:
+    // [layers][kv_heads][score_slots], for each of those rows, or of all of them to the same.
     float* scores = nullptr;
     int scored_rows = 0, score_slots = 0;
     bool sum_scores = false;

@@ -369,53 +369,47 @@ class AttentionOp : public Op {
     std::vector<float> partial_;
 };
 
-// What the scored rows attended to, for eviction. One piece is one KV head and a few parts.
-class AttentionScoreOp : public Op {
+// What is left once every part of the context was attended to: merging them, and what the scored rows attended to.
+// One piece is one KV head, or all of them where there is little to do.
+class AttentionMergeOp : public Op {
   public:
-    AttentionScoreOp(const KernelTable& k, const ScoreBuffers* scores, int n_heads, int layer)
-        : k_(k), scores_(scores), n_heads_(n_heads), layer_(layer) {}
-    const char* name() const override { return "attention_score"; }
-    int chunks(const StepState& s, int) override { return s.scored_rows ? s.kv->n_kv * groups(s) : 0; }
+    AttentionMergeOp(const KernelTable& k, AttentionOp* attention, const ScoreBuffers* scores, int n_heads, int layer)
+        : k_(k), attention_(attention), scores_(scores), n_heads_(n_heads), layer_(layer) {}
+    const char* name() const override { return "attention_merge"; }
+    int chunks(const StepState& s, int) override {
+        if (!attention_->split(s) && !s.scored_rows) return 0;
+        return little(s) ? 1 : s.kv->n_kv;
+    }
     void run(const StepState& s, int c, int) override {
+        const bool all = little(s);
+        for (int head = all ? 0 : c; head < (all ? s.kv->n_kv : c + 1); head++) {
+            if (attention_->split(s)) merge(s, head);
+            if (s.scored_rows) score(s, head);
+        }
+    }
+
+  private:
+    static bool little(const StepState& s) { return AttentionOp::parts(s) <= 4 && s.scored_rows <= 1; }
+    void merge(const StepState& s, int kv_head) {
+        AttentionArgs a = attention_->args(s);
+        a.r0 = 0, a.r1 = s.rows, a.kv_head = kv_head;
+        k_.attention_merge(a);
+    }
+    void score(const StepState& s, int kv_head) {
         const KvPool& kv = *s.kv;
-        const int parts = AttentionOp::parts(s), group = c % groups(s);
         ScoreArgs a{};
         a.score = &scores_->view;
-        a.n_heads = n_heads_, a.per_kv = n_heads_ / kv.n_kv, a.kv_head = c / groups(s), a.n_parts = parts;
+        a.n_heads = n_heads_, a.per_kv = n_heads_ / kv.n_kv, a.kv_head = kv_head, a.n_parts = AttentionOp::parts(s);
         a.rows = s.scored_rows, a.length = s.length + s.rows - s.scored_rows;
-        a.p0 = group * kParts, a.p1 = std::min(parts, a.p0 + kParts);
-        a.row_stride = static_cast<size_t>(kv.n_layers) * kv.n_kv * s.score_slots;
-        a.out = s.scores + (static_cast<size_t>(layer_) * kv.n_kv + a.kv_head) * s.score_slots;
-        a.sum = s.sum_scores, a.n_slots = s.length + s.rows;
+        a.row_stride = s.sum_scores ? 0 : static_cast<size_t>(kv.n_layers) * kv.n_kv * s.score_slots;
+        a.out = s.scores + (static_cast<size_t>(layer_) * kv.n_kv + kv_head) * s.score_slots;
         k_.attention_score(a);
     }
 
-  private:
-    static constexpr int kParts = 4;
-    static int groups(const StepState& s) { return pieces(AttentionOp::parts(s), kParts); }
-    const KernelTable& k_;
-    const ScoreBuffers* scores_;
-    int n_heads_, layer_;
-};
-
-class AttentionMergeOp : public Op {
-  public:
-    AttentionMergeOp(const KernelTable& k, AttentionOp* attention) : k_(k), attention_(attention) {}
-    const char* name() const override { return "attention_merge"; }
-    int chunks(const StepState& s, int) override {
-        if (!attention_->split(s)) return 0;
-        return AttentionOp::parts(s) > 4 ? s.kv->n_kv : 1;
-    }
-    void run(const StepState& s, int c, int) override {
-        AttentionArgs a = attention_->args(s);
-        const bool each = AttentionOp::parts(s) > 4;
-        a.r0 = 0, a.r1 = s.rows;
-        for (a.kv_head = each ? c : 0; a.kv_head < (each ? c + 1 : s.kv->n_kv); a.kv_head++) k_.attention_merge(a);
-    }
-
-  private:
     const KernelTable& k_;
     AttentionOp* attention_;
+    const ScoreBuffers* scores_;
+    int n_heads_, layer_;
 };
 
 // Logits of the asked rows; for a greedy step each piece keeps only its best id, and no logits array is written.

@@ -244,9 +244,9 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     Aligned<float> scores(static_cast<size_t>(kv) * (rows + 1) * total);
     for (int h = 0; h < kv; h++)
         for (bool sum : {false, true})
-            t.attention_score({&score, heads, heads / kv, h, parts, rows, length, 0, parts,
+            t.attention_score({&score, heads, heads / kv, h, parts, rows, length,
                                scores.data() + (static_cast<size_t>(h) * (rows + 1) + (sum ? rows : 0)) * total,
-                               static_cast<size_t>(total), sum, total});
+                               sum ? 0 : static_cast<size_t>(total)});
     std::vector<int32_t> delta(total);
     for (int i = 0; i < total; i++) delta[i] = 3 * i - total;
     t.turn_keys({&pool, blocks.data(), freq.data(), half, 1, 0, 0, total, delta.data()});

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,7 @@ def tinychat(hub, tmp_path):
         command = [sys.executable, "-m", "tinychat", *args]
         limit = None
         if largest is not None:
-            limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # noqa: E731
+            limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest, largest))
         out = subprocess.run(
             command, capture_output=True, text=True, env=clean | env, timeout=120, preexec_fn=limit
         )

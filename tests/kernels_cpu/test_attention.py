@@ -55,12 +55,14 @@ class Attention:
         return self.b.view(self.out, len(qkv))
 
     def scored(self, qkv, length, rows, sum_rows=False):
-        """As `run`, and the scores of the layer: [rows or 1, kv heads, slots]."""
+        """As `run`, and what is added to the scores of the layer: [rows or 1, kv heads, slots]."""
         self.b.p.array(self.qkv)[: len(qkv)] = qkv
-        scores = np.full((1 if sum_rows else rows, 2, self.kv, length + len(qkv)), np.nan, np.float32)
+        scores = np.zeros((1 if sum_rows else rows, 2, self.kv, length + len(qkv) + 3), np.float32)
+        scores[..., -3:] = np.nan  # slots behind the step's last are not touched
         ids = np.zeros(len(qkv), np.int32)
         self.b.p.run(ids, length, length, self.table, len(qkv), None, None, scores, rows)
-        return self.b.view(self.out, len(qkv)), scores[:, 1]
+        assert np.isnan(scores[..., -3:]).all()
+        return self.b.view(self.out, len(qkv)), scores[:, 1, :, :-3]
 
     def stored(self, x):
         """Keys or values [rows, heads, dim] as the cache gives them back."""

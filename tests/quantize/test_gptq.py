@@ -27,6 +27,11 @@ def inputs(k: int, n: int = 400, seed: int = 0) -> torch.Tensor:
     return x / k**0.5 * torch.where(torch.rand(k, generator=g) < 0.1, 8.0, 1.0)
 
 
+def error(w: torch.Tensor, instead: torch.Tensor, x: torch.Tensor) -> float:
+    """Mean square of what rounding changes in the outputs."""
+    return float(((w.double() - instead) @ x.T.double()).pow(2).mean())
+
+
 def by_the_paper(w, h, group, damp, act_order):
     """Equations 2 and 3 word for word: the inverse of what is left of H, made anew at each step; float64."""
     k = w.shape[1]
@@ -62,8 +67,7 @@ def test_it_is_the_papers_algorithm(n, k, group, act_order):
     # a weight half way between two levels may go to the other one in float32, and move what comes after it
     rows = ((want - got).abs() < 1e-3).all(1)
     assert rows.float().mean() >= 0.8
-    error = lambda a: ((w.double() - a) @ x.T).pow(2).mean()  # noqa: E731
-    assert float(error(got)) == pytest.approx(float(error(want)), rel=0.05)
+    assert error(w, got, x) == pytest.approx(error(w, want, x), rel=0.05)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -72,8 +76,8 @@ def test_outputs_change_less_than_by_rounding_to_nearest(seed, act_order):
     torch.manual_seed(seed)
     w, x = torch.randn(32, 128), inputs(128, 1000, seed)
     h = (x.T @ x / len(x)).float()
-    error = lambda r: float(((w - r.dequantize()).double() @ x.T).pow(2).mean())  # noqa: E731
-    assert error(gptq(w, h, 32, act_order=act_order)) < 0.75 * error(nearest(w, 32))
+    ours, plain = gptq(w, h, 32, act_order=act_order), nearest(w, 32)
+    assert error(w, ours.dequantize(), x) < 0.75 * error(w, plain.dequantize(), x)
 
 
 def test_uncorrelated_inputs_leave_nothing_to_repair():

@@ -233,7 +233,10 @@ def test_awq_loses_less_than_rtn_on_held_out_activations():
     w = read_block(source, 0)
     loud = torch.where(torch.rand(128) < 0.05, 12.0, 1.0)  # a few loud channels, as language models have
     mix = torch.randn(128, 128) / 12
-    make = lambda n: (torch.randn(n, 128, 128) @ mix) * loud  # noqa: E731
+
+    def make(n: int) -> torch.Tensor:
+        return (torch.randn(n, 128, 128) @ mix) * loud
+
     calibration, held_out = make(24), make(8)
     want = f.block(held_out, w)
 

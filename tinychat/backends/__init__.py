@@ -23,9 +23,9 @@ class Step:
     block_table  int32 [n]: logical slot s is slot `s % BLOCK` of pool block `block_table[s // BLOCK]`;
                  covers length + T slots
     logits_from  rows from this one on get logits (T: none at all, the cache is filled only)
-    scores       float32 [R or 1, layers, kv_heads, n ≥ length + T], or None: filled with the attention
-                 probability that each slot got from the last `scored_rows` rows (R of them), summed over the
-                 query heads of its KV head; with a first dimension of 1, summed over the rows too
+    scores       float32 [R or 1, layers, kv_heads, n ≥ length + T], or None: to these is added the attention
+                 probability that each slot gets from the last `scored_rows` rows (R of them), summed over the
+                 query heads of its KV head; with a first dimension of 1, that of all rows, in their order
     """
 
     token_ids: np.ndarray

@@ -1,8 +1,8 @@
 """Quantization: a float checkpoint in, a 4-bit AutoAWQ or GPTQ checkpoint out.
 
 `calibration` gives the text, `forward` runs a block, `block` scales and fits its linears, `rounding` rounds
-one of them; `gptq` does both as its paper says; `layouts` packs a block, `settings` names what config.json
-says, `folder` writes the result.
+one of them; `gptq` does both as its paper says; `walk` goes from block to block; `layouts` packs a block,
+`settings` names what config.json says, `folder` writes the result.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tinychat.errors import CheckpointError, MemoryBudgetError, UnsupportedModel
 
 if TYPE_CHECKING:
     from tinychat.formats import Checkpoint
+    from tinychat.quantize.walk import Walk
 
 GROUPS = (128, 64, 32)
 METHODS = ("awq", "gptq", "rtn")
@@ -91,23 +92,10 @@ def quantize(
     """
     import torch
 
-    from tinychat.quantize import block as b
-    from tinychat.quantize import calibration, folder, layouts, settings
-    from tinychat.quantize.forward import Forward, read_block
-    from tinychat.quantize.gptq import GPTQQuantizer
+    from tinychat.quantize import calibration, folder, layouts
 
-    if method not in METHODS:
-        raise UsageError(f"The method {method!r} is not known.", f"Use {' or '.join(METHODS)}.")
-    if act_order and method != "gptq":
-        raise UsageError(f"The method {method!r} has no act-order.", "Use it with gptq.")
-    started = time.monotonic()
-    cfg = checkpoint.config
-    if cfg.n_experts:
-        raise UnsupportedModelError(
-            f"{checkpoint.path.name} is a mixture of experts, which cannot be quantized yet.",
-            'It runs with quantize="rtn", or as someone quantized it.',
-        )
-    group = choose_group(cfg, group_size)
+    started, cfg = time.monotonic(), checkpoint.config
+    group = _check(checkpoint, method, group_size, act_order)
     report = progress or (lambda done, total, what: None)
     report(0, cfg.n_layers, "reading")
     tokens = None
@@ -115,10 +103,6 @@ def quantize(
         length = min(calibration.LENGTH, cfg.context_length)
         tokens = calibration.windows(checkpoint.tokenizer(), file=calib_file, length=length, seed=seed)
         _check_memory(cfg, tokens.size, method)
-    if checkpoint.config.tie_embeddings is False and not checkpoint.has("lm_head"):
-        raise CheckpointError(f"{checkpoint.path} has no output head.", "Pull the model again.")
-    if getattr(checkpoint, "json", None) is None:
-        settings.hf_config(cfg)  # refuse now what could not be written at the end
     job = {
         "recipe": RECIPE,
         "source": checkpoint.fingerprint(),
@@ -128,46 +112,17 @@ def quantize(
     } | ({"act_order": act_order} if method == "gptq" else {})
     rest = _rest(checkpoint)
     with folder.OutputFolder(out_dir, job) as target, torch.inference_mode():
-        x_f = x_q = None
-        if tokens is not None:
-            forward = Forward(cfg, tokens.shape[1])
-            embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
-            x_q = forward.embed(embedding, torch.from_numpy(tokens))
-            x_f = x_q.clone() if method == "awq" else None
-            del embedding
-            if method == "gptq":
-                quantizer = GPTQQuantizer(forward, group, act_order)
-            else:
-                quantizer = b.BlockQuantizer(forward, b.Options(group=group))
+        walk = _walk(checkpoint, method, group, tokens, act_order)
         for layer in range(cfg.n_layers):
             report(layer, cfg.n_layers, f"block {layer + 1} of {cfg.n_layers}")
             done = target.block(layer)
-            if done is not None and method == "rtn":
-                continue
-            w = read_block(checkpoint, layer)
             if done is not None:
-                quantized = layouts.unpacked(done, cfg, layer, method)
-                if method == "gptq":
-                    x_q = quantizer.advance(quantized, x_q)
-                else:
-                    x_f, x_q = quantizer.advance(w, quantized, x_f, x_q)
-                continue
-            if method == "rtn":
-                quantized = b.round_to_nearest(w, group, cfg)
-            elif method == "gptq":
-                quantized, x_q = quantizer(w, x_q)
+                walk.skip(layer, done)
             else:
-                quantized, x_f, x_q = quantizer(w, x_f, x_q)
-            if x_q is not None and not bool(torch.isfinite(x_q).all()):
-                raise CheckpointError(
-                    f"Block {layer} gives NaN or infinity on the calibration text.",
-                    "The checkpoint is damaged; pull it again.",
-                )
-            target.write_block(layer, layouts.packed(quantized, cfg, method))
+                target.write_block(layer, layouts.packed(walk.quantize(layer), cfg, method))
         report(cfg.n_layers, cfg.n_layers, "writing")
         record = {"calibration_tokens": 0 if tokens is None else int(tokens.size), "seed": seed}
         target.finish(checkpoint, rest, record)
-        size = sum(f.stat().st_size for f in target.out.iterdir())
         return {
             "path": str(target.out),
             "method": method,
@@ -175,8 +130,41 @@ def quantize(
             "group_size": group,
             "calibration_tokens": record["calibration_tokens"],
             "seconds": round(time.monotonic() - started, 1),
-            "size_bytes": size,
+            "size_bytes": sum(f.stat().st_size for f in target.out.iterdir()),
         }
+
+
+def _check(checkpoint: Checkpoint, method: str, group_size: int | None, act_order: bool) -> int:
+    """The group size; raises for what cannot be done, before anything is read."""
+    from tinychat.quantize import settings
+
+    cfg = checkpoint.config
+    if method not in METHODS:
+        raise UsageError(f"The method {method!r} is not known.", f"Use {' or '.join(METHODS)}.")
+    if act_order and method != "gptq":
+        raise UsageError(f"The method {method!r} has no act-order.", "Use it with gptq.")
+    if cfg.n_experts:
+        raise UnsupportedModelError(
+            f"{checkpoint.path.name} is a mixture of experts, which cannot be quantized yet.",
+            'It runs with quantize="rtn", or as someone quantized it.',
+        )
+    if cfg.tie_embeddings is False and not checkpoint.has("lm_head"):
+        raise CheckpointError(f"{checkpoint.path} has no output head.", "Pull the model again.")
+    if getattr(checkpoint, "json", None) is None:
+        settings.hf_config(cfg)  # refuse now what could not be written at the end
+    return choose_group(cfg, group_size)
+
+
+def _walk(
+    checkpoint: Checkpoint, method: str, group: int, tokens: np.ndarray | None, act_order: bool
+) -> Walk:
+    from tinychat.quantize.walk import AWQWalk, GPTQWalk, NearestWalk
+
+    if tokens is None:
+        return NearestWalk(checkpoint, group)
+    if method == "gptq":
+        return GPTQWalk(checkpoint, group, tokens, act_order)
+    return AWQWalk(checkpoint, group, tokens)
 
 
 def choose_group(cfg: ModelConfig, wanted: int | None) -> int:

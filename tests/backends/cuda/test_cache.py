@@ -56,9 +56,9 @@ def test_scores_are_the_references(rows, watched, apart):
     checkpoint, scores = TinyCheckpoint(3), []
     for b in (truth(checkpoint), cuda(checkpoint)):
         b.step(Step(IDS[:50], 0, 0, TABLE, 50))
-        s = np.full((watched if apart else 1, 2, 2, 50 + rows), np.nan, np.float32)
+        s = np.full((watched if apart else 1, 2, 2, 50 + rows), 2, np.float32)
         b.step(Step(IDS[50 : 50 + rows], 50, 50, TABLE, rows, s, watched))
-        scores.append(s)
+        scores.append(s - 2)  # they are added to what is there
     np.testing.assert_allclose(scores[1], scores[0], atol=3e-3 * (1 if apart else watched))
     assert scores[1].sum() == pytest.approx(watched * 2 * 4, rel=1e-3)  # layers · heads
 
