@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.kernels_cuda import head, linear
-from tinychat.kernels_cuda.attention import SPAN, Attention, Shape
+from tinychat.kernels_cuda.attention import SPAN, Attention, Call, Shape
 from tinychat.kernels_cuda.driver import Graph, Kernel, Memory
 from tinychat.kernels_cuda.head import Head
 from tinychat.kernels_cuda.linear import DeviceLinear, row_length
@@ -222,16 +222,15 @@ class Program:
         q, totals, out = Buffer(s.query_bytes), Buffer(8 * s.heads), self.halves(s.heads * s.size)
 
         def launch(z: Size) -> None:
-            step, blocks, pool = self.inputs.step, self.inputs.blocks, self.pool
-            turns = table.memory if table else None
-            a.append(step, qkv.memory, turns, q.memory, pool, blocks, layer, z.rows, pairs)
-            attend = a.spread if z.rows <= SPREAD_ROWS else a.walk
-            attend(step, q.memory, pool, blocks, totals.memory, out.memory, layer, z.rows, z.spans, window)
+            inputs = self.inputs
+            call = Call(inputs.step, q.memory, self.pool, inputs.blocks, totals.memory, layer, z.rows, window)
+            a.append(call, qkv.memory, table.memory if table else None, pairs)
+            if z.rows <= SPREAD_ROWS:
+                a.spread(call, out.memory, z.spans)
+            else:
+                a.walk(call, out.memory)
             if z.watched:
-                a.score(
-                    step, q.memory, pool, blocks, totals.memory, self._scores, layer,
-                    z.rows, z.watched, z.apart, z.spans * SPAN, window,
-                )  # fmt: skip
+                a.score(call, self._scores, z.watched, z.apart, z.spans * SPAN)
 
         self.record([qkv, q, totals, out, *([table] if table else [])], launch)
         return out

@@ -265,7 +265,7 @@ def test_packs_are_streamed_not_collected():
 
     total = 0
     with open(os.devnull, "wb") as sink:
-        packer = packs._Packer(checkpoint, WeightPolicy(), 1, Counting(sink))
+        packer = packs.CpuPacker(checkpoint, WeightPolicy(), Counting(sink))
         FAMILIES["llama"].load(packer, checkpoint.config)
         total = packer.sink.at
     assert most[0] < total / 2
