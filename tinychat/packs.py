@@ -95,7 +95,8 @@ class Packs:
 
 
 def load(checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threads: int) -> Packs:
-    """The checkpoint's pack: mapped if there is a sound one, else made (and kept, if the disk has room)."""    return opened(
+    """The checkpoint's pack: mapped if there is a sound one, else made (and kept, if the disk has room)."""
+    return opened(
         pack_path(checkpoint, policy),
         lambda sink: CpuPacker(checkpoint, policy, sink, threads).pack(family),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_steps import IDS, TABLE, cuda, truth
+from backend_steps import IDS, TABLE, cuda, truth
 from emulation import needs_device
 from families import relative_error
 from tiny import TinyCheckpoint, tiny_model
@@ -17,38 +17,6 @@ from tinychat.speculation.control import Controller
 from tinychat.speculation.speculator import Speculator
 
 pytestmark = needs_device
-
-
-def test_a_rejected_row_leaves_no_trace():
-    b, c = cuda(TinyCheckpoint(8)), cuda(TinyCheckpoint(8))
-    b.step(Step(IDS[:30], 0, 0, TABLE, 30))
-    c.step(Step(IDS[:30], 0, 0, TABLE, 30))
-    c.step(Step(IDS[100:105], 30, 30, TABLE, 5))  # a draft that is then rolled back
-    step = Step(IDS[30:33], 30, 30, TABLE, 0)
-    np.testing.assert_array_equal(c.step(step), b.step(step))
-
-
-def test_a_copied_block_holds_what_the_first_held():
-    b = cuda(TinyCheckpoint(9))
-    b.step(Step(IDS[:20], 0, 0, TABLE, 20))
-    expected = b.step(Step(IDS[20:21], 20, 20, TABLE, 0))
-    other = TABLE.copy()
-    other[1] = TABLE[5]
-    b.copy_block(int(TABLE[1]), int(other[1]))
-    np.testing.assert_array_equal(b.step(Step(IDS[20:21], 20, 20, other, 0)), expected)
-
-
-@pytest.mark.parametrize("kv_bits", [16, 8])
-def test_saved_blocks_can_be_put_elsewhere(kv_bits):
-    b = cuda(TinyCheckpoint(9), kv_bits=kv_bits)
-    b.step(Step(IDS[:40], 0, 0, TABLE, 40))
-    step = Step(IDS[40:41], 40, 40, TABLE, 0)
-    expected, saved = b.step(step), b.read_blocks(TABLE[:3])
-    assert saved.shape == (3, b.kv_bytes_per_block())
-    other = cuda(TinyCheckpoint(9), kv_bits=kv_bits)
-    table = TABLE[::-1].copy()
-    other.write_blocks(table[:3], saved)
-    np.testing.assert_array_equal(other.step(Step(IDS[40:41], 40, 40, table, 0)), expected)
 
 
 @pytest.mark.parametrize(("rows", "watched", "apart"), [(1, 1, True), (5, 5, True), (40, 32, False)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_steps import IDS
+from backend_steps import IDS
 from emulation import needs_device
 from tiny import tiny_folder
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from backend_steps import BLOCKS, IDS, TABLE
 from click.testing import CliRunner
-from cuda_steps import BLOCKS, IDS, TABLE
 from emulation import bench, cache, needs_emulation
 from tiny import TinyCheckpoint, tiny_folder
 

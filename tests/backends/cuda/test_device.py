@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_steps import IDS, TABLE, cuda
+from backend_steps import IDS, TABLE, cuda
 from emulation import bench, controls, needs_device, needs_emulation
 from tiny import TinyCheckpoint
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 import pytest
-from cuda_steps import BLOCKS, IDS, TABLE, cuda
+from backend_steps import BLOCKS, IDS, TABLE, cuda
 from emulation import controls, needs_emulation
 from tiny import TinyCheckpoint, tiny_model
 

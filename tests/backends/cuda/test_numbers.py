@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_steps import IDS, TABLE, cuda, run, truth
+from backend_steps import IDS, cuda, run, truth
 from emulation import needs_device, needs_emulation
 from families import CASES, FromTransformers, random_model, relative_error
 from programs import random_linear
 from tiny import TinyCheckpoint
 
-from tinychat.backends import Step
 from tinychat.config import RopeConfig
 from tinychat.formats import open_checkpoint
 from tinychat.prepare import WeightPolicy
@@ -126,14 +125,6 @@ def test_a_whole_step_has_the_same_bits_with_warps_in_another_order(monkeypatch)
     expected = run(cuda(checkpoint, kv_bits=8), IDS, cuts)
     monkeypatch.setenv("TINYCHAT_HOST_ORDER", "reverse")
     np.testing.assert_array_equal(run(cuda(checkpoint, kv_bits=8), IDS, cuts), expected)
-
-
-def test_only_the_asked_rows_get_logits():
-    b = cuda(TinyCheckpoint(7))
-    full = b.step(Step(IDS[:20], 0, 0, TABLE, 0))
-    np.testing.assert_array_equal(b.step(Step(IDS[:20], 0, 0, TABLE, 17)), full[17:])
-    assert b.step(Step(IDS[:20], 0, 0, TABLE, 20)).shape == (0, 258)
-    np.testing.assert_array_equal(b.step(Step(IDS[:9], 0, 0, TABLE, 7)), full[7:9])
 
 
 @pytest.mark.slow

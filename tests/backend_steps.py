@@ -1,4 +1,4 @@
-"""The CUDA backend and the reference on the same ids: what the tests of tests/backends/cuda share."""
+"""Backends over the tiny model, fed the same ids: what the tests of tests/backends share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import numpy as np
 from emulation import bench
 
 from tinychat.backends import Step
+from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.cuda import CudaBackend
 from tinychat.backends.reference import ReferenceBackend
 
 BLOCKS = 24
 TABLE = np.random.default_rng(0).permutation(BLOCKS).astype(np.int32)
 IDS = np.random.default_rng(1).integers(0, 258, 300).astype(np.int32)
+
+
+def cpu(checkpoint, policy=None, **options) -> CpuBackend:
+    b = CpuBackend(checkpoint, policy, **options)
+    b.allocate_kv(BLOCKS)
+    return b
 
 
 def cuda(checkpoint, policy=None, **options) -> CudaBackend:
