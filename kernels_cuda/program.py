@@ -169,31 +169,22 @@ class Program:
 
     def gate(self, name: str, x: Buffer, n: int) -> Buffer:
         """silu_mul or gelu_mul, as halves."""
-        kernel, out, ld = self.rows_kernel(name), self.halves(n), row_length(n)
-        self.record(
-            [x, out],
-            lambda z: self.device.launch(kernel, (-(-ld // 256), z.rows), 256, x.memory, out.memory, n, ld),
-        )
-        return out
+        return self._halved(name, x, n)
 
     def halve(self, x: Buffer, n: int, perm: Memory | None) -> Buffer:
         """Floats as halves, in the order of `perm`."""
-        kernel, out, ld = self.rows_kernel("halve"), self.halves(n), row_length(n)
-        self.record(
-            [x, out],
-            lambda z: self.device.launch(
-                kernel, (-(-ld // 256), z.rows), 256, x.memory, perm, out.memory, n, ld
-            ),
-        )
-        return out
+        return self._halved("halve", x, n, perm)
 
     def reorder(self, x: Buffer, n: int, perm: Memory) -> Buffer:
         """Halves in the order of `perm`."""
-        kernel, out, ld = self.rows_kernel("reorder"), self.halves(n), row_length(n)
+        return self._halved("reorder", x, n, perm)
+
+    def _halved(self, name: str, x: Buffer, n: int, *how: Any) -> Buffer:
+        kernel, out, ld = self.rows_kernel(name), self.halves(n), row_length(n)
         self.record(
             [x, out],
             lambda z: self.device.launch(
-                kernel, (-(-ld // 256), z.rows), 256, x.memory, perm, out.memory, n, ld
+                kernel, (-(-ld // 256), z.rows), 256, x.memory, *how, out.memory, n, ld
             ),
         )
         return out
