@@ -115,8 +115,11 @@ class Worker:
                 os._exit(0)
 
     def _fail(self, e: BaseException, during: str) -> None:
-        from tinychat.errors import TinychatError
+        from tinychat.errors import DeviceLostError, TinychatError
 
+        if isinstance(e, DeviceLostError):  # a new process may have it again; these last words are the reason
+            print(e.what, file=sys.stderr, flush=True)
+            os._exit(1)
         if os.environ.get("TINYCHAT_DEBUG"):
             import traceback
 

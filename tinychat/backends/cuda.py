@@ -17,7 +17,13 @@ from tinychat.backends import BLOCK, LargestLogits, Step
 from tinychat.backends.cuda_device import free_memory, open_modules
 from tinychat.backends.cuda_weights import Loader
 from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import MemoryBudgetError, TinychatError, UnsupportedModelError, UsageError
+from tinychat.errors import (
+    DeviceLostError,
+    MemoryBudgetError,
+    TinychatError,
+    UnsupportedModelError,
+    UsageError,
+)
 from tinychat.formats import Checkpoint
 from tinychat.kernels_cuda import head
 from tinychat.kernels_cuda.attention import MAX_HEAD, Attention, Shape
@@ -240,7 +246,7 @@ class CudaBackend:
                     f"{name} has not enough memory: {human_bytes(self._device.memory()[0])} are free.",
                     "Try a smaller --ctx or model, close other programs on the GPU, or use --device cpu.",
                 )
-        return TinychatError(
+        return DeviceLostError(
             f"{name} failed ({e}).",
             "What was said is kept. Start again; if it happens again, use --device cpu.",
         )

@@ -10,7 +10,7 @@ from emulation import controls, needs_emulation
 from tiny import TinyCheckpoint, tiny_model
 
 from tinychat.backends import Step
-from tinychat.errors import MemoryBudgetError, TinychatError
+from tinychat.errors import DeviceLostError, MemoryBudgetError, TinychatError
 from tinychat.keep import Keeper
 from tinychat.store import ChatStore
 
@@ -68,7 +68,7 @@ def test_a_lost_gpu_is_said_every_time_and_the_conversation_can_be_stored(lose, 
         events = keeper.follow(s, s.send("more"))
         text = "".join(next(events).text for _ in range(3))
         lose(code)
-        with pytest.raises(TinychatError, match="Emulated GPU failed") as e:
+        with pytest.raises(DeviceLostError, match="Emulated GPU failed") as e:
             text += "".join(event.text for event in events)
         assert "What was said is kept" in e.value.todo
         for attempt in (s.regenerate, lambda: s.send("again")):
@@ -118,9 +118,11 @@ def told(m, *texts):
     return s, [list(s.send(text))[-1].completion.token_ids for text in texts]
 
 
-@pytest.mark.parametrize("call", ["cuMemAlloc_v2", "cuStreamSynchronize", "cuLaunchKernel"])
-@pytest.mark.parametrize("work", ["move_slots", "turn_keys"])
-def test_an_eviction_that_fails_leaves_no_cache_that_is_half_moved(call, work, monkeypatch):
+@pytest.mark.parametrize(
+    ("work", "call"),
+    [("move_slots", "cuMemAlloc_v2"), ("move_slots", "cuStreamSynchronize"), ("turn_keys", "cuLaunchKernel")],
+)
+def test_an_eviction_that_fails_leaves_no_cache_that_is_half_moved(work, call, monkeypatch):
     with tiny_model(ctx=256, backend="cuda") as m:
         m.tokenizer.eos_ids = frozenset()
         m.engine.trained_context = 130 if work == "turn_keys" else 10**9
