@@ -38,7 +38,7 @@ class EvictionPolicy:
 
     @staticmethod
     def of(name: str, budget: int, pinned: int = SINKS, recent: int | None = None) -> EvictionPolicy:
-        """A policy with half of the budget recent, less where the pinned tokens need it.
+        """A policy with a quarter of the budget recent (why: docs/long-chats.md), less where pins need it.
 
         Raises UsageError for an unknown name, or a budget that the pinned tokens fill.
         """
@@ -52,7 +52,7 @@ class EvictionPolicy:
                 f"Use --kv-budget {-(-(pinned + SMALLEST) // BLOCK) * BLOCK} or more.",
             )
         free = budget - pinned - 2 * BLOCK
-        return EvictionPolicy(name, budget, pinned, min(budget // 2 if recent is None else recent, free))
+        return EvictionPolicy(name, budget, pinned, min(budget // 4 if recent is None else recent, free))
 
     @property
     def chunk(self) -> int:
