@@ -3,10 +3,11 @@
     python benchmarks/gpu.py [--shape llama-3-8b ...] [--torch] [--out benchmarks/results]
 
 For each shape (real dimensions, random 4-bit weights, groups of 128): load time; a token at several
-contexts and its share of the copy's bandwidth, bytes counted as `tinychat bench` does; steps of 2 to 16
-rows against one; prefill; each linear alone. --torch adds what torch's fp16 needs for the matrix products
-alone, in a CUDA graph: a floor for any fp16 engine. Raw figures, with the GPU's and the driver's name, go
-to a JSON file; nothing is measured without a GPU.
+contexts and its share of the copy's bandwidth, bytes counted as `tinychat bench` does; a token of which the
+argmax, the largest logits or all come back; steps of 2 to 16 rows against one; prefill; each linear alone.
+--torch adds what torch's fp16 needs for the matrix products alone, in a CUDA graph: a floor for any fp16
+engine. Raw figures, with the GPU's and the driver's name, go to a JSON file; nothing is measured without a
+GPU.
 """
 
 from __future__ import annotations
@@ -89,8 +90,14 @@ def measure(
     kv_bytes = backend.kv_bytes_per_block() / BLOCK
     bandwidth = [backend.copy_bandwidth()]
 
-    def step(at: int, rows: int, logits: int = 1) -> None:
-        backend.step_greedy(Step(ids[at : at + rows], at, at, table, rows - logits))
+    ways = {
+        "argmax": backend.step_greedy,
+        "largest": lambda s: backend.step_largest(s, 0.7),
+        "whole row": backend.step,
+    }
+
+    def step(at: int, rows: int, logits: int = 1, way: str = "argmax") -> None:
+        ways[way](Step(ids[at : at + rows], at, at, table, rows - logits))
 
     def fill(end: int) -> float:
         began = time.perf_counter()
@@ -98,15 +105,15 @@ def measure(
             step(at, min(backend.max_rows, end - at))
         return time.perf_counter() - began
 
-    def steps(at: int, rows: int) -> float:
+    def steps(at: int, rows: int, way: str = "argmax") -> float:
         """Seconds a step, over n_steps at nearly the same place; the graph exists by then."""
         for _ in range(WARM_UP):
-            step(at, rows, rows)
+            step(at, rows, rows, way)
         times = []
         for _ in range(ROUNDS):
             began = time.perf_counter()
             for _ in range(n_steps):
-                step(at, rows, rows)
+                step(at, rows, rows, way)
             times.append((time.perf_counter() - began) / n_steps)
         return statistics.median(times)
 
@@ -135,6 +142,7 @@ def measure(
         "decode": decode,
         "step_ms_by_rows": {"1": 1e3 * one, **several},
         "five_rows_against_one": several["5"] / (1e3 * one),
+        "token_ms_by_what_is_copied_back": {w: 1e3 * steps(contexts[0], 1, w) for w in ways},
         "prefill": {"n_tokens": n_prompt, "ms": 1e3 * prefill, "tok_s": n_prompt / prefill},
         "linears": linears(backend),
     }

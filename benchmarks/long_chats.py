@@ -27,9 +27,10 @@ from quality import held_out_archive
 import tinychat
 from tinychat.backends import BLOCK
 from tinychat.eviction import EvictionPolicy
-from tinychat.sampling import log_softmax
+from tinychat.sampling import SamplingParams, log_softmax
 
 LENGTH = 2048
+GREEDY = SamplingParams(temperature=0)
 BUDGETS = (1024, 512, 256)
 POLICIES = ("h2o", "window", "random")
 
@@ -191,7 +192,7 @@ def read(engine, ids: list[int], policy: EvictionPolicy | None = None):
     branch = engine.branch(policy)
     for i in range(0, len(ids), 256):
         part = ids[i : i + 256]
-        engine.run(branch, part, len(part) - 1, step_greedy=True)
+        engine.run(branch, part, len(part) - 1, params=GREEDY)
     return branch
 
 
@@ -213,7 +214,7 @@ def cost(args: argparse.Namespace) -> None:
             branch = read(engine, ids[:history])
             times = []
             for _ in range(args.rounds):
-                times.append(timed(lambda: engine.run(branch, ids[-32:], 31, step_greedy=True)))
+                times.append(timed(lambda: engine.run(branch, ids[-32:], 31, params=GREEDY)))
                 branch.truncate(history)
             return float(np.median(times))
 
@@ -228,7 +229,7 @@ def cost(args: argparse.Namespace) -> None:
 
         def decode(branch, n: int = 16) -> float:
             """Seconds a token, appended for good."""
-            return min(timed(lambda: engine.run(branch, [ids[0]], 0, step_greedy=True)) for _ in range(n))
+            return min(timed(lambda: engine.run(branch, [ids[0]], 0, params=GREEDY)) for _ in range(n))
 
         plain = read(engine, ids[:960])
         h2o = read(engine, ids[:960], EvictionPolicy.of("h2o", 1024))
@@ -267,7 +268,7 @@ def cost(args: argparse.Namespace) -> None:
         for _ in range(args.rounds):
             for bits, m in models.items():
                 times[bits].append(
-                    timed(lambda m=m, b=branches[bits]: m.engine.run(b, [ids[0]], 0, step_greedy=True))
+                    timed(lambda m=m, b=branches[bits]: m.engine.run(b, [ids[0]], 0, params=GREEDY))
                 )
         a, b = (1e3 * np.median(times[bits]) for bits in (8, 16))
         print(f"| {context} | {a:.2f} | {b:.2f} | {a / b:.3f} |")

@@ -27,6 +27,11 @@ class Shape:
     cap: float = 0.0
 
     @property
+    def defines(self) -> dict[str, str]:
+        """What cache.cu and attention.cu are compiled with."""
+        return {"HEAD": str(self.head), "KV_BITS": str(self.bits)}
+
+    @property
     def head(self) -> int:
         """Channels with padding."""
         return -(-self.size // 32) * 32
@@ -43,19 +48,35 @@ class Shape:
         return self.heads * self.head * 2
 
 
+@dataclass(frozen=True)
+class Call:
+    """Attention of one layer in one step: what all its launches are told.
+
+    totals: float32 pairs [rows, heads], of every row's softmax; window: slots that a row sees, 0: all
+    """
+
+    step: Memory
+    q: Memory
+    pool: Memory
+    blocks: Memory
+    totals: Memory
+    layer: int
+    rows: int
+    window: int
+
+
 class Attention:
     """Launches for one model's shape."""
 
     def __init__(self, modules: Modules, shape: Shape, workspace: int):
         """workspace: bytes for spans of rows that are not yet merged; what does not fit goes in turns."""
         self.shape, self.device = shape, modules.device
-        defines = {"HEAD": str(shape.head), "KV_BITS": str(shape.bits)}
         for source, names in (
             ("cache.cu", ("rope_table", "rope_append", "move_slots", "turn_keys")),
             ("attention.cu", ("attend_spans", "merge_spans", "attend_rows", "score_slots")),
         ):
             for name in names:
-                setattr(self, "_" + name, modules.kernel(source, name, defines))
+                setattr(self, "_" + name, modules.kernel(source, name, shape.defines))
         self._stats_and_parts = self.device.allocate(workspace)
 
     def row_bytes(self, spans: int) -> int:
@@ -68,103 +89,54 @@ class Attention:
         """cos and sin of the rows' angles: float32 [rows, pairs, 2]. frequencies: float64 [pairs]."""
         self.device.launch(self._rope_table, (rows,), 128, step, frequencies, table, pairs, float(magnitude))
 
-    def append(
-        self,
-        step: Memory,
-        qkv: Memory,
-        table: Memory | None,
-        q: Memory,
-        pool: Memory,
-        blocks: Memory,
-        layer: int,
-        rows: int,
-        pairs: int,
-    ) -> None:
+    def append(self, c: Call, qkv: Memory, table: Memory | None, pairs: int) -> None:
         """Turn queries and keys by `table` (pairs 0: not at all), write keys and values to the cache."""
         s = self.shape
         self.device.launch(
-            self._rope_append, (rows, s.heads + 2 * s.kv_heads), 32,
-            step, qkv, table, q, pool, blocks, layer, s.layers, s.heads, s.kv_heads, s.size, pairs,
+            self._rope_append, (c.rows, s.heads + 2 * s.kv_heads), 32,
+            c.step, qkv, table, c.q, c.pool, c.blocks, c.layer, s.layers, s.heads, s.kv_heads, s.size, pairs,
         )  # fmt: skip
 
-    def spread(
-        self,
-        step: Memory,
-        q: Memory,
-        pool: Memory,
-        blocks: Memory,
-        totals: Memory,
-        to: Memory,
-        layer: int,
-        rows: int,
-        spans: int,
-        window: int,
-    ) -> None:
+    def spread(self, c: Call, to: Memory, spans: int) -> None:
         """For few rows: `spans` (enough for all that is cached) at once, then merged."""
         s = self.shape
-        at_once = min(rows, self._stats_and_parts.size // self.row_bytes(spans))
+        at_once = min(c.rows, self._stats_and_parts.size // self.row_bytes(spans))
         if not at_once:
-            return self.walk(step, q, pool, blocks, totals, to, layer, rows, spans, window)
+            return self.walk(c, to)
         stats = self._stats_and_parts
         parts = stats[at_once * s.heads * spans * 8 :]
-        for row in range(0, rows, at_once):
-            n = min(at_once, rows - row)
+        for row in range(0, c.rows, at_once):
+            n = min(at_once, c.rows - row)
             tiles = -(-n * (s.heads // s.kv_heads) // QUERIES)
             self.device.launch(
                 self._attend_spans, (-(-spans // 4), s.kv_heads, tiles), 128,
-                step, q, pool, blocks, stats, parts, layer, s.layers, row, n, s.heads, s.kv_heads, spans,
-                window, float(s.scale), float(s.cap),
+                c.step, c.q, c.pool, c.blocks, stats, parts, c.layer, s.layers, row, n, s.heads, s.kv_heads,
+                spans, c.window, float(s.scale), float(s.cap),
             )  # fmt: skip
             self.device.launch(
                 self._merge_spans, (n, s.heads), s.head,
-                step, stats, parts, totals, to, row, s.heads, spans, window, s.size,
+                c.step, stats, parts, c.totals, to, row, s.heads, spans, c.window, s.size,
                 row_length(s.heads * s.size),
             )  # fmt: skip
 
-    def walk(
-        self,
-        step: Memory,
-        q: Memory,
-        pool: Memory,
-        blocks: Memory,
-        totals: Memory,
-        to: Memory,
-        layer: int,
-        rows: int,
-        spans: int,
-        window: int,
-    ) -> None:
+    def walk(self, c: Call, to: Memory) -> None:
         """For many rows: the same numbers, bit by bit."""
         s = self.shape
         warps = 4 if s.head <= 128 else 2
-        grid = -(-rows * (s.heads // s.kv_heads) // (QUERIES * warps)), s.kv_heads
+        grid = -(-c.rows * (s.heads // s.kv_heads) // (QUERIES * warps)), s.kv_heads
         self.device.launch(
             self._attend_rows, grid, warps * 32,
-            step, q, pool, blocks, totals, to, layer, s.layers, rows, s.heads, s.kv_heads, window,
-            float(s.scale), float(s.cap), s.size, row_length(s.heads * s.size),
+            c.step, c.q, c.pool, c.blocks, c.totals, to, c.layer, s.layers, c.rows, s.heads, s.kv_heads,
+            c.window, float(s.scale), float(s.cap), s.size, row_length(s.heads * s.size),
         )  # fmt: skip
 
-    def score(
-        self,
-        step: Memory,
-        q: Memory,
-        pool: Memory,
-        blocks: Memory,
-        totals: Memory,
-        scores: Memory,
-        layer: int,
-        rows: int,
-        watched: int,
-        apart: bool,
-        slots: int,
-        window: int,
-    ) -> None:
+    def score(self, c: Call, scores: Memory, watched: int, apart: bool, slots: int) -> None:
         """The probability that each slot got from the last `watched` rows, after their attention."""
         s = self.shape
         self.device.launch(
             self._score_slots, (-(-slots // SLOTS), s.kv_heads), 32,
-            step, q, pool, blocks, totals, scores, layer, s.layers, rows, watched, int(apart), s.heads,
-            s.kv_heads, slots, window, float(s.scale), float(s.cap),
+            c.step, c.q, c.pool, c.blocks, c.totals, scores, c.layer, s.layers, c.rows, watched, int(apart),
+            s.heads, s.kv_heads, slots, c.window, float(s.scale), float(s.cap),
         )  # fmt: skip
 
     def move(self, pool: Memory, blocks: Memory, src: Memory, dst: Memory, n: int) -> None:
@@ -184,4 +156,4 @@ class Attention:
         )  # fmt: skip
 
 
-__all__ = ["MAX_HEAD", "SLOTS", "SPAN", "Attention", "Shape", "row_length"]
+__all__ = ["MAX_HEAD", "SLOTS", "SPAN", "Attention", "Call", "Shape"]

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,10 @@ from tinychat.kernels_cuda.driver import Device, DeviceError, Kernel
 SOURCES = Path(__file__).parent / "src"
 MAGIC = b"TINYCUDA"
 DIGEST = 32
+AT_ONCE = 4  # compilations: each takes 100 MB or more
+
+Defines = dict[str, str]
+Unit = tuple[str, tuple[tuple[str, str], ...]]  # a source and how it is compiled
 
 
 class Compiler(Protocol):
@@ -49,6 +55,10 @@ class Cache:
         for file in (SOURCES / source, *headers()):
             key.update(file.read_bytes())
         return self.folder / f"{Path(source).stem}-{target}-{key.hexdigest()[:24]}.kernel"
+
+    def holds(self, source: str, defines: dict[str, str], target: str) -> bool:
+        """Whether there is a compiled module, sound or not."""
+        return self.path(source, defines, target).exists()
 
     def image(self, source: str, defines: dict[str, str], target: str) -> bytes:
         """The compiled module; made (again) if there is no sound one. Raises CompileError."""
@@ -95,25 +105,45 @@ def _write(path: Path, image: bytes) -> None:
 class Modules:
     """Kernels on one device, by source and definitions."""
 
-    def __init__(self, device: Device, cache: Cache):
-        self.device, self.cache = device, cache
+    def __init__(self, device: Device, cache: Cache, tell: Callable[[str], None] | None = None):
+        """tell: hears, once, that kernels have to be compiled; it may be set again for the next model."""
+        self.device, self.cache, self.tell = device, cache, tell
         self.target = cache.compiler.target(device.capability)
-        self._modules: dict[Any, Any] = {}
+        self._modules: dict[Unit, Any] = {}
         self._kernels: dict[Any, Kernel] = {}
 
-    def kernel(self, source: str, name: str, defines: dict[str, str] | None = None) -> Kernel:
+    def kernel(self, source: str, name: str, defines: Defines | None = None) -> Kernel:
         """The kernel `name` of `source`, compiled with `defines`."""
-        unit = source, tuple(sorted((defines or {}).items()))
+        unit = _unit(source, defines or {})
         if (unit, name) not in self._kernels:
-            if unit not in self._modules:
-                self._modules[unit] = self._load(source, defines or {})
+            self.prepare([(source, defines or {})])
             self._kernels[unit, name] = self.device.kernel(self._modules[unit], name)
         return self._kernels[unit, name]
 
-    def _load(self, source: str, defines: dict[str, str]) -> Any:
+    def prepare(self, sources: Iterable[tuple[str, Defines]]) -> None:
+        """Have these sources ready; what was never compiled is, several at once."""
+        todo = [u for u in dict.fromkeys(_unit(*s) for s in sources) if u not in self._modules]
+        missing = [u for u in todo if not self.cache.holds(u[0], dict(u[1]), self.target)]
+        if missing and self.tell:
+            tell, self.tell = self.tell, None
+            tell(f"Compiling kernels for {self.target}, once for this GPU.")
+        with ThreadPoolExecutor(max(1, min(AT_ONCE, os.cpu_count() or 1, len(missing)))) as pool:
+            images = {u: pool.submit(self.cache.image, u[0], dict(u[1]), self.target) for u in todo}
+            try:
+                for unit, image in images.items():
+                    self._modules[unit] = self._load(unit, image.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _load(self, unit: Unit, image: bytes) -> Any:
         try:
-            return self.device.module(self.cache.image(source, defines, self.target))
+            return self.device.module(image)
         except DeviceError:
             # What another driver or a damaged compiler left: once more from the source.
+            source, defines = unit[0], dict(unit[1])
             self.cache.discard(source, defines, self.target)
             return self.device.module(self.cache.image(source, defines, self.target))
+
+
+def _unit(source: str, defines: Defines) -> Unit:
+    return source, tuple(sorted(defines.items()))

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.kernels_cuda import linear
-from tinychat.kernels_cuda.attention import SPAN, Attention
+from tinychat.kernels_cuda import head, linear
+from tinychat.kernels_cuda.attention import SPAN, Attention, Call, Shape
 from tinychat.kernels_cuda.driver import Graph, Kernel, Memory
+from tinychat.kernels_cuda.head import Head
 from tinychat.kernels_cuda.linear import DeviceLinear, row_length
 from tinychat.kernels_cuda.modules import Modules
 
 GRAPH_ROWS = 16
 SPREAD_ROWS = 32  # attention of more rows has enough to do without splitting the context
 GRAPHS = 64  # kept; the one that waited longest goes first
-LOGIT_ROWS = 64  # rows of logits at once: a large vocabulary takes half a megabyte each
-HEADER = 16  # int32: position, length
+HEADER = 16  # of 4 bytes: src/step.cuh
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Size:
     tail     last rows, which get logits
     spans    of attention, for all that is cached
     watched  last rows whose attention is scored, apart from each other or summed
-    greedy   argmax too
+    wanted   of the logits: head.LOGITS, ARGMAX or TOP
     """
 
     rows: int
@@ -43,7 +43,7 @@ class Size:
     spans: int
     watched: int = 0
     apart: bool = False
-    greedy: bool = False
+    wanted: str = head.LOGITS
 
 
 @dataclass(eq=False)
@@ -72,7 +72,7 @@ class Inputs:
 
     @property
     def step(self) -> Memory:
-        """`struct Step` of cache.cuh."""
+        """`struct Step`."""
         return self.device[: 4 * HEADER]
 
     @property
@@ -101,9 +101,9 @@ class Program:
         self.inputs: Inputs | None = None
         self.pool: Memory | None = None
         self._scores: Memory | None = None
-        self._head: tuple[DeviceLinear, Buffer, float, float] | None = None
+        self._head: Head | None = None
         self._graphs: OrderedDict[Size, Graph | None] = OrderedDict()
-        self._results: dict[str, np.ndarray] = {}
+        self.steps = 0  # so far
 
     # Recording
 
@@ -169,31 +169,22 @@ class Program:
 
     def gate(self, name: str, x: Buffer, n: int) -> Buffer:
         """silu_mul or gelu_mul, as halves."""
-        kernel, out, ld = self.rows_kernel(name), self.halves(n), row_length(n)
-        self.record(
-            [x, out],
-            lambda z: self.device.launch(kernel, (-(-ld // 256), z.rows), 256, x.memory, out.memory, n, ld),
-        )
-        return out
+        return self._halved(name, x, n)
 
     def halve(self, x: Buffer, n: int, perm: Memory | None) -> Buffer:
         """Floats as halves, in the order of `perm`."""
-        kernel, out, ld = self.rows_kernel("halve"), self.halves(n), row_length(n)
-        self.record(
-            [x, out],
-            lambda z: self.device.launch(
-                kernel, (-(-ld // 256), z.rows), 256, x.memory, perm, out.memory, n, ld
-            ),
-        )
-        return out
+        return self._halved("halve", x, n, perm)
 
     def reorder(self, x: Buffer, n: int, perm: Memory) -> Buffer:
         """Halves in the order of `perm`."""
-        kernel, out, ld = self.rows_kernel("reorder"), self.halves(n), row_length(n)
+        return self._halved("reorder", x, n, perm)
+
+    def _halved(self, name: str, x: Buffer, n: int, *how: Any) -> Buffer:
+        kernel, out, ld = self.rows_kernel(name), self.halves(n), row_length(n)
         self.record(
             [x, out],
             lambda z: self.device.launch(
-                kernel, (-(-ld // 256), z.rows), 256, x.memory, perm, out.memory, n, ld
+                kernel, (-(-ld // 256), z.rows), 256, x.memory, *how, out.memory, n, ld
             ),
         )
         return out
@@ -222,16 +213,15 @@ class Program:
         q, totals, out = Buffer(s.query_bytes), Buffer(8 * s.heads), self.halves(s.heads * s.size)
 
         def launch(z: Size) -> None:
-            step, blocks, pool = self.inputs.step, self.inputs.blocks, self.pool
-            turns = table.memory if table else None
-            a.append(step, qkv.memory, turns, q.memory, pool, blocks, layer, z.rows, pairs)
-            attend = a.spread if z.rows <= SPREAD_ROWS else a.walk
-            attend(step, q.memory, pool, blocks, totals.memory, out.memory, layer, z.rows, z.spans, window)
+            inputs = self.inputs
+            call = Call(inputs.step, q.memory, self.pool, inputs.blocks, totals.memory, layer, z.rows, window)
+            a.append(call, qkv.memory, table.memory if table else None, pairs)
+            if z.rows <= SPREAD_ROWS:
+                a.spread(call, out.memory, z.spans)
+            else:
+                a.walk(call, out.memory)
             if z.watched:
-                a.score(
-                    step, q.memory, pool, blocks, totals.memory, self._scores, layer,
-                    z.rows, z.watched, z.apart, z.spans * SPAN, window,
-                )  # fmt: skip
+                a.score(call, self._scores, z.watched, z.apart, z.spans * SPAN)
 
         self.record([qkv, q, totals, out, *([table] if table else [])], launch)
         return out
@@ -239,7 +229,7 @@ class Program:
     def head(self, w: DeviceLinear, x: Buffer, scale: float, cap: float) -> None:
         """The last op: logits of the tail."""
         self.weights.append(w)
-        self._head = w, x, scale, cap
+        self._head = Head(self.modules, w, x, scale, cap)
         self.record([x], lambda z: None)  # x lives to the end
 
     def build(self) -> None:
@@ -257,14 +247,7 @@ class Program:
             for b in {id(b): b for b in r.uses}.values():
                 if b.last == i:
                     free.setdefault(b.row_bytes, []).append(b.memory)
-        vocab = self._head[0].shape.n
-        self._logits = self.device.allocate(4 * LOGIT_ROWS * vocab)
-        self._ids = self.device.allocate(4 * LOGIT_ROWS)
-        self._argmax = self.rows_kernel("argmax")
-        self._results = {
-            "logits": self.device.pinned((GRAPH_ROWS, vocab), np.float32),
-            "ids": self.device.pinned((LOGIT_ROWS,), np.int32),
-        }
+        self._head.build()
 
     def upload(self, a: np.ndarray) -> Memory:
         """An array that stays."""
@@ -296,42 +279,52 @@ class Program:
         position: int,
         length: int,
         block_table: np.ndarray,
-        tail: int,
-        logits: np.ndarray | None,
-        greedy: np.ndarray | None,
-        scores: np.ndarray | None,
-        watched: int,
+        wanted: str,
+        out: np.ndarray,
+        scores: np.ndarray | None = None,
+        watched: int = 0,
+        inverse_temperature: float = 0.0,
     ) -> None:
-        """One step. Fills float32 logits [tail, vocab] or int32 greedy [tail], and adds to scores."""
-        rows = len(ids)
-        self._put_inputs(ids, position, length, block_table)
+        """One step. Fills `out` [last rows, head.columns] with what is wanted of their logits, and adds to
+        scores. inverse_temperature: of head.TOP's total.
+        """
+        self.steps += 1
+        rows, tail = len(ids), len(out)
+        self._put_inputs(ids, position, length, block_table, inverse_temperature)
+        watched = watched if scores is not None else 0
         apart = scores is not None and len(scores) == watched
-        size = Size(
-            rows,
-            tail,
-            spans_for(length + rows),
-            watched if scores is not None else 0,
-            apart,
-            greedy is not None,
-        )
+        size = Size(rows, tail, spans_for(length + rows), watched, apart, wanted)
         if size.watched:
             self._reserve_scores(size)
         if rows <= GRAPH_ROWS:
             self._replay(size)
-            self._fetch(size, 0, tail, logits, greedy)
+            if tail:
+                self._head.fetch(wanted, out)
         else:
             self._launch_body(size)
-            for first in range(0, tail, LOGIT_ROWS):
-                n = min(LOGIT_ROWS, tail - first)
-                self._launch_head(size, first, n)
-                self._fetch(size, first, n, logits, greedy)
+            for first in range(0, tail, head.ROWS):
+                part = out[first : first + head.ROWS]
+                self._launch_head(size, first, len(part))
+                self._head.fetch(wanted, part)
         if size.watched:
             self._fetch_scores(size, scores)
         self.device.synchronize()
 
-    def _put_inputs(self, ids: np.ndarray, position: int, length: int, block_table: np.ndarray) -> None:
+    def logits(self, row: int) -> np.ndarray:
+        """The logits of one of the last step's last rows, whatever was wanted of them: float32 [vocab]."""
+        return self._head.logits(row)
+
+    def _put_inputs(
+        self,
+        ids: np.ndarray,
+        position: int,
+        length: int,
+        block_table: np.ndarray,
+        inverse_temperature: float,
+    ) -> None:
         host, table = self.inputs.host, HEADER + self.max_rows
         host[:2] = position, length
+        host[2:3].view(np.float32)[0] = inverse_temperature
         host[HEADER : HEADER + len(ids)] = ids
         host[table : table + len(block_table)] = block_table
         if len(ids) <= GRAPH_ROWS:  # one copy: what lies between is small
@@ -362,31 +355,7 @@ class Program:
             r.launch(size)
 
     def _launch_head(self, size: Size, first: int, n: int) -> None:
-        w, x, scale, cap = self._head
-        begin = (size.rows - size.tail + first) * x.row_bytes
-        vocab = w.shape.n
-        linear.launch(self.modules, w, x.memory[begin:], self._logits, n, vocab, scale=scale, cap=cap)
-        if size.greedy:
-            self.device.launch(self._argmax, (n,), 1024, self._logits, self._ids, vocab)
-
-    def _fetch(
-        self, size: Size, first: int, n: int, logits: np.ndarray | None, greedy: np.ndarray | None
-    ) -> None:
-        if not n:
-            return
-        if greedy is not None:
-            to = self._results["ids"][:n]
-            self.device.download(to, self._ids)
-            self.device.synchronize()
-            greedy[first : first + n] = to
-        elif n <= GRAPH_ROWS:
-            to = self._results["logits"][:n]
-            self.device.download(to, self._logits)
-            self.device.synchronize()
-            logits[first : first + n] = to
-        else:
-            self.device.download(logits[first : first + n], self._logits)
-            self.device.synchronize()
+        self._head.launch(self.inputs.step, size.wanted, size.rows - size.tail + first, n)
 
     def _score_shape(self, size: Size) -> tuple[int, ...]:
         s = self.attention.shape
@@ -405,6 +374,13 @@ class Program:
         self.device.synchronize()
         n = min(scores.shape[-1], got.shape[-1])
         scores[..., :n] += got[..., :n]
+
+
+def program_sources(shape: Shape) -> list[tuple[str, dict[str, str]]]:
+    """What a program is compiled from, apart from what its weights need."""
+    return [(f"{name}.cu", shape.defines) for name in ("cache", "attention")] + [
+        (f"{name}.cu", {}) for name in ("rows", "logits")
+    ]
 
 
 def spans_for(slots: int) -> int:

@@ -1,7 +1,7 @@
 """`tinychat.worker` with a model that only plays one: run it as the engine's process.
 
-It answers "slow N" with N words, 20 ms each; "die" by killing itself after three words; "think" with a
-reasoning; everything else with "echo: …".
+It answers "slow N" with N words, 20 ms each; "die" by killing itself after three words; "lose" by losing its
+device there; "think" with a reasoning; everything else with "echo: …".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 
-from tinychat.errors import UsageError
+from tinychat.errors import DeviceLostError, UsageError
 from tinychat.events import Completion, Done, Notice, Stats, TextDelta
 from tinychat.sampling import SamplingParams
 from tinychat.session import Message
@@ -49,13 +49,15 @@ class FakeSession:
         delay = 0.0
         if question.startswith("slow"):
             words, delay = [f"word{i} " for i in range(int(question.split()[1]))], 0.02
-        if question == "die":
+        if question in ("die", "lose"):
             words = ["one ", "two ", "three ", None]
         if question == "think":
             words = ["<think>", "hidden ", "thought", "</think>", "\n\n", "shown"]
         said, reason = [], "stop"
         yield Notice("noted") if question == "notice" else TextDelta("", None)
         for i, word in enumerate(words):
+            if word is None and question == "lose":
+                raise DeviceLostError("The GPU failed (cuLaunchKernel: LOST).", "Start again.")
             if word is None:
                 time.sleep(0.2)  # what was said is on its way
                 os.kill(os.getpid(), signal.SIGKILL)

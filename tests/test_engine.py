@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer, tiny_model
 
-from tinychat.engine import cut_ids
 from tinychat.errors import MemoryBudgetError, UsageError
 from tinychat.events import Done, TextDelta
 from tinychat.sampling import SamplingParams, sample
+from tinychat.stopping import cut_ids
 
 TOKENIZER = byte_tokenizer()
 ID_OF = {TOKENIZER.token_bytes(i): i for i in range(256)}

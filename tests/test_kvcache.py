@@ -81,16 +81,18 @@ class CacheMachine(RuleBasedStateMachine):
     def append(self, data, ids):
         i = self.pick(data)
         b = self.branches[i]
-        shared = len(b) % BLOCK and not self.pool.is_private(b.table[-1])
+        copied = len(b) % BLOCK and not self.pool.is_private(b.table[-1])
+        shared = copied and self.pool.holders(b.table[-1]) > 1  # else the copy sets its original free
         blocks_needed = -(-(len(b) + len(ids)) // BLOCK) - len(b.table) + bool(shared)
         room = N_BLOCKS - len(self.held())
+        enough = blocks_needed <= room and not (copied and not room)
         try:
             self.backend.write(b, ids)
         except PoolExhaustedError:
             # Only when the branches really hold everything (copy-on-write takes one block more).
-            assert blocks_needed > room
+            assert not enough
         else:
-            assert blocks_needed <= room
+            assert enough
             self.truth[i] += ids
             self.past.append(list(self.truth[i]))
 

@@ -239,6 +239,7 @@ def run(
     kv_bits: int = 16,
     quantize: str = "auto",
     offline: bool = False,
+    progress: Callable[[str], None] | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Load and measure; the JSON that `tinychat bench --json` prints (fields in docs/performance.md)."""
@@ -254,7 +255,7 @@ def run(
     else:
         checkpoint = open_checkpoint(store.resolve(model, offline=offline))
     began = time.perf_counter()
-    backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits)
+    backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits, progress)
     load_s = time.perf_counter() - began
     try:
         weight_bytes = weight_bytes_per_token(checkpoint, policy)

@@ -11,6 +11,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -21,11 +22,11 @@ from tinychat.events import Completion, Done, Event, FinishReason, Notice, Stats
 from tinychat.eviction import EvictionPolicy, Ledger
 from tinychat.kvcache import BlockPool, Branch, PoolExhaustedError
 from tinychat.machine import human_bytes, peak_rss
-from tinychat.sampling import SamplingParams, choose_seed, sample
+from tinychat.sampling import SamplingParams, choose_seed, largest_suffice, sample, total_temperature
 from tinychat.speculation import Draft
 from tinychat.speculation.acceptance import rejection
 from tinychat.speculation.speculator import Speculator
-from tinychat.stopping import StopMatcher
+from tinychat.stopping import StopMatcher, cut_ids
 from tinychat.tokenizer import StreamDecoder, Tokenizer
 
 CHUNK_SECONDS = 0.4  # a prefill chunk aims at this, so that a cancel is felt at once
@@ -76,12 +77,14 @@ class Engine:
         branch: Branch,
         ids: Sequence[int],
         first_logit: int,
-        step_greedy: bool = False,
-        accept: Callable[[np.ndarray], int] | None = None,
+        params: SamplingParams | None = None,
+        accept: Callable[[Any], int] | None = None,
         watched: int | None = None,
-    ) -> np.ndarray:
-        """Append `ids` to the branch in one step; logits (or argmax) from row `first_logit` on.
+    ) -> Any:
+        """Append `ids` to the branch in one step; logits from row `first_logit` on.
 
+        params: how tokens are chosen from the rows. Then they may be what suffices for that: ids where it is
+        greedy, or `LargestLogits`, which are to be used before the lock is given back.
         accept: given that output, how many of `ids` stay in the cache; without it all of them do.
         watched: how many of the last rows tell an eviction policy what they attend to; default: all.
         Raises PoolExhaustedError if there is no room even after idle branches gave theirs.
@@ -104,12 +107,22 @@ class Engine:
             step = Step(
                 tokens, branch.position, branch.slots, branch.block_table(), first_logit, scores, rows
             )
-            out = self.backend.step_greedy(step) if step_greedy else self.backend.step(step)
+            out = self._step(step, params)
             n = len(ids) if accept is None else accept(out)
             branch.commit(ids[:n])
             if branch.ledger:
                 branch.ledger.append(n, min(rows, n), None if accept is None else scores)
             return out
+
+    def _step(self, step: Step, params: SamplingParams | None) -> Any:
+        if params is None:
+            return self.backend.step(step)
+        if params.greedy:
+            return self.backend.step_greedy(step)
+        step_largest = getattr(self.backend, "step_largest", None)
+        if step_largest and largest_suffice(params):
+            return step_largest(step, total_temperature(params))
+        return self.backend.step(step)
 
     def make_room(self, branch: Branch, n: int) -> None:
         """Evict what n more tokens need, where the branch has a policy; without one, nothing happens."""
@@ -121,11 +134,13 @@ class Engine:
             if excess > 0:
                 self._freeing(branch, branch.own)
                 table = branch.block_table()
-                self.backend.move_slots(table, *branch.give_up(-(-excess // BLOCK) * BLOCK))
+                with branch.rewritten():
+                    self.backend.move_slots(table, *branch.give_up(-(-excess // BLOCK) * BLOCK))
                 branch.drop_empty_blocks()
             if branch.position + n > self.trained_context and branch.slots + n <= self.trained_context:
                 self._freeing(branch, branch.own)
-                self.backend.turn_keys(branch.block_table(), branch.reindex())
+                with branch.rewritten():
+                    self.backend.turn_keys(branch.block_table(), branch.reindex())
 
     def logits(self, ids: Sequence[int], policy: EvictionPolicy | None = None) -> np.ndarray:
         """float32 [n_tokens, vocab] for every position of `ids`, computed from nothing cached.
@@ -289,15 +304,15 @@ class _Generation:
     def events(self) -> Iterator[Event]:
         """Prefill, then a TextDelta a token, then Done."""
         began = time.perf_counter()
-        out = self._prefill()
+        first_token = self._prefill()
         yield from self._take_notices()
-        if out is None:
+        if first_token is None:
             yield self._done("cancelled", began, began)
             return
         first = last = time.perf_counter()
         self.stats.ttft_s = first - began
         reason: FinishReason = "length"
-        tokens = self._tokens(out)
+        tokens = self._tokens(first_token)
         while self._may_continue():
             token = next(tokens, None)
             yield from self._take_notices()
@@ -327,12 +342,12 @@ class _Generation:
             yield TextDelta(rest, None)
         yield self._done(reason, first, last)
 
-    def _tokens(self, out: np.ndarray) -> Iterator[int]:
+    def _tokens(self, first: int) -> Iterator[int]:
         """The answer's tokens; ends when the context is full.
 
         The next step runs when the next token is asked for.
         """
-        decided = [self._choose(out[0], None)]
+        decided = [first]
         self.speculator.begin(self.context)
         while True:
             for token in decided:
@@ -354,7 +369,7 @@ class _Generation:
 
             rows = [self.context[-1], *draft.tokens]
             try:
-                self.engine.run(self.branch, rows, 0, self.params.greedy, accept)
+                self.engine.run(self.branch, rows, 0, self.params, accept)
             except PoolExhaustedError:
                 return
             kept = len(decided) - 1
@@ -402,8 +417,8 @@ class _Generation:
     def _may_continue(self) -> bool:
         return self.params.max_tokens is None or len(self.ids) < self.params.max_tokens
 
-    def _prefill(self):
-        """Fill the cache with the prompt; the last row's logits (or argmax), or None if cancelled."""
+    def _prefill(self) -> int | None:
+        """Fill the cache with the prompt; the token that follows it, or None if cancelled."""
         engine, branch = self.engine, self.branch
         with engine.lock:
             # The last token always runs: its logits are what comes next.
@@ -428,7 +443,9 @@ class _Generation:
                     watched = 0 if again else watched
                 chunk = self.prompt[at : at + size]
                 last = at + len(chunk) == len(self.prompt)
-                out = engine.run(branch, chunk, len(chunk) - last, self.params.greedy, watched=watched)
+                with engine.lock:
+                    out = engine.run(branch, chunk, len(chunk) - last, self.params, watched=watched)
+                    token = self._choose(out[0], None) if last else None
             except PoolExhaustedError:
                 raise engine.pool_too_small(len(self.prompt)) from None
             if len(chunk) >= BLOCK:
@@ -438,7 +455,7 @@ class _Generation:
                 if branch.ledger:
                     branch.ledger.recall(again) if again else branch.ledger.remember()
                 self.stats.prefill_tps = (at - cached) / max(time.perf_counter() - began, 1e-9)
-                return out
+                return token
 
     def _part_of_chunk(self, at: int, size: int) -> tuple[int, int]:
         """Where eviction may come, prompts have chunks of a constant size, and fixed queries vote.
@@ -483,14 +500,3 @@ class _Generation:
         s.evicted_tokens = self.branch.evicted
         s.peak_rss_bytes = peak_rss()
         return Done(reason, s, Completion(text, ids, reason, s))
-
-
-def cut_ids(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
-    """The ids of an answer that a stop string cut to `text`: kept as generated up to the cut, re-encoded
-    across it.
-    """
-    for n in range(len(ids), -1, -1):
-        head = tokenizer.decode(ids[:n], continued=True)
-        if text.startswith(head):
-            return ids[:n] + tokenizer.encode(text[len(head) :])
-    return tokenizer.encode(text)

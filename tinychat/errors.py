@@ -37,6 +37,10 @@ class MemoryBudgetError(TinychatError):
     exit_code = 4
 
 
+class DeviceLostError(TinychatError):
+    """A GPU failed in the middle of its work; this process cannot use it any more, another one may."""
+
+
 class CheckpointError(TinychatError):
     """A model file is damaged, hostile, or of a kind that tinychat does not read."""
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -270,6 +271,17 @@ class Branch:
         """
         self._floor = len(self.ids)
         return self.ledger.reindex()
+
+    @contextmanager
+    def rewritten(self) -> Iterator[None]:
+        """While the backend moves or turns what the slots hold. Where it fails nobody knows what they hold:
+        everything is given back, to be read again.
+        """
+        try:
+            yield
+        except BaseException:
+            self.free()
+            raise
 
     def restore(self, ids: Sequence[int], evicted: int) -> None:
         """The backend has filled the reserved blocks with what was saved of `ids`, `evicted` of them given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ def load(
     draft_tokens: int | None = None,
     think: bool | None = None,
     offline: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a model: an alias (downloaded if need be), a Hugging Face repo id, a local folder or a .gguf file.
 
@@ -70,6 +71,8 @@ def load(
                the same. Default: "ngram" where the backend's rows are independent of each other
     draft_tokens  how many to draft, always; default: as many as pay
     think      whether the model reasons before it answers, where its chat template has a switch for that
+
+    progress   hears in words what takes long: kernels that are compiled the first time a GPU is used
 
     Raises ModelNotFoundError, CheckpointError, UnsupportedModelError, MemoryBudgetError, DownloadError,
     UsageError.
@@ -101,7 +104,7 @@ def load(
             f"Use --ctx 1 to {longest}.",
         )
     checkpoint.config = cfg.for_context(ctx or 1)
-    backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits)
+    backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits, progress)
     loaded = Model(checkpoint, backend, str(model), ctx, policy)
     loaded.draft_tokens = draft_tokens
     loaded.kv_budget, loaded.kv_policy = kv_budget, kv_policy
@@ -122,15 +125,19 @@ def make_backend(
     threads: int | None,
     act_bits: int | None,
     kv_bits: int = 16,
+    progress: Callable[[str], None] | None = None,
 ) -> Backend:
-    """The backend for a device, loaded. Raises MemoryBudgetError before anything is read if it cannot fit."""
+    """The backend for a device, loaded; progress as in `load`.
+
+    Raises MemoryBudgetError before anything is read if it cannot fit.
+    """
     if device not in ("auto", "cpu", "cuda", "reference"):
         raise UsageError(f"The device {device!r} is not known.", "Use auto, cpu, cuda or reference.")
     if device == "cuda":
-        return _cuda(checkpoint, policy, kv_bits)
+        return _cuda(checkpoint, policy, kv_bits, progress)
     if device == "auto" and AUTO_GPU and has_gpu():
         try:
-            return _cuda(checkpoint, policy, kv_bits)
+            return _cuda(checkpoint, policy, kv_bits, progress)
         except TinychatError as e:
             warnings.warn(f"The CPU is used: {e.what}", RuntimeWarning, stacklevel=2)
     # Mapped packs can be dropped by the system, but a model larger than memory would crawl.
@@ -144,13 +151,15 @@ def make_backend(
     return CpuBackend(checkpoint, policy, threads=threads, act_bits=act_bits, kv_bits=kv_bits)
 
 
-def _cuda(checkpoint: Checkpoint, policy: WeightPolicy, kv_bits: int) -> Backend:
+def _cuda(
+    checkpoint: Checkpoint, policy: WeightPolicy, kv_bits: int, progress: Callable[[str], None] | None
+) -> Backend:
     from tinychat.backends.cuda import CudaBackend
     from tinychat.backends.cuda_device import free_memory, open_modules
 
     if checkpoint.config.n_experts:
         raise UnsupportedModelError("Mixtures of experts do not run on a GPU yet.", "Use --device cpu.")
-    modules = open_modules()
+    modules = open_modules(tell=progress)
     _check_room(checkpoint, 0.55, free_memory(modules.device))
     return CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=modules)
 

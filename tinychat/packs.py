@@ -97,7 +97,8 @@ class Packs:
 def load(checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threads: int) -> Packs:
     """The checkpoint's pack: mapped if there is a sound one, else made (and kept, if the disk has room)."""
     return opened(
-        pack_path(checkpoint, policy), lambda sink: _build(checkpoint, policy, family, threads, sink)
+        pack_path(checkpoint, policy),
+        lambda sink: CpuPacker(checkpoint, policy, sink, threads).pack(family),
     )
 
 
@@ -238,54 +239,68 @@ class _MemoryPacks(Packs):
         return self._data[at[0]].view(dtype)
 
 
-class _Packer:
-    """The loader that a model file asks for its weights while they are packed."""
+class Packer:
+    """The loader that a model file asks for its weights while they are packed; `entry` packs one."""
 
-    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, threads: int, sink: Any):
-        self.checkpoint, self.policy, self.threads, self.sink = checkpoint, policy, threads, sink
+    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, sink: Any):
+        self.checkpoint, self.policy, self.sink = checkpoint, policy, sink
         self.index: dict[str, Any] = {"linears": {}, "vectors": {}}
+
+    def pack(self, family: ModuleType) -> dict[str, Any]:
+        """All weights, one after the other; the index."""
+        family.load(self, self.checkpoint.config)
+        self.sink.finish(self.index)
+        return self.index
+
+    def entry(self, w: Linear) -> dict[str, Any]:
+        """Put a linear into the sink; where it is (`data`, `crc`: for `verify`) and its form."""
+        raise NotImplementedError
+
+    def put(self, a: np.ndarray | None, dtype: Any = None) -> list[int] | None:
+        """Where an array is in the sink, if there is one."""
+        return None if a is None else self.sink.put(np.ascontiguousarray(a, dtype))
 
     def vector(self, name: str) -> None:
         if name not in self.index["vectors"]:
-            v = np.ascontiguousarray(self.checkpoint.vector(name), np.float32)
-            self.index["vectors"][name] = self.sink.put(v)
+            self.index["vectors"][name] = self.put(self.checkpoint.vector(name), np.float32)
 
     def linear(self, *names: str) -> None:
         for name in names:
-            self._pack(name, self.policy.linear(self.checkpoint, name))
+            self._add(name, self.policy.linear(self.checkpoint, name))
 
     def router(self, name: str) -> None:
-        self._pack(name, self.policy.router(self.checkpoint, name))
+        self._add(name, self.policy.router(self.checkpoint, name))
 
     def embedding(self, name: str) -> None:
-        self._pack(name, self.policy.embedding(self.checkpoint, name))
+        self._add(name, self.policy.embedding(self.checkpoint, name))
 
     def head(self, name: str, tied_to: Any) -> None:
         head = self.policy.head(self.checkpoint, name)
         if head is not None:
-            self._pack(name, head)
+            self._add(name, head)
 
-    def _pack(self, name: str, w: Linear) -> None:
+    def _add(self, name: str, w: Linear) -> None:
+        self.index["linears"][name] = self.entry(w)
+
+
+class CpuPacker(Packer):
+    """For the CPU kernels."""
+
+    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, sink: Any, threads: int = 1):
+        super().__init__(checkpoint, policy, sink)
+        self.threads = threads
+
+    def entry(self, w: Linear) -> dict[str, Any]:
         form, codes, scales, aux, perm = canonical(w)
         out = aligned(_native.packed_bytes(*form))
         _native.pack(*form, codes, scales, aux, out, self.threads)
-        bias = None if w.bias is None else self.sink.put(np.ascontiguousarray(w.bias, np.float32))
-        self.index["linears"][name] = {
+        return {
             "form": list(form),
-            "data": self.sink.put(out),
-            "bias": bias,
-            "perm": None if perm is None else self.sink.put(np.ascontiguousarray(perm, np.int32)),
+            "data": self.put(out),
+            "bias": self.put(w.bias, np.float32),
+            "perm": self.put(perm, np.int32),
             "crc": zlib.crc32(out),
         }
-
-
-def _build(
-    checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threads: int, sink: Any
-) -> dict[str, Any]:
-    packer = _Packer(checkpoint, policy, threads, sink)
-    family.load(packer, checkpoint.config)
-    sink.finish(packer.index)
-    return packer.index
 
 
 def pack(w: Linear, threads: int = 1) -> PackedLinear:

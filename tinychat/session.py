@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinychat.engine import cut_ids
 from tinychat.errors import TinychatError, UsageError
 from tinychat.events import Done, Event, FinishReason, Notice, TextDelta
 from tinychat.eviction import SMALLEST
 from tinychat.files import write_atomically
 from tinychat.kvcache import common_prefix
 from tinychat.sampling import SamplingParams
+from tinychat.stopping import cut_ids
 
 if TYPE_CHECKING:
     from tinychat.engine import OwnedBranch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tinychat.tokenizer import Tokenizer
+
 
 class StopMatcher:
     """Feed it text as it arrives; it gives back what can no longer be part of a stop string.
@@ -56,3 +58,14 @@ class StopMatcher:
             if any(len(s) > n - at and s.startswith(self.held[at:]) for s in self.stop):
                 return at
         return n
+
+
+def cut_ids(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
+    """The ids of an answer that a stop string cut to `text`: kept as generated up to the cut, re-encoded
+    across it.
+    """
+    for n in range(len(ids), -1, -1):
+        head = tokenizer.decode(ids[:n], continued=True)
+        if text.startswith(head):
+            return ids[:n] + tokenizer.encode(text[len(head) :])
+    return tokenizer.encode(text)

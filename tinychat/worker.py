@@ -115,8 +115,11 @@ class Worker:
                 os._exit(0)
 
     def _fail(self, e: BaseException, during: str) -> None:
-        from tinychat.errors import TinychatError
+        from tinychat.errors import DeviceLostError, TinychatError
 
+        if isinstance(e, DeviceLostError):  # a new process may have it again; these last words are the reason
+            print(e.what, file=sys.stderr, flush=True)
+            os._exit(1)
         if os.environ.get("TINYCHAT_DEBUG"):
             import traceback
 
@@ -337,7 +340,7 @@ def load_model(name: str, options: dict[str, Any], progress: Callable[[str, int,
 
     download.listener = lambda label, done, total: progress(f"Downloading {label}", done, total)
     progress(f"Loading {name}", 0, 0)
-    return load(name, **options)
+    return load(name, **options, progress=lambda what: progress(what, 0, 0))
 
 
 def serve(load: Load = load_model) -> None:

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "step.cuh"
 
 #ifndef HEAD
 #define HEAD 64
@@ -19,11 +20,6 @@ constexpr int CODE = KV_BITS / 8;
 constexpr int KEYS = SLOTS * HEAD * CODE;  // bytes
 constexpr int SCALES = KV_BITS == 8 ? SLOTS * PARTS * 2 : 0;
 constexpr int UNIT = 2 * (KEYS + SCALES);
-
-// What a step is told, in device memory; kernels_cuda/step.py writes it.
-struct Step {
-    int position, length;  // of the first row: rotary position, slot
-};
 
 // One layer of the pool, behind a sequence's block table.
 struct Cache {
@@ -56,28 +52,24 @@ DEVICE Code quantize(float x) {
     return {static_cast<signed char>(fminf(fmaxf(rintf(x * inverse), -128.0f), 127.0f)), scale};
 }
 
-// Channel 32 part + lane of the key (or value) in a slot. Every lane of the warp takes part.
-DEVICE void store_key(u8* unit, int slot, int part, float x) {
-    int channel = part * 32 + lane_id();
+// A lane's channel at to[at], and the scale of all of them. Every lane of the warp takes part.
+DEVICE void store(u8* to, int at, u16* scale, float x) {
     if constexpr (KV_BITS == 16) {
-        halves(unit)[slot * HEAD + channel] = to_half(x);
+        halves(to)[at] = to_half(x);
     } else {
         Code c = quantize(to_float(to_half(x)));
-        unit[slot * HEAD + channel] = static_cast<u8>(c.q);
-        if (lane_id() == 0) key_scales(unit)[slot * PARTS + part] = c.scale;
+        to[at] = static_cast<u8>(c.q);
+        if (lane_id() == 0) *scale = c.scale;
     }
 }
 
+// Channel 32 part + lane of the key (or value) in a slot.
+DEVICE void store_key(u8* unit, int slot, int part, float x) {
+    store(unit, slot * HEAD + part * 32 + lane_id(), key_scales(unit) + slot * PARTS + part, x);
+}
+
 DEVICE void store_value(u8* unit, int slot, int part, float x) {
-    int channel = part * 32 + lane_id();
-    u8* values = values_of(unit);
-    if constexpr (KV_BITS == 16) {
-        halves(values)[channel * SLOTS + slot] = to_half(x);
-    } else {
-        Code c = quantize(to_float(to_half(x)));
-        values[channel * SLOTS + slot] = static_cast<u8>(c.q);
-        if (lane_id() == 0) value_scales(unit)[part * SLOTS + slot] = c.scale;
-    }
+    store(values_of(unit), (part * 32 + lane_id()) * SLOTS + slot, value_scales(unit) + part * SLOTS + slot, x);
 }
 
 DEVICE float load_key(u8* unit, int slot, int channel) {

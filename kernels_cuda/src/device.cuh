@@ -81,6 +81,31 @@ DEVICE void copy_wait() {
 #endif
 }
 
+DEVICE u32 bits_of(float x) {
+#ifdef TINYCHAT_HOST
+    return host::bits_of(x);
+#else
+    return __float_as_uint(x);
+#endif
+}
+
+DEVICE float float_of(u32 bits) {
+#ifdef TINYCHAT_HOST
+    return host::float_of(bits);
+#else
+    return __uint_as_float(bits);
+#endif
+}
+
+// Adds to a number that several threads add to, in no particular order; what it was.
+DEVICE int add_together(int* to, int n) {
+#ifdef TINYCHAT_HOST
+    return std::exchange(*to, *to + n);
+#else
+    return atomicAdd(to, n);
+#endif
+}
+
 // Rounded to nearest even; what no half can hold becomes the largest one.
 DEVICE u16 to_half(float x) {
     x = fminf(fmaxf(x, -LARGEST_HALF), LARGEST_HALF);

@@ -213,6 +213,18 @@ static const int* sizes(void (*)(A...)) {
     return all;
 }
 
+static unsigned bits_of(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static float float_of(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 static float half_value(unsigned short bits) {
     _Float16 h;
     memcpy(&h, &bits, 2);

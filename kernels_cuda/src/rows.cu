@@ -15,6 +15,13 @@ DEVICE float block_sum(float x, float* scratch) {
     return sum;
 }
 
+// 1 / sqrt(mean(x²) + eps) of n floats.
+DEVICE float norm_factor(const float* x, int n, float eps, float* scratch) {
+    float sum = 0;
+    for (int i = threadIdx.x; i < n; i += THREADS) sum = fmaf(x[i], x[i], sum);
+    return 1 / sqrtf(block_sum(sum, scratch) / static_cast<float>(n) + eps);
+}
+
 DEVICE float silu(float x) { return x / (1 + expf(-x)); }
 
 // The tanh formula.
@@ -27,9 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ float scratch[THREADS / WARP];
     x += static_cast<size_t>(blockIdx.x) * n;
     to += static_cast<size_t>(blockIdx.x) * ld;
-    float sum = 0;
-    for (int i = threadIdx.x; i < n; i += THREADS) sum = fmaf(x[i], x[i], sum);
-    float factor = 1 / sqrtf(block_sum(sum, scratch) / static_cast<float>(n) + eps);
+    float factor = norm_factor(x, n, eps, scratch);
     for (int i = threadIdx.x; i < ld; i += THREADS) to[i] = i < n ? to_half(x[i] * factor * weight[i]) : 0;
 }
 EXPORT(rms_norm)
@@ -41,9 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ float scratch[THREADS / WARP];
     x += static_cast<size_t>(blockIdx.x) * n;
     to += static_cast<size_t>(blockIdx.x) * n;
-    float sum = 0;
-    for (int i = threadIdx.x; i < n; i += THREADS) sum = fmaf(x[i], x[i], sum);
-    float factor = 1 / sqrtf(block_sum(sum, scratch) / static_cast<float>(n) + eps);
+    float factor = norm_factor(x, n, eps, scratch);
     for (int i = threadIdx.x; i < n; i += THREADS) to[i] += x[i] * factor * weight[i];
 }
 EXPORT(rms_norm_add)
@@ -54,9 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     norm_spans(float* x, const float* weight, int n, int offset, int ldx, float eps) {
     __shared__ float scratch[THREADS / WARP];
     x += static_cast<size_t>(blockIdx.x) * ldx + offset + blockIdx.y * n;
-    float sum = 0;
-    for (int i = threadIdx.x; i < n; i += THREADS) sum = fmaf(x[i], x[i], sum);
-    float factor = 1 / sqrtf(block_sum(sum, scratch) / static_cast<float>(n) + eps);
+    float factor = norm_factor(x, n, eps, scratch);
     for (int i = threadIdx.x; i < n; i += THREADS) x[i] = x[i] * factor * weight[i];
 }
 EXPORT(norm_spans)
@@ -102,28 +103,3 @@ extern "C" __global__ void __launch_bounds__(THREADS) reorder(const u16* x, cons
 }
 EXPORT(reorder)
 // resources reorder: registers 32, spills 0, shared 0
-
-// The largest of each row of n logits, the lowest id on a tie; NaN never wins. grid: rows. 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024) argmax(const float* x, int* to, int n) {
-    __shared__ float values[1024];
-    __shared__ int ids[1024];
-    x += static_cast<size_t>(blockIdx.x) * n;
-    float best = -INFINITY;
-    int id = n;
-    for (int i = threadIdx.x; i < n; i += blockDim.x)
-        if (x[i] > best) best = x[i], id = i;
-    values[threadIdx.x] = best;
-    ids[threadIdx.x] = id;
-    for (int half = blockDim.x / 2; half; half /= 2) {
-        __syncthreads();
-        int i = threadIdx.x, j = i + half;
-        if (i >= half) continue;
-        if (values[j] > values[i] || (values[j] == values[i] && ids[j] < ids[i])) {
-            values[i] = values[j];
-            ids[i] = ids[j];
-        }
-    }
-    if (threadIdx.x == 0) to[blockIdx.x] = ids[0] < n ? ids[0] : 0;
-}
-EXPORT(argmax)
-// resources argmax: registers 40, spills 0, shared 8192

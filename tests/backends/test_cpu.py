@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from backend_steps import BLOCKS, IDS, TABLE, cpu, run
 from tiny import TinyCheckpoint
 
 from tinychat import packs
@@ -22,7 +23,6 @@ from tinychat.models import FAMILIES
 from tinychat.prepare import WeightPolicy
 
 ISAS = _native.isas()
-BLOCKS = 24
 
 
 @pytest.fixture(autouse=True)
@@ -30,26 +30,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
     monkeypatch.delenv("TINYCHAT_ISA", raising=False)
     return tmp_path
-
-
-def cpu(checkpoint, policy=None, **options) -> CpuBackend:
-    b = CpuBackend(checkpoint, policy, **options)
-    b.allocate_kv(BLOCKS)
-    return b
-
-
-TABLE = np.random.default_rng(0).permutation(BLOCKS).astype(np.int32)
-IDS = np.random.default_rng(1).integers(0, 258, 300).astype(np.int32)
-
-
-def run(backend, ids, cuts, greedy=False):
-    """All logits (or ids), the rows fed in pieces of these sizes."""
-    at, out = 0, []
-    for n in cuts:
-        step = Step(ids[at : at + n], at, at, TABLE, 0)
-        out.append(backend.step_greedy(step) if greedy else backend.step(step))
-        at += n
-    return np.concatenate(out)
 
 
 SHAPES = {
@@ -106,39 +86,6 @@ def test_logits_have_the_same_bits_however_the_tokens_are_cut(quantize, act_bits
         np.testing.assert_array_equal(run(b, IDS, cuts), whole)
 
 
-def test_greedy_is_the_argmax():
-    checkpoint = TinyCheckpoint(6)
-    cuts = [30, 1, 5]
-    logits = run(cpu(checkpoint), IDS, cuts)
-    np.testing.assert_array_equal(run(cpu(checkpoint), IDS, cuts, greedy=True), logits.argmax(axis=1))
-
-
-def test_only_the_asked_rows_get_logits():
-    b = cpu(TinyCheckpoint(7))
-    full = b.step(Step(IDS[:20], 0, 0, TABLE, 0))
-    np.testing.assert_array_equal(b.step(Step(IDS[:20], 0, 0, TABLE, 17)), full[17:])
-    assert b.step(Step(IDS[:20], 0, 0, TABLE, 20)).shape == (0, 258)
-
-
-def test_a_rejected_row_leaves_no_trace():
-    b, c = cpu(TinyCheckpoint(8)), cpu(TinyCheckpoint(8))
-    b.step(Step(IDS[:30], 0, 0, TABLE, 30))
-    c.step(Step(IDS[:30], 0, 0, TABLE, 30))
-    c.step(Step(IDS[100:105], 30, 30, TABLE, 5))  # a draft that is then rolled back
-    step = Step(IDS[30:33], 30, 30, TABLE, 0)
-    np.testing.assert_array_equal(c.step(step), b.step(step))
-
-
-def test_a_copied_block_holds_what_the_first_held():
-    b = cpu(TinyCheckpoint(9))
-    b.step(Step(IDS[:20], 0, 0, TABLE, 20))
-    expected = b.step(Step(IDS[20:21], 20, 20, TABLE, 0))
-    other = TABLE.copy()
-    other[1] = TABLE[5]
-    b.copy_block(int(TABLE[1]), int(other[1]))
-    np.testing.assert_array_equal(b.step(Step(IDS[20:21], 20, 20, other, 0)), expected)
-
-
 def test_unknown_settings_and_wrong_steps_are_errors(monkeypatch):
     with pytest.raises(UsageError):
         CpuBackend(TinyCheckpoint(0), act_bits=4)
@@ -165,52 +112,6 @@ def pack_file(home):
     return file
 
 
-class Unreadable(TinyCheckpoint):
-    """A checkpoint whose weights must not be asked for."""
-
-    def linear(self, name):
-        raise AssertionError(f"{name} was read")
-
-    vector = linear
-
-
-def test_the_second_start_reads_the_pack_only(home):
-    first = run(cpu(TinyCheckpoint(1)), IDS, [9])
-    second = run(cpu(Unreadable(1)), IDS, [9])
-    np.testing.assert_array_equal(second, first)
-    assert packs.verify(pack_file(home)) == []
-    cpu(TinyCheckpoint(1), WeightPolicy("rtn"))  # another policy is another pack
-    assert len(list((home / "packs").iterdir())) == 2
-
-
-def damage_header(b):
-    b[0] ^= 1
-
-
-def damage_index(b):
-    b[-5] ^= 1
-
-
-def cut_short(b):
-    del b[-1000:]
-
-
-def empty(b):
-    b.clear()
-
-
-@pytest.mark.parametrize("damage", [damage_header, damage_index, cut_short, empty])
-def test_a_damaged_pack_is_made_again(home, damage):
-    expected = run(cpu(TinyCheckpoint(1)), IDS, [9])
-    file = pack_file(home)
-    sound = file.read_bytes()
-    bytes_ = bytearray(sound)
-    damage(bytes_)
-    file.write_bytes(bytes_)
-    np.testing.assert_array_equal(run(cpu(TinyCheckpoint(1)), IDS, [9]), expected)
-    assert file.read_bytes() == sound
-
-
 def test_verify_names_the_module_with_a_flipped_bit(home):
     cpu(TinyCheckpoint(1))
     file = pack_file(home)
@@ -218,20 +119,6 @@ def test_verify_names_the_module_with_a_flipped_bit(home):
     bytes_[packs.PAGE + 10] ^= 4  # the first module behind the header
     file.write_bytes(bytes_)
     assert packs.verify(file) == ["model.embed_tokens"]
-
-
-def test_a_full_disk_is_a_warning_and_the_model_answers(home, monkeypatch):
-    expected = run(cpu(TinyCheckpoint(1)), IDS, [9])
-    pack_file(home).unlink()
-
-    def full(self, a):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(packs._File, "put", full)
-    with pytest.warns(RuntimeWarning, match="No space left"):
-        got = run(cpu(TinyCheckpoint(1)), IDS, [9])
-    np.testing.assert_array_equal(got, expected)
-    assert list((home / "packs").iterdir()) == []
 
 
 def test_a_home_that_cannot_be_made_is_a_warning_and_the_model_answers(home, monkeypatch):
@@ -265,7 +152,7 @@ def test_packs_are_streamed_not_collected():
 
     total = 0
     with open(os.devnull, "wb") as sink:
-        packer = packs._Packer(checkpoint, WeightPolicy(), 1, Counting(sink))
+        packer = packs.CpuPacker(checkpoint, WeightPolicy(), Counting(sink))
         FAMILIES["llama"].load(packer, checkpoint.config)
         total = packer.sink.at
     assert most[0] < total / 2

@@ -2,8 +2,8 @@
 // modules that are shared libraries of kernels under kernels_cuda/src/host.h.
 //
 // Memory begins as NaN bytes and ends at a page that may not be touched. A captured launch runs when its graph is
-// replayed. `fake_fail(function, code)` makes the next call of that function fail; `fake_device(...)` says what there
-// is.
+// replayed. `fake_fail(function, code)` makes the next call of that function fail, `fake_lose(code)` every call until
+// `fake_lose(0)`; `fake_device(...)` says what there is.
 #include <dlfcn.h>
 #include <elf.h>
 #include <sys/mman.h>
@@ -46,12 +46,13 @@ struct Allocation {
 std::map<uint64_t, Allocation> allocations;
 std::unique_ptr<Graph> capturing;
 std::string failing;
-int failing_code = 0;
+int failing_code = 0, lost = 0;
 int version = 12060, devices = 1, capability = 86, integrated = 0;
 size_t total = size_t(8) << 30, used = 0;
 int launches = 0;
 
 bool fails(const char* function) {
+    if (lost) return failing_code = lost;
     if (failing != function) return false;
     failing.clear();
     return true;
@@ -119,7 +120,7 @@ CALL(cuStreamSynchronize, void*)
 return capturing ? 900 : 0;  // not permitted while capturing
 }
 CALL(cuMemGetInfo_v2, size_t* free, size_t* all)
-*free = total - used;
+*free = total < used ? 0 : total - used;
 *all = total;
 return 0;
 }
@@ -274,5 +275,6 @@ extern "C" void fake_device(int driver_version, int n, int compute_capability, s
     capability = compute_capability;
     total = bytes;
 }
+extern "C" void fake_lose(int code) { lost = code; }
 extern "C" int fake_launches() { return launches; }
 extern "C" size_t fake_used() { return used; }

@@ -11,6 +11,7 @@ from emulation import bench, needs_device
 
 from tinychat.backends.reference import quantize_kv
 from tinychat.kernels_cuda import attention
+from tinychat.kernels_cuda.linear import row_length
 
 pytestmark = needs_device
 
@@ -47,16 +48,22 @@ class Case:
         x = torch.from_numpy(x).half().float()
         return (x if self.bits == 16 else quantize_kv(x)).numpy()
 
-    def append(self, qkv, layer=1):
-        """Rows behind what is there; the queries' halves on the device."""
-        b, rows = bench(), len(qkv)
-        step = b.put(np.array([len(self.keys), len(self.keys)], np.int32))
-        q = b.device.allocate(rows * self.shape.query_bytes)
-        self.kernels.append(step, b.put(qkv), None, q, self.pool, self.blocks, layer, rows, 0)
+    def call(self, rows, position=None):
+        """Attention of as many rows behind what is there, in layer 1."""
+        d, n = bench().device, len(self.keys)
+        step = bench().put(np.array([n if position is None else position, n], np.int32))
+        q, totals = d.allocate(rows * self.shape.query_bytes), d.allocate(rows * self.heads * 8)
+        return attention.Call(step, q, self.pool, self.blocks, totals, 1, rows, self.window)
+
+    def append(self, qkv):
+        """Rows behind what is there; their attention is yet to come."""
+        rows = len(qkv)
+        call = self.call(rows)
+        self.kernels.append(call, bench().put(qkv), None, 0)
         parts = qkv.reshape(rows, -1, self.size)
         self.keys = np.concatenate([self.keys, parts[:, self.heads : self.heads + self.kv_heads]])
         self.values = np.concatenate([self.values, parts[:, self.heads + self.kv_heads :]])
-        return step, q
+        return call
 
     def probabilities(self, q):
         """float64 [rows, heads, slots] for the last rows."""
@@ -77,15 +84,17 @@ class Case:
         values = np.repeat(self.stored(self.values).astype(np.float64), self.heads // self.kv_heads, axis=1)
         return np.einsum("rhs,shd->rhd", self.probabilities(q), values).reshape(len(q), -1)
 
-    def attend(self, step, q, rows, spread, layer=1, spans=8):
+    def attend(self, call, spread=True):
         """float16 [rows, heads · size]; spread: by spans, else walked by rows."""
-        b, ld = bench(), attention.row_length(self.heads * self.size)
-        to, totals = b.device.allocate(rows * ld * 2), b.device.allocate(rows * self.heads * 8)
-        method = self.kernels.spread if spread else self.kernels.walk
-        method(step, q, self.pool, self.blocks, totals, to, layer, rows, spans, self.window)
-        out = b.get(to, (rows, ld), np.float16)
+        b, ld = bench(), row_length(self.heads * self.size)
+        to = b.device.allocate(call.rows * ld * 2)
+        if spread:
+            self.kernels.spread(call, to, 8)
+        else:
+            self.kernels.walk(call, to)
+        out = b.get(to, (call.rows, ld), np.float16)
         assert not out[:, self.heads * self.size :].any()
-        return out[:, : self.heads * self.size], totals
+        return out[:, : self.heads * self.size]
 
 
 def random_rows(case, rows, seed=0):
@@ -121,9 +130,9 @@ def test_attention_is_the_softmax_over_what_is_cached(name):
     case = Case(**CASES[name])
     for rows in (70, 1, 16, 5):
         qkv = random_rows(case, rows)
-        step, q = case.append(qkv)
+        call = case.append(qkv)
         expected = case.expected(queries(case, qkv))
-        got, _ = case.attend(step, q, rows, spread=rows <= 16)
+        got = case.attend(call, spread=rows <= 16)
         # Probabilities are halves in the product with values.
         np.testing.assert_allclose(got, expected, atol=3e-3)
 
@@ -132,24 +141,22 @@ def test_attention_is_the_softmax_over_what_is_cached(name):
 def test_a_row_has_the_same_bits_spread_or_walked_in_any_company(name):
     qkv = random_rows(Case(**CASES[name]), 150)
     whole = Case(**CASES[name])
-    step, q = whole.append(qkv)
-    expected, _ = whole.attend(step, q, 150, spread=False)
+    expected = whole.attend(whole.append(qkv), spread=False)
     for cuts in ([120, 1, 1, 5, 16, 7], [64, 64, 22]):
         case, at = Case(**CASES[name]), 0
         for n in cuts:
-            step, q = case.append(qkv[at : at + n])
+            call = case.append(qkv[at : at + n])
             for spread in (False, True):
-                got, _ = case.attend(step, q, n, spread)
-                np.testing.assert_array_equal(got, expected[at : at + n])
+                np.testing.assert_array_equal(case.attend(call, spread), expected[at : at + n])
             at += n
 
 
 def test_a_small_workspace_is_used_several_times():
     case = Case()
-    step, q = case.append(random_rows(case, 12))
-    expected, _ = case.attend(step, q, 12, spread=True)
+    call = case.append(random_rows(case, 12))
+    expected = case.attend(call)
     case.kernels = attention.Attention(bench().modules, case.shape, workspace=case.kernels.row_bytes(8) * 5)
-    np.testing.assert_array_equal(case.attend(step, q, 12, spread=True)[0], expected)
+    np.testing.assert_array_equal(case.attend(call), expected)
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -161,12 +168,12 @@ def test_scores_are_the_probabilities_that_slots_got(name, apart):
     case.append(random_rows(case, 70))
     for rows, watched in ((1, 1), (7, 5), (16, 16)):
         qkv = random_rows(case, rows)
-        step, q = case.append(qkv)
-        _, totals = case.attend(step, q, rows, spread=True)
+        call = case.append(qkv)
+        case.attend(call)
         n = len(case.keys) + 3  # the caller's array may be wider
         b, shape = bench(), (watched if apart else 1, case.layers, case.kv_heads, n)
         scores = b.put(np.full(shape, 7, np.float32))
-        case.kernels.score(step, q, case.pool, case.blocks, totals, scores, 1, rows, watched, apart, n, 0)
+        case.kernels.score(call, scores, watched, apart, n)
         p = case.probabilities(queries(case, qkv))[-watched:]
         p = p.reshape(watched, case.kv_heads, -1, p.shape[-1]).sum(2)
         got = b.get(scores, shape)[:, 1]
@@ -182,21 +189,20 @@ def test_queries_and_keys_are_turned(bits, pairs):
     frequencies = 10000.0 ** -(np.arange(pairs) / pairs)
     qkv = random_rows(case, 9)
     b = bench()
-    step, q = b.put(np.array([position, 0], np.int32)), b.device.allocate(9 * case.shape.query_bytes)
-    table = b.device.allocate(9 * pairs * 8)
-    case.kernels.turns(step, b.put(frequencies), table, 9, pairs, 1.5)
-    case.kernels.append(step, b.put(qkv), table, q, case.pool, case.blocks, 1, 9, pairs)
+    call, table = case.call(9, position), b.device.allocate(9 * pairs * 8)
+    case.kernels.turns(call.step, b.put(frequencies), table, 9, pairs, 1.5)
+    case.kernels.append(call, b.put(qkv), table, pairs)
 
     angle = (position + np.arange(9))[:, None, None] * frequencies
     x = qkv.reshape(9, -1, 32).astype(np.float64)
     one, two, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     cos, sin = 1.5 * np.cos(angle), 1.5 * np.sin(angle)
     turned = np.concatenate([one * cos - two * sin, two * cos + one * sin, rest], axis=-1)
-    got = b.get(q, (9, case.heads, 32), np.float16)
+    got = b.get(call.q, (9, case.heads, 32), np.float16)
     np.testing.assert_allclose(got, turned[:, : case.heads], atol=4e-3)
     case.keys = turned[:, case.heads : case.heads + case.kv_heads].astype(np.float32)
     case.values = qkv.reshape(9, -1, 32)[:, case.heads + case.kv_heads :]
-    out, _ = case.attend(step, q, 9, spread=True)
+    out = case.attend(call)
     np.testing.assert_allclose(out, case.expected(got), atol=2e-2 if bits == 8 else 3e-3)
 
 
@@ -217,8 +223,7 @@ def test_moved_slots_hold_what_they_were_given(bits):
     case.kernels.move(case.pool, case.blocks, b.put(src), b.put(dst), n)
     case.keys, case.values = case.keys[:64], case.values[:64]
     qkv = random_rows(case, 3)
-    step, q = case.append(qkv)
-    got, _ = case.attend(step, q, 3, spread=True)
+    got = case.attend(case.append(qkv))
     np.testing.assert_allclose(got, case.expected(queries(case, qkv)), atol=3e-3)
 
 
@@ -237,6 +242,5 @@ def test_keys_are_turned_in_place(bits):
         [one * np.cos(angle) - two * np.sin(angle), two * np.cos(angle) + one * np.sin(angle)], axis=-1
     )
     qkv = random_rows(case, 2)
-    step, q = case.append(qkv)
-    got, _ = case.attend(step, q, 2, spread=True)
+    got = case.attend(case.append(qkv))
     np.testing.assert_allclose(got, case.expected(queries(case, qkv)), atol=2e-2 if bits == 8 else 3e-3)

@@ -73,6 +73,7 @@ USUAL = [
     *linear_units(layout.Form(4, "ZERO")),
     ("embed.cu", layout.Form(8, "SYMMETRIC").defines),
     ("rows.cu", {}),
+    ("logits.cu", {}),
     *attention_units(64, 16),
 ]
 # Another form of weight, and heads that need more registers.

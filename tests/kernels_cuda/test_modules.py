@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import stat
+import threading
 
 import numpy as np
 import pytest
@@ -127,12 +128,61 @@ def test_a_module_that_the_driver_does_not_take_is_compiled_again(tmp_path):
             return (b"nonsense", "") if Stale.made == 1 else super().compile(*arguments)
 
     m = Modules(bench().device, Cache(tmp_path, Stale()))
-    assert m.kernel("rows.cu", "argmax").name == "argmax"
+    assert m.kernel("logits.cu", "argmax").name == "argmax"
     assert Stale.made == 2
     Stale.made = 0
     again = Modules(bench().device, Cache(tmp_path, Stale()))
-    again.kernel("rows.cu", "argmax")
+    again.kernel("logits.cu", "argmax")
     assert Stale.made == 0
+
+
+class NoDevice:
+    """Takes any module."""
+
+    capability = 86
+
+    def module(self, image):
+        return image
+
+
+def test_what_is_missing_is_compiled_at_once_and_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(modules.os, "cpu_count", lambda: 3)
+    together, heard = threading.Barrier(3), []
+
+    class Together(Counting):
+        def compile(self, *arguments):
+            together.wait(20)  # raises if they come one after the other
+            return super().compile(*arguments)
+
+    sources = [("rows.cu", {}), ("linear.cu", {"A": "1"}), ("linear.cu", {"A": "2"}), ("rows.cu", {})]
+    m = Modules(NoDevice(), Cache(tmp_path, Together()), heard.append)
+    m.prepare(sources)
+    assert m.cache.compiler.made == 3
+    assert heard == ["Compiling kernels for sm_86, once for this GPU."]
+    m.prepare(sources)
+    assert m.cache.compiler.made == 3
+    compiler = Counting()
+    again = Modules(NoDevice(), Cache(tmp_path, compiler), heard.append)
+    again.prepare(sources)
+    assert (compiler.made, len(heard)) == (0, 1)  # kept on disk: nothing takes long
+    again.prepare([("embed.cu", {})])
+    assert (compiler.made, len(heard)) == (1, 2)
+    again.prepare([("cache.cu", {})])
+    assert (compiler.made, len(heard)) == (2, 2)
+
+
+def test_a_source_that_does_not_compile_stops_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(modules.os, "cpu_count", lambda: 1)
+
+    class Failing(Counting):
+        def compile(self, source, *rest):
+            super().compile(source, *rest)
+            raise CompileError("rows.cu: no")
+
+    m = Modules(NoDevice(), Cache(tmp_path, Failing()))
+    with pytest.raises(CompileError, match="no"):
+        m.prepare([("rows.cu", {"A": str(i)}) for i in range(20)])
+    assert m.cache.compiler.made < 20
 
 
 # NVRTC
@@ -170,10 +220,10 @@ def test_what_the_compiler_says_is_kept(compiler, tmp_path):
 @pytest.fixture
 def gpu():
     """Sets what the emulated driver pretends to be; back to a usable one afterwards."""
-    cuda_device.open_modules.cache_clear()
+    cuda_device._opened.clear()
     yield controls().fake_device
     controls().fake_device(12060, 1, 86, 8 << 30)
-    cuda_device.open_modules.cache_clear()
+    cuda_device._opened.clear()
 
 
 def test_no_driver_is_said():

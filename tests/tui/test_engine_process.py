@@ -123,11 +123,15 @@ async def test_a_model_that_does_not_load_says_why():
     await client.close()
 
 
-async def test_a_killed_engine_is_noticed_and_can_be_started_again(engine):
+@pytest.mark.parametrize(
+    ("how", "reason"), [("die", "signal 9"), ("lose", "The GPU failed (cuLaunchKernel: LOST).")]
+)
+async def test_an_engine_that_is_gone_is_noticed_and_can_be_started_again(engine, how, reason):
     client, heard = engine
-    ask(client, "die")
+    ask(client, how)
     died = await heard.wait(Died)
-    assert "signal 9" in died.reason
+    assert reason in died.reason
+    assert not any(isinstance(e, Failed) for e in heard)  # the screen starts another one by itself
     assert "".join(e.text for e in heard if isinstance(e, Text)) == "one two three "
     assert client.pid is None
     assert await client.count("x") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,8 +37,33 @@ class Step:
     scored_rows: int = 0
 
 
+@dataclass(frozen=True)
+class LargestLogits:
+    """A row of logits as far as choosing a token needs it, where the whole row lies far away.
+
+    ids     int64 [k]: where the largest are, best first, the lowest id first among equals, NaN before all;
+            k may be 0
+    values  float32 [k]
+    n       logits of the row
+    total   the sum of exp((logit - largest) / temperature) over the whole row, or 0 where it is not known
+    whole   the row itself, float32 [n]; only until the backend's next step
+    """
+
+    ids: np.ndarray
+    values: np.ndarray
+    n: int
+    total: float
+    whole: Callable[[], np.ndarray]
+
+    TOTAL_WITHIN = 1e-4  # of itself, what the total may be off by
+
+
 class Backend(Protocol):
-    """One loaded model on one device. Not thread-safe; the engine serialises."""
+    """One loaded model on one device. Not thread-safe; the engine serialises.
+
+    A backend far from the host may have `step_largest(step, temperature) -> list[LargestLogits]` too: a few
+    kilobytes in place of each row of logits. temperature: of the total, or 0 for none.
+    """
 
     name: str
     row_independent: bool  # whether a row's result is bitwise the same whatever runs with it

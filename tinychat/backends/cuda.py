@@ -5,24 +5,32 @@ Nothing here imports torch, and nothing of CUDA is loaded before a device is ope
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tinychat.backends import BLOCK, Step
+from tinychat.backends import BLOCK, LargestLogits, Step
 from tinychat.backends.cuda_device import free_memory, open_modules
 from tinychat.backends.cuda_weights import Loader
 from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import MemoryBudgetError, TinychatError, UnsupportedModelError, UsageError
+from tinychat.errors import (
+    DeviceLostError,
+    MemoryBudgetError,
+    TinychatError,
+    UnsupportedModelError,
+    UsageError,
+)
 from tinychat.formats import Checkpoint
+from tinychat.kernels_cuda import head
 from tinychat.kernels_cuda.attention import MAX_HEAD, Attention, Shape
 from tinychat.kernels_cuda.driver import DeviceError, OutOfMemoryError
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
-from tinychat.kernels_cuda.program import Buffer, Program
+from tinychat.kernels_cuda.program import Buffer, Program, program_sources
 from tinychat.machine import human_bytes
 from tinychat.models import FAMILIES
 from tinychat.prepare import WeightPolicy
@@ -68,7 +76,9 @@ class CudaBackend:
         self._program: Program | None = None
         with self._on_device():
             family = FAMILIES[c.family]
-            weights = family.load(Loader(checkpoint, policy or WeightPolicy(), family, self._modules), c)
+            loader = Loader(checkpoint, policy or WeightPolicy(), family, self._modules)
+            weights = family.load(loader, c)
+            self._modules.prepare([*loader.sources, *program_sources(self._shape)])
             attention = Attention(self._modules, self._shape, WORKSPACE)
             program = Program(self._modules, attention, MAX_ROWS)
             family.forward(_Recorder(program, c), c, weights)
@@ -159,26 +169,44 @@ class CudaBackend:
 
     def step(self, step: Step) -> np.ndarray:
         """Run the network. float32 [T - logits_from, vocab]."""
-        out = np.empty((len(step.token_ids) - step.logits_from, self.cfg.vocab_size), np.float32)
-        self._run(step, out, None)
-        return out
+        return self._run(step, head.LOGITS)
 
     def step_greedy(self, step: Step) -> np.ndarray:
         """The argmax of each asked row, lowest id on a tie: int32 [T - logits_from]."""
-        out = np.empty(len(step.token_ids) - step.logits_from, np.int32)
-        self._run(step, None, out)
-        return out
+        return self._run(step, head.ARGMAX)[:, 0]
+
+    def step_largest(self, step: Step, temperature: float) -> list[LargestLogits]:
+        """The largest logits of each asked row, of which there may be head.ROWS."""
+        rows = self._run(step, head.TOP, 1 / temperature if temperature else 0.0)
+        of = self._open().steps
+
+        def whole(row: int) -> np.ndarray:
+            with self._on_device():
+                if self._open().steps != of:
+                    raise RuntimeError("another step has written over these logits")
+                return self._program.logits(row)
+
+        return [self._largest(row, partial(whole, i)) for i, row in enumerate(rows)]
+
+    def _largest(self, row: np.ndarray, whole: Callable[[], np.ndarray]) -> LargestLogits:
+        *_, n, total = row
+        ids, values = row[:n].astype(np.int64), row[head.LARGEST :][:n].view(np.float32)
+        return LargestLogits(ids, values, self.cfg.vocab_size, float(total.view(np.float32)), whole)
 
     def close(self) -> None:
         """Release memory. Idempotent."""
         self._program = None
 
-    def _run(self, step: Step, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
+    def _run(self, step: Step, wanted: str, inverse_temperature: float = 0.0) -> np.ndarray:
         ids, rows = step.token_ids, len(step.token_ids)
+        kind = np.float32 if wanted == head.LOGITS else np.int32
+        out = np.empty((rows - step.logits_from, head.columns(wanted, self.cfg.vocab_size)), kind)
         with self._on_device():
             program = self._open()
             if not 1 <= rows <= MAX_ROWS:
                 raise ValueError(f"a step has 1 to {MAX_ROWS} rows, not {rows}")
+            if wanted == head.TOP and len(out) > head.ROWS:
+                raise ValueError(f"the largest logits of {head.ROWS} rows are had, not of {len(out)}")
             if ids.min() < 0 or ids.max() >= self.cfg.vocab_size:
                 raise ValueError("a token id is outside the vocabulary")
             table = step.block_table
@@ -187,9 +215,10 @@ class CudaBackend:
             if len(table) > self._blocks or table.min() < 0 or table.max() >= self._blocks:
                 raise ValueError("the block table names blocks that are not there")
             program.run(
-                ids, step.position, step.length, table, rows - step.logits_from, logits, greedy,
-                step.scores, step.scored_rows,
+                ids, step.position, step.length, table, wanted, out, step.scores, step.scored_rows,
+                inverse_temperature,
             )  # fmt: skip
+        return out
 
     def _open(self) -> Program:
         if self._program is None:
@@ -206,17 +235,21 @@ class CudaBackend:
         try:
             self._device.enter()
             yield
-        except OutOfMemoryError:
-            free = human_bytes(self._device.memory()[0])
-            raise MemoryBudgetError(
-                f"{self._device.name} has not enough memory: {free} are free.",
-                "Try a smaller --ctx or model, close other programs on the GPU, or use --device cpu.",
-            ) from None
         except DeviceError as e:
-            raise TinychatError(
-                f"{self._device.name} failed ({e}).",
-                "What was said is kept. Start again; if it happens again, use --device cpu.",
-            ) from e
+            raise self._in_words(e) from e
+
+    def _in_words(self, e: DeviceError) -> TinychatError:
+        name = self._device.name
+        if isinstance(e, OutOfMemoryError):
+            with suppress(DeviceError):  # the device may be lost as well
+                return MemoryBudgetError(
+                    f"{name} has not enough memory: {human_bytes(self._device.memory()[0])} are free.",
+                    "Try a smaller --ctx or model, close other programs on the GPU, or use --device cpu.",
+                )
+        return DeviceLostError(
+            f"{name} failed ({e}).",
+            "What was said is kept. Start again; if it happens again, use --device cpu.",
+        )
 
 
 @dataclass(eq=False)

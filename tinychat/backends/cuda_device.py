@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,21 @@ from tinychat.kernels_cuda.nvrtc import CompileError, CompilerMissingError, Nvrt
 INSTALL = "pip install nvidia-cuda-nvrtc-cu12"
 
 
-@lru_cache(maxsize=1)
-def open_modules(library: str = LIBRARY) -> Modules:
-    """One device a process. Raises UsageError if there is none that works, or no compiler for it."""
+_opened: dict[str, Modules] = {}
+
+
+def open_modules(library: str = LIBRARY, tell: Callable[[str], None] | None = None) -> Modules:
+    """One device a process. tell: hears that kernels have to be compiled, which takes a while.
+
+    Raises UsageError if there is none that works, or no compiler for it.
+    """
+    if library not in _opened:
+        _opened[library] = _open(library, tell)
+    _opened[library].tell = tell
+    return _opened[library]
+
+
+def _open(library: str, tell: Callable[[str], None] | None) -> Modules:
     try:
         device = Device(library)
     except DeviceMissingError as e:
@@ -32,7 +44,7 @@ def open_modules(library: str = LIBRARY) -> Modules:
         ) from e
     try:
         compiler = Nvrtc(device.driver_version[0])
-        modules = Modules(device, Cache(locations.kernels_dir(), compiler))
+        modules = Modules(device, Cache(locations.kernels_dir(), compiler), tell)
         check(modules)
     except (CompilerMissingError, CompileError) as e:
         raise UsageError(

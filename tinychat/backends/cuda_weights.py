@@ -57,14 +57,10 @@ class Loader:
     """
 
     def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, modules: Modules):
-        def build(sink: Any) -> dict[str, Any]:
-            packer = _Packer(checkpoint, policy, sink)
-            family.load(packer, checkpoint.config)
-            sink.finish(packer.index)
-            return packer.index
-
-        self.pack = packs.opened(packs.pack_path(checkpoint, policy, LAYOUT), build)
+        path = packs.pack_path(checkpoint, policy, LAYOUT)
+        self.pack = packs.opened(path, lambda sink: CudaPacker(checkpoint, policy, sink).pack(family))
         self.modules = modules
+        self.sources: list[tuple[str, dict[str, str]]] = []  # that the weights need, and how compiled
 
     def vector(self, name: str) -> Memory:
         """float32 [n]."""
@@ -75,11 +71,15 @@ class Loader:
 
     def linear(self, *names: str) -> tuple[DeviceLinear, ...]:
         """Linears that share an input; neighbours that can be one weight are."""
-        return tuple(linear.upload(self.modules, *p) for p in _joined([self._read(n) for n in names]))
+        packed = _joined([self._read(n) for n in names])
+        self.sources += [("linear.cu", shape.form.defines) for shape, _ in packed]
+        return tuple(linear.upload(self.modules, *p) for p in packed)
 
     def embedding(self, name: str) -> tuple[DeviceLinear, ...]:
         """The embedding (rows are token ids)."""
-        return self.linear(name)
+        (w,) = self.linear(name)
+        self.sources.append(("embed.cu", w.shape.form.defines))
+        return (w,)
 
     def head(self, name: str, tied_to: Any) -> Any:
         """The output head, or the embedding where they are one."""
@@ -94,39 +94,14 @@ class Loader:
         return Shape(Form(bits, meta), n, k, group), parts
 
 
-class _Packer:
-    """The loader that a model file asks for its weights while they are packed."""
+class CudaPacker(packs.Packer):
+    """For the CUDA kernels."""
 
-    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, sink: Any):
-        self.checkpoint, self.policy, self.sink = checkpoint, policy, sink
-        self.index: dict[str, Any] = {"linears": {}, "vectors": {}}
-
-    def vector(self, name: str) -> None:
-        if name not in self.index["vectors"]:
-            v = np.ascontiguousarray(self.checkpoint.vector(name), np.float32)
-            self.index["vectors"][name] = self.sink.put(v)
-
-    def linear(self, *names: str) -> None:
-        for name in names:
-            self._pack(name, self.policy.linear(self.checkpoint, name))
-
-    def embedding(self, name: str) -> None:
-        self._pack(name, self.policy.embedding(self.checkpoint, name))
-
-    def head(self, name: str, tied_to: Any) -> None:
-        head = self.policy.head(self.checkpoint, name)
-        if head is not None:
-            self._pack(name, head)
-
-    def _pack(self, name: str, w: Linear) -> None:
+    def entry(self, w: Linear) -> dict[str, Any]:
         shape, parts = pack(w)
-        entry: dict[str, Any] = {
-            part: None if parts[part] is None else self.sink.put(np.ascontiguousarray(parts[part]))
-            for part in PARTS
-        }
-        entry["form"] = [shape.form.bits, shape.form.meta, shape.n, shape.k, shape.group]
-        entry["data"], entry["crc"] = entry["codes"], zlib.crc32(parts["codes"])  # for packs.verify
-        self.index["linears"][name] = entry
+        where = {part: self.put(parts[part]) for part in PARTS}
+        form = [shape.form.bits, shape.form.meta, shape.n, shape.k, shape.group]
+        return {**where, "form": form, "data": where["codes"], "crc": zlib.crc32(parts["codes"])}
 
 
 def pack(w: Linear) -> Packed:

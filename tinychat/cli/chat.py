@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         sys.exit(app.run_to_end())
     from tinychat.model import load
 
-    loaded = load(model, **pick(o, ANSWERING))
+    loaded = load(model, **pick(o, ANSWERING), progress=partial(click.echo, err=True))
     with loaded:
         # One answer ends where its context does; a conversation goes on.
         once = "none" if text is not None and chat is None and not o["kv_budget"] else None

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise UsageError(f"{file} is not a UTF-8 text file.", "Give a text file.") from e
-    with load(model, **pick(o, LOADING)) as m:
+    with load(model, **pick(o, LOADING), progress=partial(click.echo, err=True)) as m:
 
         def progress(done: int, of: int) -> None:
             if sys.stderr.isatty():
@@ -78,6 +79,7 @@ def bench(
             for k, v in pick(o, LOADING).items()
             if k not in ("ctx", "kv_budget", "kv_policy", "kv_disk_budget")
         },
+        progress=partial(click.echo, err=True),
     )
     if as_json:
         click.echo(json.dumps(result))

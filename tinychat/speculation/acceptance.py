@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinychat.backends import LargestLogits
 from tinychat.sampling import SamplingParams, candidates, gumbel, sample
 
 _ACCEPT, _RESIDUAL = 0x2545F4914F6CDD1D, 0x9E6C63D0876A9A47  # noise streams of their own
 
 
 def rejection(
-    logits: np.ndarray,
+    logits: np.ndarray | LargestLogits,
     drafted: int,
     q: tuple[np.ndarray, np.ndarray] | None,
     params: SamplingParams,

@@ -44,20 +44,21 @@ class DraftModel:
             while len(todo) > self.engine.backend.max_rows:
                 chunk, todo = todo[: self.engine.backend.max_rows], todo[self.engine.backend.max_rows :]
                 self.engine.run(branch, chunk, len(chunk))
-            greedy = params.greedy and not self.keep_distributions
             for _ in range(k):
                 if len(branch) + len(todo) > self.engine.n_ctx:
                     break
-                row = self.engine.run(branch, todo, len(todo) - 1, greedy)[0]
-                position = len(context) + len(draft.tokens)
-                todo = [int(row) if greedy else self._choose(row, context, draft, params, seed, position)]
+                with self.engine.lock:
+                    row = self.engine.run(branch, todo, len(todo) - 1, params)[0]
+                    todo = [self._choose(row, context, draft, params, seed)]
                 draft.tokens += todo
         except PoolExhaustedError:
             pass  # fewer drafts, the same text
         return draft
 
-    def _choose(self, row, context, draft: Draft, params: SamplingParams, seed: int, position: int) -> int:
-        seen = None
+    def _choose(self, row, context, draft: Draft, params: SamplingParams, seed: int) -> int:
+        if params.greedy:
+            return int(row)
+        position, seen = len(context) + len(draft.tokens), None
         if params.repeat_penalty != 1.0:
             seen = np.unique(np.asarray([*context, *draft.tokens], dtype=np.int64))
         if params.temperature == 0 or not self.keep_distributions:

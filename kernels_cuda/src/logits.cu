@@ -1,0 +1,105 @@
+// What of a row of logits goes back to the host: the id of the largest, or the largest few. A block of 1024 threads a
+// row of n floats, which lies in L2; argmax reads it once, largest twice.
+#include "device.cuh"
+#include "step.cuh"
+
+constexpr int THREADS = 1024;
+constexpr int LARGEST = 256;
+
+// The largest of each row of n logits, the lowest id on a tie; NaN never wins. grid: rows.
+extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* x, int* to, int n) {
+    __shared__ float values[THREADS];
+    __shared__ int ids[THREADS];
+    x += static_cast<size_t>(blockIdx.x) * n;
+    float best = -INFINITY;
+    int id = n;
+    for (int i = threadIdx.x; i < n; i += THREADS)
+        if (x[i] > best) best = x[i], id = i;
+    values[threadIdx.x] = best;
+    ids[threadIdx.x] = id;
+    for (int half = THREADS / 2; half; half /= 2) {
+        __syncthreads();
+        int i = threadIdx.x, j = i + half;
+        if (i >= half) continue;
+        if (values[j] > values[i] || (values[j] == values[i] && ids[j] < ids[i])) {
+            values[i] = values[j];
+            ids[i] = ids[j];
+        }
+    }
+    if (threadIdx.x == 0) to[blockIdx.x] = ids[0] < n ? ids[0] : 0;
+}
+EXPORT(argmax)
+// resources argmax: registers 48, spills 0, shared 8192
+
+// A logit's place among all: the larger before the smaller, the lowest id first among equals (0 and -0 are equal), NaN
+// before all. 0 is no logit's.
+DEVICE u64 key_of(float x, int id) {
+    u32 bits = bits_of(x + 0.0f), order = bits >> 31 ? ~bits : bits | 0x80000000;
+    return static_cast<u64>(x == x ? order : ~0u) << 32 | ~static_cast<u32>(id);
+}
+
+DEVICE float value_of(u64 key) {
+    u32 order = static_cast<u32>(key >> 32);
+    return float_of(order >> 31 ? order & 0x7fffffff : ~order);
+}
+
+// A key a thread, best first (bitonic). Everything written before is seen, and everything sorted after.
+DEVICE void sort(u64* keys) {
+    int i = threadIdx.x;
+    for (int size = 2; size <= THREADS; size *= 2)
+        for (int distance = size / 2; distance; distance /= 2) {
+            __syncthreads();
+            int j = i ^ distance;
+            if (j < i) continue;
+            u64 a = keys[i], b = keys[j];
+            if ((a < b) == !(i & size)) keys[i] = b, keys[j] = a;
+        }
+    __syncthreads();
+}
+
+// The LARGEST largest of a row, in the order of key_of, and the sum of exp((x - largest) · inverse_temperature).
+//   to  int32 [rows, 2 LARGEST + 2]: ids, bits of their values, how many there are, bits of the sum (or 0). grid: rows.
+// Each thread finds the best of its n / 1024 logits. The LARGEST-th of those 1024 is not before the row's LARGEST-th,
+// so what comes after it is not needed. About 300 logits are left where they lie at random; they are sorted. Should
+// more than 1024 be left, there are none (0), and the host reads the row.
+extern "C" __global__ void __launch_bounds__(THREADS) largest(const Step* step, const float* x, int* to, int n) {
+    __shared__ u64 keys[THREADS];
+    __shared__ float sums[THREADS / WARP];
+    __shared__ int left;
+    x += static_cast<size_t>(blockIdx.x) * n;
+    to += static_cast<size_t>(blockIdx.x) * (2 * LARGEST + 2);
+    int thread = threadIdx.x;
+    u64 best = 0;
+    for (int i = thread; i < n; i += THREADS) {
+        u64 key = key_of(x[i], i);
+        best = key > best ? key : best;
+    }
+    keys[thread] = best;
+    if (thread == 0) left = 0;
+    sort(keys);
+    u64 edge = keys[LARGEST - 1];
+    float most = value_of(keys[0]), factor = step->inverse_temperature, sum = 0;
+    __syncthreads();
+    keys[thread] = 0;
+    __syncthreads();
+    for (int i = thread; i < n; i += THREADS) {
+        if (factor != 0) sum += expf((x[i] - most) * factor);
+        u64 key = key_of(x[i], i);
+        if (key < edge) continue;
+        int at = add_together(&left, 1);
+        if (at < THREADS) keys[at] = key;
+    }
+    sum = warp_sum(sum);
+    if (lane_id() == 0) sums[warp_id()] = sum;
+    sort(keys);
+    if (thread < LARGEST) {
+        to[thread] = static_cast<int>(~static_cast<u32>(keys[thread]));
+        to[LARGEST + thread] = static_cast<int>(bits_of(value_of(keys[thread])));
+    }
+    if (thread) return;
+    for (int i = 1; i < THREADS / WARP; ++i) sum += sums[i];
+    to[2 * LARGEST] = left > THREADS ? 0 : left < LARGEST ? left : LARGEST;
+    to[2 * LARGEST + 1] = static_cast<int>(bits_of(sum));
+}
+EXPORT(largest)
+// resources largest: registers 48, spills 0, shared 8324

@@ -1,0 +1,30 @@
+"""A home of its own for every test, and a machine that has the GPU of these tests."""
+
+from __future__ import annotations
+
+import pytest
+from emulation import bench
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def machine_with_gpu(monkeypatch):
+    """`open_modules` finds the device of these tests, or raises what it is told to."""
+    found = {"error": None, "modules": None}
+
+    def open_modules(tell=None):
+        if found["error"]:
+            raise found["error"]
+        modules = found["modules"] or bench().modules
+        modules.tell = tell
+        return modules
+
+    monkeypatch.setattr("tinychat.backends.cuda_device.open_modules", open_modules)
+    monkeypatch.setattr("tinychat.model.has_gpu", lambda: True)
+    monkeypatch.setattr("tinychat.model.AUTO_GPU", True)
+    return found

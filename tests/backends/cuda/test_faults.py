@@ -1,0 +1,167 @@
+"""What goes wrong on a GPU: no memory, a device that fails in a chat."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+from backend_steps import BLOCKS, IDS, TABLE, cuda
+from emulation import controls, needs_emulation
+from tiny import TinyCheckpoint, tiny_model
+
+from tinychat.backends import Step
+from tinychat.errors import DeviceLostError, MemoryBudgetError, TinychatError
+from tinychat.keep import Keeper
+from tinychat.store import ChatStore
+
+pytestmark = needs_emulation
+
+
+def test_no_room_for_the_weights_or_the_cache_is_said_with_numbers():
+    controls().fake_fail(b"cuMemAlloc_v2", 2)
+    with pytest.raises(MemoryBudgetError, match=r"not enough memory: .* are free") as e:
+        cuda(TinyCheckpoint(0))
+    assert "--device cpu" in e.value.todo
+    b = cuda(TinyCheckpoint(0))
+    with pytest.raises(MemoryBudgetError, match="not enough memory"):
+        b.allocate_kv(1 << 22)
+    b.allocate_kv(BLOCKS)  # a smaller one works after all
+    assert b.step(Step(IDS[:3], 0, 0, TABLE, 2)).shape == (1, 258)
+
+
+@pytest.mark.parametrize(
+    "call", ["cuLaunchKernel", "cuGraphLaunch", "cuStreamSynchronize", "cuMemcpyHtoDAsync_v2"]
+)
+def test_a_gpu_that_fails_in_a_chat_is_said_and_the_conversation_is_kept(call):
+    with tiny_model(ctx=256, backend="cuda") as m:
+        m.tokenizer.eos_ids = frozenset()
+        s = m.session(temperature=0, max_tokens=12, draft="none")
+        list(s.send("hi"))
+        events = s.send("more")
+        text = "".join(next(events).text for _ in range(6))
+        controls().fake_fail(call.encode(), 719)
+        m.backend._program._graphs.pop(next(reversed(m.backend._program._graphs)))  # something is launched
+        if call == "cuGraphLaunch":
+            text += next(events).text
+        with pytest.raises(TinychatError, match="Emulated GPU failed") as e:
+            text += "".join(event.text for event in events)
+        assert "kept" in e.value.todo
+        assert text
+        assert [t["role"] for t in s.messages][-2:] == ["user", "assistant"]
+        assert s.messages[-1]["content"] == text
+
+
+@pytest.fixture
+def lose():
+    """`lose(code)`: from now on every call of the driver fails."""
+    yield controls().fake_lose
+    controls().fake_lose(0)
+
+
+@pytest.mark.parametrize("code", [719, 999])
+def test_a_lost_gpu_is_said_every_time_and_the_conversation_can_be_stored(lose, code, tmp_path):
+    with tiny_model(ctx=256, backend="cuda") as m:
+        m.tokenizer.eos_ids = frozenset()
+        s = m.session(temperature=0, max_tokens=12, draft="none")
+        keeper = Keeper(ChatStore(), s)
+        list(keeper.follow(s, s.send("hi" * 40)))
+        events = keeper.follow(s, s.send("more"))
+        text = "".join(next(events).text for _ in range(3))
+        lose(code)
+        with pytest.raises(DeviceLostError, match="Emulated GPU failed") as e:
+            text += "".join(event.text for event in events)
+        assert "What was said is kept" in e.value.todo
+        for attempt in (s.regenerate, lambda: s.send("again")):
+            with pytest.raises(TinychatError, match="Emulated GPU failed"):
+                list(attempt())
+        with pytest.raises(TinychatError, match="Emulated GPU failed"):
+            s.save_kv(tmp_path / "kv")
+        keeper.close()
+        said = [(t["role"], t["content"]) for t in s.messages]
+        assert said[-2:] == [("user", "more"), ("assistant", text)]
+        chat = ChatStore().chats()[0]
+        stored = [(t.role, t.content) for t in ChatStore().messages(chat.id)]
+        assert ("assistant", text) in stored
+    lose(0)
+    with tiny_model(ctx=256, backend="cuda") as m:  # the next start reads it again
+        m.tokenizer.eos_ids = frozenset()
+        again = m.session(temperature=0, max_tokens=5)
+        again.nodes, again.leaf = s.nodes, s.leaf
+        *_, done = again.send("and now")
+        assert done.stats.generated_tokens == 5
+
+
+def test_out_of_memory_on_a_lost_gpu_is_that_of_a_lost_gpu(lose):
+    b = cuda(TinyCheckpoint(0))
+    lose(2)
+    with pytest.raises(TinychatError, match=r"failed \(.*OUT_OF_MEMORY"):
+        b.step(Step(IDS[:3], 0, 0, TABLE, 2))
+
+
+def test_a_load_that_finds_no_room_leaves_none_taken():
+    gc.collect()
+    before = controls().fake_used()
+    controls().fake_device(12060, 1, 86, before + 100_000)  # another process takes nearly everything
+    try:
+        with pytest.raises(MemoryBudgetError, match=r"not enough memory: .* are free"):
+            cuda(TinyCheckpoint(0))
+        gc.collect()
+        assert controls().fake_used() == before
+    finally:
+        controls().fake_device(12060, 1, 86, 8 << 30)
+    assert cuda(TinyCheckpoint(0)).step(Step(IDS[:3], 0, 0, TABLE, 2)).shape == (1, 258)
+
+
+def told(m, *texts):
+    """A conversation that evicts; its answers' ids."""
+    s = m.session(temperature=0, max_tokens=40, kv_budget=112, draft="none")
+    return s, [list(s.send(text))[-1].completion.token_ids for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("work", "call"),
+    [("move_slots", "cuMemAlloc_v2"), ("move_slots", "cuStreamSynchronize"), ("turn_keys", "cuLaunchKernel")],
+)
+def test_an_eviction_that_fails_leaves_no_cache_that_is_half_moved(work, call, monkeypatch):
+    with tiny_model(ctx=256, backend="cuda") as m:
+        m.tokenizer.eos_ids = frozenset()
+        m.engine.trained_context = 130 if work == "turn_keys" else 10**9
+        s, _ = told(m, "x" * 60)
+        inner = getattr(m.backend, work)
+
+        def failing(*arguments):
+            controls().fake_fail(call.encode(), 2 if call == "cuMemAlloc_v2" else 719)
+            inner(*arguments)
+
+        monkeypatch.setattr(m.backend, work, failing)
+        kind = MemoryBudgetError if call == "cuMemAlloc_v2" else TinychatError
+        talk = (event for text in ("a", "b", "c") for event in s.send(text))
+        with pytest.raises(kind):
+            list(talk)
+        assert len(s._branch) == 0  # nothing of it is used again
+        monkeypatch.setattr(m.backend, work, inner)
+        nodes, leaf = list(s.nodes), s.leaf
+        *_, done = s.send("d")
+        with tiny_model(ctx=256, backend="cuda") as fresh:
+            fresh.tokenizer.eos_ids = frozenset()
+            fresh.engine.trained_context = m.engine.trained_context
+            other = fresh.session(temperature=0, max_tokens=40, kv_budget=112, draft="none")
+            other.nodes, other.leaf = nodes, leaf
+            *_, expected = other.send("d")
+        assert done.completion.token_ids == expected.completion.token_ids
+
+
+def test_no_room_for_scores_or_a_graph_in_a_chat_is_said_and_the_next_answer_is_right():
+    with tiny_model(ctx=256, backend="cuda") as m:
+        m.tokenizer.eos_ids = frozenset()
+        _, expected = told(m, "one", "two")
+    for call in ("cuMemAlloc_v2", "cuGraphInstantiateWithFlags"):
+        with tiny_model(ctx=256, backend="cuda") as m:
+            m.tokenizer.eos_ids = frozenset()
+            s = m.session(temperature=0, max_tokens=40, kv_budget=112, draft="none")
+            controls().fake_fail(call.encode(), 2)
+            with pytest.raises(MemoryBudgetError, match="not enough memory"):
+                list(s.send("one"))
+            answer = s.regenerate() if s.messages else s.send("one")
+            assert list(answer)[-1].completion.token_ids == expected[0]
+            assert list(s.send("two"))[-1].completion.token_ids == expected[1]

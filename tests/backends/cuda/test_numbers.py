@@ -1,0 +1,142 @@
+"""The CUDA backend's logits against the torch reference. Kernels, launches and graphs are the real ones; only
+the device is emulated (emulation.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from backend_steps import IDS, cuda, run, truth
+from emulation import needs_device, needs_emulation
+from families import CASES, FromTransformers, random_model, relative_error
+from programs import random_linear
+from tiny import TinyCheckpoint
+
+from tinychat.config import RopeConfig
+from tinychat.formats import open_checkpoint
+from tinychat.prepare import WeightPolicy
+from tinychat.weights import QuantizedLinear
+
+pytestmark = needs_device
+
+
+SHAPES = {
+    "tied": {},
+    "untied": dict(tie_embeddings=False),
+    "odd": dict(
+        hidden_size=96, n_heads=6, n_kv_heads=3, head_dim=24, rope=RopeConfig(dim=24), intermediate_size=160
+    ),
+    "dense widths": dict(hidden_size=40, n_heads=2, n_kv_heads=1, head_dim=20, rope=RopeConfig(dim=20)),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "quantize"),
+    [(s, q) for s in SHAPES for q in ("auto", "rtn", "none") if s == "odd" or q == "auto"],
+)
+def test_logits_are_the_references(shape, quantize):
+    checkpoint, policy = TinyCheckpoint(3, **SHAPES[shape]), WeightPolicy(quantize)
+    cuts = [40, 1, 1, 1, 5, 33]
+    expected = run(truth(checkpoint, policy), IDS, cuts)
+    got, spread = run(cuda(checkpoint, policy), IDS, cuts), expected.std()
+    # Halves as activations, keys, values and probabilities, against fp32 everywhere.
+    assert np.abs(got - expected).max() < 0.03 * spread
+    assert np.sqrt(np.mean((got - expected) ** 2)) < 0.003 * spread
+
+
+def test_an_8_bit_cache_is_the_references():
+    checkpoint, cuts = TinyCheckpoint(3), [40, 1, 1, 5, 33]
+    expected = run(truth(checkpoint, kv_bits=8), IDS, cuts)
+    got, spread = run(cuda(checkpoint, kv_bits=8), IDS, cuts), expected.std()
+    # A value at the border of two codes may fall to either side.
+    assert np.sqrt(np.mean((got - expected) ** 2)) < 0.01 * spread
+
+
+@pytest.mark.parametrize("kv_bits", [16, 8])
+def test_logits_have_the_same_bits_however_the_tokens_are_cut(kv_bits):
+    checkpoint, n = TinyCheckpoint(5, context_length=512), 140
+    whole = run(cuda(checkpoint, WeightPolicy("rtn"), kv_bits=kv_bits), IDS, [n])
+    for cuts in ([70, *[1] * 20, *[10] * 5], [17, 64, 59]):
+        b = cuda(checkpoint, WeightPolicy("rtn"), kv_bits=kv_bits)
+        np.testing.assert_array_equal(run(b, IDS, cuts), whole)
+
+
+# One of each family, with its oddities; the rest is slow.
+FAMILIES = (
+    "qwen2 window",
+    "qwen3",
+    "phi3 partial",
+    "smollm3 window",
+    "olmo2 mha",
+    "granite tied",
+    "gemma2 caps",
+    "gemma3",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in FAMILIES else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
+def test_every_family_is_the_references(case):
+    cls, changes = CASES[case]
+    checkpoint = FromTransformers(random_model(cls, **changes))
+    cuts = (60, 1, 7, 1, 20)
+    expected = run(truth(checkpoint), IDS, cuts)
+    assert relative_error(run(cuda(checkpoint), IDS, cuts), expected) < 5e-3
+
+
+class Reordered(TinyCheckpoint):
+    """4-bit weights whose inputs are permuted (GPTQ's desc_act), and some that are not."""
+
+    def linear(self, name):
+        w = super().linear(name)
+        n, k = w.shape
+        if "embed" in name or "q_proj" in name:
+            return w
+        rng = np.random.default_rng(len(name))
+        q = random_linear(rng, "zeros", n, k, 32)
+        perm = rng.permutation(k).astype(np.int32)
+        return QuantizedLinear(q.codes, q.scales, zeros=q.zeros, perm=perm)
+
+
+def test_permuted_inputs_are_put_in_order():
+    checkpoint, cuts = Reordered(2), [20, 1, 3]
+    expected = run(truth(checkpoint), IDS, cuts)
+    assert relative_error(run(cuda(checkpoint), IDS, cuts), expected) < 5e-3
+
+
+def test_biases_are_added_also_where_only_some_have_one():
+    class Some(TinyCheckpoint):
+        def linear(self, name):
+            w = super().linear(name)
+            bias = np.random.default_rng(len(name)).normal(size=w.shape[0]).astype(np.float32)
+            return w if "k_proj" in name or "embed" in name else type(w)(w.weight, bias)
+
+    checkpoint = Some(2)
+    expected = run(truth(checkpoint), IDS, [20, 1])
+    assert relative_error(run(cuda(checkpoint), IDS, [20, 1]), expected) < 5e-3
+
+
+@needs_emulation
+def test_a_whole_step_has_the_same_bits_with_warps_in_another_order(monkeypatch):
+    checkpoint, cuts = TinyCheckpoint(6), [40, 1, 5]
+    expected = run(cuda(checkpoint, kv_bits=8), IDS, cuts)
+    monkeypatch.setenv("TINYCHAT_HOST_ORDER", "reverse")
+    np.testing.assert_array_equal(run(cuda(checkpoint, kv_bits=8), IDS, cuts), expected)
+
+
+@pytest.mark.slow
+def test_the_demo_model_says_what_the_reference_says(demo_gguf):
+    """Teacher-forced on real text: prefill of 96 rows, then a token. Two minutes under emulation."""
+    checkpoint = open_checkpoint(demo_gguf)
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    ids = np.array(checkpoint.tokenizer().encode(text)[:97], np.int32)
+    expected = run(truth(checkpoint), ids, [96, 1])
+    got = run(cuda(checkpoint), ids, [96, 1])
+    different = got.argmax(axis=1) != expected.argmax(axis=1)
+    assert different.sum() <= 2
+    best = np.sort(expected[different], axis=1)[:, -2:]  # where they differ, two were nearly alike
+    assert (best[:, 1] - best[:, 0] < 0.02 * expected.std()).all()
+    assert relative_error(got, expected) < 5e-3
