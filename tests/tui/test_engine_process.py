@@ -105,6 +105,11 @@ async def test_a_refusal_says_what_to_do_and_the_next_question_is_answered(engin
     assert (await heard.wait(Finished)).content == "echo: hello"
 
 
+async def test_the_screen_goes_before_the_engine(engine):
+    client, _ = engine
+    assert psutil.Process(client.pid).nice() > min(psutil.Process().nice(), 18)
+
+
 async def test_tokens_are_counted_beside_a_running_answer(engine):
     client, heard = engine
     ask(client, "slow 10000")
