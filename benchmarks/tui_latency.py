@@ -161,35 +161,45 @@ def keys(model: str, home: str) -> dict:
 
 
 def speed(model: str, home: str) -> dict:
-    """The same answer in the screen and alone, in turn."""
+    """The same answer in the screen, alone, and alone with the eviction policy of a conversation, in turn.
+
+    One answer alone keeps no scores for an eviction to come; a conversation does, in the screen or not.
+    """
     from tinychat.store import ChatStore
 
     flags = ["--temp", "0", "--max-tokens", str(TOKENS), "--draft", "none"]
+
+    def one_shot(*more: str) -> float:
+        done = subprocess.run(
+            [*TINYCHAT, "run", model, PROMPT, "--json", *flags, *more], capture_output=True, text=True,
+            check=True, env={**os.environ, "TINYCHAT_HOME": home}, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return json.loads(done.stdout)["stats"]["decode_tps"]
+
     s = Screen("run", model, *flags, home=home)
-    alone, under = [], []
-    for turn in range(5):
+    alone, same, under = [], [], []
+    for turn in range(7):
         s.ask("\x12" if turn else PROMPT)
         s.wait("ready")
         s.drain(0.5)
         store = ChatStore(Path(home) / "chats.db")
         under.append(store.messages(store.latest().id)[-1].stats["decode_tps"])
         store.close()
-        done = subprocess.run(
-            [*TINYCHAT, "run", model, PROMPT, "--json", *flags], capture_output=True, text=True, check=True,
-            env={**os.environ, "TINYCHAT_HOME": home}, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        alone.append(json.loads(done.stdout)["stats"]["decode_tps"])
+        alone.append(one_shot())
+        same.append(one_shot("--kv-policy", "h2o"))
     s.close()
     return {
-        "alone_tok_s": statistics.median(alone),
         "under_screen_tok_s": statistics.median(under),
+        "alone_tok_s": statistics.median(alone),
         "share": statistics.median(u / a for u, a in zip(under, alone, strict=True)),
+        "alone_with_scores_tok_s": statistics.median(same),
+        "share_with_scores": statistics.median(u / a for u, a in zip(under, same, strict=True)),
     }
 
 
 def idle(model: str, home: str) -> dict:
     """After an answer, when nothing happens any more."""
-    s = Screen("run", model, "--max-tokens", "20", home=home)
+    s = Screen("run", model, "--max-tokens", str(TOKENS), home=home)
     s.ask(PROMPT)
     s.wait("ready")
     s.drain(20)  # the KV cache is kept after 15 s
