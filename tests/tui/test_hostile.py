@@ -72,7 +72,7 @@ async def test_links_are_shown_and_never_opened(store, monkeypatch):
             in screen_text(app)
         )
         for turn in app.chat.transcript.turns:
-            for x in range(0, 100, 3):
+            for x in range(0, 100, 8):
                 await pilot.click(turn, offset=(x, 0))
         strips = app.screen._compositor.render_strips()
         assert not any(s.style.link for strip in strips for s in strip if s.style)
