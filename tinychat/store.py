@@ -365,8 +365,8 @@ class ChatStore:
             found[row[0]] = ""
         if self.full_text:
             rows = self._read(
-                "SELECT max(words.rowid), messages.chat FROM words JOIN messages ON messages.id = words.rowid "
-                "WHERE words MATCH ? GROUP BY messages.chat ORDER BY 1 DESC LIMIT ?",
+                "SELECT max(id), chat FROM words JOIN messages ON id = words.rowid WHERE words MATCH ? "
+                "GROUP BY chat ORDER BY 1 DESC LIMIT ?",
                 " ".join(f'"{w}"' for w in words) + "*",
                 limit,
             )
