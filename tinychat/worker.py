@@ -29,7 +29,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, BinaryIO
 
-BATCH_SECONDS = 0.04
+BATCH_SECONDS = 0.05
 IDLE_SECONDS = 15.0  # after an answer, until the KV cache is saved
 LAST_SECONDS = 1.5  # that saving may take when the parent is gone
 KEPT_SESSIONS = 4
