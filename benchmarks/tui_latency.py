@@ -1,27 +1,29 @@
 """How smooth the chat screen is while the model decodes.
 
-    python benchmarks/tui_latency.py [MODEL]        (default: smollm2-135m; some minutes)
+    python benchmarks/tui_latency.py [MODEL] [--only PART]...     (default: smollm2-135m, everything; minutes)
 
-Measures, each with the bound that the screen is built to:
+Parts, each with the bound that the screen is built to:
 
-- first paint: from the command to the first picture (0.4 s) and to the finished screen
-- keypress to paint while an answer streams on all cores: p95 (50 ms), p99 (100 ms)
-- decode speed under the screen, as a share of a one-shot command's (0.93)
-- CPU of the idle screen and its engine (1 %)
-- the longest time that the event loop is blocked while a 20,000-token answer streams in: one code fence, one
-  list, one table, and prose (100 ms)
-- opening a chat of 500 messages (0.5 s)
+- start: from the command to the first picture (0.4 s) and to the finished screen
+- keys: keypress to paint while an answer streams on all cores: p95 (50 ms), p99 (100 ms)
+- speed: decode speed under the screen, as a share of a one-shot command's (0.93); both in turn, the median
+- idle: CPU of the idle screen and its engine (1 %)
+- stream: the longest time that the event loop is blocked while a 20,000-token answer streams in: one code
+  fence, one list, one table, and prose (100 ms)
+- stored: with 1,000 stored chats, opening one of 500 messages (0.5 s) and searching in all of them (0.1 s)
 
 Run it on an otherwise idle machine: another program's load shows in every figure.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import fcntl
 import json
 import os
 import pty
+import re
 import select
 import signal
 import statistics
@@ -38,37 +40,67 @@ import psutil
 
 PROMPT = "Write a long story about a fox, a river and a mill. Take your time and describe everything."
 TOKENS = 300
+KEYS = 200
 TINYCHAT = [sys.executable, "-m", "tinychat"]
 
 
+# The first word of the status line, alone in its style.
+_STATE = re.compile(rb"m(starting|ready|reading|answering|stopping)\x1b\[0m")
+
+
 class Screen:
-    """`tinychat run` in a pseudo-terminal."""
+    """`tinychat run` in a pseudo-terminal. `state`: what its status line says."""
 
     def __init__(self, *arguments: str, home: str):
         self.began = time.perf_counter()
+        self.state, self._tail = "", b""
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.update(TERM="xterm-256color", COLORTERM="truecolor", TINYCHAT_HOME=home)
             os.execv(TINYCHAT[0], [*TINYCHAT, *arguments])
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
 
-    def read(self, until: str, seconds: float = 300) -> float:
-        """Read what is painted until that text is among it; the time it took from now."""
-        began, seen = time.perf_counter(), b""
-        wanted = until.encode()
-        while time.perf_counter() - began < seconds:
-            if select.select([self.fd], [], [], 0.2)[0]:
-                seen = seen[-200:] + os.read(self.fd, 1 << 16)
-                if wanted in seen:
-                    return time.perf_counter() - began
-        raise SystemExit(f"{until!r} was never painted")
+    def _more(self, seconds: float) -> bytes:
+        """What is painted within that time, as soon as it is; and the end of what was painted before."""
+        if not select.select([self.fd], [], [], max(0.0, seconds))[0]:
+            return b""
+        seen = self._tail + os.read(self.fd, 1 << 16)
+        self._tail = seen[-200:]
+        if states := _STATE.findall(seen):
+            self.state = states[-1].decode()
+        return seen
+
+    def read(self, until: str, seconds: float = 60) -> float:
+        """Wait until that text is painted; the time it took from now."""
+        began, wanted = time.perf_counter(), until.encode()
+        self._tail = b""
+        while (left := began + seconds - time.perf_counter()) > 0:
+            if wanted in self._more(left):
+                return time.perf_counter() - began
+        raise SystemExit(f"{until!r} was never painted; the screen is {self.state}")
+
+    def wait(self, *states: str, seconds: float = 120) -> None:
+        """Until the status line says one of these."""
+        until = time.perf_counter() + seconds
+        while self.state not in states:
+            if (left := until - time.perf_counter()) <= 0:
+                raise SystemExit(f"never {' or '.join(states)}, but {self.state}")
+            self._more(left)
 
     def drain(self, seconds: float) -> None:
-        """Read and forget."""
+        """Let it paint for a while."""
         until = time.perf_counter() + seconds
         while (left := until - time.perf_counter()) > 0:
-            if select.select([self.fd], [], [], left)[0]:
-                os.read(self.fd, 1 << 16)
+            self._more(left)
+
+    def ask(self, text: str) -> None:
+        """Type and send a message, or press a key that has one answered; until the answer comes."""
+        self.wait("ready")
+        self.write(text)
+        if text.isprintable():
+            self.drain(0.5)
+            self.write("\r")
+        self.wait("answering")
 
     def write(self, text: str) -> None:
         os.write(self.fd, text.encode())
@@ -101,46 +133,22 @@ def first_paint(model: str, home: str) -> dict:
     return {"first_paint_s": statistics.median(frames), "screen_s": statistics.median(screens)}
 
 
-def typing(model: str, home: str) -> dict:
-    """Type letters that no answer has, while one streams; then the answer's speed, then silence."""
-    flags = ["--temp", "0", "--max-tokens", str(TOKENS), "--draft", "none"]
-    alone = []
-    for _ in range(3):
-        done = subprocess.run(
-            [*TINYCHAT, "run", model, PROMPT, "--json", *flags], capture_output=True, text=True, check=True,
-            env={**os.environ, "TINYCHAT_HOME": home}, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        alone.append(json.loads(done.stdout)["stats"]["decode_tps"])
-
-    from tinychat.store import ChatStore
-
-    s = Screen("run", model, *flags, home=home)
-    s.read("ready")
-    s.drain(2)
-    under, latencies, letter = [], [], 0x4E00
-    for turn in range(4):
-        s.write(PROMPT if not turn else "\x12")  # ctrl+r: the same again
-        if not turn:
-            s.drain(0.5)
-            s.write("\r")
-        s.read("●")
-        if turn == 3:  # the last answer is typed into, the others are not disturbed
-            until = time.perf_counter() + 4
-            while time.perf_counter() < until:
-                letter += 1
-                s.write(chr(letter))
-                latencies.append(s.read(chr(letter)))
-                s.drain(0.03 + 0.04 * ((letter * 7919) % 100) / 100)
-        s.read("ready")
-        if turn < 3:
-            store = ChatStore(Path(home) / "chats.db")
-            under.append(store.messages(store.latest().id)[-1].stats["decode_tps"])
-            store.close()
-        s.drain(1)
-    s.drain(3)
-    before = s.cpu()
-    s.drain(10)
-    idle = (s.cpu() - before) / 10
+def keys(model: str, home: str) -> dict:
+    """Type letters that no answer has, while one streams."""
+    s = Screen("run", model, "--temp", "0", "--draft", "none", "--max-tokens", "2000", home=home)
+    s.ask(PROMPT)
+    latencies: list[float] = []
+    for i in range(10 * KEYS):
+        letter = chr(0x4E00 + i)
+        if s.state != "answering":
+            s.ask("\x12")  # ctrl+r: the same again
+        s.write(letter)
+        took = s.read(letter)
+        if s.state == "answering":  # then it was all the while
+            latencies.append(took)
+        if len(latencies) == KEYS:
+            break
+        s.drain(0.03 + 0.04 * ((i * 7919) % 100) / 100)
     s.close()
     latencies.sort()
     return {
@@ -148,11 +156,58 @@ def typing(model: str, home: str) -> dict:
         "key_p50_ms": 1000 * latencies[len(latencies) // 2],
         "key_p95_ms": 1000 * latencies[int(len(latencies) * 0.95)],
         "key_p99_ms": 1000 * latencies[int(len(latencies) * 0.99)],
-        "alone_tok_s": max(alone),
-        "under_screen_tok_s": max(under),
-        "share": max(under) / max(alone),
-        "idle_cpu": idle,
+        "key_worst_ms": 1000 * latencies[-1],
     }
+
+
+def speed(model: str, home: str) -> dict:
+    """The same answer in the screen, alone, and alone with the eviction policy of a conversation, in turn.
+
+    One answer alone keeps no scores for an eviction to come; a conversation does, in the screen or not.
+    """
+    from tinychat.store import ChatStore
+
+    flags = ["--temp", "0", "--max-tokens", str(TOKENS), "--draft", "none"]
+
+    def one_shot(*more: str) -> float:
+        done = subprocess.run(
+            [*TINYCHAT, "run", model, PROMPT, "--json", *flags, *more], capture_output=True, text=True,
+            check=True, env={**os.environ, "TINYCHAT_HOME": home}, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return json.loads(done.stdout)["stats"]["decode_tps"]
+
+    s = Screen("run", model, *flags, home=home)
+    alone, same, under = [], [], []
+    for turn in range(7):
+        s.ask("\x12" if turn else PROMPT)
+        s.wait("ready")
+        s.drain(0.5)
+        store = ChatStore(Path(home) / "chats.db")
+        under.append(store.messages(store.latest().id)[-1].stats["decode_tps"])
+        store.close()
+        alone.append(one_shot())
+        same.append(one_shot("--kv-policy", "h2o"))
+    s.close()
+    return {
+        "under_screen_tok_s": statistics.median(under),
+        "alone_tok_s": statistics.median(alone),
+        "share": statistics.median(u / a for u, a in zip(under, alone, strict=True)),
+        "alone_with_scores_tok_s": statistics.median(same),
+        "share_with_scores": statistics.median(u / a for u, a in zip(under, same, strict=True)),
+    }
+
+
+def idle(model: str, home: str) -> dict:
+    """After an answer, when nothing happens any more."""
+    s = Screen("run", model, "--max-tokens", str(TOKENS), home=home)
+    s.ask(PROMPT)
+    s.wait("ready")
+    s.drain(20)  # the KV cache is kept after 15 s
+    before = s.cpu()
+    s.drain(15)
+    share = (s.cpu() - before) / 15
+    s.close()
+    return {"idle_cpu": share}
 
 
 LONG = {
@@ -221,51 +276,107 @@ async def blocked(text: str) -> tuple[float, float]:
     return worst, took
 
 
-def long_chat(home: str) -> float:
-    """Seconds from asking for a chat of 500 messages to seeing its end, in a running screen."""
+def fill_store(home: str) -> None:
+    """1,000 chats of 20 messages; the newest one has 500."""
     from tinychat.store import ChatStore
-    from tinychat.tui.app import make_app
 
-    store = ChatStore(Path(home) / "long.db")
-    chat = store.create("demo")
-    parent = None
-    for i in range(500):
-        text = f"message {i}\n\n" + "Some *words* with `code` in them. " * 12
-        if i % 4 == 1:
-            text += "\n\n```python\nfor i in range(10):\n    print(i)\n```\n\n- one\n- two\n"
-        role = "assistant" if i % 2 else "user"
-        m = store.add(chat.id, role, text, parent, "demo", finish_reason="stop" if i % 2 else None)
-        parent = m.id
+    store = ChatStore(Path(home) / "chats.db")
+    now = time.time()
+    chats, messages = [], []
+    for c in range(1000):
+        for i in range(500 if c == 999 else 20):
+            text = (
+                f"message {i} of {c} about a {'quagga' if c == 42 else 'river'}. "
+                + "Some *words* on it. " * 12
+            )
+            if i % 4 == 1:
+                text += "\n\n```python\nfor i in range(10):\n    print(i)\n```\n\n- one\n- two\n"
+            role, end = ("assistant", "stop") if i % 2 else ("user", None)
+            parent = len(messages) if i else None
+            messages.append((len(messages) + 1, c + 1, parent, role, text, end, now))
+        chats.append((c + 1, f"title {c:04}", "demo", "{}", len(messages), now, now - 1000 + c))
+    with store._write() as db:
+        db.executemany(
+            "INSERT INTO chats (id, title, model, params, leaf, created, updated)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            chats,
+        )
+        db.executemany(
+            "INSERT INTO messages (id, chat, parent, role, content, finish_reason, created)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            messages,
+        )
+        db.execute("INSERT INTO words (rowid, content) SELECT id, content FROM messages")
+    store.close()
 
-    async def measure() -> float:
-        from tinychat.tui.messages import OpenChat
 
-        app = make_app("demo", store, command=["sleep", "100"])
-        async with app.run_test(size=(120, 40)) as pilot:
-            await asyncio.sleep(1)
-            began = time.perf_counter()
-            app.chat.post_message(OpenChat(chat.id))
-            while not any(t.message.id == parent for t in app.chat.transcript.turns):
-                await asyncio.sleep(0.002)
-            await pilot.pause()
-            return time.perf_counter() - began
+def stored(model: str) -> dict:
+    """Lists, searches and opens in a screen with many chats; each the slowest of five times."""
+    from tinychat import locations
 
-    return asyncio.run(measure())
+    lists, rare, common, opened = [], [], [], []
+    with tempfile.TemporaryDirectory() as home:
+        for entry in locations.home().iterdir() if not Path(model).exists() else ():
+            if entry.is_dir() and entry.name != "locks":
+                (Path(home) / entry.name).symlink_to(entry)  # the model, not the chats
+        fill_store(home)
+        for _ in range(5):
+            s = Screen("run", model, home=home)
+            s.wait("ready")
+            s.drain(1)
+            s.write("\x02")  # ctrl+b
+            lists.append(s.read("title 0999"))
+            s.drain(0.5)
+            s.write("q")
+            rare.append(s.read("title 0042"))
+            s.drain(0.5)
+            s.write("\x7f")
+            s.read("title 0999")
+            s.drain(0.5)
+            s.write("a")
+            common.append(s.read("of 999"))
+            s.drain(0.5)
+            s.write("\x7f")
+            s.read("title 0999")
+            s.drain(0.5)
+            s.write("\r")
+            opened.append(s.read("message 498 of 999"))
+            s.close()
+    return {
+        "list_1000_chats_s": max(lists),
+        "search_rare_s": max(rare),
+        "search_common_s": max(common),
+        "open_500_messages_s": max(opened),
+    }
+
+
+def stream() -> dict:
+    """See `blocked`."""
+    results = {}
+    for kind, text in LONG.items():
+        worst, took = asyncio.run(blocked(text))
+        results |= {f"blocked_{kind}_ms": 1000 * worst, f"{kind}_s": took}
+    return results
 
 
 def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
+    parts = ("start", "keys", "speed", "idle", "stream", "stored")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--only", action="append", choices=parts, help="this part; may be repeated")
+    arguments = parser.parse_args()
+    model, wanted = arguments.model, arguments.only or parts
     results: dict = {"model": model}
     with tempfile.TemporaryDirectory() as home:
         if not Path(model).exists():
             home = os.environ.get("TINYCHAT_HOME", home)
-        results |= first_paint(model, home)
-        results |= typing(model, home)
-        results["open_500_messages_s"] = long_chat(home)
-    for kind, text in LONG.items():
-        worst, took = asyncio.run(blocked(text))
-        results[f"blocked_{kind}_ms"] = 1000 * worst
-        results[f"{kind}_s"] = took
+        for part, measure in {"start": first_paint, "keys": keys, "speed": speed, "idle": idle}.items():
+            if part in wanted:
+                results |= measure(model, home)
+    if "stream" in wanted:
+        results |= stream()
+    if "stored" in wanted:
+        results |= stored(model)
     results["load_average"] = os.getloadavg()[0]
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in results.items()}, indent=1))
 

@@ -1,7 +1,8 @@
 """`tinychat.worker` with a model that only plays one: run it as the engine's process.
 
 It answers "slow N" with N words, 20 ms each; "die" by killing itself after three words; "lose" by losing its
-device there; "think" with a reasoning; everything else with "echo: …".
+device there; "think" with a reasoning; "hostile" with everything that a terminal could obey; everything else
+with "echo: …".
 """
 
 from __future__ import annotations
@@ -16,6 +17,18 @@ from tinychat.events import Completion, Done, Notice, Stats, TextDelta
 from tinychat.sampling import SamplingParams
 from tinychat.session import Message
 from tinychat.worker import serve
+
+# Colours, a title, the clipboard, a link, another screen, the cursor elsewhere, mouse reports, questions that
+# a terminal answers as if typed, C1 controls, directions, joined emoji, deep nesting, a megabyte in one line.
+HOSTILE = (
+    "\x1b[31;5mred\x1b[0m \x1b]0;stolen title\x07 \x1b]52;c;c3RvbGVu\x07 "
+    "\x1b]8;;https://evil.example\x1b\\link\x1b]8;;\x1b\\ "
+    "\x1b[?1049l\x1b[2J\x1b[H \x1b[?1003h\x1b[6n\x1b[c \x07\x9b31m\x90q\n\n"
+    "[@click=app.quit]quit[/] [click](javascript:alert) ![image](file:///etc/passwd) <script>\n\n"
+    "\u202eשלום \u2066עולם\u2069 مرحبا 👨‍👩‍👧‍👦👩🏽‍🚀🇩🇪 e\u0301\u0301\u0301 \u200b\u2028\ufeff\U000e0041\n\n"
+    + "> " * 300 + "deep\n\n" + "- " * 300 + "deep\n\n" + "x" * 1_000_000 + "\n\n"
+    "```sh\nrm \x1b[1m-rf /tmp/nothing\n```\n\nthe end"
+)  # fmt: skip
 
 
 class FakeTokenizer:
@@ -51,6 +64,8 @@ class FakeSession:
             words, delay = [f"word{i} " for i in range(int(question.split()[1]))], 0.02
         if question in ("die", "lose"):
             words = ["one ", "two ", "three ", None]
+        if question == "hostile":
+            words = [HOSTILE[i : i + 5000] for i in range(0, len(HOSTILE), 5000)]
         if question == "think":
             words = ["<think>", "hidden ", "thought", "</think>", "\n\n", "shown"]
         said, reason = [], "stop"

@@ -67,6 +67,20 @@ class Terminal:
         """The shell's process; the command is its child."""
         return int(self._tmux("display-message", "-p", "#{pane_pid}"))
 
+    def accept_clipboard(self) -> None:
+        """Do what programs say with OSC 52, as many terminals do."""
+        self._tmux("set", "-s", "set-clipboard", "on")
+
+    @property
+    def clipboard(self) -> str:
+        """What was copied last."""
+        return self._tmux("show-buffer", check=False)
+
+    @property
+    def title(self) -> str:
+        """What a program has called the terminal."""
+        return self._tmux("display-message", "-p", "#{pane_title}").strip()
+
     @property
     def modes(self) -> str:
         """What a program may have left switched on: alternate screen, mouse, cursor."""

@@ -365,21 +365,19 @@ class ChatStore:
             found[row[0]] = ""
         if self.full_text:
             rows = self._read(
-                "SELECT words.rowid, messages.chat FROM words JOIN messages ON messages.id = words.rowid "
-                "WHERE words MATCH ? ORDER BY words.rowid DESC LIMIT ?",
+                "SELECT max(id), chat FROM words JOIN messages ON id = words.rowid WHERE words MATCH ? "
+                "GROUP BY chat ORDER BY 1 DESC LIMIT ?",
                 " ".join(f'"{w}"' for w in words) + "*",
-                limit * 8,
+                limit,
             )
         else:
             rows = self._read(
-                "SELECT id, chat FROM messages WHERE content LIKE ? ESCAPE '\\' ORDER BY id DESC LIMIT ?",
+                "SELECT max(id), chat FROM messages WHERE content LIKE ? ESCAPE '\\' "
+                "GROUP BY chat ORDER BY 1 DESC LIMIT ?",
                 likeness,
-                limit * 8,
+                limit,
             )
-        newest: dict[int, int] = {}
         for message, chat_id in rows:
-            newest.setdefault(chat_id, message)
-        for chat_id, message in list(newest.items())[:limit]:
             ((content,),) = self._read("SELECT content FROM messages WHERE id = ?", message)
             found[chat_id] = _excerpt(content, words)
         if not found:

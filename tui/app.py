@@ -60,6 +60,7 @@ class ChatApp(App[None]):
         self._settings = _read_settings(self.settings_path)
         self._pace: list[tuple[float, int]] = []
         self._interrupted = 0.0
+        self._was_busy = True  # when the machine was looked at last
         self._early: list[events.Event] | None = []  # keys from before there was a place for them
         for theme in THEMES:
             self.register_theme(theme)
@@ -166,15 +167,16 @@ class ChatApp(App[None]):
     def _look_at_machine(self) -> None:
         """Memory of the engine, and how busy the cores are; nothing while nothing happens."""
         chat = self.chat
-        if self.engine.pid is None or not (chat.answering or not chat.ready):
-            if "cpu" in chat.status.facts and chat.status.facts["cpu"] is not None:
-                chat.status.tell(cpu=None)
+        busy, was_busy = chat.answering or not chat.ready, self._was_busy
+        self._was_busy = busy
+        if self.engine.pid is None or not (busy or was_busy):
+            chat.status.tell(cpu=None)
             return
         import psutil
 
         with suppress(psutil.Error):
             chat.status.tell(memory=psutil.Process(self.engine.pid).memory_info().rss)
-        chat.status.tell(cpu=psutil.cpu_percent())
+        chat.status.tell(cpu=psutil.cpu_percent() if busy else None)
 
     # Settings
 

@@ -175,6 +175,31 @@ def test_any_markdown_streams_without_an_error(source, piece):
     text_of(document(source, piece), 30)
 
 
+PIECES = [
+    "a", "b ", "*", "`", "```", "~~~", "~~~ `x\n", "\n```\n", "\t~~~ y\n", "# ", "- ", "  - ", "1. ", "> ",
+    "| a | b |\n", "|-|-|\n", "\n", "\n\n", "    ", "[x](y)", "\\", "\t",
+    "word " * 40, "x\n" * 20, "- item\n" * 20, "| a | b |\n" * 25, "> quote\n" * 20,
+]  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(PIECES),
+        max_size=60,
+    ),
+    st.sampled_from([7, 100, 10**9]),
+)
+def test_long_markdown_of_any_kind_streams_without_an_error(parts, piece):
+    text_of(document("".join(parts), piece), 30)
+
+
+@pytest.mark.parametrize("opening", ["~~~ `x`", "\t~~~~", "  ```python"])
+def test_a_long_fence_may_open_in_any_way(opening):
+    d = document(f"{opening}\n" + "x = 1\n" * 40, 23)
+    assert [code.split() for code in d.codes] == [["x", "=", "1"] * 40]
+
+
 def test_code_is_highlighted_and_an_unknown_language_is_plain():
     styles = {style for line in highlight("def f():\n    return 'x'", "python") for _, style in line}
     assert "codeblock tok-keyword" in styles

@@ -108,6 +108,14 @@ def test_search_finds_words_in_titles_and_messages(tmp_path, full_text):
         store.search(odd)
 
 
+@pytest.mark.parametrize("full_text", [True, False])
+def test_a_chat_full_of_a_word_does_not_hide_the_others(tmp_path, full_text):
+    store = ChatStore(tmp_path / "x.db", full_text=full_text)
+    first = talk(store, "a river")
+    talk(store, *["river"] * 50)
+    assert [h.chat.id for h in store.search("river", 5)] == [2, first.id]
+
+
 def test_a_deleted_chat_is_out_of_every_list_until_undone_and_purged_later(store):
     a, b = talk(store, "first one"), talk(store, "second one")
     store.delete(b.id)

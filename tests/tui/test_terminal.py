@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,50 @@ def test_to_the_shell_and_back_in_mid_answer(tmp_path):
         screen.send_signal(signal.SIGCONT)
         t.wait("word199")
         t.wait(ready)
+
+
+def test_ctrl_z_and_fg_in_a_shell(tmp_path):
+    shell = ["bash", "--norc", "--noprofile", "-i"]
+    with Terminal(shell, TINYCHAT_HOME=str(tmp_path), PS1="shell> ") as t:
+        t.wait("shell>")
+        t.type(shlex.join(SCREEN))
+        t.press("Enter")
+        t.wait(ready)
+        t.type("slow 200")
+        t.press("Enter")
+        t.wait("word10 ")
+        t.press("C-z")
+        t.wait("Stopped")
+        t.type("echo between")
+        t.press("Enter")
+        assert t.modes == "0 0 1"
+        t.type("fg")
+        t.press("Enter")
+        t.wait("word199")  # what was said meanwhile is there
+        t.wait(ready)
+        t.type("hello")
+        t.press("Enter")
+        t.wait("echo: hello")
+        t.press("C-q")
+        t.wait(lambda s: s.rstrip().endswith("shell>"))
+        assert t.modes == "0 0 1"
+    said = ChatStore(tmp_path / "chats.db").messages(1)[1].content
+    assert said == "".join(f"word{i} " for i in range(200))
+
+
+def test_the_editor_writes_the_message(tmp_path):
+    editor = tmp_path / "an editor"
+    editor.write_text('#!/bin/sh\n[ "$1" = --wait ] && grep -q begun "$2" && echo "and ended" >> "$2"\n')
+    editor.chmod(0o755)
+    with opened(tmp_path, EDITOR=f"{shlex.quote(str(editor))} --wait", VISUAL="") as t:
+        t.wait(ready)
+        t.type("begun ")
+        t.press("C-g")
+        t.wait(lambda s: "│ begun" in s and "and ended" in s)
+        t.press("Enter")
+        t.wait("echo: begun")
+        t.press("C-q")
+        t.wait("ended with 0")
 
 
 def test_told_to_end_it_stores_and_restores_the_terminal(tmp_path):

@@ -382,6 +382,19 @@ async def test_the_palette_runs_commands(store):
         await wait_until(pilot, lambda: "Speed of this chat" in screen_text(app))
 
 
+@pytest.mark.parametrize("theme", THEMES, ids=lambda t: t.name)
+async def test_the_composers_frame_is_seen_in_every_theme(store, theme):
+    app = make_app(store)
+    app.theme = theme.name
+    async with app.run_test(size=(80, 24)) as pilot:
+        await say(pilot, "question")
+        await answered(pilot)
+        for keys in ((), ("ctrl+up",)):  # with the focus, and without
+            await pilot.press(*keys)
+            frame, ground = app.chat.composer.input.styles.border_top[1], app.screen.styles.background
+            assert abs((ground + frame).brightness - ground.brightness) > 0.15
+
+
 async def test_a_theme_is_kept_for_the_next_time(store):
     app = make_app(store)
     async with app.run_test() as pilot:

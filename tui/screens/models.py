@@ -48,19 +48,25 @@ class ModelScreen(PanelScreen[str]):
             self.query_one(Input).focus()
             return
         options = []
+        name_width = max(16, min(34, self.app.size.width - 46))  # what a narrow panel leaves for it
         for m in found["installed"]:
             # Weights, and some room for the cache and everything else.
             fits = m["size"] * 1.2 + 3e8 < found["memory"] or m["name"] == self.current
             mark = "●" if m["name"] == self.current else " "
             line = [
-                f"{mark} {shorten(clean(m['name']), 34):<34} {human_size(m['size']):>8}  ",
+                f"{mark} {shorten(clean(m['name']), name_width):<{name_width}} {human_size(m['size']):>8}  ",
                 f"{clean(m['quantization']):<10}",
                 ("" if fits else " does not fit", "$error"),
             ]
             options.append(Option(Content.assemble(*line), m["name"]))
         for name in found["available"]:
             options.append(
-                Option(Content.assemble((f"  {shorten(clean(name), 34):<34} download", "$text-muted")), name)
+                Option(
+                    Content.assemble(
+                        (f"  {shorten(clean(name), name_width):<{name_width}} download", "$text-muted")
+                    ),
+                    name,
+                )
             )
         chooser = self.query_one(OptionList)
         chooser.add_options(options)

@@ -7,6 +7,7 @@ from textual.containers import Vertical
 from textual.widgets import Input, Label
 
 from tinychat.tui.screens.panel import PanelScreen
+from tinychat.tui.text import clean
 
 
 class PromptScreen(PanelScreen[str]):
@@ -14,7 +15,7 @@ class PromptScreen(PanelScreen[str]):
 
     def __init__(self, question: str, value: str = ""):
         super().__init__()
-        self.question, self.value = question, value
+        self.question, self.value = question, clean(value)
 
     def compose(self) -> ComposeResult:
         with Vertical(id="panel"):

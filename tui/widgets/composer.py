@@ -166,7 +166,7 @@ class Composer(Vertical):
 
     @text.setter
     def text(self, value: str) -> None:
-        self.input.text = value
+        self.input.text = clean(value)  # a text area writes what it has to the terminal as it is
         self.input.move_cursor(self.input.document.end)
 
     @property

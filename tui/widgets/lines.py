@@ -9,14 +9,15 @@ from textual.selection import Selection
 from textual.strip import Strip
 from textual.widget import Widget
 
-from tinychat.tui.text import Line, plain, width_of
+from tinychat.tui.text import Line, clean, plain, width_of
 from tinychat.tui.theme import palette_of, resolve
 
 
 def to_strip(line: Line, base: Style, palette: str, width: int) -> Strip:
-    """A line as Textual paints it, cut and filled to `width`."""
+    """A line as Textual paints it, cut and filled to `width`; harmless, whatever is in it."""
     segments, cells = [], 0
     for text, atoms in line:
+        text = clean(text)
         segments.append(Segment(text, base + resolve(atoms, palette) if atoms else base))
         cells += width_of(text)
     return Strip(segments, cells).adjust_cell_length(width, base)

@@ -263,9 +263,7 @@ def describe(stats: dict[str, Any]) -> str:
         parts.append(f"first token {seconds(stats['ttft_s'])}")
     parts.append(f"{n} token{'s' * (n != 1)}")
     if stats.get("drafted_tokens"):
-        parts.append(
-            f"{100 * stats.get('accepted_tokens', 0) / stats['drafted_tokens']:.0f} % of drafts accepted"
-        )
+        parts.append(f"drafts {stats.get('accepted_tokens', 0) / stats['drafted_tokens']:.0%}")
     return " · ".join(parts)
 
 

@@ -1,0 +1,83 @@
+"""Random walks over the tree of a conversation."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from session_helpers import conversation_ids, opening, turn
+from tiny import tiny_model
+
+from tinychat.errors import UsageError
+
+
+class SessionMachine(RuleBasedStateMachine):
+    """Random walks over the tree of a conversation; the last answer is always what its exact ids lead to."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_model(ctx=256)
+        self.session = self.model.session(kv_policy="none", temperature=0, max_tokens=5)
+        self.finished = []
+
+    def check(self, stream, cut=None):
+        s = self.session
+        before = s.leaf, len(s.nodes)
+        try:
+            for n, _ in enumerate(stream):
+                if n == cut:
+                    break
+        except UsageError:  # longer than the context
+            assert (s.leaf, len(s.nodes)) == before
+            assert s.count_tokens() > 150
+            return
+        finally:
+            stream.close()
+        node = s.nodes[s.leaf]
+        ids = conversation_ids(s)
+        prompt = ids[: len(ids) - len(turn("assistant", node.ids))] + opening()
+        *_, done = self.model.generate(prompt, temperature=0, max_tokens=5)
+        assert done.completion.token_ids[: len(node.ids)] == node.ids
+        if cut is None:
+            assert len(done.completion.token_ids) == len(node.ids)
+        self.finished.append((s.leaf, node.content, list(node.ids)))
+
+    @rule(text=st.sampled_from(["a", "hello there", "x" * 40]), cut=st.sampled_from([None, None, 0, 2]))
+    def send(self, text, cut):
+        self.check(self.session.send(text), cut)
+
+    @precondition(lambda self: self.session.nodes)
+    @rule()
+    def regenerate(self):
+        self.check(self.session.regenerate())
+
+    @precondition(lambda self: self.session.nodes)
+    @rule(data=st.data())
+    def edit(self, data):
+        users = [i for i, n in enumerate(self.session.nodes) if n.role == "user"]
+        self.check(self.session.edit(data.draw(st.sampled_from(users)), "edited"))
+
+    @precondition(lambda self: self.session.nodes)
+    @rule(data=st.data())
+    def switch(self, data):
+        self.session.switch(data.draw(st.sampled_from(range(len(self.session.nodes)))))
+
+    @rule()
+    def somebody_else_wants_the_pool(self):
+        list(self.model.generate([7] * 240, temperature=0, max_tokens=1))
+
+    @invariant()
+    def what_was_said_stays(self):
+        for i, content, ids in self.finished:
+            assert (self.session.nodes[i].content, self.session.nodes[i].ids) == (content, ids)
+        roles = [m["role"] for m in self.session.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+
+    def teardown(self):
+        self.model.close()
+
+
+SessionMachine.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestSession = SessionMachine.TestCase

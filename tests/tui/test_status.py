@@ -1,0 +1,93 @@
+"""The status line: what it says, and what it leaves out first when room is short."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from scripted import Script, screen_text, wait_until
+from tui_helpers import answered, make_app, say
+
+from tinychat.client import Loaded, Loading
+from tinychat.tui.text import plain
+from tinychat.tui.widgets.status import StatusLine
+
+EVERYTHING = dict(
+    state="ready", model="/models/a-model.gguf", backend="cpu", isa="avx2", rate=12.34, ttft=0.25, used=900,
+    ctx=1000, kv_bytes=6_300_000, evicted=64, accepted=0.5, memory=190_000_000, cpu=97.0,
+)  # fmt: skip
+
+
+def shown(width, **facts):
+    line = StatusLine()
+    line.facts = facts
+    return plain(line.layout_lines(width)[0])
+
+
+def test_everything_is_said_where_there_is_room():
+    assert shown(200, **EVERYTHING) == (
+        "ready · a-model · cpu avx2 · 12.3 tok/s · first token 250 ms · context 900/1000 · KV 6.3 MB"
+        " · 64 evicted · drafts 50% · memory 190 MB · CPU 97 %"
+    )
+
+
+@pytest.mark.parametrize("width", [1, 5, 20, 40, 60, 80, 100, 140])
+def test_it_fits_and_speed_and_context_stay_longest(width):
+    text = shown(width, **EVERYTHING)
+    assert len(text) <= width
+    assert text.startswith("ready"[: width - 1])
+    if width >= 40:
+        assert "12.3 tok/s" in text
+        assert "context 900/1000" in text
+
+
+@pytest.mark.asyncio
+async def test_a_download_tells_size_speed_and_what_is_left(store, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("tinychat.tui.app.time", SimpleNamespace(monotonic=lambda: now[0]))
+    app = make_app(store, loads=False)
+    async with app.run_test(size=(120, 30)) as pilot:
+        for done in (10_000_000, 20_000_000, 30_000_000):
+            app.engine.on_event(Loading("Downloading smol", done, 94_000_000))
+            await pilot.pause()
+            now[0] += 1.0
+        await wait_until(pilot, lambda: "Downloading smol 30.0 MB of 94.0 MB" in screen_text(app))
+        assert "10.0 MB/s, 6.4 s left" in screen_text(app)
+
+
+@pytest.mark.asyncio
+async def test_memory_is_that_of_the_loaded_model(store):
+    app = make_app(store, loads=False)
+    async with app.run_test(size=(120, 30)) as pilot:
+        await wait_until(pilot, lambda: app.engine.starts == 1)
+        app.engine.pid = os.getpid()
+        app._look_at_machine()
+        app.chat.status.facts["memory"] = 1  # as it was before the weights were there
+        app.engine.on_event(Loaded({"ctx": 4096}))
+        await wait_until(pilot, lambda: app.chat.ready)
+        app._look_at_machine()
+        assert app.chat.status.facts["memory"] > 10_000_000
+        assert app.chat.status.facts["cpu"] is None  # nothing runs
+        app.chat.status.facts["memory"] = 1
+        app._look_at_machine()
+        assert app.chat.status.facts["memory"] == 1  # and nothing is looked at for ever
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [("length", "cut: length limit"), ("context_full", "cut: context full"), ("stop", "2 tokens")],
+)
+async def test_an_answer_says_how_it_ended(store, reason, expected):
+    stats = {"evicted_tokens": 12, "drafted_tokens": 8, "accepted_tokens": 6, "kv_bytes": 5_000_000}
+    app = make_app(store, Script("some words", reason=reason, stats=stats))
+    async with app.run_test(size=(140, 30)) as pilot:
+        await say(pilot, "question")
+        await answered(pilot)
+        await wait_until(pilot, lambda: expected in screen_text(app))
+        assert screen_text(app).count("drafts 75%") == 2  # under the answer, and at the bottom
+        assert ("is full: /new starts over" in screen_text(app)) == (reason == "context_full")
+        last = screen_text(app).splitlines()[-1]
+        for part in ("KV 5.0 MB", "12 evicted", "drafts 75%", "context 12/4096"):
+            assert part in last
