@@ -118,7 +118,7 @@ void Program::attention(const float* qkv, int n_heads, int n_kv, int head_dim, i
         std::make_unique<AttentionOp>(k_, &scratch_, &scores_, qkv, n_heads, n_kv, head_dim, layer, out, window, cap);
     AttentionOp* attention = op.get();
     add(std::move(op));
-    add(std::make_unique<AttentionMergeOp>(k_, attention, &scores_, n_heads, layer));
+    add(std::make_unique<AttentionMergeOp>(k_, attention));
 }
 
 void Program::gate_mul(const float* x, Activations* out, bool gelu, const Routing* routing) {

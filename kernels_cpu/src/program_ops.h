@@ -330,8 +330,23 @@ class AttentionOp : public Op {
             a.p0 = window_ && !s.scored_rows ? std::max(0, s.length + a.r0 + 1 - window_) / kPartSlots : 0;
         }
         k_.attention(a);
+        if (whole_heads(s)) score(s, c);
     }
     bool split(const StepState& s) const { return s.rows <= 2 * kAttentionRows && parts(s) > 1; }
+    // Whether a piece is one KV head, every row and the whole context.
+    bool whole_heads(const StepState& s) const { return s.rows <= kAttentionRows && !split(s); }
+    // What the scored rows attended to, once all of their parts are merged.
+    void score(const StepState& s, int kv_head) const {
+        if (!s.scored_rows) return;
+        const KvPool& kv = *s.kv;
+        ScoreArgs a{};
+        a.score = &scores_->view;
+        a.n_heads = n_heads_, a.per_kv = n_heads_ / kv.n_kv, a.kv_head = kv_head, a.n_parts = parts(s);
+        a.rows = s.scored_rows, a.length = s.length + s.rows - s.scored_rows;
+        a.row_stride = s.sum_scores ? 0 : static_cast<size_t>(kv.n_layers) * kv.n_kv * s.score_slots;
+        a.out = s.scores + (static_cast<size_t>(layer_) * kv.n_kv + kv_head) * s.score_slots;
+        k_.attention_score(a);
+    }
     static int parts(const StepState& s) { return (s.length + s.rows + kPartSlots - 1) / kPartSlots; }
     AttentionArgs args(const StepState& s) {
         const size_t ld = static_cast<size_t>(n_heads_ + 2 * n_kv_) * head_dim_;
@@ -373,44 +388,41 @@ class AttentionOp : public Op {
 // One piece is one KV head, or all of them where there is little to do.
 class AttentionMergeOp : public Op {
   public:
-    AttentionMergeOp(const KernelTable& k, AttentionOp* attention, const ScoreBuffers* scores, int n_heads, int layer)
-        : k_(k), attention_(attention), scores_(scores), n_heads_(n_heads), layer_(layer) {}
+    AttentionMergeOp(const KernelTable& k, AttentionOp* attention) : k_(k), attention_(attention) {}
     const char* name() const override { return "attention_merge"; }
     int chunks(const StepState& s, int) override {
-        if (!attention_->split(s) && !s.scored_rows) return 0;
+        if (attention_->whole_heads(s) || !(attention_->split(s) || s.scored_rows)) return 0;
         return little(s) ? 1 : s.kv->n_kv;
     }
     void run(const StepState& s, int c, int) override {
+        AttentionArgs a = attention_->args(s);
+        a.r0 = 0, a.r1 = s.rows;
         const bool all = little(s);
-        for (int head = all ? 0 : c; head < (all ? s.kv->n_kv : c + 1); head++) {
-            if (attention_->split(s)) merge(s, head);
-            if (s.scored_rows) score(s, head);
+        for (a.kv_head = all ? 0 : c; a.kv_head < (all ? s.kv->n_kv : c + 1); a.kv_head++) {
+            if (attention_->split(s)) k_.attention_merge(a);
+            attention_->score(s, a.kv_head);
         }
     }
 
   private:
     static bool little(const StepState& s) { return AttentionOp::parts(s) <= 4 && s.scored_rows <= 1; }
-    void merge(const StepState& s, int kv_head) {
-        AttentionArgs a = attention_->args(s);
-        a.r0 = 0, a.r1 = s.rows, a.kv_head = kv_head;
-        k_.attention_merge(a);
-    }
-    void score(const StepState& s, int kv_head) {
-        const KvPool& kv = *s.kv;
-        ScoreArgs a{};
-        a.score = &scores_->view;
-        a.n_heads = n_heads_, a.per_kv = n_heads_ / kv.n_kv, a.kv_head = kv_head, a.n_parts = AttentionOp::parts(s);
-        a.rows = s.scored_rows, a.length = s.length + s.rows - s.scored_rows;
-        a.row_stride = s.sum_scores ? 0 : static_cast<size_t>(kv.n_layers) * kv.n_kv * s.score_slots;
-        a.out = s.scores + (static_cast<size_t>(layer_) * kv.n_kv + kv_head) * s.score_slots;
-        k_.attention_score(a);
-    }
-
     const KernelTable& k_;
     AttentionOp* attention_;
-    const ScoreBuffers* scores_;
-    int n_heads_, layer_;
 };
+a.score = &scores_->view;
+a.n_heads = n_heads_, a.per_kv = n_heads_ / kv.n_kv, a.kv_head = kv_head, a.n_parts = AttentionOp::parts(s);
+a.rows = s.scored_rows, a.length = s.length + s.rows - s.scored_rows;
+a.row_stride = s.sum_scores ? 0 : static_cast<size_t>(kv.n_layers) * kv.n_kv * s.score_slots;
+a.out = s.scores + (static_cast<size_t>(layer_) * kv.n_kv + kv_head) * s.score_slots;
+k_.attention_score(a);
+}
+
+const KernelTable& k_;
+AttentionOp* attention_;
+const ScoreBuffers* scores_;
+int n_heads_, layer_;
+}
+;
 
 // Logits of the asked rows; for a greedy step each piece keeps only its best id, and no logits array is written.
 class LmHeadOp : public Op {
