@@ -1,6 +1,7 @@
 """What eviction costs: the tables of docs/long-chats.md.
 
-    python benchmarks/long_chats.py perplexity --work DIR     # 30 documents, budgets 50, 25 and 12.5 %
+    python benchmarks/long_chats.py perplexity --work DIR     # 37 documents, budgets 50, 25 and 12.5 %
+                                    [--plot FILE.svg]         # (needs matplotlib)
     python benchmarks/long_chats.py recall --work DIR         # facts told early, asked for after evictions
     python benchmarks/long_chats.py soak [--tokens 100000]    # memory and time a token, budget 1,024
     python benchmarks/long_chats.py cost                      # a history, scoring, 8-bit KV, resuming
@@ -78,10 +79,12 @@ def perplexity(args: argparse.Namespace) -> None:
                 )
                 table[i, j] = nll(model, ids, policy)
             print(name, " ".join(f"{x:.3f}" for x in table[i]), file=sys.stderr)
-    print("| budget | policy | perplexity | loss, nats | of window's loss | 95 % |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| budget | policy | perplexity | loss, nats | of window's loss | 95 % | less than window's, 95 % |"
+    )
+    print("|---|---|---|---|---|---|---|")
     full = table[:, 0]
-    print(f"| all | | {np.exp(full.mean()):.3f} | | | |")
+    print(f"| all | | {np.exp(full.mean()):.3f} | | | | |")
     for j, (policy, budget) in enumerate(kinds[1:], 1):
         loss = table[:, j] - full
         line = f"| {budget} | {policy} | {np.exp(table[:, j].mean()):.3f} | {loss.mean():.4f} |"
@@ -89,7 +92,36 @@ def perplexity(args: argparse.Namespace) -> None:
             window = table[:, kinds.index(("window", budget))] - full
             low, high = bootstrap(np.stack([loss, window], 1), lambda r: r[:, 0].sum() / r[:, 1].sum())
             line += f" {loss.mean() / window.mean():.2f} | {low:.2f} … {high:.2f} |"
+            low, high = bootstrap(window - loss, np.mean)
+            line += f" {low:.3f} … {high:.3f} |"
         print(line)
+    if args.plot:
+        plot(args.plot, {k: table[:, j] - full for j, k in enumerate(kinds) if k}, args)
+
+
+def plot(path: Path, losses: dict[tuple[str, int], np.ndarray], args: argparse.Namespace) -> None:
+    """Loss by budget, a line for each policy; bars are 1.96 standard errors over documents."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    fig, ax = pyplot.subplots(figsize=(6, 3.4))
+    for policy in args.policies:
+        by_budget = np.stack([losses[policy, b] for b in args.budgets], 1)
+        error = 1.96 * by_budget.std(0, ddof=1) / len(by_budget) ** 0.5
+        shares = [100 * b / LENGTH for b in args.budgets]
+        ax.errorbar(shares, by_budget.mean(0), yerr=error, label=policy, marker="o", capsize=3)
+    ax.set_xscale("log")
+    ax.set_xticks(shares, [f"{s:g} %" for s in shares])
+    ax.minorticks_off()
+    ax.invert_xaxis()
+    ax.set_xlabel(f"budget, of {LENGTH:,} tokens")
+    ax.set_ylabel("loss over the full cache, nats")
+    ax.set_title(f"{len(by_budget)} documents")
+    ax.legend(frameon=False)
+    fig.tight_layout()
+    fig.savefig(path)
 
 
 NAMES = "Anna Boris Clara David Elena Felix Greta Henry Irene Jonas Karen Louis Maria Nadia Oscar Paula"
@@ -229,7 +261,7 @@ def cost(args: argparse.Namespace) -> None:
 
         def decode(branch, n: int = 16) -> float:
             """Seconds a token, appended for good."""
-            return min(timed(lambda: engine.run(branch, [ids[0]], 0, params=GREEDY)) for _ in range(n))
+            return min(timed(lambda: engine.run(branch, [ids[0]], 0, GREEDY, len)) for _ in range(n))
 
         plain = read(engine, ids[:960])
         h2o = read(engine, ids[:960], EvictionPolicy.of("h2o", 1024))
@@ -284,6 +316,7 @@ def main() -> None:
     p.add_argument("--work", type=Path, required=True, help="Folder for what is downloaded.")
     p.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     p.add_argument("--policies", nargs="+", default=POLICIES)
+    p.add_argument("--plot", type=Path, help="Where to draw it, .svg or .png.")
     p.add_argument("--recent", type=int, help="Per cent of the budget that are recent tokens.")
     p.set_defaults(run=perplexity)
     p = commands.add_parser("recall")

@@ -296,6 +296,8 @@ class Program:
         size = Size(rows, tail, spans_for(length + rows), watched, apart, wanted)
         if size.watched:
             self._reserve_scores(size)
+            if not apart:
+                self._put_scores(size, scores)
         if rows <= GRAPH_ROWS:
             self._replay(size)
             if tail:
@@ -368,12 +370,22 @@ class Program:
             self._scores = None
             self._scores = self.device.allocate(need)
 
+    def _put_scores(self, size: Size, scores: np.ndarray) -> None:
+        """What the rows' are added to, one after the other."""
+        put = np.zeros(self._score_shape(size), np.float32)
+        n = min(scores.shape[-1], put.shape[-1])
+        put[..., :n] = scores[..., :n]
+        self.device.upload(self._scores, put)
+
     def _fetch_scores(self, size: Size, scores: np.ndarray) -> None:
         got = np.empty(self._score_shape(size), np.float32)
         self.device.download(got, self._scores)
         self.device.synchronize()
         n = min(scores.shape[-1], got.shape[-1])
-        scores[..., :n] += got[..., :n]
+        if size.apart:
+            scores[..., :n] += got[..., :n]
+        else:
+            scores[..., :n] = got[..., :n]
 
 
 def program_sources(shape: Shape) -> list[tuple[str, dict[str, str]]]:

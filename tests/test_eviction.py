@@ -295,13 +295,29 @@ def test_the_ledger_keeps_what_it_should_whatever_moves(seed, name, appended):
                 for t in gone:
                     del known[t]
         scores = rng.random((n, 2, 3, ledger.size + n)).astype(np.float32)
+        drafted = n > 1 and rng.random() < 0.5
         for h, known in truth.items():
             held = [*ledger.positions[h].tolist(), *range(tokens, tokens + n)]
             for i in range(n):
                 known[tokens + i] = [0.0, rows + i]
             for slot, t in enumerate(held):
                 known[t][0] += float(scores[:, h[0], h[1], slot].sum())
-        ledger.append(n, n, scores)
+        if drafted:  # two more are taken back
+            more = rng.random((n + 2, 2, 3, ledger.size + n + 2)).astype(np.float32)
+            more[:n, ..., : ledger.size + n] = scores
+            ledger.append(n, n, more)
+        else:
+            tally = ledger.tally(n)
+            for row in scores:
+                tally[0, ..., : ledger.size + n] += row
+            ledger.append(n, n)
+        if rng.random() < 0.3:  # two tokens that nobody keeps, and which see nothing
+            ledger.tally(2)[0, ..., ledger.size : ledger.size + 2] += 1
+            ledger.append(2)
+            ledger.truncate(ledger.size - 2)
+        if rng.random() < 0.3:
+            ledger = ledger.copy()
+        assert not ledger._scores[..., ledger.size :].any()
         tokens, rows = tokens + n, rows + n
         assert ledger.size <= 128
         for h, known in truth.items():
@@ -363,6 +379,10 @@ def test_asking_again_does_not_vote_twice(chatty):
     s = chatty.session(draft="none", temperature=0, max_tokens=30, kv_budget=256)
     said(s, "What is kept of a long conversation?")
     first, _, _ = said(s, "And what is given up?")
+    for _ in range(2):  # stopped before it has begun: nothing was asked
+        stream = s.regenerate()
+        s.cancel()
+        list(stream)
     for _ in range(3):
         again, done, _ = said(s, None)
         assert again == first

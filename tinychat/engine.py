@@ -10,7 +10,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -19,7 +19,7 @@ import numpy as np
 from tinychat.backends import BLOCK, Backend, Step
 from tinychat.errors import MemoryBudgetError, UsageError
 from tinychat.events import Completion, Done, Event, FinishReason, Notice, Stats, TextDelta
-from tinychat.eviction import EvictionPolicy, Ledger
+from tinychat.eviction import EvictionPolicy, Ledger, Votes
 from tinychat.kvcache import BlockPool, Branch, PoolExhaustedError
 from tinychat.machine import human_bytes, peak_rss
 from tinychat.sampling import SamplingParams, choose_seed, largest_suffice, sample, total_temperature
@@ -96,10 +96,11 @@ class Engine:
             branch.last_used = self._clock
             self.make_room(branch, len(ids))
             self.reserve(branch, len(ids))
+            stay = accept is None or len(ids) == 1  # the first is no draft
             scores, rows = None, 0
             if branch.ledger and branch.ledger.watches:
                 rows = len(ids) if watched is None else watched
-                if rows and accept is None:
+                if rows and stay:
                     scores = branch.ledger.tally(len(ids))
                 elif rows:
                     scores = np.zeros((rows, *self.backend.kv_heads(), branch.slots + len(ids)), np.float32)
@@ -107,11 +108,12 @@ class Engine:
             step = Step(
                 tokens, branch.position, branch.slots, branch.block_table(), first_logit, scores, rows
             )
-            out = self._step(step, params)
-            n = len(ids) if accept is None else accept(out)
-            branch.commit(ids[:n])
-            if branch.ledger:
-                branch.ledger.append(n, min(rows, n), None if accept is None else scores)
+            with branch.rewritten() if rows and stay else nullcontext():  # votes go where they stay
+                out = self._step(step, params)
+                n = len(ids) if accept is None else accept(out)
+                branch.commit(ids[:n])
+                if branch.ledger:
+                    branch.ledger.append(n, min(rows, n), None if stay else scores)
             return out
 
     def _step(self, step: Step, params: SamplingParams | None) -> Any:
@@ -420,6 +422,8 @@ class _Generation:
     def _prefill(self) -> int | None:
         """Fill the cache with the prompt; the token that follows it, or None if cancelled."""
         engine, branch = self.engine, self.branch
+        if self.cancel.is_set():
+            return None
         with engine.lock:
             # The last token always runs: its logits are what comes next.
             evicted = branch.evicted
@@ -431,9 +435,17 @@ class _Generation:
             self.notices.append("Earlier tokens of this conversation had been given up; it is read again.")
             self.evicted_before = 0
         self.stats.cached_tokens = cached
-        began, at = time.perf_counter(), cached
+        if not again:
+            return self._read(cached)
+        with branch.rewritten():  # until `recall` it holds what the answer before voted
+            return self._read(cached, again)
+
+    def _read(self, at: int, again: Votes | None = None) -> int | None:
+        """The prompt from token `at` on; `again`: its last token, which has voted already."""
+        engine, branch = self.engine, self.branch
+        began, cached = time.perf_counter(), at
         while True:
-            if self.cancel.is_set():
+            if self.cancel.is_set() and not again:
                 return None
             size, watched = engine.chunk_size(), None
             start = time.perf_counter()

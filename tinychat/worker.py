@@ -120,7 +120,9 @@ class Worker:
     def _fail(self, e: BaseException, during: str) -> None:
         from tinychat.errors import DeviceLostError, TinychatError
 
-        if isinstance(e, DeviceLostError):  # a new process may have it again; these last words are the reason
+        # A new process may have a lost device again; these last words are the reason. What does not load here
+        # would not load there either.
+        if isinstance(e, DeviceLostError) and during != "load":
             print(e.what, file=sys.stderr, flush=True)
             os._exit(1)
         if os.environ.get("TINYCHAT_DEBUG"):

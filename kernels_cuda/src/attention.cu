@@ -297,7 +297,8 @@ EXPORT(attend_rows)
 // resources attend_rows/256: registers 255, spills 1024, shared 32768
 
 // The probability that each slot got from the last `watched` rows, summed over the query heads of its KV head:
-// scores float [watched, layers, kv_heads, slots], or [1, …] summed over the rows too. For H2O eviction.
+// scores float [watched, layers, kv_heads, slots]; or [1, …], to which that of each row is added, in their order. For
+// H2O eviction.
 // grid (⌈slots / 16⌉, kv_heads), one warp.
 extern "C" __global__ void __launch_bounds__(WARP)
     score_slots(const Step* step, const u16* q, u8* pool, const int* blocks, const float2* totals, float* scores,
@@ -307,33 +308,35 @@ extern "C" __global__ void __launch_bounds__(WARP)
     int head = blockIdx.y, group = heads / kv_heads, begin = blockIdx.x * SLOTS, lane = lane_id();
     Cache cache{pool, blocks, layer, layers, kv_heads};
     bool there = begin < step->length + rows;
-    float sum = 0;
-    auto write = [&](int row) {
-        if (lane < SLOTS && begin + lane < slots)
-            scores[((static_cast<size_t>(row) * layers + layer) * kv_heads + head) * slots + begin + lane] = sum;
-        sum = 0;
+    bool mine = lane < SLOTS && begin + lane < slots;
+    auto place = [&](int row) {
+        return scores + ((static_cast<size_t>(row) * layers + layer) * kv_heads + head) * slots + begin + lane;
     };
+    float sum = 0, total = mine && !apart ? *place(0) : 0;
     for (int query = (rows - watched) * group; query < rows * group; query += QUERIES) {
         Tile tile = tile_of(q, query, rows * group, heads, kv_heads, head, step->length, window);
         float s[2][4];
         if (there) score(s, tile, cache.unit(begin, head), begin, {scale, cap, window});
         for (int r = 0; r < 2; ++r) {
-            int mine = lane / 4 + 8 * r, index = query + mine;
-            float2 total = {0, 1};
+            int at = lane / 4 + 8 * r, index = query + at;
+            float2 whole = {0, 1};
             if (index < rows * group)
-                total = totals[static_cast<size_t>(index / group) * heads + head * group + index % group];
+                whole = totals[static_cast<size_t>(index / group) * heads + head * group + index % group];
             for (int j = 0; j < 2; ++j)
                 for (int i = 0; i < 2; ++i)
-                    shared[mine][lane % 4 * 4 + 2 * j + i] = there ? expf(s[j][2 * r + i] - total.x) / total.y : 0;
+                    shared[at][lane % 4 * 4 + 2 * j + i] = there ? expf(s[j][2 * r + i] - whole.x) / whole.y : 0;
         }
         __syncwarp();
         for (int i = 0; i < QUERIES && query + i < rows * group; ++i) {
-            if (lane < SLOTS) sum += shared[i][lane];
-            if (apart && (query + i) % group == group - 1) write((query + i) / group - (rows - watched));
+            if (mine) sum += shared[i][lane];
+            if ((query + i) % group < group - 1) continue;
+            if (mine && apart) *place((query + i) / group - (rows - watched)) = sum;
+            total += sum;
+            sum = 0;
         }
         __syncwarp();
     }
-    if (!apart) write(0);
+    if (mine && !apart) *place(0) = total;
 }
 EXPORT(score_slots)
 // resources score_slots: registers 128, spills 0, shared 1024

@@ -177,8 +177,8 @@ def test_scores_are_the_probabilities_that_slots_got(name, apart):
         p = case.probabilities(queries(case, qkv))[-watched:]
         p = p.reshape(watched, case.kv_heads, -1, p.shape[-1]).sum(2)
         got = b.get(scores, shape)[:, 1]
-        np.testing.assert_allclose(got[..., :-3], p if apart else p.sum(0)[None], atol=2e-3)
-        np.testing.assert_array_equal(got[..., -3:], 0)
+        np.testing.assert_allclose(got[..., :-3], p if apart else 7 + p.sum(0)[None], atol=2e-3)
+        np.testing.assert_array_equal(got[..., -3:], 0 if apart else 7)
 
 
 @pytest.mark.parametrize("pairs", [10, 16, 5])

@@ -237,8 +237,8 @@ class ReferenceBackend:
             return
         r = step.scored_rows
         p = self._probabilities(q[-r:], keys, mask[-r:]).sum(1)  # [kv_heads, rows, slots]
-        out = p.transpose(0, 1) if len(step.scores) == r else p.sum(1)[None]
-        step.scores[:, layer, :, : p.shape[2]] += out.numpy()
+        for i, row in enumerate(p.transpose(0, 1).numpy()):
+            step.scores[i if len(step.scores) == r else 0, layer, :, : p.shape[2]] += row
 
     def _probabilities(self, q, keys, mask):
         """softmax(scale · q kᵀ) with soft cap, written out: [kv_heads, heads of each, rows, slots]."""

@@ -31,6 +31,22 @@ def test_scores_are_the_references(rows, watched, apart):
     assert scores[1].sum() == pytest.approx(watched * 2 * 4, rel=1e-3)  # layers · heads
 
 
+def test_a_prompts_scores_have_the_same_bits_however_it_is_cut():
+    seen = []
+    for cut in ([40], [24, 16], [8, 7, 25]):
+        b = cuda(TinyCheckpoint(3))
+        b.step(Step(IDS[:50], 0, 0, TABLE, 50))
+        scores, at, voted = np.full((1, 2, 2, 90), 0.1, np.float32), 50, 0
+        for n in cut:
+            voters = max(0, min(n, at + n - 58))  # the last 32 of them
+            b.step(Step(IDS[at : at + n], at, at, TABLE, n, scores if voters else None, voters))
+            at, voted = at + n, voted + voters
+        assert voted == 32
+        seen.append(scores)
+    np.testing.assert_array_equal(seen[1], seen[0])
+    np.testing.assert_array_equal(seen[2], seen[0])
+
+
 @pytest.mark.parametrize("trained", [10**9, 110])
 def test_logits_after_an_eviction_are_the_references(trained):
     """Sinks and the most recent: victims do not depend on roundings. 110: keys are turned as well."""
