@@ -4,8 +4,10 @@ parameters.
 
 from __future__ import annotations
 
+import io
 import json
 import threading
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -188,8 +190,7 @@ class Session:
             raise self._still_answering()
         previous_leaf, n_nodes = self.leaf, len(self.nodes)
         answer: Message | None = None
-        pieces: list[str] = []
-        ids: list[int] = []
+        said, ids = io.StringIO(), array("i")
         ended: FinishReason = "error"  # unless Done comes or the listener leaves
         try:
             if isinstance(question, Message):
@@ -210,15 +211,13 @@ class Session:
                     self.nodes.append(answer)
                     self.leaf = len(self.nodes) - 1
                 if isinstance(event, TextDelta):
-                    pieces.append(event.text)
+                    said.write(event.text)
                     if event.token_id is not None:
                         ids.append(event.token_id)
                 elif isinstance(event, Done):
-                    ids = event.completion.token_ids
                     answer.finish_reason = event.finish_reason
                     answer.stats = event.stats.as_dict()
-                if isinstance(event, Done):
-                    self._settle(answer, pieces, ids)
+                    answer.content, answer.ids = said.getvalue(), event.completion.token_ids
                 yield event
         except (GeneratorExit, KeyboardInterrupt):
             ended = "cancelled"
@@ -230,7 +229,8 @@ class Session:
             elif answer.finish_reason is None:
                 answer.finish_reason = ended
                 # Tokens whose text was still held back were never said.
-                self._settle(answer, pieces, cut_ids(self.model.tokenizer, ids, "".join(pieces)))
+                answer.content = said.getvalue()
+                answer.ids = cut_ids(self.model.tokenizer, ids.tolist(), answer.content)
             self._answering.release()
 
     def _go_back(self, prompt: list[int]) -> None:
@@ -265,10 +265,6 @@ class Session:
             return 0
         bos = 1 if self.model.needs_bos(text) else 0
         return bos + common_prefix(self.model.template.encode(text), prompt[bos:])
-
-    @staticmethod
-    def _settle(answer: Message, pieces: list[str], ids: list[int]) -> None:
-        answer.content, answer.ids = "".join(pieces), ids
 
     def _prompt(self, path: list[int], generating: bool) -> list[tuple[str, list[int]]]:
         """The conversation along `path` as (text, ids) segments; the last one is new.
