@@ -18,7 +18,6 @@ import sys
 import tarfile
 import tempfile
 import time
-from array import array
 from pathlib import Path
 
 import numpy as np
@@ -185,30 +184,58 @@ def recall(args: argparse.Namespace) -> None:
         print(f"budget {budget}: only H2O knows {(h2o & ~window).sum()}, only window {(window & ~h2o).sum()}")
 
 
+SUBJECTS = "rivers bread clocks bees paper glass the moon whales salt bridges coffee trains stars rice ships"
+QUESTIONS = (
+    "What is interesting about {}?",
+    "Explain {} to a child.",
+    "Write a short story about {}.",
+    "How did people learn about {}?",
+    "Why do people care about {}?",
+    "List some facts about {}.",
+    "Describe {} to somebody who has never seen any.",
+    "What is the history of {}?",
+)
+
+
+def fluency(model, turns: list[tuple[str, list[int]]]) -> str:
+    """Perplexity of answers under the full cache, each behind its question alone, and how they repeat."""
+    total, count, distinct = 0.0, 0, []
+    for question, answer in turns:
+        text = model.template.render([{"role": "user", "content": question}], True)
+        ids = [*model.template.encode(text), *answer]
+        rows = log_softmax(model.logits(ids)[-len(answer) - 1 : -1])
+        total -= rows[np.arange(len(answer)), answer].sum()
+        count += len(answer)
+        grams = [tuple(answer[i : i + 4]) for i in range(len(answer) - 3)]
+        distinct.append(len(set(grams)) / max(1, len(grams)))
+    return f"| {len(turns)} | {np.exp(total / count):.2f} | {np.mean(distinct):.2f} |"
+
+
 def soak(args: argparse.Namespace) -> None:
-    """Sampled text without an end under a budget: memory and time a token, window after window."""
-    process = psutil.Process()
+    """A chat of so many tokens of answers under a budget: memory and time a token, and what it says."""
+    process, subjects = psutil.Process(), SUBJECTS.replace("the moon", "the_moon").split()
+    turns: list[tuple[str, list[int]]] = []
+    tokens = window = 0
     with tinychat.load(args.model, kv_budget=args.budget, draft="none") as model:
-        model.tokenizer.eos_ids = frozenset()
-        ids, started, last = array("i"), time.perf_counter(), 0
-        print("| tokens | ms a token | resident MB |\n|---|---|---|")
-        for event in model.generate("Once upon a time", temperature=0.8, seed=1, max_tokens=args.tokens):
-            if isinstance(event, tinychat.TextDelta) and event.token_id is not None:
-                ids.append(event.token_id)
-            if len(ids) - last == args.tokens // 20:
-                seconds = (time.perf_counter() - started) / (len(ids) - last)
-                rss = process.memory_info().rss / 1e6
-                print(f"| {len(ids)} | {1e3 * seconds:.2f} | {rss:.0f} |", flush=True)
-                started, last = time.perf_counter(), len(ids)
-    for name, part in (("first", ids[:2000]), ("last", ids[-2000:])):
-        grams = {tuple(part[i : i + 4]) for i in range(len(part) - 3)}
-        print(f"distinct 4-grams of the {name} 2,000 tokens: {len(grams) / (len(part) - 3):.2f}")
-    middle = len(ids) // 2
+        session, started = model.session(temperature=0.8), time.perf_counter()
+        print("| tokens | turns | ms a token | resident MB | evicted |\n|---|---|---|---|---|")
+        while tokens < args.tokens:
+            n = len(turns)
+            subject = subjects[n % len(subjects)].replace("_", " ")
+            question = QUESTIONS[n // len(subjects) % len(QUESTIONS)].format(subject)
+            *_, done = session.send(question, max_tokens=400, seed=n)
+            turns.append((question, done.completion.token_ids))
+            tokens, window = tokens + done.stats.generated_tokens, window + done.stats.generated_tokens
+            if window >= args.tokens // 20 or tokens >= args.tokens:
+                seconds = (time.perf_counter() - started) / window
+                memory = f"{1e3 * seconds:.2f} | {process.memory_info().rss / 1e6:.0f}"
+                print(f"| {tokens} | {len(turns)} | {memory} | {done.stats.evicted_tokens} |", flush=True)
+                started, window = time.perf_counter(), 0
+    print("\n| answers | perplexity under the full cache | distinct 4-grams of an answer |\n|---|---|---|")
     with tinychat.load(args.model) as model:
-        for name, part in (("first", ids[:1024]), ("middle", ids[middle:][:1024]), ("last", ids[-1024:])):
-            rows = log_softmax(model.logits(list(part))[511:-1])
-            value = np.exp(-rows[np.arange(512), part[512:]].mean())
-            print(f"perplexity of the {name} 1,024 tokens under the full cache: {value:.2f}")
+        middle = len(turns) // 2
+        for name, part in (("first", turns[:10]), ("middle", turns[middle:][:10]), ("last", turns[-10:])):
+            print(f"| {name} {fluency(model, part)[2:]}")
 
 
 def fused_multiply_adds() -> float:
