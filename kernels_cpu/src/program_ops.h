@@ -409,20 +409,6 @@ class AttentionMergeOp : public Op {
     const KernelTable& k_;
     AttentionOp* attention_;
 };
-a.score = &scores_->view;
-a.n_heads = n_heads_, a.per_kv = n_heads_ / kv.n_kv, a.kv_head = kv_head, a.n_parts = AttentionOp::parts(s);
-a.rows = s.scored_rows, a.length = s.length + s.rows - s.scored_rows;
-a.row_stride = s.sum_scores ? 0 : static_cast<size_t>(kv.n_layers) * kv.n_kv * s.score_slots;
-a.out = s.scores + (static_cast<size_t>(layer_) * kv.n_kv + kv_head) * s.score_slots;
-k_.attention_score(a);
-}
-
-const KernelTable& k_;
-AttentionOp* attention_;
-const ScoreBuffers* scores_;
-int n_heads_, layer_;
-}
-;
 
 // Logits of the asked rows; for a greedy step each piece keeps only its best id, and no logits array is written.
 class LmHeadOp : public Op {

@@ -125,6 +125,25 @@ async def test_lines_history_and_completion(store):
         await wait_until(pilot, lambda: app.theme != THEMES[0].name)
 
 
+async def test_enter_means_what_was_typed_though_the_list_lags_behind(store):
+    """Keys in one burst: enter comes before the list has heard of them."""
+    app = make_app(store)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await pilot.press("/")
+        await wait_until(pilot, lambda: "keys and commands" in screen_text(app))  # /help is the first
+        composer = app.chat.composer
+        composer.input.insert("stats")
+        composer.input.action_submit()
+        await wait_until(pilot, lambda: "Stats" in type(app.screen).__name__)
+        await pilot.press("escape")
+        composer.input.insert("/se")  # and no list at all yet
+        composer.input.action_down()
+        composer.input.action_complete()
+        assert composer.text == "/set "
+        await pilot.press("backspace", *"tings", "enter")  # no command
+        await wait_until(pilot, lambda: "/settings" in screen_text(app))
+
+
 async def test_a_long_paste_is_attached_and_shown_folded(store):
     from textual import events
 

@@ -139,6 +139,7 @@ class Composer(Vertical):
         self._pastes: list[Attachment] = []
         self._files: dict[str, Attachment] = {}
         self._kind = ""
+        self._offered_for: str | None = None  # the text that the completions are of
 
     def compose(self):
         """The completions are mounted when first needed."""
@@ -166,6 +167,7 @@ class Composer(Vertical):
 
     @text.setter
     def text(self, value: str) -> None:
+        self._offered_for = None
         self.input.text = clean(value)  # a text area writes what it has to the terminal as it is
         self.input.move_cursor(self.input.document.end)
 
@@ -217,9 +219,18 @@ class Composer(Vertical):
     # Completion
 
     def on_text_area_changed(self) -> None:
-        """Offer what goes with what is typed."""
+        """Look at what is typed: for files, and for what completes it."""
         self.look_for_files()
+        self._complete()
+
+    def _complete(self) -> None:
+        """Offer what goes with the text. Keys may be ahead of the message that tells of a change: who takes a
+        completion looks first.
+        """
         text = self.text
+        if text == self._offered_for:
+            return
+        self._offered_for = text
         options: list[Option] = []
         if found := commands.complete(text):
             self._kind = "command"
@@ -268,6 +279,7 @@ class Composer(Vertical):
 
     def move_completion(self, step: int) -> bool:
         """Another completion; False if none are shown."""
+        self._complete()
         if (each := self._open_list) is None:
             return False
         each.highlighted = ((each.highlighted or 0) + step) % each.option_count
@@ -275,6 +287,7 @@ class Composer(Vertical):
 
     def take_completion(self, on_enter: bool = False) -> bool:
         """Put the highlighted completion into the text; False if none are shown (or enter should send)."""
+        self._complete()
         each = self._open_list
         if each is None or each.highlighted is None:
             return False
