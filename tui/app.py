@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from tinychat.client import EngineClient, Loading
 from tinychat.store import Chat, ChatStore
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
+from tinychat.tui.output import Terminal
 from tinychat.tui.screens.chat import ChatScreen
 from tinychat.tui.theme import DARK, THEMES
 
@@ -130,9 +132,11 @@ class ChatApp(App[None]):
 
     def run_to_end(self) -> int:
         """Run until the user leaves; the exit code."""
+        terminal, sys.__stderr__ = sys.__stderr__, Terminal(sys.__stderr__)  # where Textual paints
         try:
             self.run()
         finally:
+            sys.__stderr__ = terminal
             self.store.close()
         return self.return_code or 0
 

@@ -61,7 +61,7 @@ def test_the_installed_command_with_the_demo_model(tmp_path, demo_gguf):
         t.press("C-a", "C-k")
         t.type("Name a colour.")
         t.press("Enter")
-        t.wait("▌ Name a colour.")
+        t.wait(lambda s: re.search(r"▌ Name a colour\.(?s:.*) · first token \d+ ms · \d+ tokens", s), 60)
         t.wait(ready, 60)
 
         engine = descendants(t, "tinychat.worker")[0]
