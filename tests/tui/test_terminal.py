@@ -72,10 +72,14 @@ def test_the_installed_command_with_the_demo_model(tmp_path, demo_gguf):
         t.wait("The engine failed: it was killed")
         t.wait("cut: the engine failed")
         t.wait(ready, 120)
-        t.type("Now a very long story about a very long river.")
+        t.type("/new")  # what was cut decides nothing there: this answer fills the context
+        t.press("Enter")
+        t.wait("Ask something.")
+        t.type("Tell me a very long story about a very long river.")
         t.press("Enter")
         store = ChatStore(tmp_path / "chats.db")
-        t.wait(lambda _: store.messages(1)[-1].content, 60)  # stored while it streams
+        t.wait(lambda _: len(store.chats()) == 2 and store.messages(2)[-1].role == "assistant", 60)
+        t.wait(lambda _: store.messages(2)[-1].content, 60)  # stored while it streams
         screen, child = descendants(t, "tinychat run")[-1], descendants(t, "tinychat.worker")[-1]
         screen.kill()
         t.wait("ended with 137")
@@ -84,8 +88,8 @@ def test_the_installed_command_with_the_demo_model(tmp_path, demo_gguf):
 
     with opened(tmp_path, "run", "-c", command=TINYCHAT) as t:
         kept = t.wait("cut: the program ended")
-        assert "▌ Now a very long story" in kept
-        assert store.messages(1)[-1].content.split()[0] in kept
+        assert "▌ Tell me a very long story" in kept
+        assert store.messages(2)[-1].content.split()[0] in kept
         t.press("C-b")
         t.type("fox")
         t.wait("Tell me a long story")
