@@ -213,6 +213,7 @@ class ReferenceBackend:
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     def attention(self, q, k, v, layer):
+        """Write the step's keys and values, attend to all that are visible: [rows, heads · head_dim]."""
         self.kv[0, layer, self.write_slots] = self._stored(k)
         self.kv[1, layer, self.write_slots] = self._stored(v)
         keys, values = (self.kv[i, layer, self.read_slots].transpose(0, 1)[None] for i in (0, 1))

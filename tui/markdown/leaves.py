@@ -60,6 +60,7 @@ class Code(Leaf):
         self._highlighted: list[Line] | None = None
 
     def body(self, width: int) -> list[Line]:
+        """The code, highlighted once, folded to a width."""
         if self._highlighted is None:
             self._highlighted = highlight(self.source, self.language)
         out: list[Line] = []
@@ -113,6 +114,7 @@ class Table(Leaf):
         return natural
 
     def body(self, width: int) -> list[Line]:
+        """The rows, their columns narrowed to a width."""
         widths = self.widths(width)
         out: list[Line] = []
         for i, row in enumerate(self.rows):

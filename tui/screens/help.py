@@ -44,6 +44,7 @@ class HelpLines(Lines):
     """The text of the help."""
 
     def layout_lines(self, width: int) -> list[Line]:
+        """Each group of keys under its title, laid out for a width."""
         out: list[Line] = []
         for title, rows in groups():
             if out:

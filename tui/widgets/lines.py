@@ -38,6 +38,7 @@ class Lines(Widget):
         return len(self.layout_lines(width)) if width else 0
 
     def render_line(self, y: int) -> Strip:
+        """One line of those that are visible: only they are rendered."""
         width = self.content_size.width or self.size.width
         lines = self.layout_lines(width)
         base = self.visual_style.rich_style
