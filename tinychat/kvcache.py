@@ -274,7 +274,7 @@ class Branch:
 
     @contextmanager
     def rewritten(self) -> Iterator[None]:
-        """While the slots or their votes are rewritten in place. Where that fails nobody knows what they hold:
+        """While slots or their votes are rewritten in place. Where that fails nobody knows what they hold:
         everything is given back, to be read again.
         """
         try:
