@@ -145,7 +145,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def every_branch_reads_back_its_own_history(self):
         for b, ids in zip(self.branches, self.truth, strict=True):
-            assert b.ids == ids
+            assert b.ids.tolist() == ids
             assert self.backend.read(b) == history(ids)
 
     @invariant()

@@ -49,7 +49,7 @@ def test_what_was_saved_goes_on_with_the_same_bits(model, path, policy):
     with tiny_model(ctx=256, backend=model.backend.name) as again:
         other = again.engine.branch(policy)
         assert kvfile.load(path, again, other) == n
-        assert (other.ids, other.evicted) == (TEXT[:n], branch.evicted)
+        assert (other.ids.tolist(), other.evicted) == (TEXT[:n], branch.evicted)
         np.testing.assert_array_equal(again.engine.run(other, [5], 0), replay(model, n, policy))
         for token in TEXT[600:700]:  # and through later evictions
             ours, theirs = again.engine.run(other, [token], 0), model.engine.run(branch, [token], 0)

@@ -11,6 +11,7 @@ hold is no longer a function of the token ids alone, so they are neither shared 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,7 +124,7 @@ class Branch:
 
     def __init__(self, pool: BlockPool, root_key: bytes = b"", ledger: Ledger | None = None):
         self.pool = pool
-        self.ids: list[int] = []
+        self.ids = array("i")  # a conversation may have no end: four bytes a token
         self.table: list[int] = []
         self.ledger = ledger
         self.evicted = 0
@@ -152,7 +153,7 @@ class Branch:
         was given up yet, the branch begins again with what is found, as if the other words were never said.
         """
         same = common_prefix(self.ids, ids)
-        voted = self.ledger is not None and self.ledger.watches and self.ledger.seen > 0
+        voted = self.ledger is not None and self.ledger.seen > 0
         if same < self._floor or (voted and not self.evicted and same < len(self.ids)):
             self.free()
         self.truncate(same)
@@ -176,7 +177,7 @@ class Branch:
             self.table[start:] = found
             self._keys = keys
             held = len(self.ids)
-            self.ids = list(ids[: len(self.table) * BLOCK])
+            self.ids = array("i", ids[: len(self.table) * BLOCK])
             if self.ledger:
                 self.ledger.append(len(self.ids) - held)
         return len(self.ids)
@@ -185,7 +186,7 @@ class Branch:
         """Whether the branch has read exactly this prompt, and nothing was given up since."""
         votes = self.ledger and self.ledger.remembered
         n = len(prompt)
-        return bool(votes) and votes.size + self.evicted == n and self.ids[:n] == list(prompt)
+        return bool(votes) and votes.size + self.evicted == n and common_prefix(self.ids, prompt) == n
 
     def rewind(self, prompt: Sequence[int]) -> Votes | None:
         """If this is the prompt that was read last: go back to before its last token. That token votes no
@@ -300,7 +301,7 @@ class Branch:
     def fork(self) -> Branch:
         """A second branch that shares every block until one of them writes."""
         other = self._empty()
-        other.ids, other.table, other._keys = list(self.ids), list(self.table), list(self._keys)
+        other.ids, other.table, other._keys = self.ids[:], list(self.table), list(self._keys)
         other.evicted, other._floor = self.evicted, self._floor
         other.ledger = self.ledger and self.ledger.copy()
         for block in other.table:
@@ -311,7 +312,7 @@ class Branch:
         """Give every block back; what is indexed can still be found by content."""
         for block in reversed(self.table):  # the end of a sequence is reclaimed before its beginning
             self.pool.release(block)
-        self.ids, self.table, self._keys = [], [], []
+        self.ids, self.table, self._keys = array("i"), [], []
         self.evicted = self._floor = 0
         if self.ledger:
             self.ledger.clear()

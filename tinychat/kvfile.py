@@ -67,7 +67,7 @@ def save(path: Path, model: Model, branch: OwnedBranch) -> bool:
         if branch.slots < WORTH or size > disk_budget:
             return False
         tensors = {
-            "ids": np.asarray(branch.ids, np.int32),
+            "ids": np.array(branch.ids, np.int32),
             "blocks": engine.backend.read_blocks(branch.block_table()),
         }
         about = {"tinychat_kv": identity(model), "evicted": str(branch.evicted)}
@@ -162,7 +162,7 @@ def _adopt(model: Model, branch: OwnedBranch, about: dict[str, str], read: dict[
     with engine.lock:
         engine.reserve(branch, slots)
         engine.backend.write_blocks(branch.block_table(), blocks)
-        branch.restore(ids.tolist(), evicted)
+        branch.restore(ids, evicted)
         if watched:
             branch.ledger.restore(*(read[n] for n in LEDGER), int(about["next_position"]), int(about["seen"]))
     return len(ids)

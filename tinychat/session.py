@@ -249,7 +249,7 @@ class Session:
                 before is not None
                 and before.ids
                 and common_prefix(branch.ids, prompt) < len(branch.ids)
-                and before.ids == prompt[: len(before.ids)]
+                and common_prefix(before.ids, prompt) == len(before.ids)
             ):
                 branch = before.fork()
             branch.ledger.policy = policy

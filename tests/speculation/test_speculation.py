@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import byte_tokenizer, tiny_model
 
 from tinychat.errors import UsageError
@@ -163,6 +167,24 @@ def test_lookup_continues_the_latest_longest_match():
     drafter.begin([5, 6, 5, 6])
     assert drafter.propose([5, 6, 5, 6], 5, params, 0).tokens == [5, 6, 5, 6, 5]  # a loop goes on
     assert drafter.propose([5, 6, 5, 6, 8], 5, params, 0).tokens == []
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 12))
+def test_lookup_guesses_what_its_definition_says(context, k):
+    expected = []
+    for n in range(min(PromptLookup.MAX, len(context)), PromptLookup.MIN - 1, -1):
+        earlier = [i for i in range(n, len(context)) if context[i - n : i] == context[-n:]]
+        if earlier:
+            followed = context[earlier[-1] :]
+            expected = [followed[i % len(followed)] for i in range(k)]
+            break
+    assert PromptLookup().propose(array("i", context), k, SamplingParams(), 0).tokens == expected
+
+
+def test_lookup_forgets_what_is_far_behind():
+    drafter, far = PromptLookup(), [1, 2, 3]
+    assert drafter.propose([*far, *[0] * 100, 1, 2], 1, SamplingParams(), 0).tokens == [3]
+    assert drafter.propose([*far, *[0] * drafter.WITHIN, 1, 2], 1, SamplingParams(), 0).tokens == []
 
 
 def test_the_controller_drafts_when_it_pays_and_stops_when_it_does_not():
