@@ -19,7 +19,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
 from tinychat import locations
-from tinychat.client import EngineClient, Loading
+from tinychat.client import EngineClient, Loading, Text
 from tinychat.store import Chat, ChatStore
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
@@ -62,6 +62,7 @@ class ChatApp(App[None]):
         self._settings = _read_settings(self.settings_path)
         self._pace: list[tuple[float, int]] = []
         self._interrupted = 0.0
+        self._engine_process: Any = None  # of psutil
         self._was_busy = True  # when the machine was looked at last
         self._early: list[events.Event] | None = []  # keys from before there was a place for them
         for theme in THEMES:
@@ -143,7 +144,13 @@ class ChatApp(App[None]):
     # The engine
 
     def _heard(self, event: Any) -> None:
-        if self.screen_stack:
+        if not self.screen_stack:
+            return
+        # Text comes many times a second; what it need not pass through is cheaper left out.
+        if isinstance(event, Text) and not self.chat.unheard:
+            self.chat.hear(event)
+        else:
+            self.chat.unheard += 1
             self.chat.post_message(messages.Engine(event))
 
     async def start_engine(self) -> None:
@@ -179,7 +186,9 @@ class ChatApp(App[None]):
         import psutil
 
         with suppress(psutil.Error):
-            chat.status.tell(memory=psutil.Process(self.engine.pid).memory_info().rss)
+            if self._engine_process is None or self._engine_process.pid != self.engine.pid:
+                self._engine_process = psutil.Process(self.engine.pid)
+            chat.status.tell(memory=self._engine_process.memory_info().rss)
         chat.status.tell(cpu=psutil.cpu_percent() if busy else None)
 
     # Settings

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from rich.style import Style
+from textual.app import App
 from textual.theme import Theme
 
 DARK = Theme(
@@ -127,11 +129,14 @@ _PALETTES = {
 _COMMON = {"strong": "bold", "em": "italic", "s": "strike", "h1": "underline", "focused": "bold"}
 
 
-def palette_of(theme: Theme) -> str:
-    """Which palette goes with a theme, ours or one of Textual's."""
-    if theme.name == CONTRAST.name:
-        return "contrast"
-    return "dark" if theme.dark else "light"
+def palette_of(app: App[Any]) -> str:
+    """Which palette goes with the app's theme, ours or one of Textual's. Asked for every paint."""
+    if app.theme not in _palette_names:
+        _palette_names[app.theme] = "dark" if app.current_theme.dark else "light"
+    return _palette_names[app.theme]
+
+
+_palette_names = {CONTRAST.name: "contrast"}
 
 
 @lru_cache(4096)

@@ -17,6 +17,7 @@ from tinychat.tui.commands import BY_NAME
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.markdown import Document
 from tinychat.tui.theme import SHORT_NAMES, THEMES
+from tinychat.tui.widgets.surface import Row
 from tinychat.tui.widgets.turn import Turn, human_size
 
 if TYPE_CHECKING:
@@ -371,7 +372,7 @@ class ChatActions:
         if self.sidebar is None:
             sidebar = Sidebar(self.app.store)
             sidebar.current = self.conversation.chat.id
-            await self.query_one("Horizontal").mount(sidebar, before=0)
+            await self.query_one(Row).mount(sidebar, before=0)
             shown = True
         else:
             shown = self.sidebar.display = not self.sidebar.display

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.widgets import Static
 
@@ -21,6 +22,7 @@ from tinychat.tui.text import clean
 from tinychat.tui.widgets.composer import Composer
 from tinychat.tui.widgets.sidebar import Sidebar
 from tinychat.tui.widgets.status import StatusLine
+from tinychat.tui.widgets.surface import Column, Row, Surface
 from tinychat.tui.widgets.transcript import Transcript
 from tinychat.tui.widgets.turn import Turn, human_size, seconds
 
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 FRAME = 0.08  # seconds between two paintings of a running answer, at least
 SLOWEST = 0.4  # at most
-SHARE = 0.04  # of one core's time, at most, goes into painting a running answer
+TICK = 0.5  # seconds between two looks at what is shown beside the text
+SHARE = 0.06  # of one core's time, at most, goes into painting a running answer
 NARROW = 90
 RESTARTS = 3  # deaths of the engine within a minute after which it is left alone
 
@@ -40,7 +43,7 @@ enter send · ctrl+j new line · / commands · @file attach · esc stop
 ctrl+b chats · ctrl+p everything else · f1 keys · ctrl+q leave"""
 
 
-class ChatScreen(ChatActions, Screen[None]):
+class ChatScreen(ChatActions, Surface, Screen[None]):
     """One conversation at a time."""
 
     BINDING_GROUP_TITLE = "Everywhere"
@@ -74,6 +77,7 @@ class ChatScreen(ChatActions, Screen[None]):
         self.editing: int | None = None  # the user message that the composer's text will replace
         self.deleted: int | None = None
         self._turn: Turn | None = None  # the answer in the making
+        self.unheard = 0  # events of the engine that wait for their turn
         self._asked = 0.0
         self._first: tuple[float, int] | None = None
         self._tokens = 0
@@ -84,7 +88,7 @@ class ChatScreen(ChatActions, Screen[None]):
         self._clock = None
 
     def compose(self) -> ComposeResult:
-        with Horizontal(), Vertical(id="main"):
+        with Row(), Column(id="main"):
             yield Transcript()
             yield Static(id="notice", markup=False)
             yield Composer(self._history)
@@ -101,17 +105,17 @@ class ChatScreen(ChatActions, Screen[None]):
 
     # Pieces
 
-    @property
+    @cached_property
     def transcript(self) -> Transcript:
         """The messages."""
         return self.query_one(Transcript)
 
-    @property
+    @cached_property
     def composer(self) -> Composer:
         """Where the user writes."""
         return self.query_one(Composer)
 
-    @property
+    @cached_property
     def status(self) -> StatusLine:
         """The line at the bottom."""
         return self.query_one(StatusLine)
@@ -220,9 +224,9 @@ class ChatScreen(ChatActions, Screen[None]):
         self.question = None
 
     def _watch(self) -> None:
-        """Say what the answer is waiting for, now and four times a second."""
+        """Say what the answer is waiting for, now and twice a second."""
         if self._clock is None:
-            self._clock = self.set_interval(0.25, self._tick)
+            self._clock = self.set_interval(TICK, self._tick)
         self._tick()
 
     def _tick(self) -> None:
@@ -262,8 +266,9 @@ class ChatScreen(ChatActions, Screen[None]):
     async def on_engine(self, message: messages.Engine) -> None:
         """Its events, in order."""
         event = message.event
+        self.unheard -= 1
         if isinstance(event, Text):
-            self._hear(event)
+            self.hear(event)
         elif isinstance(event, Began):
             if self._turn is not None:
                 self._turn.prompt_text = event.prompt_text
@@ -282,7 +287,8 @@ class ChatScreen(ChatActions, Screen[None]):
         elif isinstance(event, Died):
             await self._died(event)
 
-    def _hear(self, event: Text) -> None:
+    def hear(self, event: Text) -> None:
+        """More of the answer."""
         if self._turn is None or not self.answering:
             return
         self._tokens = event.tokens
@@ -307,14 +313,20 @@ class ChatScreen(ChatActions, Screen[None]):
             turn.running["tokens"] = self._tokens
         turn.update()
         self._painting = True
-        self.set_timer(FRAME, self._paint_if_new)
+        self._come_back(FRAME)
+
+    def _come_back(self, seconds: float) -> None:
+        # The loop's own timer: Textual's cost a task and a message each, as much as a line of text.
+        asyncio.get_running_loop().call_later(seconds, self._paint_if_new)
 
     def _paint_if_new(self) -> None:
+        if not self.is_attached:
+            return
         turn = self._turn
         # All that this thread did since then counts: layout, painting, keys.
         wait = min(SLOWEST, (time.thread_time() - self._cpu) / SHARE) - (time.monotonic() - self._painted)
         if turn is not None and wait > 0.01:
-            self.set_timer(wait, self._paint_if_new)
+            self._come_back(wait)
             return
         self._painting = False
         if self._heard:

@@ -8,18 +8,22 @@ from typing import ClassVar
 
 from textual.binding import BindingType
 from textual.containers import VerticalScroll
+from textual.geometry import Size
+from textual.reactive import var
 
 from tinychat.store import StoredMessage
+from tinychat.tui.widgets.surface import Surface
 from tinychat.tui.widgets.turn import Turn
 
 AT_ONCE = 16
 MARGIN = 5  # lines from the top at which older messages are fetched
 
 
-class Transcript(VerticalScroll, can_focus=False):
+class Transcript(Surface, VerticalScroll, can_focus=False):
     """Follows the end of the conversation until the reader scrolls up."""
 
     BINDINGS: ClassVar[list[BindingType]] = []
+    virtual_size = var(Size(0, 0))  # as for `Lines`: one layout a new line is enough
 
     def __init__(self) -> None:
         super().__init__(id="transcript")

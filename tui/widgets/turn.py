@@ -59,7 +59,6 @@ class Turn(Lines, can_focus=True):
         self._sealed: list[Line] = []
         self._n_sealed = 0
         self._cache: list[Line] | None = None
-        self._painted = -1
         self._again = False
         if message.role == "assistant":
             self._take()
@@ -110,13 +109,17 @@ class Turn(Lines, can_focus=True):
 
     def changed(self) -> None:
         """Paint again, and make room if it is higher now."""
-        self._cache = None
+        before, self._cache = self._cache, None
         if not self._width:
             self.refresh(layout=True)
             return
-        height = len(self.layout_lines(self._width))
-        self.refresh(layout=height != self._painted)
-        self._painted = height
+        after = self.layout_lines(self._width)
+        if len(after) != self.content_size.height:
+            self.refresh(layout=True)
+        elif before is not None and len(before) == len(after):
+            self.repaint(before, after)
+        else:
+            self.refresh()
 
     def code(self, index: int) -> str | None:
         """A code block of the answer, as it is written there; -1 is the last one."""
