@@ -99,7 +99,8 @@ class Engine:
             stay = accept is None or len(ids) == 1  # the first is no draft
             scores, rows = None, 0
             if branch.ledger and branch.ledger.watches:
-                rows = len(ids) if watched is None else watched
+                rows = branch.ledger.policy.voting(branch.slots, len(ids))
+                rows = rows if watched is None else min(rows, watched)
                 if rows and stay:
                     scores = branch.ledger.tally(len(ids))
                 elif rows:
@@ -113,7 +114,8 @@ class Engine:
                 n = len(ids) if accept is None else accept(out)
                 branch.commit(ids[:n])
                 if branch.ledger:
-                    branch.ledger.append(n, min(rows, n), None if stay else scores)
+                    voted = max(0, rows - (len(ids) - n))
+                    branch.ledger.append(n, voted, None if stay else scores)
             return out
 
     def _step(self, step: Step, params: SamplingParams | None) -> Any:
@@ -289,7 +291,7 @@ class _Generation:
             # Nothing else would end an answer that runs in circles.
             params = params.but(max_tokens=engine.n_ctx)
         self.params = params
-        self.context = list(prompt)  # and the answer's tokens so far
+        self.context = array("i", prompt)  # and the answer's tokens so far; it may have no end
         self.decoder = StreamDecoder(engine.tokenizer, continued=True)
         self.matcher = StopMatcher(params.stop)
         self.seed = choose_seed(params)
@@ -297,7 +299,7 @@ class _Generation:
         self.n_seen = 0
         self.evicted_before = branch.evicted
         self.notices: list[str] = []
-        self.ids = array("i")  # an answer may have no end: a few bytes a token
+        self.ids = array("i")
         self.steps = self.decided = 0  # decode steps, and the tokens that they decided
         self.chosen = 0  # the stop token counts as a step too
         self.text = io.StringIO()
