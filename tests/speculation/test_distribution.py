@@ -143,7 +143,7 @@ def test_the_first_two_tokens_have_the_targets_distribution_in_every_case(rule, 
 
 def test_a_residual_that_is_not_taken_is_noticed(monkeypatch):
     """The planted bug: after a rejection, draw from p instead of max(0, p − q)."""
-    from tinychat import engine
+    from tinychat import generation
 
     def broken(logits, drafted, q, params, seed, position, seen):
         token = acceptance.rejection(logits, drafted, q, params, seed, position, seen)
@@ -152,5 +152,5 @@ def test_a_residual_that_is_not_taken_is_noticed(monkeypatch):
         ids, p = candidates(logits, params, seen)
         return int(np.random.default_rng(seed * 1000 + position).choice(ids, p=p))
 
-    monkeypatch.setattr(engine, "rejection", broken)
+    monkeypatch.setattr(generation, "rejection", broken)
     assert min(p_values("rejection", "bad", PLAIN, 4000)) < 1e-6
