@@ -63,7 +63,7 @@ class ScriptedEngine:
         self._task = asyncio.create_task(self._say(script))
 
     async def _say(self, s: Script) -> None:
-        self.on_event(Began(s.prompt_text))
+        self.on_event(Began(s.prompt_text, 10))
         size = max(1, -(-len(s.text) // s.pieces))
         said, thought = "", None
         for i in range(0, len(s.text), size):

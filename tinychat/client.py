@@ -39,9 +39,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Began:
-    """The prompt is read and the first token is here. `prompt_text`: the end of what the template wrote."""
+    """The prompt is read and the first token is here. `prompt_text`: the end of what the template wrote;
+    `prompt_tokens`: of the whole conversation so far.
+    """
 
     prompt_text: str
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)

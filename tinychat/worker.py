@@ -212,7 +212,9 @@ class Worker:
                 if not began:
                     began = True
                     # Its end says whether the template itself opened a thought.
-                    self._send(ev="began", prompt_text=session.nodes[session.leaf].prompt_text[-200:])
+                    start = session.nodes[session.leaf].prompt_text[-200:]
+                    read = sum(len(n.prompt_ids) + len(n.ids) for n in session.nodes)
+                    self._send(ev="began", prompt_text=start, prompt_tokens=read)
                 if isinstance(event, Notice):
                     self._send(ev="notice", message=event.message)
                     continue

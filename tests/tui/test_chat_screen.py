@@ -107,3 +107,11 @@ async def test_escapes_and_markup_are_shown_not_obeyed(store):
         assert "␛[31mred" in text
         for control in "\x1b\x9b\x07\u202e":
             assert control not in text
+
+
+async def test_the_status_line_counts_the_context_while_it_is_filled(store):
+    app = make_app(store, Script("one two three four", 4, hang=True))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await say(pilot, "count")
+        await wait_until(pilot, lambda: "context 14/4096" in screen_text(app))
+        assert app.chat.answering

@@ -80,6 +80,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         self.unheard = 0  # events of the engine that wait for their turn
         self._asked = 0.0
         self._first: tuple[float, int] | None = None
+        self._read = 0  # tokens of the conversation before the answer
         self._tokens = 0
         self._painting = self._heard = False
         self._painted = self._cpu = 0.0
@@ -258,7 +259,8 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             took = time.monotonic() - began
             rate = (self._tokens - n) / took if took > 0.3 and self._tokens > n else None
             turn.running = {"tokens": self._tokens, "rate": rate}
-            self.status.tell(rate=rate, ttft=self._first[0] - self._asked)
+            used = self._read + self._tokens
+            self.status.tell(rate=rate, ttft=self._first[0] - self._asked, used=used)
         self.status.tell(state=state)
 
     # What the engine says
@@ -273,6 +275,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             if self._turn is not None:
                 self._turn.prompt_text = event.prompt_text
                 self._first = (time.monotonic(), 1)
+                self._read = event.prompt_tokens
                 self._turn.waiting = ""
         elif isinstance(event, Finished):
             await self._finished(event)
