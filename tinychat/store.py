@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -421,41 +421,6 @@ class ChatStore:
 
         return release
 
-    # Other forms
-
-    def export_json(self, chat_id: int) -> str:
-        """The chat as `tinychat.Session.load` and `/load` read it."""
-        chat, messages = self.chat(chat_id), self.messages(chat_id)
-        index = {m.id: i for i, m in enumerate(messages)}
-        nodes = [
-            {
-                "role": m.role,
-                "content": m.content,
-                "parent": None if m.parent is None else index[m.parent],
-                "prompt_text": m.prompt_text,
-                "prompt_ids": m.prompt_ids,
-                "ids": m.ids,
-                "finish_reason": m.finish_reason,
-                "stats": m.stats,
-            }
-            for m in messages
-        ]
-        content = {
-            "tinychat_session": 1,
-            "model": chat.model,
-            "system": chat.system,
-            "params": chat.params,
-            "leaf": index.get(chat.leaf),
-            "nodes": nodes,
-        }
-        return json.dumps(content, ensure_ascii=False, indent=1)
-
-    def export_markdown(self, chat_id: int) -> str:
-        """The present branch, for reading."""
-        chat = self.chat(chat_id)
-        by_id = {m.id: m for m in self.messages(chat_id)}
-        return to_markdown(chat, path_to(by_id, chat.leaf))
-
 
 def chosen(store: ChatStore, latest: bool, number: int | None) -> Chat | None:
     """The chat that `--continue` or `--resume N` mean; None for neither, or when there is none to
@@ -473,15 +438,6 @@ def path_to(by_id: dict[int, StoredMessage], leaf: int | None) -> list[StoredMes
         out.append(by_id[leaf])
         leaf = by_id[leaf].parent
     return out[::-1]
-
-
-def to_markdown(chat: Chat, path: Iterable[StoredMessage]) -> str:
-    """A conversation for reading."""
-    parts = [f"# {chat.title}", f"*{chat.model}*"]
-    if chat.system:
-        parts.append(f"**System**\n\n{chat.system}")
-    parts += [f"**{'You' if m.role == 'user' else m.model or 'Model'}**\n\n{m.content}" for m in path]
-    return "\n\n".join(parts) + "\n"
 
 
 def make_title(text: str) -> str:

@@ -9,8 +9,23 @@ import numpy as np
 Q8_GROUP = 32
 
 
+class _Grouped:
+    codes: np.ndarray
+    scales: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape
+
+    @property
+    def group(self) -> int:
+        """Inputs that share one scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+
 @dataclass(frozen=True)
-class QuantizedLinear:
+class QuantizedLinear(_Grouped):
     """Canonical 4-bit weight: `w = (q - zero) * scale`, or `w = q * scale + offset`.
 
     codes   uint8 [out, in], values 0…15
@@ -39,16 +54,6 @@ class QuantizedLinear:
             if a is not None and a.shape != self.scales.shape:
                 raise ValueError(f"zeros or offsets {a.shape} do not match scales {self.scales.shape}")
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.codes.shape
-
-    @property
-    def group(self) -> int:
-        """Inputs that share one scale."""
-        return self.codes.shape[1] // self.scales.shape[1]
-
     def dequantize(self) -> np.ndarray:
         """float32 [out, in], in the order of the layer's inputs (`perm` undone)."""
         n, k = self.codes.shape
@@ -67,7 +72,7 @@ class QuantizedLinear:
 
 
 @dataclass(frozen=True)
-class Int8Linear:
+class Int8Linear(_Grouped):
     """Symmetric int8, `w = q * scale`. codes int8 [out, in]; scales float16 or float32 [out, in/32]."""
 
     codes: np.ndarray
@@ -78,16 +83,6 @@ class Int8Linear:
         n, k = self.codes.shape
         if self.scales.shape[0] != n or self.scales.shape[1] == 0 or k % self.scales.shape[1]:
             raise ValueError(f"scales {self.scales.shape} do not divide codes {self.codes.shape} into groups")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.codes.shape
-
-    @property
-    def group(self) -> int:
-        """Inputs that share one scale."""
-        return self.codes.shape[1] // self.scales.shape[1]
 
     def dequantize(self) -> np.ndarray:
         """float32 [out, in]."""

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tinychat.errors import TinychatError
+from tinychat.export import to_json, to_markdown
 from tinychat.store import MARK, UNMARK, ChatLockedError, ChatStore, chosen, make_title
 
 
@@ -138,10 +139,10 @@ def test_export_reads_well_and_loads_again(store, tmp_path):
     from tinychat.session import Session
 
     chat = talk(store, "Hi", "Hello!", "More?", "Yes.")
-    text = store.export_markdown(chat.id)
+    text = to_markdown(store, chat.id)
     assert text.index("Hi") < text.index("Hello!") < text.index("More?")
     path = tmp_path / "chat.json"
-    path.write_text(store.export_json(chat.id))
+    path.write_text(to_json(store, chat.id))
     session = Session.load(path, tiny_model())
     assert [m["content"] for m in session.messages] == ["Hi", "Hello!", "More?", "Yes."]
 
@@ -248,4 +249,4 @@ def test_a_thousand_chats_list_and_search_fast(tmp_path):
 
 def test_json_of_a_listing_is_plain(store):
     talk(store, "Grüße 👋")
-    assert json.loads(store.export_json(1))["nodes"][0]["content"] == "Grüße 👋"
+    assert json.loads(to_json(store, 1))["nodes"][0]["content"] == "Grüße 👋"

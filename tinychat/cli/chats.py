@@ -26,6 +26,7 @@ def chats(words: tuple[str, ...], as_json: bool) -> None:
     tinychat chats export 3       print chat 3 as Markdown (--json: for Session.load)
     tinychat chats rm 3 5         delete chats
     """
+    from tinychat.export import to_json, to_markdown
     from tinychat.store import ChatStore
 
     numbers = [int(w) for w in words[1:] if w.isdecimal()]
@@ -36,7 +37,7 @@ def chats(words: tuple[str, ...], as_json: bool) -> None:
         _remove(store, numbers, as_json)
     elif words[:1] == ("export",) and is_ids and len(numbers) == 1:
         out = Printer()
-        out.write(store.export_json(numbers[0]) if as_json else store.export_markdown(numbers[0]))
+        out.write((to_json if as_json else to_markdown)(store, numbers[0]))
         out.end()
     elif len(words) == 1 and words[0] in ("rm", "export"):
         raise click.UsageError(f"Which chat? tinychat chats {words[0]} ID; tinychat chats lists them.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat.errors import TinychatError, UsageError
-from tinychat.store import to_markdown
+from tinychat.export import markdown_of, to_json, to_markdown
 from tinychat.tui import clipboard, messages
 from tinychat.tui.commands import BY_NAME
 from tinychat.tui.conversation import Conversation
@@ -209,7 +209,7 @@ class ChatActions:
     def export(self: ChatScreen, chat_id: int, path: Path) -> None:
         """A chat as a file: JSON for a .json, else Markdown."""
         store = self.app.store
-        text = store.export_json(chat_id) if path.suffix == ".json" else store.export_markdown(chat_id)
+        text = to_json(store, chat_id) if path.suffix == ".json" else to_markdown(store, chat_id)
         self.write_file(path, text)
 
     def write_file(self: ChatScreen, path: Path, text: str) -> None:
@@ -225,7 +225,7 @@ class ChatActions:
     def command_copy(self: ChatScreen, rest: str) -> None:
         last = self.conversation.last("assistant")
         if rest == "chat":
-            self._copy(to_markdown(self.conversation.chat, self.conversation.path()), "the chat")
+            self._copy(markdown_of(self.conversation.chat, self.conversation.path()), "the chat")
         elif last is None:
             raise UsageError("There is no answer yet.", "Say something first.")
         elif rest == "code":

@@ -1,0 +1,52 @@
+"""A stored chat in other forms: JSON that a session reads, Markdown that a person reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from tinychat.store import Chat, ChatStore, StoredMessage, path_to
+
+
+def to_json(store: ChatStore, chat_id: int) -> str:
+    """The whole tree, as `tinychat.Session.load` and `/load` read it."""
+    chat, messages = store.chat(chat_id), store.messages(chat_id)
+    index = {m.id: i for i, m in enumerate(messages)}
+    nodes = [
+        {
+            "role": m.role,
+            "content": m.content,
+            "parent": None if m.parent is None else index[m.parent],
+            "prompt_text": m.prompt_text,
+            "prompt_ids": m.prompt_ids,
+            "ids": m.ids,
+            "finish_reason": m.finish_reason,
+            "stats": m.stats,
+        }
+        for m in messages
+    ]
+    content = {
+        "tinychat_session": 1,
+        "model": chat.model,
+        "system": chat.system,
+        "params": chat.params,
+        "leaf": index.get(chat.leaf),
+        "nodes": nodes,
+    }
+    return json.dumps(content, ensure_ascii=False, indent=1)
+
+
+def to_markdown(store: ChatStore, chat_id: int) -> str:
+    """The present branch, for reading."""
+    chat = store.chat(chat_id)
+    by_id = {m.id: m for m in store.messages(chat_id)}
+    return markdown_of(chat, path_to(by_id, chat.leaf))
+
+
+def markdown_of(chat: Chat, path: Iterable[StoredMessage]) -> str:
+    """A conversation for reading."""
+    parts = [f"# {chat.title}", f"*{chat.model}*"]
+    if chat.system:
+        parts.append(f"**System**\n\n{chat.system}")
+    parts += [f"**{'You' if m.role == 'user' else m.model or 'Model'}**\n\n{m.content}" for m in path]
+    return "\n\n".join(parts) + "\n"
