@@ -103,6 +103,14 @@ class Backend(Protocol):
         """
         ...
 
+    def value_spread(self, block_table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """How far the value of each slot lies from the weighted mean of all of them, for the first n slots:
+        Euclidean norms, float32 [layers, kv_heads, n].
+
+        weights: as many, not negative, of any sum; where all are zero they count alike. Threads change nothing.
+        """
+        ...
+
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
         """Rotate the cached keys of the first n slots by `delta` positions: int32 [layers, kv_heads, n]."""
         ...

@@ -134,6 +134,14 @@ class ReferenceBackend:
         to, from_ = (self._slots(block_table)[a[layer, head, i]] for a in (dst, src))
         self.kv[:, layer, to, head] = self.kv[:, layer, from_, head]
 
+    def value_spread(self, block_table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        n = weights.shape[2]
+        values = self.kv[1, :, self._slots(block_table)[:n]].transpose(1, 2)  # [layers, kv_heads, n, dim]
+        w = torch.from_numpy(weights)
+        w = torch.where(w.sum(2, keepdim=True) > 0, w, 1.0)
+        mean = (w[..., None] * values).sum(2, keepdim=True) / w.sum(2)[..., None, None]
+        return (values - mean).norm(dim=3).numpy()
+
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
         slots = self._slots(block_table)[: delta.shape[2]]
         for layer in range(self.cfg.n_layers):
