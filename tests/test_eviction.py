@@ -49,7 +49,9 @@ class Dense:
                 latest = self.next_position - p.recent
                 free = [t for t in tokens if p.pinned <= self.position[h][t] < latest]
                 if p.name == "h2o":
-                    free.sort(key=lambda t: self.score[h][t] / max(1, self.age[h][t]))
+                    votes = {t: self.score[h][t] / max(1, self.age[h][t]) for t in tokens}
+                    mean = sum(votes[t] * self.v[h][t] for t in tokens) / sum(votes.values())
+                    free.sort(key=lambda t: votes[t] * (self.v[h][t] - mean).norm())
                 self.seen[h] = [t for t in tokens if t not in free[:BLOCK]]
         if self.next_position + 1 > self.trained:
             for h, tokens in self.seen.items():

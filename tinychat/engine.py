@@ -130,9 +130,13 @@ class Engine:
             excess = branch.slots + n - ledger.policy.budget
             if excess > 0:
                 self._freeing(branch, branch.own)
-                table = branch.block_table()
+                table, value = branch.block_table(), None
+                if ledger.watches:
+                    votes = ledger.votes()
+                    value = votes * self.backend.value_spread(table, votes)
                 with branch.rewritten():
-                    self.backend.move_slots(table, *branch.give_up(-(-excess // BLOCK) * BLOCK))
+                    moves = branch.give_up(-(-excess // BLOCK) * BLOCK, value)
+                    self.backend.move_slots(table, *moves)
                 branch.drop_empty_blocks()
             if branch.position + n > self.trained_context and branch.slots + n <= self.trained_context:
                 self._freeing(branch, branch.own)

@@ -1,9 +1,11 @@
 """Which cached tokens to give up when a budget is full: H2O, a sliding window, or (to compare with) chance.
 
 H2O (Zhang et al. 2023) keeps the heavy hitters: the slots that received the most attention. Here a slot's
-score is the attention probability that it got, summed over the query heads of its KV head, divided by the
-number of queries that could see it, so that age alone neither helps nor harms. Each layer and KV head chooses
-for itself. The first tokens (attention sinks, the system prompt) and the most recent ones are never given up
+votes are the attention probability that it got, summed over the query heads of its KV head, divided by the
+number of queries that could see it, so that age alone neither helps nor harms. A head's output is the mean of
+its values weighted by those probabilities, so what giving a slot up would change is its votes times how far
+its value lies from that mean; the slots with the least are given up. Each layer and KV head chooses for
+itself. The first tokens (attention sinks, the system prompt) and the most recent ones are never given up
 (StreamingLLM, Xiao et al. 2023: sinks and recent tokens alone are the policy "window").
 
 Attention does not care in which slot a token lies, so victims are replaced by the tokens of the last slots,
@@ -163,6 +165,10 @@ class Ledger:
         self._positions, self._born, self._scores = positions.copy(), born.copy(), scores.copy()
         self.size, self.next_position, self.seen = positions.shape[-1], next_position, seen
 
+    def votes(self) -> np.ndarray:
+        """float32 [layers, kv_heads, slots]: the attention that each slot gets from a query, on average."""
+        return np.nan_to_num(self.scores / np.maximum(1, self.seen - self.born), nan=0.0, posinf=1e30)
+
     @property
     def watches(self) -> bool:
         """Whether the policy wants to know what queries attend to."""
@@ -214,15 +220,17 @@ class Ledger:
         if self.remembered and size < self.remembered.size:
             self.remembered = None
 
-    def evict(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def evict(self, n: int, value: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Choose n slots (a multiple of BLOCK) of each layer and KV head, and fill their places from the end.
+
+        value: float32 [layers, kv_heads, slots], what H2O keeps the most of; default: `votes`.
 
         Returns which slot goes where, int32 [layers, kv_heads, n] each, -1 for nothing: what the backend has
         to move. Afterwards there are n slots fewer.
         """
         keep, self.remembered = self.size - n, None
         victims = np.zeros((*self.shape, self.size), bool)
-        np.put_along_axis(victims, self._choose(n), True, axis=-1)
+        np.put_along_axis(victims, self._choose(n, value), True, axis=-1)
         holes, movers = victims[..., :keep], ~victims[..., keep:]
         src = np.full((*self.shape, n), -1, np.int32)
         dst = np.zeros((*self.shape, n), np.int32)
@@ -237,11 +245,11 @@ class Ledger:
         self._shrink(keep)
         return src, dst
 
-    def _choose(self, n: int) -> np.ndarray:
+    def _choose(self, n: int, value: np.ndarray | None) -> np.ndarray:
         """Victims, [layers, kv_heads, n] slot numbers: the lowest of what is neither pinned nor recent."""
         p, positions = self.policy, self.positions
         if p.name == "h2o":
-            value = self.scores / np.maximum(1, self.seen - self.born)
+            value = self.votes() if value is None else value
         elif p.name == "window":
             value = positions.astype(np.float32)
         else:

@@ -254,13 +254,14 @@ class Branch:
             self.pool.release(block)
             self.table[i] = fresh
 
-    def give_up(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def give_up(self, n: int, value: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """n slots (a multiple of BLOCK) of each layer and KV head are no longer needed; every block is
         private.
 
-        Returns what the backend has to move, as `Ledger.evict` does; the table still has the last blocks.
+        value, and what is returned (slots that the backend has to move): as of `Ledger.evict`. The table
+        still has the last blocks.
         """
-        moves = self.ledger.evict(n)
+        moves = self.ledger.evict(n, value)
         self.evicted += n
         self._floor = len(self.ids)
         self._keys = []

@@ -3,7 +3,7 @@
 // neither on the rows beside it nor on how parts were spread over threads.
 #pragma once
 
-#include "rows_impl.h"
+#include "cache_impl.h"
 
 namespace tinychat {
 namespace {

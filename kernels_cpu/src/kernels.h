@@ -140,6 +140,15 @@ struct TurnKeysArgs {
     const int32_t* delta;  // of slot 0
 };
 
+// How far values lie from their weighted mean (Euclidean): slots 0…n-1 of one layer and KV head.
+struct SpreadArgs {
+    const KvPool* kv;
+    const int32_t* blocks;
+    int layer, kv_head, n;
+    const float* weights;  // of any sum; where it is 0 they count alike
+    float* out;
+};
+
 // y = cap · tanh(scale · y / cap), or scale · y where cap is 0.
 struct LogitArgs {
     float* y;
@@ -168,6 +177,7 @@ struct KernelTable {
     void (*attention_merge)(const AttentionArgs&);
     void (*attention_score)(const ScoreArgs&);
     void (*turn_keys)(const TurnKeysArgs&);
+    void (*value_spread)(const SpreadArgs&);
     ArgmaxResult (*argmax)(const float* v, int n);
     void (*finish_logits)(const LogitArgs&);
 };

@@ -164,7 +164,8 @@ void run_step(PyProgram& p, In<int32_t> ids, long long position, int length, In<
 }
 
 // n of an array [layers, kv_heads, n] that goes with a block table of the pool.
-int slots_of_heads(const PyProgram& p, const In<int32_t>& blocks, const In<int32_t>& a) {
+template <class T>
+int slots_of_heads(const PyProgram& p, const In<int32_t>& blocks, const In<T>& a) {
     const KvPool& kv = p.program.kv();
     require(a.ndim() == 3 && static_cast<int>(a.shape(0)) == kv.n_layers && static_cast<int>(a.shape(1)) == kv.n_kv,
             "slots are given for each layer and KV head");
@@ -491,6 +492,16 @@ void bind_program(nb::module_& m) {
                 p.program.turn_keys(blocks.data(), frequencies.data(), half, delta.data(), n);
             },
             "blocks"_a, "frequencies"_a, "delta"_a)
+        .def(
+            "value_spread",
+            [](PyProgram& p, In<int32_t> blocks, In<float> weights, Out<float> out) {
+                const int n = slots_of_heads(p, blocks, weights);
+                require(static_cast<size_t>(n) <= blocks.size() * kBlockSlots, "a slot is outside the block table");
+                require(out.size() == weights.size(), "as many results as weights");
+                nb::gil_scoped_release release;
+                p.program.value_spread(blocks.data(), weights.data(), out.data(), n);
+            },
+            "blocks"_a, "weights"_a, "out"_a)
         .def("run", &run_step, "ids"_a, "position"_a, "length"_a, "blocks"_a, "logits_from"_a, "logits"_a.none(),
              "greedy"_a.none(), "scores"_a.none() = nb::none(), "scored_rows"_a = 0)
         .def(

@@ -183,6 +183,27 @@ void Program::turn_keys(const int32_t* blocks, const double* freq, int half, con
                           delta + (static_cast<size_t>(layer) * kv_.n_kv + head) * n});
 }
 
+void Program::value_spread(const int32_t* blocks, const float* weights, float* out, int n) {
+    struct Heads final : Job {
+        void work(int) override {
+            for (int i = next++; i < kv->n_layers * kv->n_kv; i = next++) {
+                const size_t at = static_cast<size_t>(i) * n;
+                spread({kv, blocks, i / kv->n_kv, i % kv->n_kv, n, weights + at, out + at});
+            }
+        }
+        void (*spread)(const SpreadArgs&);
+        const KvPool* kv;
+        const int32_t* blocks;
+        const float* weights;
+        float* out;
+        int n;
+        std::atomic<int> next{0};
+    } job;
+    std::lock_guard<std::mutex> lock(turn_);
+    job.spread = k_.value_spread, job.kv = &kv_, job.blocks = blocks, job.weights = weights, job.out = out, job.n = n;
+    pool_.run(job);
+}
+
 void Program::run(StepState step) {
     std::lock_guard<std::mutex> lock(turn_);
     step.kv = &kv_;

@@ -149,6 +149,8 @@ class Program : private Job {
     void move_slots(const int32_t* blocks, const int32_t* src, const int32_t* dst, int n);
     // The first n slots' keys turned by delta [layers][kv_heads][n] positions.
     void turn_keys(const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n);
+    // How far each of the first n slots' values lies from their weighted mean: all [layers][kv_heads][n].
+    void value_spread(const int32_t* blocks, const float* weights, float* out, int n);
     const KvPool& kv() const { return kv_; }
 
     // Runs the step. Callers on several threads take turns. The inputs have been checked.

@@ -250,7 +250,11 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     std::vector<int32_t> delta(total);
     for (int i = 0; i < total; i++) delta[i] = 3 * i - total;
     t.turn_keys({&pool, blocks.data(), freq.data(), half, 1, 0, 0, total, delta.data()});
+    Aligned<float> weights_of(total), spread(total);
+    for (int i = 0; i < total; i++) weights_of.data()[i] = i % 3 * 0.5f;
+    t.value_spread({&pool, blocks.data(), 1, 0, total, weights_of.data(), spread.data()});
     std::vector<float> result = out.copy();
+    for (float s : spread.copy()) result.push_back(s);
     for (float s : scores.copy()) result.push_back(s);
     const uint8_t* turned = pool.keys(blocks[0], 1, 0);
     for (int i = 0; i < dim * kBlockSlots; i++)

@@ -292,6 +292,25 @@ def test_turned_keys_are_those_of_the_new_positions(isa, bits, rotated):
     np.testing.assert_allclose(a.run(qkv[40:], 40), b.run(qkv[40:], 40), atol=tolerance)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(("dim", "n"), [(48, 1), (48, 37), (64, 300), (10, 16)])
+def test_how_far_values_lie_from_their_mean(isa, bits, dim, n):
+    rng = np.random.default_rng(11)
+    a = Attention(isa, 4, 2, dim, blocks=20, bits=bits, threads=3)
+    qkv = rows(rng, n, a)
+    a.run(qkv, 0)
+    weights = rng.exponential(size=(2, 2, n)).astype(np.float32)
+    weights[1, 0] = 0  # they count alike
+    out = np.empty((2, 2, n), np.float32)
+    a.b.p.value_spread(a.table, weights, out)
+    v = a.stored(torch.from_numpy(qkv).double()[:, 6 * dim :].reshape(n, 2, dim)).numpy()
+    weights[1, 0] = 1
+    w = (weights / weights.sum(2, keepdims=True))[1]  # the layer that the step wrote
+    mean = np.einsum("hn,nhd->hd", w, v)
+    np.testing.assert_allclose(out[1], np.linalg.norm(v - mean, axis=2).T, rtol=1e-4, atol=1e-5)
+
+
 def test_slots_outside_the_table_are_refused():
     a = Attention(ISAS[0], 2, 1, 32, blocks=4)
     here = np.zeros((2, 1, 1), np.int32)
@@ -303,6 +322,11 @@ def test_slots_outside_the_table_are_refused():
         a.b.p.move_slots(a.table, here[:1], here[:1])
     with pytest.raises(ValueError, match="slot"):
         a.b.p.turn_keys(a.table, [1.0], np.zeros((2, 1, 65), np.int32))
+    weights = np.zeros((2, 1, 65), np.float32)
+    with pytest.raises(ValueError, match="slot"):
+        a.b.p.value_spread(a.table, weights, weights.copy())
+    with pytest.raises(ValueError, match="results"):
+        a.b.p.value_spread(a.table, weights[:, :, :9].copy(), weights)
 
 
 def test_an_8_bit_cache_takes_little_more_than_half():

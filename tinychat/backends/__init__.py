@@ -107,7 +107,7 @@ class Backend(Protocol):
         """How far the value of each slot lies from the weighted mean of all of them, for the first n slots:
         Euclidean norms, float32 [layers, kv_heads, n].
 
-        weights: as many, not negative, of any sum; where all are zero they count alike. Threads change nothing.
+        weights: as many, not negative, of any sum; where all are zero, they count alike.
         """
         ...
 

@@ -120,6 +120,14 @@ class CpuBackend:
         """Keys and values of the logical slots `src` over those of `dst`."""
         self._program.move_slots(*(np.ascontiguousarray(a, np.int32) for a in (block_table, src, dst)))
 
+    def value_spread(self, block_table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """How far values lie from their weighted mean, float32 [layers, kv_heads, n]."""
+        out = np.empty(weights.shape, np.float32)
+        self._program.value_spread(
+            np.ascontiguousarray(block_table, np.int32), np.ascontiguousarray(weights, np.float32), out
+        )
+        return out
+
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)

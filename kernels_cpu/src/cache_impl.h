@@ -1,0 +1,204 @@
+// Keys and values into the paged cache and out of it: rotary embedding, fp16 and int8 storage, what eviction asks.
+#pragma once
+
+#include "rows_impl.h"
+
+namespace tinychat {
+namespace {
+
+// Positions run into the hundred thousands, so the angle is a double.
+template <class S>
+void rope_table(const RopeTableArgs& a) {
+    for (int r = a.r0; r < a.r1; r++) {
+        float* t = a.table + static_cast<size_t>(r) * 2 * a.half;
+        for (int i = 0; i < a.half; i++) {
+            const double angle = static_cast<double>(a.position + r) * a.freq[i];
+            t[i] = static_cast<float>(a.magnitude * std::cos(angle));
+            t[a.half + i] = static_cast<float>(a.magnitude * std::sin(angle));
+        }
+    }
+}
+
+// Halves convention: (x[i], x[i + half]) turns by the angle of frequency i. in and out may be the same.
+template <class S>
+inline void rotate_head(const float* in, const float* table, int half, int dim, float scale, float* out) {
+    using V = V16<S>;
+    const V sc = V::set1(scale), minus = V::set1(-1.0f);
+    for (int i = 0; i < half; i += 16) {
+        const int n = half - i;
+        V a = V::load_n(in + i, n), b = V::load_n(in + half + i, n);
+        V c = V::load_n(table + i, n), s = V::load_n(table + half + i, n);
+        V x = V::fma(a, c, b * s * minus) * sc, y = V::fma(b, c, a * s) * sc;
+        x.store_n(out + i, n);
+        y.store_n(out + half + i, n);
+    }
+    for (int i = 2 * half; i < dim; i++) out[i] = in[i] * scale;
+}
+
+// To fp16; beyond its range to the largest finite value, since an infinite key would poison the softmax of every later
+// token.
+template <class S>
+inline void to_half16(const float* x, uint16_t* out) {
+    for (int i = 0; i < 16; i += S::kLanes) {
+        typename S::F v = S::load(x + i);
+        v = S::select_lt(S::set1(65504.0f), v, S::set1(65504.0f), v);
+        v = S::select_lt(v, S::set1(-65504.0f), S::set1(-65504.0f), v);
+        S::store_f16(out + i, v);
+    }
+}
+
+constexpr int kMaxHeadDim = 1024;
+
+// A key or value to the cache, or back: `stride` elements lie between its channels. x has padded_dim values.
+template <class S>
+inline void store_half(const KvPool& kv, const float* x, uint8_t* head, int slot, bool key) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(head);
+    uint16_t half[16];
+    for (int i = 0; i < kv.padded_dim(); i += 16) {
+        if (!key) {
+            to_half16<S>(x + i, to + slot * kv.padded_dim() + i);
+            continue;
+        }
+        to_half16<S>(x + i, half);
+        for (int j = 0; j < 16; j++) to[(i + j) * kBlockSlots + slot] = half[j];
+    }
+}
+
+// int8 codes of 32 channels and their scale. The codes are those of the scale as fp16 holds it. NaN makes the scale
+// NaN, so it stays visible; infinity is the largest finite fp16, as in an fp16 cache.
+template <class S>
+inline void store_int8(const KvPool& kv, const float* x, uint8_t* head, int slot, bool key) {
+    using V = V16<S>;
+    int8_t* to = reinterpret_cast<int8_t*>(head);
+    uint16_t* scales = reinterpret_cast<uint16_t*>(head + kv.code_bytes());
+    for (int g = 0; g < kv.groups(); g++) {
+        const int first = g * kKvGroup, n = kv.padded_dim() - first < kKvGroup ? kv.padded_dim() - first : kKvGroup;
+        float y[kKvGroup], scale[16];
+        uint16_t half[16];
+        V peak = V::set1(0.0f);
+        for (int i = 0; i < n; i += 16) {
+            to_half16<S>(x + first + i, half);
+            for (int j = 0; j < 16; j += S::kLanes) S::store(y + i + j, S::load_f16(half + j));
+            peak = V::max_abs(peak, V::load(y + i));
+        }
+        V::set1(peak.largest_bits() * (1.0f / 127.0f)).store(scale);
+        to_half16<S>(scale, half);
+        for (int j = 0; j < 16; j += S::kLanes) S::store(scale + j, S::load_f16(half + j));
+        scales[g * kBlockSlots + slot] = half[0];
+        const typename S::F inv = S::set1(scale[0] == 0.0f ? 0.0f : 1.0f / scale[0]);
+        int8_t codes[kKvGroup];
+        for (int i = 0; i < n; i += S::kLanes) S::store_i8(codes + i, S::round(S::mul(S::load(y + i), inv)));
+        if (!key)
+            memcpy(to + slot * kv.padded_dim() + first, codes, n);
+        else
+            for (int i = 0; i < n; i++) to[(first + i) * kBlockSlots + slot] = codes[i];
+    }
+}
+
+template <class S>
+inline void store_slot(const KvPool& kv, const float* x, uint8_t* head, int slot, bool key) {
+    if (kv.bits == 8)
+        store_int8<S>(kv, x, head, slot, key);
+    else
+        store_half<S>(kv, x, head, slot, key);
+}
+
+template <class S>
+inline void load_key(const KvPool& kv, const uint8_t* head, int slot, float* x) {
+    float lanes[16];
+    for (int i = 0; i < kv.head_dim; i++) {
+        const int at = i * kBlockSlots + slot / S::kLanes * S::kLanes;
+        S::store(lanes, kv.bits == 8 ? S::load_i8(reinterpret_cast<const int8_t*>(head) + at)
+                                     : S::load_f16(reinterpret_cast<const uint16_t*>(head) + at));
+        x[i] = lanes[slot % S::kLanes];
+    }
+    if (kv.bits == 16) return;
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + kv.code_bytes());
+    for (int g = 0; g < kv.groups(); g++) {
+        S::store(lanes, S::load_f16(scales + g * kBlockSlots + slot / S::kLanes * S::kLanes));
+        for (int i = g * kKvGroup; i < kv.head_dim && i < (g + 1) * kKvGroup; i++) x[i] *= lanes[slot % S::kLanes];
+    }
+}
+
+template <class S>
+void turn_keys(const TurnKeysArgs& a) {
+    const int d = a.kv->head_dim;
+    float x[kMaxHeadDim + 16] = {}, table[kMaxHeadDim];
+    for (int s = a.s0; s < a.s1; s++) {
+        if (a.delta[s] == 0) continue;
+        for (int i = 0; i < a.half; i++) {
+            const double angle = a.delta[s] * a.freq[i];
+            table[i] = static_cast<float>(std::cos(angle));
+            table[a.half + i] = static_cast<float>(std::sin(angle));
+        }
+        uint8_t* head = a.kv->keys(a.blocks[s / kBlockSlots], a.layer, a.kv_head);
+        load_key<S>(*a.kv, head, s % kBlockSlots, x);
+        rotate_head<S>(x, table, a.half, d, 1.0f, x);
+        store_slot<S>(*a.kv, x, head, s % kBlockSlots, true);
+    }
+}
+
+template <class S>
+void rope_kv(const RopeArgs& a) {
+    const int d = a.head_dim, dim = a.kv->padded_dim();
+    const size_t ld = static_cast<size_t>(a.n_heads + 2 * a.n_kv) * d;
+    float x[kMaxHeadDim + 16];
+    for (int r = a.r0; r < a.r1; r++) {
+        float* q = a.qkv + r * ld;
+        const float* k = q + static_cast<size_t>(a.n_heads) * d;
+        const float* v = k + static_cast<size_t>(a.n_kv) * d;
+        const float* table = a.table + static_cast<size_t>(r) * 2 * a.half;
+        for (int h = 0; h < a.n_heads; h++) rotate_head<S>(q + h * d, table, a.half, d, a.q_scale, q + h * d);
+        const int slot = a.length + r, block = a.blocks[slot / kBlockSlots], in_block = slot % kBlockSlots;
+        for (int i = d; i < dim; i++) x[i] = 0;
+        for (int h = 0; h < a.n_kv; h++) {
+            rotate_head<S>(k + h * d, table, a.half, d, 1.0f, x);
+            store_slot<S>(*a.kv, x, a.kv->keys(block, a.layer, h), in_block, true);
+            memcpy(x, v + h * d, d * sizeof(float));
+            store_slot<S>(*a.kv, x, a.kv->values(block, a.layer, h), in_block, false);
+        }
+    }
+}
+
+// Channels i … i+15 of a value.
+template <class S>
+inline V16<S> load_value(const KvPool& kv, const uint8_t* head, int slot, int i) {
+    using V = V16<S>;
+    V x;
+    const int at = slot * kv.padded_dim() + i;
+    for (int j = 0; j < V::N; j++)
+        x.v[j] = kv.bits == 8 ? S::load_i8(reinterpret_cast<const int8_t*>(head) + at + j * S::kLanes)
+                              : S::load_f16(reinterpret_cast<const uint16_t*>(head) + at + j * S::kLanes);
+    if (kv.bits == 16) return x;
+    float lanes[16];
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + kv.code_bytes()) + i / kKvGroup * kBlockSlots;
+    S::store(lanes, S::load_f16(scales + slot / S::kLanes * S::kLanes));
+    return x * V::set1(lanes[slot % S::kLanes]);
+}
+
+template <class S>
+void value_spread(const SpreadArgs& a) {
+    using V = V16<S>;
+    const int dim = a.kv->padded_dim();
+    float mean[kMaxHeadDim + 16] = {}, total = 0.0f;
+    for (int s = 0; s < a.n; s++) total += a.weights[s];
+    for (int s = 0; s < a.n; s++) {
+        const uint8_t* head = a.kv->values(a.blocks[s / kBlockSlots], a.layer, a.kv_head);
+        const V w = V::set1(total == 0.0f ? 1.0f / a.n : a.weights[s] / total);
+        for (int i = 0; i < dim; i += 16)
+            V::fma(w, load_value<S>(*a.kv, head, s % kBlockSlots, i), V::load(mean + i)).store(mean + i);
+    }
+    const V minus = V::set1(-1.0f);
+    for (int s = 0; s < a.n; s++) {
+        const uint8_t* head = a.kv->values(a.blocks[s / kBlockSlots], a.layer, a.kv_head);
+        V squares = V::set1(0.0f);
+        for (int i = 0; i < dim; i += 16) {
+            const V x = V::fma(V::load(mean + i), minus, load_value<S>(*a.kv, head, s % kBlockSlots, i));
+            squares = V::fma(x, x, squares);
+        }
+        a.out[s] = std::sqrt(squares.sum());
+    }
+}
+
+}  // namespace
+}  // namespace tinychat
