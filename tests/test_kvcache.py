@@ -264,6 +264,26 @@ def test_writing_after_a_rollback_leaves_findable_content_alone(backend, pool):
     assert backend.read(third) == history(first[:10] + [50] * 6)
 
 
+@pytest.mark.parametrize("method", ["reserve", "own"])
+def test_a_copy_that_fails_leaks_nothing(backend, pool, method):
+    first = Branch(pool)
+    backend.write(first, list(range(10)))
+    second = first.fork()
+    used, table = pool.used, list(second.table)
+
+    def lost(src, dst):
+        raise RuntimeError("the GPU is lost")
+
+    pool.copy_block = lost
+    with pytest.raises(RuntimeError):
+        second.reserve(1) if method == "reserve" else second.own()
+    assert (pool.used, second.table) == (used, table)
+    pool.copy_block = backend.copy_block
+    backend.write(second, [7])
+    assert backend.read(second) == history([*range(10), 7])
+    assert backend.read(first) == history(range(10))
+
+
 def test_a_content_is_kept_once_and_stays_findable_with_its_last_holder(backend, pool):
     ids = list(range(16))
     first, second = Branch(pool), Branch(pool)

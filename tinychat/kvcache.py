@@ -68,6 +68,19 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def duplicate(self, block: int, spare: bool = False) -> int:
+        """A private copy of a block, which the caller holds in its place. Raises PoolExhaustedError, and what
+        copying raises; then nothing has changed.
+        """
+        fresh = self.allocate(spare)
+        try:
+            self.copy_block(block, fresh)
+        except BaseException:
+            self.release(fresh)
+            raise
+        self.release(block)
+        return fresh
+
     def publish(self, block: int, key: bytes) -> int:
         """Make a full block findable; the block to hold from now on. A content is kept once: where another
         block has it already, the caller's reference moves to that one.
@@ -205,10 +218,7 @@ class Branch:
         spare = self.evicted > 0
         last, offset = divmod(self.slots, BLOCK)
         if offset and n and not self.pool.is_private(self.table[last]):
-            fresh = self.pool.allocate(spare)
-            self.pool.copy_block(self.table[last], fresh)
-            self.pool.release(self.table[last])
-            self.table[last] = fresh
+            self.table[last] = self.pool.duplicate(self.table[last], spare)
         needed = -(-(self.slots + n) // BLOCK) - len(self.table)
         if needed > self.pool.available(spare):
             raise PoolExhaustedError
@@ -248,11 +258,8 @@ class Branch:
         for i, block in enumerate(self.table):
             if self.pool.holders(block) == 1:
                 self.pool.withdraw(block)
-                continue
-            fresh = self.pool.allocate(spare=True)
-            self.pool.copy_block(block, fresh)
-            self.pool.release(block)
-            self.table[i] = fresh
+            else:
+                self.table[i] = self.pool.duplicate(block, spare=True)
 
     def give_up(self, n: int, value: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """n slots (a multiple of BLOCK) of each layer and KV head are no longer needed; every block is
