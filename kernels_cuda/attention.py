@@ -72,7 +72,7 @@ class Attention:
         """workspace: bytes for spans of rows that are not yet merged; what does not fit goes in turns."""
         self.shape, self.device = shape, modules.device
         for source, names in (
-            ("cache.cu", ("rope_table", "rope_append", "move_slots", "turn_keys")),
+            ("cache.cu", ("rope_table", "rope_append", "move_slots", "turn_keys", "value_spread")),
             ("attention.cu", ("attend_spans", "merge_spans", "attend_rows", "score_slots")),
         ):
             for name in names:
@@ -154,6 +154,12 @@ class Attention:
             self._turn_keys, (n, s.kv_heads, s.layers), 32,
             pool, blocks, delta, frequencies, s.layers, s.kv_heads, n, pairs,
         )  # fmt: skip
+
+    def value_spread(self, pool: Memory, blocks: Memory, weights: Memory, to: Memory, n: int) -> None:
+        """How far n slots' values lie from their weighted mean: float32 [layers, kv_heads, n], as weights."""
+        s = self.shape
+        grid = s.kv_heads, s.layers
+        self.device.launch(self._value_spread, grid, 256, pool, blocks, weights, to, s.layers, s.kv_heads, n)
 
 
 __all__ = ["MAX_HEAD", "SLOTS", "SPAN", "Attention", "Call", "Shape"]

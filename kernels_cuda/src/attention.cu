@@ -62,14 +62,6 @@ DEVICE Tile tile_of(const u16* q, int query, int queries, int heads, int kv_head
     return tile;
 }
 
-// Four int8 codes to two pairs of halves, times their scales.
-DEVICE uint2 unpack(u32 codes, u32 scales_low, u32 scales_high) {
-    codes ^= 0x80808080;
-    u32 low = subtract_halves(pick_bytes(codes, 0x64646464, 0x4140), 0x64806480);
-    u32 high = subtract_halves(pick_bytes(codes, 0x64646464, 0x4342), 0x64806480);
-    return {multiply_halves(low, scales_low), multiply_halves(high, scales_high)};
-}
-
 // The eight channels of a key that a lane multiplies.
 DEVICE uint4 load_key_part(u8* unit, int slot, int part) {
     int at = slot * HEAD + part * 32 + lane_id() % 4 * 8;
@@ -80,18 +72,6 @@ DEVICE uint4 load_key_part(u8* unit, int slot, int part) {
         u32 scale = key_scales(unit)[slot * PARTS + part] * 0x10001;
         uint2 low = unpack(codes.x, scale, scale), high = unpack(codes.y, scale, scale);
         return {low.x, low.y, high.x, high.y};
-    }
-}
-
-// One channel of the four values that a lane multiplies: slots 4t … 4t + 3.
-DEVICE uint2 load_value_part(u8* unit, int channel) {
-    int at = channel * SLOTS + lane_id() % 4 * 4;
-    if constexpr (KV_BITS == 16) {
-        return *reinterpret_cast<const uint2*>(halves(values_of(unit)) + at);
-    } else {
-        u32 codes = *reinterpret_cast<const u32*>(values_of(unit) + at);
-        uint2 scales = *reinterpret_cast<const uint2*>(value_scales(unit) + channel / 32 * SLOTS + lane_id() % 4 * 4);
-        return unpack(codes, scales.x, scales.y);
     }
 }
 

@@ -100,3 +100,84 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT(turn_keys)
 // resources turn_keys: registers 48, spills 0, shared 2048
+
+constexpr int SPREAD_THREADS = 256;
+constexpr int SPREAD_WARPS = SPREAD_THREADS / WARP;
+
+// How far the value of each of the first n slots lies from the weighted mean of them all: float [layers, kv_heads, n],
+// like the weights, whose sum may be any; where it is 0, they count alike. A warp takes every 8th block of slots, its
+// lane 4g + t of them the slots 4t … 4t + 3 and the channels g, g + 8, …: for the mean, then for the distances. Values
+// are what attention sees, sums have one order. grid (kv_heads, layers).
+extern "C" __global__ void __launch_bounds__(SPREAD_THREADS)
+    value_spread(u8* pool, const int* blocks, const float* weights, float* to, int layers, int kv_heads, int n) {
+    __shared__ float sums[SPREAD_WARPS];
+    __shared__ float means[SPREAD_WARPS][HEAD];
+    int layer = blockIdx.y, head = blockIdx.x, g = lane_id() / 4, t = lane_id() % 4;
+    size_t at = (static_cast<size_t>(layer) * kv_heads + head) * n;
+    weights += at, to += at;
+    Cache cache{pool, blocks, layer, layers, kv_heads};
+
+    float total = 0;
+    for (int i = threadIdx.x; i < n; i += SPREAD_THREADS) total += weights[i];
+    total = warp_sum(total);
+    if (lane_id() == 0) sums[warp_id()] = total;
+    __syncthreads();
+    total = 0;
+    for (int i = 0; i < SPREAD_WARPS; ++i) total += sums[i];
+    bool alike = !(total > 0);
+    if (alike) total = static_cast<float>(n);
+
+    float mean[HEAD / 8] = {};
+    for (int slot = warp_id() * SLOTS; slot < n; slot += SPREAD_WARPS * SLOTS) {
+        u8* unit = cache.unit(slot, head);
+        float w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int own = slot + 4 * t + i;
+            w[i] = own >= n ? 0 : alike ? 1 : weights[own];
+        }
+#pragma unroll
+        for (int c = 0; c < HEAD / 8; ++c) {
+            uint2 v = load_value_part(unit, 8 * c + g);
+            mean[c] = fmaf(w[0], low_float(v.x), mean[c]);
+            mean[c] = fmaf(w[1], high_float(v.x), mean[c]);
+            mean[c] = fmaf(w[2], low_float(v.y), mean[c]);
+            mean[c] = fmaf(w[3], high_float(v.y), mean[c]);
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < HEAD / 8; ++c) {
+        mean[c] += shuffle_xor(mean[c], 1);
+        mean[c] += shuffle_xor(mean[c], 2);
+        if (t == 0) means[warp_id()][8 * c + g] = mean[c];
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < HEAD; c += SPREAD_THREADS) {
+        float sum = 0;
+        for (int i = 0; i < SPREAD_WARPS; ++i) sum += means[i][c];
+        means[0][c] = sum / total;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < HEAD / 8; ++c) mean[c] = means[0][8 * c + g];
+
+    for (int slot = warp_id() * SLOTS; slot < n; slot += SPREAD_WARPS * SLOTS) {
+        u8* unit = cache.unit(slot, head);
+        float square[4] = {};
+#pragma unroll
+        for (int c = 0; c < HEAD / 8; ++c) {
+            uint2 v = load_value_part(unit, 8 * c + g);
+            float x[4] = {low_float(v.x), high_float(v.x), low_float(v.y), high_float(v.y)};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) square[i] = fmaf(x[i] - mean[c], x[i] - mean[c], square[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            for (int mask = 4; mask < WARP; mask *= 2) square[i] += shuffle_xor(square[i], mask);
+            int own = slot + 4 * t + i;
+            if (g == 0 && own < n) to[own] = sqrtf(square[i]);
+        }
+    }
+}
+EXPORT(value_spread)
+// resources value_spread: registers 80, spills 0, shared 8224

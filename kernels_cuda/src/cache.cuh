@@ -77,3 +77,23 @@ DEVICE float load_key(u8* unit, int slot, int channel) {
     float q = static_cast<float>(static_cast<signed char>(unit[slot * HEAD + channel]));
     return q * to_float(key_scales(unit)[slot * PARTS + channel / 32]);
 }
+
+// Four int8 codes to two pairs of halves, times their scales.
+DEVICE uint2 unpack(u32 codes, u32 scales_low, u32 scales_high) {
+    codes ^= 0x80808080;
+    u32 low = subtract_halves(pick_bytes(codes, 0x64646464, 0x4140), 0x64806480);
+    u32 high = subtract_halves(pick_bytes(codes, 0x64646464, 0x4342), 0x64806480);
+    return {multiply_halves(low, scales_low), multiply_halves(high, scales_high)};
+}
+
+// One channel of the four values that a lane multiplies: slots 4t … 4t + 3.
+DEVICE uint2 load_value_part(u8* unit, int channel) {
+    int at = channel * SLOTS + lane_id() % 4 * 4;
+    if constexpr (KV_BITS == 16) {
+        return *reinterpret_cast<const uint2*>(halves(values_of(unit)) + at);
+    } else {
+        u32 codes = *reinterpret_cast<const u32*>(values_of(unit) + at);
+        uint2 scales = *reinterpret_cast<const uint2*>(value_scales(unit) + channel / 32 * SLOTS + lane_id() % 4 * 4);
+        return unpack(codes, scales.x, scales.y);
+    }
+}

@@ -244,3 +244,35 @@ def test_keys_are_turned_in_place(bits):
     qkv = random_rows(case, 2)
     got = case.attend(case.append(qkv))
     np.testing.assert_allclose(got, case.expected(queries(case, qkv)), atol=2e-2 if bits == 8 else 3e-3)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(
+    ("size", "n"),
+    [(20, 1), (32, 77), (64, 16), (96, 33), (128, 300), pytest.param(256, 45, marks=pytest.mark.slow)],
+)
+def test_the_spread_of_values_is_how_far_they_lie_from_their_mean(size, n, bits):
+    """Layer 0 is empty: zeros lie where their mean does. The last head's weights are zero."""
+    case, b = Case(heads=3, kv_heads=3, size=size, bits=bits), bench()
+    qkv = random_rows(case, n + 9)
+    qkv[:, -2 * size :] += 30  # a mean that is far from zero
+    case.append(qkv[:n])
+    w = np.random.default_rng(n).exponential(size=(2, 3, n)).astype(np.float32)
+    w[:, 1] *= 1e-6
+    w[:, 2] = 0
+    weights, to = b.put(w), b.put(np.full((2, 3, n + 1), 7, np.float32))
+
+    def spread():
+        case.kernels.value_spread(case.pool, case.blocks, weights, to, n)
+        return b.get(to, 6 * n + 1)
+
+    got = spread()
+    values = case.stored(case.values).astype(np.float16).astype(np.float64).transpose(1, 0, 2)
+    w[:, 2] = 1
+    mean = (w[1][..., None] * values).sum(1, keepdims=True) / w[1].sum(1)[:, None, None]
+    expected = np.linalg.norm(values - mean, axis=2)
+    assert got[-1] == 7
+    np.testing.assert_array_equal(got[: 3 * n], 0)
+    np.testing.assert_allclose(got[3 * n : -1].reshape(3, n), expected, rtol=1e-5, atol=1e-4)
+    case.append(qkv[n:])
+    np.testing.assert_array_equal(spread(), got)  # nothing behind the first n counts

@@ -154,6 +154,18 @@ class CudaBackend:
             p.attention.move(p.pool, p.inputs.blocks, a, b, src.shape[2])
             self._device.synchronize()
 
+    def value_spread(self, block_table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """How far each slot's value lies from the weighted mean: float32 [layers, kv_heads, n]."""
+        out = np.empty(weights.shape, np.float32)
+        with self._on_device():
+            p = self._open()
+            p.set_table(block_table)
+            w, to = p.upload(np.ascontiguousarray(weights, np.float32)), self._device.allocate(out.nbytes)
+            p.attention.value_spread(p.pool, p.inputs.blocks, w, to, out.shape[2])
+            self._device.download(out, to)
+            self._device.synchronize()
+        return out
+
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         ropes = [self.cfg.rope_of(layer) for layer in range(self.cfg.n_layers)]

@@ -47,6 +47,19 @@ def test_a_prompts_scores_have_the_same_bits_however_it_is_cut():
     np.testing.assert_array_equal(seen[2], seen[0])
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_spread_of_values_is_the_references(bits):
+    checkpoint, spread = TinyCheckpoint(3), []
+    weights = np.random.default_rng(0).random((2, 2, 77)).astype(np.float32)
+    weights[1, 0] = 0
+    for b in (truth(checkpoint, kv_bits=bits), cuda(checkpoint, kv_bits=bits)):
+        b.step(Step(IDS[:90], 0, 0, TABLE, 90))
+        spread.append(b.value_spread(TABLE, weights))
+    assert spread[1].dtype == np.float32
+    assert relative_error(spread[1], spread[0]) < 5e-3
+    np.testing.assert_array_equal(b.value_spread(TABLE, weights), spread[1])
+
+
 @pytest.mark.parametrize("trained", [10**9, 110])
 def test_logits_after_an_eviction_are_the_references(trained):
     """Sinks and the most recent: victims do not depend on roundings. 110: keys are turned as well."""

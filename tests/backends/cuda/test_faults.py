@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 from backend_steps import BLOCKS, IDS, TABLE, cuda
 from emulation import controls, needs_emulation
@@ -149,6 +150,26 @@ def test_an_eviction_that_fails_leaves_no_cache_that_is_half_moved(work, call, m
             other.nodes, other.leaf = nodes, leaf
             *_, expected = other.send("d")
         assert done.completion.token_ids == expected.completion.token_ids
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cuMemAlloc_v2",
+        "cuMemcpyHtoDAsync_v2",
+        "cuLaunchKernel",
+        "cuMemcpyDtoHAsync_v2",
+        "cuStreamSynchronize",
+    ],
+)
+def test_a_spread_of_values_that_fails_is_said_and_the_cache_is_whole(call):
+    b, weights = cuda(TinyCheckpoint(0)), np.ones((2, 2, 37), np.float32)
+    b.step(Step(IDS[:40], 0, 0, TABLE, 40))
+    expected = b.value_spread(TABLE, weights)
+    controls().fake_fail(call.encode(), 2 if call == "cuMemAlloc_v2" else 719)
+    with pytest.raises(MemoryBudgetError if call == "cuMemAlloc_v2" else DeviceLostError):
+        b.value_spread(TABLE, weights)
+    np.testing.assert_array_equal(b.value_spread(TABLE, weights), expected)
 
 
 def test_no_room_for_scores_or_a_graph_in_a_chat_is_said_and_the_next_answer_is_right():
