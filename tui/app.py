@@ -148,10 +148,21 @@ class ChatApp(App[None]):
             return
         # Text comes many times a second; what it need not pass through is cheaper left out.
         if isinstance(event, Text) and not self.chat.unheard:
-            self.chat.hear(event)
+            self.guarded(self.chat.hear, event)
         else:
             self.chat.unheard += 1
             self.chat.post_message(messages.Engine(event))
+
+    def guarded(self, call: Callable[..., None], *args: Any) -> None:
+        """Outside of Textual's messages: what goes wrong ends the program as it would inside them."""
+        try:
+            call(*args)
+        except Exception as e:
+
+            def fail(error: Exception = e) -> None:
+                raise error
+
+            self.call_next(fail)
 
     async def start_engine(self) -> None:
         """A new process, and the model into it."""

@@ -4,6 +4,8 @@ import pytest
 from scripted import Script, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
+from tinychat.tui.screens.chat import ChatScreen
+
 pytestmark = pytest.mark.asyncio
 
 
@@ -107,6 +109,23 @@ async def test_escapes_and_markup_are_shown_not_obeyed(store):
         assert "␛[31mred" in text
         for control in "\x1b\x9b\x07\u202e":
             assert control not in text
+
+
+@pytest.mark.parametrize("where", ["hear", "_paint_if_new"])
+async def test_a_bug_of_ours_is_not_swallowed(store, monkeypatch, where):
+    app = make_app(store, Script("one two three four", 4))
+
+    def broken(*args):
+        raise ValueError("a bug")
+
+    async def talk():
+        async with app.run_test() as pilot:
+            await say(pilot, "count")
+            await wait_until(pilot, lambda: app._exception is not None)
+
+    monkeypatch.setattr(ChatScreen, where, broken)
+    with pytest.raises(ValueError, match="a bug"):
+        await talk()
 
 
 async def test_the_status_line_counts_the_context_while_it_is_filled(store):

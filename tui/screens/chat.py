@@ -320,7 +320,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
 
     def _come_back(self, seconds: float) -> None:
         # The loop's own timer: Textual's cost a task and a message each, as much as a line of text.
-        asyncio.get_running_loop().call_later(seconds, self._paint_if_new)
+        asyncio.get_running_loop().call_later(seconds, self.app.guarded, self._paint_if_new)
 
     def _paint_if_new(self) -> None:
         if not self.is_attached:
