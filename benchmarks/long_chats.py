@@ -212,13 +212,24 @@ def fluency(model, turns: list[tuple[str, list[int]]]) -> str:
 
 
 def soak(args: argparse.Namespace) -> None:
-    """A chat of so many tokens of answers under a budget: memory and time a token, and what it says."""
+    """A chat of so many tokens of answers under a budget: memory, what it says, and time a token, also as a
+    share of what a chat takes that begins just then: shared machines are not equally fast all the time.
+    """
     process, subjects = psutil.Process(), SUBJECTS.replace("the moon", "the_moon").split()
     turns: list[tuple[str, list[int]]] = []
     tokens = window = 0
-    with tinychat.load(args.model, kv_budget=args.budget, draft="none") as model:
+    kept = tinychat.load(args.model, kv_budget=args.budget, draft="none")
+    with kept as model, tinychat.load(args.model, draft="none") as other:
+
+        def pace() -> float:
+            """Milliseconds a token of a chat that has just begun: how fast the machine is now."""
+            *_, done = other.session(temperature=0).send("Count to a hundred.", max_tokens=100)
+            return 1e3 * done.stats.tpot_s
+
+        print("| tokens | turns | ms a token | of a new chat's | resident MB | evicted |")
+        print("|---|---|---|---|---|---|")
+        before = pace()
         session, started = model.session(temperature=0.8), time.perf_counter()
-        print("| tokens | turns | ms a token | resident MB | evicted |\n|---|---|---|---|---|")
         while tokens < args.tokens:
             n = len(turns)
             subject = subjects[n % len(subjects)].replace("_", " ")
@@ -227,9 +238,12 @@ def soak(args: argparse.Namespace) -> None:
             turns.append((question, done.completion.token_ids))
             tokens, window = tokens + done.stats.generated_tokens, window + done.stats.generated_tokens
             if window >= args.tokens // 20 or tokens >= args.tokens:
-                seconds = (time.perf_counter() - started) / window
-                memory = f"{1e3 * seconds:.2f} | {process.memory_info().rss / 1e6:.0f}"
-                print(f"| {tokens} | {len(turns)} | {memory} | {done.stats.evicted_tokens} |", flush=True)
+                ms = 1e3 * (time.perf_counter() - started) / window
+                after = pace()
+                share = ms / (before + after) * 2
+                before = after
+                row = f"{ms:.2f} | {share:.2f} | {process.memory_info().rss / 1e6:.0f}"
+                print(f"| {tokens} | {len(turns)} | {row} | {done.stats.evicted_tokens} |", flush=True)
                 started, window = time.perf_counter(), 0
     print("\n| answers | perplexity under the full cache | distinct 4-grams of an answer |\n|---|---|---|")
     with tinychat.load(args.model) as model:
