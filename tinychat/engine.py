@@ -92,8 +92,7 @@ class Engine:
             stay = accept is None or len(ids) == 1  # the first is no draft
             scores, rows = None, 0
             if branch.ledger and branch.ledger.watches:
-                rows = branch.ledger.policy.voting(branch.slots, len(ids))
-                rows = rows if watched is None else min(rows, watched)
+                rows = len(ids) if watched is None else watched
                 if rows and stay:
                     scores = branch.ledger.tally(len(ids))
                 elif rows:
@@ -107,8 +106,7 @@ class Engine:
                 n = len(ids) if accept is None else accept(out)
                 branch.commit(ids[:n])
                 if branch.ledger:
-                    voted = max(0, rows - (len(ids) - n))
-                    branch.ledger.append(n, voted, None if stay else scores)
+                    branch.ledger.append(n, min(rows, n), None if stay else scores)
             return out
 
     def _step(self, step: Step, params: SamplingParams | None) -> Any:

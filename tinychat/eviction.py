@@ -63,13 +63,9 @@ class EvictionPolicy:
         """
         return max(BLOCK, min(CHUNK, (self.budget - self.pinned - self.recent) // 2 // BLOCK * BLOCK))
 
-    # Nobody votes in the first half of the budget: a chat that never outgrows it pays nothing. Of a prompt
-    # the last queries vote, and the last ones of a chunk that an eviction follows. The prompt alone decides
-    # them, so a prefix found in the cache changes nothing if it ends before them.
-
-    def voting(self, slots: int, n: int) -> int:
-        """How many of n queries vote, the last ones, if `slots` are in use before them."""
-        return max(0, min(n, slots + n - self.budget // 2)) if self.name == "h2o" else 0
+    # Every query of an answer votes: without the early votes, what was told early is forgotten
+    # (docs/long-chats.md). Of a prompt the last ones do, and the last ones of a chunk that an eviction
+    # follows. The prompt alone decides them, so a prefix found in the cache changes nothing if it ends before.
 
     def chunk_end(self, at: int, n_prompt: int) -> int:
         """Where the chunk of token `at` ends."""
@@ -87,7 +83,7 @@ class EvictionPolicy:
             end = self.chunk_end(end, n_prompt)
             if self.voters(end, end, n_prompt):
                 break
-        return max(self.budget // 2, end - WATCHED)
+        return max(0, end - WATCHED)
 
     def with_pinned(self, pinned: int) -> EvictionPolicy:
         """The same policy for another system prompt."""
