@@ -65,7 +65,8 @@ class EvictionPolicy:
 
     # Every query of an answer votes: without the early votes, what was told early is forgotten
     # (docs/long-chats.md). Of a prompt the last ones do, and the last ones of a chunk that an eviction
-    # follows. The prompt alone decides them, so a prefix found in the cache changes nothing if it ends there.
+    # follows. The prompt alone decides them: a prefix found in the cache that ends before them changes
+    # nothing.
 
     def chunk_end(self, at: int, n_prompt: int) -> int:
         """Where the chunk of token `at` ends."""
