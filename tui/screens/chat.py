@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FRAME = 0.08  # seconds between two paintings of a running answer, at least
 SLOWEST = 0.4  # at most
 TICK = 0.5  # seconds between two looks at what is shown beside the text
-SHARE = 0.06  # of one core's time, at most, goes into painting a running answer
+SHARE = 0.03  # of one core's time, at most, goes into painting a running answer
 NARROW = 90
 RESTARTS = 3  # deaths of the engine within a minute after which it is left alone
 
