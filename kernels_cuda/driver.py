@@ -48,7 +48,7 @@ class Memory:
     def __getitem__(self, part: slice) -> Memory:
         """The bytes from `part.start` to `part.stop`."""
         start, stop, _ = part.indices(self.size)
-        return Memory(self.address + start, stop - start, self)
+        return Memory(self.address + start, stop - start, self._owner or self)
 
 
 class Kernel:

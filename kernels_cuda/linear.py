@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,13 +78,18 @@ def launch(
     )  # fmt: skip
 
 
-def upload(modules: Modules, shape: Shape, parts: dict[str, np.ndarray | None]) -> DeviceLinear:
+def upload(
+    modules: Modules,
+    shape: Shape,
+    parts: dict[str, np.ndarray | None],
+    allocate: Callable[[int], Memory] | None = None,
+) -> DeviceLinear:
     """Packed arrays (codes, meta, zeros, bias, perm) to the device."""
     memory = {}
     for name, a in parts.items():
         if a is not None:
             a = np.ascontiguousarray(a)
-            memory[name] = modules.device.allocate(a.nbytes)
+            memory[name] = (allocate or modules.device.allocate)(a.nbytes)
             modules.device.upload(memory[name], a)
     names = ("codes", "meta", "zeros", "bias", "perm")
     return DeviceLinear(shape, *(memory.get(name) for name in names))

@@ -95,6 +95,7 @@ class Program:
     max_rows: int
     records: list[_Record] = field(default_factory=list)
     weights: list[DeviceLinear] = field(default_factory=list)
+    experts: list[DeviceLinear] = field(default_factory=list)  # of which a step reads some
 
     def __post_init__(self):
         self.device = self.modules.device
@@ -111,9 +112,9 @@ class Program:
         """A float a column."""
         return Buffer(4 * cols)
 
-    def halves(self, cols: int) -> Buffer:
-        """What a linear of so many inputs reads."""
-        return Buffer(2 * row_length(cols))
+    def halves(self, cols: int, each: int = 1) -> Buffer:
+        """What a linear of so many inputs reads, `each` times a row."""
+        return Buffer(2 * row_length(cols) * each)
 
     def record(self, uses: Sequence[Buffer], launch: Callable[[Size], None]) -> None:
         """`launch` puts kernels on the stream that read and write these buffers."""
@@ -167,9 +168,9 @@ class Program:
             ),
         )
 
-    def gate(self, name: str, x: Buffer, n: int) -> Buffer:
+    def gate(self, name: str, x: Buffer, n: int, each: int = 1) -> Buffer:
         """silu_mul or gelu_mul, as halves."""
-        return self._halved(name, x, n)
+        return self._halved(name, x, n, each=each)
 
     def halve(self, x: Buffer, n: int, perm: Memory | None) -> Buffer:
         """Floats as halves, in the order of `perm`."""
@@ -179,12 +180,12 @@ class Program:
         """Halves in the order of `perm`."""
         return self._halved("reorder", x, n, perm)
 
-    def _halved(self, name: str, x: Buffer, n: int, *how: Any) -> Buffer:
-        kernel, out, ld = self.rows_kernel(name), self.halves(n), row_length(n)
+    def _halved(self, name: str, x: Buffer, n: int, *how: Any, each: int = 1) -> Buffer:
+        kernel, out, ld = self.rows_kernel(name), self.halves(n, each), row_length(n)
         self.record(
             [x, out],
             lambda z: self.device.launch(
-                kernel, (-(-ld // 256), z.rows), 256, x.memory, *how, out.memory, n, ld
+                kernel, (-(-ld // 256), z.rows * each), 256, x.memory, *how, out.memory, n, ld
             ),
         )
         return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -193,16 +192,3 @@ def test_starting_cancelling_and_closing_leaks_nothing(cycles):
     after = held()
     assert after[:2] == (threads, files)
     assert after[2] - memory < 20_000_000
-
-
-def test_a_mixture_of_experts_on_a_gpu_is_refused_by_name():
-    from tiny import TinyCheckpoint
-
-    from tinychat.errors import UnsupportedModelError
-    from tinychat.model import make_backend
-    from tinychat.prepare import WeightPolicy
-
-    checkpoint = TinyCheckpoint()
-    checkpoint.config = replace(checkpoint.config, n_experts=4, n_experts_used=2, expert_size=96)
-    with pytest.raises(UnsupportedModelError, match="experts do not run on a GPU yet"):
-        make_backend(checkpoint, WeightPolicy("none", 16), "cuda", None, None)

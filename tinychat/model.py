@@ -12,7 +12,7 @@ import numpy as np
 from tinychat.backends import BLOCK, Backend
 from tinychat.config import ModelConfig
 from tinychat.engine import Engine
-from tinychat.errors import MemoryBudgetError, TinychatError, UnsupportedModelError, UsageError
+from tinychat.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.events import Completion, Done, Event
 from tinychat.eviction import POLICIES, SINKS, SMALLEST, EvictionPolicy
 from tinychat.formats import Checkpoint, open_checkpoint
@@ -157,8 +157,6 @@ def _cuda(
     from tinychat.backends.cuda import CudaBackend
     from tinychat.backends.cuda_device import free_memory, open_modules
 
-    if checkpoint.config.n_experts:
-        raise UnsupportedModelError("Mixtures of experts do not run on a GPU yet.", "Use --device cpu.")
     modules = open_modules(tell=progress)
     _check_room(checkpoint, 0.55, free_memory(modules.device))
     return CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=modules)

@@ -185,6 +185,15 @@ DEVICE float shuffle_xor(float x, int mask) {
 #endif
 }
 
+DEVICE u64 shuffle_xor(u64 x, int mask) {
+#ifdef TINYCHAT_HOST
+    u64 low = bits_of(shuffle_xor(float_of(static_cast<u32>(x)), mask));
+    return low | static_cast<u64>(bits_of(shuffle_xor(float_of(static_cast<u32>(x >> 32)), mask))) << 32;
+#else
+    return __shfl_xor_sync(~0u, x, mask);
+#endif
+}
+
 DEVICE float warp_sum(float x) {
     for (int mask = WARP / 2; mask; mask /= 2) x += shuffle_xor(x, mask);
     return x;

@@ -1,6 +1,6 @@
 // What of a row of logits goes back to the host: the id of the largest, or the largest few. A block of 1024 threads a
 // row of n floats, which lies in L2; argmax reads it once, largest twice.
-#include "device.cuh"
+#include "keys.cuh"
 #include "step.cuh"
 
 constexpr int THREADS = 1024;
@@ -30,18 +30,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* x, int
 }
 EXPORT(argmax)
 // resources argmax: registers 48, spills 0, shared 8192
-
-// A logit's place among all: the larger before the smaller, the lowest id first among equals (0 and -0 are equal), NaN
-// before all. 0 is no logit's.
-DEVICE u64 key_of(float x, int id) {
-    u32 bits = bits_of(x + 0.0f), order = bits >> 31 ? ~bits : bits | 0x80000000;
-    return static_cast<u64>(x == x ? order : ~0u) << 32 | ~static_cast<u32>(id);
-}
-
-DEVICE float value_of(u64 key) {
-    u32 order = static_cast<u32>(key >> 32);
-    return float_of(order >> 31 ? order & 0x7fffffff : ~order);
-}
 
 // A key a thread, best first (bitonic). Everything written before is seen, and everything sorted after.
 DEVICE void sort(u64* keys) {
@@ -93,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) largest(const Step* step, 
     if (lane_id() == 0) sums[warp_id()] = sum;
     sort(keys);
     if (thread < LARGEST) {
-        to[thread] = static_cast<int>(~static_cast<u32>(keys[thread]));
+        to[thread] = id_of(keys[thread]);
         to[LARGEST + thread] = static_cast<int>(bits_of(value_of(keys[thread])));
     }
     if (thread) return;

@@ -8,38 +8,14 @@ import signal
 import subprocess
 import sys
 
+import expert_layers
 import numpy as np
 import pytest
-from programs import FORMS, ISAS, Bench, quantize_rows, random_dense, random_linear
+from expert_layers import EXPERTS, HIDDEN, TAKEN, layer
+from programs import FORMS, ISAS, Bench, quantize_rows
 
 from tinychat import packs
-
-EXPERTS, TAKEN, HIDDEN, SIZE = 7, 3, 64, 96
-
-
-def layer(rng: np.random.Generator, kind: str):
-    """Gate, up and down of each expert, in a kind of weights; and the group."""
-    out = []
-    for e in range(EXPERTS):
-        shapes = ((SIZE, HIDDEN), (SIZE, HIDDEN), (HIDDEN, SIZE))
-        if kind == "mixed":  # each expert its own: 4 bits, 8 bits, fp32
-            make = (
-                lambda n, k: random_linear(rng, "zeros", n, k, 32),
-                lambda n, k: random_linear(rng, "int8", n, k, 32),
-                lambda n, k: random_dense(rng, "fp32", n, k),
-            )[e % 3]
-            out.append([make(n, k) for n, k in shapes])
-        elif kind == "act-order":
-            w = [random_linear(rng, "zeros", n, k, 32) for n, k in shapes]
-            orders = [rng.permutation(k).astype(np.int32) for _, k in shapes]
-            if e % 2:  # gate and up of one order, as GPTQ makes them
-                orders[1] = orders[0].copy()
-            out.append([type(a)(**{**vars(a), "perm": p}) for a, p in zip(w, orders, strict=True)])
-        elif kind in ("fp32", "bf16"):
-            out.append([random_dense(rng, kind, n, k) for n, k in shapes])
-        else:
-            out.append([random_linear(rng, kind, n, k, 32, bias=True) for n, k in shapes])
-    return out
+from tinychat.weights import DenseLinear
 
 
 def run(weights, x, scores, *, isa, threads=2, act_bits=16, normalize=True, residual=None):
@@ -68,31 +44,18 @@ def run(weights, x, scores, *, isa, threads=2, act_bits=16, normalize=True, resi
 
 
 def truth(weights, x, scores, act_bits, normalize=True):
-    """The same in float64, row by row."""
-    from tinychat.weights import DenseLinear
+    """With activations quantized as the kernels do."""
 
-    def linear(w, v):
-        v = v.astype(np.float32)
-        if not isinstance(w, DenseLinear):
-            perm = getattr(w, "perm", None)
-            order = np.arange(len(v)) if perm is None else perm
-            seen = np.empty_like(v, np.float64)
-            seen[order] = quantize_rows(v[order][None], act_bits)[0]
-            v = seen
-        y = w.dequantize().astype(np.float64) @ v.astype(np.float64)
-        return y if w.bias is None else y + w.bias
+    def seen(w, v):
+        if isinstance(w, DenseLinear):
+            return v
+        perm = getattr(w, "perm", None)
+        order = np.arange(len(v)) if perm is None else perm
+        out = np.empty_like(v, np.float64)
+        out[order] = quantize_rows(v[order][None], act_bits)[0]
+        return out
 
-    out = np.zeros((len(x), HIDDEN))
-    for i, row in enumerate(x):
-        p = np.exp(scores[i].astype(np.float64) - scores[i].max())
-        p /= p.sum()
-        taken = np.argsort(-p, kind="stable")[:TAKEN]
-        for e in taken:
-            gate, up, down = weights[e]
-            g, u = linear(gate, row), linear(up, row)
-            y = linear(down, g / (1 + np.exp(-g)) * u)
-            out[i] += y * p[e] / (p[taken].sum() if normalize else 1)
-    return out
+    return expert_layers.truth(weights, x, scores, seen, normalize)
 
 
 @pytest.mark.parametrize("isa", ISAS)

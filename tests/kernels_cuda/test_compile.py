@@ -65,7 +65,7 @@ def attention_units(head: int, bits: int) -> list[tuple[str, dict[str, str]]]:
 
 
 def linear_units(*forms: layout.Form) -> list[tuple[str, dict[str, str]]]:
-    return [("linear.cu", form.defines) for form in forms]
+    return [(source, form.defines) for form in forms for source in ("linear.cu", "experts.cu")]
 
 
 # Every source, in its commonest shape.
@@ -74,6 +74,7 @@ USUAL = [
     ("embed.cu", layout.Form(8, "SYMMETRIC").defines),
     ("rows.cu", {}),
     ("logits.cu", {}),
+    ("routes.cu", {}),
     *attention_units(64, 16),
 ]
 # Another form of weight, and heads that need more registers.

@@ -25,7 +25,7 @@ from tinychat.errors import (
     UsageError,
 )
 from tinychat.formats import Checkpoint
-from tinychat.kernels_cuda import head
+from tinychat.kernels_cuda import experts, head, layout
 from tinychat.kernels_cuda.attention import MAX_HEAD, Attention, Shape
 from tinychat.kernels_cuda.driver import DeviceError, OutOfMemoryError
 from tinychat.kernels_cuda.linear import DeviceLinear
@@ -65,6 +65,11 @@ class CudaBackend:
         if c.head_dim > MAX_HEAD:
             raise UnsupportedModelError(
                 f"{checkpoint.path.name} has heads of {c.head_dim} channels; {MAX_HEAD} is the most.",
+                "Use --device cpu.",
+            )
+        if c.n_experts > experts.MOST:
+            raise UnsupportedModelError(
+                f"{checkpoint.path.name} has {c.n_experts} experts in a layer; {experts.MOST} are the most.",
                 "Use --device cpu.",
             )
         self._modules = modules or open_modules()
@@ -266,11 +271,14 @@ class CudaBackend:
 
 @dataclass(eq=False)
 class _Value:
-    """A handle: `floats` holds it in fp32, `halves` as linears read it; either may be missing."""
+    """A handle: `floats` holds it in fp32, `halves` as linears read it; either may be missing. A token has
+    `each` rows of it: one, or one with each expert that it takes.
+    """
 
     cols: int
     floats: Buffer | None = None
     halves: Buffer | None = None
+    each: int = 1
 
 
 @dataclass(eq=False)
@@ -339,13 +347,33 @@ class _Recorder:
     def gelu_mul(self, gate_up):
         return self._gate("gelu_mul", gate_up)
 
+    def route(self, scores, n, normalize):
+        return experts.route(self.program, scores.floats, scores.cols, n, normalize)
+
+    def expert_linear(self, x, weights, routes):
+        alike: dict[tuple[int, layout.Shape], dict[int, DeviceLinear]] = {}  # a launch each
+        for e, linears in enumerate(weights):
+            column = 0
+            for w in linears:
+                alike.setdefault((column, w.shape), {})[e] = w
+                column += w.shape.n
+        out = self.program.floats(column * routes.taken)
+        for (first, _), members in alike.items():
+            share = routes.taken // x.each
+            experts.products(self.program, routes, members, x.halves, share, out, first, column)
+        return _Value(column, floats=out, each=routes.taken)
+
+    def expert_sum(self, x, routes, add_to):
+        experts.add(self.program, routes, x.floats, x.cols, add_to.floats)
+        return _Value(x.cols, floats=add_to.floats)
+
     def lm_head(self, x, weight, scale=1.0):
         (w,) = weight
         self.program.head(w, self._input(x, w), scale, self.cfg.logit_soft_cap)
 
     def _gate(self, name, gate_up):
-        n = gate_up.cols // 2
-        return _Value(n, halves=self.program.gate(name, gate_up.floats, n))
+        n, each = gate_up.cols // 2, gate_up.each
+        return _Value(n, halves=self.program.gate(name, gate_up.floats, n, each), each=each)
 
     def _input(self, x: _Value, w: DeviceLinear) -> Buffer:
         """`x` as halves, in the order of the weight's inputs."""

@@ -21,6 +21,8 @@ from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear, b
 
 LAYOUT = "cuda1"  # of kernels_cuda/layout.py, in the name of a pack
 PARTS = {"codes": np.uint8, "meta": np.uint8, "zeros": np.uint8, "bias": np.float32, "perm": np.int32}
+EXPERT = ".experts."  # in the name of a linear that is one of many
+PIECE, ALIGNED = 16 << 20, 256  # bytes
 
 Packed = tuple[Shape, dict[str, "np.ndarray | None"]]
 
@@ -61,19 +63,26 @@ class Loader:
         self.pack = packs.opened(path, lambda sink: CudaPacker(checkpoint, policy, sink).pack(family))
         self.modules = modules
         self.sources: list[tuple[str, dict[str, str]]] = []  # that the weights need, and how compiled
+        self._piece = Memory(0, 0)
 
     def vector(self, name: str) -> Memory:
         """float32 [n]."""
         v = self.pack.array(self.pack.index["vectors"][name], np.float32)
-        memory = self.modules.device.allocate(v.nbytes)
+        memory = self._allocate(v.nbytes)
         self.modules.device.upload(memory, v)
         return memory
 
     def linear(self, *names: str) -> tuple[DeviceLinear, ...]:
         """Linears that share an input; neighbours that can be one weight are."""
         packed = _joined([self._read(n) for n in names])
-        self.sources += [("linear.cu", shape.form.defines) for shape, _ in packed]
-        return tuple(linear.upload(self.modules, *p) for p in packed)
+        source = "experts.cu" if EXPERT in names[0] else "linear.cu"
+        self.sources += [(source, shape.form.defines) for shape, _ in packed]
+        return tuple(linear.upload(self.modules, *p, self._allocate) for p in packed)
+
+    def router(self, name: str) -> tuple[DeviceLinear, ...]:
+        """What chooses experts."""
+        self.sources.append(("routes.cu", {}))
+        return self.linear(name)
 
     def embedding(self, name: str) -> tuple[DeviceLinear, ...]:
         """The embedding (rows are token ids)."""
@@ -84,6 +93,16 @@ class Loader:
     def head(self, name: str, tied_to: Any) -> Any:
         """The output head, or the embedding where they are one."""
         return self.linear(name) if name in self.pack.index["linears"] else tied_to
+
+    def _allocate(self, size: int) -> Memory:
+        """Device memory. Small weights share pieces: the driver rounds each allocation up to its pages."""
+        if size > PIECE // 8:
+            return self.modules.device.allocate(size)
+        if self._piece.size < size:
+            self._piece = self.modules.device.allocate(PIECE)
+        memory = self._piece[:size]
+        self._piece = self._piece[-(-size // ALIGNED) * ALIGNED :]
+        return memory
 
     def _read(self, name: str) -> Packed:
         e = self.pack.index["linears"][name]

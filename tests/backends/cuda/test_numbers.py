@@ -4,17 +4,19 @@ the device is emulated (emulation.py).
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from backend_steps import IDS, cuda, run, truth
 from emulation import needs_device, needs_emulation
-from families import CASES, FromTransformers, random_model, relative_error
+from families import CASES, FromTransformers, random_model, relative_error, usual_error
 from programs import random_linear
 from tiny import TinyCheckpoint
 
 from tinychat.config import RopeConfig
+from tinychat.errors import UnsupportedModelError
 from tinychat.formats import open_checkpoint
 from tinychat.prepare import WeightPolicy
 from tinychat.weights import QuantizedLinear
@@ -73,6 +75,8 @@ FAMILIES = (
     "granite tied",
     "gemma2 caps",
     "gemma3",
+    "mixtral window",
+    "qwen3moe dense layers",
 )
 
 
@@ -84,7 +88,25 @@ def test_every_family_is_the_references(case):
     checkpoint = FromTransformers(random_model(cls, **changes))
     cuts = (60, 1, 7, 1, 20)
     expected = run(truth(checkpoint), IDS, cuts)
-    assert relative_error(run(cuda(checkpoint), IDS, cuts), expected) < 5e-3
+    error = usual_error if checkpoint.config.n_experts else relative_error
+    assert error(run(cuda(checkpoint), IDS, cuts), expected) < 5e-3
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3moe"])
+def test_experts_have_the_same_bits_however_the_tokens_are_cut(case):
+    cls, changes = CASES[case]
+    checkpoint = FromTransformers(random_model(cls, **changes))
+    whole = run(cuda(checkpoint, WeightPolicy("rtn")), IDS, [89])
+    got = run(cuda(checkpoint, WeightPolicy("rtn")), IDS, [33, 1, 1, 16, 17, 1, 20])
+    np.testing.assert_array_equal(got, whole)
+
+
+def test_too_many_experts_are_refused_by_name():
+    checkpoint = TinyCheckpoint()
+    many = dict(n_experts=2000, n_experts_used=2, expert_size=96)
+    checkpoint.config = dataclasses.replace(checkpoint.config, **many)
+    with pytest.raises(UnsupportedModelError, match="2000 experts in a layer; 1024 are the most"):
+        cuda(checkpoint)
 
 
 class Reordered(TinyCheckpoint):
