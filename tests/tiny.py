@@ -139,3 +139,8 @@ def tiny_folder(path: Path, seed: int = 0, **changes) -> Path:
     save_file({f"{name}.weight": w for name, w in tensors.items()}, path / "model.safetensors")
     checkpoint.tokenizer().save(path)
     return path
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """What a folder holds."""
+    return {f.name: f.read_bytes() for f in path.iterdir()}

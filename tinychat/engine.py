@@ -131,7 +131,8 @@ class Engine:
                 table, value = branch.block_table(), None
                 if ledger.watches:
                     votes = ledger.votes()
-                    value = votes * self.backend.value_spread(table, votes)
+                    with np.errstate(over="ignore", invalid="ignore"):  # a damaged model's values
+                        value = votes * self.backend.value_spread(table, votes)
                 with branch.rewritten():
                     moves = branch.give_up(-(-excess // BLOCK) * BLOCK, value)
                     self.backend.move_slots(table, *moves)

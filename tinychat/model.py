@@ -80,20 +80,7 @@ def load(
     from tinychat.hub import store
 
     policy = WeightPolicy(quantize, head_bits)
-    if threads is not None and not 1 <= threads <= 1024:
-        raise UsageError(f"threads is {threads}.", "Use 1 or more, up to the cores you have.")
-    if act_bits not in (None, 8, 16):
-        raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
-    if draft_tokens is not None and not 0 <= draft_tokens <= 15:
-        raise UsageError(f"draft_tokens is {draft_tokens}.", "Use 0 to 15.")
-    if kv_bits not in (8, 16):
-        raise UsageError(f"kv_bits is {kv_bits}.", "Use 8 or 16.")
-    if kv_policy not in (None, "none", *POLICIES):
-        raise UsageError(f"kv_policy={kv_policy!r} is not known.", "Use h2o, window or none.")
-    if kv_budget is not None and kv_policy == "none":
-        raise UsageError("A KV budget needs a policy that keeps it.", "Leave out --kv-policy none.")
-    if kv_disk_budget is not None and kv_disk_budget < 0:
-        raise UsageError(f"kv_disk_budget is {kv_disk_budget}.", "Use bytes, 0 or more.")
+    _check_settings(threads, act_bits, draft_tokens, kv_bits, kv_policy, kv_budget, kv_disk_budget)
     path = store.resolve(str(model), offline=offline)
     checkpoint = open_checkpoint(path)
     cfg = checkpoint.config
@@ -116,6 +103,32 @@ def load(
     if think is not None:
         loaded.think(think)
     return loaded
+
+
+def _check_settings(
+    threads: int | None,
+    act_bits: int | None,
+    draft_tokens: int | None,
+    kv_bits: int,
+    kv_policy: str | None,
+    kv_budget: int | None,
+    kv_disk_budget: int | None,
+) -> None:
+    """Raises UsageError for what no model could run with."""
+    if threads is not None and not 1 <= threads <= 1024:
+        raise UsageError(f"threads is {threads}.", "Use 1 or more, up to the cores you have.")
+    if act_bits not in (None, 8, 16):
+        raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
+    if draft_tokens is not None and not 0 <= draft_tokens <= 15:
+        raise UsageError(f"draft_tokens is {draft_tokens}.", "Use 0 to 15.")
+    if kv_bits not in (8, 16):
+        raise UsageError(f"kv_bits is {kv_bits}.", "Use 8 or 16.")
+    if kv_policy not in (None, "none", *POLICIES):
+        raise UsageError(f"kv_policy={kv_policy!r} is not known.", "Use h2o, window or none.")
+    if kv_budget is not None and kv_policy == "none":
+        raise UsageError("A KV budget needs a policy that keeps it.", "Leave out --kv-policy none.")
+    if kv_disk_budget is not None and kv_disk_budget < 0:
+        raise UsageError(f"kv_disk_budget is {kv_disk_budget}.", "Use bytes, 0 or more.")
 
 
 def make_backend(

@@ -39,65 +39,81 @@ struct Kv8 {
     }
 };
 
-// scores[p][slot] = q[p] · key[slot], for the blocks that any pair needs. Slots in the lanes: no horizontal sums.
-template <class S, class K, int P>
-void score_part(const AttentionArgs& a, const PairBatch& b, int part, int s0, int n_slots, float* scores) {
+// scores[p][slot] = q[p] · key[slot], for C registers of slots from s on, of which n are wanted in all. Slots in the
+// lanes: no horizontal sums.
+template <class S, class K, int P, int C>
+void score_slots(const AttentionArgs& a, const PairBatch& b, int part, int s, int n, float* scores) {
     using F = typename S::F;
     using E = typename K::E;
     const int d = a.kv->head_dim;
     const size_t step = 2 * a.kv->head_bytes() / d;  // bytes to fetch ahead for every two dimensions
-    for (int s = s0; s < n_slots; s += kBlockSlots) {
-        const int* block = a.blocks + (part * kPartSlots + s) / kBlockSlots;
-        const uint8_t* head = a.kv->keys(block[0], a.layer, a.kv_head);
-        const E* keys = reinterpret_cast<const E*>(head);
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + a.kv->code_bytes());
-        const bool more = s + kBlockSlots < n_slots;
+    const E* keys[C];
+    const uint16_t* scales[C];
+    const uint8_t *ahead[C], *behind[C];
+    for (int c = 0; c < C; c++) {
+        const int at = s + c * S::kLanes, later = at + C * S::kLanes, h = at % kBlockSlots;
+        const int* block = a.blocks + part * (kPartSlots / kBlockSlots);
+        const uint8_t* head = a.kv->keys(block[at / kBlockSlots], a.layer, a.kv_head);
+        keys[c] = reinterpret_cast<const E*>(head) + h;
+        scales[c] = reinterpret_cast<const uint16_t*>(head + a.kv->code_bytes()) + h;
         // Blocks lie far apart, so the hardware does not see the next one coming: its keys into L1, this one's values
         // into L2, little by little.
-        const uint8_t* next = more ? a.kv->keys(block[1], a.layer, a.kv_head) : head;
-        const uint8_t* values = a.kv->values(block[0], a.layer, a.kv_head);
-        for (int h = 0; h < kBlockSlots; h += S::kLanes) {
-            const uint8_t *ahead = next, *behind = values;
-            F total[P];
-            for (int g = 0; g < d; g += K::kGroup) {
-                const int end = d - g < K::kGroup ? d : g + K::kGroup;
-                const float* q = b.q + g * P;
-                F even[P], odd[P];
+        ahead[c] = later < n ? a.kv->keys(block[later / kBlockSlots], a.layer, a.kv_head) : head;
+        behind[c] = a.kv->values(block[at / kBlockSlots], a.layer, a.kv_head);
+    }
+    F total[P][C];
+    const float* q = b.q;
+    for (int g = 0; g < d; g += K::kGroup) {
+        const int end = d - g < K::kGroup ? d : g + K::kGroup;
+        F sum[P][C];
 #pragma GCC unroll 12
-                for (int p = 0; p < P; p++) even[p] = odd[p] = S::zero();
-                int i = g;
-                for (; i + 2 <= end; i += 2, q += 2 * P) {
-                    S::prefetch(ahead);
-                    __builtin_prefetch(behind, 0, 2);
-                    ahead += step, behind += step;
-                    F k0 = K::template load<S>(keys + i * kBlockSlots + h),
-                      k1 = K::template load<S>(keys + (i + 1) * kBlockSlots + h);
+        for (int p = 0; p < P; p++)
+            for (int c = 0; c < C; c++) sum[p][c] = S::zero();
+        auto dimension = [&](int i) {
+            F k[C];
+            for (int c = 0; c < C; c++) k[c] = K::template load<S>(keys[c] + i * kBlockSlots);
 #pragma GCC unroll 12
-                    for (int p = 0; p < P; p++) {
-                        even[p] = S::fma(S::set1(q[p]), k0, even[p]);
-                        odd[p] = S::fma(S::set1(q[P + p]), k1, odd[p]);
-                    }
-                }
-                if (i < end) {
-                    F k0 = K::template load<S>(keys + i * kBlockSlots + h);
-#pragma GCC unroll 12
-                    for (int p = 0; p < P; p++) even[p] = S::fma(S::set1(q[p]), k0, even[p]);
-                }
-#pragma GCC unroll 12
-                for (int p = 0; p < P; p++) {
-                    const F sum = S::add(even[p], odd[p]);
-                    if (K::kGroup == kMaxHeadDim) {
-                        total[p] = sum;
-                    } else {
-                        const F scale = S::load_f16(scales + g / K::kGroup * kBlockSlots + h);
-                        total[p] = g == 0 ? S::mul(sum, scale) : S::fma(sum, scale, total[p]);
-                    }
-                }
+            for (int p = 0; p < P; p++) {
+                const F x = S::set1(q[p]);
+                for (int c = 0; c < C; c++) sum[p][c] = S::fma(x, k[c], sum[p][c]);
             }
+            q += P;
+        };
+        int i = g;
+        for (; i + 2 <= end; i += 2) {
+            for (int c = 0; c < C; c++) {
+                S::prefetch(ahead[c]);
+                __builtin_prefetch(behind[c], 0, 2);
+                ahead[c] += step, behind[c] += step;
+            }
+            dimension(i);
+            dimension(i + 1);
+        }
+        if (i < end) dimension(i);
+        for (int c = 0; c < C; c++) {
+            if (K::kGroup == kMaxHeadDim) {
 #pragma GCC unroll 12
-            for (int p = 0; p < P; p++) S::store(scores + p * kPartSlots + s + h, total[p]);
+                for (int p = 0; p < P; p++) total[p][c] = sum[p][c];
+            } else {
+                const F scale = S::load_f16(scales[c] + g / K::kGroup * kBlockSlots);
+#pragma GCC unroll 12
+                for (int p = 0; p < P; p++)
+                    total[p][c] = g == 0 ? S::mul(sum[p][c], scale) : S::fma(sum[p][c], scale, total[p][c]);
+            }
         }
     }
+#pragma GCC unroll 12
+    for (int p = 0; p < P; p++)
+        for (int c = 0; c < C; c++) S::store(scores + p * kPartSlots + s + c * S::kLanes, total[p][c]);
+}
+
+// For the blocks that any pair needs.
+template <class S, class K, int P>
+void score_part(const AttentionArgs& a, const PairBatch& b, int part, int s0, int n_slots, float* scores) {
+    const int n = static_cast<int>(round_up(n_slots, kBlockSlots));
+    int s = s0;
+    for (; s + 2 * S::kLanes <= n; s += 2 * S::kLanes) score_slots<S, K, P, 2>(a, b, part, s, n, scores);
+    if (s < n) score_slots<S, K, P, 1>(a, b, part, s, n, scores);
 }
 
 // values[p][d0…] += Σ_slot weight[p][slot] · value[slot][d0…], C registers wide (of one group), slot after slot.
@@ -196,6 +212,9 @@ void attend_part(const AttentionArgs& a, const PairBatch& b, int part, float* sc
         V top = V::set1(-INFINITY);
         for (int i = s0; i < padded; i += 16) top = V::max(V::load(s + i), top);
         max[p] = top.largest();
+    }
+    for (int p = 0; p < P; p++) {  // apart from the above: a pair's exponentials overlap with the next one's
+        float* s = scores + p * kPartSlots;
         const V shift = V::set1(b.valid[p] ? -max[p] : 0.0f);
         V total = V::set1(0.0f);
         for (int i = s0; i < padded; i += 16) {

@@ -1,0 +1,219 @@
+// The verbs that write a program, as Python calls them.
+#include <cmath>
+
+#include "bindings.h"
+
+namespace tinychat {
+namespace {
+
+// Linears of experts: all of the same shapes, reading rows that are slots of the routes.
+std::vector<std::vector<LinearPart>> expert_parts(
+    PyProgram& p, const Routes& routes, const std::vector<std::vector<std::tuple<nb::object, Rows, int>>>& experts,
+    Floats out) {
+    require(static_cast<int>(experts.size()) == routes.r->n_experts, "there is not one linear for each expert");
+    require(out.rows >= routes.slots(), "the output has too few slots");
+    std::vector<std::vector<LinearPart>> parts;
+    for (const auto& expert : experts) {
+        std::vector<LinearPart> native;
+        for (const auto& [weight, rows, column] : expert) {
+            const Linear& w = nb::cast<const Linear&>(weight);
+            require(w.w.k == rows.a->k && column >= 0 && column + w.w.n <= out.cols, "a linear does not fit");
+            require(readable(w.w, *rows.a), "a linear's input has another form");
+            require(rows.rows >= routes.slots(), "the input has too few slots");
+            p.keep_alive(weight);
+            native.push_back({&w.w, rows.a, column});
+        }
+        require(!native.empty() && (parts.empty() || native.size() == parts[0].size()), "experts differ");
+        for (size_t i = 0; !parts.empty() && i < native.size(); i++)
+            require(native[i].w->n == parts[0][i].w->n, "experts differ");
+        parts.push_back(std::move(native));
+    }
+    return parts;
+}
+
+void bind_experts(nb::class_<PyProgram>& program) {
+    program
+        .def(
+            "routes",
+            [](PyProgram& p, int n_experts, int taken) {
+                require(taken >= 1 && taken <= n_experts && n_experts <= 1 << 17, "experts taken are some of all");
+                return Routes{p.program.routing(n_experts, taken)};
+            },
+            "n_experts"_a, "taken"_a)
+        .def(
+            "route",
+            [](PyProgram& p, Floats scores, Routes routes, bool normalize) {
+                require(scores.cols == routes.r->n_experts, "there is not one score for each expert");
+                p.program.route(scores.p, routes.r, normalize);
+            },
+            "scores"_a, "routes"_a, "normalize"_a)
+        .def(
+            "expert_input",
+            [](PyProgram& p, Routes routes, Floats x, std::vector<std::vector<std::pair<Rows, nb::object>>> inputs) {
+                require(static_cast<int>(inputs.size()) == routes.r->n_experts, "each expert has its inputs");
+                std::vector<std::vector<ExpertInput>> native;
+                for (const auto& expert : inputs) {
+                    native.emplace_back();
+                    for (const auto& [rows, perm] : expert) {
+                        require(rows.a->k == x.cols && rows.rows >= routes.slots(), "an expert's input does not fit");
+                        native.back().push_back({rows.a, p.permutation(perm, x.cols)});
+                    }
+                    require(!native.back().empty(), "each expert has its inputs");
+                }
+                p.program.expert_input(routes.r, x.p, x.rows < routes.slots(), std::move(native));
+            },
+            "routes"_a, "x"_a, "inputs"_a, "inputs: for each expert, rows to write and the order of its inputs or None")
+        .def(
+            "expert_linear",
+            [](PyProgram& p, Routes routes, std::vector<std::vector<std::tuple<nb::object, Rows, int>>> experts,
+               Floats out) {
+                auto parts = expert_parts(p, routes, experts, out);
+                p.program.expert_linear(routes.r, std::move(parts), out.p, out.cols);
+            },
+            "routes"_a, "experts"_a, "out"_a)
+        .def(
+            "expert_silu_mul",
+            [](PyProgram& p, Routes routes, Floats x, Rows out) {
+                require(x.cols == 2 * out.a->k, "gate and up do not fit");
+                require(x.rows >= routes.slots() && out.rows >= routes.slots(), "there are too few slots");
+                p.program.gate_mul(x.p, out.a, false, routes.r);
+            },
+            "routes"_a, "x"_a, "out"_a)
+        .def(
+            "expert_sum",
+            [](PyProgram& p, Routes routes, Floats x, Floats y) {
+                require(x.cols == y.cols && x.rows >= routes.slots(), "the experts' outputs do not fit");
+                p.program.expert_sum(routes.r, x.p, y.p, y.cols);
+            },
+            "routes"_a, "x"_a, "y"_a, "y += the experts' outputs, weighted");
+}
+
+}  // namespace
+
+void bind_ops(nb::class_<PyProgram>& program) {
+    bind_experts(program);
+    program
+        .def(
+            "embed",
+            [](PyProgram& p, nb::object weight, Floats out, float scale) {
+                const Linear& w = nb::cast<const Linear&>(weight);
+                require(w.w.k == out.cols, "the embedding does not fit its output");
+                p.keep_alive(weight);
+                p.vocab_in = w.w.n;
+                p.program.embed(&w.w, out.p, scale);
+            },
+            "weight"_a, "out"_a, "scale"_a = 1.0f)
+        .def(
+            "rope_table",
+            [](PyProgram& p, std::vector<double> frequencies, double magnitude) {
+                const int cols = 2 * static_cast<int>(frequencies.size());
+                return Floats{p.program.rope_table(frequencies, magnitude), cols};
+            },
+            "frequencies"_a, "magnitude"_a = 1.0)
+        .def(
+            "rms_norm",
+            [](PyProgram& p, Floats x, nb::object weight, float eps, Rows out, bool tail) {
+                auto w = nb::cast<In<float>>(weight);
+                require(static_cast<int>(w.size()) == x.cols && out.a->k == x.cols, "the norm's shapes differ");
+                p.keep_alive(weight);
+                p.program.rms_norm(x.p, w.data(), eps, out.a, tail);
+            },
+            "x"_a, "weight"_a, "eps"_a, "out"_a, "tail"_a)
+        .def(
+            "rms_norm_add",
+            [](PyProgram& p, Floats x, nb::object weight, float eps, Floats y) {
+                auto w = nb::cast<In<float>>(weight);
+                require(static_cast<int>(w.size()) == x.cols && y.cols == x.cols, "the norm's shapes differ");
+                p.keep_alive(weight);
+                p.program.rms_norm_add(x.p, w.data(), eps, y.p, y.cols);
+            },
+            "x"_a, "weight"_a, "eps"_a, "y"_a, "y += norm(x)")
+        .def(
+            "norm_heads",
+            [](PyProgram& p, Floats qkv, nb::object q_weight, nb::object k_weight, int q_cols, int k_cols, float eps) {
+                auto q = nb::cast<In<float>>(q_weight), k = nb::cast<In<float>>(k_weight);
+                const int q_width = static_cast<int>(q.size()), k_width = static_cast<int>(k.size());
+                require(q_width > 0 && k_width > 0 && q_cols % q_width == 0 && k_cols % k_width == 0 &&
+                            q_cols + k_cols <= qkv.cols,
+                        "the heads' norms do not fit");
+                p.keep_alive(q_weight), p.keep_alive(k_weight);
+                p.program.norm_heads({qkv.p, static_cast<size_t>(qkv.cols), q_cols, k_cols, q_width, k_width, q.data(),
+                                      k.data(), eps, 0, 0});
+            },
+            "qkv"_a, "q_weight"_a, "k_weight"_a, "q_cols"_a, "k_cols"_a, "eps"_a)
+        .def(
+            "quantize",
+            [](PyProgram& p, Floats x, nb::object perm, Rows out, bool tail) {
+                require(out.a->k == x.cols, "the shapes of quantize differ");
+                p.program.quantize(x.p, p.permutation(perm, x.cols), out.a, tail);
+            },
+            "x"_a, "perm"_a.none(), "out"_a, "tail"_a)
+        .def(
+            "linear",
+            [](PyProgram& p, std::vector<std::tuple<nb::object, Rows, int>> parts, Floats out, nb::object add_to) {
+                std::vector<LinearPart> native;
+                for (auto& [weight, rows, column] : parts) {
+                    const Linear& w = nb::cast<const Linear&>(weight);
+                    require(w.w.k == rows.a->k && column >= 0 && column + w.w.n <= out.cols, "a linear does not fit");
+                    require(readable(w.w, *rows.a), "a linear's input has another form");
+                    p.keep_alive(weight);
+                    native.push_back({&w.w, rows.a, column});
+                }
+                const float* add = nullptr;
+                if (!add_to.is_none()) {
+                    const Floats& f = nb::cast<const Floats&>(add_to);
+                    require(f.cols == out.cols, "the residual does not fit");
+                    add = f.p;
+                }
+                p.program.linear(std::move(native), out.p, out.cols, add);
+            },
+            "parts"_a, "out"_a, "add_to"_a.none())
+        .def(
+            "rope_kv",
+            [](PyProgram& p, Floats qkv, Floats table, int n_heads, int n_kv, int head_dim, int layer, float q_scale) {
+                require(qkv.cols == (n_heads + 2 * n_kv) * head_dim && table.cols <= head_dim && head_dim <= 1024,
+                        "the heads do not fit");
+                p.program.rope_kv(qkv.p, table.p, table.cols / 2, n_heads, n_kv, head_dim, layer,
+                                  q_scale ? q_scale : 1.0f / std::sqrt(static_cast<float>(head_dim)));
+            },
+            "qkv"_a, "table"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a, "q_scale"_a = 0.0f,
+            "q_scale 0: 1 / sqrt(head_dim)")
+        .def(
+            "attention",
+            [](PyProgram& p, Floats qkv, int n_heads, int n_kv, int head_dim, int layer, Floats out, int window,
+               float cap) {
+                require(window >= 0 && cap >= 0.0f, "a window and a cap are not negative");
+                require(n_kv > 0 && n_heads % n_kv == 0 && qkv.cols == (n_heads + 2 * n_kv) * head_dim &&
+                            out.cols == n_heads * head_dim,
+                        "the heads do not fit");
+                p.program.attention(qkv.p, n_heads, n_kv, head_dim, layer, out.p, window, cap);
+            },
+            "qkv"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a, "out"_a, "window"_a = 0, "cap"_a = 0.0f,
+            "window: the last so many slots are attended to, 0 all of them; cap: of the scores, 0 none")
+        .def(
+            "silu_mul",
+            [](PyProgram& p, Floats x, Rows out) {
+                require(x.cols == 2 * out.a->k, "gate and up do not fit");
+                p.program.gate_mul(x.p, out.a, false);
+            },
+            "x"_a, "out"_a)
+        .def(
+            "gelu_mul",
+            [](PyProgram& p, Floats x, Rows out) {
+                require(x.cols == 2 * out.a->k, "gate and up do not fit");
+                p.program.gate_mul(x.p, out.a, true);
+            },
+            "x"_a, "out"_a)
+        .def(
+            "lm_head",
+            [](PyProgram& p, nb::object weight, Rows x, float scale, float cap) {
+                const Linear& w = nb::cast<const Linear&>(weight);
+                require(w.w.k == x.a->k && readable(w.w, *x.a), "the head does not fit");
+                p.keep_alive(weight);
+                p.vocab_out = w.w.n;
+                p.program.lm_head(&w.w, x.a, scale, cap);
+            },
+            "weight"_a, "x"_a, "scale"_a = 1.0f, "cap"_a = 0.0f);
+}
+
+}  // namespace tinychat
