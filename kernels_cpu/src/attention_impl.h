@@ -111,8 +111,10 @@ void score_slots(const AttentionArgs& a, const PairBatch& b, int part, int s, in
 template <class S, class K, int P>
 void score_part(const AttentionArgs& a, const PairBatch& b, int part, int s0, int n_slots, float* scores) {
     const int n = static_cast<int>(round_up(n_slots, kBlockSlots));
+    // Two registers share a query's broadcast, as long as there are registers; scales want as many again.
+    constexpr int kWide = K::kGroup != kMaxHeadDim && P > S::kPairs / 2 ? 1 : 2;
     int s = s0;
-    for (; s + 2 * S::kLanes <= n; s += 2 * S::kLanes) score_slots<S, K, P, 2>(a, b, part, s, n, scores);
+    for (; s + kWide * S::kLanes <= n; s += kWide * S::kLanes) score_slots<S, K, P, kWide>(a, b, part, s, n, scores);
     if (s < n) score_slots<S, K, P, 1>(a, b, part, s, n, scores);
 }
 
