@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "attention_ops.h"
 #include "expert_ops.h"
 #include "program_ops.h"
 

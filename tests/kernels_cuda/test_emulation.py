@@ -32,7 +32,7 @@ extern "C" __global__ void no_barrier(float* to) { swap<false>(to); }
 EXPORT(no_barrier)
 
 extern "C" __global__ void divergent(float* to) {
-    if (lane_id() < 20) to[threadIdx.x] = shuffle_xor(1, 1);
+    if (lane_id() < 20) to[threadIdx.x] = shuffle_xor(1.0f, 1);
 }
 EXPORT(divergent)
 
