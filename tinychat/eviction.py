@@ -102,6 +102,11 @@ class Votes(NamedTuple):
     born: np.ndarray
 
 
+def _numbers(a: np.ndarray) -> np.ndarray:
+    """What is not negative, and NaN (of a broken checkpoint) as nothing: so a choice is always possible."""
+    return np.minimum(np.fmax(a, 0), 1e30, dtype=np.float32)
+
+
 class Ledger:
     """What eviction knows of one branch: for each layer, KV head and slot the position of its token, the
     attention that it received, and since when. All arrays [layers, kv_heads, slots].
@@ -164,7 +169,8 @@ class Ledger:
 
     def votes(self) -> np.ndarray:
         """float32 [layers, kv_heads, slots]: the attention that each slot gets from a query, on average."""
-        return np.nan_to_num(self.scores / np.maximum(1, self.seen - self.born), nan=0.0, posinf=1e30)
+        age = np.maximum(1, self.seen - self.born).astype(np.float32)
+        return _numbers(self.scores / age)
 
     @property
     def watches(self) -> bool:
@@ -226,19 +232,18 @@ class Ledger:
         to move. Afterwards there are n slots fewer.
         """
         keep, self.remembered = self.size - n, None
-        victims = np.zeros((*self.shape, self.size), bool)
-        np.put_along_axis(victims, self._choose(n, value), True, axis=-1)
-        holes, movers = victims[..., :keep], ~victims[..., keep:]
-        src = np.full((*self.shape, n), -1, np.int32)
-        dst = np.zeros((*self.shape, n), np.int32)
+        victims = np.sort(self._choose(n, value), axis=-1)
+        hole = victims < keep  # in every row they come first
+        stays = np.ones((*self.shape, n), bool)  # of the last n slots, those that are no victims: they move
+        layer, head, i = np.nonzero(~hole)
+        stays[layer, head, victims[layer, head, i] - keep] = False
+        movers = keep + np.argsort(~stays, axis=-1, kind="stable")
         # As many movers as holes in every row: the k-th mover goes to the k-th hole.
-        layer, head, slot = np.nonzero(movers)
-        at = (np.cumsum(movers, axis=-1) - 1)[layer, head, slot]
-        src[layer, head, at] = slot + keep
-        hole_layer, hole_head, hole = np.nonzero(holes)
-        dst[hole_layer, hole_head, (np.cumsum(holes, axis=-1) - 1)[hole_layer, hole_head, hole]] = hole
+        src = np.where(hole, movers, -1).astype(np.int32)
+        dst = np.where(hole, victims, 0).astype(np.int32)
+        layer, head, i = np.nonzero(hole)
         for a in (self._positions, self._born, self._scores):
-            a[hole_layer, hole_head, hole] = a[layer, head, slot + keep]
+            a[layer, head, dst[layer, head, i]] = a[layer, head, src[layer, head, i]]
         self._shrink(keep)
         return src, dst
 
@@ -254,8 +259,7 @@ class Ledger:
         # The newest stay although a chunk may need more room than is left beside them.
         recent = min(p.recent, self.size - p.pinned - n)
         protected = (positions < p.pinned) | (positions >= self.next_position - recent)
-        # NaN (a broken checkpoint) counts as nothing, so that a choice is always possible.
-        value = np.where(protected, np.inf, np.nan_to_num(value, nan=0.0, posinf=1e30))
+        value = np.where(protected, np.inf, _numbers(value))
         return np.argpartition(value, n - 1, axis=-1)[..., :n]
 
     def reindex(self) -> np.ndarray:

@@ -182,11 +182,22 @@ void value_spread(const SpreadArgs& a) {
     const int dim = a.kv->padded_dim();
     float mean[kMaxHeadDim + 16] = {}, total = 0.0f;
     for (int s = 0; s < a.n; s++) total += a.weights[s];
-    for (int s = 0; s < a.n; s++) {
-        const uint8_t* head = a.kv->values(a.blocks[s / kBlockSlots], a.layer, a.kv_head);
-        const V w = V::set1(total == 0.0f ? 1.0f / a.n : a.weights[s] / total);
-        for (int i = 0; i < dim; i += 16)
-            V::fma(w, load_value<S>(*a.kv, head, s % kBlockSlots, i), V::load(mean + i)).store(mean + i);
+    const size_t step = a.kv->head_bytes() / (dim / 16);
+    for (int s = 0; s < a.n; s += kBlockSlots) {
+        const int *block = a.blocks + s / kBlockSlots, end = std::min(a.n - s, static_cast<int>(kBlockSlots));
+        const uint8_t* head = a.kv->values(block[0], a.layer, a.kv_head);
+        // Blocks lie far apart: the next one comes meanwhile.
+        const uint8_t* next = s + kBlockSlots < a.n ? a.kv->values(block[1], a.layer, a.kv_head) : head;
+        for (int i = 0; i < dim; i += 16) {
+            for (size_t ahead = 0; ahead < step; ahead += 64) S::prefetch(next + ahead);
+            next += step;
+            V sum = V::load(mean + i);
+            for (int j = 0; j < end; j++) {
+                const V w = V::set1(total == 0.0f ? 1.0f / a.n : a.weights[s + j] / total);
+                sum = V::fma(w, load_value<S>(*a.kv, head, j, i), sum);
+            }
+            sum.store(mean + i);
+        }
     }
     const V minus = V::set1(-1.0f);
     for (int s = 0; s < a.n; s++) {

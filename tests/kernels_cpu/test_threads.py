@@ -114,6 +114,9 @@ def test_programs_come_and_go():
         b, *_ = program(3, i)
         b.run(1)
         del b
+    deadline = time.monotonic() + 5  # a thread that was joined may still be on its way out of the kernel
+    while thread_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert thread_count() <= before
 
 
