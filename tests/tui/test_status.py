@@ -15,7 +15,7 @@ from tinychat.tui.widgets.status import StatusLine
 
 EVERYTHING = dict(
     state="ready", model="/models/a-model.gguf", backend="cpu", isa="avx2", rate=12.34, ttft=0.25, used=900,
-    ctx=1000, kv_bytes=6_300_000, evicted=64, accepted=0.5, memory=190_000_000, cpu=97.0,
+    ctx=1000, kv_bytes=6_300_000, accepted=0.5, memory=190_000_000, cpu=97.0,
 )  # fmt: skip
 
 
@@ -28,8 +28,13 @@ def shown(width, **facts):
 def test_everything_is_said_where_there_is_room():
     assert shown(200, **EVERYTHING) == (
         "ready · a-model · cpu avx2 · 12.3 tok/s · first token 250 ms · context 900/1000 · KV 6.3 MB"
-        " · 64 evicted · drafts 50% · memory 190 MB · CPU 97 %"
+        " · drafts 50% · memory 190 MB · CPU 97 %"
     )
+
+
+def test_a_chat_that_gives_tokens_up_says_so_and_has_no_end_to_warn_of():
+    assert "context 900, 64 evicted" in shown(80, **EVERYTHING, evicted=64)
+    assert "900/1000" not in shown(200, **EVERYTHING, evicted=64)
 
 
 @pytest.mark.parametrize("width", [1, 5, 20, 40, 60, 80, 100, 140])
@@ -89,5 +94,5 @@ async def test_an_answer_says_how_it_ended(store, reason, expected):
         assert screen_text(app).count("drafts 75%") == 2  # under the answer, and at the bottom
         assert ("is full: /new starts over" in screen_text(app)) == (reason == "context_full")
         last = screen_text(app).splitlines()[-1]
-        for part in ("KV 5.0 MB", "12 evicted", "drafts 75%", "context 12/4096"):
+        for part in ("KV 5.0 MB", "context 12, 12 evicted", "drafts 75%"):
             assert part in last

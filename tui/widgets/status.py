@@ -75,14 +75,14 @@ class StatusLine(Lines):
             add(1, f"{f['rate']:.1f} tok/s", "marker")
         if f.get("ttft"):
             add(5, f"first token {seconds(f['ttft'])}", "faint")
-        if f.get("ctx"):
+        if f.get("evicted"):  # such a chat never gets full
+            add(2, f"context {f.get('used', 0)}, {f['evicted']} evicted", "faint")
+        elif f.get("ctx"):
             used, total = f.get("used", 0), f["ctx"]
             style = "bad" if used > 0.9 * total else "notice" if used > 0.75 * total else "faint"
             add(2, f"context {used}/{total}", style)
         if f.get("kv_bytes"):
             add(8, f"KV {human_size(f['kv_bytes'])}", "faint")
-        if f.get("evicted"):
-            add(6, f"{f['evicted']} evicted", "faint")
         if f.get("accepted") is not None:
             add(7, f"drafts {f['accepted']:.0%}", "faint")
         if f.get("memory"):
