@@ -21,6 +21,14 @@ def test_an_answer_goes_to_stdout_and_nothing_else_does(folder, here):
     assert "tok/s" in verbose.stderr
 
 
+def test_where_there_is_no_chat_to_go_on_with_a_new_one_is_said_to_begin(folder, here, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(here / "home"))
+    first, second = (tinychat("run", folder, "--continue", "hello", *GREEDY) for _ in range(2))
+    assert first.returncode == second.returncode == 0
+    assert first.stderr == "There is no chat to go on with yet: this begins one.\n"
+    assert second.stderr == ""
+
+
 def test_the_same_prompt_by_argument_pipe_and_file(folder, here):
     (here / "prompt.txt").write_text("hello\n")
     outs = [

@@ -78,6 +78,8 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     if store is not None and store.notice:
         click.echo(store.notice, err=True)
     chat = chosen(store, o["latest"], o["resume"]) if resumed else None
+    if resumed and chat is None:
+        click.echo("There is no chat to go on with yet: this begins one.", err=True)
     if chat is not None and not named:
         model = chat.model
     if text is None and not o["plain"] and os.environ.get("TERM") != "dumb":
