@@ -1,7 +1,8 @@
 """The CUDA engine without a GPU: g++ in place of NVRTC, `libcuda.cpp` in place of the driver. The rest is
 real.
 
-With TINYCHAT_TEST_DEVICE=gpu the same tests run on this machine's GPU, those of the emulated driver excepted.
+TINYCHAT_TEST_DEVICE=ptx runs what NVRTC makes of the sources instead (ptx.py: slower, stricter), and gpu this
+machine's GPU, where the tests of the emulated driver are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ptx import MACHINE, PtxCompiler
 
+from tinychat.kernels_cuda import modules
 from tinychat.kernels_cuda.driver import Device, Memory
 from tinychat.kernels_cuda.modules import Cache, Modules
 
@@ -26,7 +29,8 @@ HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall"]
 
 
-ON_GPU = os.environ.get("TINYCHAT_TEST_DEVICE") == "gpu"
+DEVICE = os.environ.get("TINYCHAT_TEST_DEVICE", "host")
+ON_GPU = DEVICE == "gpu"
 
 
 def missing() -> str | None:
@@ -113,12 +117,17 @@ def controls() -> ctypes.CDLL:
     return library
 
 
-def cache() -> Cache:
-    """Of host libraries; its key has no host.h, so that is added."""
-    compiler = HostCompiler()
-    host = (HERE.parent / "kernels_cuda/src/host.h").read_bytes()
-    compiler.name = f"g++ {hashlib.sha256(host + repr((FLAGS, _arch_flags())).encode()).hexdigest()[:16]}"
+def compiled(compiler) -> Cache:
+    """Its modules; of those who run them, NVRTC's key knows nothing, so that is added."""
+    used = b"".join(f.read_bytes() for f in (modules.SOURCES / "host.h", *MACHINE, HERE / "ptx.py"))
+    used += repr((FLAGS, _arch_flags())).encode()
+    compiler.name = f"{type(compiler).__name__} {compiler.name} {hashlib.sha256(used).hexdigest()[:16]}"
     return Cache(folder(), compiler)
+
+
+def cache() -> Cache:
+    """What these tests run."""
+    return compiled(PtxCompiler() if DEVICE == "ptx" else HostCompiler())
 
 
 class Bench:

@@ -194,9 +194,9 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 EXPORT(attend_spans)
 // resources attend_spans: registers 255, spills 0, shared 0
-// resources attend_spans/192: registers 255, spills 4, shared 0
-// resources attend_spans/224: registers 255, spills 64, shared 0
-// resources attend_spans/256: registers 255, spills 64, shared 0
+// resources attend_spans/192: registers 255, spills 8, stack 8, shared 0
+// resources attend_spans/224: registers 255, spills 64, stack 64, shared 0
+// resources attend_spans/256: registers 255, spills 64, stack 64, shared 0
 
 // The spans of a row, merged. totals: float2 (m, l) [rows, heads]. grid (rows, heads), HEAD threads.
 extern "C" __global__ void __launch_bounds__(HEAD)
@@ -250,6 +250,7 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP)
         State state;
         attend_span(state, tile, {pool, blocks, layer, layers, kv_heads}, head, span, {scale, cap, window});
         Factors f[2];
+#pragma unroll
         for (int r = 0; r < 2; ++r) f[r] = merge(m[r], l[r], state.m[r], state.l[r]);
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
@@ -257,6 +258,7 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP)
             for (int i = 0; i < 4; ++i)
                 total[c][i][lane] = total[c][i][lane] * f[i / 2].total + state.o[c][i] * f[i / 2].span;
     }
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
         int index = query + lane / 4 + 8 * r, row = index / group, of = head * group + index % group;
         if (index >= rows * group) continue;
@@ -273,8 +275,9 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP)
 }
 EXPORT(attend_rows)
 // resources attend_rows: registers 255, spills 0, shared 32768
-// resources attend_rows/224: registers 255, spills 1024, shared 32768
-// resources attend_rows/256: registers 255, spills 1024, shared 32768
+// resources attend_rows/160: registers 255, spills 8, stack 8, shared 32768
+// resources attend_rows/224: registers 255, spills 1024, stack 512, shared 32768
+// resources attend_rows/256: registers 255, spills 1024, stack 512, shared 32768
 
 // The probability that each slot got from the last `watched` rows, summed over the query heads of its KV head:
 // scores float [watched, layers, kv_heads, slots]; or [1, …], to which that of each row is added, in their order. For

@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 EXPORT(rope_table)
-// resources rope_table: registers 48, spills 0, shared 0
+// resources rope_table: registers 48, spills 0, stack 32, shared 0
 
 // Channel i of x, turned: (x[i], x[i + pairs]) for i < pairs is one plane.
 DEVICE float turned(const float* x, const float2* turns, int i, int head, int pairs) {
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
         store_key(unit, slot % SLOTS, part, turned(key, turns, part * 32 + lane_id(), HEAD, pairs));
 }
 EXPORT(turn_keys)
-// resources turn_keys: registers 48, spills 0, shared 2048
+// resources turn_keys: registers 48, spills 0, stack 32, shared 2048
 
 constexpr int SPREAD_THREADS = 256;
 constexpr int SPREAD_WARPS = SPREAD_THREADS / WARP;

@@ -80,6 +80,7 @@ static Fiber* self = nullptr;
 static jmp_buf scheduler;
 static ucontext_t starter;
 static const char* failure = nullptr;
+static unsigned launches = 0;
 static void (*body)(void*) = nullptr;
 static void* body_arguments = nullptr;
 
@@ -176,6 +177,7 @@ static const char* run(void (*f)(void*), void* arguments, dim3 grid, dim3 block)
     if (block.y != 1 || block.z != 1 || threads > 1024) return "blocks have up to 1024 threads in one dimension";
     while (static_cast<int>(fibers.size()) < threads) fibers.push_back(new_fiber());
     warps.resize((threads + LANES - 1) / LANES);
+    ++launches;
     body = f;
     body_arguments = arguments;
     gridDim = grid;

@@ -68,6 +68,15 @@ int submit(Work work) {
 
 const size_t PAGE = sysconf(_SC_PAGESIZE);
 
+// The allocation that an address lies in: for modules that check theirs.
+bool find_allocation(uint64_t address, uint64_t* begin, uint64_t* end) {
+    auto it = allocations.upper_bound(address);
+    if (it == allocations.begin()) return false;
+    --it;
+    *begin = it->first, *end = it->first + it->second.size;
+    return address < *end;
+}
+
 }  // namespace
 
 #define CALL(name, ...)                \
@@ -176,6 +185,8 @@ if (!library) {
     fprintf(stderr, "%s\n", dlerror());
     return 200;
 }
+using Find = bool (*)(uint64_t, uint64_t*, uint64_t*);
+if (auto tell = reinterpret_cast<void (*)(Find)>(dlsym(library, "host_memory"))) tell(find_allocation);
 *module = new Module{library, {}};  // the file stays open: the loader tells libraries apart by their names
 return 0;
 }

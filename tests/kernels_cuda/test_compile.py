@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(NVRTC is None, reason=WHY)
 
 
 def limits(source: str) -> dict[str, dict[str, int]]:
-    """What a source says that its kernels may use; "NAME/256" is NAME for heads of that size."""
+    """What a source says that its kernels may use; "NAME/256" is NAME for heads of that size, what is not
+    named none."""
     found = {}
     for name, rest in re.findall(
         r"^// resources ([\w/]+): (.*)$", (modules.SOURCES / source).read_text(), re.M
@@ -41,6 +42,7 @@ def used(log: str) -> dict[str, dict[str, int]]:
         found[name] = {
             "registers": int(re.search(r"Used (\d+) registers", part)[1]),
             "spills": int(re.search(r"(\d+) bytes spill stores", part)[1]),
+            "stack": int(re.search(r"(\d+) bytes stack frame", part)[1]),
             "shared": int(shared[1]) if shared else 0,
         }
     return found
@@ -56,7 +58,7 @@ def check(source: str, defines: dict[str, str], architecture: int) -> None:
     assert actual
     for name, resources in actual.items():
         for what, n in resources.items():
-            limit = allowed.get(f"{name}/{defines.get('HEAD')}", allowed[name])[what]
+            limit = allowed.get(f"{name}/{defines.get('HEAD')}", allowed[name]).get(what, 0)
             assert n <= limit, f"{name} {defines} sm_{architecture}: {n} {what}"
 
 
