@@ -16,9 +16,12 @@ import numpy as np
 LIBRARY = "libcuda.so.1"
 OLDEST_DRIVER = 12000  # CUDA 12.0: graphs as they are used here
 OLDEST_CAPABILITY = 80  # cp.async and mma.m16n8k16
+OVERLAP = (12, 3), 90  # driver and capability from which a kernel may start before the last one has ended
 
+LAUNCH = "cuLaunchKernelEx"
 OUT_OF_MEMORY, NO_DEVICE = 2, 100
 INTEGRATED, PROCESSORS, MAJOR, MINOR = 18, 16, 75, 76  # CUdevice_attribute
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 NON_BLOCKING = 1  # a stream that does not wait for the default one
 RELAXED_CAPTURE = 2  # memory may be freed meanwhile: Python decides when
 
@@ -49,6 +52,25 @@ class Memory:
         """The bytes from `part.start` to `part.stop`."""
         start, stop, _ = part.indices(self.size)
         return Memory(self.address + start, stop - start, self._owner or self)
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute with an int for its value."""
+
+    _fields_ = [("id", c_int), ("_", c_int), ("value", c_int), ("_rest", ctypes.c_char * 60)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared", c_uint),
+        ("stream", c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", c_uint),
+    ]
 
 
 class Kernel:
@@ -94,6 +116,9 @@ class Device:
             raise DeviceMissingError(
                 f"{self.name} has compute capability {self.capability / 10}; 8.0 (Ampere) or newer is needed."
             )
+        self.overlaps = self.driver_version >= OVERLAP[0] and self.capability >= OVERLAP[1]
+        self._overlap = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        self._last_call = ""
         self._context, self._stream = c_void_p(), c_void_p()
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
         self.enter()
@@ -170,25 +195,17 @@ class Device:
         return Kernel(function, name, module)
 
     def launch(self, kernel: Kernel, grid: Sequence[int], threads: int, *arguments: Any) -> None:
-        """Arguments by their Python type: Memory (or None) is a pointer, int an int, float a float."""
+        """Arguments by their Python type: Memory (or None) is a pointer, int an int, float a float.
+
+        With `overlaps`, a kernel that follows a kernel may start before that one has ended; it waits for it
+        itself (device.cuh).
+        """
         values = [_argument(a) for a in arguments]
         pointers = (c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        x, y, z = (*grid, 1, 1)[:3]
-        self._call(
-            "cuLaunchKernel",
-            kernel.handle,
-            x,
-            y,
-            z,
-            threads,
-            1,
-            1,
-            0,
-            self._stream,
-            pointers,
-            None,
-            what=kernel.name,
-        )
+        config = _LaunchConfig((*grid, 1, 1)[:3], (threads, 1, 1), 0, self._stream)
+        if self.overlaps and self._last_call == LAUNCH:
+            config.attributes, config.n_attributes = ctypes.pointer(self._overlap), 1
+        self._call(LAUNCH, byref(config), kernel.handle, pointers, None, what=kernel.name)
 
     # Graphs
 
@@ -239,6 +256,7 @@ class Device:
 
     def _call(self, function: str, *arguments: Any, what: str | None = None) -> None:
         code = getattr(self._library, function)(*arguments)
+        self._last_call = function
         if code:
             name = c_char_p()
             self._library.cuGetErrorName(code, byref(name))

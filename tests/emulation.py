@@ -110,7 +110,7 @@ def driver() -> str:
 
 @lru_cache
 def controls() -> ctypes.CDLL:
-    """`fake_fail`, `fake_lose`, `fake_device`, `fake_launches`, `fake_used`."""
+    """`fake_fail`, `fake_lose`, `fake_device`, `fake_launches`, `fake_overlaps`, `fake_used`."""
     library = ctypes.CDLL(driver())
     library.fake_device.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_size_t]
     library.fake_used.restype = ctypes.c_size_t

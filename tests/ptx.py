@@ -88,7 +88,9 @@ ARITHMETIC = [
     (r"bar\.warp\.sync", "warp_barrier(A<u32>(a), LINE)"),
     (r"cp\.async\.commit_group", "copy_commit()"),
     (r"cp\.async\.wait_group", "copy_wait(A<s32>(a))"),
-    (r"ret", "return"),
+    (r"griddepcontrol\.launch_dependents", ""),
+    (r"griddepcontrol\.wait", "wait_for_kernels()"),
+    (r"ret", "end(LINE); return"),
 ]
 ROUNDED = {
     "f32": "set<f32>(a, std::nearbyint(A<f32>(b)))",
@@ -105,8 +107,9 @@ def split(operands: str) -> list[str]:
 class Kernel:
     """One entry of a module, as C++."""
 
-    def __init__(self, name: str, head: str, body: str, first_line: int, constants: set[str]):
-        self.name, self.constants = name, constants
+    def __init__(self, name: str, head: str, body: str, first_line: int, constants: set[str], overlaps: bool):
+        """overlaps: it may start before the kernel that it follows has ended."""
+        self.name, self.constants, self.overlaps = name, constants, overlaps
         self.parameters = [
             (n, int(bits) // 8 * int(count or 1))
             for bits, n, count in re.findall(
@@ -265,7 +268,7 @@ class Kernel:
         body = "\n    ".join(line for line in self.lines if line)
         return f"""
 extern "C" void host_{self.name}(void** arguments) {{
-    begin({self.most_threads});
+    begin({self.most_threads}, {str(self.overlaps).lower()});
     {body}
 }}
 extern "C" const int* host_{self.name}_sizes() {{ static const int all[] = {{{sizes}, 0}}; return all; }}
@@ -287,10 +290,11 @@ def translate(text: str) -> str:
         raise UnknownInstructionError(", ".join(name for name, _, _ in tables))
     own = "".join(f"alignas(16) static u8 {name}[{n}] = {{{values}}};\n" for name, n, values in tables)
     own += "".join(f"static const bool known = own_memory({name}, {n});\n" for name, n, _ in tables)
+    overlaps = int(re.search(r"^\.target sm_(\d+)", text, re.M)[1]) >= 90
     kernels = []
     for m in ENTRY.finditer(text):
         line = text.count("\n", 0, m.start(3)) + 1
-        kernels.append(Kernel(m[1], m[2], m[3], line, {name for name, _, _ in tables}).source())
+        kernels.append(Kernel(m[1], m[2], m[3], line, {name for name, _, _ in tables}, overlaps).source())
     if not kernels:
         raise UnknownInstructionError("a module without kernels")
     return f'#include "ptx.h"\nusing namespace ptx;\n{own}{"".join(kernels)}'

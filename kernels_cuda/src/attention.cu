@@ -174,6 +174,7 @@ extern "C" __global__ void __launch_bounds__(128)
     attend_spans(const Step* step, const u16* q, u8* pool, const int* blocks, float2* stats, float* parts, int layer,
                  int layers, int row, int rows, int heads, int kv_heads, int spans, int window, float scale,
                  float cap) {
+    start();
     int head = blockIdx.y, group = heads / kv_heads, query = blockIdx.z * QUERIES, span = blockIdx.x * 4 + warp_id();
     q += static_cast<size_t>(row) * heads * HEAD;
     Tile tile = tile_of(q, query, rows * group, heads, kv_heads, head, step->length + row, window);
@@ -202,6 +203,7 @@ EXPORT(attend_spans)
 extern "C" __global__ void __launch_bounds__(HEAD)
     merge_spans(const Step* step, const float2* stats, const float* parts, float2* totals, u16* to, int row, int heads,
                 int spans, int window, int size, int ld) {
+    start();
     constexpr int AHEAD = 8;  // spans loaded at once: merging is a chain, loading need not be
     int head = blockIdx.y, own = step->length + row + blockIdx.x, i = threadIdx.x;
     int first = first_slot(own, window) / SPAN, last = own / SPAN;
@@ -237,6 +239,7 @@ EXPORT(merge_spans)
 extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP)
     attend_rows(const Step* step, const u16* q, u8* pool, const int* blocks, float2* totals, u16* to, int layer,
                 int layers, int rows, int heads, int kv_heads, int window, float scale, float cap, int size, int ld) {
+    start();
     __shared__ float shared[ROW_WARPS][COLUMNS][4][WARP];
     int head = blockIdx.y, group = heads / kv_heads, query = (blockIdx.x * ROW_WARPS + warp_id()) * QUERIES;
     int lane = lane_id(), t = lane % 4;
@@ -287,6 +290,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
     score_slots(const Step* step, const u16* q, u8* pool, const int* blocks, const float2* totals, float* scores,
                 int layer, int layers, int rows, int watched, int apart, int heads, int kv_heads, int slots, int window,
                 float scale, float cap) {
+    start();
     __shared__ float shared[QUERIES][SLOTS];
     int head = blockIdx.y, group = heads / kv_heads, begin = blockIdx.x * SLOTS, lane = lane_id();
     Cache cache{pool, blocks, layer, layers, kv_heads};

@@ -5,6 +5,7 @@
 // doubles: at position 100000 a float is off by a hundredth of a turn.
 extern "C" __global__ void __launch_bounds__(128)
     rope_table(const Step* step, const double* frequencies, float2* table, int pairs, float magnitude) {
+    start();
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
         double turns = static_cast<double>(step->position + static_cast<int>(blockIdx.x)) * frequencies[i] / TURN;
         float angle = static_cast<float>((turns - rint(turns)) * TURN);
@@ -28,6 +29,7 @@ DEVICE float turned(const float* x, const float2* turns, int i, int head, int pa
 extern "C" __global__ void __launch_bounds__(WARP)
     rope_append(const Step* step, const float* qkv, const float2* table, u16* q, u8* pool, const int* blocks, int layer,
                 int layers, int heads, int kv_heads, int head, int pairs) {
+    start();
     int row = blockIdx.x, which = blockIdx.y;
     const float* x = qkv + (static_cast<size_t>(row) * (heads + 2 * kv_heads) + which) * head;
     const float2* turns = table + static_cast<size_t>(row) * pairs;
@@ -53,6 +55,7 @@ EXPORT(rope_append)
 // What moves comes from behind everything that is written. grid (n, kv_heads, layers), 128 threads.
 extern "C" __global__ void __launch_bounds__(128)
     move_slots(u8* pool, const int* blocks, const int* src, const int* dst, int layers, int kv_heads, int n) {
+    start();
     int layer = blockIdx.z, head = blockIdx.y;
     size_t at = (static_cast<size_t>(layer) * kv_heads + head) * n + blockIdx.x;
     int from = src[at], to = dst[at];
@@ -82,6 +85,7 @@ EXPORT(move_slots)
 extern "C" __global__ void __launch_bounds__(WARP)
     turn_keys(u8* pool, const int* blocks, const int* delta, const double* frequencies, int layers, int kv_heads, int n,
               int pairs) {
+    start();
     __shared__ float key[HEAD];
     __shared__ float2 turns[HEAD / 2];
     int layer = blockIdx.z, head = blockIdx.y, slot = blockIdx.x;
@@ -110,6 +114,7 @@ constexpr int SPREAD_WARPS = SPREAD_THREADS / WARP;
 // are what attention sees, sums have one order. grid (kv_heads, layers).
 extern "C" __global__ void __launch_bounds__(SPREAD_THREADS)
     value_spread(u8* pool, const int* blocks, const float* weights, float* to, int layers, int kv_heads, int n) {
+    start();
     __shared__ float sums[SPREAD_WARPS];
     __shared__ float means[SPREAD_WARPS][HEAD];
     int layer = blockIdx.y, head = blockIdx.x, g = lane_id() / 4, t = lane_id() % 4;

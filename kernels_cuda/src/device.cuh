@@ -30,6 +30,28 @@ DEVICE int lane_id() { return threadIdx.x % WARP; }
 DEVICE int warp_id() { return threadIdx.x / WARP; }
 DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
 
+// From sm_90 on a kernel may start before the one that it follows has ended (driver.py asks for it, wherever a kernel
+// follows a kernel). It then waits until all before it have ended and what they wrote is seen; until then it may read
+// what no kernel of a step writes: weights. Every thread of every kernel waits, also those with nothing to do: else
+// "the one before has ended" would not mean that those before that one have.
+DEVICE void let_next_start() {
+#if !defined(TINYCHAT_HOST) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+DEVICE void wait_for_kernels() {
+#if !defined(TINYCHAT_HOST) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The first line of a kernel that can do nothing ahead.
+DEVICE void start() {
+    let_next_start();
+    wait_for_kernels();
+}
+
 // Where rows of 4-byte words or more are read once: they should not push anything out of L2.
 DEVICE u64 evict_first() {
 #ifdef TINYCHAT_HOST

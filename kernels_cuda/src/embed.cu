@@ -5,6 +5,7 @@
 extern "C" __global__ void __launch_bounds__(256)
     embed(const u8* codes, const u8* meta, const u8* zeros, const int* ids, float* to, int n, int stages, int group,
           int groups, float scale) {
+    start();
     int i = blockIdx.x * 256 + threadIdx.x;
     if (i >= n) return;
     float w = weight_at(codes, meta, zeros, ids[blockIdx.y], i, stages, group, groups);

@@ -10,6 +10,7 @@
     extern "C" __global__ void __launch_bounds__(WARPS* WARP, blocks)                                              \
         name(const u64* table, const int* work, const int* pairs, const u16* x, float* y, int outputs, int stages, \
              int group, int groups, int ldx, int ldy, int share) {                                                 \
+        start();                                                                                                   \
         work += 3 * blockIdx.x;                                                                                    \
         if (work[0] < 0 || !table[4 * work[0]]) return;                                                            \
         table += 4 * work[0];                                                                                      \

@@ -141,6 +141,7 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
     constexpr int OUT = TILES * TILE;
     constexpr int SUMS = WARPS * 8 * OUT * 4;  // bytes
     __shared__ u8 __align__(16) shared[R::BYTES > SUMS ? R::BYTES : SUMS];
+    let_next_start();
     int lane = lane_id(), warp = warp_id(), g = lane / 4, t = lane % 4;
     int tile = blockIdx.y * TILES, tiles = divide_up(to.outputs, TILE);
     u8* ring = shared + warp * R::DEPTH * R::SLOT;
@@ -155,6 +156,7 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
         if (stage < w.stages) fetch<TILES>(ring + i * R::SLOT, w, tile, stage, tiles, policy);
         copy_commit();
     }
+    wait_for_kernels();               // the first stages of weights are on their way by then
     int at = 0, next = R::DEPTH - 1;  // slots
     for (int stage = warp; stage < w.stages; stage += WARPS) {
         int ahead = stage + (R::DEPTH - 1) * WARPS;

@@ -8,6 +8,7 @@ constexpr int LARGEST = 256;
 
 // The largest of each row of n logits, the lowest id on a tie; NaN never wins. grid: rows.
 extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* x, int* to, int n) {
+    start();
     __shared__ float values[THREADS];
     __shared__ int ids[THREADS];
     x += static_cast<size_t>(blockIdx.x) * n;
@@ -51,6 +52,7 @@ DEVICE void sort(u64* keys) {
 // so what comes after it is not needed. About 300 logits are left where they lie at random; they are sorted. Should
 // more than 1024 be left, there are none (0), and the host reads the row.
 extern "C" __global__ void __launch_bounds__(THREADS) largest(const Step* step, const float* x, int* to, int n) {
+    start();
     __shared__ u64 keys[THREADS];
     __shared__ float sums[THREADS / WARP];
     __shared__ int left;

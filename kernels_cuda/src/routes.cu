@@ -63,6 +63,7 @@ DEVICE void running_sums(int (&to)[2][THREADS], int n) {
 extern "C" __global__ void __launch_bounds__(THREADS)
     route(const float* scores, int* chosen, float* weights, int* pairs, int* work, int rows, int experts, int taken,
           int normalize, int columns, int pieces) {
+    start();
     __shared__ int sums[2][THREADS];  // pairs and pieces of the experts so far
     __shared__ int next[MOST];        // where an expert's next pair goes
     int thread = threadIdx.x, all = rows * taken;
@@ -96,6 +97,7 @@ EXPORT(route)
 // as they are. x: halves [rows, ld]. grid (⌈ld / 256⌉, pairs).
 extern "C" __global__ void __launch_bounds__(PLAIN)
     reorder_pairs(const u16* x, const u64* perms, const int* chosen, u16* to, int n, int ld, int share) {
+    start();
     int i = blockIdx.x * PLAIN + threadIdx.x, pair = blockIdx.y;
     if (i >= ld) return;
     auto* perm = reinterpret_cast<const int*>(perms[chosen[pair]]);
@@ -108,6 +110,7 @@ EXPORT(reorder_pairs)
 // to[row] += Σ weight · x[pair] over the row's pairs, in their order. x: float [pairs, n]. grid (⌈n / 256⌉, rows).
 extern "C" __global__ void __launch_bounds__(PLAIN)
     add_pairs(const float* x, const float* weights, float* to, int n, int taken) {
+    start();
     int i = blockIdx.x * PLAIN + threadIdx.x, row = blockIdx.y;
     if (i >= n) return;
     x += static_cast<size_t>(row) * taken * n;

@@ -31,6 +31,7 @@ DEVICE float gelu(float x) { return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0
 // x: float [rows, n]. grid: rows.
 extern "C" __global__ void __launch_bounds__(THREADS)
     rms_norm(const float* x, const float* weight, u16* to, int n, int ld, float eps) {
+    start();
     __shared__ float scratch[THREADS / WARP];
     x += static_cast<size_t>(blockIdx.x) * n;
     to += static_cast<size_t>(blockIdx.x) * ld;
@@ -43,6 +44,7 @@ EXPORT(rms_norm)
 // to[row] += the norm of x[row], in floats.
 extern "C" __global__ void __launch_bounds__(THREADS)
     rms_norm_add(const float* x, const float* weight, float* to, int n, float eps) {
+    start();
     __shared__ float scratch[THREADS / WARP];
     x += static_cast<size_t>(blockIdx.x) * n;
     to += static_cast<size_t>(blockIdx.x) * n;
@@ -55,6 +57,7 @@ EXPORT(rms_norm_add)
 // Spans of n floats of x, the first at `offset` of each row, normed in place. grid (rows, spans).
 extern "C" __global__ void __launch_bounds__(THREADS)
     norm_spans(float* x, const float* weight, int n, int offset, int ldx, float eps) {
+    start();
     __shared__ float scratch[THREADS / WARP];
     x += static_cast<size_t>(blockIdx.x) * ldx + offset + blockIdx.y * n;
     float factor = norm_factor(x, n, eps, scratch);
@@ -73,12 +76,14 @@ DEVICE void gate(const float* x, u16* to, int n, int ld, F f) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) silu_mul(const float* x, u16* to, int n, int ld) {
+    start();
     gate(x, to, n, ld, [](float v) { return silu(v); });
 }
 EXPORT(silu_mul)
 // resources silu_mul: registers 40, spills 0, shared 0
 
 extern "C" __global__ void __launch_bounds__(THREADS) gelu_mul(const float* x, u16* to, int n, int ld) {
+    start();
     gate(x, to, n, ld, [](float v) { return gelu(v); });
 }
 EXPORT(gelu_mul)
@@ -86,6 +91,7 @@ EXPORT(gelu_mul)
 
 // Floats to the halves that a linear reads, in its order (perm, or null). grid (⌈ld / 256⌉, rows).
 extern "C" __global__ void __launch_bounds__(THREADS) halve(const float* x, const int* perm, u16* to, int n, int ld) {
+    start();
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= ld) return;
     x += static_cast<size_t>(blockIdx.y) * n;
@@ -96,6 +102,7 @@ EXPORT(halve)
 
 // Halves in another order: to[i] = x[perm[i]]. Both [rows, ld]. grid (⌈ld / 256⌉, rows).
 extern "C" __global__ void __launch_bounds__(THREADS) reorder(const u16* x, const int* perm, u16* to, int n, int ld) {
+    start();
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= ld) return;
     size_t row = static_cast<size_t>(blockIdx.y) * ld;

@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -49,10 +50,12 @@ std::string failing;
 int failing_code = 0, lost = 0;
 int version = 12060, devices = 1, capability = 86, integrated = 0;
 size_t total = size_t(8) << 30, used = 0;
-int launches = 0;
+int launches = 0, overlaps = 0;
+std::string call, call_before;
 
 bool fails(const char* function) {
-    if (lost) return failing_code = lost;
+    call_before = std::exchange(call, function);
+    if (lost) return (failing_code = lost);
     if (failing != function) return false;
     failing.clear();
     return true;
@@ -200,9 +203,26 @@ Function f{reinterpret_cast<void (*)(void**)>(launcher), sizes(),
 *function = &(module->functions[name] = f);
 return 0;
 }
-CALL(cuLaunchKernel, Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-     unsigned, void*, void** arguments, void**)
+// As in cuda.h: an attribute is 8 bytes of id and 64 of value.
+struct Attribute {
+    int id, pad, value, rest[15];
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    void* stream;
+    const Attribute* attributes;
+    unsigned n_attributes;
+};
+
+CALL(cuLaunchKernelEx, const LaunchConfig* config, Function* f, void** arguments, void**)
+unsigned gx = config->grid[0], gy = config->grid[1], gz = config->grid[2];
+unsigned bx = config->block[0], by = config->block[1], bz = config->block[2];
 if (!gx || !gy || !gz || gy > 65535 || gz > 65535) return INVALID;
+// The one attribute that is known lets a kernel overlap the one before: of newer GPUs, and there has to be one.
+for (unsigned i = 0; i < config->n_attributes; ++i, ++overlaps)
+    if (config->attributes[i].id != 6 || config->attributes[i].value != 1 || capability < 90 || version < 12030 ||
+        call_before != "cuLaunchKernelEx")
+        return INVALID;
 ++launches;
 std::vector<std::vector<char>> values;
 for (int i = 0; f->sizes[i]; ++i) {
@@ -288,4 +308,5 @@ extern "C" void fake_device(int driver_version, int n, int compute_capability, s
 }
 extern "C" void fake_lose(int code) { lost = code; }
 extern "C" int fake_launches() { return launches; }
+extern "C" int fake_overlaps() { return overlaps; }
 extern "C" size_t fake_used() { return used; }

@@ -6,6 +6,8 @@
 //            Shuffles and mma order nothing; bar.warp.sync orders a warp. What cp.async writes belongs to nobody from
 //            its issue until the thread that asked for it has waited
 //   shared   a byte is written before it is read
+//   overlap  a kernel that may start early has every thread wait for those before it, and reads nothing but by
+//            cp.async (weights) until then
 // TINYCHAT_TEST_RACES=0 leaves those in global memory out (40 bytes are kept for each byte that a launch touches).
 #include "ptx.h"
 
@@ -51,6 +53,7 @@ struct Touched {
 };
 
 struct Thread {
+    bool waited;
     unsigned barriers = 0, syncs = 0, collectives = 0;
     int committed = 0;
     struct Copy {
@@ -144,7 +147,13 @@ static Touched* touched_page(u64 address) {
     return last->bytes;
 }
 
-u8* global(u64 address, unsigned bytes, Access access, int line) {
+void wait_for_kernels() { me().waited = true; }
+
+void end(int line) {
+    if (!me().waited) fail("a thread ends that has not waited for the kernels before", line);
+}
+
+static u8* in_allocation(u64 address, unsigned bytes, Access access, int line) {
     if (address % bytes) fail("an address is not aligned", line);
     bool own = address >= own_begin && address + bytes <= own_end;
     if (!own && (address < known_begin || address + bytes > known_end)) {
@@ -156,6 +165,11 @@ u8* global(u64 address, unsigned bytes, Access access, int line) {
         for (unsigned i = 0; i < bytes; ++i) touch(touched_page(address + i)[(address + i) % 4096], access, c, line);
     }
     return reinterpret_cast<u8*>(address);
+}
+
+u8* global(u64 address, unsigned bytes, Access access, int line) {
+    if (!me().waited) fail("memory is touched before the kernels before have ended", line);
+    return in_allocation(address, bytes, access, line);
 }
 
 u8* in_shared(u64 address, unsigned bytes, Access access, int line) {
@@ -224,7 +238,7 @@ void mma_m16n8k16(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const f32 (
 
 void copy_async(u64 to, u64 from, int bytes, bool only_l2, int line) {
     if (bytes != 16 && (only_l2 || (bytes != 4 && bytes != 8))) fail("cp.async does not copy so much", line);
-    global(from, bytes, Access::READ, line);
+    in_allocation(from, bytes, Access::READ, line);
     in_shared(to, bytes, Access::WRITE, line);
     for (int i = 0; i < bytes; ++i) shared_touched[to + i].pending = true;
     me().copies.push_back({static_cast<u32>(to), from, bytes, me().committed, line});
@@ -251,7 +265,7 @@ bool own_memory(const void* table, u64 bytes) {
     return true;
 }
 
-void begin(int most_threads) {
+void begin(int most_threads, bool overlaps) {
     if (static_cast<int>(blockDim.x) > most_threads) fail("more threads than the kernel is compiled for", 0);
     if (threads.size() < blockDim.x) threads.resize(blockDim.x), lanes.resize((blockDim.x + 31) / 32);
     unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -261,6 +275,7 @@ void begin(int most_threads) {
         memset(shared_touched, 0, sizeof shared_touched);
         memset(shared, 0xff, sizeof shared);
     }
+    me().waited = !overlaps;
 }
 
 }  // namespace ptx

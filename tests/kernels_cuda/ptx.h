@@ -63,7 +63,9 @@ T parameter(const void* argument, int offset) {
 enum class Access { READ, WRITE, ATOMIC };
 using Find = bool (*)(u64 address, u64* begin, u64* end);
 
-void begin(int most_threads);  // called by every thread before the kernel's first instruction
+void begin(int most_threads, bool overlaps);  // called by every thread before the kernel's first instruction
+void end(int line);                           // and before it returns
+void wait_for_kernels();
 u32 tid(int axis), ntid(int axis), ctaid(int axis), nctaid(int axis);
 [[noreturn]] void fail(const char* what, int line);
 

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from emulation import bench, controls, driver, needs_emulation
+from emulation import bench, cache, controls, driver, needs_emulation
 
 from tinychat.backends import cuda_device
 from tinychat.errors import TinychatError, UsageError
@@ -292,6 +292,29 @@ def test_a_device_is_tried_before_it_is_trusted(monkeypatch):
     with pytest.raises(TinychatError, match="Emulated GPU computes something else") as e:
         cuda_device.check(bench().modules)
     assert "--device cpu" in e.value.todo
+
+
+@needs_emulation
+def test_kernels_overlap_where_gpu_and_driver_can_and_a_kernel_follows_a_kernel(gpu):
+    def overlaps(version, capability):
+        gpu(version, 1, capability, 8 << 30)
+        d = Device(driver())
+        opened, before = Modules(d, cache()), controls().fake_overlaps()
+        cuda_device.check(opened)
+        d.close()
+        return controls().fake_overlaps() - before
+
+    assert overlaps(12060, 86) == overlaps(12020, 90) == 0
+    assert overlaps(12030, 90) == 2  # of four products, two follow another at once
+
+
+@needs_emulation
+def test_a_driver_that_refuses_overlapping_kernels_runs_them_one_after_the_other(gpu):
+    gpu(12060, 1, 90, 8 << 30)
+    d = Device(driver())
+    gpu(12060, 1, 86, 8 << 30)  # what d asks for is now refused
+    cuda_device.check(Modules(d, cache()))
+    assert not d.overlaps
 
 
 @needs_emulation

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from functools import lru_cache
 
 import numpy as np
 import pytest
 from backend_steps import BLOCKS, IDS, run, truth
-from emulation import compiled, driver, needs_emulation
+from emulation import compiled, controls, driver, needs_emulation
 from ptx import PtxCompiler, UnknownInstructionError, translate
 from tiny import TinyCheckpoint
 
@@ -113,6 +112,26 @@ KERNEL(blocks_that_race) { if (threadIdx.x == 0) to[blockIdx.x] = to[1 - static_
 KERNEL(blocks_apart) { if (threadIdx.x == 0) to[blockIdx.x] = from[1 - static_cast<int>(blockIdx.x)] + 1; }
 """
 
+OVERLAPPING = """
+#include "device.cuh"
+
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(64) name(float* to, const float* from)
+template <bool WAIT>
+DEVICE void fetch(float* to, const float* from) {
+    __shared__ float __align__(16) shared[4 * 64];
+    let_next_start();
+    copy_async_16(shared + 4 * threadIdx.x, from + 4 * threadIdx.x, evict_first());
+    if (WAIT || lane_id()) wait_for_kernels();
+    copy_commit();
+    copy_wait<0>();
+    if (WAIT) to[threadIdx.x] = shared[4 * threadIdx.x];
+}
+KERNEL(fetches_ahead) { fetch<true>(to, from); }
+KERNEL(one_does_not_wait) { fetch<false>(to, from); }
+KERNEL(reads_ahead) { float x = from[threadIdx.x]; start(); to[threadIdx.x] = x; }
+KERNEL(writes_ahead) { to[threadIdx.x] = 1; start(); }
+"""
+
 RACE = "another thread (wrote|read), with no barrier between"  # which one depends on who runs first
 WRONG = {
     "no_barrier": RACE,
@@ -128,6 +147,9 @@ WRONG = {
     "one_too_far": "outside of what is allocated",
     "one_too_low": "outside of what is allocated",
     "not_aligned": "not aligned",
+    "one_does_not_wait": "has not waited for the kernels before",
+    "reads_ahead": "touched before the kernels before have ended",
+    "writes_ahead": "touched before the kernels before have ended",
 }
 BACKWARDS, TIMES_4 = np.arange(63, -1, -1), np.arange(64) * 4
 RIGHT = {
@@ -135,30 +157,38 @@ RIGHT = {
     "swapped_in_warp": np.arange(64) ^ 31,
     "fetched": TIMES_4,
     "fetched_for_another": TIMES_4[np.arange(64) ^ 1],
+    "fetches_ahead": TIMES_4,
     "blocks_apart": np.r_[2, 1, np.full(62, 7)],
 }
 
 
-@lru_cache
-def device() -> Device:
-    return Device(driver())
+@pytest.fixture(scope="module")
+def device():
+    """A GPU on which kernels overlap."""
+    controls().fake_device(12060, 1, 90, 8 << 30)
+    yield Device(driver())
+    controls().fake_device(12060, 1, 86, 8 << 30)
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def launch(tmp_path_factory, device):
     """`launch(kernel)`: two blocks' or one's work on 64 floats, from 256 that count up."""
-    folder = tmp_path_factory.mktemp("kernels")
+    folder, d = tmp_path_factory.mktemp("kernels"), device
     for name in ("device.cuh", "host.h"):
         shutil.copy(modules.SOURCES / name, folder)
-    (folder / "strict.cu").write_text(SOURCE)
-    image, _ = COMPILER.compile(folder / "strict.cu", [folder / "device.cuh"], "compute_80", {})
-    module, d = device().module(image), device()
+
+    def module(source, target):
+        (folder / "strict.cu").write_text(source)
+        image, _ = COMPILER.compile(folder / "strict.cu", [folder / "device.cuh"], target, {})
+        return dict.fromkeys(re.findall(r"^KERNEL\((\w+)", source, re.M), d.module(image))
+
+    kernels = module(SOURCE, "compute_80") | module(OVERLAPPING, "compute_90")
 
     def run(name):
         to, source = d.allocate(256), d.allocate(1024)
         d.upload(to, np.full(64, 7, np.float32))
         d.upload(source, np.arange(256, dtype=np.float32))
-        d.launch(d.kernel(module, name), (2 if name.startswith("blocks") else 1,), 64, to, source)
+        d.launch(d.kernel(kernels[name], name), (2 if name.startswith("blocks") else 1,), 64, to, source)
         out = np.empty(64, np.float32)
         d.download(out, to)
         return out
@@ -180,21 +210,23 @@ def test_unsound_kernels_are_found_and_the_next_launch_works(launch, name, capfd
 
 
 def test_an_unknown_instruction_is_named():
-    text = ".visible .entry f(\n)\n.maxntid 32, 1, 1\n{\n\ttanh.approx.f32 \t%f1, %f2;\n}\n"
+    text = ".target sm_80\n.visible .entry f(\n)\n.maxntid 32, 1, 1\n{\n\ttanh.approx.f32 \t%f1, %f2;\n}\n"
     with pytest.raises(UnknownInstructionError, match=r"tanh\.approx\.f32 %f1, %f2"):
         translate(text)
 
 
-def test_a_compiled_model_is_the_references():
+def test_a_compiled_model_is_the_references(device):
     """A whole step: 4-bit weights, an 8-bit head, an 8-bit cache; prefill, single tokens, a verification."""
-    checkpoint, policy, cuts = TinyCheckpoint(3), WeightPolicy("rtn"), [33, 1, 5]
-    machine = modules.Modules(device(), compiled(COMPILER))
+    checkpoint, policy, cuts = TinyCheckpoint(3), WeightPolicy("rtn"), [33, 1, 1, 1, 5]
+    machine = modules.Modules(device, compiled(COMPILER))
 
     def logits(cuts):
         backend = CudaBackend(checkpoint, policy, kv_bits=8, modules=machine)
         backend.allocate_kv(BLOCKS)
         return run(backend, IDS, cuts)
 
+    before = controls().fake_overlaps()
     got, expected = logits(cuts), run(truth(checkpoint, policy, kv_bits=8), IDS, cuts)
+    assert controls().fake_overlaps() > before + 50
     assert np.sqrt(np.mean((got - expected) ** 2)) < 0.01 * expected.std()
-    np.testing.assert_array_equal(logits([39]), got)
+    np.testing.assert_array_equal(logits([sum(cuts)]), got)

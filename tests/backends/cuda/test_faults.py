@@ -31,7 +31,7 @@ def test_no_room_for_the_weights_or_the_cache_is_said_with_numbers():
 
 
 @pytest.mark.parametrize(
-    "call", ["cuLaunchKernel", "cuGraphLaunch", "cuStreamSynchronize", "cuMemcpyHtoDAsync_v2"]
+    "call", ["cuLaunchKernelEx", "cuGraphLaunch", "cuStreamSynchronize", "cuMemcpyHtoDAsync_v2"]
 )
 def test_a_gpu_that_fails_in_a_chat_is_said_and_the_conversation_is_kept(call):
     with tiny_model(ctx=256, backend="cuda") as m:
@@ -121,7 +121,11 @@ def told(m, *texts):
 
 @pytest.mark.parametrize(
     ("work", "call"),
-    [("move_slots", "cuMemAlloc_v2"), ("move_slots", "cuStreamSynchronize"), ("turn_keys", "cuLaunchKernel")],
+    [
+        ("move_slots", "cuMemAlloc_v2"),
+        ("move_slots", "cuStreamSynchronize"),
+        ("turn_keys", "cuLaunchKernelEx"),
+    ],
 )
 def test_an_eviction_that_fails_leaves_no_cache_that_is_half_moved(work, call, monkeypatch):
     with tiny_model(ctx=256, backend="cuda") as m:
@@ -157,7 +161,7 @@ def test_an_eviction_that_fails_leaves_no_cache_that_is_half_moved(work, call, m
     [
         "cuMemAlloc_v2",
         "cuMemcpyHtoDAsync_v2",
-        "cuLaunchKernel",
+        "cuLaunchKernelEx",
         "cuMemcpyDtoHAsync_v2",
         "cuStreamSynchronize",
     ],
