@@ -4,7 +4,8 @@
 
 For each shape (real dimensions, random 4-bit weights, groups of 128): load time; a token at several
 contexts and its share of the copy's bandwidth, bytes counted as `tinychat bench` does; a token of which the
-argmax, the largest logits or all come back; steps of 2 to 16 rows against one; prefill; each linear alone.
+argmax, the largest logits or all come back; one whose kernels do not overlap, where they do; steps of 2 to
+16 rows against one; prefill; each linear alone.
 --torch adds what torch's fp16 needs for the matrix products alone, in a CUDA graph: a floor for any fp16
 engine. Raw figures, with the GPU's and the driver's name, go to a JSON file; nothing is measured without a
 GPU.
@@ -126,6 +127,15 @@ def measure(
         moved = weight_bytes + kv_bytes * context
         decode.append({"context": context, "ms": 1e3 * seconds, "gb_s": moved / seconds / 1e9})
     one = steps(contexts[0], 1)
+    apart = None
+    if device.overlaps:
+        try:
+            device.overlaps = False
+            backend._program._graphs.clear()
+            apart = 1e3 * steps(contexts[0], 1)
+        finally:
+            device.overlaps = True
+            backend._program._graphs.clear()
     several = {str(rows): 1e3 * steps(contexts[0], rows) for rows in (2, 3, 4, 5, 8, 9, 16)}
     bandwidth.append(backend.copy_bandwidth())
     best = max(bandwidth)
@@ -140,6 +150,7 @@ def measure(
         "copy_bandwidth_gb_s": bandwidth,
         "weight_bytes_per_token": weight_bytes,
         "decode": decode,
+        "step_ms_with_kernels_one_after_the_other": apart,  # null: on this GPU they always are
         "step_ms_by_rows": {"1": 1e3 * one, **several},
         "five_rows_against_one": several["5"] / (1e3 * one),
         "token_ms_by_what_is_copied_back": {w: 1e3 * steps(contexts[0], 1, w) for w in ways},

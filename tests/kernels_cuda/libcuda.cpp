@@ -18,7 +18,6 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace {
@@ -51,17 +50,17 @@ int failing_code = 0, lost = 0;
 int version = 12060, devices = 1, capability = 86, integrated = 0;
 size_t total = size_t(8) << 30, used = 0;
 int launches = 0, overlaps = 0;
-std::string call, call_before;
+bool after_kernel = false;  // whether a kernel was the last thing put on the stream
 
 bool fails(const char* function) {
-    call_before = std::exchange(call, function);
     if (lost) return (failing_code = lost);
     if (failing != function) return false;
     failing.clear();
     return true;
 }
 
-int submit(Work work) {
+int submit(Work work, bool kernel = false) {
+    after_kernel = kernel;
     if (capturing) {
         capturing->push_back(std::move(work));
         return 0;
@@ -221,7 +220,7 @@ if (!gx || !gy || !gz || gy > 65535 || gz > 65535) return INVALID;
 // The one attribute that is known lets a kernel overlap the one before: of newer GPUs, and there has to be one.
 for (unsigned i = 0; i < config->n_attributes; ++i, ++overlaps)
     if (config->attributes[i].id != 6 || config->attributes[i].value != 1 || capability < 90 || version < 12030 ||
-        call_before != "cuLaunchKernelEx")
+        !after_kernel)
         return INVALID;
 ++launches;
 std::vector<std::vector<char>> values;
@@ -229,23 +228,27 @@ for (int i = 0; f->sizes[i]; ++i) {
     auto* p = static_cast<char*>(arguments[i]);
     values.emplace_back(p, p + f->sizes[i]);
 }
-return submit([=] {
-    std::vector<void*> pointers;
-    for (auto& v : values) pointers.push_back(const_cast<char*>(v.data()));
-    const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
-    const char* why = f->launch(f->launcher, pointers.data(), grid, block);
-    if (why) fprintf(stderr, "launch failed: %s\n", why);
-    return why ? LAUNCH_FAILED : 0;
-});
+return submit(
+    [=] {
+        std::vector<void*> pointers;
+        for (auto& v : values) pointers.push_back(const_cast<char*>(v.data()));
+        const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
+        const char* why = f->launch(f->launcher, pointers.data(), grid, block);
+        if (why) fprintf(stderr, "launch failed: %s\n", why);
+        return why ? LAUNCH_FAILED : 0;
+    },
+    true);
 }
 CALL(cuStreamBeginCapture_v2, void*, int)
 if (capturing) return 900;
 capturing = std::make_unique<Graph>();
+after_kernel = false;
 return 0;
 }
 CALL(cuStreamEndCapture, void*, Graph** graph)
 if (!capturing) return 901;
 *graph = capturing.release();
+after_kernel = false;
 return 0;
 }
 CALL(cuGraphInstantiateWithFlags, Graph** executable, Graph* graph, unsigned long long)
@@ -261,6 +264,7 @@ delete graph;
 return 0;
 }
 CALL(cuGraphLaunch, Graph* graph, void*)
+after_kernel = false;
 for (auto& work : *graph)
     if (int code = work()) return code;
 return 0;
