@@ -31,6 +31,14 @@ std::vector<std::vector<LinearPart>> expert_parts(
     return parts;
 }
 
+// silu_mul or gelu_mul.
+auto gate_mul(bool gelu) {
+    return [gelu](PyProgram& p, Floats x, Rows out) {
+        require(x.cols == 2 * out.a->k, "gate and up do not fit");
+        p.program.gate_mul(x.p, out.a, gelu);
+    };
+}
+
 void bind_experts(nb::class_<PyProgram>& program) {
     program
         .def(
@@ -190,20 +198,8 @@ void bind_ops(nb::class_<PyProgram>& program) {
             },
             "qkv"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a, "out"_a, "window"_a = 0, "cap"_a = 0.0f,
             "window: the last so many slots are attended to, 0 all of them; cap: of the scores, 0 none")
-        .def(
-            "silu_mul",
-            [](PyProgram& p, Floats x, Rows out) {
-                require(x.cols == 2 * out.a->k, "gate and up do not fit");
-                p.program.gate_mul(x.p, out.a, false);
-            },
-            "x"_a, "out"_a)
-        .def(
-            "gelu_mul",
-            [](PyProgram& p, Floats x, Rows out) {
-                require(x.cols == 2 * out.a->k, "gate and up do not fit");
-                p.program.gate_mul(x.p, out.a, true);
-            },
-            "x"_a, "out"_a)
+        .def("silu_mul", gate_mul(false), "x"_a, "out"_a)
+        .def("gelu_mul", gate_mul(true), "x"_a, "out"_a)
         .def(
             "lm_head",
             [](PyProgram& p, nb::object weight, Rows x, float scale, float cap) {

@@ -106,10 +106,28 @@ class BlockQuantizer:
         """w: the float block (not changed). x_f, x_q [S, T, H]: its input in the float and the quantized
         network, overwritten. Returns the quantized block and its outputs in both.
         """
-        import torch
-
         f, float_w, w = self.forward, w, w.copy()
         out, start = QuantizedBlock({}, {}, {}, w.layer), x_q.clone()
+        self._attention(w, out, float_w, x_f, x_q)
+        self._mlp(w, out, float_w, x_f, x_q)
+
+        # What goes on is what the stored block computes, so that a resumed run sees the same numbers.
+        out.norm = {k: norm16(v, f.cfg) for k, v in w.norm.items()}
+        out.bias = {k: v.half().float() for k, v in w.bias.items()}
+        return out, x_f, self._run(start, out.weights())
+
+    def _attention(
+        self,
+        w: BlockWeights,
+        out: QuantizedBlock,
+        float_w: BlockWeights,
+        x_f: torch.Tensor,
+        x_q: torch.Tensor,
+    ) -> None:
+        """Quantizes q, k, v and o into `out`; w, x_f and x_q then are what follows."""
+        import torch
+
+        f = self.forward
 
         # q, k, v
         m = _Moments()
@@ -135,14 +153,22 @@ class BlockQuantizer:
             m.add(inner[s], wide, self._gap(x_f[s], x_q[s]))
             x_f[s] = f.add_attention(x_f[s], f.linear(wide, float_w, O_PROJ), float_w)
         s = self._quantize((O_PROJ,), w, out, m, float_w, None, self._shared_by_heads)
-        self._fold_rows(
-            w, out, QKV[2], s.view(self.forward.cfg.n_kv_heads, -1, self.forward.cfg.head_dim)[:, 0].flatten()
-        )
+        self._fold_rows(w, out, QKV[2], s.view(f.cfg.n_kv_heads, -1, f.cfg.head_dim)[:, 0].flatten())
         o = out.linear[O_PROJ].dequantize() / s  # `inner` was made before v was divided by s
         for b in self._batches(x_q):
             y = torch.nn.functional.linear(inner[b], o, w.bias.get(O_PROJ))
             x_q[b] = f.add_attention(x_q[b], y, w)
-        del inner
+
+    def _mlp(
+        self,
+        w: BlockWeights,
+        out: QuantizedBlock,
+        float_w: BlockWeights,
+        x_f: torch.Tensor,
+        x_q: torch.Tensor,
+    ) -> None:
+        """Quantizes gate, up and down into `out`; of x_q the last product is left to the stored block."""
+        f = self.forward
 
         # gate, up
         m = _Moments()
@@ -168,11 +194,6 @@ class BlockQuantizer:
             x_f[s] = f.add_mlp(x_f[s], f.linear(wide, float_w, DOWN), float_w)
         s = self._quantize((DOWN,), w, out, m, float_w, None)
         self._fold_rows(w, out, GATE_UP[1], s)
-
-        # What goes on is what the stored block computes, so that a resumed run sees the same numbers.
-        out.norm = {k: norm16(v, f.cfg) for k, v in w.norm.items()}
-        out.bias = {k: v.half().float() for k, v in w.bias.items()}
-        return out, x_f, self._run(start, out.weights())
 
     def advance(
         self, w: BlockWeights, quantized: BlockWeights, x_f: torch.Tensor, x_q: torch.Tensor
