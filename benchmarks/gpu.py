@@ -161,22 +161,25 @@ def measure(
 
 def linears(backend: Any) -> list[dict[str, Any]]:
     """Each distinct linear alone, on the device's clock: GB/s of its packed bytes. Every layer's weight is
-    read in turn, so that no cache holds it.
+    read in turn, so that no cache holds it. Many rows: in both variants.
     """
     found: dict[Any, list[Any]] = {}
     for w in backend._program.weights:
         found.setdefault(w.shape, []).append(w)
     rows_out, device = [], backend._device
     for shape, weights in found.items():
-        for rows in LINEAR_ROWS:
+        narrow = "linear_1x64" if shape.form.bits == 32 else "linear_2x64"
+        for rows, name in [
+            (r, n) for r in LINEAR_ROWS for n in ((None, narrow) if r > linear.MANY else (None,))
+        ]:
             x = device.allocate(2 * rows * linear.row_length(shape.k))
             y = device.allocate(4 * rows * shape.n)
             device.clear(x)
 
-            def work(weights=weights, x=x, y=y, rows=rows, shape=shape) -> None:
+            def work(weights=weights, x=x, y=y, rows=rows, shape=shape, name=name) -> None:
                 for i in range(REPEAT):
                     w = weights[i % len(weights)]
-                    linear.launch(backend._modules, w, x, y, rows, shape.n)
+                    linear.launch(backend._modules, w, x, y, rows, shape.n, name=name)
 
             work()
             graph = device.capture(work)
@@ -185,7 +188,8 @@ def linears(backend: Any) -> list[dict[str, Any]]:
             form = f"{shape.form.bits} {shape.form.meta}"
             rows_out.append(
                 {
-                    "form": form, "n": shape.n, "k": shape.k, "rows": rows, "us": 1e6 * seconds,
+                    "form": form, "n": shape.n, "k": shape.k, "rows": rows,
+                    "variant": name or linear.variant(shape, rows, device.processors)[0], "us": 1e6 * seconds,
                     "gb_s": sum(shape.sizes) / seconds / 1e9,
                     "tflop_s": 2 * rows * shape.n * shape.k / seconds / 1e12,
                 }

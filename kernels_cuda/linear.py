@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from tinychat.kernels_cuda.modules import Modules
 
 ROW_STEP = 64  # halves: rows of activations are as long as whole stages
 THREADS = 256
-WIDE = 64  # rows of the widest variant
+MANY = 64  # rows up to which a weight is read once
 
 
 def row_length(k: int) -> int:
@@ -34,19 +35,24 @@ class DeviceLinear:
 
 
 def variant(shape: Shape, rows: int, processors: int) -> tuple[str, tuple[int, int]]:
-    """Kernel and grid. The result's bits do not depend on it.
+    """Kernel and grid: tiles of outputs and rows a block. The result's bits do not depend on it.
 
-    Two tiles a block read the activations half as often; where that left too few blocks for every processor
-    to have four, one tile spreads better.
+    Few rows: two tiles a block read the activations half as often; where that left too few blocks for every
+    processor to have four, one tile spreads better. Many rows: src/wide.cuh, unless that left half of the
+    processors without a block.
     """
-    columns = 8 if rows <= 8 else 16 if rows <= 16 else WIDE
-    if shape.form.bits == 32:
-        tiles = 1
-    elif columns == WIDE:
-        tiles = 2
+
+    def blocks(tiles: int, columns: int) -> tuple[int, int]:
+        return -(-rows // columns), -(-shape.tiles // tiles)
+
+    if rows > MANY and 2 * math.prod(blocks(8, 128)) >= processors:
+        tiles, columns = 8, 128
+    elif rows > 16:
+        tiles, columns = 1 if shape.form.bits == 32 else 2, MANY
     else:
-        tiles = 2 if shape.tiles >= 8 * processors else 1
-    return f"linear_{tiles}x{columns}", (-(-rows // columns), -(-shape.tiles // tiles))
+        tiles = 2 if shape.form.bits < 32 and shape.tiles >= 8 * processors else 1
+        columns = 8 if rows <= 8 else 16
+    return f"linear_{tiles}x{columns}", blocks(tiles, columns)
 
 
 def launch(

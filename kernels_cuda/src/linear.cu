@@ -1,5 +1,5 @@
-// Products with every row of x: linear.cuh.
-#include "linear.cuh"
+// Products with every row of x: linear.cuh, and for many rows wide.cuh.
+#include "wide.cuh"
 
 // grid (⌈rows / 8 COLUMNS⌉, ⌈tiles / TILES⌉), 256 threads. `blocks`: resident on an SM; bounds the registers.
 #define LINEAR(name, TILES, COLUMNS, blocks)                                                                        \
@@ -27,3 +27,14 @@ LINEAR(linear_2x16, 2, 2, 2)
 // resources linear_2x64: registers 255, spills 0, shared 49152
 LINEAR(linear_2x64, 2, 8, 1)
 #endif
+
+// grid (⌈rows / 128⌉, ⌈tiles / 8⌉), 256 threads.
+extern "C" __global__ void __launch_bounds__(WARPS* WARP, 1)
+    linear_8x128(const u8* codes, const u8* meta, const u8* zeros, const u16* x, const float* bias, float* y, int rows,
+                 int outputs, int stages, int group, int groups, int ldx, int ldy, int add, float scale, float cap) {
+    start();
+    Weights w{codes, meta, zeros, stages, group, groups, splits(group, groups)};
+    wide::linear(w, x, bias, {y, outputs, ldy, add, scale, cap}, rows, ldx);
+}
+EXPORT(linear_8x128)
+// resources linear_8x128: registers 255, spills 32, stack 16, shared 49152

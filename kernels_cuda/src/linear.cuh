@@ -36,6 +36,13 @@ struct Weights {
 
 DEVICE bool splits(int group, int groups) { return CHUNKS > 1 && groups > 1 && group % STAGE != 0; }
 
+// Where the records of a tile's group begin that a chunk of a stage is in.
+DEVICE size_t record_of(const Weights& w, int tile, int stage, int chunk) {
+    int group = (stage * STAGE + chunk * CHUNK) / w.group;
+    if (group >= w.groups) group = w.groups - 1;  // zeros behind the last input
+    return (static_cast<size_t>(tile) * w.groups + group) * RECORDS;
+}
+
 // A stage of TILES tiles into a slot of the ring.
 template <int TILES>
 DEVICE void fetch(u8* slot, const Weights& w, int tile, int stage, int tiles, u64 policy) {
@@ -53,9 +60,7 @@ DEVICE void fetch(u8* slot, const Weights& w, int tile, int stage, int tiles, u6
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) {
                 if (c > 0 && !w.split) break;
-                int group = (stage * STAGE + c * CHUNK) / w.group;
-                if (group >= w.groups) group = w.groups - 1;  // zeros behind the last input
-                size_t at = (static_cast<size_t>(from) * w.groups + group) * RECORDS + lane / 4;
+                size_t at = record_of(w, from, stage, c) + lane / 4;
                 u8* to = meta + ((r * CHUNKS + c) * WARP + lane) * RECORD;
                 copy_async<RECORD>(to, w.meta + at * RECORD);
                 if constexpr (META == ZERO) {
@@ -80,28 +85,54 @@ DEVICE void unpack_8(u32 low, u32 high, u32 (&a)[4]) {
     a[3] = subtract_halves(pick_bytes(high, 0x64646464, 0x4342), HALF_1152);
 }
 
-// The lane's part of w for one chunk: pairs of halves of outputs g and g + 8. part: the halves, or what they are off
-// by.
-DEVICE void load_codes(const u8* stage, int chunk, int part, u32 zero, u32 (&a)[4], u32 (&b)[4]) {
+// The lane's part of a stage of w.
+DEVICE void read_codes(const u8* stage, uint4 (&v)[VECTORS]) {
     auto* vectors = reinterpret_cast<const uint4*>(stage) + lane_id();
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) v[i] = vectors[i * WARP];
+}
+
+// Of one chunk: pairs of halves of outputs g and g + 8. part: the halves, or what they are off by.
+DEVICE void unpack(const uint4 (&v)[VECTORS], int chunk, int part, u32 zero, u32 (&a)[4], u32 (&b)[4]) {
     if constexpr (BITS == 4) {
-        uint4 v = *vectors;
         u32 zero_a = HALF_1024, zero_b = HALF_1024;
         if constexpr (META == SYMMETRIC) zero_a = zero_b = HALF_1032;
         if constexpr (META == ZERO) {
             zero_a += (zero & 15) * 0x10001;
             zero_b += (zero >> 4 & 15) * 0x10001;
         }
-        unpack_4(chunk ? v.z : v.x, zero_a, a);
-        unpack_4(chunk ? v.w : v.y, zero_b, b);
+        unpack_4(chunk ? v[0].z : v[0].x, zero_a, a);
+        unpack_4(chunk ? v[0].w : v[0].y, zero_b, b);
     } else if constexpr (BITS == 8) {
-        uint4 v = *vectors;
-        unpack_8(v.x, v.y, a);
-        unpack_8(v.z, v.w, b);
+        unpack_8(v[0].x, v[0].y, a);
+        unpack_8(v[0].z, v[0].w, b);
     } else {
-        uint4 v = vectors[(2 * part) * WARP], w = vectors[(2 * part + 1) * WARP];
-        a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
-        b[0] = w.x, b[1] = w.y, b[2] = w.z, b[3] = w.w;
+        const uint4 &low = v[2 * part], &high = v[2 * part + 1];
+        a[0] = low.x, a[1] = low.y, a[2] = low.z, a[3] = low.w;
+        b[0] = high.x, b[1] = high.y, b[2] = high.z, b[3] = high.w;
+    }
+}
+
+constexpr bool OFFSETS = BITS == 4 && (META == OFFSET || META == FLOAT);  // also of 8 bits: they are zero there
+
+// A record's scales of outputs g and g + 8, and their offsets.
+DEVICE void unpack_scales(const u32* record, float (&s)[4]) {
+    s[0] = s[1] = 1, s[2] = s[3] = 0;
+    if constexpr (META == FLOAT) {
+        for (int i = 0; i < 4; ++i) s[i] = float_of(record[i]);
+    } else if constexpr (META != NONE) {
+        s[0] = low_float(record[0]), s[1] = high_float(record[0]);
+        if constexpr (META == OFFSET) s[2] = low_float(record[1]), s[3] = high_float(record[1]);
+    }
+}
+
+// acc += c scaled, and the inputs' sums times the offsets; c is spent.
+DEVICE void apply(float (&acc)[4], float (&c)[4], const float (&sums)[4], const float* scales) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        acc[i] = fmaf(c[i], scales[i / 2], acc[i]);
+        if constexpr (OFFSETS) acc[i] = fmaf(sums[i], scales[2 + i / 2], acc[i]);
+        c[i] = 0;
     }
 }
 
@@ -132,6 +163,14 @@ struct Output {
     int outputs, ldy, add;
     float scale, cap;
 };
+
+DEVICE void store(const Output& to, const float* bias, float sum, int n, int row) {
+    if (bias) sum += bias[n];
+    sum *= to.scale;
+    if (to.cap != 0) sum = to.cap * tanhf(sum / to.cap);
+    float* out = to.y + static_cast<size_t>(row) * to.ldy + n;
+    *out = to.add ? *out + sum : sum;
+}
 
 // TILES: of 16 outputs, from the block's y on. COLUMNS: of 8 rows, from `first` to `rows`.
 template <int TILES, int COLUMNS, class Rows>
@@ -178,7 +217,7 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
                 if (there)
                     v[j] = *reinterpret_cast<const uint4*>(x + static_cast<size_t>(row) * ldx + stage * STAGE +
                                                            chunk * CHUNK + 8 * t);
-                if constexpr (BITS == 4 && (META == OFFSET || META == FLOAT)) {
+                if constexpr (OFFSETS) {
                     const u32 ones[4] = {ONES, ONES, ONES, ONES};
                     multiply(sums[j], ones, ones, v[j]);
                 }
@@ -193,12 +232,14 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
                     const u8* zeros = meta + TILES * CHUNKS * WARP * RECORD;
                     zero = zeros[((r * CHUNKS + record) * WARP + lane) * 4 + g % 4];
                 }
+                uint4 codes[VECTORS];
+                read_codes(slot + r * STAGE_BYTES, codes);
                 u32 a[4], b[4];
-                load_codes(slot + r * STAGE_BYTES, chunk, 0, zero, a, b);
+                unpack(codes, chunk, 0, zero, a, b);
 #pragma unroll
                 for (int j = 0; j < COLUMNS; ++j) multiply(c[r][j], a, b, v[j]);
                 if constexpr (BITS == 32) {
-                    load_codes(slot + r * STAGE_BYTES, chunk, 1, zero, a, b);
+                    unpack(codes, chunk, 1, zero, a, b);
 #pragma unroll
                     for (int j = 0; j < COLUMNS; ++j) {
                         float off[4] = {};
@@ -207,27 +248,10 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
                     }
                 }
                 if (!last) continue;
-                float s[2] = {1, 1}, o[2] = {0, 0};
-                if constexpr (META == FLOAT) {
-                    float4 f = *reinterpret_cast<const float4*>(mine);
-                    s[0] = f.x, s[1] = f.y, o[0] = f.z, o[1] = f.w;
-                } else if constexpr (META != NONE) {
-                    u32 scales = *reinterpret_cast<const u32*>(mine);
-                    s[0] = low_float(scales), s[1] = high_float(scales);
-                    if constexpr (META == OFFSET) {
-                        u32 offsets = *reinterpret_cast<const u32*>(mine + 4);
-                        o[0] = low_float(offsets), o[1] = high_float(offsets);
-                    }
-                }
+                float scales[4];
+                unpack_scales(reinterpret_cast<const u32*>(mine), scales);
 #pragma unroll
-                for (int j = 0; j < COLUMNS; ++j)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        acc[r][j][i] = fmaf(c[r][j][i], s[i / 2], acc[r][j][i]);
-                        if constexpr (BITS == 4 && (META == OFFSET || META == FLOAT))
-                            acc[r][j][i] = fmaf(sums[j][i], o[i / 2], acc[r][j][i]);
-                        c[r][j][i] = 0;
-                    }
+                for (int j = 0; j < COLUMNS; ++j) apply(acc[r][j], c[r][j], sums[j], scales);
             }
             if (last)
 #pragma unroll
@@ -256,10 +280,6 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < WARPS; ++i) sum += sums[(i * 8 + threadIdx.x / OUT) * OUT + threadIdx.x % OUT];
-        if (bias) sum += bias[n];
-        sum *= to.scale;
-        if (to.cap != 0) sum = to.cap * tanhf(sum / to.cap);
-        float* out = to.y + static_cast<size_t>(of.of_y(row)) * to.ldy + n;
-        *out = to.add ? *out + sum : sum;
+        store(to, bias, sum, n, of.of_y(row));
     }
 }

@@ -73,8 +73,34 @@ def test_a_row_has_the_same_bits_in_any_company(kind):
         np.testing.assert_array_equal(run(w, x[first : first + rows]), whole[first : first + rows])
 
     more = ["linear_1x64"] if kind == "fp32" else ["linear_2x8", "linear_2x16", "linear_2x64"]
-    for name in ("linear_1x8", "linear_1x16", *more):
+    for name in ("linear_1x8", "linear_1x16", "linear_8x128", *more):
         np.testing.assert_array_equal(run(w, x, name=name), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_have_the_bits_of_few(kind):
+    """Several blocks of 128 outputs and rows, the last of them partial; fewer stages than warps."""
+    rng = np.random.default_rng(KINDS.index(kind))
+    w, x = random_weight(rng, kind, 150, 192, 64), halves(rng, 140, 192)
+    residual = rng.normal(size=(140, 150)).astype(np.float32)
+    got = run(w, x, add=residual, name="linear_8x128")
+    for first in (0, 60, 124):
+        part = slice(first, first + 16)
+        np.testing.assert_array_equal(run(w, x[part], add=residual[part]), got[part])
+
+
+def test_a_variant_leaves_no_processor_idle_that_it_need_not():
+    def chosen(n, rows, kind="zeros", processors=132):
+        shape, _ = pack(random_weight(np.random.default_rng(0), kind, n, 64, 64))
+        return linear.variant(shape, rows, processors)
+
+    assert chosen(4096, 1) == ("linear_1x8", (1, 256))
+    assert chosen(4096, 1, processors=24) == ("linear_2x8", (1, 128))
+    assert chosen(4096, 16) == ("linear_1x16", (1, 256))
+    assert chosen(4096, 33) == ("linear_2x64", (1, 128))
+    assert chosen(4096, 512) == ("linear_8x128", (4, 32))
+    assert chosen(1024, 512) == ("linear_2x64", (8, 32))
+    assert chosen(1024, 512, "fp32") == ("linear_1x64", (8, 64))
 
 
 def test_the_result_can_be_added_to_the_residual():
