@@ -138,7 +138,7 @@ DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Outp
         copy_wait<BUFFERS - 2>();
         __syncthreads();  // the stage's rows are there, and nobody reads those of the last one any more
         if (fetched >= 0) {
-            fetch_rows(shared[(buffer + BUFFERS - 1) % BUFFERS], x, first, rows, ldx, fetched);
+            fetch_rows(shared[buffer ? buffer - 1 : BUFFERS - 1], x, first, rows, ldx, fetched);
             fetched = follows(fetched);
         }
         copy_commit();
@@ -179,7 +179,7 @@ DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Outp
                         total[r][j][i] += acc[r][j][i];
                         acc[r][j][i] = 0;
                     }
-        buffer = (buffer + 1) % BUFFERS;
+        buffer = buffer + 1 == BUFFERS ? 0 : buffer + 1;
     }
     copy_wait<0>();
 #pragma unroll
