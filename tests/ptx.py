@@ -22,6 +22,9 @@ MACHINE = [HERE / "kernels_cuda/ptx.h", HERE / "kernels_cuda/ptx.cpp"]
 FLAGS = ("-std=c++17", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off", "-mfma", "-w")
 
 TYPE = r"([bsuf]\d+)"
+PARAMETER = re.compile(
+    r"\.param (?:\.align \d+ )?\.[a-z](\d+) (?:\.ptr (?:\.global )?(?:\.align \d+ )?)?(\w+)(?:\[(\d+)\])?"
+)
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 
@@ -35,6 +38,8 @@ ARITHMETIC = [
     (rf"add(?:\.rn)?\.{TYPE}", "set<T>(a, A<T>(b) + A<T>(c))"),
     (rf"sub(?:\.rn)?\.{TYPE}", "set<T>(a, A<T>(b) - A<T>(c))"),
     (rf"mul(?:\.lo|\.rn)\.{TYPE}", "set<T>(a, A<T>(b) * A<T>(c))"),
+    (r"mul\.wide\.s16", "set<s32>(a, s32(A<s16>(b)) * A<s16>(c))"),
+    (r"mul\.wide\.u16", "set<u32>(a, u32(A<u16>(b)) * A<u16>(c))"),
     (r"mul\.wide\.s32", "set<s64>(a, s64(A<s32>(b)) * A<s32>(c))"),
     (r"mul\.wide\.u32", "set<u64>(a, u64(A<u32>(b)) * A<u32>(c))"),
     (r"mad\.wide\.s32", "set<s64>(a, s64(A<s32>(b)) * A<s32>(c) + A<s64>(d))"),
@@ -111,10 +116,7 @@ class Kernel:
         """overlaps: it may start before the kernel that it follows has ended."""
         self.name, self.constants, self.overlaps = name, constants, overlaps
         self.parameters = [
-            (n, int(bits) // 8 * int(count or 1))
-            for bits, n, count in re.findall(
-                r"\.param (?:\.align \d+ )?\.[a-z](\d+) (\w+)(?:\[(\d+)\])?", head
-            )
+            (n, int(bits) // 8 * int(count or 1)) for bits, n, count in PARAMETER.findall(head)
         ]
         self.most_threads = int(re.search(r"\.maxntid (\d+)", head)[1])
         self.shared: dict[str, int] = {}
