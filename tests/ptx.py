@@ -19,7 +19,7 @@ from tinychat.kernels_cuda.nvrtc import Nvrtc
 
 HERE = Path(__file__).parent
 MACHINE = [HERE / "kernels_cuda/ptx.h", HERE / "kernels_cuda/ptx.cpp"]
-FLAGS = ("-std=c++17", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off", "-mfma", "-w")
+FLAGS = ("-std=c++17", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
 
 TYPE = r"([bsuf]\d+)"
 PARAMETER = re.compile(
@@ -62,13 +62,14 @@ ARITHMETIC = [
     (rf"or\.{TYPE}", "set<T>(a, A<T>(b) | A<T>(c))"),
     (rf"xor\.{TYPE}", "set<T>(a, A<T>(b) ^ A<T>(c))"),
     (rf"not\.{TYPE}", "set<T>(a, ~A<T>(b))"),
-    (r"(?:and)\.pred", "a = b && c"),
-    (r"(?:or)\.pred", "a = b || c"),
-    (r"(?:xor)\.pred", "a = b != c"),
+    (r"and\.pred", "a = b && c"),
+    (r"or\.pred", "a = b || c"),
+    (r"xor\.pred", "a = b != c"),
     (r"not\.pred", "a = !b"),
     (r"mov\.pred", "a = b"),
     (rf"shl\.{TYPE}", "set<T>(a, shift_left<T>(A<T>(b), A<u32>(c)))"),
     (rf"shr\.{TYPE}", "set<T>(a, shift_right<T>(A<T>(b), A<u32>(c)))"),
+    (r"shf\.l\.wrap\.b32", "set<u32>(a, funnel_left(A<u32>(b), A<u32>(c), A<u32>(d)))"),
     (rf"bfi\.{TYPE}", "set<T>(a, insert_bits<T>(A<T>(b), A<T>(c), A<u32>(d), A<u32>(e)))"),
     (r"prmt\.b32", "set<u32>(a, permute(A<u32>(b), A<u32>(c), A<u32>(d)))"),
     (rf"selp\.{TYPE}", "set<T>(a, d ? A<T>(b) : A<T>(c))"),
@@ -83,7 +84,8 @@ ARITHMETIC = [
     (r"cvt\.rn\.f16\.f32", "set<f16>(a, static_cast<f16>(A<f32>(b)))"),
     (r"cvt\.rn\.f32\.(f64|[su]\d+)", "set<f32>(a, static_cast<f32>(A<T>(b)))"),
     (r"cvt\.rn\.f64\.([su]\d+)", "set<f64>(a, static_cast<f64>(A<T>(b)))"),
-    (rf"cvt\.rni\.{TYPE}\.f(?:32|64)", "ROUNDED"),
+    (r"cvt\.rni\.(f32|f64)\.f(?:32|64)", "set<T>(a, std::nearbyint(A<T>(b)))"),
+    (r"cvt\.rni\.s32\.f32", "set<s32>(a, to_int(std::nearbyint(A<f32>(b))))"),
     (r"cvt\.rzi\.s32\.f32", "set<s32>(a, to_int(A<f32>(b)))"),
     (r"cvt\.sat\.f32\.f32", "set<f32>(a, saturated(A<f32>(b)))"),
     (r"cvt\.([su]\d+)\.([su]\d+)", "set<T>(a, static_cast<T>(A<S>(b)))"),
@@ -97,11 +99,6 @@ ARITHMETIC = [
     (r"griddepcontrol\.wait", "wait_for_kernels()"),
     (r"ret", "end(LINE); return"),
 ]
-ROUNDED = {
-    "f32": "set<f32>(a, std::nearbyint(A<f32>(b)))",
-    "f64": "set<f64>(a, std::nearbyint(A<f64>(b)))",
-    "s32": "set<s32>(a, to_int(std::nearbyint(A<f32>(b))))",
-}
 
 
 def split(operands: str) -> list[str]:
@@ -185,6 +182,9 @@ class Kernel:
             return self.pack(int(opcode[5:]), *operands)
         if m := re.fullmatch(rf"setp\.(eq|ne|lt|le|gt|ge)(u?)\.{TYPE}", opcode):
             return self.compare(m[1], bool(m[2]), m[3], *map(self.value, operands))
+        if opcode == "{":  # one half wanted, one not: { .reg .b16 tmp; mov.b32 {tmp, %rs1}, %r1; }
+            wanted = re.fullmatch(r"\.reg \.b\d+ tmp; mov\.b(\d+) (\{.*\}), (%\w+); \}", ", ".join(operands))
+            return self.pack(int(wanted[1]), wanted[2], wanted[3])
         if opcode == "shfl.sync.bfly.b32":
             to, *rest = operands
             bits = [f"as<u32>({self.value(o)})" for o in rest]
@@ -207,8 +207,6 @@ class Kernel:
         raise UnknownInstructionError(f"{opcode} {', '.join(operands)}")
 
     def arithmetic(self, code: str, types: tuple[str, ...], operands: list[str], line: int) -> str:
-        if code == "ROUNDED":
-            code = ROUNDED[types[0]]
         named = dict(zip("abcde", operands, strict=False))
         other = dict(zip("TS", types, strict=False)) | {"LINE": str(line), "A": "as"}
 
@@ -238,7 +236,9 @@ class Kernel:
             parts = split(to.strip("{}"))
             each, x = bits // len(parts), self.value(source)
             return " ".join(
-                f"set<u{each}>({self.value(r)}, as<u{bits}>({x}) >> {each * i});" for i, r in enumerate(parts)
+                f"set<u{each}>({self.value(r)}, as<u{bits}>({x}) >> {each * i});"
+                for i, r in enumerate(parts)
+                if r != "tmp"
             )
         parts = split(source.strip("{}"))
         each = bits // len(parts)

@@ -120,6 +120,8 @@ template <class T>
 T shift_right(T x, u32 n) {
     return n >= sizeof(T) * 8 ? (x < 0 ? static_cast<T>(-1) : 0) : static_cast<T>(x >> n);
 }
+// The upper word of (high, low), shifted left by up to 31.
+static u32 funnel_left(u32 low, u32 high, u32 n) { return static_cast<u32>((u64(high) << 32 | low) << (n & 31) >> 32); }
 template <class T>
 T divide(T a, T b, int line) {
     if (!b) fail("division by zero", line);

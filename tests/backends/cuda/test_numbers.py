@@ -5,16 +5,20 @@ the device is emulated (emulation.py).
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from backend_steps import IDS, cuda, run, truth
-from emulation import needs_device, needs_emulation
+from emulation import ON_GPU, bench, needs_device, needs_emulation
 from families import CASES, FromTransformers, random_model, relative_error, usual_error
 from programs import random_linear
 from tiny import TinyCheckpoint
 
+from tinychat.backends import BLOCK, Step
+from tinychat.backends.cuda import CudaBackend
+from tinychat.backends.reference import ReferenceBackend
 from tinychat.config import RopeConfig
 from tinychat.errors import UnsupportedModelError
 from tinychat.formats import open_checkpoint
@@ -151,14 +155,31 @@ def test_a_whole_step_has_the_same_bits_with_warps_in_another_order(monkeypatch)
 
 @pytest.mark.slow
 def test_the_demo_model_says_what_the_reference_says(demo_gguf):
-    """Teacher-forced on real text: prefill of 96 rows, then a token. Two minutes under emulation."""
-    checkpoint = open_checkpoint(demo_gguf)
-    text = (Path(__file__).parents[3] / "README.md").read_text()
-    ids = np.array(checkpoint.tokenizer().encode(text)[:97], np.int32)
-    expected = run(truth(checkpoint), ids, [96, 1])
-    got = run(cuda(checkpoint), ids, [96, 1])
-    different = got.argmax(axis=1) != expected.argmax(axis=1)
-    assert different.sum() <= 2
-    best = np.sort(expected[different], axis=1)[:, -2:]  # where they differ, two were nearly alike
-    assert (best[:, 1] - best[:, 0] < 0.02 * expected.std()).all()
-    assert relative_error(got, expected) < 5e-3
+    """Teacher-forced on real text, 128 rows at a time: 2,000 positions on a GPU. Under emulation 97 in two
+    minutes, unless TINYCHAT_TEST_POSITIONS says more.
+    """
+    n = int(os.environ.get("TINYCHAT_TEST_POSITIONS", 2000 if ON_GPU else 97))
+    checkpoint, root = open_checkpoint(demo_gguf), Path(__file__).parents[3]
+    text = "".join((root / name).read_text() for name in ("README.md", "docs/design.md"))
+    ids = np.array(checkpoint.tokenizer().encode(text)[:n], np.int32)
+    backends = [
+        ReferenceBackend(checkpoint),
+        CudaBackend(checkpoint, modules=bench().modules),
+    ]
+    blocks = -(-n // BLOCK)
+    table = np.arange(blocks, dtype=np.int32)
+    for b in backends:
+        b.allocate_kv(blocks)
+    differ, squares, spread = [], [], []
+    for at in [*range(0, n - 1, 128), n - 1]:  # the last alone: as it is decoded
+        step = Step(ids[at : min(at + 128, max(n - 1, at + 1))], at, at, table, 0)
+        expected, got = (b.step(step) for b in backends)
+        rows = got.argmax(axis=1) != expected.argmax(axis=1)
+        best = np.sort(expected[rows], axis=1)[:, -2:]
+        differ.extend((best[:, 1] - best[:, 0]) / expected.std())
+        squares.append(np.mean((got - expected) ** 2))
+        spread.append(expected.var())
+    print(f"{n - len(differ)} of {n} the same; margins of the others {np.round(differ, 4)}")
+    assert len(differ) <= max(2, n // 100)
+    assert (np.array(differ) < 0.02).all()  # where they differ, two were nearly alike
+    assert np.sqrt(np.mean(squares) / np.mean(spread)) < 5e-3
