@@ -374,6 +374,15 @@ async def test_sampling_is_set_checked_and_sent(store):
     assert store.chat(1).params == {"temperature": 0.2}
 
 
+async def test_the_bandwidth_counts_the_weights_once_a_step_whatever_it_decides(store):
+    app = make_app(store, Script("a b", stats={"decode_tps": 160.0, "tokens_per_step": 4.0}))
+    async with app.run_test(size=(100, 40)) as pilot:
+        await say(pilot, "question")
+        await answered(pilot)
+        await pilot.press("f2")
+        await wait_until(pilot, lambda: "4.0 GB/s, 50% of the 8.0 GB/s" in screen_text(app))
+
+
 async def test_stats_plot_the_speed_over_the_chat(store):
     app = make_app(store, *[Script("a b", stats={"decode_tps": float(r)}) for r in (10, 20, 40)])
     async with app.run_test(size=(100, 40)) as pilot:

@@ -68,7 +68,7 @@ class StatsLines(Lines):
             )
         )
         rows.append(("first token", seconds(last.get("ttft_s", 0))))
-        rows.append(("memory bandwidth", self._bandwidth(last.get("decode_tps", 0))))
+        rows.append(("memory bandwidth", self._bandwidth(last)))
         rows.append(("KV cache", human_size(last.get("kv_bytes", 0))))
         rows.append(("engine's memory", f"{human_size(last.get('peak_rss_bytes', 0))} at its peak"))
         if last.get("evicted_tokens"):
@@ -77,7 +77,9 @@ class StatsLines(Lines):
             rows.append(("drafts accepted", f"{last.get('accepted_tokens', 0)} of {last['drafted_tokens']}"))
         return rows
 
-    def _bandwidth(self, rate: float) -> str:
+    def _bandwidth(self, last: dict[str, Any]) -> str:
+        """Of the last answer: a step reads the weights once, whatever it decides."""
+        rate = last.get("decode_tps", 0) / (last.get("tokens_per_step") or 1)
         per_token, limit = self.facts.get("weight_bytes_per_token"), self.facts.get("read_bandwidth_gb_s")
         if not per_token or not rate:
             return "not measured yet (an answer is running?)"
