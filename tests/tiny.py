@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +89,19 @@ class TinyCheckpoint:
         return self._fingerprint
 
 
-def tiny_model(ctx: int = 256, seed: int = 0, backend: str = "reference", kv_bits: int = 16, **changes):
-    """A Model on the reference, the CPU or the (emulated) CUDA backend, weights as they are."""
+def tiny_model(ctx: int = 256, seed: int = 0, backend: str | None = None, kv_bits: int = 16, **changes):
+    """A Model on the reference, the CPU or the (emulated) CUDA backend, weights as they are.
+
+    TINYCHAT_TEST_BACKEND=cuda puts all of them on that one, but for those that say "reference": what holds
+    for sessions, eviction and speculation holds there too.
+    """
     from tinychat.backends.cpu import CpuBackend
     from tinychat.backends.reference import ReferenceBackend
     from tinychat.model import Model
     from tinychat.prepare import WeightPolicy
 
+    if backend != "reference":
+        backend = os.environ.get("TINYCHAT_TEST_BACKEND") or backend or "reference"
     checkpoint = TinyCheckpoint(seed, **changes)
     policy = WeightPolicy("none", 16)
     if backend == "cuda":
