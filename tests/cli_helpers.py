@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import warnings
+
+import pytest
 
 TINYCHAT = [sys.executable, "-m", "tinychat"]
 GREEDY = ["--temp", "0", "--max-tokens", "12"]
@@ -29,3 +33,37 @@ def assert_two_lines(out, code):
     assert lines[1].strip()
     assert "Traceback" not in out.stderr
     assert "Internal error" not in out.stderr
+
+
+class _Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def on_terminal(*args, width: int = 80, typed: str = "") -> tuple[int, str]:
+    """The command line in this process, with terminals for stdin, stdout and stderr: the exit code, and what
+    is written to both.
+    """
+    from tinychat.cli.main import main
+
+    written = io.BytesIO()
+    out = _Terminal(written, encoding="utf-8", write_through=True)
+    keys = _Terminal(io.BytesIO(typed.encode()), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("COLUMNS", str(width))
+        patch.setenv("TERM", "xterm-256color")
+        for name, stream in (("stdin", keys), ("stdout", out), ("stderr", out)):
+            patch.setattr(sys, name, stream)
+        patch.setattr("builtins.input", lambda prompt="": _line_of(keys, out, prompt))
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in args])
+    code = end.value.code
+    return (code if isinstance(code, int) else int(bool(code))), written.getvalue().decode()
+
+
+def _line_of(keys: _Terminal, out: _Terminal, prompt: str) -> str:
+    out.write(prompt)
+    line = keys.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")

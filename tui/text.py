@@ -10,25 +10,12 @@ import re
 
 from rich.cells import cell_len
 
+from tinychat.terminal import clean as clean
+
 Span = tuple[str, str]
 Line = list[Span]
 
-# Escape sequences lose their ESC and are read as text; nothing here may move the cursor, change the
-# direction of what follows, or be invisible.
-_HARMLESS: dict[int, str | None] = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"}
-_HARMLESS |= {0x0D: None, 0x7F: "␡", 0x2028: "\n", 0x2029: "\n", 0xFEFF: None, 0xFFFD: "\ufffd"}
-_HARMLESS |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
-_HARMLESS |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0000, 0xE0080)), None)
-_HARMLESS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
-_SUSPECT = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
-)
 _WORD = re.compile(r"\S+[^\S\n]*|[^\S\n]+")
-
-
-def clean(text: str) -> str:
-    """Without anything that a terminal could take for an instruction; what was there stays visible."""
-    return text.translate(_HARMLESS) if _SUSPECT.search(text) else text
 
 
 def width_of(text: str) -> int:

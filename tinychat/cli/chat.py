@@ -181,23 +181,16 @@ def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -
 
 
 class Printer:
-    """Writes an answer to stdout as it comes. To a terminal, control characters are left out: the text is a
-    stranger's.
-    """
+    """Writes an answer to stdout as it comes."""
 
     def __init__(self):
-        self.terminal = sys.stdout.isatty()
         self.last = "\n"
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
 
     def write(self, text: str) -> None:
         """Show text at once."""
         if not text:
             return
         self.last = text[-1]
-        if self.terminal:
-            text = "".join(c for c in text if c in "\n\t" or c.isprintable() or ord(c) >= 0xA0)
         sys.stdout.write(text)
         sys.stdout.flush()
 

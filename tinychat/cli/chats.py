@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tinychat.cli import tables
 from tinychat.cli.chat import Printer
 
 if TYPE_CHECKING:
@@ -69,9 +70,14 @@ def _show(store: ChatStore, search: str, as_json: bool) -> None:
     if not hits:
         click.echo("Nothing found." if search else "No chats yet. tinychat run starts one.", err=True)
         return
-    for h in hits:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(h.chat.updated))
-        out.write(f"{h.chat.id:>5}  {when}  {h.chat.title}  ({h.chat.messages} messages, {h.chat.model})\n")
+    tables.show(
+        (
+            f"{h.chat.id:>5}",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(h.chat.updated)),
+            f"{h.chat.title}  ({h.chat.messages} messages, {h.chat.model})",
+        )
+        for h in hits
+    )
 
 
 commands = [chats]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from tinychat import __version__
+from tinychat import __version__, terminal
 from tinychat.cli import chat, chats, models, reports
 from tinychat.errors import TinychatError
 
@@ -55,9 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller (`<&-`)
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    terminal.guard()
     warnings.showwarning = _warn
     try:
-        code = cli.main(args=argv, prog_name="tinychat", standalone_mode=False, color=_color()) or 0
+        code = cli.main(args=argv, prog_name="tinychat", standalone_mode=False, color=terminal.color()) or 0
         sys.stdout.flush()
     except BaseException as e:
         if isinstance(e, SystemExit) and not _reader_gone(e):
@@ -97,7 +98,8 @@ def report(e: BaseException) -> int:
     else:
         what = f"Internal error: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
         todo, code = "This is a bug. TINYCHAT_DEBUG=1 shows where; please report it.", 1
-    click.echo(f"{click.style('Error:', fg='red')} {what}\n{todo}", err=True, color=_color())
+    terminal.label("Error:", "red", err=True)
+    click.echo(f" {what}\n{todo}", err=True)
     return code
 
 
@@ -107,20 +109,12 @@ def _reader_gone(e: BaseException) -> bool:
     return isinstance(cause, (ReaderGoneError, BrokenPipeError))
 
 
-_warn_as_python = warnings.showwarning
-
-
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
-    """A warning of ours is a plain sentence to the user; a library's stays as Python shows it."""
+    """A warning of ours is a plain sentence to the user; a library's is as Python shows it."""
     if Path(__file__).parents[1] in Path(filename).parents:
         click.echo(str(message), err=True)
     else:
-        _warn_as_python(message, category, filename, lineno, file, line)
-
-
-def _color() -> bool | None:
-    """False where the user wants none (no-color.org), else None: as the terminal has it."""
-    return False if os.environ.get("NO_COLOR") else None
+        click.echo(warnings.formatwarning(message, category, filename, lineno, line), nl=False, err=True)
 
 
 if __name__ == "__main__":

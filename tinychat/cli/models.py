@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from tinychat.cli import tables
 from tinychat.cli.options import model_argument
 from tinychat.errors import UsageError
 from tinychat.machine import human_bytes
@@ -64,17 +65,12 @@ def list_models(everything: bool, as_json: bool) -> None:
     if not rows and not everything:
         click.echo("No models yet. tinychat pull smollm2-135m gets one (94 MB).", err=True)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("model", "size", "weights", "source", box=None, pad_edge=False)
-    for r in rows:
-        table.add_row(r["name"], human_bytes(r["size"]), r["quantization"] or "", r["source"] or "")
+    cells = [[r["name"], human_bytes(r["size"]), r["quantization"] or "", r["source"] or ""] for r in rows]
     for a in available:
-        what = [a["source"], a["license"], a["draft"] and f"--draft {a['draft']}"]
-        what = " · ".join(filter(None, [*what, None if a["verified"] else "unverified"]))
-        table.add_row(a["name"], human_bytes(a["size"]), "not pulled", what, style="dim")
-    Console().print(table)
+        what = [a["license"], a["draft"] and f"--draft {a['draft']}", None if a["verified"] else "unverified"]
+        what = " · ".join(filter(None, [*what, a["source"]]))
+        cells.append([a["name"], human_bytes(a["size"]), "not pulled", what])
+    tables.show(cells, ("model", "size", "weights", "source"), dim=range(len(rows), len(cells)))
 
 
 @click.command()
@@ -88,9 +84,16 @@ def show(model: str, as_json: bool) -> None:
     if as_json:
         _echo_json(facts)
         return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        click.echo(f"{name:<{width}}  {value}")
+    tables.show((name, _as_text(value)) for name, value in facts.items())
+
+
+def _as_text(value: Any) -> str:
+    """A fact in a line: a list without its brackets, a yes for True."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {human_bytes(v) if isinstance(v, int) else v}" for k, v in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @click.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import click
@@ -57,10 +58,14 @@ class Size(click.ParamType):
 
 
 def complete_models(_ctx, _param, incomplete: str) -> list[str]:
-    """Shell completion of model names: installed ones and aliases."""
+    """Shell completion of model names: installed ones and aliases. A shell shows what it is given, and reads
+    it line by line; so names that are not plain text are left out.
+    """
     from tinychat.hub import store
 
-    return [name for name in store.known_names() if name.startswith(incomplete)]
+    with suppress(Exception):  # pressing tab is no moment for an error
+        return [n for n in store.known_names() if n.startswith(incomplete) and n.isprintable()]
+    return []
 
 
 model_argument = click.argument("model", shell_complete=complete_models)

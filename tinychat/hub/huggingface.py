@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError
 from tinychat.hub.aliases import Source
 from tinychat.hub.licenses import TEXTS, has_terms
-from tinychat.machine import human_bytes
 
 SETTINGS = re.compile(r"[\w.-]+\.(json|jinja)|tokenizer[\w.-]*|README\.md|LICENSE[\w.-]*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -38,10 +38,7 @@ def from_hf(source: Source, staging: Path) -> dict:
     from tinychat.hub.download import check_room, watched
 
     check_room(staging, int(weights * 1.02), weights)
-    quiet = not sys.stderr.isatty()
-    if quiet:
-        print(f"Downloading {repo} ({human_bytes(weights)})", file=sys.stderr, flush=True)
-    with _errors(repo), _progress_bars(off=quiet), watched(repo, staging, weights):
+    with _errors(repo), _no_bars(), watched(repo, staging, weights):
         hub.snapshot_download(
             repo, revision=info.sha, local_dir=staging, allow_patterns=[_literal(f) for f in files]
         )
@@ -175,7 +172,7 @@ def _check_config(repo: str, revision: str, files: list[str], staging: Path) -> 
 
     from tinychat.config import ModelConfig
 
-    with _errors(repo):
+    with _errors(repo), _no_bars():
         path = Path(hub.hf_hub_download(repo, "config.json", revision=revision, local_dir=staging))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -186,21 +183,18 @@ def _check_config(repo: str, revision: str, files: list[str], staging: Path) -> 
     ModelConfig.from_hf(config)
 
 
-class _progress_bars:  # noqa: N801  (reads as a statement)
-    """Switch huggingface_hub's bars off for a while where nobody looks."""
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switch huggingface_hub's own bars off for a while: they write names of a stranger's files."""
+    from huggingface_hub import utils
 
-    def __init__(self, off: bool):
-        from huggingface_hub import utils
-
-        self._utils, self._off = utils, off and not utils.are_progress_bars_disabled()
-
-    def __enter__(self):
-        if self._off:
-            self._utils.disable_progress_bars()
-
-    def __exit__(self, *_):
-        if self._off:
-            self._utils.enable_progress_bars()
+    were_off = utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            utils.enable_progress_bars()
 
 
 class _errors:  # noqa: N801

@@ -19,6 +19,7 @@ import numpy as np
 
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, MemoryBudgetError, UnsupportedModelError, UsageError
+from tinychat.terminal import bar
 
 if TYPE_CHECKING:
     from tinychat.formats import Checkpoint
@@ -255,10 +256,5 @@ def _bar() -> Iterator[Progress]:
 
         yield say
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Quantizing", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+    with bar("Quantizing") as update:
+        yield update
