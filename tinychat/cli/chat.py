@@ -24,6 +24,7 @@ from tinychat.cli.options import (
     pick,
     sampling_options,
 )
+from tinychat.cli.words import gather, model_or_prompt
 from tinychat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", default=DEFAULT_MODEL, shell_complete=complete_models)
+@click.argument("model", default=DEFAULT_MODEL, metavar="[MODEL]", shell_complete=complete_models)
 @click.argument("prompt", required=False)
 @click.option("-s", "--system", help="System prompt.")
 @sampling_options
@@ -56,15 +57,17 @@ if TYPE_CHECKING:
 def run(model: str, prompt: str | None, **o: Any) -> None:
     """Chat with MODEL, or answer PROMPT (with what is piped in put before it) and exit.
 
-    MODEL is an alias (`tinychat list --all`), a Hugging Face repo id, a local folder or a .gguf file.
+    MODEL is an alias (`tinychat list --all`), a Hugging Face repo id, a local folder or a .gguf file. A
+    single argument with a space is the PROMPT; with -c or --resume a single word is, too.
     """
     if o["as_json"] and o["stream_json"]:
         raise UsageError("--json and --stream-json exclude each other.", "Choose one.")
     resumed = o["latest"] or o["resume"] is not None
     named = given("model")
-    if resumed and prompt is None and len(model.split()) > 1 and not Path(model).exists():
-        prompt, named = model, False  # `run -c "And then?"`: the chat knows its model
-    text = _gather(prompt, o["files"])
+    if named and prompt is None:
+        found, prompt = model_or_prompt(model, resumed)
+        model, named = found or DEFAULT_MODEL, found is not None
+    text = gather(prompt, o["files"])
     if text is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError(
             "There is nothing to answer.", 'Give a prompt: tinychat run MODEL "…", or pipe text into it.'
@@ -126,26 +129,6 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
 def given(name: str) -> bool:
     """Whether that parameter of the running command was on the command line."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-
-
-def _gather(prompt: str | None, files: tuple[Path, ...]) -> str | None:
-    """Files, then stdin, then the prompt; None when there is none of them."""
-    parts = []
-    for f in files:
-        try:
-            parts.append(f.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as e:
-            raise UsageError(f"{f} is not a UTF-8 text file.", "Give a text file.") from e
-    if not sys.stdin.isatty():
-        try:
-            piped = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as e:
-            raise UsageError("What is piped in is not UTF-8 text.", "Pipe text.") from e
-        if piped.strip():
-            parts.append(piped)
-    if prompt:
-        parts.append(prompt)
-    return "\n\n".join(p.strip("\n") for p in parts) if parts else None
 
 
 def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -> int:

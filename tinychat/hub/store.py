@@ -71,6 +71,27 @@ def resolve(model: str, *, offline: bool = False, pull: bool = True) -> Path:
     return _pull(model)
 
 
+def is_known(word: str) -> bool:
+    """Whether `word` is an alias, or names a model that is on this machine."""
+    if _installed_path(word) is not None or word in all_aliases():
+        return True
+    try:
+        path = _local(word)
+    except TinychatError:  # a folder without a model
+        return False
+    return path is not None and (path.is_dir() or path.suffix.lower() == ".gguf")
+
+
+def is_name(word: str) -> bool:
+    """Whether `word` could be a model: an alias, one that is installed, a path, a repo id, a source."""
+    if _installed_path(word) is not None or word in all_aliases() or _is_source(word):
+        return True
+    try:
+        return Path(word).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, NUL bytes, ~ of nobody
+        return False
+
+
 def pull(name: str) -> Path:
     """Download `name` unless it is here. Safe beside other pulls of it, and after any interruption."""
     found = _installed_path(name)
@@ -192,7 +213,9 @@ def not_found(model: str, names: list[str] | None = None, listing: str = "tinych
     )
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     shown = model if len(model) <= 80 else model[:77] + "…"
-    return ModelNotFoundError(f"There is no model {shown!r}.", f"{hint}All names: {listing}")
+    tried = "no alias, installed model, file or folder is called so, and a repo id is OWNER/NAME"
+    what = f"There is no model {shown!r}: {tried}." if names is None else f"No model {shown!r} is installed."
+    return ModelNotFoundError(what, f"{hint}All names: {listing}")
 
 
 def _pull(name: str) -> Path:
@@ -303,7 +326,8 @@ def _folder(name: str) -> Path:
     """`models/NAME`; a repo id's slash is written `--`, as Hugging Face does. Never outside models_dir."""
     safe = name.partition(":")[2] if name.startswith(("hf:", "pypi:")) else name
     safe = safe.replace("/", "--")
-    if not safe or safe.startswith(".") or any(c in safe for c in "\\\0") or len(safe.encode()) > 200:
+    unusual = any(c in "\\\0" or "\ud800" <= c <= "\udfff" for c in safe)
+    if not safe or safe.startswith(".") or unusual or len(safe.encode()) > 200:
         return locations.models_dir() / ".none"
     return locations.models_dir() / safe
 
@@ -338,8 +362,9 @@ def _model_path(folder: Path, manifest: dict) -> Path:
 
 def _local(model: str) -> Path | None:
     """An existing path that holds a model; None if there is no such path. Refuses pickles by name."""
-    path = Path(model).expanduser()
+    path = Path(model)
     try:
+        path = path.expanduser()
         if path.is_file():
             if path.suffix.lower() in PICKLES:
                 raise _pickle(path)
@@ -362,7 +387,7 @@ def _local(model: str) -> Path | None:
         raise ModelNotFoundError(
             f"{path} holds no model.", "Give a .gguf file, or a folder with config.json and *.safetensors."
         )
-    except (OSError, ValueError) as e:  # names too long, NUL bytes, folders that may not be read
+    except (OSError, ValueError, RuntimeError) as e:  # too long, NUL bytes, not readable, ~ of nobody
         if isinstance(e, PermissionError):
             raise CheckpointError(f"{path} cannot be read: {e.strerror}.", "Check its permissions.") from e
         return None

@@ -1,0 +1,91 @@
+"""What is said to a model: which argument it is, what is piped in, and what stands in files."""
+
+from __future__ import annotations
+
+import os
+import select
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from tinychat.cli.options import DEFAULT_MODEL
+from tinychat.errors import UsageError
+
+PATIENCE = 1.0  # seconds until it is said that stdin is being waited for
+MOST = 32 << 20  # bytes; no context holds as much text
+
+
+def model_or_prompt(word: str, resumed: bool) -> tuple[str | None, str | None]:
+    """A single argument of `run` as (model, prompt), one of them None.
+
+    What can be a model is one, unless a chat goes on: it knows its model, so only a model that is on this
+    machine or an alias is taken for one. Text with a space is a prompt, and so is what has no Latin letter or
+    digit, as models' names have. Raises ModelNotFoundError for any other word.
+    """
+    from tinychat.hub import store
+
+    if not word.strip():
+        return None, None
+    if store.is_known(word) if resumed else store.is_name(word):
+        return word, None
+    if resumed or len(word.split()) > 1 or not any(c.isascii() and c.isalnum() for c in word):
+        return None, word
+    error = store.not_found(word)
+    raise type(error)(
+        error.what, f"{error.todo}. To say it: tinychat run {DEFAULT_MODEL} {shlex.quote(word)}"
+    )
+
+
+def gather(prompt: str | None, files: tuple[Path, ...]) -> str | None:
+    """Files, then stdin, then the prompt; None when there is none of them."""
+    parts = []
+    for f in files:
+        try:
+            parts.append(f.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as e:
+            raise UsageError(f"{f} is not a UTF-8 text file.", "Give a text file.") from e
+    if not sys.stdin.isatty():
+        try:
+            piped = _piped().decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise UsageError("What is piped in is not UTF-8 text.", "Pipe text.") from e
+        if piped.strip():
+            parts.append(piped)
+    if prompt:
+        parts.append(prompt)
+    return "\n\n".join(p.strip("\n") for p in parts) if parts else None
+
+
+def _piped() -> bytes:
+    """Stdin to its end. A pipe that somebody holds open is waited for, which is said after a second."""
+    fd = sys.stdin.fileno()
+    parts, size = [], 0
+    speak_at: float | None = time.monotonic() + PATIENCE
+    while True:
+        if speak_at is not None and time.monotonic() >= speak_at:
+            speak_at = None
+            click.echo(
+                "Waiting for the end of what is piped in on stdin (Ctrl+C stops; </dev/null: nothing is).",
+                err=True,
+            )
+        try:
+            wait = None if speak_at is None else max(0.0, speak_at - time.monotonic())
+            if not select.select([fd], [], [], wait)[0]:
+                continue
+            part = os.read(fd, 1 << 20)
+        except BlockingIOError:  # somebody else was faster
+            continue
+        except (OSError, ValueError) as e:
+            said = e.strerror if isinstance(e, OSError) else e
+            raise UsageError(f"Stdin cannot be read: {said}.", "Pipe text, or add </dev/null.") from e
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+        if size > MOST:
+            raise UsageError(
+                f"More than {MOST >> 20} MB are piped in, which no model can read at once.", "Pipe less text."
+            )
