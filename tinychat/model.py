@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinychat import rendering
 from tinychat.backends import BLOCK, Backend
 from tinychat.config import ModelConfig
 from tinychat.engine import Engine
@@ -82,6 +83,7 @@ def load(
     policy = WeightPolicy(quantize, head_bits)
     _check_settings(threads, act_bits, draft_tokens, kv_bits, kv_policy, kv_budget, kv_disk_budget)
     path = store.resolve(str(model), offline=offline)
+    rendering.prepare()  # beside the weights
     checkpoint = open_checkpoint(path)
     cfg = checkpoint.config
     longest = max(cfg.context_length, cfg.long_context)
