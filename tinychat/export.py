@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from tinychat.store import Chat, ChatStore, StoredMessage, path_to
 
 
-def to_json(store: ChatStore, chat_id: int) -> str:
+def to_json(store: ChatStore, chat_id: int, ensure_ascii: bool = False) -> str:
     """The whole tree, as `tinychat.Session.load` and `/load` read it."""
     chat, messages = store.chat(chat_id), store.messages(chat_id)
     index = {m.id: i for i, m in enumerate(messages)}
@@ -33,7 +33,7 @@ def to_json(store: ChatStore, chat_id: int) -> str:
         "leaf": index.get(chat.leaf),
         "nodes": nodes,
     }
-    return json.dumps(content, ensure_ascii=False, indent=1)
+    return json.dumps(content, ensure_ascii=ensure_ascii, indent=1)
 
 
 def to_markdown(store: ChatStore, chat_id: int) -> str:

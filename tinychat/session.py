@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat.characters import whole
 from tinychat.errors import TinychatError, UsageError
 from tinychat.events import Done, Event, FinishReason, Notice, TextDelta
 from tinychat.eviction import SMALLEST
@@ -81,7 +82,7 @@ class Session:
         self.params = model.default_sampling.but(**sampling)
         self.nodes: list[Message] = []
         self.leaf: int | None = None
-        self._system = system
+        self._system = system and whole(system)
         self._branch = model.engine.branch(self._eviction)
         self._before: OwnedBranch | None = (
             None  # as it was before the last answer, for the next one in its place
@@ -99,7 +100,7 @@ class Session:
 
     @system.setter
     def system(self, text: str | None) -> None:
-        self._system = text
+        self._system = text and whole(text)
 
     def path(self, leaf: int | None = None) -> list[int]:
         """Node indexes from the first message to `leaf` (default: the present one)."""
@@ -139,7 +140,7 @@ class Session:
         params = self.params.but(**sampling)
         if not isinstance(text, str) or not text:
             raise UsageError("The message is empty.", "Say something.")
-        return self._answer(Message("user", text, self.leaf), params)
+        return self._answer(Message("user", whole(text), self.leaf), params)
 
     def regenerate(self, **sampling: Any) -> Iterator[Event]:
         """Answer the last user message again, as a new branch beside the old answer."""
@@ -161,7 +162,9 @@ class Session:
         """Say `text` in place of the user message `node`, as a new branch, and stream the answer."""
         if not 0 <= node < len(self.nodes) or self.nodes[node].role != "user":
             raise UsageError(f"Message {node} is not one of yours.", "Edit a user message.")
-        return self._answer(Message("user", text, self.nodes[node].parent), self.params.but(**sampling))
+        return self._answer(
+            Message("user", whole(text), self.nodes[node].parent), self.params.but(**sampling)
+        )
 
     def cancel(self) -> None:
         """Stop the running answer at the next step; what it has said stays. May be called from any thread."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tinychat import locations
+from tinychat.characters import whole
 from tinychat.errors import TinychatError
 
 VERSION = 1
@@ -203,6 +204,7 @@ class ChatStore:
     ) -> Chat:
         """A new, empty chat."""
         now = time.time()
+        model, title, system = whole(model), whole(title), system and whole(system)
         with self._write() as db:
             row = db.execute(
                 "INSERT INTO chats (title, model, system, params, created, updated) "
@@ -242,6 +244,7 @@ class ChatStore:
             raise ValueError(f"unknown {unknown}")
         if "params" in changes:
             changes["params"] = json.dumps(changes["params"])
+        changes = {k: whole(v) if isinstance(v, str) else v for k, v in changes.items()}
         names = ", ".join(f"{name} = ?" for name in changes)
         with self._write() as db:
             db.execute(f"UPDATE chats SET {names} WHERE id = ?", (*changes.values(), chat_id))
@@ -296,13 +299,14 @@ class ChatStore:
         self, chat_id: int, role: str, content: str, parent: int | None, model: str | None = None, **rest: Any
     ) -> StoredMessage:
         """Append a message and make it the chat's present leaf. The first one names the chat."""
-        m = StoredMessage(0, parent, role, content, model, **rest)
+        content = whole(content)
+        m = StoredMessage(0, parent, role, content, model and whole(model), **rest)
         now = time.time()
         with self._write() as db:
             row = db.execute(
                 "INSERT INTO messages (chat, parent, role, content, model, prompt_text, prompt_ids, ids, "
                 "finish_reason, stats, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (chat_id, parent, role, content, model, m.prompt_text, _pack(m.prompt_ids), _pack(m.ids),
+                (chat_id, parent, role, content, m.model, m.prompt_text, _pack(m.prompt_ids), _pack(m.ids),
                  m.finish_reason, json.dumps(m.stats), now),
             )  # fmt: skip
             m.id = row.lastrowid
@@ -318,11 +322,12 @@ class ChatStore:
     def write_partial(self, message_id: int, content: str) -> None:
         """What an answer has said so far. Cheap: not yet searchable."""
         with self._write() as db:
-            db.execute("UPDATE messages SET content = ? WHERE id = ?", (content, message_id))
+            db.execute("UPDATE messages SET content = ? WHERE id = ?", (whole(content), message_id))
 
     def finish(self, m: StoredMessage) -> None:
         """Write an answer whole and make it searchable."""
         now = time.time()
+        m.content, m.model, m.prompt_text = whole(m.content), m.model and whole(m.model), whole(m.prompt_text)
         with self._write() as db:
             db.execute(
                 "UPDATE messages SET content = ?, model = ?, prompt_text = ?, prompt_ids = ?, ids = ?, "
@@ -354,6 +359,7 @@ class ChatStore:
         """Chats whose title or messages have every word of `text` (the last one as a beginning), newest
         first. Without full-text search: messages that contain `text` itself.
         """
+        text = whole(text)
         words = re.findall(r"\w+", text)
         if not words:
             return [Hit(c, "") for c in self.chats(limit)]

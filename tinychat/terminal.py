@@ -79,15 +79,11 @@ class Guard:
 
 
 def guard() -> None:
-    """Put a Guard before stdout and stderr where they are terminals. Whatever is written can be written: in
-    an encoding that lacks a character a `?` stands for it.
-    """
+    """Put a Guard before stdout and stderr where they are terminals."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, Guard):
             continue
-        if name == "stdout" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
         if stream.isatty():
             setattr(sys, name, Guard(stream))
 

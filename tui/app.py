@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from textual import events
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.driver import Driver
 from textual.screen import Screen
 
 from tinychat import locations
@@ -23,7 +24,8 @@ from tinychat.client import EngineClient, Loading, Text
 from tinychat.store import Chat, ChatStore
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
-from tinychat.tui.output import Terminal
+from tinychat.tui.driver import TerminalDriver
+from tinychat.tui.output import Terminal, paintable
 from tinychat.tui.screens.chat import ChatScreen
 from tinychat.tui.theme import DARK, THEMES
 
@@ -132,14 +134,27 @@ class ChatApp(App[None]):
         await self.engine.close()
 
     def run_to_end(self) -> int:
-        """Run until the user leaves; the exit code."""
-        terminal, sys.__stderr__ = sys.__stderr__, Terminal(sys.__stderr__)  # where Textual paints
+        """Run until the user leaves; the exit code. Raises what went wrong, if something did."""
+        before, sys.__stderr__ = sys.__stderr__, Terminal(paintable())  # where Textual paints
         try:
             self.run()
         finally:
-            sys.__stderr__ = terminal
+            sys.__stderr__ = before
             self.store.close()
+        if self._exception is not None:
+            raise getattr(self._exception, "error", self._exception)  # a worker's, without what is around it
         return self.return_code or 0
+
+    def get_driver_class(self) -> type[Driver]:
+        return TerminalDriver
+
+    def _handle_exception(self, error: Exception) -> None:
+        """End the program. Textual prints a page with everything that was said; two lines come later."""
+        self._return_code = 1
+        if self._exception is None:
+            self._exception = error
+            self._exception_event.set()
+        self._close_messages_no_wait()
 
     # The engine
 

@@ -10,7 +10,9 @@ import shutil
 import sys
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from tinychat.tui.output import Terminal, paintable
 
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[2J", "\x1b[?1049l\x1b[?25h"
 
@@ -20,12 +22,14 @@ def first_frame() -> Iterator[None]:
     """Show the frame. Afterwards the terminal's modes are as before; its picture stays, unless something
     failed: then it is as before, too.
     """
-    out, tty = sys.__stderr__, sys.__stdin__.fileno()
-    before = termios.tcgetattr(tty)
-    quiet = termios.tcgetattr(tty)
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    out, tty = Terminal(paintable()), sys.__stdin__.fileno()
+    before = None
     try:
-        termios.tcsetattr(tty, termios.TCSANOW, quiet)
+        with suppress(termios.error):  # a terminal that is gone, or is none
+            before = termios.tcgetattr(tty)
+            quiet = termios.tcgetattr(tty)
+            quiet[3] &= ~(termios.ECHO | termios.ICANON)
+            termios.tcsetattr(tty, termios.TCSANOW, quiet)
         out.write(ENTER + frame(*shutil.get_terminal_size()))
         out.flush()
         yield
@@ -34,18 +38,24 @@ def first_frame() -> Iterator[None]:
         out.flush()
         raise
     finally:
-        termios.tcsetattr(tty, termios.TCSANOW, before)
+        if before is not None:
+            with suppress(termios.error):
+                termios.tcsetattr(tty, termios.TCSANOW, before)
 
 
 def frame(width: int, height: int) -> str:
     """The empty composer and its status line, where the real ones will be."""
     dim, normal = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[0m")
     margin = "" if width < 90 else "  "
-    inner = width - 2 * len(margin) - 2
+    inner = max(0, width - 2 * len(margin) - 2)
     lines = [
         f"{margin}╭{'─' * inner}╮",
         f"{margin}│{' ' * inner}│",
         f"{margin}╰{'─' * inner}╯",
         "   starting",
     ]
-    return dim + "".join(f"\x1b[{height - 3 + i};1H{line}" for i, line in enumerate(lines)) + normal
+    return (
+        dim
+        + "".join(f"\x1b[{max(1, height - 3 + i)};1H{line[:width]}" for i, line in enumerate(lines))
+        + normal
+    )

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from typing import IO, Any
+
+from tinychat.characters import make_printable
+
+
+def paintable() -> IO[str]:
+    """The stream that leads to the terminal: stderr, or stdout where stderr goes to a file."""
+    stream = sys.__stderr__
+    if stream is None or not stream.isatty():
+        stream = sys.__stdout__
+    make_printable(stream)
+    return stream
 
 
 class Terminal:
@@ -16,13 +28,13 @@ class Terminal:
 
     def write(self, text: str) -> int:
         """As a file's; the number of characters."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
         """As a file's."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             self._file.flush()
 
     def __getattr__(self, name: str) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tinychat.characters import is_unicode
 from tinychat.cli.options import (
     ANSWERING,
     DEFAULT_MODEL,
@@ -85,7 +86,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         click.echo("There is no chat to go on with yet: this begins one.", err=True)
     if chat is not None and not named:
         model = chat.model
-    if text is None and not o["plain"] and os.environ.get("TERM") != "dumb":
+    if text is None and not o["plain"] and os.environ.get("TERM") not in ("dumb", "unknown"):
         from tinychat.tui.first_frame import first_frame
 
         with first_frame():
@@ -139,7 +140,7 @@ def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -
     with cancel_on_interrupt(session) as interrupted:
         for event in events:
             if o["stream_json"]:
-                out.line(json.dumps(event_to_json(event), ensure_ascii=False))
+                out.json(event_to_json(event))
             elif not o["as_json"]:
                 out.write(event.text)
             if isinstance(event, Notice):
@@ -153,7 +154,7 @@ def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -
             "finish_reason": done.finish_reason,
             "stats": done.stats.as_dict(),
         }
-        out.line(json.dumps(answer, ensure_ascii=False))
+        out.json(answer)
     elif not o["stream_json"]:
         out.end()
     if done.finish_reason == "context_full":
@@ -181,6 +182,10 @@ class Printer:
         """A whole line."""
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
+
+    def json(self, value: Any, **options: Any) -> None:
+        """A line of JSON, every character as itself or, where it cannot be, as its number."""
+        self.line(json.dumps(value, ensure_ascii=not is_unicode(sys.stdout), **options))
 
     def end(self) -> None:
         """Finish the last line."""

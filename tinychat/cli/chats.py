@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
+from tinychat.characters import is_unicode
 from tinychat.cli import tables
 from tinychat.cli.chat import Printer
 
@@ -38,7 +40,10 @@ def chats(words: tuple[str, ...], as_json: bool) -> None:
         _remove(store, numbers, as_json)
     elif words[:1] == ("export",) and is_ids and len(numbers) == 1:
         out = Printer()
-        out.write((to_json if as_json else to_markdown)(store, numbers[0]))
+        if as_json:
+            out.write(to_json(store, numbers[0], ensure_ascii=not is_unicode(sys.stdout)))
+        else:
+            out.write(to_markdown(store, numbers[0]))
         out.end()
     elif len(words) == 1 and words[0] in ("rm", "export"):
         raise click.UsageError(f"Which chat? tinychat chats {words[0]} ID; tinychat chats lists them.")
@@ -65,7 +70,7 @@ def _show(store: ChatStore, search: str, as_json: bool) -> None:
     hits = store.search(search)
     if as_json:
         rows = [{**asdict(h.chat), "excerpt": h.excerpt.replace(MARK, "").replace(UNMARK, "")} for h in hits]
-        out.line(json.dumps(rows, ensure_ascii=False, indent=2))
+        out.json(rows, indent=2)
         return
     if not hits:
         click.echo("Nothing found." if search else "No chats yet. tinychat run starts one.", err=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from tinychat import __version__, terminal
+from tinychat.characters import make_printable
 from tinychat.cli import chat, chats, models, reports
 from tinychat.errors import TinychatError
 
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller (`<&-`)
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    make_printable(sys.stdin, sys.stdout, sys.stderr)
     terminal.guard()
     warnings.showwarning = _warn
     try:

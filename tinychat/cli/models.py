@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from tinychat.characters import is_unicode
 from tinychat.cli import tables
 from tinychat.cli.options import model_argument
 from tinychat.errors import UsageError
@@ -17,7 +18,7 @@ from tinychat.machine import human_bytes
 
 
 def _echo_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    click.echo(json.dumps(value, ensure_ascii=not is_unicode(sys.stdout), indent=2, default=str))
 
 
 @click.command()
