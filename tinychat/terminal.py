@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
+from tinychat.characters import make_printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -79,11 +81,14 @@ class Guard:
 
 
 def guard() -> None:
-    """Put a Guard before stdout and stderr where they are terminals."""
+    """Put a Guard before stdout and stderr where they are terminals. Whatever is written can be written, in
+    every encoding.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, Guard):
             continue
+        make_printable(stream)
         if stream.isatty():
             setattr(sys, name, Guard(stream))
 

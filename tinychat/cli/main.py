@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller (`<&-`)
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    make_printable(sys.stdin, sys.stdout, sys.stderr)
+    make_printable(sys.stdin)
     terminal.guard()
     warnings.showwarning = _warn
     try:

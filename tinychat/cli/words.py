@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from tinychat.characters import whole
 from tinychat.cli.options import DEFAULT_MODEL
 from tinychat.errors import UsageError
 
@@ -55,7 +56,7 @@ def gather(prompt: str | None, files: tuple[Path, ...]) -> str | None:
         if piped.strip():
             parts.append(piped)
     if prompt:
-        parts.append(prompt)
+        parts.append(whole(prompt))
     return "\n\n".join(p.strip("\n") for p in parts) if parts else None
 
 

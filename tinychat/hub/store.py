@@ -48,6 +48,7 @@ def resolve(model: str, *, offline: bool = False, pull: bool = True) -> Path:
     Models that are not here are pulled, unless offline (or HF_HUB_OFFLINE, TINYCHAT_OFFLINE) or pull=False.
     Raises ModelNotFoundError with close matches, CheckpointError for pickles, and what `pull` raises.
     """
+    _refuse_bytes(model)
     found = _installed_path(model)
     if found is not None:
         return found
@@ -55,6 +56,7 @@ def resolve(model: str, *, offline: bool = False, pull: bool = True) -> Path:
     if model not in aliases:
         local = _local(model)
         if local is not None:
+            _refuse_bytes(str(local.resolve()))
             return local
         if not _is_source(model):
             raise not_found(model)
@@ -90,6 +92,14 @@ def is_name(word: str) -> bool:
         return Path(word).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, NUL bytes, ~ of nobody
         return False
+
+
+def _refuse_bytes(path: str) -> None:
+    """The libraries that read models take paths that are text. Raises UsageError for others."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"The name {path} is not UTF-8.", "Rename that file or folder.") from None
 
 
 def pull(name: str) -> Path:
