@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -9,8 +10,53 @@ from pathlib import Path
 
 import pytest
 
+from tinychat.errors import MissingPackageError
+
 # OpenMP reads this when torch is imported: threads sleep, not spin, where other programs need the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+# Truths that tests compare with and that tinychat itself can do without. Where one is not installed, what
+# needs it skips, names it and is counted.
+TRUTHS = tuple(name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A test file that imports what is not installed is skipped as a whole."""
+    report = yield
+    for name in TRUTHS:
+        if report.failed and f"No module named '{name}" in str(report.longrepr):
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 0, f"Skipped: needs {name}")
+    return report
+
+
+def pytest_collection_finish(session):
+    """Many tests collect garbage, and what was imported until here (torch, transformers) is none."""
+    gc.freeze()
+
+
+def _skip_without_a_truth():
+    try:
+        return (yield)
+    except (ModuleNotFoundError, MissingPackageError) as e:
+        name = (e.name or "").partition(".")[0] if isinstance(e, ImportError) else e.package
+        if name in TRUTHS:
+            pytest.skip(f"needs {name}")
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    """A fixture that needs what is not installed skips its test."""
+    return (yield from _skip_without_a_truth())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """So does a test's own line."""
+    return (yield from _skip_without_a_truth())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,9 +17,11 @@ from tinychat.children import python_command
 
 COMMAND = Path(sys.executable).with_name("tinychat")
 # Python itself has these loaded before a program that it is told to run by `-m` can say anything.
-BY_PYTHON = """__future__ _collections_abc _sitebuiltins abc codecs collections contextlib encodings enum
-functools genericpath importlib io keyword ntpath operator os pkgutil posixpath reprlib runpy site stat sysconfig types
-typing warnings weakref zipimport"""
+BY_PYTHON = """
+__future__ _collections_abc _sitebuiltins abc codecs collections contextlib encodings enum functools
+genericpath importlib io keyword ntpath operator os pkgutil posixpath reprlib runpy site stat sysconfig
+types typing warnings weakref zipimport
+"""
 ONE_SHOT = ["hi", "--temp", "0", "--max-tokens", "3", "--quantize", "none"]
 
 

@@ -37,6 +37,16 @@ class MemoryBudgetError(TinychatError):
     exit_code = 4
 
 
+class MissingPackageError(TinychatError):
+    """A package that only some of tinychat needs is not installed. `package`: the name that is imported."""
+
+    def __init__(self, package: str, requirement: str, purpose: str):
+        super().__init__(
+            f"{purpose} needs {package}, which is not installed.", f'Install it: pip install "{requirement}"'
+        )
+        self.package = package
+
+
 class DeviceLostError(TinychatError):
     """A GPU failed in the middle of its work; this process cannot use it any more, another one may."""
 

@@ -16,6 +16,7 @@ from tinychat.engine import Engine
 from tinychat.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.events import Completion, Done, Event
 from tinychat.eviction import POLICIES, SINKS, SMALLEST, EvictionPolicy
+from tinychat.extras import import_torch
 from tinychat.formats import Checkpoint, open_checkpoint
 from tinychat.machine import available_memory, has_gpu, human_bytes
 from tinychat.models import FAMILIES
@@ -158,6 +159,7 @@ def make_backend(
     # Mapped packs can be dropped by the system, but a model larger than memory would crawl.
     _check_room(checkpoint, 4 if device == "reference" else 0.55, available_memory())
     if device == "reference":
+        import_torch("The reference device")
         from tinychat.backends.reference import ReferenceBackend
 
         return ReferenceBackend(checkpoint, policy, threads, kv_bits=8 if kv_bits == 8 else 32)

@@ -230,7 +230,8 @@ def test_unknown_offline_and_pickled_models_are_refused_with_advice(index, tmp_p
             store.resolve(str(tmp_path / name))
 
 
-def test_an_index_that_does_not_answer_is_a_clear_error(index):
+def test_an_index_that_does_not_answer_is_a_clear_error(index, monkeypatch):
+    monkeypatch.setenv("PIP_RETRIES", "0")  # pip, asked last, would wait 15 s
     index.shutdown()
     index.server_close()
     with pytest.raises(DownloadError) as e:

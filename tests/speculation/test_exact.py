@@ -7,14 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "speculation_exact.py"
 
 
-def test_24_prompts_have_the_same_ids_with_speculation(demo_gguf):
-    command = [sys.executable, str(SCRIPT), "--model", str(demo_gguf), "--prompts", "24", "--tokens", "128"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+@pytest.mark.parametrize("prompts", [5, pytest.param(24, marks=pytest.mark.slow)])
+def test_prompts_have_the_same_ids_with_speculation(prompts, demo_gguf):
+    command = [sys.executable, SCRIPT, "--model", demo_gguf, "--prompts", prompts, "--tokens", "128"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, check=False)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["different"] == []
     assert done.returncode == 0
-    assert result["accepted_tokens"] > 200
-    assert result["evicted_tokens"] > 200
+    assert result["accepted_tokens"] > 8 * prompts
+    assert result["evicted_tokens"] > 8 * prompts

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny_model
+from tiny import tiny_folder, tiny_model
 
 from tinychat.keep import Keeper
 from tinychat.store import ChatLockedError, ChatStore
@@ -69,7 +69,8 @@ def test_ids_of_another_model_are_not_taken_over(store, model):
     assert again.nodes[1].ids == again.nodes[1].prompt_ids == []
 
 
-def test_one_answer_alone_is_not_kept_and_a_continued_chat_is(tmp_path, demo_gguf, monkeypatch):
+def test_one_answer_alone_is_not_kept_and_a_continued_chat_is(tmp_path, monkeypatch):
+    model = str(tiny_folder(tmp_path / "tiny"))
     monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
 
     def tinychat(*arguments):
@@ -82,10 +83,10 @@ def test_one_answer_alone_is_not_kept_and_a_continued_chat_is(tmp_path, demo_ggu
         ).stdout
 
     short = ("--max-tokens", "4", "--temp", "0")
-    tinychat("run", str(demo_gguf), "hi", *short)
+    tinychat("run", model, "hi", *short)
     assert json.loads(tinychat("chats", "--json")) == []
-    tinychat("run", str(demo_gguf), "hello", "-c", *short)
-    tinychat("run", str(demo_gguf), "more", "--resume", "1", *short)
+    tinychat("run", model, "hello", "-c", *short)
+    tinychat("run", model, "more", "--resume", "1", *short)
     tinychat("run", "-c", "and then what?", *short)  # a single argument: the chat knows its model
     (chat,) = json.loads(tinychat("chats", "--json"))
     assert (chat["id"], chat["messages"], chat["title"]) == (1, 6, "hello")

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.extras import import_torch
 from tinychat.weights import bf16_to_f32
 
 DTYPES = {
@@ -171,8 +172,7 @@ class Tensors:
 
     def _torch(self, file: Path) -> dict[str, Tensor]:
         """A state dict that torch saved, unpickled as tensors only: what could run code is refused."""
-        import torch
-
+        torch = import_torch(f"Reading {file.name}")
         names = {
             torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
             torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",

@@ -387,8 +387,10 @@ def _local(model: str) -> Path | None:
             return None
         has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.gguf"))
         if not has_weights:
+            from tinychat.formats.tensors import llm_awq_file
+
             pickles = [f for f in sorted(path.iterdir()) if f.suffix.lower() in PICKLES]
-            if pickles:
+            if pickles and llm_awq_file(path) is None:  # that one is read as plain tensors, or refused
                 raise _pickle(pickles[0])
         if has_weights or (path / "config.json").is_file():
             return path

@@ -19,6 +19,7 @@ import numpy as np
 
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, MemoryBudgetError, UnsupportedModelError, UsageError
+from tinychat.extras import import_torch
 from tinychat.terminal import bar
 
 if TYPE_CHECKING:
@@ -46,9 +47,8 @@ def quantize_model(
     from tinychat.hub import store
     from tinychat.machine import cpu_count
 
+    torch = import_torch("Quantizing")
     checkpoint = open_checkpoint(store.resolve(model))
-    import torch
-
     torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # torch does not know of cgroups
     with _bar() as progress:
         return quantize(
@@ -91,8 +91,7 @@ def quantize(
     CheckpointError (NaN weights), UnsupportedModelError, MemoryBudgetError, and TinychatError when the disk
     is full.
     """
-    import torch
-
+    torch = import_torch("Quantizing")
     from tinychat.quantize import calibration, folder, layouts
 
     started, cfg = time.monotonic(), checkpoint.config
