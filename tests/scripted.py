@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinychat.client import Began, Died, Finished, Loaded, Text
+from tinychat.client import Began, Died, Failed, Finished, Loaded, Text
 
 FACTS = {
     "model": "demo",
@@ -29,6 +29,7 @@ class Script:
     pieces: int = 5
     reason: str = "stop"
     hang: bool = False  # after the last piece, until cancelled
+    deaf: bool = False  # to that, too
     prompt_text: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -40,6 +41,7 @@ class ScriptedEngine:
         self.scripts = [Script(s) if isinstance(s, str) else s for s in scripts]
         self.on_event: Callable[[Any], None] = lambda event: None
         self.loads = loads
+        self.broken: set[str] = set()  # models that do not load
         self.requests: list[dict] = []
         self.loaded: list[str] = []
         self.starts = 0
@@ -49,11 +51,15 @@ class ScriptedEngine:
 
     async def start(self) -> None:
         self.starts += 1
+        if self._task is not None:
+            self._task.cancel()
         self.pid = 1 << 30  # nobody's
 
     def load(self, model: str, options: dict) -> None:
         self.loaded.append(model)
-        if self.loads:
+        if model in self.broken:
+            self.on_event(Failed(f"There is no model {model}.", "Choose another.", "load"))
+        elif self.loads:
             self.on_event(Loaded({**FACTS, "model": model}, {"temperature": 0.7}))
 
     def answer(self, chat: str, path: list[dict], system: str | None, params: dict) -> None:
@@ -75,6 +81,8 @@ class ScriptedEngine:
         reason = s.reason
         if s.hang:
             await self.cancelled.wait()
+            while s.deaf:
+                await asyncio.sleep(1)
             reason = "cancelled"
         n = len(said.split())
         stats = {"prompt_tokens": 10, "generated_tokens": n, "decode_tps": 20.0, "ttft_s": 0.25, **s.stats}

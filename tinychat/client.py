@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
-import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tinychat.children import python_command
+from tinychat.errors import TinychatError
 
-LINE_LIMIT = 1 << 28
+LINE_LIMIT = 1 << 26
+LOOK = 0.5  # seconds between two looks at whether a process lives whose pipes somebody else holds
 PATIENCE = 2.0  # seconds that a child told to end may take
 
 
@@ -36,6 +39,15 @@ class Loaded:
     facts: dict[str, Any]
     sampling: dict[str, Any] = field(default_factory=dict)
     has_template: bool = True
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The prompt is being read: `tokens` of `total`, `rate` of them a second."""
+
+    tokens: int
+    total: int
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -93,10 +105,11 @@ class Died:
     reason: str
 
 
-EngineEvent = Loading | Loaded | Began | Text | Noticed | Finished | Failed | Died
+EngineEvent = Loading | Loaded | Reading | Began | Text | Noticed | Finished | Failed | Died
 _EVENTS = {
     "loading": Loading,
     "loaded": Loaded,
+    "reading": Reading,
     "began": Began,
     "text": Text,
     "notice": Noticed,
@@ -112,11 +125,10 @@ class EngineClient:
         self.on_event = on_event
         self.command = list(command or python_command("tinychat.worker"))
         self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task | None = None
+        self._watcher: asyncio.Task | None = None
         self._replies: dict[int, asyncio.Future] = {}
         self._asked = 0
-        self._ending = False
-        self._complaints: Any = None
+        self._complaints = b""  # the end of what the process wrote to stderr
 
     @property
     def pid(self) -> int | None:
@@ -125,27 +137,32 @@ class EngineClient:
         return p.pid if p is not None and p.returncode is None else None
 
     async def start(self) -> None:
-        """Start the process; after a death, a new one."""
-        self._ending = False
-        if self._complaints is not None:
-            self._complaints.close()
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        self._process = await asyncio.create_subprocess_exec(
-            *self.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=self._complaints,
-            limit=LINE_LIMIT,
-            start_new_session=True,  # the terminal's Ctrl+C and Ctrl+Z are not for it
-        )
-        self._reader = asyncio.create_task(self._read(self._process))
+        """Start a process, in place of the one before if that still lives. Raises TinychatError if the system
+        cannot.
+        """
+        await self.kill()
+        self._complaints = b""
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,  # the terminal's Ctrl+C and Ctrl+Z are not for it
+            )
+        except OSError as e:
+            raise TinychatError(
+                f"The engine does not start: {e.strerror or e}.",
+                "Free some memory, or install tinychat again.",
+            ) from e
+        self._watcher = asyncio.create_task(self._watch(self._process))
 
     def load(self, model: str, options: dict[str, Any]) -> None:
         """Load a model in place of the present one. → Loading…, then Loaded or Failed."""
         self._send(op="load", model=model, options=options)
 
     def answer(self, chat: str, path: list[dict], system: str | None, params: dict[str, Any]) -> None:
-        """Answer the user message at the end of `path`. → Began, Text…, then Finished or Failed."""
+        """Answer the user message at the end of `path`. → Reading…, Began, Text…, then Finished or Failed."""
         self._send(op="answer", chat=chat, path=path, system=system, params=params)
 
     def cancel(self) -> None:
@@ -157,7 +174,7 @@ class EngineClient:
         return await self._ask(op="count", text=text)
 
     async def models(self) -> dict[str, Any] | None:
-        """What `tinychat.worker.list_models` tells."""
+        """What `tinychat.worker.list_models` tells; None if the engine does not say."""
         return await self._ask(op="models")
 
     async def limits(self) -> dict[str, float] | None:
@@ -166,20 +183,35 @@ class EngineClient:
 
     async def close(self) -> None:
         """End the process: politely, then not. Idempotent."""
-        self._ending = True
-        p = self._process
+        p = self._leave()
         if p is None:
             return
         with suppress(OSError, RuntimeError):
             p.stdin.close()
-        try:
-            await asyncio.wait_for(p.wait(), PATIENCE)
-        except asyncio.TimeoutError:
-            with suppress(ProcessLookupError):
-                p.kill()
-            await p.wait()
-        if self._reader is not None:
-            self._reader.cancel()
+        await _ended(p, PATIENCE)
+        await self._end(p)
+
+    async def kill(self) -> None:
+        """End the process now, whatever it is doing, and whatever it has started. Idempotent."""
+        p = self._leave()
+        if p is not None:
+            await self._end(p)
+
+    def _leave(self) -> asyncio.subprocess.Process | None:
+        """Listen no more: what the process still says and its end are no events."""
+        p, self._process = self._process, None
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+        self._answer_all()
+        return p
+
+    @staticmethod
+    async def _end(process: asyncio.subprocess.Process) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own; also a stopped one ends
+        await _ended(process, PATIENCE)
+        process._transport.close()  # asyncio's way to close pipes that nobody reads any more
 
     def _send(self, **request: Any) -> bool:
         p = self._process
@@ -190,44 +222,110 @@ class EngineClient:
 
     async def _ask(self, **request: Any) -> Any:
         self._asked += 1
-        future = asyncio.get_running_loop().create_future()
-        self._replies[self._asked] = future
-        if not self._send(id=self._asked, **request):
-            return None
-        return await future
-
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        number = self._asked
+        future = self._replies[number] = asyncio.get_running_loop().create_future()
         try:
-            async for line in process.stdout:
-                event = json.loads(line)
-                kind = event.pop("ev")
-                if kind == "reply":
-                    future = self._replies.pop(event["id"], None)
-                    if future is not None and not future.done():
-                        future.set_result(event["value"])
-                else:
-                    self.on_event(_EVENTS[kind](**event))
-        except ValueError as e:  # a line that is not ours, or far too long
-            process.kill()
-            reason = f"it said something unintelligible ({e})"
-        else:
-            reason = ""
-        code = await process.wait()
+            return await future if self._send(id=number, **request) else None
+        finally:
+            self._replies.pop(number, None)
+
+    def _answer_all(self) -> None:
+        """Nobody will answer what was asked."""
         for future in self._replies.values():
             if not future.done():
                 future.set_result(None)
-        self._replies.clear()
-        if not self._ending:
-            self.on_event(Died(reason or self._why(code)))
 
-    def _why(self, code: int) -> str:
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Tell what the process says, and its end."""
+        listening = asyncio.gather(self._read(process.stdout), self._read_complaints(process.stderr))
+        ending = asyncio.ensure_future(_ended(process))
+        try:
+            await asyncio.wait({listening, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not (listening.done() and listening.exception()):
+                # One of them is soon followed by the other, unless somebody else holds its pipes.
+                await asyncio.wait({listening, ending}, timeout=PATIENCE)
+            reason = ""
+            if listening.done() and (e := listening.exception()) is not None:
+                reason = f"it said something unintelligible ({type(e).__name__}: {str(e)[:200]})"
+            elif not ending.done():
+                reason = "it does not speak any more"
+            await self._end(process)
+        finally:
+            listening.cancel()
+            ending.cancel()
+        if process is self._process:
+            self._process = None
+            self._answer_all()
+            self.on_event(Died(reason or self._why(process.returncode)))
+
+    async def _read(self, stream: asyncio.StreamReader) -> None:
+        pieces: list[bytes] = []  # of a line that has not ended
+        size = 0
+        while data := await stream.read(1 << 16):
+            first, newline, rest = data.partition(b"\n")
+            pieces.append(first)
+            size += len(first)
+            if size > LINE_LIMIT:
+                raise ValueError(f"a line of more than {LINE_LIMIT} bytes")
+            if not newline:
+                continue
+            *lines, last = rest.split(b"\n")
+            for line in (b"".join(pieces), *lines):
+                self._hear(line)
+            pieces, size = [last], len(last)
+            await asyncio.sleep(0)  # who talks without end leaves the screen its time
+
+    def _hear(self, line: bytes) -> None:
+        event = json.loads(line)
+        kind = event.pop("ev")
+        if kind != "reply":
+            self.on_event(_checked(_EVENTS[kind](**event)))
+        elif (future := self._replies.get(event["id"])) is not None and not future.done():
+            future.set_result(event["value"])
+
+    async def _read_complaints(self, stream: asyncio.StreamReader) -> None:
+        while data := await stream.read(1 << 16):
+            self._complaints = (self._complaints + data)[-4000:]
+
+    def _why(self, code: int | None) -> str:
         if code == -signal.SIGKILL:
             return "it was killed (signal 9; the system does that when memory runs out)"
-        if code < 0:
+        if code is not None and code < 0:
             with suppress(ValueError):
                 return f"it crashed ({signal.Signals(-code).name})"
             return f"it crashed (signal {-code})"
-        self._complaints.seek(0, 2)
-        self._complaints.seek(max(0, self._complaints.tell() - 4000))
-        said = self._complaints.read().decode("utf-8", "replace").strip().splitlines()
+        said = self._complaints.decode("utf-8", "replace").strip().splitlines()
         return f"it ended with code {code}" + (f": {said[-1][:200]}" if said else "")
+
+
+async def _ended(process: asyncio.subprocess.Process, seconds: float = float("inf")) -> None:
+    """Wait for the process, that long at most. In some versions of Python `wait` also waits for its pipes,
+    which a child of its own may hold: so its code is looked at, too.
+    """
+    until = time.monotonic() + seconds
+    waiting = asyncio.ensure_future(process.wait())
+    try:
+        while process.returncode is None and (left := until - time.monotonic()) > 0:
+            await asyncio.wait({waiting}, timeout=min(LOOK, left))
+    finally:
+        waiting.cancel()
+
+
+_KINDS = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "list[int]": list,
+    "dict[str, Any]": dict,
+    "float": (int, float),
+}
+
+
+def _checked(event: EngineEvent) -> EngineEvent:
+    """The event, if its fields have the kinds that they should. Raises TypeError."""
+    for f in fields(event):
+        kind, _, maybe = f.type.partition(" | ")
+        value = getattr(event, f.name)
+        if not isinstance(value, _KINDS[kind]) and not (maybe == "None" and value is None):
+            raise TypeError(f"{f.name} is {value!r}")
+    return event

@@ -21,6 +21,7 @@ from textual.screen import Screen
 
 from tinychat import locations
 from tinychat.client import EngineClient, Loading, Text
+from tinychat.errors import TinychatError
 from tinychat.store import Chat, ChatStore
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
@@ -180,15 +181,18 @@ class ChatApp(App[None]):
             self.call_next(fail)
 
     async def start_engine(self) -> None:
-        """A new process, and the model into it."""
-        await self.engine.start()
-        await self.load_model(self.chat.model)
+        """A new process in place of the present one, and the model into it."""
+        await self.load_model(self.chat.model, afresh=True)
 
-    async def load_model(self, name: str) -> None:
-        """Into the present process, or a new one if it is gone."""
+    async def load_model(self, name: str, afresh: bool = False) -> None:
+        """Into the present process, or a new one if that is gone."""
         self._pace = []
-        if self.engine.pid is None:
-            await self.engine.start()
+        try:
+            if afresh or self.engine.pid is None:
+                await self.engine.start()
+        except TinychatError as e:
+            self.chat.lack_model(f"{e.what} {e.todo}")
+            return
         self.engine.load(name, self.options)
 
     def download_pace(self, event: Loading) -> tuple[float, float]:
@@ -204,6 +208,7 @@ class ChatApp(App[None]):
     def _look_at_machine(self) -> None:
         """Memory of the engine, and how busy the cores are; nothing while nothing happens."""
         chat = self.chat
+        chat.show_loading()
         busy, was_busy = chat.answering or not chat.ready, self._was_busy
         self._was_busy = busy
         if self.engine.pid is None or not (busy or was_busy):
@@ -263,7 +268,6 @@ class ChatApp(App[None]):
 
     def ask_text(self, question: str, value: str, then: Callable[[str], None]) -> None:
         """Ask for a line of text; `then` gets it."""
-        from tinychat.errors import TinychatError
         from tinychat.tui.screens.prompt import PromptScreen
 
         def done(answer: str | None) -> None:

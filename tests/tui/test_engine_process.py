@@ -7,34 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import psutil
 import pytest
 import pytest_asyncio
+from engine_helpers import FAKE, Heard, ask
 
 from tinychat.client import Began, Died, EngineClient, Failed, Finished, Loaded, Noticed, Text
 
 pytestmark = pytest.mark.asyncio
-FAKE = [sys.executable, str(Path(__file__).parent.parent / "fake_worker.py")]
-
-
-class Heard(list):
-    """Events, and waiting for one of a kind."""
-
-    async def wait(self, kind, n=1, seconds=20.0):
-        until = time.monotonic() + seconds
-        while len(found := [e for e in self if isinstance(e, kind)]) < n:
-            assert time.monotonic() < until, f"no {kind.__name__} among {list(self)}"
-            await asyncio.sleep(0.005)
-        return found[n - 1]
-
-
-def ask(client, text, *before):
-    path = [{"role": r, "content": c, "prompt_text": "", "prompt_ids": [], "ids": []} for r, c in before]
-    path.append({"role": "user", "content": text, "prompt_text": "", "prompt_ids": [], "ids": []})
-    client.answer("1", path, None, {"temperature": 0})
 
 
 @pytest_asyncio.fixture

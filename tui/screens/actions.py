@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -421,20 +422,24 @@ class ChatActions:
             if name:
                 self.run_worker(self.choose_model(name))
 
-        self.app.push_screen(ModelScreen(self.model), done)
+        self.app.push_screen(ModelScreen(self.model, self.trouble), done)
 
     async def choose_model(self: ChatScreen, name: str) -> None:
         """Load another model; the conversation goes on with it."""
-        if self.answering:
+        if self.answering and self.question is None:
             self.say("Still answering: esc stops it.")
             return
-        self.model, self.ready, self._deaths = name, False, []
+        busy = not self.ready and not self.trouble  # with another model: that process is ended
+        self.model, self.ready, self.trouble, self._deaths = name, False, "", []
+        self._load = ("", time.monotonic(), False)
+        if self.conversation.answer is not None:
+            self.conversation.answer.model = name
         self.conversation.chat.model = name
         if self.conversation.chat.id:
             self.app.store.update(self.conversation.chat.id, model=name)
         self.status.tell(state="loading", model=name, backend=None, isa=None)
         self.say("")
-        await self.app.load_model(name)
+        await self.app.load_model(name, afresh=busy)
 
     async def action_editor(self: ChatScreen) -> None:
         """ctrl+g: write in $EDITOR."""

@@ -73,6 +73,13 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         self.facts: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
         self.ready = False
+        self.trouble = ""  # why there is no model and none on its way
+        self._load = (
+            "",
+            time.monotonic(),
+            False,
+        )  # what loading does, since when, whether that tells how far
+        self._escaped = 0.0  # when esc was last pressed beside a load
         self.question: int | None = None  # a question that the engine has not got yet
         self.editing: int | None = None  # the user message that the composer's text will replace
         self.deleted: int | None = None
@@ -85,6 +92,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         self._painting = self._heard = False
         self._painted = self._cpu = 0.0
         self._stopping = False
+        self._stopped = 0.0
         self._deaths: list[float] = []
         self._clock = None
 
@@ -213,6 +221,8 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         self._watch()
         if self.ready:
             self._ask()
+        elif self.trouble:
+            self.lack_model(self.trouble)
         self.refill()
 
     def _ask(self) -> None:
@@ -240,6 +250,8 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         waited = time.monotonic() - self._asked
         if self._stopping:
             state = "stopping"
+        elif self.trouble:
+            state = "no model"
         elif not self.ready:
             state = "loading"
         elif self._first is None:
@@ -249,6 +261,10 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         text = ""
         if state == "loading":
             text = "waiting for the model"
+        elif state == "no model":
+            text = "waiting for a model: ctrl+o chooses one, esc leaves it"
+        elif state == "stopping" and time.monotonic() - self._stopped > 1:
+            text = "stopping; esc again ends the engine and starts another"
         elif state == "reading" and waited > 0.2:
             text = f"reading the prompt, {waited:.0f} s"
         if turn.waiting != text:
@@ -261,7 +277,8 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             turn.running = {"tokens": self._tokens, "rate": rate}
             used = self._read + self._tokens
             self.status.tell(rate=rate, ttft=self._first[0] - self._asked, used=used)
-        self.status.tell(state=state)
+        if state != "loading":  # which tells how far it is
+            self.status.tell(state=state)
 
     # What the engine says
 
@@ -358,14 +375,35 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             turn.thinking = False
             turn.update()
         self.status.tell(
-            state="ready" if self.ready else "no model",
+            state="ready" if self.ready else "no model" if self.trouble else "loading",
             used=self.conversation.tokens_used(),
             **_status_of(m),
         )
         self.refill()
 
+    def lack_model(self, reason: str) -> None:
+        """There is no model, and a question that waits needs one: choose it."""
+        self.ready, self.trouble = False, reason
+        self.say(reason, error=True)
+        self.status.tell(state="no model", rate=None)
+        if self.question is not None:
+            self._tick()
+            if self.app.screen is self:
+                self.action_model()
+
+    def show_loading(self) -> None:
+        """How long a load that does not tell how far it is has taken."""
+        what, since, counts = self._load
+        waited = time.monotonic() - since
+        if not (self.ready or self.trouble or counts) and what and waited > 3:
+            self.status.tell(state=f"{what}, {waited:.0f} s")
+
     def _loading(self, event: Loading) -> None:
         text = event.what
+        if self.ready or self.trouble:
+            return  # said before another decision
+        if text != self._load[0]:
+            self._load = (text, time.monotonic(), bool(event.total))
         if event.total:
             text += f" {human_size(event.done)} of {human_size(event.total)}"
             rate, left = self.app.download_pace(event)
@@ -381,6 +419,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         if event.facts.get("model", self.model) != self.model:
             return  # another one was chosen meanwhile, and is next
         self.ready, self.facts, self.defaults = True, event.facts, event.sampling
+        self.trouble = ""
         f = event.facts
         self.status.tell(
             state="ready", model=self.model, backend=f.get("backend"), isa=f.get("isa"), ctx=f.get("ctx")
@@ -392,13 +431,12 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             self._tick()
 
     async def _failed(self, event: Failed) -> None:
-        self.say(f"{event.what} {event.todo}", error=True)
         if event.during == "load":
-            self.ready = False
+            self.lack_model(f"{event.what} {event.todo}")
+            return
+        self.say(f"{event.what} {event.todo}", error=True)
         turn, self._turn = self._turn, None
         self._settle(turn, self.conversation.give_up())
-        if not self.ready:
-            self.status.tell(state="no model")
 
     async def _died(self, event: Died) -> None:
         """The engine is gone: keep what it said, say why, start another one."""
@@ -411,10 +449,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         now = time.monotonic()
         self._deaths = [t for t in self._deaths if now - t < 60] + [now]
         if len(self._deaths) > RESTARTS:
-            self.say(f"The engine failed again: {event.reason}. /model starts it once more.", error=True)
-            self.status.tell(state="no model")
-            turn, self._turn = self._turn, None
-            self._settle(turn, self.conversation.give_up())
+            self.lack_model(f"The engine failed again: {event.reason}. /model starts it once more.")
             return
         self.say(f"The engine failed: {event.reason}. Restarting it; what was said is kept.", error=True)
         self.status.tell(state="restarting", rate=None)
@@ -449,16 +484,39 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
                 turn, self._turn = self._turn, None
                 self._settle(turn, self.conversation.give_up("cancelled"))
                 return
-            self._stopping = True
+            if self._stopping:
+                self.run_worker(self._replace_engine())
+                return
+            self._stopping, self._stopped = True, time.monotonic()
             self.app.engine.cancel()
             self._tick()
         elif self.editing is not None:
             self.editing = None
             self.composer.clear()
             self.say("")
+        elif not self.ready and not self.trouble:
+            self._escape_loading()
         else:
             self.say("")
             self.composer.input.focus()
+
+    async def _replace_engine(self) -> None:
+        """The engine does not stop: end it and start another one, with the conversation as it is."""
+        turn, self._turn = self._turn, None
+        self.ready = False
+        self._settle(turn, self.conversation.give_up("cancelled"))
+        self.say("The engine did not stop; another one takes its place. What was said is kept.")
+        self.status.tell(state="restarting", rate=None)
+        await self.app.start_engine()
+
+    def _escape_loading(self) -> None:
+        now = time.monotonic()
+        if now - self._escaped > 5:
+            self.say("The model is on its way: esc again stops that.")
+        else:
+            self.lack_model(f"Loading {self.model} was stopped. /model chooses a model.")
+            self.run_worker(self.app.engine.start())  # what it was doing ends with the process before
+        self._escaped = now
 
 
 def _status_of(m: StoredMessage | None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from textual.app import ComposeResult
@@ -10,6 +12,7 @@ from textual.content import Content
 from textual.widgets import Input, Label, OptionList
 from textual.widgets.option_list import Option
 
+from tinychat.errors import TinychatError
 from tinychat.tui.screens.panel import PanelScreen
 from tinychat.tui.text import clean, shorten
 from tinychat.tui.widgets.turn import human_size
@@ -18,18 +21,24 @@ if TYPE_CHECKING:
     from tinychat.tui.app import ChatApp
 
 
+PATIENCE = 5.0  # seconds that an engine which is busy with something else may take to answer
+
+
 class ModelScreen(PanelScreen[str]):
     """Gives a name, or None. A repository, a folder or a file may be typed."""
 
     app: ChatApp
 
-    def __init__(self, current: str):
+    def __init__(self, current: str, trouble: str = ""):
+        """trouble: why one has to choose."""
         super().__init__()
-        self.current = current
+        self.current, self.trouble = current, trouble
 
     def compose(self) -> ComposeResult:
         with Vertical(id="panel"):
             yield Label("Choose a model", classes="title")
+            if self.trouble:
+                yield Label(clean(self.trouble), classes="trouble", markup=False)
             yield OptionList(markup=False)
             yield Input(
                 placeholder="or type a name, a Hugging Face repo, a folder, a .gguf file", compact=True
@@ -41,7 +50,11 @@ class ModelScreen(PanelScreen[str]):
         self.run_worker(self._fill())
 
     async def _fill(self) -> None:
-        found = await self.app.engine.models()
+        found = None
+        with suppress(TinychatError, asyncio.TimeoutError):
+            if self.app.engine.pid is None:
+                await self.app.engine.start()
+            found = await asyncio.wait_for(self.app.engine.models(), PATIENCE)
         state = self.query_one("#state", Label)
         if found is None:
             state.update("The engine does not say what is installed; type a name.")
