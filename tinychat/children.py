@@ -8,8 +8,6 @@ the import path for `-m` and `-c`, and `-P` is not known before 3.11.
 import os
 import sys
 
-import tinychat
-
 
 def trusted_path() -> list[str]:
     """`sys.path` without the working directory and relative entries.
@@ -20,7 +18,7 @@ def trusted_path() -> list[str]:
         here = os.path.realpath(os.getcwd())
     except OSError:  # the folder was removed
         here = ""
-    package = os.path.dirname(os.path.abspath(tinychat.__file__))
+    package = os.path.dirname(os.path.abspath(__file__))
     installed = os.path.isdir(os.path.join(package, "models"))  # in the sources they lie beside it
     home = os.path.realpath(os.path.dirname(package)) if installed else None
 
