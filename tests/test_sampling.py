@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tinychat.errors import UsageError
+from tinychat.errors import CheckpointError, UsageError
 from tinychat.sampling import SamplingParams, candidates, choose_seed, gumbel, log_softmax, penalize, sample
 
 OFF = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -139,9 +139,9 @@ def test_a_damaged_models_logits_are_refused(bad):
     logits = random_logits(1)
     logits[17] = bad
     for params in (SamplingParams(), SamplingParams(temperature=0, repeat_penalty=1.1)):
-        with pytest.raises(UsageError, match="finite"):
+        with pytest.raises(CheckpointError, match="finite"):
             sample(logits, params, 0, 0)
-    with pytest.raises(UsageError, match="finite"):
+    with pytest.raises(CheckpointError, match="finite"):
         sample(np.full(9, -np.inf, dtype=np.float32), SamplingParams(), 0, 0)
 
 

@@ -98,9 +98,16 @@ class SyntheticCheckpoint:
         c = self.config
         return np.ones(c.head_dim if name.endswith(("q_norm", "k_norm")) else c.hidden_size, np.float32)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, tell: Any = None) -> str:
         """The shape's name says it all."""
         return f"{self.path.name}-1"
+
+    def known_fingerprint(self) -> str:
+        """The fingerprint: nothing is read for it."""
+        return self.fingerprint()
+
+    def check_unchanged(self) -> None:
+        """Random numbers of a fixed seed do not change."""
 
     def tokenizer(self):
         """There is none."""

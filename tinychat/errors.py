@@ -51,6 +51,12 @@ class DeviceLostError(TinychatError):
     """A GPU failed in the middle of its work; this process cannot use it any more, another one may."""
 
 
+class DamagedWeightsError(DeviceLostError):
+    """Weights rotted under a running model; this process cannot use them any more, another one makes them
+    anew.
+    """
+
+
 class CheckpointError(TinychatError):
     """A model file is damaged, hostile, or of a kind that tinychat does not read."""
 

@@ -16,7 +16,7 @@ from tinychat.events import Completion, Done, Event, FinishReason, Notice, Stats
 from tinychat.eviction import Votes
 from tinychat.kvcache import Branch, PoolExhaustedError
 from tinychat.machine import peak_rss
-from tinychat.sampling import SamplingParams, choose_seed, sample
+from tinychat.sampling import SamplingParams, choose_seed, greedy, sample
 from tinychat.speculation import Draft
 from tinychat.speculation.acceptance import rejection
 from tinychat.speculation.speculator import Speculator
@@ -241,7 +241,7 @@ class Generation:
     def _choose(self, row, drafted: int | None, q=None, before: Sequence[int] = ()) -> int:
         """The token that follows the context and `before`, from its row of logits (or its argmax)."""
         if self.params.greedy:
-            return int(row)
+            return greedy(row)
         position = len(self.context) + len(before)
         seen = None
         if self.params.repeat_penalty != 1.0:

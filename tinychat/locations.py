@@ -29,6 +29,11 @@ def packs_dir() -> Path:
     return home() / "packs"
 
 
+def hashes_file() -> Path:
+    """Content hashes of model files that were read here (`tinychat.identity`)."""
+    return home() / "hashes.json"
+
+
 def kernels_dir() -> Path:
     """CUDA kernels, compiled for the GPU that is here."""
     return home() / "kernels"
@@ -37,6 +42,12 @@ def kernels_dir() -> Path:
 def pack_name(fingerprint: str, rest: str = "") -> str:
     """How the names of a checkpoint's packs begin, and go on."""
     return "".join(c if c.isalnum() else "-" for c in fingerprint)[:80] + "--" + rest
+
+
+def packs_of(fingerprint: str) -> list[Path]:
+    """The packs of a checkpoint and of its layers, and what lies beside them."""
+    beginning = pack_name(fingerprint).removesuffix("-")
+    return sorted(packs_dir().glob(f"{beginning}*")) if packs_dir().is_dir() else []
 
 
 def history_file() -> Path:

@@ -20,6 +20,7 @@ from tinychat.extras import import_torch
 from tinychat.formats import Checkpoint, open_checkpoint
 from tinychat.machine import available_memory, has_gpu, human_bytes
 from tinychat.models import FAMILIES
+from tinychat.oversized import refuse_oversized
 from tinychat.prepare import WeightPolicy
 from tinychat.sampling import SamplingParams
 from tinychat.session import Session
@@ -165,7 +166,7 @@ def make_backend(
         return ReferenceBackend(checkpoint, policy, threads, kv_bits=8 if kv_bits == 8 else 32)
     from tinychat.backends.cpu import CpuBackend
 
-    return CpuBackend(checkpoint, policy, threads=threads, act_bits=act_bits, kv_bits=kv_bits)
+    return CpuBackend(checkpoint, policy, threads=threads, act_bits=act_bits, kv_bits=kv_bits, tell=progress)
 
 
 def _cuda(
@@ -176,7 +177,7 @@ def _cuda(
 
     modules = open_modules(tell=progress)
     _check_room(checkpoint, 0.55, free_memory(modules.device))
-    return CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=modules)
+    return CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=modules, tell=progress)
 
 
 def _check_room(checkpoint: Checkpoint, bytes_a_weight: float, free: int) -> None:
@@ -327,6 +328,8 @@ class Model:
         """Continue a bare prompt (text or ids; no chat template). Yields events; sampling parameters by
         keyword.
         """
+        if isinstance(prompt, str):
+            refuse_oversized(self.tokenizer, [prompt], self.n_ctx, self.eviction() is not None)
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._checked(prompt)
         speculator = self.speculator(sampling.pop("draft", None))
         params = self.default_sampling.but(**sampling)
@@ -346,6 +349,8 @@ class Model:
                 or not isinstance(m.get("content"), str)
             ):
                 raise UsageError(f"{m!r} is not a message.", 'Use {"role": "user", "content": "…"}.')
+        said = [m["content"] for m in messages]
+        refuse_oversized(self.tokenizer, said, self.n_ctx, self.eviction() is not None)
         if self.template is None:
             text = "".join(m["content"] for m in messages)
             ids = self.encode_prompt(text)

@@ -1,9 +1,10 @@
 """Weights in the CPU kernels' own layout: made at first load, one module at a time; memory-mapped afterwards.
 
 A pack file: 4096 bytes of header (magic, version, where the index is, its checksum), the weights, the index
-(JSON: where each module lies). It is written under another name and renamed when complete, so a pack that has
-the right name is whole; header, sizes and the index's checksum are looked at when it is opened, and a damaged
-pack is made again. Small packs are copied into huge pages instead of mapped.
+(JSON: where each module lies, and the checksum of each part). It is written under another name and renamed
+when complete, so a pack that has the right name is whole. Disks rot and cables fail, so what a pack holds is
+checked too (`packcheck.py`); a damaged pack is made again. Small packs are copied into huge pages instead of
+mapped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import mmap
 import os
 import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,14 @@ from typing import Any
 import numpy as np
 
 from tinychat import locations
+from tinychat.errors import DamagedWeightsError
+from tinychat.files import open_regular, watched
 from tinychat.formats import Checkpoint
 from tinychat.kernels_cpu import _native
 from tinychat.prepare import WeightPolicy
 from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"TINYPACK"
 PAGE = 4096
 HEADER = struct.Struct("<8sIIQQQ")  # magic, version, index checksum, index offset, index size, file size
@@ -60,6 +62,23 @@ class Packs:
 
     def __init__(self, data: Any, index: dict[str, Any]):
         self._data, self.index = data, index
+        self.damaged: list[str] = []  # modules that were found damaged while they were in use
+
+    def check_usable(self) -> None:
+        """Raises DamagedWeightsError once a check in the background has found rot."""
+        if self.damaged:
+            raise DamagedWeightsError(
+                f"The stored weights were damaged on disk ({', '.join(self.damaged[:3])}); they are removed.",
+                "Load the model again: they are made anew from the model's own file.",
+            )
+
+    def bad_parts(self, first: int = 0, last: int | None = None) -> list[str]:
+        """Names of the modules whose bytes do not have the checksum that they were written with, among the
+        parts first … last - 1 of the file. Reads all of those.
+        """
+        parts = self.index["parts"][first:last]
+        bad = {at for at, size, sum in parts if checksum(self.array([at, size], np.uint8)) != sum}
+        return _owners(self.index, bad) if bad else []
 
     def vector(self, name: str) -> np.ndarray:
         """float32 [n]."""
@@ -94,17 +113,38 @@ class Packs:
         return PackedLinear(_native.Linear(*e["form"], data, bias), perm)
 
 
-def load(checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, threads: int) -> Packs:
-    """The checkpoint's pack: mapped if there is a sound one, else made (and kept, if the disk has room)."""
+def load(
+    checkpoint: Checkpoint,
+    policy: WeightPolicy,
+    family: ModuleType,
+    threads: int,
+    tell: Callable[[str], None] | None = None,
+) -> Packs:
+    """The checkpoint's pack: mapped if there is a sound one, else made (and kept, if the disk has room).
+
+    tell hears of what takes long.
+    """
+    path = pack_path(checkpoint, policy, tell=tell)
     return opened(
-        pack_path(checkpoint, policy),
-        lambda sink: CpuPacker(checkpoint, policy, sink, threads).pack(family),
+        path, lambda sink: CpuPacker(checkpoint, policy, sink, threads).pack(family), checkpoint, tell
     )
 
 
-def opened(path: Path, build: Callable[[Any], dict[str, Any]]) -> Packs:
-    """The pack at `path`; without a sound one, what `build` puts into a sink (it returns the index)."""
-    pack = _open(path)
+def opened(
+    path: Path,
+    build: Callable[[Any], dict[str, Any]],
+    checkpoint: Checkpoint,
+    tell: Callable[[str], None] | None = None,
+    at_once: bool = False,
+) -> Packs:
+    """The pack at `path`; without a sound one, what `build` puts into a sink (it returns the index).
+
+    at_once: all of it will be read now, so it is checked now.
+    Raises CheckpointError for a checkpoint that is changed while it is read.
+    """
+    from tinychat import packcheck
+
+    pack = packcheck.sound(path, tell, at_once)
     if pack is not None:
         return pack
     try:
@@ -114,11 +154,13 @@ def opened(path: Path, build: Callable[[Any], dict[str, Any]]) -> Packs:
         try:
             with open(partial, "wb") as f:
                 build(_File(f))
+            checkpoint.check_unchanged()  # its name in the cache says what it was made of
             os.replace(partial, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 partial.unlink()
-        pack = _open(path)
+        packcheck.note(path)
+        pack = read(path)
         if pack is not None:
             return pack
         reason = "it reads back damaged"
@@ -132,45 +174,58 @@ def opened(path: Path, build: Callable[[Any], dict[str, Any]]) -> Packs:
     )
     memory = _Memory()
     index = build(memory)
+    checkpoint.check_unchanged()
     return _MemoryPacks(memory.parts, index)
 
 
-def pack_path(checkpoint: Checkpoint, policy: WeightPolicy, layout: str = "lanes16") -> Path:
+def pack_path(
+    checkpoint: Checkpoint,
+    policy: WeightPolicy,
+    layout: str = "lanes16",
+    tell: Callable[[str], None] | None = None,
+) -> Path:
     """Where the pack of these weights lies. Every ISA reads the same layout, so its name is no part of it."""
-    fingerprint = checkpoint.fingerprint()
+    fingerprint = checkpoint.fingerprint(tell)
     key = f"{fingerprint}|{policy.quantize}|{policy.head_bits}|{layout}|{VERSION}"
     rest = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pack"
     return locations.packs_dir() / locations.pack_name(fingerprint, rest)
 
 
-def verify(path: Path) -> list[str]:
-    """Names of the modules whose bytes do not have the checksum they were written with; reads everything."""
-    pack = _open(path)
-    if pack is None:
-        return ["(header)"]
-    bad = []
-    for name, e in pack.index["linears"].items():
-        if zlib.crc32(pack.array(e["data"], np.uint8)) != e["crc"]:
-            bad.append(name)
-    return bad
+def checksum(a: np.ndarray) -> int:
+    """64 bits that change when the array's bytes do."""
+    return _native.checksum(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
 
 
-def _open(path: Path) -> Packs | None:
-    """The pack, or None if there is none or it is damaged."""
+def _owners(index: dict[str, Any], starts: set[int]) -> list[str]:
+    """Names of the modules that have a part at one of these places."""
+    names = []
+    for kind in ("vectors", "linears"):
+        for name, entry in index[kind].items():
+            places = entry.values() if isinstance(entry, dict) else [entry]
+            if any(isinstance(p, list) and len(p) == 2 and p[0] in starts for p in places):
+                names.append(name)
+    return names
+
+
+def read(path: Path) -> Packs | None:
+    """The pack, or None if there is none or its header or index is damaged; its weights are not looked at."""
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             size = os.fstat(f.fileno()).st_size
             magic, version, crc, at, length, whole = HEADER.unpack(f.read(HEADER.size))
             if magic != MAGIC or version != VERSION or whole != size or at + length != size:
                 return None
-            data = _huge(f, size) if size <= SMALL else mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
+            if size <= SMALL:
+                data = np.frombuffer(_huge(f, size), np.uint8)
+            else:
+                whole = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
+                with contextlib.suppress(OSError, AttributeError):
+                    whole.madvise(mmap.MADV_WILLNEED)  # starts without reading all of it first
+                data = watched(whole, path)
         raw = data[at : at + length]
-        if zlib.crc32(raw) != crc:
+        if checksum(raw) & 0xFFFFFFFF != crc:
             return None
-        if size > SMALL:  # starts without reading all of it first
-            with contextlib.suppress(OSError, AttributeError):
-                data.madvise(mmap.MADV_WILLNEED)
-        return Packs(data, json.loads(raw))
+        return Packs(data, json.loads(raw.tobytes()))
     except (OSError, struct.error, ValueError):
         return None
 
@@ -187,7 +242,13 @@ def _huge(f: Any, size: int) -> mmap.mmap:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes left that died while packing."""
+    """Remove what processes left that died while packing, and packs that no version reads any more."""
+    for f in folder.glob("*.pack"):
+        with contextlib.suppress(OSError, struct.error):
+            with open_regular(f) as opened:
+                magic, version, *_ = HEADER.unpack(opened.read(HEADER.size))
+            if magic == MAGIC and version < VERSION:
+                f.unlink()
     for f in folder.glob("*.partial"):
         pid = f.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
@@ -200,6 +261,7 @@ class _File:
 
     def __init__(self, f: Any):
         self.f, self.at = f, PAGE
+        self.parts: list[list[int]] = []  # where each lies, its size and its checksum
         f.seek(PAGE)
 
     def put(self, a: np.ndarray) -> list[int]:
@@ -207,13 +269,16 @@ class _File:
         self.f.seek(start)
         self.f.write(memoryview(a).cast("B"))
         self.at = start + a.nbytes
+        self.parts.append([start, a.nbytes, checksum(a)])
         return [start, a.nbytes]
 
     def finish(self, index: dict[str, Any]) -> None:
-        raw = json.dumps(index).encode()
-        at, _ = self.put(np.frombuffer(raw, np.uint8))
+        index["parts"] = self.parts
+        raw = np.frombuffer(json.dumps(index).encode(), np.uint8)
+        at, length = self.put(raw)
+        crc = checksum(raw) & 0xFFFFFFFF
         self.f.seek(0)
-        self.f.write(HEADER.pack(MAGIC, VERSION, zlib.crc32(raw), at, len(raw), at + len(raw)))
+        self.f.write(HEADER.pack(MAGIC, VERSION, crc, at, length, at + length))
         self.f.flush()
         os.fsync(self.f.fileno())
 
@@ -253,7 +318,7 @@ class Packer:
         return self.index
 
     def entry(self, w: Linear) -> dict[str, Any]:
-        """Put a linear into the sink; where it is (`data`, `crc`: for `verify`) and its form."""
+        """Put a linear into the sink; where its parts are, and its form."""
         raise NotImplementedError
 
     def put(self, a: np.ndarray | None, dtype: Any = None) -> list[int] | None:
@@ -299,7 +364,6 @@ class CpuPacker(Packer):
             "data": self.put(out),
             "bias": self.put(w.bias, np.float32),
             "perm": self.put(perm, np.int32),
-            "crc": zlib.crc32(out),
         }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tinychat.errors import UsageError
-from tinychat.sampling import log_softmax
+from tinychat.sampling import log_softmax, no_finite_logit
 
 
 def perplexity(
@@ -22,7 +22,8 @@ def perplexity(
 
     logits: token ids [n] → float32 [n, vocab]. ids: the text. The text is cut into windows of `window`
     tokens; of each, the tokens from `window // 2` on are scored, as llama.cpp's perplexity tool does. A text
-    shorter than two windows' worth is scored as one window. Raises UsageError if there is nothing to score.
+    shorter than two windows' worth is scored as one window. Raises UsageError if there is nothing to score,
+    CheckpointError if the model computes NaN.
     """
     if window < 4:
         raise UsageError(f"A window of {window} tokens is too small.", "Use --ctx 512.")
@@ -40,4 +41,6 @@ def perplexity(
             progress(done + 1, len(starts))
     if n == 0:
         raise UsageError(f"The text has {len(ids)} tokens, too few to score.", "Give a longer text.")
+    if not np.isfinite(total):
+        raise no_finite_logit()
     return float(np.exp(total / n)), n

@@ -13,12 +13,12 @@ from tinychat.errors import UnsupportedModelError
 # kind → the fields that it must have, and those that it may have
 FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
-    "linear": ({"factor"}, set()),
+    "linear": ({"factor"}, {"original_max_position_embeddings"}),
     "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
     "yarn": (
-        {"factor"},
-        {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        set(),
+        {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
          "mscale_all_dim", "truncate"},
     ),
     "longrope": (
@@ -26,6 +26,7 @@ FIELDS: dict[str, tuple[set[str], set[str]]] = {
         {"factor", "attention_factor", "original_max_position_embeddings"},
     ),
 }  # fmt: skip
+NOTES = {"finetuned"}  # fields that say how the model was made and change nothing (Yarn's own checkpoints)
 
 
 def rope_config(cfg: dict[str, Any], head_dim: int, long: bool = False) -> RopeConfig:
@@ -45,9 +46,10 @@ def rope_config(cfg: dict[str, Any], head_dim: int, long: bool = False) -> RopeC
         raise UnsupportedModelError(
             f"The rope scaling {kind!r} is not supported.", f"Supported: {', '.join(sorted(FIELDS))}."
         )
-    params = {name: value for name, value in params.items() if value is not None}
+    nothing_said = kind == "yarn" and "factor" not in params  # null stands for the ratio of the contexts
+    params = {name: value for name, value in params.items() if value is not None and name not in NOTES}
     needed, allowed = FIELDS[kind]
-    if kind != "default" and not needed <= set(params) <= needed | allowed:
+    if kind != "default" and (nothing_said or not needed <= set(params) <= needed | allowed):
         raise UnsupportedModelError(
             f"The rope scaling {kind!r} has the fields {sorted(params)}, expected {sorted(needed)}"
             f"{' and maybe ' + ', '.join(sorted(allowed)) if allowed else ''}.",
@@ -82,12 +84,12 @@ def _llama3(base: RopeConfig, params: dict, original: int, cfg: dict) -> RopeCon
         factor=float(params["factor"]),
         low_freq_factor=float(params["low_freq_factor"]),
         high_freq_factor=float(params["high_freq_factor"]),
-        original_context=int(params["original_max_position_embeddings"]),
+        original_context=original,
     )
 
 
 def _yarn(base: RopeConfig, params: dict, original: int, cfg: dict) -> RopeConfig:
-    factor = float(params["factor"])
+    factor = float(params.get("factor") or cfg["max_position_embeddings"] / original)
     magnitude = params.get("attention_factor")
     if magnitude is None:
         one, all_dims = params.get("mscale"), params.get("mscale_all_dim")

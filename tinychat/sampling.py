@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from tinychat.backends import LargestLogits
-from tinychat.errors import UsageError
+from tinychat.errors import CheckpointError, UsageError
 
 FEW = 1024  # of a row's largest logits: nearly always all that top-p and min-p leave
 
@@ -219,7 +219,7 @@ def _order_of_largest(
 
 def penalize(logits: np.ndarray, params: SamplingParams, seen: np.ndarray | None) -> np.ndarray:
     """Logits with the repetition penalty applied to the ids in `seen`; NaN (a damaged model) raises
-    UsageError.
+    CheckpointError.
     """
     _check_finite(logits.max())  # NaN wins every max
     if params.repeat_penalty == 1.0 or seen is None or len(seen) == 0:
@@ -235,7 +235,25 @@ def _penalized(x: np.ndarray, params: SamplingParams) -> np.ndarray:
 
 def _check_finite(best: np.floating) -> None:
     if not np.isfinite(best):
-        raise UsageError("The model computed no finite logit.", "The checkpoint is damaged; pull it again.")
+        raise no_finite_logit()
+
+
+def greedy(best: int) -> int:
+    """The token of a row whose argmax is `best`, as `Backend.step_greedy` gives it.
+
+    Raises CheckpointError where it says that there is none.
+    """
+    if best < 0:
+        raise no_finite_logit()
+    return int(best)
+
+
+def no_finite_logit() -> CheckpointError:
+    """The network computed NaN: its weights are damaged."""
+    return CheckpointError(
+        "The model computed no finite logits (NaN or infinity), so it cannot go on.",
+        "Its weights are damaged; tinychat doctor --verify MODEL finds out which.",
+    )
 
 
 def sample(

@@ -17,8 +17,9 @@ from tinychat.characters import whole
 from tinychat.errors import TinychatError, UsageError
 from tinychat.events import Done, Event, FinishReason, Notice, TextDelta
 from tinychat.eviction import SMALLEST
-from tinychat.files import write_atomically
+from tinychat.files import MAX_TEXT, read_text, write_atomically
 from tinychat.kvcache import common_prefix
+from tinychat.oversized import refuse_oversized
 from tinychat.sampling import SamplingParams
 from tinychat.stopping import cut_ids
 
@@ -199,6 +200,9 @@ class Session:
             if isinstance(question, Message):
                 self.nodes.append(question)
                 question = n_nodes
+            asked = [self._system or "", self.nodes[question].content]
+            evicts = self._branch.ledger is not None
+            refuse_oversized(self.model.tokenizer, asked, self.model.n_ctx, evicts)
             segments = self._prompt(self.path(question), True)
             prompt = [i for _, part in segments for i in part]
             while self._notices:
@@ -342,7 +346,7 @@ class Session:
         Raises TinychatError if the file is not a saved conversation.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(read_text(path, MAX_TEXT))
             if content["tinychat_session"] != FORMAT:
                 raise ValueError(f"format {content['tinychat_session']}")
             nodes = [Message(**n) for n in content["nodes"]]

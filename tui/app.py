@@ -22,6 +22,7 @@ from textual.screen import Screen
 from tinychat import locations
 from tinychat.client import EngineClient, Loading, Text
 from tinychat.errors import TinychatError
+from tinychat.files import read_text
 from tinychat.store import Chat, ChatStore
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
@@ -286,7 +287,7 @@ class ChatApp(App[None]):
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinychat.files import read_bytes
+
 MOST_BYTES = 4_000_000
 _MENTION = re.compile(r"(?:^|(?<=\s))@(?:\"([^\"\n]+)\"|(\S+))")
 
@@ -43,10 +45,7 @@ def mentions(text: str) -> list[tuple[str, Path]]:
 def read(path: Path) -> Attachment:
     """A text file as an attachment."""
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            return Attachment(path.name, "", f"{size / 1e6:.1f} MB is too large")
-        data = path.read_bytes()
+        data = read_bytes(path, MOST_BYTES)
     except OSError as e:
         return Attachment(path.name, "", e.strerror or str(e))
     try:

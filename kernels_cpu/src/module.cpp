@@ -1,6 +1,8 @@
 // Python's view of the CPU kernels: tinychat.kernels_cpu._native.
 #include "bandwidth.h"
 #include "bindings.h"
+#include "bus_error.h"
+#include "checksum.h"
 #include "cpu_info.h"
 #include "pack.h"
 
@@ -80,6 +82,18 @@ NB_MODULE(_native, m) {
           "Best of `rounds` plain multi-threaded reads, GB/s.");
     m.def("kv_block_bytes", &kv_block_bytes, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16,
           "Bytes of one block of 16 slots, all layers, in the pool that `set_kv` takes.");
+    m.def(
+        "checksum",
+        [](Bytes bytes) {
+            nb::gil_scoped_release release;
+            return checksum(bytes.data(), bytes.nbytes());
+        },
+        "bytes"_a, "64-bit checksum of uint8 [n]: finds rot.");
+    m.def(
+        "watch_map", [](Bytes bytes, const char* message) { return watch_map(bytes.data(), bytes.nbytes(), message); },
+        "bytes"_a, "message"_a,
+        "Say `message` and exit with code 1 where reading this map raises SIGBUS. Returns an id for unwatch_map.");
+    m.def("unwatch_map", &unwatch_map, "id"_a, "Forget a map that is watched.");
     bind_packing(m);
     bind_program(m);
 }

@@ -311,7 +311,7 @@ class LmHeadOp : public Op {
                 finish(scratch, kCols, n, cols);
                 for (int m = 0; m < n; m++) {
                     ArgmaxResult found = k_.argmax(scratch + m * kCols, cols);
-                    found.index += first;
+                    if (found.index >= 0) found.index += first;
                     ArgmaxResult& top = best_[static_cast<size_t>(r + m) * chunks_ + c];
                     if (t == t0 || found.value > top.value) top = found;
                 }

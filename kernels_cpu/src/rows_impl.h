@@ -396,18 +396,28 @@ void finish_logits(const LogitArgs& a) {
         }
 }
 
-// The first index of the largest value; NaN never wins, all NaN gives index 0.
+// The first index of the largest value; -1 where there is a NaN or an infinity above all, and where nothing is finite.
 template <class S>
 ArgmaxResult argmax(const float* v, int n) {
     using V = V16<S>;
-    V best = V::set1(-INFINITY);
+    V best = V::set1(-INFINITY), high = V::set1(0.0f);
     int i = 0;
-    for (; i + 16 <= n; i += 16) best = V::max(V::load(v + i), best);  // max(x, best): NaN in x gives best
-    float top = best.largest();
-    for (; i < n; i++) top = v[i] > top ? v[i] : top;
+    for (; i + 16 <= n; i += 16) {
+        const V x = V::load(v + i);
+        best = V::max(x, best);  // NaN in x gives best
+        high = V::max_abs(high, x);
+    }
+    float top = best.largest(), size = high.largest_bits();
+    bool nan = size != size;
+    for (; i < n; i++) {
+        top = v[i] > top ? v[i] : top;
+        nan |= v[i] != v[i];
+    }
+    if (nan || top == INFINITY) return {INFINITY, -1};
+    if (top == -INFINITY) return {top, -1};
     for (i = 0; i < n; i++)
         if (v[i] == top) return {top, i};
-    return {-INFINITY, 0};
+    return {-INFINITY, -1};
 }
 
 }  // namespace

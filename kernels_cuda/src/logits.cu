@@ -6,7 +6,8 @@
 constexpr int THREADS = 1024;
 constexpr int LARGEST = 256;
 
-// The largest of each row of n logits, the lowest id on a tie; NaN never wins. grid: rows.
+// The largest of each row of n logits, the lowest id on a tie; -1 where one is NaN or infinite, or none is finite.
+// grid: rows.
 extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* x, int* to, int n) {
     start();
     __shared__ float values[THREADS];
@@ -14,8 +15,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* x, int
     x += static_cast<size_t>(blockIdx.x) * n;
     float best = -INFINITY;
     int id = n;
-    for (int i = threadIdx.x; i < n; i += THREADS)
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        if (!(x[i] < INFINITY)) best = INFINITY, id = -1;  // nothing is larger, and no id lower
         if (x[i] > best) best = x[i], id = i;
+    }
     values[threadIdx.x] = best;
     ids[threadIdx.x] = id;
     for (int half = THREADS / 2; half; half /= 2) {
@@ -27,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* x, int
             ids[i] = ids[j];
         }
     }
-    if (threadIdx.x == 0) to[blockIdx.x] = ids[0] < n ? ids[0] : 0;
+    if (threadIdx.x == 0) to[blockIdx.x] = ids[0] < n ? ids[0] : -1;
 }
 EXPORT(argmax)
 // resources argmax: registers 48, spills 0, shared 8192

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from backend_steps import IDS, TABLE, cpu, cuda, run
 from emulation import needs_device
 from tiny import TinyCheckpoint
 
-from tinychat import packs
+from tinychat import packcheck, packs
 from tinychat.backends import Step
 from tinychat.prepare import WeightPolicy
 
@@ -87,7 +89,7 @@ def test_the_second_start_reads_the_pack_only(backend, home):
         np.testing.assert_array_equal(again, first)
     files = list((home / "packs").iterdir())
     assert len(files) == 2
-    assert [packs.verify(f) for f in files] == [[], []]
+    assert [packcheck.verify(f) for f in files] == [[], []]
 
 
 def damage_header(b):
@@ -106,7 +108,24 @@ def empty(b):
     b.clear()
 
 
-@pytest.mark.parametrize("damage", [damage_header, damage_index, cut_short, empty])
+def flip_a_weight(b):
+    b[packs.PAGE + 100] ^= 0x40
+
+
+def flip_a_norm(b):
+    index = json.loads(bytes(b[slice(*index_of(b))]))
+    b[index["vectors"]["model.norm"][0] + 3] ^= 0x40
+
+
+def index_of(b):
+    *_, at, length, _ = packs.HEADER.unpack(b[: packs.HEADER.size])
+    return at, at + length
+
+
+@pytest.mark.filterwarnings("ignore:The stored weights were damaged")
+@pytest.mark.parametrize(
+    "damage", [damage_header, damage_index, cut_short, empty, flip_a_weight, flip_a_norm]
+)
 def test_a_damaged_pack_is_made_again(backend, home, damage):
     expected = run(backend(TinyCheckpoint(1)), IDS, [9])
     (file,) = (home / "packs").iterdir()

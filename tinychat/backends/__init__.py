@@ -120,7 +120,9 @@ class Backend(Protocol):
         ...
 
     def step_greedy(self, step: Step) -> np.ndarray:
-        """Like `step`, but the argmax of each asked row (lowest id on a tie): int32 [T - logits_from]."""
+        """Like `step`, but the argmax of each asked row (lowest id on a tie): int32 [T - logits_from]. -1:
+        a logit is NaN or infinite, and there is nothing to choose.
+        """
         ...
 
     def close(self) -> None:

@@ -40,8 +40,11 @@ class CpuBackend:
         threads: int | None = None,
         act_bits: int | None = None,
         kv_bits: int = 16,
+        tell: Callable[[str], None] | None = None,
     ):
-        """Raises UsageError for an unknown setting, or a TINYCHAT_ISA that this CPU does not run."""
+        """tell hears of what takes long.
+
+        Raises UsageError for an unknown setting, or a TINYCHAT_ISA that this CPU does not run."""
         if act_bits not in (None, 8, 16):
             raise UsageError(f"act_bits={act_bits!r} is not known.", "Use 8 or 16.")
         if kv_bits not in (8, 16):
@@ -56,9 +59,8 @@ class CpuBackend:
         self.kv_bits = kv_bits
         self.threads = threads or _native.cores()
         family = FAMILIES[self.cfg.family]
-        weights = family.load(
-            packs.load(checkpoint, policy or WeightPolicy(), family, self.threads), self.cfg
-        )
+        self._pack = packs.load(checkpoint, policy or WeightPolicy(), family, self.threads, tell)
+        weights = family.load(self._pack, self.cfg)
         recorder = _Recorder(self.cfg, self.act_bits)
         family.forward(recorder, self.cfg, weights)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))
@@ -146,7 +148,7 @@ class CpuBackend:
         return out
 
     def step_greedy(self, step: Step) -> np.ndarray:
-        """The argmax of each asked row, lowest id on a tie: int32 [T - logits_from]. Writes no logits."""
+        """What `Backend.step_greedy` says; no logits are written."""
         out = np.empty(len(step.token_ids) - step.logits_from, np.int32)
         self._run(step, None, out)
         return out
@@ -168,6 +170,7 @@ class CpuBackend:
     def _run(self, step: Step, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
         if self._program is None:
             raise TinychatError("The model is closed.", "Load it again.")
+        self._pack.check_usable()
         self._program.run(
             np.ascontiguousarray(step.token_ids, np.int32),
             step.position,

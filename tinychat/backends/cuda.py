@@ -52,8 +52,9 @@ class CudaBackend:
         *,
         kv_bits: int = 16,
         modules: Modules | None = None,
+        tell: Callable[[str], None] | None = None,
     ):
-        """modules: a device and its compiler, in place of this machine's.
+        """modules: a device and its compiler, in place of this machine's. tell hears of what takes long.
 
         Raises UsageError for an unknown setting or where there is no usable GPU, MemoryBudgetError.
         """
@@ -81,7 +82,7 @@ class CudaBackend:
         self._program: Program | None = None
         with self._on_device():
             family = FAMILIES[c.family]
-            loader = Loader(checkpoint, policy or WeightPolicy(), family, self._modules)
+            loader = Loader(checkpoint, policy or WeightPolicy(), family, self._modules, tell)
             weights = family.load(loader, c)
             self._modules.prepare([*loader.sources, *program_sources(self._shape)])
             attention = Attention(self._modules, self._shape, WORKSPACE)
@@ -189,7 +190,7 @@ class CudaBackend:
         return self._run(step, head.LOGITS)
 
     def step_greedy(self, step: Step) -> np.ndarray:
-        """The argmax of each asked row, lowest id on a tie: int32 [T - logits_from]."""
+        """The argmax of each asked row, lowest id on a tie, or -1: int32 [T - logits_from]."""
         return self._run(step, head.ARGMAX)[:, 0]
 
     def step_largest(self, step: Step, temperature: float) -> list[LargestLogits]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -58,9 +58,22 @@ class Loader:
     mapped file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, policy: WeightPolicy, family: ModuleType, modules: Modules):
-        path = packs.pack_path(checkpoint, policy, LAYOUT)
-        self.pack = packs.opened(path, lambda sink: CudaPacker(checkpoint, policy, sink).pack(family))
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        policy: WeightPolicy,
+        family: ModuleType,
+        modules: Modules,
+        tell: Callable[[str], None] | None = None,
+    ):
+        path = packs.pack_path(checkpoint, policy, LAYOUT, tell)
+        self.pack = packs.opened(
+            path,
+            lambda sink: CudaPacker(checkpoint, policy, sink).pack(family),
+            checkpoint,
+            tell,
+            at_once=True,
+        )
         self.modules = modules
         self.sources: list[tuple[str, dict[str, str]]] = []  # that the weights need, and how compiled
         self._piece = Memory(0, 0)
@@ -120,7 +133,7 @@ class CudaPacker(packs.Packer):
         shape, parts = pack(w)
         where = {part: self.put(parts[part]) for part in PARTS}
         form = [shape.form.bits, shape.form.meta, shape.n, shape.k, shape.group]
-        return {**where, "form": form, "data": where["codes"], "crc": zlib.crc32(parts["codes"])}
+        return {**where, "form": form, "data": where["codes"]}
 
 
 def pack(w: Linear) -> Packed:

@@ -160,7 +160,10 @@ class ReferenceBackend:
 
     def step_greedy(self, step: Step) -> np.ndarray:
         # numpy's argmax takes the first (lowest id) on a tie; torch promises nothing.
-        return self.step(step).argmax(axis=1).astype(np.int32)
+        logits = self.step(step)
+        best = logits.argmax(axis=1)  # NaN wins it
+        chosen = np.isfinite(logits[np.arange(len(best)), best])
+        return np.where(chosen, best, -1).astype(np.int32)
 
     def close(self) -> None:
         self.weights, self.kv = None, torch.empty(0)

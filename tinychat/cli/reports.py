@@ -16,7 +16,10 @@ import click
 from tinychat import terminal
 from tinychat.cli.options import LOADING, complete_models, loading_options, model_argument, pick
 from tinychat.errors import UsageError
+from tinychat.files import read_prose
 from tinychat.machine import available_memory, cpu_count, human_bytes
+
+MAX_SCORED = 16 << 20  # bytes of a text whose perplexity is asked for: hours on any machine
 
 
 @click.command()
@@ -29,10 +32,7 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
     from tinychat.model import load
     from tinychat.perplexity import perplexity
 
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UsageError(f"{file} is not a UTF-8 text file.", "Give a text file.") from e
+    text = read_prose(file, MAX_SCORED)
     with load(model, **pick(o, LOADING), progress=partial(click.echo, err=True)) as m:
         window, ids = min(o["ctx"] or 512, m.n_ctx), m.tokenizer.encode(text)
         if sys.stderr.isatty():

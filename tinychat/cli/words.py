@@ -14,9 +14,9 @@ import click
 from tinychat.characters import whole
 from tinychat.cli.options import DEFAULT_MODEL
 from tinychat.errors import UsageError
+from tinychat.files import MAX_TEXT, read_prose
 
 PATIENCE = 1.0  # seconds until it is said that stdin is being waited for
-MOST = 32 << 20  # bytes; no context holds as much text
 
 
 def model_or_prompt(word: str, resumed: bool) -> tuple[str | None, str | None]:
@@ -42,12 +42,7 @@ def model_or_prompt(word: str, resumed: bool) -> tuple[str | None, str | None]:
 
 def gather(prompt: str | None, files: tuple[Path, ...]) -> str | None:
     """Files, then stdin, then the prompt; None when there is none of them."""
-    parts = []
-    for f in files:
-        try:
-            parts.append(f.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as e:
-            raise UsageError(f"{f} is not a UTF-8 text file.", "Give a text file.") from e
+    parts = [read_prose(f) for f in files]
     if not sys.stdin.isatty():
         try:
             piped = _piped().decode("utf-8")
@@ -86,7 +81,8 @@ def _piped() -> bytes:
             return b"".join(parts)
         parts.append(part)
         size += len(part)
-        if size > MOST:
+        if size > MAX_TEXT:
             raise UsageError(
-                f"More than {MOST >> 20} MB are piped in, which no model can read at once.", "Pipe less text."
+                f"More than {MAX_TEXT >> 20} MB are piped in, which no model can read at once.",
+                "Pipe less text.",
             )

@@ -9,6 +9,7 @@ import numpy as np
 
 from tinychat.config import ModelConfig
 from tinychat.errors import ModelNotFoundError
+from tinychat.identity import Tell
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import Linear
 
@@ -39,8 +40,20 @@ class Checkpoint(Protocol):
         """The tokenizer with its special tokens, stop tokens and chat template."""
         ...
 
-    def fingerprint(self) -> str:
-        """Changes whenever the content does: keys packs and prefix indexes."""
+    def fingerprint(self, tell: Tell | None = None) -> str:
+        """A hash of all that decides what the weights are, computed here: packs and KV caches are found by
+        it.
+
+        `tell` hears of it where that takes long. Raises CheckpointError for files that change meanwhile.
+        """
+        ...
+
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint if no weights need to be read for it."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file was written since it was opened."""
         ...
 
 
@@ -49,10 +62,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     from tinychat.formats.gguf import GGUFCheckpoint
     from tinychat.formats.hf import HFCheckpoint
 
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return GGUFCheckpoint(path)
-    if (path / "config.json").is_file():
-        return HFCheckpoint(path)
+    if (path / "config.json").exists():
+        checkpoint = HFCheckpoint(path)
+        checkpoint.check_complete()
+        return checkpoint
     files = sorted(path.glob("*.gguf"))
     if files:
         return GGUFCheckpoint(files[0])

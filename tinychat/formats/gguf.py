@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from tinychat.formats.gguf_file import (
     Tensor,
     type_of,
 )
+from tinychat.identity import Tell, content_hash, remembered
 from tinychat.models import FAMILIES
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
@@ -40,6 +39,7 @@ class GGUFCheckpoint:
         self.file = GGUFFile(self.path)
         self.fields = self.file.fields
         self.arch, self.config = read_config(self.file)
+        self._hash: str | None = None
         self._check_tensors()
 
     def has(self, name: str) -> bool:
@@ -82,18 +82,19 @@ class GGUFCheckpoint:
             )
         return tokenizer
 
-    def fingerprint(self) -> str:
-        """The content hash recorded when the file was pulled, else path, size and modification time."""
-        manifest = self.path.parent / "manifest.json"
-        try:
-            recorded = json.loads(manifest.read_text(encoding="utf-8"))
-            if recorded["file"] == self.path.name and recorded["size"] == self.file.size:
-                return f"sha256:{recorded['sha256']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        stat = self.path.stat()
-        key = f"{self.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-        return "stat:" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    def fingerprint(self, tell: Tell | None = None) -> str:
+        """A hash of the content, computed once; `tell` hears of it where that takes long."""
+        self._hash = self._hash or content_hash(self.file.mapped, tell)
+        return f"gguf:{self._hash}"
+
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint if nothing needs to be read for it."""
+        known = self._hash or remembered(self.file.mapped)
+        return known and f"gguf:{known}"
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if the file was written since it was opened."""
+        self.file.mapped.check_unchanged()
 
     def tensor_bytes(self) -> dict[str, int]:
         """Bytes stored in each type (`{"Q4_1": …, "F32": …}`), largest first."""

@@ -8,7 +8,6 @@ types that have no exact counterpart in `tinychat.weights`.
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.files import open_mapped
 
 MAGIC = b"GGUF"
 # ggml type number → name, weights in a block, bytes in a block; the gguf package knows the others
@@ -51,15 +51,8 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with path.open("rb") as f:
-                size = f.seek(0, 2)
-                self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        except FileNotFoundError:
-            raise ModelNotFoundError(f"{path} does not exist.", "Give the path of a .gguf file.") from None
-        except OSError as e:
-            raise CheckpointError(f"{path} cannot be read: {e.strerror}.", "Check its permissions.") from e
-        self.size = size
+        self.mapped = open_mapped(path)
+        self.map, self.size = memoryview(self.mapped.data), self.mapped.size
         self.fields: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
         self._at = 0
@@ -74,6 +67,7 @@ class GGUFFile:
 
     def data(self, tensor: Tensor, dtype: Any = np.uint8) -> np.ndarray:
         """The tensor's bytes, as a flat read-only view of the file."""
+        self.mapped.check()
         count = tensor.n_bytes // np.dtype(dtype).itemsize
         return np.frombuffer(self.map, dtype, count, tensor.start)
 
@@ -149,7 +143,7 @@ class GGUFFile:
         n = self._scalar("Q")
         if n > limit or n > self.size - self._at:
             raise self.damaged(f"it claims a string of {n} bytes at byte {self._at}")
-        text = self.map[self._at : self._at + n].decode("utf-8", "replace")
+        text = bytes(self.map[self._at : self._at + n]).decode("utf-8", "replace")
         self._at += n
         return text
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ from tinychat.errors import CheckpointError, ModelNotFoundError, UnsupportedMode
 from tinychat.formats import experts
 from tinychat.formats.quantized import PARTS, SUPPORTED, read_linear, read_quantization
 from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensors, read_json
+from tinychat.identity import Tell, content_hash, remembered
 from tinychat.models import FAMILIES
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import DenseLinear, Linear
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -37,9 +41,12 @@ class HFCheckpoint:
         generation = read_json(self.path / "generation_config.json")
         self.config = ModelConfig.from_hf(self.json, generation)
         self.quantization = read_quantization(self.path, self.json)
-        self._tensors = Tensors(self.path, lambda found: experts.by_module(found, self.config))
+        self._tensors = Tensors(
+            self.path, lambda found: experts.by_module(found, self.config), self._wanted_file()
+        )
         self._shapes = _expected_shapes(self.config)
         self._refuse_unknown()
+        self._tie()
 
     def has(self, name: str) -> bool:
         return f"{name}.weight" in self._tensors or self._quantized(name)
@@ -69,13 +76,72 @@ class HFCheckpoint:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_hf(self.path)
 
-    def fingerprint(self) -> str:
-        """sha256 over path, size and modification time of the files that say what the weights are."""
-        h = hashlib.sha256(str(self.path.resolve()).encode())
-        for file in sorted(self._tensors.files | {self.path / "config.json"}):
-            stat = file.stat()
-            h.update(f"\0{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
-        return h.hexdigest()
+    def fingerprint(self, tell: Tell | None = None) -> str:
+        """A hash of config.json, of how the weights are quantized, and of the files that hold them."""
+        return self._identity([content_hash(f, tell) for f in self._tensors.files])
+
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint if no weights need to be read for it."""
+        hashes = [remembered(f) for f in self._tensors.files]
+        return None if None in hashes else self._identity(hashes)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file with weights was written since it was opened."""
+        for f in self._tensors.files:
+            f.check_unchanged()
+
+    def _identity(self, hashes: list[str]) -> str:
+        facts = [self.json, repr(self.quantization), self._tensors.index, hashes]
+        return f"folder:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"
+
+    def _wanted_file(self) -> str | None:
+        """The file of weights that the folder's settings name, if they do (transformers; AutoGPTQ)."""
+        name = self.json.get("transformers_weights")
+        if name is None and self.quantization is not None:
+            name = self.quantization.file
+        if name is None or (isinstance(name, str) and Path(name).name == name and "\\" not in name):
+            return name
+        raise CheckpointError(
+            f"The folder's settings name the file {name!r}, which is not a plain file name.",
+            "The folder may be hostile; pull it from a source that you trust.",
+        )
+
+    def _tie(self) -> None:
+        """Head and embedding as transformers ties them: what is there stands in for what is not, and two that
+        differ stay two, whatever config.json says."""
+        embed, head = EMBEDDING, HEAD
+        if not self.config.tie_embeddings or not self.has(head):
+            return
+        if not self.has(embed):
+            self._tensors.rename(head, embed)
+        elif not self._same(embed, head):
+            self.config = replace(self.config, tie_embeddings=False)
+
+    def _same(self, one: str, other: str) -> bool:
+        a, b = f"{one}.weight", f"{other}.weight"
+        if a not in self._tensors or b not in self._tensors:
+            return False  # one is quantized
+        if (self._tensors[a].dtype, self._tensors[a].shape) != (
+            self._tensors[b].dtype,
+            self._tensors[b].shape,
+        ):
+            return False
+        pairs = zip(self._tensors.array(a), self._tensors.array(b), strict=True)
+        return all(x.tobytes() == y.tobytes() for x, y in pairs)  # a NaN is itself
+
+    def check_complete(self) -> None:
+        """Refuse a folder without a tensor that transformers would report as missing, and set at random."""
+        biases = FAMILIES[self.config.family].biases(self.config)
+        for name, shape in self._shapes.items():
+            if name == HEAD and self.config.tie_embeddings:
+                continue
+            if not self.has(name):
+                tied = " (tie_word_embeddings is false)" if name == HEAD else ""
+                raise CheckpointError(f"{self.path.name} has no tensor {name}.weight{tied}.", PULL_AGAIN)
+            if f"{name}.weight" in self._tensors and not self._quantized(name):
+                self._tensors.check(f"{name}.weight", shape, None)
+            if name.endswith(biases):
+                self._tensors.check(f"{name}.bias", shape[:1], None)
 
     def _refuse_unknown(self) -> None:
         """A tensor in a layer that the family does not have would change what is computed."""
@@ -118,8 +184,8 @@ def _expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every module of the model and the shape of its weight."""
     table = (cfg.vocab_size, cfg.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens": table,
-        "lm_head": table,
+        EMBEDDING: table,
+        HEAD: table,
         "model.norm": (cfg.hidden_size,),
     }
     family = FAMILIES[cfg.family]

@@ -7,7 +7,7 @@ config decides the method and the group size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ class Quantization:
 
     zero_point  awq: zeros are stored; compressed-tensors: not symmetric
     version     gptq: 1 stores zero − 1, 2 stores zero
+    file        the name of the file with the weights, where the settings say it
     """
 
     method: str
     group_size: int
     zero_point: bool = True
     version: int = 1
+    file: str | None = None
 
 
 def read_quantization(folder: Path, config: dict[str, Any]) -> Quantization | None:
@@ -48,6 +50,8 @@ def read_quantization(folder: Path, config: dict[str, Any]) -> Quantization | No
     if q is None and (old := read_json(folder / "quant_config.json")) is not None:  # AutoAWQ before 0.1.6
         q = {"quant_method": "awq", "bits": old.get("w_bit"), "group_size": old.get("q_group_size")}
         q |= {key: old[key] for key in ("version", "zero_point") if key in old}
+    if q is None and (old := read_json(folder / "quantize_config.json")) is not None:  # AutoGPTQ before 0.7
+        return _auto_gptq(old)
     if q is None:
         file = llm_awq_file(folder)
         return Quantization("awq", int(LLM_AWQ.search(file.name)[1])) if file else None
@@ -77,6 +81,19 @@ def _gptq(q: dict[str, Any]) -> Quantization:
     if not isinstance(rules, dict) or any(not str(rule).startswith("-:") for rule in rules):
         raise UnsupportedModelError("GPTQ with dynamic bits or groups is not supported.", SUPPORTED)
     return Quantization("gptq", _group(q.get("group_size", 128)), version=2 if layout == "gptq_v2" else 1)
+
+
+def _auto_gptq(old: dict[str, Any]) -> Quantization:
+    """AutoGPTQ's own file. It is silent about the method where the method is GPTQ, and names the weights'
+    file without its ending.
+    """
+    if old.get("is_marlin_format"):
+        raise UnsupportedModelError("The GPTQ layout 'marlin' is not supported.", SUPPORTED)
+    method = str(old.get("quant_method") or "gptq").lower()
+    if method not in ("gptq", "awq"):
+        raise UnsupportedModelError(f"The quantization method {method!r} is not supported.", SUPPORTED)
+    name = old.get("model_file_base_name")
+    return replace(_METHODS[method](old), file=f"{name}.safetensors" if name else None)
 
 
 def _compressed(q: dict[str, Any]) -> Quantization:

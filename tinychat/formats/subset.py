@@ -11,6 +11,7 @@ import numpy as np
 
 from tinychat.errors import UsageError
 from tinychat.formats import Checkpoint
+from tinychat.identity import Tell
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import Linear
 
@@ -55,9 +56,17 @@ class LayerSubset:
         """The whole model's."""
         return self.whole.tokenizer()
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, tell: Tell | None = None) -> str:
         """The whole model's, and which layers."""
-        return f"{self.whole.fingerprint()}-layers-{','.join(map(str, self.keep))}"
+        return f"{self.whole.fingerprint(tell)}-layers-{','.join(map(str, self.keep))}"
+
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint if nothing needs to be read for it."""
+        return self.whole.known_fingerprint() and self.fingerprint()
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if the whole model was changed since it was opened."""
+        self.whole.check_unchanged()
 
     def _kept(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """Where those of `layers` that are kept stand now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from tinychat.errors import CheckpointError, UnsupportedModelError
 from tinychat.extras import import_torch
+from tinychat.files import MAX_SETTINGS, MappedFile, open_mapped, read_text
 from tinychat.weights import bf16_to_f32
 
 DTYPES = {
@@ -26,7 +28,7 @@ DTYPES = {
     "I64": "<i8",
 }  # BF16: its bits
 FLOATS = ("F32", "F16", "BF16")
-MAX_JSON = 64 << 20
+MAX_HEADER = 32 << 20  # bytes of a safetensors header or an index; the largest known have ten million
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 LLM_AWQ = re.compile(r"-w4-g(-?\d{1,6})-awq(-v2)?\.pt$")  # how llm-awq names what it writes
 PULL_AGAIN = "The folder is damaged or incomplete; pull or convert it again."
@@ -42,17 +44,23 @@ class Tensor:
 
 
 class Tensors:
-    """All tensors of a folder by name. `files` are those that hold them."""
+    """All tensors of a folder by name. `files` are those that hold them; `index` says which holds which."""
 
-    def __init__(self, folder: Path, named: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda t: t):
+    def __init__(
+        self,
+        folder: Path,
+        named: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda t: t,
+        wanted: str | None = None,
+    ):
         """Read headers only; `named` gives the tensors the names that they are asked for by.
 
+        wanted  the file, or the index of shards, that the folder's settings name
         Raises CheckpointError for damage, UnsupportedModelError for pickles.
         """
         self.folder = folder
-        self.files: set[Path] = set()
-        self._maps: dict[Path, np.memmap] = {}
-        self._tensors = named(self._open())
+        self.files: list[MappedFile] = []
+        self.index: dict[str, str] = {}
+        self._tensors = named(self._open(wanted))
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -66,15 +74,20 @@ class Tensors:
             raise CheckpointError(f"{self.folder.name} has no tensor {name}.", PULL_AGAIN)
         return t
 
-    def check(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS) -> None:
-        """Refuse a tensor that is missing, or of another shape or dtype."""
+    def rename(self, module: str, to: str) -> None:
+        """Give a module's tensors another module's names."""
+        for name in [n for n in self._tensors if n.startswith(f"{module}.")]:
+            self._tensors[to + name.removeprefix(module)] = self._tensors.pop(name)
+
+    def check(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] | None = FLOATS) -> None:
+        """Refuse a tensor that is missing, or of another shape or (where they are given) dtype."""
         t = self[name]
         if t.shape != shape:
             raise CheckpointError(
                 f"{name} has the shape {list(t.shape)}; config.json says {list(shape)}.",
                 "The weights and config.json do not belong together; pull or convert the model again.",
             )
-        if t.dtype not in dtypes:
+        if dtypes is not None and t.dtype not in dtypes:
             raise UnsupportedModelError(
                 f"{name} is stored as {t.dtype}, which is not supported there.",
                 f"Supported: {', '.join(dtypes)}.",
@@ -93,13 +106,17 @@ class Tensors:
         """A float tensor in the smallest of float16 and float32 that holds it."""
         return self.array(name) if self[name].dtype == "F16" else self.float32(name)
 
-    def _open(self) -> dict[str, Tensor]:
+    def _open(self, wanted: str | None) -> dict[str, Tensor]:
+        """As transformers chooses: the file that is named, else one whole file, else the shards of an index;
+        else the only file there is."""
         folder = self.folder
-        index = read_json(folder / "model.safetensors.index.json")
-        if index is not None:
-            return self._shards(index)
-        single = folder / "model.safetensors"
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        for name in filter(None, (wanted, "model.safetensors")):
+            if name.endswith(".safetensors") and is_there(folder / name):
+                return self._safetensors(folder / name)
+            index = read_json(folder / f"{name.removesuffix('.index.json')}.index.json", MAX_HEADER)
+            if index is not None:
+                return self._shards(index)
+        files = sorted(folder.glob("*.safetensors"))
         if len(files) == 1:
             return self._safetensors(files[0])
         if files:
@@ -118,74 +135,64 @@ class Tensors:
         raise CheckpointError(f"{folder.name} holds no *.safetensors.", PULL_AGAIN)
 
     def _shards(self, index: dict[str, Any]) -> dict[str, Tensor]:
+        """All tensors of the files that the index names, of one name the last, as transformers reads them."""
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError("model.safetensors.index.json has no weight_map.", PULL_AGAIN)
-        tensors: dict[str, Tensor] = {}
-        shards: dict[str, dict[str, Tensor]] = {}
-        for tensor, file in weight_map.items():
+        for file in weight_map.values():
             plain = isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file
             if not plain or "\\" in file:
                 raise CheckpointError(
                     f"model.safetensors.index.json names {file!r}, which is not a plain file name.",
                     "The folder may be hostile; pull it from a source that you trust.",
                 )
-            if file not in shards:
-                if not (self.folder / file).is_file():
-                    raise CheckpointError(f"The shard {file} is missing.", PULL_AGAIN)
-                shards[file] = self._safetensors(self.folder / file)
-            if tensor not in shards[file]:
-                raise CheckpointError(
-                    f"The shard {file} does not hold {tensor}, as the index says.", PULL_AGAIN
-                )
-            tensors[tensor] = shards[file][tensor]
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(set(weight_map.values())):
+            if not (self.folder / file).exists():
+                raise CheckpointError(f"The shard {file} is missing.", PULL_AGAIN)
+            held = self._safetensors(self.folder / file)
+            tensors |= held
+            self.index |= dict.fromkeys(held, file)
         return tensors
 
-    def _safetensors(self, file: Path) -> dict[str, Tensor]:
+    def _safetensors(self, path: Path) -> dict[str, Tensor]:
         """One file. The safetensors library checks header, sizes and offsets first."""
+        file = open_mapped(path)
         try:
-            with safe_open(file, framework="numpy"):
+            (length,) = struct.unpack("<Q", file.read(0, 8))
+            if length > min(file.size, MAX_HEADER):
+                raise ValueError(f"a header of {length} bytes")
+            with safe_open(file.same_again, framework="numpy"):
                 pass
-            with file.open("rb") as f:
-                (length,) = struct.unpack("<Q", f.read(8))
-                header = json.loads(f.read(length))
+            header = json.loads(file.read(8, length))
         except (SafetensorError, OSError, ValueError, struct.error, RecursionError) as e:
-            raise CheckpointError(f"{file.name} is not a sound safetensors file: {e}.", PULL_AGAIN) from e
+            raise CheckpointError(f"{path.name} is not a sound safetensors file: {e}.", PULL_AGAIN) from e
         header.pop("__metadata__", None)
-        self.files.add(file)
+        self.files.append(file)
 
         def tensor(t: dict[str, Any]) -> Tensor:
             dtype, shape, at = t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0]
-            return Tensor(dtype, shape, lambda: self._view(file, dtype, shape, at))
+            return Tensor(dtype, shape, lambda: _view(file, dtype, shape, at))
 
         return {name: tensor(t) for name, t in header.items()}
-
-    def _view(self, file: Path, stored: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
-        if file not in self._maps:
-            self._maps[file] = np.memmap(file, np.uint8, mode="r")
-        dtype = np.dtype(DTYPES[stored])
-        end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        raw = np.asarray(self._maps[file])[offset:end]
-        if offset % dtype.itemsize:
-            raw = raw.copy()  # the format does not promise alignment
-        return raw.view(dtype).reshape(shape)
 
     def _torch(self, file: Path) -> dict[str, Tensor]:
         """A state dict that torch saved, unpickled as tensors only: what could run code is refused."""
         torch = import_torch(f"Reading {file.name}")
+        mapped = open_mapped(file)
         names = {
             torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
             torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
         }  # fmt: skip
         try:
-            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            state = torch.load(mapped.same_again, map_location="cpu", mmap=True, weights_only=True)
             items = dict(state).items()
         except Exception as e:  # pickle, zip, torch: each has its own
             raise CheckpointError(
                 f"{file.name} cannot be read as plain tensors: {str(e).splitlines()[0][:160]}.",
                 "It is damaged, or holds more than tensors; convert it to safetensors.",
             ) from e
-        size, tensors = file.stat().st_size, {}
+        size, tensors = mapped.size, {}
         for name, t in items:
             if not isinstance(t, torch.Tensor) or t.dtype not in names:
                 raise UnsupportedModelError(
@@ -194,17 +201,30 @@ class Tensors:
                 )
             if not t.is_contiguous() or t.numel() * t.element_size() > size:
                 raise CheckpointError(f"{name} in {file.name} is larger than the file.", PULL_AGAIN)
-            tensors[name] = Tensor(names[t.dtype], tuple(t.shape), _reader(t.detach()))
-        self.files.add(file)
+            tensors[name] = Tensor(names[t.dtype], tuple(t.shape), _reader(mapped, t.detach()))
+        self.files.append(mapped)
         return tensors
 
 
-def _reader(t: Any) -> Callable[[], np.ndarray]:
+def _view(file: MappedFile, stored: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    file.check()
+    dtype, count = np.dtype(DTYPES[stored]), int(np.prod(shape, dtype=np.int64))
+    if count == 0:
+        return np.empty(shape, dtype)
+    raw = np.frombuffer(file.data, np.uint8, count * dtype.itemsize, offset)
+    if offset % dtype.itemsize:
+        raw = raw.copy()  # the format does not promise alignment
+    return raw.view(dtype).reshape(shape)
+
+
+def _reader(file: MappedFile, t: Any) -> Callable[[], np.ndarray]:
     import torch
 
-    if t.dtype == torch.bfloat16:
-        return lambda: t.view(torch.int16).numpy().view(np.uint16)
-    return t.numpy
+    def read() -> np.ndarray:
+        file.check()
+        return t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()
+
+    return read
 
 
 def llm_awq_file(folder: Path) -> Path | None:
@@ -213,16 +233,21 @@ def llm_awq_file(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None when the file does not exist."""
-    if not path.is_file():
+def is_there(path: Path) -> bool:
+    """Whether there is anything of that name. What is no regular file is refused when it is read, by name."""
+    return os.path.lexists(path)
+
+
+def read_json(path: Path, limit: int = MAX_SETTINGS) -> dict[str, Any] | None:
+    """A JSON object of at most `limit` bytes, or None when the file does not exist."""
+    if not is_there(path):
         return None
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"{path.stat().st_size} bytes are too many")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path, limit))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as e:
+    except OSError as e:
+        raise CheckpointError(f"{path.name} cannot be read: {e.strerror or e}.", PULL_AGAIN) from e
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path.name} cannot be read: {e}.", PULL_AGAIN) from e
     return value

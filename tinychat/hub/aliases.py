@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tinychat import locations
 from tinychat.errors import UsageError
+from tinychat.files import read_text
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def all_aliases() -> dict[str, Alias]:
     """The built-in aliases and those of `aliases.json` in TINYCHAT_HOME: `{"name": ["hf:OWNER/REPO"]}`."""
     file = locations.home() / "aliases.json"
     try:
-        own = json.loads(file.read_text(encoding="utf-8"))
+        own = json.loads(read_text(file))
         if not isinstance(own, dict):
             raise ValueError("it is not an object")
         added = {}

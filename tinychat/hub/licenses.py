@@ -7,6 +7,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tinychat.files import open_regular
+
 # Hugging Face's names of licences that allow what people do with a model without further terms.
 FREE = {
     "apache-2.0", "mit", "isc", "bsd", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0",
@@ -38,6 +40,6 @@ def notice(name: str, license: str | None, link: str | None, folder: Path) -> st
 
 def _printable(file: Path) -> str:
     """The file's text without what could speak to a terminal."""
-    with file.open("rb") as f:
+    with open_regular(file) as f:
         text = f.read(MAX_TEXT).decode("utf-8", "replace")
     return "".join(c for c in text if c in "\n\t" or c.isprintable())

@@ -22,6 +22,7 @@ from typing import Any
 
 from tinychat import locations
 from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError, UsageError
+from tinychat.files import open_regular, read_text
 from tinychat.hub import licenses
 from tinychat.hub.aliases import Alias, Source, all_aliases, is_repo_id, parse_source
 
@@ -157,8 +158,8 @@ def show(name: str) -> dict[str, Any]:
     from tinychat.formats import open_checkpoint
 
     path = resolve(name, pull=False)
+    manifest = _manifest_of(path) or {}
     folder = path if path.is_dir() else path.parent
-    manifest = _manifest(folder) or {}
     checkpoint = open_checkpoint(path)
     cfg, tokenizer = checkpoint.config, checkpoint.tokenizer()
     facts: dict[str, Any] = {
@@ -297,13 +298,13 @@ def _quantization(path: Path, checkpoint: Any) -> str | None:
     if hasattr(checkpoint, "tensor_bytes"):
         return next(iter(checkpoint.tensor_bytes()), None)
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(path / "config.json"))
         q = config.get("quantization_config")
         if not q:
             return config.get("torch_dtype") or config.get("dtype")
         bits, group = q.get("bits") or q.get("w_bit"), q.get("group_size") or q.get("q_group_size")
         return f"{q.get('quant_method')} {bits}-bit g{group}"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 
@@ -313,7 +314,8 @@ def _license(path: Path, checkpoint: Any) -> str | None:
         value = fields.get("general.license")
         return value if isinstance(value, str) else None
     try:
-        head = (path / "README.md").read_text(encoding="utf-8", errors="replace")[:4000]
+        with open_regular(path / "README.md") as f:
+            head = f.read(4000).decode("utf-8", "replace")
     except OSError:
         return None
     lines = [line for line in head.splitlines() if line.startswith("license:")]
@@ -359,10 +361,17 @@ def _manifest(folder: Path) -> dict | None:
     if folder.name.startswith("."):
         return None
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / MANIFEST))
         return content if isinstance(content, dict) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _manifest_of(path: Path) -> dict | None:
+    """What we wrote down when we pulled the model at `path`. Anywhere else it is a stranger's claim."""
+    folder = path if path.is_dir() else path.parent
+    ours = folder.parent.resolve() == locations.models_dir().resolve()
+    return _manifest(folder) if ours else None
 
 
 def _model_path(folder: Path, manifest: dict) -> Path:
@@ -383,6 +392,8 @@ def _local(model: str) -> Path | None:
                     f"{path} is only the weights.", "Give the folder that also has config.json."
                 )
             return path
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is no regular file and no folder.", "Give the model itself.")
         if not path.is_dir():
             return None
         has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.gguf"))
@@ -392,7 +403,7 @@ def _local(model: str) -> Path | None:
             pickles = [f for f in sorted(path.iterdir()) if f.suffix.lower() in PICKLES]
             if pickles and llm_awq_file(path) is None:  # that one is read as plain tensors, or refused
                 raise _pickle(pickles[0])
-        if has_weights or (path / "config.json").is_file():
+        if has_weights or (path / "config.json").exists():
             return path
         if not model.startswith((".", "/", "~")) and is_repo_id(model):
             return None  # a folder that happens to be called like a repo
@@ -442,18 +453,14 @@ def _remove_packs(path: Path) -> int:
     """Delete what backends have made of the model: its packs. Returns the bytes freed."""
     from tinychat.formats import open_checkpoint
 
-    packs = locations.packs_dir()
-    if not packs.is_dir():
-        return 0
     try:
-        beginning = locations.pack_name(open_checkpoint(path).fingerprint())
+        fingerprint = open_checkpoint(path).known_fingerprint()  # a file never hashed has no packs
     except (TinychatError, OSError):
         return 0
     freed = 0
-    for entry in packs.iterdir():
-        if entry.name.startswith(beginning):
-            freed += _size(entry) if entry.is_dir() else entry.stat().st_size
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for entry in locations.packs_of(fingerprint) if fingerprint else ():
+        freed += entry.stat().st_size
+        entry.unlink()
     return freed
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tinychat.errors import UsageError
+from tinychat.files import read_text
 from tinychat.template import ChatTemplate
 from tinychat.tokenizer import Tokenizer
 
@@ -69,9 +70,7 @@ def _reference() -> list[dict]:
 
 def _documents(file: Path) -> list[dict]:
     try:
-        if file.stat().st_size > MAX_FILE:
-            raise ValueError(f"it is larger than {MAX_FILE >> 20} MB")
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, MAX_FILE)
         if file.suffix != ".jsonl":
             return [{"text": text}]
         documents = [json.loads(line) for line in text.splitlines() if line.strip()]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinychat.engine import Engine
-from tinychat.errors import UsageError
+from tinychat.errors import CheckpointError, UsageError
 from tinychat.kvcache import PoolExhaustedError, common_prefix
-from tinychat.sampling import SamplingParams, candidates, gumbel, sample
+from tinychat.sampling import SamplingParams, candidates, greedy, gumbel, sample
 from tinychat.speculation import Draft
 from tinychat.tokenizer import Tokenizer
 
@@ -51,13 +51,13 @@ class DraftModel:
                     row = self.engine.run(branch, todo, len(todo) - 1, params)[0]
                     todo = [self._choose(row, context, draft, params, seed)]
                 draft.tokens += todo
-        except PoolExhaustedError:
+        except (PoolExhaustedError, CheckpointError):  # no room, or a draft whose weights are damaged
             pass  # fewer drafts, the same text
         return draft
 
     def _choose(self, row, context, draft: Draft, params: SamplingParams, seed: int) -> int:
         if params.greedy:
-            return int(row)
+            return greedy(row)
         position, seen = len(context) + len(draft.tokens), None
         if params.repeat_penalty != 1.0:
             seen = np.unique(np.asarray([*context, *draft.tokens], dtype=np.int64))
