@@ -136,7 +136,7 @@ def test_a_pipe_that_ends_is_read_without_a_word(pipe, capsys):
 
 
 def test_a_pipe_without_an_end_is_left(pipe, monkeypatch):
-    monkeypatch.setattr(words, "MOST", 100_000)
+    monkeypatch.setattr(words, "MAX_TEXT", 100_000)
 
     def write():
         try:
