@@ -204,3 +204,84 @@ def test_code_is_highlighted_and_an_unknown_language_is_plain():
     styles = {style for line in highlight("def f():\n    return 'x'", "python") for _, style in line}
     assert "codeblock tok-keyword" in styles
     assert highlight("a\nb", "no-such-language") == [[("a", "codeblock")], [("b", "codeblock")]]
+
+
+# Formulas
+
+FORMULAS = [
+    r"\(a^2 + b_1 * c_2\)",
+    r"\[ x_1 = \frac{-b \pm \sqrt{b^2 - 4ac}}{2a} \]",
+    "\\[\na_1 * b\n= c_2 * d\n- e \\\\\n+ f\n\\]",
+    "$$\n\\sum_{i=1}^n i_*\n= \\frac{n(n+1)}{2}\n$$",
+    "$$e^{i\\pi} + 1 = 0$$",
+    r"$x_1 + y_1$",
+    "\\begin{align*}\na_1 &= b \\\\\n&= c*d*e\n\\end{align*}",
+    r"\[\begin{pmatrix} a & b \\ c & d \end{pmatrix}\]",
+]
+
+
+IN_A_LINE = [f for f in FORMULAS if "\n" not in f]  # one over several lines begins a line
+
+
+@pytest.mark.parametrize(
+    ("formula", "around", "newline"),
+    [(f, "The root {} is *real*.", "") for f in IN_A_LINE]
+    + [(f, "{}", "\n") for f in FORMULAS]
+    + [(f, "See\n{}\nthere", "\n") for f in FORMULAS]
+    + [(f, "- item\n- {}\n", "\n  ") for f in FORMULAS]
+    + [(f, "> {}", "\n> ") for f in FORMULAS],
+)
+def test_a_formula_is_shown_as_it_is_written(formula, around, newline):
+    shown = text_of(document(around.format(formula.replace("\n", newline))))
+    for line in formula.split("\n"):
+        assert line in shown
+    assert "*real*" not in shown
+
+
+@pytest.mark.parametrize(
+    ("formula", "before"),
+    [(f, b) for f in FORMULAS for b in ("", "Text:\n", "Text.\n\n")]
+    + [(f, b) for f in IN_A_LINE for b in ("Text: ", "- ")],
+)
+def test_a_formula_that_comes_never_changes_what_was_shown_of_it(formula, before):
+    d, source = Document(), before + formula
+    for i, char in enumerate(source):
+        d.append(char)
+        d.advance()
+        shown, so_far = text_of(d), source[: i + 1]
+        if i >= len(before) + 1 and "$x" not in so_far:  # a single dollar may be a price until it is whole
+            ink = "".join(so_far[len(before) :].split())
+            assert ink in "".join(shown.split()), (so_far, shown)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (r"an unclosed \(a and **bold**", r"an unclosed \(a and bold"),
+        (r"an unclosed \[a and **bold**" + "\n\nnext **b**", "an unclosed \\[a and bold\n\nnext b"),
+        ("\\[\nnever *closed*\n\nnext", "\\[\nnever closed\n\nnext"),
+        ("it costs $5 and $6, *truly*", "it costs $5 and $6, truly"),
+        ("$5*2 and $6*3 and 7$", "$5*2 and $6*3 and 7$"),
+        ("US$5_000 to CA$6_000 *a*", "US$5_000 to CA$6_000 a"),
+        ("set $HOME_DIR to *x* or $PATH_B", "set $HOME_DIR to x or $PATH_B"),
+        (r"code `\(a\)` and `$x_1$`", r"code \(a\) and $x_1$"),
+        (r"escaped \$5 and \*this\*", "escaped $5 and *this*"),
+        (r"a path C:\Users\me and \\server", r"a path C:\Users\me and \server"),
+        ("see [a \\(x_1\\) b](http://c)", "see a \\(x_1\\) b (http://c)"),
+    ],
+)
+def test_what_is_no_formula_is_as_before(source, expected):
+    assert text_of(document(source)).strip() == expected
+    assert text_of(document(source, 1)).strip() == expected
+
+
+def test_a_fence_has_no_formulas():
+    d = document("```latex\n\\[ x_1 \\]\n$$ y $$\n```\n\\(z_1\\)")
+    assert d.codes == ["\\[ x_1 \\]\n$$ y $$\n"]
+    assert "\\(z_1\\)" in text_of(d)
+
+
+def test_many_open_formulas_are_laid_out_in_time():
+    began = time.perf_counter()
+    document("\\( $$ \\[ \\begin{a} $x_ " * 4000, 200)
+    assert time.perf_counter() - began < 10

@@ -1,7 +1,8 @@
 """Markdown as it streams in: what is complete is laid out once and never again.
 
 `document.py` takes text in pieces and seals what is complete, `blocks.py` turns the parser's tokens into
-leaves, `leaves.py` lays those out at a width, `highlight.py` colours code.
+leaves (`formulas.py` keeps formulas as they are), `leaves.py` lays those out at a width, `highlight.py`
+colours code.
 """
 
 from tinychat.tui.markdown.blocks import parse

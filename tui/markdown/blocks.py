@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any, Protocol
 
+from tinychat.tui.markdown.formulas import add_math
 from tinychat.tui.markdown.leaves import Code, Leaf, Paragraph, Rule, Table
 from tinychat.tui.text import Line, width_of
 
@@ -25,12 +26,13 @@ def _parser(inline: bool = True) -> Any:
     parser = (
         MarkdownIt("commonmark", options).enable(["table", "strikethrough"]).disable(["code", "reference"])
     )
+    add_math(parser)
     return parser if inline else parser.disable(["emphasis", "link", "image", "strikethrough", "backticks"])
 
 
-def parse(source: str) -> list:
-    """markdown-it's tokens of a text."""
-    return _parser(sum(map(source.count, "[*_`")) <= SPECIALS).parse(source)
+def parse(source: str, live: bool = False) -> list:
+    """markdown-it's tokens of a text. live: more of it may come."""
+    return _parser(sum(map(source.count, "[*_`")) <= SPECIALS).parse(source, {"live": live})
 
 
 def inline_spans(children: list | None, base: str) -> Line:
@@ -46,6 +48,8 @@ def inline_spans(children: list | None, base: str) -> Line:
                 out.append((t.content, style))
         elif kind in ("softbreak", "hardbreak"):
             out.append(("\n", style))
+        elif kind == "math_inline":
+            out.append((t.content, f"{style} math"))
         elif kind == "code_inline":
             out.append((t.content, f"{style} code"))
         elif kind == "image":
@@ -159,7 +163,8 @@ class Builder:
                 i = self._table(tokens, i)
             elif t.content:
                 gap = self.gap()
-                self.leaves.append(Paragraph([(t.content.rstrip("\n"), "")], *self.prefixes(), gap))
+                style = "math" if kind == "math_block" else ""
+                self.leaves.append(Paragraph([(t.content.rstrip("\n"), style)], *self.prefixes(), gap))
             i += 1
         return self.leaves
 

@@ -131,10 +131,10 @@ class Document:
 
     def _advance_blocks(self, final: bool) -> None:
         self._sealed_codes = 0
-        tokens = parse(self._table_head + self._tail)
+        tokens = parse(self._table_head + self._tail, not final)
         if self.table is not None and (not tokens or tokens[0].type != "table_open"):
             self._forget()
-            tokens = parse(self._tail)
+            tokens = parse(self._tail, not final)
         lines = (self._table_head + self._tail).split("\n")
         if final or not tokens:
             self._seal(tokens)
@@ -171,7 +171,7 @@ class Document:
             at = newline + 1 if newline > 0 else space + 1 if space > 0 else WINDOW
             self._seal(parse(self._tail[:at]))
             self._tail, self._joined = self._tail[at:], True
-            self._show(parse(self._tail))
+            self._show(parse(self._tail, True))
         else:
             self._show(tokens)
 
@@ -193,7 +193,7 @@ class Document:
             self.table.open_ended = True
             self._table_head = "\n".join(lines[:2]) + "\n"
         self._tail = "\n".join(lines[-keep:])
-        self._show(parse(self._table_head + self._tail))
+        self._show(parse(self._table_head + self._tail, True))
 
     def _forget(self) -> None:
         self._list = self.table = None
