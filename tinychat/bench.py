@@ -102,9 +102,9 @@ class SyntheticCheckpoint:
         """The shape's name says it all."""
         return f"{self.path.name}-1"
 
-    def known_fingerprint(self) -> str:
-        """The fingerprint: nothing is read for it."""
-        return self.fingerprint()
+    def weight_files(self) -> list:
+        """There are none."""
+        return []
 
     def check_unchanged(self) -> None:
         """Random numbers of a fixed seed do not change."""

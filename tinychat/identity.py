@@ -44,14 +44,19 @@ def content_hash(file: MappedFile, tell: Tell | None = None) -> str:
     if tell is not None and file.size >= SAID:
         tell(f"Reading {file.path.name} once to know it again ({human_bytes(file.size)})")
     began = time.time_ns()
+    digest = computed(file)
+    if began - max(file.stamp.modified, file.stamp.changed) >= SETTLED * 1e9:
+        _remember(key, [*astuple(file.stamp), digest])
+    return digest
+
+
+def computed(file: MappedFile) -> str:
+    """The hash of the file's content, whatever is remembered. Raises CheckpointError where it changes."""
     starts = range(0, file.size, PIECE)
     with ThreadPoolExecutor(max(1, min(cpu_count(), 8, len(starts)))) as pool:
         pieces = list(pool.map(lambda at: _piece(file, at, min(PIECE, file.size - at)), starts))
     file.check_unchanged()
-    digest = hashlib.sha256(b"".join([file.size.to_bytes(8, "little"), *pieces])).hexdigest()
-    if began - max(file.stamp.modified, file.stamp.changed) >= SETTLED * 1e9:
-        _remember(key, [*astuple(file.stamp), digest])
-    return digest
+    return hashlib.sha256(b"".join([file.size.to_bytes(8, "little"), *pieces])).hexdigest()
 
 
 def remembered(file: MappedFile) -> str | None:

@@ -100,9 +100,12 @@ def bench(
 
 
 @click.command()
+@click.option("--verify", metavar="MODEL", help="Read all of MODEL and its packs; say what is damaged.")
 @click.option("--json", "as_json", is_flag=True)
-def doctor(as_json: bool) -> None:
+def doctor(verify: str | None, as_json: bool) -> None:
     """What this machine has, what tinychat uses of it, and what is wrong."""
+    if verify is not None:
+        sys.exit(_verify(verify, as_json))
     facts = _facts()
     if as_json:
         click.echo(json.dumps(facts, indent=2))
@@ -116,6 +119,25 @@ def doctor(as_json: bool) -> None:
         if not facts["problems"]:
             click.echo(click.style("All well.", fg="green"))
     sys.exit(1 if facts["problems"] else 0)
+
+
+def _verify(model: str, as_json: bool) -> int:
+    """The exit code: 1 where something is damaged."""
+    from tinychat.hub import store
+
+    found = store.verify(model, partial(click.echo, err=True))
+    damaged = found.bad_files | found.bad_packs
+    if as_json:
+        click.echo(json.dumps({"model": model, **vars(found)}, indent=2))
+        return 1 if damaged else 0
+    for name in (*found.files, *found.packs):
+        if name not in damaged:
+            click.echo(f"{name}: whole")
+    for name, what in found.bad_files.items():
+        click.echo(f"{click.style('damaged', fg='red')}: {name}: {what}. Get it again: tinychat pull {model}")
+    for name, what in found.bad_packs.items():
+        click.echo(f"{click.style('damaged', fg='red')}: {name}: {what}. The next load makes it again.")
+    return 1 if damaged else 0
 
 
 def _facts() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tinychat.config import ModelConfig
 from tinychat.errors import ModelNotFoundError
+from tinychat.files import MappedFile
 from tinychat.identity import Tell
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import Linear
@@ -48,8 +49,8 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def known_fingerprint(self) -> str | None:
-        """The fingerprint if no weights need to be read for it."""
+    def weight_files(self) -> list[MappedFile]:
+        """The files that hold the weights."""
         ...
 
     def check_unchanged(self) -> None:

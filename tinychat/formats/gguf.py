@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tinychat.errors import UnsupportedModelError
+from tinychat.files import MappedFile
 from tinychat.formats.gguf_config import ROPE_TENSORS, TOP, read_config
 from tinychat.formats.gguf_file import (
     BF16,
@@ -23,7 +24,7 @@ from tinychat.formats.gguf_file import (
     Tensor,
     type_of,
 )
-from tinychat.identity import Tell, content_hash, remembered
+from tinychat.identity import Tell, content_hash
 from tinychat.models import FAMILIES
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
@@ -87,10 +88,9 @@ class GGUFCheckpoint:
         self._hash = self._hash or content_hash(self.file.mapped, tell)
         return f"gguf:{self._hash}"
 
-    def known_fingerprint(self) -> str | None:
-        """The fingerprint if nothing needs to be read for it."""
-        known = self._hash or remembered(self.file.mapped)
-        return known and f"gguf:{known}"
+    def weight_files(self) -> list[MappedFile]:
+        """The file itself."""
+        return [self.file.mapped]
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if the file was written since it was opened."""

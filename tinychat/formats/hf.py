@@ -12,10 +12,11 @@ import numpy as np
 
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from tinychat.files import MappedFile
 from tinychat.formats import experts
 from tinychat.formats.quantized import PARTS, SUPPORTED, read_linear, read_quantization
 from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensors, read_json
-from tinychat.identity import Tell, content_hash, remembered
+from tinychat.identity import Tell, content_hash
 from tinychat.models import FAMILIES
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import DenseLinear, Linear
@@ -78,21 +79,18 @@ class HFCheckpoint:
 
     def fingerprint(self, tell: Tell | None = None) -> str:
         """A hash of config.json, of how the weights are quantized, and of the files that hold them."""
-        return self._identity([content_hash(f, tell) for f in self._tensors.files])
+        hashes = [content_hash(f, tell) for f in self._tensors.files]
+        facts = [self.json, repr(self.quantization), self._tensors.index, hashes]
+        return f"folder:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"
 
-    def known_fingerprint(self) -> str | None:
-        """The fingerprint if no weights need to be read for it."""
-        hashes = [remembered(f) for f in self._tensors.files]
-        return None if None in hashes else self._identity(hashes)
+    def weight_files(self) -> list[MappedFile]:
+        """The files that hold the weights."""
+        return self._tensors.files
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a file with weights was written since it was opened."""
         for f in self._tensors.files:
             f.check_unchanged()
-
-    def _identity(self, hashes: list[str]) -> str:
-        facts = [self.json, repr(self.quantization), self._tensors.index, hashes]
-        return f"folder:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"
 
     def _wanted_file(self) -> str | None:
         """The file of weights that the folder's settings name, if they do (transformers; AutoGPTQ)."""

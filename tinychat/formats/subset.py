@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tinychat.errors import UsageError
+from tinychat.files import MappedFile
 from tinychat.formats import Checkpoint
 from tinychat.identity import Tell
 from tinychat.tokenizer import Tokenizer
@@ -60,9 +61,9 @@ class LayerSubset:
         """The whole model's, and which layers."""
         return f"{self.whole.fingerprint(tell)}-layers-{','.join(map(str, self.keep))}"
 
-    def known_fingerprint(self) -> str | None:
-        """The fingerprint if nothing needs to be read for it."""
-        return self.whole.known_fingerprint() and self.fingerprint()
+    def weight_files(self) -> list[MappedFile]:
+        """The whole model's."""
+        return self.whole.weight_files()
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if the whole model was changed since it was opened."""

@@ -44,6 +44,7 @@ def from_hf(source: Source, staging: Path) -> dict:
         )
     digests = _verified(repo, info, files, staging)
     facts: dict[str, Any] = {"source": f"hf:{repo}@{info.sha}", "size": weights} | terms
+    facts["hashes"] = {name: digest for name, digest in digests.items() if "/" not in name}
     ggufs = [f for f in files if f.endswith(".gguf")]
     if ggufs:
         file = staging / ggufs[0]

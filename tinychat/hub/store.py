@@ -13,18 +13,23 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinychat import locations
 from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError, UsageError
-from tinychat.files import open_regular, read_text
+from tinychat.files import read_text
 from tinychat.hub import licenses
 from tinychat.hub.aliases import Alias, Source, all_aliases, is_repo_id, parse_source
+from tinychat.hub.facts import license_of, parameters, quantization
+
+if TYPE_CHECKING:
+    from tinychat.hub.verify import Verified
 
 MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -104,10 +109,13 @@ def _refuse_bytes(path: str) -> None:
 
 
 def pull(name: str) -> Path:
-    """Download `name` unless it is here. Safe beside other pulls of it, and after any interruption."""
+    """Download `name` unless it is here, whole. Safe beside other pulls of it, and after any interruption.
+
+    What is here is read and compared with what was pulled; a damaged model is pulled again.
+    """
     found = _installed_path(name)
     if found is not None:
-        return found
+        return _checked_again(name, found)
     if name not in all_aliases() and not _is_source(name):
         if _local(name) is not None:
             raise UsageError(f"{name} is on this machine already.", f"Use it: tinychat run {name}")
@@ -117,6 +125,36 @@ def pull(name: str) -> Path:
             f"{name} cannot be pulled offline.", "Unset HF_HUB_OFFLINE or TINYCHAT_OFFLINE."
         )
     return _pull(name)
+
+
+def _checked_again(name: str, path: Path) -> Path:
+    """The path of an installed model whose files are what was pulled; else it is pulled again."""
+    from tinychat.hub.verify import verify
+
+    folder, say = _folder(name), partial(print, file=sys.stderr, flush=True)
+    found = verify(path, _manifest(folder), say)
+    for pack, what in found.bad_packs.items():
+        say(f"The stored weights {pack} are {what}; the next load makes them again.")
+    if not found.bad_files:
+        return path
+    damage = "; ".join(f"{file}: {what}" for file, what in found.bad_files.items())
+    if _offline_by_environment():
+        raise CheckpointError(
+            f"{name} is damaged on disk ({damage}).", f"Go online and run: tinychat pull {name}"
+        )
+    say(f"{name} is damaged on disk ({damage}); it is pulled again.")
+    aside = _aside("damaged", folder.name)
+    with _lock(folder.name):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    try:
+        path = _pull(name)
+    except BaseException:
+        if not folder.exists():
+            os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    return path
 
 
 def installed() -> list[Installed]:
@@ -169,11 +207,11 @@ def show(name: str) -> dict[str, Any]:
         "source": manifest.get("source"),
         "pulled_at": manifest.get("pulled_at"),
         "sha256": manifest.get("sha256"),
-        "license": manifest.get("license") or _license(path, checkpoint),
+        "license": manifest.get("license") or license_of(path, checkpoint),
         "family": cfg.family,
-        "quantization": _quantization(path, checkpoint),
+        "quantization": quantization(path, checkpoint),
         "weights": checkpoint.tensor_bytes() if hasattr(checkpoint, "tensor_bytes") else None,
-        "parameters": _parameters(cfg),
+        "parameters": parameters(cfg),
         "layers": cfg.n_layers,
         "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.intermediate_size,
@@ -192,6 +230,17 @@ def show(name: str) -> dict[str, Any]:
         ],
     }
     return {k: v for k, v in facts.items() if v is not None}
+
+
+def verify(model: str, tell: Callable[[str], None] | None = None) -> Verified:
+    """Read all of a model that is on this machine, and its packs; tell hears what is being read.
+
+    Raises ModelNotFoundError.
+    """
+    from tinychat.hub.verify import verify
+
+    path = resolve(model, pull=False)
+    return verify(path, _manifest_of(path), tell)
 
 
 def remove(model: str) -> int:
@@ -266,6 +315,8 @@ def _pull_from(source: Source, name: str, folder: Path, parts: Path, expect: int
                 json.dump(facts, f, indent=2, ensure_ascii=False)
                 f.flush()
                 os.fsync(f.fileno())
+            if _manifest(folder) is not None:  # of a model whose files somebody deleted
+                shutil.rmtree(folder)
             if folder.is_dir() and any(folder.iterdir()):
                 raise DownloadError(
                     f"{folder} is in the way: it has no manifest of tinychat's.",
@@ -288,50 +339,10 @@ def _checked(staging: Path, facts: dict) -> dict:
 
     path = _model_path(staging, facts)
     checkpoint = open_checkpoint(path)
-    said = {"quantization": _quantization(path, checkpoint), "context": checkpoint.config.context_length}
-    license = facts.get("license") or _license(path, checkpoint)
+    checkpoint.tokenizer()
+    said = {"quantization": quantization(path, checkpoint), "context": checkpoint.config.context_length}
+    license = facts.get("license") or license_of(path, checkpoint)
     return said | ({"license": license} if license else {})
-
-
-def _quantization(path: Path, checkpoint: Any) -> str | None:
-    """In a word or two: "Q4_1", "awq 4-bit g128", "bfloat16"."""
-    if hasattr(checkpoint, "tensor_bytes"):
-        return next(iter(checkpoint.tensor_bytes()), None)
-    try:
-        config = json.loads(read_text(path / "config.json"))
-        q = config.get("quantization_config")
-        if not q:
-            return config.get("torch_dtype") or config.get("dtype")
-        bits, group = q.get("bits") or q.get("w_bit"), q.get("group_size") or q.get("q_group_size")
-        return f"{q.get('quant_method')} {bits}-bit g{group}"
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-
-
-def _license(path: Path, checkpoint: Any) -> str | None:
-    fields = getattr(checkpoint, "fields", None)
-    if fields is not None:
-        value = fields.get("general.license")
-        return value if isinstance(value, str) else None
-    try:
-        with open_regular(path / "README.md") as f:
-            head = f.read(4000).decode("utf-8", "replace")
-    except OSError:
-        return None
-    lines = [line for line in head.splitlines() if line.startswith("license:")]
-    return lines[0].partition(":")[2].strip() or None if lines else None
-
-
-def _parameters(cfg: Any) -> int:
-    from tinychat.models import FAMILIES
-
-    family = FAMILIES[cfg.family]
-    body = 0
-    for layer in range(cfg.n_layers):
-        body += sum(n * k for n, k in family.linears(cfg, layer).values())
-        body += sum(n for (n,) in family.norms(cfg, layer).values())
-    tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
-    return body + tables + cfg.hidden_size
 
 
 def _folder(name: str) -> Path:
@@ -453,12 +464,14 @@ def _remove_packs(path: Path) -> int:
     """Delete what backends have made of the model: its packs. Returns the bytes freed."""
     from tinychat.formats import open_checkpoint
 
+    if not locations.packs_dir().is_dir():
+        return 0
     try:
-        fingerprint = open_checkpoint(path).known_fingerprint()  # a file never hashed has no packs
+        fingerprint = open_checkpoint(path).fingerprint()
     except (TinychatError, OSError):
         return 0
     freed = 0
-    for entry in locations.packs_of(fingerprint) if fingerprint else ():
+    for entry in locations.packs_of(fingerprint):
         freed += entry.stat().st_size
         entry.unlink()
     return freed
