@@ -294,13 +294,15 @@ class Session:
         for node in (self.nodes[i] for i in path):
             if node.role != "assistant" or not node.ids:
                 continue
-            said = template.guard(node.content) if template else node.content
+            said = template.guard(node.content, spoken=True) if template else node.content
             known = [(node.prompt_text, node.prompt_ids), (said, node.ids)]
             if not text.startswith(node.prompt_text + said, at):
                 break
             segments += known
             at += len(node.prompt_text) + len(said)
-        return [*segments, (text[at:], encode(text[at:]))]
+        # A beginning-of-text token alone leaves the text what it is: the first.
+        after = next((ids[-1] for said, ids in reversed(segments) if said and ids), None)
+        return [*segments, (text[at:], encode(text[at:], after=after))]
 
     # Keeping it
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinychat.tokenizer import Tokenizer
+from tinychat.tokenizer import SOME_TEXT, Tokenizer
 
 
 class StopMatcher:
@@ -67,5 +67,5 @@ def cut_ids(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
     for n in range(len(ids), -1, -1):
         head = tokenizer.decode(ids[:n], continued=True)
         if text.startswith(head):
-            return ids[:n] + tokenizer.encode(text[len(head) :])
-    return tokenizer.encode(text)
+            break
+    return ids[:n] + tokenizer.encode(text[len(head) :], after=SOME_TEXT)  # it goes on from a prompt

@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat import rendering
 from tinychat.errors import UsageError
+from tinychat.markers import Markers, reveal
 
 if TYPE_CHECKING:
     from tinychat.tokenizer import Tokenizer
 
-# Stands in rendered text for the n-th special-token spelling found inside a message's content.
-_OPEN, _CLOSE = "\ue0ff", "\ue0fe"
-_GUARD = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 REASONING = ("enable_thinking", "thinking")  # what templates call the switch: Qwen3 and SmolLM3, Granite
 
 
 class ChatTemplate:
     """A template that compiles. It sees the messages and can change nothing.
 
-    What users write is never parsed as control tokens: where a message spells one (`<|im_end|>`), its
+    What users write is never parsed as markers of turns: where a message spells one (`<|im_end|>`), its
     characters are tokenized as plain text.
     """
 
@@ -28,9 +26,7 @@ class ChatTemplate:
         self.source = source
         self.tokenizer = tokenizer
         self._settings: dict[str, Any] = {}
-        added = tokenizer.backend.get_added_tokens_decoder().values()
-        self._spellings = [*sorted((t.content for t in added if t.special), key=len, reverse=True), _OPEN]
-        self._special = re.compile("|".join(map(re.escape, self._spellings)))
+        self.markers = Markers(tokenizer, source)
         rendering.check(source)
 
     def think(self, on: bool) -> None:
@@ -43,7 +39,7 @@ class ChatTemplate:
         self._settings = dict.fromkeys(named, on)
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """The prompt's text, with guards in place of control tokens that messages spell.
+        """The prompt's text, with guards in place of markers that messages spell (`markers.reveal`).
 
         Raises UsageError when the template refuses the messages, CheckpointError when it is broken, computes
         without end or tries to reach what the sandbox forbids.
@@ -53,22 +49,14 @@ class ChatTemplate:
         given["messages"], given["add_generation_prompt"] = self.guard(messages), add_generation_prompt
         return rendering.render(self.source, given)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of rendered text: the template's control tokens as such, guarded ones as plain text."""
-        ids: list[int] = []
-        at = 0
-        for match in _GUARD.finditer(text):
-            ids += self.tokenizer.encode(text[at : match.start()], special=True)
-            ids += self.tokenizer.encode(self._spellings[int(match[1])])
-            at = match.end()
-        return ids + self.tokenizer.encode(text[at:], special=True)
+    def encode(self, text: str, after: int | None = None) -> list[int]:
+        """Token ids of rendered text: the template's markers as such, guarded ones as plain text.
 
-    def guard(self, value: Any) -> Any:
-        """`value` with every spelling of a control token replaced, in all its strings however deep."""
-        if isinstance(value, str):
-            return self._special.sub(lambda m: f"{_OPEN}{self._spellings.index(m[0])}{_CLOSE}", value)
-        if isinstance(value, dict):
-            return {self.guard(k): self.guard(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.guard(v) for v in value]
-        return value
+        after: as for `Tokenizer.encode`.
+        """
+        text, plain = reveal(text)
+        return self.tokenizer.encode(text, special=True, after=after, plain=plain)
+
+    def guard(self, value: Any, spoken: bool = False) -> Any:
+        """`value` as templates see it; spoken: it is an answer (`Markers.guard`)."""
+        return self.markers.guard(value, spoken)

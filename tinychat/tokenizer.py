@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import codecs
+import bisect
 import functools
 import json
-import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat.decoders import Decoding, Joiner
 from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.prefixes import Before, Prefixes
+from tinychat.tokenizer_file import guarded, load_backend, one_line, without_tokens
 
 if TYPE_CHECKING:
     import tokenizers
+
+    Spans = Sequence[tuple[int, int]]
+    Offsets = Callable[[], list[tuple[int, int]]]
 
 # Special tokens that end a turn whatever the checkpoint's own settings say (many forget one of them).
 TURN_ENDS = (
@@ -30,17 +35,20 @@ TURN_ENDS = (
     "<｜end▁of▁sentence｜>",
     "</s>",
 )
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+SOME_TEXT = -1  # for `Tokenizer.encode`: a token that is no marker goes before
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with what a chat needs around it.
 
-    backend         the wrapped tokenizer
+    backend         the wrapped tokenizer; every marker in it is marked special, so that none is read in plain
+                    text
     bos_id, add_bos the first token of a text, and whether a bare prompt begins with it
     eos_ids         every id that ends a turn
     special_ids     control tokens; user-defined tokens such as `<think>` are text and are not among them
+    markers         added tokens that are more than white space, by id: what a person types is never read as
+                    one of them
     special_tokens  bos_token, eos_token and others by name, as chat templates expect them
     chat_template   raw Jinja text, or None for a base model
     """
@@ -61,31 +69,115 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self._added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
-        self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self._added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, t in self._added.items() if t.special)
+        self.markers = {i: t.content for i, t in self._added.items() if not is_space(t.content)}
         ends = {i for text in TURN_ENDS if (i := backend.token_to_id(text)) in self.special_ids}
         self.eos_ids: frozenset[int] = frozenset(eos_ids) | ends
-        self._byte_level, self._strip_first_space = _decoding(backend)
-        self._bytes: dict[int, bytes] = {}
-        self._lock = threading.Lock()  # `encode_special_tokens` is a setting of the shared backend
+        self.written: dict[int, str] = {}  # other tokens that the chat template writes as markers
+        self._decoding = Decoding.of(backend)
+        self._pieces: dict[int, bytes | int | str | None] = {}
+        self._prefixes = Prefixes(backend)
+        self._lock = threading.Lock()  # for settings of the shared backend, such as `encode_special_tokens`
+        _mark_special(backend, [t for i, t in self._added.items() if i in self.markers and not t.special])
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        special: bool = False,
+        after: int | None = None,
+        plain: Spans = (),
+    ) -> list[int]:
         """Token ids of `text`, without a leading BOS.
 
-        special=True reads the spelling of a control token (`<|im_start|>`) as that token: for rendered chat
+        special=True reads the spelling of a marker (`<|im_start|>`) as that token: for rendered chat
         templates. special=False reads it as plain text, so that what a person typed cannot forge a turn.
+        after: the id of the token that goes before, if any: SentencePiece begins a text with a space, and
+        what stands behind most markers.
+        plain: (start, end) of parts of `text` in which no marker is read all the same.
+
+        Raises CheckpointError where the tokenizer fails on the text.
         """
+        before = Before.MARKER if after in self._added else Before.TEXT
+        if after is None:
+            before = Before.NOTHING
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # lone surrogates, as a terminal in the wrong encoding sends them
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         with self._lock:
-            self.backend.encode_special_tokens = not special
-            try:
-                return self.backend.encode(text, add_special_tokens=False).ids
-            except (UnicodeEncodeError, TypeError):
-                # Lone surrogates, as a terminal in the wrong encoding sends them.
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                return self.backend.encode(text, add_special_tokens=False).ids
+            if not special:
+                return self._plain(text, before, self.markers)
+            ids, offsets = self._encode(text, True, before)
+            return self._without(text, offsets(), ids, before, plain) if plain else ids
+
+    def _encode(self, text: str, special: bool, before: Before) -> tuple[list[int], Offsets]:
+        """Ids of `text`, and a call that gives where in it each begins and ends."""
+        self.backend.encode_special_tokens = not special
+        with self._prefixes.set(before):
+            encoding = guarded(self.backend.encode, text, add_special_tokens=False)
+        ids = encoding.ids
+        n = self._first_matched(text, encoding) if before is Before.TEXT and self._prefixes.each else None
+        if n is None:
+            return ids, lambda: encoding.offsets
+        # Only what goes on before the first marker begins without a space.
+        offsets = encoding.offsets
+        at = offsets[n][0]
+        rest, more = self._encode(text[at:], special, Before.MARKER)
+        return ids[:n] + rest, lambda: offsets[:n] + [(at + a, at + b) for a, b in more()]
+
+    def _first_matched(self, text: str, encoding: tokenizers.Encoding) -> int | None:
+        """Index of the first added token that was found by its spelling, and not put together from pieces."""
+        if self._added.keys().isdisjoint(encoding.ids):
+            return None
+        for n, (i, (start, stop)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            token = self._added.get(i)
+            if token is not None and not token.normalized and token.content in text[start:stop]:
+                return n
+        return None
+
+    def _without(
+        self, text: str, spans: list[tuple[int, int]], ids: list[int], before: Before, plain: Spans
+    ) -> list[int]:
+        """`ids` of `text`, but where a marker was read in a plain part: there everything between the
+        template's own markers on both sides is encoded again, as plain text.
+        """
+        avoided = {**self.markers, **self.written}
+        forged = {n for n, i in enumerate(ids) if i in avoided and _overlaps(text, spans[n], plain)}
+        own = [n for n, i in enumerate(ids) if i in self.markers and n not in forged]
+        out: list[int] = []
+        first, start = 0, 0
+        for n in (*own, len(ids)):
+            stop = spans[n][0] if n < len(ids) else len(text)
+            if forged.isdisjoint(range(first, n)):
+                out += ids[first:n]
+            else:
+                out += self._plain(text[start:stop], Before.MARKER if first else before, avoided)
+            if n < len(ids):
+                out.append(ids[n])
+                first, start = n + 1, spans[n][1]
+        return out
+
+    def _plain(self, text: str, before: Before, avoided: Mapping[int, str]) -> list[int]:
+        """Ids of plain text. A marker that its pieces would merge to is cut in two."""
+        ids, offsets = self._encode(text, False, before)
+        if avoided.keys().isdisjoint(ids):
+            return ids
+        for i, (start, stop) in zip(ids, offsets(), strict=True):
+            if i in avoided and stop - start > 1:
+                head = self._plain(text[: start + 1], before, avoided)
+                return head + self._plain(text[start + 1 :], Before.TEXT, avoided)
+        return ids
+
+    def normalized_markers(self) -> set[str]:
+        """Markers that are looked for in what a normalizer has changed; none where there is no normalizer."""
+        if self.backend.normalizer is None:
+            return set()
+        return {t.content for i, t in self._added.items() if t.normalized and i in self.markers}
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True, continued: bool = False) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+        """Text of `ids`, as the tokenizer's own decoder has it; bytes that are not UTF-8 become U+FFFD.
 
         SentencePiece vocabularies write "Hello" as "▁Hello", so a text's first space is dropped, unless
         `continued` says that other text goes before.
@@ -95,30 +187,41 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; none for an id outside the vocabulary."""
-        found = self._bytes.get(token_id)
-        if found is None:
-            found = self._bytes[token_id] = self._to_bytes(token_id)
-        return found
+        piece = self.piece(token_id)
+        if isinstance(piece, str):
+            return piece.encode()
+        return b"" if piece is None else piece if isinstance(piece, bytes) else bytes([piece])
 
-    def _to_bytes(self, token_id: int) -> bytes:
+    def piece(self, token_id: int) -> bytes | int | str | None:
+        """What one token stands for, within a text (`Decoding.piece`); None outside the vocabulary."""
+        try:
+            return self._pieces[token_id]
+        except KeyError:
+            token = self._string(token_id)
+            piece = self._pieces[token_id] = None if token is None else self._decoding.piece(token)
+            return piece
+
+    def first_piece(self, token_id: int) -> bytes | int | str | None:
+        """What one token stands for at the beginning of a text."""
+        if not self._decoding.knows_first:
+            return self.piece(token_id)
+        token = self._string(token_id)
+        return None if token is None else self._decoding.piece(token, first=True)
+
+    def _string(self, token_id: int) -> str | None:
         if token_id in self._added:
-            return self._added[token_id].encode()
-        token = self.backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
-        if token is None:
-            return b""
-        if self._byte_level:
-            table = byte_of_char()
-            try:
-                return bytes([table[c] for c in token])
-            except KeyError:
-                return token.encode()
-        if match := _BYTE_TOKEN.fullmatch(token):
-            return bytes([int(match[1], 16)])
-        return token.replace(_SPACE, " ").encode()
+            return self._added[token_id].content
+        return self.backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
 
     def to_json(self) -> str:
-        """The content of a tokenizer.json."""
-        return self.backend.to_str(pretty=False)
+        """The content of a tokenizer.json, with the flags that the tokens had."""
+        text = self.backend.to_str(pretty=False)
+        if self.special_ids.issuperset(self.markers):
+            return text
+        content = json.loads(text)
+        for token in content["added_tokens"]:
+            token["special"] = token["id"] in self.special_ids
+        return json.dumps(content, ensure_ascii=False)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json (chat template included), special_tokens_map.json."""
@@ -139,8 +242,13 @@ class Tokenizer:
             (folder / name).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def from_hf(cls, folder: Path) -> Tokenizer:
-        """From a Hugging Face folder: tokenizer.json, and the settings files beside it that exist."""
+    def from_hf(cls, folder: Path, n_embeddings: int | None = None) -> Tokenizer:
+        """From a Hugging Face folder: tokenizer.json, and the settings files beside it that exist.
+
+        n_embeddings: how many tokens the model knows. Added tokens beyond are left out, as if nobody had
+        added them (padding, mostly). Raises CheckpointError where the model needs one of them, or where the
+        vocabulary itself is larger.
+        """
         folder = Path(folder)
         file = folder / "tokenizer.json"
         if not file.is_file():
@@ -168,12 +276,16 @@ class Tokenizer:
         if not isinstance(add_bos, bool):  # then the post-processor knows
             first = backend.encode("", add_special_tokens=True).ids[:1]
             add_bos = bos_id is not None and first == [bos_id]
+        template = _hf_template(folder, config)
+        if n_embeddings is not None:
+            needed = [template or "", special.get("bos_token", "") if add_bos else ""]
+            backend = without_tokens(backend, n_embeddings, needed, str(file))
         return cls(
             backend,
             bos_id=bos_id,
             eos_ids=[i for i in eos if isinstance(i, int) and not isinstance(i, bool)],
             add_bos=add_bos,
-            chat_template=_hf_template(folder, config),
+            chat_template=template,
             special_tokens=special,
         )
 
@@ -184,28 +296,26 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, continued: bool = False):
-        self._tokenizer = tokenizer
+        self._piece = tokenizer.piece
         self._skip = tokenizer.special_ids if skip_special else frozenset()
-        self._strip = tokenizer._strip_first_space and not continued
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._joiner = Joiner(tokenizer._decoding, continued)
+        self._first = None if continued else tokenizer.first_piece
 
     def push(self, token_id: int) -> str:
         """The text that is certain once this token is known: an unfinished character waits for the rest of
-        it.
+        it, and so does a run of single bytes.
         """
         if token_id in self._skip:
             return ""
-        return self._first(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        piece = (self._first or self._piece)(token_id)
+        if piece is None:
+            return ""
+        self._first = None
+        return self._joiner.push(piece)
 
     def flush(self) -> str:
         """What was still waiting, at the end of the stream."""
-        return self._first(self._utf8.decode(b"", final=True))
-
-    def _first(self, text: str) -> str:
-        if self._strip and text:
-            self._strip = False
-            return text[1:] if text[0] == " " else text
-        return text
+        return self._joiner.flush()
 
 
 @functools.cache
@@ -224,36 +334,28 @@ def byte_of_char() -> dict[str, int]:
     return {c: b for b, c in char_of_byte().items()}
 
 
-def load_backend(file: Path) -> tokenizers.Tokenizer:
-    """Read a tokenizer.json. Raises CheckpointError where it is damaged."""
-    import tokenizers
+def _mark_special(backend: tokenizers.Tokenizer, tokens: list[tokenizers.AddedToken]) -> None:
+    """Let the backend's switch for special tokens hold for these too."""
+    from tokenizers import AddedToken
 
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # bare Exception, and PanicException that is not even that
-        raise CheckpointError(
-            f"{file} is not a tokenizer that can be read: {_one_line(e)}.",
-            "The file is damaged, or made by a newer version of tokenizers; pull it again.",
-        ) from e
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    changed = [AddedToken(t.content, special=True, **{f: getattr(t, f) for f in flags}) for t in tokens]
+    if changed:
+        backend.add_special_tokens(changed)
 
 
-def _decoding(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
-    """(byte-level, drop the first space): how token strings become bytes, read from the backend's decoder."""
-    state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
-    steps = state.get("decoders", [state])
-    kinds = {s.get("type") for s in steps}
-    if "ByteLevel" in kinds:
-        return True, False
-    if not kinds & {"Metaspace", "ByteFallback", "Replace"}:
-        raise UnsupportedModelError(
-            f"The tokenizer's decoder {', '.join(map(str, kinds))} is not supported.",
-            "Supported: byte-level BPE, and SentencePiece with byte fallback.",
-        )
-    strip = any(s.get("type") == "Strip" and s.get("content") == " " and s.get("start") for s in steps)
-    metaspace = [s for s in steps if s.get("type") == "Metaspace"]
-    return False, strip or any(s.get("prepend_scheme", "always") != "never" for s in metaspace)
+def _overlaps(text: str, span: tuple[int, int], parts: Spans) -> bool:
+    """Whether a token, without the white space that it took along, lies in one of the parts."""
+    start, stop = span
+    start += len(text[start:stop]) - len(text[start:stop].lstrip())
+    stop -= len(text[start:stop]) - len(text[start:stop].rstrip())
+    at = bisect.bisect_left(parts, (stop, 0))  # the first part that begins behind the token
+    return at > 0 and parts[at - 1][1] > start
+
+
+def is_space(token: str) -> bool:
+    """Whether an added token is nothing but white space: indentation, blank lines."""
+    return not token.replace(_SPACE, " ").strip()
 
 
 def _settings(file: Path) -> dict:
@@ -266,7 +368,7 @@ def _settings(file: Path) -> dict:
         return content
     except (ValueError, RecursionError) as e:
         raise CheckpointError(
-            f"{file} is damaged: {_one_line(e)}.", "Pull the model again, or repair the file."
+            f"{file} is damaged: {one_line(e)}.", "Pull the model again, or repair the file."
         ) from e
 
 
@@ -281,7 +383,3 @@ def _hf_template(folder: Path, config: dict) -> str | None:
     if template is None:
         template = _settings(folder / "chat_template.json").get("chat_template")
     return template if isinstance(template, str) else None
-
-
-def _one_line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:200] or type(e).__name__

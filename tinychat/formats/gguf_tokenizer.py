@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tinychat.errors import CheckpointError, UnsupportedModelError
-from tinychat.tokenizer import TURN_ENDS, Tokenizer, _one_line, char_of_byte
+from tinychat.tokenizer import TURN_ENDS, Tokenizer, char_of_byte, is_space
+from tinychat.tokenizer_file import MAX_TOKEN, check_added, one_line
 
 if TYPE_CHECKING:
     import tokenizers
 
+MAX_TOKENS = 1 << 20
+MAX_SPLITS = (
+    300_000_000  # characters that are compared to find the merges; the largest vocabularies take 30 M
+)
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -37,6 +42,7 @@ SPLITS = {
     "gpt-4o": (_CASED.replace("END", _SHORT).replace("DIGITS", "{1,3}"),),
     "tekken": (_CASED.replace("END", "").replace("DIGITS", ""),),
 }
+COMPOSED = ("qwen2",)  # letters and their accents are composed first; llama.cpp leaves that out
 ALIASES = {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
@@ -59,13 +65,15 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     """
     kind = fields.get("tokenizer.ggml.model")
     tokens = _strings(fields, "tokenizer.ggml.tokens")
-    types = fields.get("tokenizer.ggml.token_type")
-    try:
-        types = [1] * len(tokens) if types is None else list(types)
-    except TypeError:
-        raise _damaged("has token types that are not a list") from None
-    if not tokens or len(types) != len(tokens):
-        raise _damaged(f"has {len(tokens)} tokens and {len(types)} token types")
+    if len(tokens) > MAX_TOKENS or (longest := max(map(len, tokens), default=0)) > MAX_TOKEN:
+        raise _damaged(
+            f"has {len(tokens)} tokens"
+            if len(tokens) > MAX_TOKENS
+            else f"has a token of {longest} characters"
+        )
+    types = _numbers(fields, "tokenizer.ggml.token_type", len(tokens), "iu")
+    if not tokens:
+        raise _damaged("has no tokens")
     vocab = {t: i for i, t in enumerate(tokens)}
     for text in TURN_ENDS:  # files that forgot to mark it; llama.cpp corrects them too
         if text in vocab:
@@ -79,20 +87,20 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
         bos_by_default = True
     else:
         raise UnsupportedModelError(
-            f"The GGUF tokenizer {kind!r} is not supported.",
+            f"The GGUF tokenizer {_named(kind)} is not supported.",
             'Supported: "gpt2" (byte-level BPE), "llama" (SentencePiece).',
         )
-    _add_tokens(backend, tokens, types)
+    _add_tokens(backend, tokens, types, _stripping(fields, kind, vocab))
     return _finish(fields, backend, tokens, bos_by_default)
 
 
 def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int], pre: Any) -> tokenizers.Tokenizer:
     import tokenizers as tk
 
-    name = ALIASES.get(pre, pre)
+    name = ALIASES.get(pre, pre) if isinstance(pre, str) else None
     if name not in SPLITS:
         raise UnsupportedModelError(
-            f"The GGUF pre-tokenizer {pre!r} is not supported.",
+            f"The GGUF pre-tokenizer {_named(pre)} is not supported.",
             f"Supported: {', '.join(sorted({*SPLITS, *ALIASES}))}.",
         )
     merges = [tuple(line.split(" ", 1)) for line in _strings(fields, "tokenizer.ggml.merges")]
@@ -111,6 +119,8 @@ def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int], pre: Any) -> t
     if missing:  # bytes without a token (SmolLM2 lacks 0xF2) vanish; nothing merges across the gap
         splits.append(tk.pre_tokenizers.Split(tk.Regex(f"[{re.escape(missing)}]"), "removed"))
     backend.pre_tokenizer = tk.pre_tokenizers.Sequence(splits)
+    if pre in COMPOSED:
+        backend.normalizer = tk.normalizers.NFC()
     backend.decoder = tk.decoders.ByteLevel()
     return backend
 
@@ -120,9 +130,11 @@ def _sentencepiece(
 ) -> tokenizers.Tokenizer:
     import tokenizers as tk
 
-    scores = fields.get("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
-        raise _damaged(f"has {len(tokens)} tokens and {0 if scores is None else len(scores)} scores")
+    scores = _numbers(fields, "tokenizer.ggml.scores", len(tokens), "iuf")
+    if any(s != s for s in scores):
+        raise _damaged("has scores that are not numbers")
+    if sum(len(t) ** 2 for t in tokens) > MAX_SPLITS:
+        raise _damaged("has too many long tokens")
     # SentencePiece joins the neighbours whose union scores highest, leftmost first: pairs ranked by score.
     # Pairs that spell the same token tie there and are ranked here, which shows only in runs of one
     # character, and there the shorter left part first gives the same result.
@@ -130,22 +142,28 @@ def _sentencepiece(
     for token, i in vocab.items():
         if types[i] in (CONTROL, UNKNOWN, BYTE):
             continue
-        pairs = [(token[:k], token[k:]) for k in range(1, len(token))]
-        merges += [(-scores[i], i, pair) for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+        for k in range(1, len(token)):
+            if (left := token[:k]) in vocab and (right := token[k:]) in vocab:
+                merges.append((-scores[i], i, (left, right)))
     merges.sort(key=lambda m: m[:2])
     unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    known = type(unknown) is int and 0 <= unknown < len(tokens)
     backend = tk.Tokenizer(
         _bpe(
             vocab=vocab,
             merges=[pair for _, _, pair in merges],
             byte_fallback=True,
             fuse_unk=True,
-            unk_token=tokens[unknown] if 0 <= unknown < len(tokens) else None,
+            unk_token=tokens[unknown] if known else None,
         )
     )
-    prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
-    steps = [tk.normalizers.Prepend("▁")] if prefix else []
-    backend.normalizer = tk.normalizers.Sequence([*steps, tk.normalizers.Replace(" ", "▁")])
+    prefix = _flag(fields, "tokenizer.ggml.add_space_prefix", True)
+    if prefix and "[INST]" in vocab and types[vocab["[INST]"]] == CONTROL:
+        # Mistral's from version 3 on, which put the space before the whole text only
+        backend.pre_tokenizer = tk.pre_tokenizers.Metaspace("▁", "first", split=False)
+    else:
+        steps = [tk.normalizers.Prepend("▁")] if prefix else []
+        backend.normalizer = tk.normalizers.Sequence([*steps, tk.normalizers.Replace(" ", "▁")])
     decoders = [tk.decoders.Replace("▁", " "), tk.decoders.ByteFallback(), tk.decoders.Fuse()]
     backend.decoder = tk.decoders.Sequence([*decoders, *([tk.decoders.Strip(" ", 1, 0)] if prefix else [])])
     return backend
@@ -159,19 +177,39 @@ def _bpe(**settings: Any) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # bare Exception, and PanicException that is not even that
-        raise _damaged(f"contradicts itself: {_one_line(e)}") from e
+        raise _damaged(f"contradicts itself: {one_line(e)}") from e
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[int]) -> None:
+def _stripping(fields: Mapping[str, Any], kind: str, vocab: dict[str, int]) -> dict[str, bool]:
+    """Which white space the special tokens take along, by flag: GGUF has no place for it, so the family says.
+
+    Phi-3 and Phi-4-mini take what stands behind, Phi-4 both sides; as their own tokenizer.json has it.
+    """
+    names = (fields.get("general.architecture"), fields.get("general.name"))
+    phi = any(isinstance(n, str) and ("phi3" in n.lower() or "phi-3" in n.lower()) for n in names)
+    if kind == "gpt2" and "<|im_sep|>" in vocab and (phi or "<|dummy_0|>" in vocab):
+        return {"lstrip": True, "rstrip": True}
+    return {"rstrip": True} if phi and "<|assistant|>" in vocab else {}
+
+
+# Tokens that take nothing along all the same.
+_NOT_STRIPPING = {"<unk>", "<s>", "<|endoftext|>", "<|endofprompt|>"}
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, tokens: list[str], types: list[int], stripping: dict[str, bool]
+) -> None:
     """Control (and unknown) tokens are found in text only where the caller asks; user-defined ones always."""
     from tokenizers import AddedToken
 
     control = {i for i, t in enumerate(types) if t in (CONTROL, UNKNOWN)}
-    added = [
-        AddedToken(text, normalized=False, special=i in control)
-        for i, text in enumerate(tokens)
-        if text and (i in control or types[i] == USER_DEFINED)
-    ]
+    both = "lstrip" in stripping
+    added = []
+    for i, text in enumerate(tokens):
+        if text and (i in control or types[i] == USER_DEFINED):
+            flags = stripping if (both or text not in _NOT_STRIPPING) and not is_space(text) else {}
+            added.append(AddedToken(text, normalized=False, special=i in control, **flags))
+    check_added("The GGUF", [t.content for t in added])
     backend.add_tokens(added)
 
 
@@ -180,13 +218,12 @@ def _finish(
 ) -> Tokenizer:
     def token_id(name: str) -> int | None:
         i = fields.get(f"tokenizer.ggml.{name}_token_id")
-        return i if isinstance(i, int) and 0 <= i < len(tokens) else None
+        return i if type(i) is int and 0 <= i < len(tokens) else None
 
     ids = {name: token_id(short) for name, short in _NAMES.items()}
     special = {name: tokens[i] for name, i in ids.items() if i is not None}
     bos = ids["bos_token"]
-    add_bos = fields.get("tokenizer.ggml.add_bos_token")
-    add_bos = bos_by_default if add_bos is None else bool(add_bos)
+    add_bos = _flag(fields, "tokenizer.ggml.add_bos_token", bos_by_default)
     if add_bos and bos is not None:  # for other programs that read a saved tokenizer.json
         from tokenizers.processors import TemplateProcessing
 
@@ -213,6 +250,35 @@ def _strings(fields: Mapping[str, Any], key: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise _damaged(f"has no list of strings {key}")
     return value
+
+
+def _numbers(fields: Mapping[str, Any], key: str, n: int, kinds: str) -> list:
+    """A list of n numbers of the numpy kinds; ones where the file has none and they are integers."""
+    import numpy as np
+
+    value = fields.get(key)
+    if value is None and kinds == "iu":
+        return [1] * n
+    short = key.rpartition(".")[2]
+    if not isinstance(value, (list, np.ndarray)):
+        raise _damaged(f"has no list of numbers {short}")
+    array = np.asarray(value, None if len(value) else "i4")
+    if array.ndim != 1 or array.dtype.kind not in kinds:
+        raise _damaged(f"has no list of numbers {short}")
+    if len(array) != n:
+        raise _damaged(f"has {n} tokens and {len(array)} entries of {short}")
+    return array.tolist()
+
+
+def _flag(fields: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, (bool, int)):
+        raise _damaged(f"has no yes or no {key.rpartition('.')[2]}")
+    return default if value is None else bool(value)
+
+
+def _named(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _damaged(what: str) -> CheckpointError:

@@ -75,7 +75,7 @@ class HFCheckpoint:
         return values + getattr(FAMILIES[self.config.family], "NORM_OFFSET", np.float32(0))
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_hf(self.path)
+        return Tokenizer.from_hf(self.path, self.config.vocab_size)
 
     def fingerprint(self, tell: Tell | None = None) -> str:
         """A hash of config.json, of how the weights are quantized, and of the files that hold them."""

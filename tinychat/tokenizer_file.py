@@ -1,0 +1,242 @@
+"""A tokenizer.json is a stranger's file: read, bounded and tried before it is used."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tinychat.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+T = TypeVar("T")
+MAX_FILE = 64 << 20  # bytes; the largest vocabularies in use take 35 MB
+MAX_TOKEN = 1024  # characters of an added token; the longest in use have about 50
+MAX_ADDED = 100_000
+_LONG = 128  # bytes; few strings of an honest file are longer
+_MAX_LONG = 1 << 20  # bytes of long strings together, before a file is looked at closely
+MAX_GROWTH = 500  # how many times longer a normalizer may make a text: NFKC has one letter for 18
+MAX_PREFIX = 1000  # characters that a normalizer may put before a text
+_PULL = "The file is damaged, or made by a newer version of tokenizers; pull it again."
+_OTHERS = "Its tokenizer belongs to another model, or its embeddings were not resized; choose another."
+_STRANGE = "No known model has such a tokenizer; do not trust this checkpoint."
+
+
+def load_backend(file: Path) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json; stored truncation and padding are left out, as transformers does.
+
+    Raises CheckpointError where it is damaged, and where reading a text with it would take too much.
+    """
+    import tokenizers
+
+    content = _read(file)
+    _check_strings(file, content)
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # bare Exception, and PanicException that is not even that
+        raise CheckpointError(f"{file} is not a tokenizer that can be read: {one_line(e)}.", _PULL) from e
+    backend.no_truncation()
+    backend.no_padding()
+    check(backend, str(file))
+    return backend
+
+
+def guarded(call: Callable[..., T], *args: Any, **options: Any) -> T:
+    """What `call`, a backend's method, returns. Raises CheckpointError where the backend fails or panics."""
+    try:
+        return call(*args, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # bare Exception, and PanicException that is not even that
+        raise CheckpointError(
+            f"The model's tokenizer fails on this text: {one_line(e)}.",
+            "Pull the model again; if that does not help, its tokenizer is broken: choose another model.",
+        ) from e
+
+
+def check(backend: tokenizers.Tokenizer, name: str) -> None:
+    """Raises CheckpointError for a tokenizer with which an honest text takes too much memory or time."""
+    added = backend.get_added_tokens_decoder().values()
+    check_added(name, [t.content for t in added])
+    try:
+        factor, more = _growth(_state(backend.normalizer))
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{name} has a normalizer that cannot be read: {one_line(e)}.", _PULL) from e
+    if factor > MAX_GROWTH or more > MAX_PREFIX:
+        raise CheckpointError(
+            f"The normalizer in {name} makes texts {factor} times and {more} characters longer.", _STRANGE
+        )
+    _try(backend, name)
+
+
+def without_tokens(
+    backend: tokenizers.Tokenizer, n: int, needed: list[str], name: str
+) -> tokenizers.Tokenizer:
+    """The backend without the added tokens that have ids from `n` on; `backend` itself if there are none.
+
+    Raises CheckpointError where one of the texts in `needed` spells such a token, and where the vocabulary
+    has more than `n` tokens to begin with.
+    """
+    size = backend.get_vocab_size(with_added_tokens=False)
+    if size > n or (size and backend.id_to_token(size - 1) is None):  # ids may have gaps: look at them all
+        size = 1 + max(backend.get_vocab(with_added_tokens=False).values())
+    if size > n:
+        raise CheckpointError(
+            f"{name} has token ids up to {size - 1}, and the model has embeddings for {n}.", _OTHERS
+        )
+    beyond = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if i >= n}
+    for i, content in beyond.items():
+        if any(content in text for text in needed):
+            raise CheckpointError(
+                f"The model needs the token {content!r} ({i}), and has embeddings for {n}.", _OTHERS
+            )
+    if not beyond:
+        return backend
+    import tokenizers
+
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < n]
+    return guarded(tokenizers.Tokenizer.from_str, json.dumps(content))
+
+
+def one_line(e: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__
+
+
+def _read(file: Path) -> bytes:
+    try:
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as f:
+            facts = os.fstat(f.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise CheckpointError(f"{file} is not a file.", _PULL)
+            if facts.st_size > MAX_FILE:
+                raise CheckpointError(
+                    f"{file} has {facts.st_size >> 20} MB, more than any tokenizer.", _STRANGE
+                )
+            return f.read(MAX_FILE + 1)
+    except OSError as e:
+        raise CheckpointError(f"{file} cannot be read: {e.strerror}.", "Check its permissions.") from e
+
+
+def _check_strings(file: Path, content: bytes) -> None:
+    """Look closely at a file with many long strings, since reading it may take gigabytes."""
+    import numpy as np
+
+    data = np.frombuffer(content, np.uint8)
+    quotes = np.flatnonzero(data == ord('"'))
+    quotes = quotes[(quotes == 0) | (data[quotes - 1] != ord("\\"))]  # those that surely begin or end one
+    lengths = np.diff(quotes)
+    if lengths[lengths > _LONG].sum() <= _MAX_LONG:
+        return
+    try:
+        added = json.loads(content)["added_tokens"]
+        contents = [token["content"] for token in added]
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        raise CheckpointError(f"{file} is not a tokenizer that can be read: {one_line(e)}.", _PULL) from e
+    check_added(str(file), contents)
+
+
+def check_added(name: str, contents: list[str]) -> None:
+    """Raises CheckpointError for more, or longer, added tokens than any honest vocabulary has."""
+    if len(contents) > MAX_ADDED:
+        raise CheckpointError(f"{name} has {len(contents)} added tokens.", _STRANGE)
+    longest = max(map(len, contents), default=0)
+    if longest > MAX_TOKEN:
+        raise CheckpointError(f"{name} has an added token of {longest} characters.", _STRANGE)
+
+
+def _state(part: Any) -> dict:
+    return {} if part is None else json.loads(part.__getstate__())
+
+
+# How many times longer each kind can make a text.
+_GROWTH = {
+    "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "StripAccents": 1, "Strip": 1, "Nmt": 1,
+    "BertNormalizer": 12, "ByteLevel": 4,
+}  # fmt: skip
+
+
+def _growth(state: dict) -> tuple[int, int]:
+    """(factor, more): a normalizer makes n characters at most factor · n + more."""
+    kind = state.get("type")
+    if not state:
+        return 1, 0
+    if kind == "Sequence":
+        factor, more = 1, 0
+        for step in state["normalizers"]:
+            f, m = _growth(step)
+            factor, more = factor * f, more * f + m
+        return factor, more
+    if kind == "Prepend":
+        return 1, len(state["prepend"])
+    if kind == "Replace":
+        pattern = state["pattern"].get("String")
+        if pattern:
+            return max(1, -(-len(state["content"]) // len(pattern))), 0
+        return 1 + len(state["content"]), len(
+            state["content"]
+        )  # it may match nothing, between all characters
+    if kind == "Precompiled":
+        table = base64.b64decode(state["precompiled_charsmap"])
+        replacements = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+        return max(1, *map(len, replacements)), 0
+    return _GROWTH[kind], 0
+
+
+# A pattern that backtracks shows on a long run of the right thing, with something behind it that does not fit.
+_UNITS = ("a", "aA", " ", "\n", "0", "!", "-", "a ", "é", "中", "'s", "a0", "\t ", "_", "aa!")
+_LENGTHS = ((32, 0.1), (128, 0.1), (512, 0.1), (2048, 0.5))  # characters, seconds of the processor
+
+
+def _try(backend: tokenizers.Tokenizer, name: str) -> None:
+    """Encode some texts. Raises CheckpointError where one fails, or takes longer than any honest tokenizer."""
+    patterns = any("Regex" in str(_state(part)) for part in (backend.normalizer, backend.pre_tokenizer))
+    with _quiet():
+        for length, limit in _LENGTHS if patterns else _LENGTHS[:1]:
+            for unit in _UNITS:
+                for end in ("", "!", "\0"):
+                    text = unit * (length // len(unit)) + end
+                    began = time.thread_time()
+                    try:
+                        backend.encode(text, add_special_tokens=True)
+                    except (KeyboardInterrupt, SystemExit):
+                        raise
+                    except BaseException as e:
+                        raise CheckpointError(
+                            f"{name} fails on {length} characters {unit!r}: {one_line(e)}.", _PULL
+                        ) from e
+                    took = time.thread_time() - began
+                    if took > limit:
+                        raise CheckpointError(
+                            f"{name} takes {took:.1f} s for {length} characters: its patterns backtrack.",
+                            _STRANGE,
+                        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing that is written to the file of stderr is seen: a panic writes a page there."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
