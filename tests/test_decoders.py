@@ -1,4 +1,4 @@
-"""Ids to text, against the `tokenizers` library's own decoders: at once, in a stream, cut by a stop string."""
+"""Ids to text, against the `tokenizers` library's own decoders: at once, in a stream, cut by stop strings."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_a_stream_says_what_the_library_decodes_at_once(demo, ids, skip):
 @settings(max_examples=300, deadline=None)
 def test_every_text_survives_the_round_trip(demo, spm, text):
     known = {i for i in range(256) if demo.encode(bytes([i]).decode("latin-1"))}
-    assert spm.decode(spm.encode(text)) == text
+    assert spm.decode(spm.encode(text)) == text.replace("▁", " ")  # SentencePiece cannot tell them apart
     if all(b in known or b >= 0x80 for b in text.encode()) and max(map(ord, text), default=0) < 0x40000:
         assert demo.decode(demo.encode(text)) == text
 

@@ -1,8 +1,8 @@
 """What a person writes, told from what the chat template writes, where a template has put them together.
 
-Where a message spells a marker (`<|im_end|>`), or the end or the beginning of one, the characters are guarded:
-hidden from the template, and from its own text, behind a code of private-use characters. `reveal` finds them
-in what was rendered, so that they are tokenized as plain text.
+Where a message spells a marker (`<|im_end|>`), or the end or the beginning of one, the characters are
+guarded: hidden from the template, and from its own text, behind a code of private-use characters. `reveal`
+finds them in what was rendered, so that they are tokenized as plain text.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.decoders import Decoding, Joiner
 from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.files import read_text
 from tinychat.prefixes import Before, Prefixes
 from tinychat.tokenizer_file import guarded, load_backend, one_line, without_tokens
 
@@ -362,11 +363,11 @@ def _settings(file: Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}, not an object")
         return content
-    except (ValueError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(
             f"{file} is damaged: {one_line(e)}.", "Pull the model again, or repair the file."
         ) from e
@@ -375,7 +376,10 @@ def _settings(file: Path) -> dict:
 def _hf_template(folder: Path, config: dict) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return read_text(file)
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{file} cannot be read: {one_line(e)}.", "Pull the model again.") from e
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinychat.errors import CheckpointError
+from tinychat.files import read_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -116,17 +116,9 @@ def one_line(e: BaseException) -> str:
 
 def _read(file: Path) -> bytes:
     try:
-        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as f:
-            facts = os.fstat(f.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise CheckpointError(f"{file} is not a file.", _PULL)
-            if facts.st_size > MAX_FILE:
-                raise CheckpointError(
-                    f"{file} has {facts.st_size >> 20} MB, more than any tokenizer.", _STRANGE
-                )
-            return f.read(MAX_FILE + 1)
+        return read_bytes(file, MAX_FILE)
     except OSError as e:
-        raise CheckpointError(f"{file} cannot be read: {e.strerror}.", "Check its permissions.") from e
+        raise CheckpointError(f"{file} cannot be read: {e.strerror}.", _PULL) from e
 
 
 def _check_strings(file: Path, content: bytes) -> None:
@@ -194,13 +186,13 @@ def _growth(state: dict) -> tuple[int, int]:
     return _GROWTH[kind], 0
 
 
-# A pattern that backtracks shows on a long run of the right thing, with something behind it that does not fit.
+# A pattern that backtracks shows on a long run of the right thing with something behind it that does not fit.
 _UNITS = ("a", "aA", " ", "\n", "0", "!", "-", "a ", "é", "中", "'s", "a0", "\t ", "_", "aa!")
 _LENGTHS = ((32, 0.1), (128, 0.1), (512, 0.1), (2048, 0.5))  # characters, seconds of the processor
 
 
 def _try(backend: tokenizers.Tokenizer, name: str) -> None:
-    """Encode some texts. Raises CheckpointError where one fails, or takes longer than any honest tokenizer."""
+    """Encode some texts. Raises CheckpointError where one fails, or takes longer than it ever should."""
     patterns = any("Regex" in str(_state(part)) for part in (backend.normalizer, backend.pre_tokenizer))
     with _quiet():
         for length, limit in _LENGTHS if patterns else _LENGTHS[:1]:

@@ -65,12 +65,11 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     """
     kind = fields.get("tokenizer.ggml.model")
     tokens = _strings(fields, "tokenizer.ggml.tokens")
-    if len(tokens) > MAX_TOKENS or (longest := max(map(len, tokens), default=0)) > MAX_TOKEN:
-        raise _damaged(
-            f"has {len(tokens)} tokens"
-            if len(tokens) > MAX_TOKENS
-            else f"has a token of {longest} characters"
-        )
+    longest = max(map(len, tokens), default=0)
+    if longest > MAX_TOKEN:
+        raise _damaged(f"has a token of {longest} characters")
+    if len(tokens) > MAX_TOKENS:
+        raise _damaged(f"has {len(tokens)} tokens")
     types = _numbers(fields, "tokenizer.ggml.token_type", len(tokens), "iu")
     if not tokens:
         raise _damaged("has no tokens")
