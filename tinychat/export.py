@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tinychat.store import Chat, ChatStore, StoredMessage, path_to
 
 
 def to_json(store: ChatStore, chat_id: int, ensure_ascii: bool = False) -> str:
-    """The whole tree, as `tinychat.Session.load` and `/load` read it."""
-    chat, messages = store.chat(chat_id), store.messages(chat_id)
+    """A stored chat's whole tree, as `tinychat.Session.load` and `/load` read it."""
+    return json_of(*store.tree(chat_id), ensure_ascii)
+
+
+def json_of(chat: Chat, messages: Sequence[StoredMessage], ensure_ascii: bool = False) -> str:
+    """A conversation's whole tree, as `tinychat.Session.load` and `/load` read it."""
     index = {m.id: i for i, m in enumerate(messages)}
     nodes = [
         {
@@ -37,10 +41,9 @@ def to_json(store: ChatStore, chat_id: int, ensure_ascii: bool = False) -> str:
 
 
 def to_markdown(store: ChatStore, chat_id: int) -> str:
-    """The present branch, for reading."""
-    chat = store.chat(chat_id)
-    by_id = {m.id: m for m in store.messages(chat_id)}
-    return markdown_of(chat, path_to(by_id, chat.leaf))
+    """The present branch of a stored chat, for reading."""
+    chat, messages = store.tree(chat_id)
+    return markdown_of(chat, path_to({m.id: m for m in messages}, chat.leaf))
 
 
 def markdown_of(chat: Chat, path: Iterable[StoredMessage]) -> str:

@@ -48,8 +48,3 @@ def packs_of(fingerprint: str) -> list[Path]:
     """The packs of a checkpoint and of its layers, and what lies beside them."""
     beginning = pack_name(fingerprint).removesuffix("-")
     return sorted(packs_dir().glob(f"{beginning}*")) if packs_dir().is_dir() else []
-
-
-def history_file() -> Path:
-    """Input lines of the plain REPL."""
-    return home() / "history"

@@ -298,6 +298,8 @@ class Session:
             known = [(node.prompt_text, node.prompt_ids), (said, node.ids)]
             if not text.startswith(node.prompt_text + said, at):
                 break
+            if max(max(ids, default=0) for _, ids in known) >= self.model.config.vocab_size:
+                break  # from a damaged file
             segments += known
             at += len(node.prompt_text) + len(said)
         # A beginning-of-text token alone leaves the text what it is: the first.

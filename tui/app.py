@@ -32,6 +32,7 @@ from tinychat.tui.screens.chat import ChatScreen
 from tinychat.tui.theme import DARK, THEMES
 
 POLL_SECONDS = 1.0  # how often memory and load are looked at while an answer runs
+PATIENCE = 1.0  # seconds that the screen may stand still because another program holds the store's lock
 
 
 class ChatApp(App[None]):
@@ -59,6 +60,7 @@ class ChatApp(App[None]):
         super().__init__()
         self.model, self.conversation, self.options = model, conversation, dict(options or {})
         self.store: ChatStore = conversation.store
+        self.store.patience = PATIENCE
         self.engine = engine or EngineClient(self._heard, command)
         if engine is not None:
             engine.on_event = self._heard
@@ -66,6 +68,7 @@ class ChatApp(App[None]):
         self._settings = _read_settings(self.settings_path)
         self._pace: list[tuple[float, int]] = []
         self._interrupted = 0.0
+        self._warned = False  # of what leaving would lose
         self._engine_process: Any = None  # of psutil
         self._was_busy = True  # when the machine was looked at last
         self._early: list[events.Event] | None = []  # keys from before there was a place for them
@@ -117,12 +120,18 @@ class ChatApp(App[None]):
         await self.start_engine()
         self.run_worker(self._warm_up, thread=True, group="warm")
         self.set_interval(POLL_SECONDS, self._look_at_machine)
+        self.set_interval(POLL_SECONDS, self._look_at_store)
 
     def _warm_up(self) -> None:
         from tinychat.tui import markdown
 
         markdown.warm_up()
-        self.store.purge()
+        if not self.store.in_memory:
+            # Wiping may take a while: over a connection of its own, so that nobody waits for it.
+            with suppress(TinychatError):
+                store = ChatStore(self.store.path)
+                store.purge()
+                store.close()
 
     def _told_to_end(self) -> None:
         with suppress(Exception):
@@ -142,6 +151,8 @@ class ChatApp(App[None]):
             self.run()
         finally:
             sys.__stderr__ = before
+            if lost := self._loss():
+                print(lost, file=sys.stderr)
             self.store.close()
         if self._exception is not None:
             raise getattr(self._exception, "error", self._exception)  # a worker's, without what is around it
@@ -223,6 +234,33 @@ class ChatApp(App[None]):
             chat.status.tell(memory=self._engine_process.memory_info().rss)
         chat.status.tell(cpu=psutil.cpu_percent() if busy else None)
 
+    # What could not be stored
+
+    def _look_at_store(self) -> None:
+        """Say once that storing fails, and once that it works again."""
+        for held in {self.chat.conversation.held, *self.store.unsaved}:
+            if news := held.news():
+                self._warned = False
+                self.chat.say(news, error=held.problem is not None)
+        self.chat.status.tell(unsaved=bool(self.store.unsaved))
+
+    def _loss(self) -> str:
+        """What would be lost if the program ended now."""
+        return " ".join(held.loss() for held in list(self.store.unsaved) if not held.flush())
+
+    def leave(self, code: int = 0) -> None:
+        """End; not at once if something would be lost."""
+        lost = self._loss()
+        if lost and not self._warned:
+            self._warned = True
+            self.chat.say(f"{lost} Leave again to lose it; /save FILE keeps it elsewhere.", error=True)
+            return
+        self.exit(return_code=code)
+
+    async def action_quit(self) -> None:
+        """ctrl+q."""
+        self.leave()
+
     # Settings
 
     def _keep_theme(self, theme: Any) -> None:
@@ -246,7 +284,7 @@ class ChatApp(App[None]):
             return
         now = time.monotonic()
         if now - self._interrupted < 2:
-            self.exit(return_code=130)
+            self.leave(130)
             return
         self._interrupted = now
         if self.chat.answering:

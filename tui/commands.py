@@ -30,7 +30,7 @@ COMMANDS = (
     Command("resume", "[TEXT]", "find an earlier chat"),
     Command("rename", "TITLE", "name this chat", True),
     Command("delete", "", "delete this chat; /undo brings it back"),
-    Command("undo", "", "bring the deleted chat back"),
+    Command("undo", "", "bring back the chat deleted last (of this week); again: the one before"),
     Command("save", "FILE", "export this chat: .md for reading, .json for Session.load", True),
     Command("copy", "[code|chat]", "copy the last answer, its last code block, or the chat"),
     Command("think", "", "open or fold the last reasoning"),

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tinychat.client import Finished
-from tinychat.errors import TinychatError
+from tinychat.open_chat import OpenChat
 from tinychat.store import Chat, ChatStore, StoredMessage, path_to
 
 SAVE_SECONDS = 0.7  # of an answer in the making, at most that much is not yet stored
@@ -20,40 +20,41 @@ _writer = ThreadPoolExecutor(1, thread_name_prefix="store")
 
 
 class Conversation:
-    """A chat that is open. Nothing is stored before the first message."""
+    """A chat that is open. Nothing is stored before the first message, and nothing waits for the disk."""
 
     def __init__(self, store: ChatStore, model: str, system: str | None = None, params: dict | None = None):
-        self.store = store
-        self.chat = Chat(0, "", model, system, dict(params or {}))
-        self.by_id: dict[int, StoredMessage] = {}
-        self.leaf: int | None = None
-        self.answer: StoredMessage | None = None  # while it is being written
-        self._release: Callable[[], None] = lambda: None
-        self._saved = 0.0
+        self._hold(OpenChat(store, Chat(0, "", model, system, dict(params or {}))))
 
     @classmethod
     def open(cls, store: ChatStore, chat_id: int) -> Conversation:
         """A stored chat, claimed for this program. Raises ChatLockedError, TinychatError."""
-        release = store.lock(chat_id)
-        try:
-            chat = store.chat(chat_id)
-            self = cls(store, chat.model)
-            self.chat, self._release = chat, release
-            self.by_id = {m.id: m for m in store.messages(chat_id)}
-            self.leaf = chat.leaf
-        except BaseException:
-            release()
-            raise
+        self = cls.__new__(cls)
+        self._hold(OpenChat(store, store.chat(chat_id)))
         return self
 
+    def _hold(self, held: OpenChat) -> None:
+        self.held, self.store, self.by_id = held, held.store, held.by_id
+        self.answer: StoredMessage | None = None  # while it is being written
+        self._saved = 0.0
+
     def close(self) -> None:
-        """Let other programs have it. Idempotent."""
-        self._release()
+        """Let other programs have it, once it is stored. Idempotent."""
+        self.held.close()
+
+    @property
+    def chat(self) -> Chat:
+        """What the list of chats shows of it."""
+        return self.held.chat
+
+    @property
+    def leaf(self) -> int | None:
+        """The end of the present branch."""
+        return self.chat.leaf
 
     @property
     def key(self) -> str:
-        """What the engine knows this conversation by."""
-        return str(self.chat.id)
+        """What the engine knows this conversation by; a number once it is stored."""
+        return str(self.chat.id or "new")
 
     # The tree
 
@@ -73,8 +74,8 @@ class Conversation:
             children[n.parent] = i
         while message_id in children:
             message_id = children[message_id]
-        self.leaf = message_id
-        self.store.update(self.chat.id, leaf=message_id)
+        self.chat.leaf = message_id
+        self.keep()
 
     def last(self, role: str) -> StoredMessage | None:
         """The newest message of that role on the present branch."""
@@ -90,39 +91,39 @@ class Conversation:
     # Saying something
 
     def ask(self, text: str, parent: int | None) -> StoredMessage:
-        """Store what the user says."""
-        if not self.chat.id:
-            self.chat = self.store.create(self.chat.model, self.chat.system, self.chat.params)
-            self._release = self.store.lock(self.chat.id)
-        return self._add(self.store.add(self.chat.id, "user", text, parent))
+        """What the user says."""
+        m = self.held.add("user", text, parent)
+        self.keep(m)
+        return m
 
     def begin_answer(self, question: int, model: str) -> StoredMessage:
         """Make room for an answer; what it says is stored as it comes."""
-        self.answer = self._add(self.store.add(self.chat.id, "assistant", "", question, model))
+        self.answer = self.held.add("assistant", "", question, model)
+        self.keep(self.answer)
         self._saved = time.monotonic()
         return self.answer
 
-    def _add(self, m: StoredMessage) -> StoredMessage:
-        self.by_id[m.id] = m
-        self.leaf = m.id
-        if not self.chat.title:
-            self.chat = self.store.chat(self.chat.id)
-        return m
+    def keep(self, m: StoredMessage | None = None) -> None:
+        """Store a message that has changed, or the chat itself; later, if that does not work now."""
+        self.held.change(m)
+        if self.held.problem is None:
+            self.held.flush()
 
-    def hear(self, text: str, failed: Callable[[TinychatError], None]) -> None:
-        """More of the answer. Stored now and then, beside the caller; `failed` is called if that does not
-        work.
-        """
+    def hear(self, text: str, failed: Callable[[BaseException], None]) -> None:
+        """More of the answer. Stored now and then, beside the caller; `failed` hears of mistakes."""
         self.answer.content += text
         if (now := time.monotonic()) - self._saved >= SAVE_SECONDS:
             self._saved = now
-            future = _writer.submit(self.store.write_partial, self.answer.id, self.answer.content)
-            future.add_done_callback(lambda f: failed(f.exception()) if f.exception() else None)
+            self.held.change(self.answer)
+            if self.held.problem is None:
+                future = _writer.submit(self.held.flush)
+                future.add_done_callback(lambda f: failed(f.exception()) if f.exception() else None)
 
     def flush(self) -> None:
         """Store what was said so far."""
         if self.answer is not None:
-            self.store.write_partial(self.answer.id, self.answer.content)
+            self.held.change(self.answer)
+        self.held.flush()
 
     def finish(self, done: Finished) -> StoredMessage:
         """The answer as the session has it."""
@@ -137,7 +138,7 @@ class Conversation:
         if done.thought is not None:
             m.stats["thought_tokens"] = done.thought
         self.answer = None
-        self.store.finish(m)
+        self.keep(m)
         return m
 
     def give_up(self, reason: str = "error") -> StoredMessage | None:
@@ -145,7 +146,7 @@ class Conversation:
         m, self.answer = self.answer, None
         if m is not None:
             m.finish_reason = reason
-            self.store.finish(m)
+            self.keep(m)
         return m
 
     def request(self, question: int, model: str) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def test_ids_of_another_model_are_not_taken_over(store, model):
     listen(session.send("hi"))
     keeper.keep(session)
     keeper.close()
-    store._db.execute("UPDATE messages SET model = 'other' WHERE role = 'assistant'")
+    store._database._db.execute("UPDATE messages SET model = 'other' WHERE role = 'assistant'")
     again = model.session()
     Keeper(store, again, store.latest()).close()
     assert again.nodes[1].content == session.nodes[1].content

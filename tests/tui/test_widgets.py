@@ -207,7 +207,7 @@ async def test_wrong_commands_say_what_to_do(store):
             ("/copy", "There is no answer yet"),
             ("/branch 3", "There is no answer yet"),
             ("/theme purple", "There is no theme purple"),
-            ("/undo", "Nothing was deleted here"),
+            ("/undo", "Nothing was deleted within a week"),
             ("/delete", "This chat is still empty"),
         ):
             await say(pilot, command)

@@ -116,14 +116,17 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
             from tinychat.cli.repl import Repl
 
             try:
-                Repl(session, o["verbose"], keeper.follow).run()
+                Repl(session, keeper, o["verbose"]).run()
             finally:
-                keeper.close()
+                lost = keeper.close(say=partial(click.echo, err=True))
+                if lost:
+                    click.echo(lost, err=True)
             return
         events = session.send(text)
         code = _answer_once(session, keeper.follow(session, events) if keeper else events, o)
-        if keeper is not None:
-            keeper.close()
+        if keeper is not None and (lost := keeper.close(say=partial(click.echo, err=True))):
+            click.echo(lost, err=True)
+            code = code or 1
     sys.exit(code)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +14,10 @@ from tinychat.errors import TinychatError, UsageError
 from tinychat.sampling import SamplingParams
 from tinychat.session import Session
 
+if TYPE_CHECKING:
+    from tinychat.keep import Keeper
+
+HISTORY = 1000  # messages
 HELP = """\
 /help                 this list
 /system [TEXT]        show or set the system prompt
@@ -30,17 +33,13 @@ Text between lines of \"\"\" is one message; a \\ at a line's end continues it. 
 
 
 class Repl:
-    """Reads lines, shows answers. What was typed is kept for the next time (↑)."""
+    """Reads lines, shows answers. ↑ brings back what was said before, in stored chats too."""
 
-    def __init__(
-        self,
-        session: Session,
-        verbose: bool = False,
-        follow: Callable[[Session, Iterator], Iterator] = lambda _, events: events,
-    ):
-        """follow: sees the events of every answer on their way (to store them)."""
-        self.session, self.verbose, self.follow = session, verbose, follow
+    def __init__(self, session: Session, keeper: Keeper, verbose: bool = False):
+        """keeper: stores the conversation."""
+        self.session, self.keeper, self.verbose = session, keeper, verbose
         self.last = None
+        self._warned = False  # of what leaving would lose
 
     def run(self) -> None:
         """Until /exit, end of input, or Ctrl+C twice (which raises KeyboardInterrupt)."""
@@ -50,11 +49,16 @@ class Repl:
         click.echo(f"{model.name} · {facts['backend']} · {model.n_ctx} tokens of context · /help", err=True)
         warned = False
         while True:
+            if news := self.keeper.held.news():
+                self._warned = False
+                click.echo(news, err=True)
             try:
                 text = self._read()
             except EOFError:
                 click.echo(err=True)
-                return
+                if self._may_leave():
+                    return
+                continue
             except KeyboardInterrupt:
                 if warned:
                     raise
@@ -76,7 +80,7 @@ class Repl:
     def _answer(self, events) -> None:
         out = Printer()
         with cancel_on_interrupt(self.session):
-            self.last = show_events(self.follow(self.session, events), out)
+            self.last = show_events(self.keeper.follow(self.session, events), out)
         if self.last is None:
             return
         reason = self.last.finish_reason
@@ -95,7 +99,7 @@ class Repl:
         """Run a slash command; True to leave."""
         s = self.session
         if name in ("exit", "bye", "quit"):
-            return True
+            return self._may_leave()
         if name in ("help", "?"):
             click.echo(HELP, err=True)
         elif name == "system":
@@ -132,6 +136,15 @@ class Repl:
             raise UsageError(f"/{name} is not a command.", "/help lists them.")
         return False
 
+    def _may_leave(self) -> bool:
+        """Whether nothing would be lost, or that was said."""
+        held = self.keeper.held
+        if self._warned or held.flush():
+            return True
+        self._warned = True
+        click.echo(f"{held.loss()} Leave again to lose it; /save FILE keeps it elsewhere.", err=True)
+        return False
+
     def _set(self, rest: str) -> None:
         s = self.session
         words = rest.split()
@@ -158,24 +171,19 @@ class Repl:
         return line
 
     def _history(self) -> None:
+        """What ↑ brings back. Only the store keeps it."""
         try:
-            import atexit
             import readline
         except ImportError:
             return
-        path = locations.history_file()
-        with suppress(OSError):  # the first time there is none
-            readline.read_history_file(path)
-        readline.set_history_length(1000)
-
-        def keep() -> None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                readline.write_history_file(path)
-            except OSError as e:
-                print(f"The input history was not kept: {e}", file=sys.stderr)
-
-        atexit.register(keep)
+        # An earlier version kept all that was typed, under --no-store too, in a file of its own.
+        with suppress(OSError):
+            (locations.home() / "history").unlink()
+        readline.clear_history()
+        with suppress(TinychatError):
+            for text in reversed(self.keeper.store.said(HISTORY)):
+                if "\n" not in text:
+                    readline.add_history(text)
 
 
 def _split(text: str) -> tuple[str, str]:

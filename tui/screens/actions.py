@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat.errors import TinychatError, UsageError
-from tinychat.export import markdown_of, to_json, to_markdown
+from tinychat.export import json_of, markdown_of
+from tinychat.records import INTEGERS, RANGES
+from tinychat.store import Chat, path_to
 from tinychat.tui import clipboard, messages
 from tinychat.tui.commands import BY_NAME
 from tinychat.tui.conversation import Conversation
@@ -23,17 +25,6 @@ from tinychat.tui.widgets.turn import Turn, human_size
 
 if TYPE_CHECKING:
     from tinychat.tui.screens.chat import ChatScreen
-
-INTEGERS = ("top_k", "max_tokens", "seed")
-RANGES = {
-    "temperature": (0, 100),
-    "top_k": (0, 1 << 31),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repeat_penalty": (0.01, 100),
-    "max_tokens": (0, 1 << 31),
-    "seed": (0, 1 << 63),
-}
 
 
 def parse_setting(name: str, value: str) -> float | int | None:
@@ -82,8 +73,7 @@ class ChatActions:
         chat = self.conversation.chat
         if rest:
             chat.system = None if rest == "-" else rest
-            if chat.id:
-                self.app.store.update(chat.id, system=chat.system)
+            self.conversation.keep()
         self.say(
             f"System prompt: {chat.system}" if chat.system else "No system prompt: the template's own holds."
         )
@@ -100,8 +90,7 @@ class ChatActions:
         chat = self.conversation.chat
         merged = {**chat.params, **changes}
         chat.params = {k: v for k, v in merged.items() if v is not None}
-        if chat.id:
-            self.app.store.update(chat.id, params=chat.params)
+        self.conversation.keep()
         self.say(
             "Sampling: " + (", ".join(f"{k} {v}" for k, v in chat.params.items()) or "the model's defaults")
         )
@@ -173,44 +162,59 @@ class ChatActions:
         self.sidebar.find(rest)
 
     def command_rename(self: ChatScreen, rest: str) -> None:
-        self._stored_chat()
-        self.conversation.chat.title = rest
-        self.app.store.update(self.conversation.chat.id, title=rest)
+        self._begun_chat().title = rest
+        self.conversation.keep()
         self.refill()
 
     async def command_delete(self: ChatScreen, rest: str) -> None:
-        await self.delete_chat(self._stored_chat())
-
-    async def delete_chat(self: ChatScreen, chat_id: int) -> None:
-        """Out of the list; /undo brings it back."""
-        here = chat_id == self.conversation.chat.id
-        if here and self.answering:
+        if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
+        chat = self._begun_chat()
+        if not chat.id:
+            raise self.conversation.held.problem
+        self.app.store.delete(chat.id)
+        await self.action_new_chat()
+        self._deleted(chat.title)
+
+    def delete_chat(self: ChatScreen, chat_id: int) -> None:
+        """Out of the list; /undo brings it back. The open chat is not hit by a key too many."""
+        if chat_id == self.conversation.chat.id:
+            raise UsageError("This chat is open.", "/delete deletes it.")
         title = self.app.store.chat(chat_id).title
+        self.app.store.lock(chat_id)()  # not while it is open somewhere
         self.app.store.delete(chat_id)
-        self.deleted = chat_id
-        if here:
-            await self.action_new_chat()
+        self._deleted(title)
+
+    def _deleted(self: ChatScreen, title: str) -> None:
         self.refill()
-        self.say(f"Deleted “{title}”. /undo brings it back.")
+        self.say(f"Deleted “{title}”. /undo brings it back, for a week.")
 
     async def command_undo(self: ChatScreen, rest: str = "") -> None:
-        if self.deleted is None:
-            raise UsageError("Nothing was deleted here.", "/resume lists the chats.")
-        self.app.store.restore(self.deleted)
-        chat_id, self.deleted = self.deleted, None
+        deleted = self.app.store.deleted()
+        if not deleted:
+            raise UsageError("Nothing was deleted within a week.", "/resume lists the chats.")
+        self.app.store.restore(deleted[0].id)
         self.refill()
-        self.say("")
-        if not self.conversation.chat.id:
-            await self.on_open_chat(messages.OpenChat(chat_id))
+        if not self.conversation.by_id:
+            await self.on_open_chat(messages.OpenChat(deleted[0].id))
+        more = f" /undo again: “{deleted[1].title}”." if deleted[1:] else ""
+        self.say(f"“{deleted[0].title}” is back.{more}")
 
     def command_save(self: ChatScreen, rest: str) -> None:
-        self.export(self._stored_chat(), Path(rest).expanduser())
+        self._begun_chat()
+        self.export(0, Path(rest).expanduser())
 
     def export(self: ChatScreen, chat_id: int, path: Path) -> None:
-        """A chat as a file: JSON for a .json, else Markdown."""
-        store = self.app.store
-        text = to_json(store, chat_id) if path.suffix == ".json" else to_markdown(store, chat_id)
+        """A chat (0: this one, stored or not) as a file: JSON for a .json, else Markdown."""
+        if chat_id in (0, self.conversation.chat.id):
+            chat, by_id = self.conversation.chat, self.conversation.by_id
+        else:
+            chat, tree = self.app.store.tree(chat_id)
+            by_id = {m.id: m for m in tree}
+        if path.suffix == ".json":
+            text = json_of(chat, list(by_id.values()))
+        else:
+            text = markdown_of(chat, path_to(by_id, chat.leaf))
         self.write_file(path, text)
 
     def write_file(self: ChatScreen, path: Path, text: str) -> None:
@@ -276,12 +280,12 @@ class ChatActions:
         self.app.theme = names[rest]
 
     def command_exit(self: ChatScreen, rest: str) -> None:
-        self.app.exit()
+        self.app.leave()
 
-    def _stored_chat(self: ChatScreen) -> int:
-        if not self.conversation.chat.id:
+    def _begun_chat(self: ChatScreen) -> Chat:
+        if not self.conversation.by_id:
             raise UsageError("This chat is still empty.", "Say something first.")
-        return self.conversation.chat.id
+        return self.conversation.chat
 
     # Messages
 
@@ -331,7 +335,7 @@ class ChatActions:
         """A key in the list of chats."""
         try:
             if message.action == "delete":
-                await self.delete_chat(message.chat_id)
+                self.delete_chat(message.chat_id)
             elif message.action == "undo":
                 await self.command_undo()
             elif message.action == "export":
@@ -345,9 +349,11 @@ class ChatActions:
     def rename(self: ChatScreen, chat_id: int, title: str) -> None:
         """Give a chat another title."""
         if title.strip():
-            self.app.store.update(chat_id, title=title.strip())
             if chat_id == self.conversation.chat.id:
                 self.conversation.chat.title = title.strip()
+                self.conversation.keep()
+            else:
+                self.app.store.update(chat_id, title=title.strip())
             self.refill()
 
     async def on_attached(self: ChatScreen, message: messages.Attached) -> None:
@@ -435,8 +441,7 @@ class ChatActions:
         if self.conversation.answer is not None:
             self.conversation.answer.model = name
         self.conversation.chat.model = name
-        if self.conversation.chat.id:
-            self.app.store.update(self.conversation.chat.id, model=name)
+        self.conversation.keep(self.conversation.answer)
         self.status.tell(state="loading", model=name, backend=None, isa=None)
         self.say("")
         await self.app.load_model(name, afresh=busy)

@@ -82,7 +82,6 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         self._escaped = 0.0  # when esc was last pressed beside a load
         self.question: int | None = None  # a question that the engine has not got yet
         self.editing: int | None = None  # the user message that the composer's text will replace
-        self.deleted: int | None = None
         self._turn: Turn | None = None  # the answer in the making
         self.unheard = 0  # events of the engine that wait for their turn
         self._asked = 0.0
@@ -157,7 +156,10 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             self.sidebar.fill()
 
     def _history(self) -> list[str]:
-        return self.app.store.said()
+        try:
+            return self.app.store.said()
+        except TinychatError:  # it is said where it matters
+            return []
 
     async def show_conversation(self) -> None:
         """The present branch, or a welcome."""
@@ -196,11 +198,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             parent = self.conversation.by_id[self.editing].parent
         elif (last := self.conversation.path()[-1:]) and last[0].role == "user":
             parent = last[0].parent  # it never got an answer: say it anew beside it
-        try:
-            question = self.conversation.ask(message.text, parent)
-        except TinychatError as e:
-            self.complain(e)
-            return
+        question = self.conversation.ask(message.text, parent)
         self.editing = None
         self.composer.clear()
         self.say("")
@@ -208,11 +206,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
 
     async def answer(self, question: int) -> None:
         """Have a question answered, as a new branch if it was before."""
-        try:
-            m = self.conversation.begin_answer(question, self.model)
-        except TinychatError as e:
-            self.complain(e)
-            return
+        m = self.conversation.begin_answer(question, self.model)
         await self.show_conversation()
         turn = self._turn = self.transcript.turn(m.id)
         turn.running = {}
@@ -312,7 +306,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         if self._turn is None or not self.answering:
             return
         self._tokens = event.tokens
-        self.conversation.hear(event.text, lambda e: self.app.call_from_thread(self.complain, e))
+        self.conversation.hear(event.text, self._not_kept)
         turn = self._turn
         if event.thought is not None or turn.thinking:
             turn.thought_tokens = event.thought or event.tokens
@@ -320,6 +314,14 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         if not self._painting:
             self._painting = True
             self._paint()
+
+    def _not_kept(self, e: BaseException) -> None:
+        """Storing, in its own thread, has met a mistake of ours: it ends the program as it would here."""
+
+        def fail() -> None:
+            raise e
+
+        self.app.call_from_thread(self.app.guarded, fail)
 
     def _paint(self) -> None:
         """Show what has come, then leave the machine to the engine for a while."""
@@ -356,12 +358,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         turn, self._turn = self._turn, None
         if not self.answering:
             return
-        try:
-            m = self.conversation.finish(event)
-        except TinychatError as e:
-            self.complain(e)
-            m = self.conversation.by_id[turn.message.id]
-        self._settle(turn, m)
+        self._settle(turn, self.conversation.finish(event))
         if event.finish_reason == "context_full":
             self.say(f"The context of {self.facts.get('ctx')} tokens is full: /new starts over.", error=True)
 

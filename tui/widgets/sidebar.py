@@ -12,6 +12,7 @@ from textual.content import Content
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
+from tinychat.errors import TinychatError
 from tinychat.store import MARK, UNMARK, ChatStore, Hit
 from tinychat.tui.messages import ChatAction, OpenChat
 from tinychat.tui.text import clean, shorten
@@ -25,7 +26,7 @@ class ChatList(OptionList):
         Binding("enter", "select", "open"),
         Binding("r", "chat('rename')", "rename"),
         Binding("d,delete", "chat('delete')", "delete (u or /undo brings it back)"),
-        Binding("u", "chat('undo')", "bring the deleted chat back"),
+        Binding("u", "chat('undo')", "bring the chat deleted last back; again: the one before"),
         Binding("x", "chat('export')", "export as Markdown"),
         Binding("escape", "screen.toggle_sidebar", "close"),
     ]
@@ -60,11 +61,16 @@ class Sidebar(Vertical):
         self.query_one(Input).focus()
 
     def fill(self) -> None:
-        """Read the list anew; the highlight stays on its chat."""
+        """Read the list anew; the highlight stays on its chat, or in its place where that is gone."""
         text = self.query_one(Input).value
-        hits = self.store.search(text, 200) if text.strip() else [Hit(c, "") for c in self.store.chats(300)]
+        try:
+            found = self.store.search(text, 200) if text.strip() else None
+            hits = [Hit(c, "") for c in self.store.chats(300)] if found is None else found
+        except TinychatError as e:
+            self.screen.complain(e)
+            hits = []
         chats = self.query_one(ChatList)
-        option = chats.highlighted_option
+        option, place = chats.highlighted_option, chats.highlighted or 0
         before = option.id if option is not None else str(self.current)
         chats.clear_options()
         chats.add_options([Option(self._prompt(hit), str(hit.chat.id)) for hit in hits])
@@ -72,7 +78,7 @@ class Sidebar(Vertical):
             if str(hit.chat.id) == before:
                 chats.highlighted = i
         if chats.highlighted is None and hits:
-            chats.highlighted = 0
+            chats.highlighted = min(place, len(hits) - 1)  # where it was: the one that it was on is gone
 
     def _prompt(self, hit: Hit) -> Content:
         width = 34

@@ -67,6 +67,8 @@ class StatusLine(Lines):
         def add(importance: int, text: str, style: str = "") -> None:
             out.append(((importance, len(out)), (text, style)))
 
+        if f.get("unsaved"):
+            add(1, "not stored", "bad")
         if f.get("model"):
             add(3, short_name(str(f["model"])), "strong")
         if f.get("backend"):
