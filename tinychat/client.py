@@ -295,7 +295,8 @@ class EngineClient:
                 return f"it crashed ({signal.Signals(-code).name})"
             return f"it crashed (signal {-code})"
         said = self._complaints.decode("utf-8", "replace").strip().splitlines()
-        return f"it ended with code {code}" + (f": {said[-1][:200]}" if said else "")
+        what = [line.removeprefix("Error: ") for line in said[-2:] if line.startswith("Error: ")] or said[-1:]
+        return f"it ended with code {code}" + (f": {what[0][:200]}" if what else "")
 
 
 async def _ended(process: asyncio.subprocess.Process, seconds: float = float("inf")) -> None:

@@ -178,6 +178,22 @@ async def test_a_process_that_closes_its_mouth_or_leaves_its_pipes_to_others_has
     await client.close()
 
 
+async def test_a_model_file_that_becomes_shorter_under_the_engine_is_the_reason(tmp_path):
+    code = f"""
+import os
+from pathlib import Path
+from tinychat.files import MappedFile
+path = Path({str(tmp_path / "model.gguf")!r})
+path.write_bytes(bytes(100_000))
+mapped = MappedFile(path)
+os.truncate(path, 10)
+mapped.data.sum()
+"""
+    client, heard = await started(script(code))
+    assert "model.gguf became shorter" in (await heard.wait(Died)).reason
+    await client.close()
+
+
 async def test_a_flood_leaves_the_loop_its_time_and_its_memory():
     code = (
         "import os\n"
