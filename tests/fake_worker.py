@@ -14,8 +14,10 @@ import time
 
 from tinychat.errors import DeviceLostError, UsageError
 from tinychat.events import Completion, Done, Notice, Stats, TextDelta
+from tinychat.reasoning import Splitter
 from tinychat.sampling import SamplingParams
 from tinychat.session import Message
+from tinychat.stopping import Outlet
 from tinychat.worker import serve
 
 # Colours, a title, the clipboard, a link, another screen, the cursor elsewhere, mouse reports, questions that
@@ -68,7 +70,7 @@ class FakeSession:
             words = [HOSTILE[i : i + 5000] for i in range(0, len(HOSTILE), 5000)]
         if question == "think":
             words = ["<think>", "hidden ", "thought", "</think>", "\n\n", "shown"]
-        said, reason = [], "stop"
+        said, reason, outlet, thought = [], "stop", Outlet(splitter=Splitter()), 0
         yield Notice("noted") if question == "notice" else TextDelta("", None)
         for i, word in enumerate(words):
             if word is None and question == "lose":
@@ -77,14 +79,21 @@ class FakeSession:
                 time.sleep(0.2)  # what was said is on its way
                 os.kill(os.getpid(), signal.SIGKILL)
             said.append(word)
-            yield TextDelta(word, i)
+            thinking = outlet.thinking
+            heard = outlet.push(word)
+            thought = i + 1 if thinking or outlet.thinking else thought
+            yield TextDelta(heard.text, i, heard.reasoning, heard.written)
             if self._cancel.wait(delay):
                 reason = "cancelled"
                 break
         node = self.nodes[self.leaf]
         node.content, node.ids, node.finish_reason = "".join(said), list(range(len(said))), reason
         stats = Stats(
-            prompt_tokens=3 * len(self.nodes), generated_tokens=len(said), decode_tps=50.0, ttft_s=0.1
+            prompt_tokens=3 * len(self.nodes),
+            generated_tokens=len(said),
+            decode_tps=50.0,
+            ttft_s=0.1,
+            reasoning_tokens=thought,
         )
         yield Done(reason, stats, Completion(node.content, node.ids, reason, stats))
 

@@ -62,7 +62,9 @@ class Began:
 
 @dataclass(frozen=True)
 class Text:
-    """More of the answer. `tokens` so far in all; `thought`: how many of them came before `</think>`."""
+    """More of what the model writes, reasoning and its markers included (`tinychat.reasoning` splits it).
+    `tokens` so far in all; `thought`: how many of them came before the answer, where there is reasoning.
+    """
 
     text: str
     tokens: int

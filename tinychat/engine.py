@@ -18,6 +18,7 @@ from tinychat.eviction import EvictionPolicy, Ledger
 from tinychat.generation import Generation
 from tinychat.kvcache import BlockPool, Branch, PoolExhaustedError
 from tinychat.machine import human_bytes
+from tinychat.reasoning import Splitter
 from tinychat.sampling import SamplingParams, largest_suffice, total_temperature
 from tinychat.speculation.speculator import Speculator
 from tinychat.tokenizer import Tokenizer
@@ -165,15 +166,19 @@ class Engine:
         params: SamplingParams,
         cancel: threading.Event | None = None,
         speculator: Speculator | None = None,
+        splitter: Splitter | None = None,
     ) -> Iterator[Event]:
         """Continue `prompt` on `branch`. Yields TextDelta for each token, and Done last.
 
         speculator: drafts tokens that are verified several at a time; the text is the same without it.
+        splitter: tells reasoning from the answer; without it all is the answer.
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
         self._check_prompt(prompt, branch.ledger is not None)
         cancel = cancel or threading.Event()
-        generation = Generation(self, branch, list(prompt), params, cancel, speculator or Speculator())
+        generation = Generation(
+            self, branch, list(prompt), params, cancel, speculator or Speculator(), splitter
+        )
         return self._guarded(branch, generation)
 
     def _guarded(self, branch: OwnedBranch, generation: Generation) -> Iterator[Event]:

@@ -28,6 +28,7 @@ class Stats:
     tokens_per_step: float = 0.0
     draft_speedup: float = 1.0
     evicted_tokens: int = 0
+    reasoning_tokens: int = 0
     kv_bytes: int = 0
     peak_rss_bytes: int = 0
 
@@ -38,23 +39,36 @@ class Stats:
 
 @dataclass
 class Completion:
-    """A finished answer: its text, the ids that were generated (without the stop token) and why it ended."""
+    """A finished answer: its text, the ids that were generated (without the stop token) and why it ended.
+
+    `reasoning`: what the model thought before it answered, "" where it did not; its ids are among the others.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats = field(default_factory=Stats)
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """One token. `text` may be empty: half a character, or held back because it may begin a stop string.
+    """One token. `text` may be empty: half a character, or held back because it may begin a stop string or
+    reasoning.
 
-    What was held back and turned out to be text at the very end comes in a last delta without a token (None).
+    `reasoning` is what the model thinks before it answers, `written` all that it wrote, with the markers
+    between the two. What was held back and turned out to be text at the very end comes in a last delta
+    without a token (None).
     """
 
     text: str
     token_id: int | None
+    reasoning: str = ""
+    written: str = ""
+
+    def __post_init__(self):
+        if not self.written and not self.reasoning:
+            object.__setattr__(self, "written", self.text)
 
 
 @dataclass(frozen=True)
@@ -81,13 +95,15 @@ Event = TextDelta | Notice | Done
 def event_to_json(event: Event) -> dict[str, Any]:
     """The JSON form that `--stream-json` prints, one object a line."""
     if isinstance(event, TextDelta):
-        return {"event": "text", "text": event.text, "token_id": event.token_id}
+        reasoning = {"reasoning": event.reasoning} if event.reasoning else {}
+        return {"event": "text", "text": event.text, **reasoning, "token_id": event.token_id}
     if isinstance(event, Notice):
         return {"event": "notice", "message": event.message}
     return {
         "event": "done",
         "finish_reason": event.finish_reason,
         "text": event.completion.text,
+        "reasoning": event.completion.reasoning,
         "token_ids": event.completion.token_ids,
         "stats": event.stats.as_dict(),
     }

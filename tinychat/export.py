@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
+from tinychat.reasoning import split_thought
 from tinychat.store import Chat, ChatStore, StoredMessage, path_to
 
 
@@ -51,5 +52,13 @@ def markdown_of(chat: Chat, path: Iterable[StoredMessage]) -> str:
     parts = [f"# {chat.title}", f"*{chat.model}*"]
     if chat.system:
         parts.append(f"**System**\n\n{chat.system}")
-    parts += [f"**{'You' if m.role == 'user' else m.model or 'Model'}**\n\n{m.content}" for m in path]
+    for m in path:
+        if m.role == "user":
+            parts.append(f"**You**\n\n{m.content}")
+            continue
+        reasoning, text, _ = split_thought(m.content, m.prompt_text)
+        parts.append(f"**{m.model or 'Model'}**")
+        if reasoning:
+            parts.append(f"<details><summary>Reasoning</summary>\n\n{reasoning}\n\n</details>")
+        parts.append(text)
     return "\n\n".join(parts) + "\n"

@@ -16,11 +16,12 @@ from tinychat.events import Completion, Done, Event, FinishReason, Notice, Stats
 from tinychat.eviction import Votes
 from tinychat.kvcache import Branch, PoolExhaustedError
 from tinychat.machine import peak_rss
+from tinychat.reasoning import Splitter
 from tinychat.sampling import SamplingParams, choose_seed, greedy, sample
 from tinychat.speculation import Draft
 from tinychat.speculation.acceptance import rejection
 from tinychat.speculation.speculator import Speculator
-from tinychat.stopping import StopMatcher, cut_ids
+from tinychat.stopping import Outlet, Said, cut_ids
 from tinychat.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Generation:
         params: SamplingParams,
         cancel: threading.Event,
         speculator: Speculator,
+        splitter: Splitter | None = None,
     ):
         self.engine, self.branch, self.speculator = engine, branch, speculator
         self.prompt, self.cancel = prompt, cancel
@@ -47,7 +49,7 @@ class Generation:
         self.params = params
         self.context = array("i", prompt)  # and the answer's tokens so far; it may have no end
         self.decoder = StreamDecoder(engine.tokenizer, continued=True)
-        self.matcher = StopMatcher(params.stop)
+        self.outlet = Outlet(params.stop, splitter)
         self.seed = choose_seed(params)
         self.seen: set[int] = set()  # the first n_seen of the context, where they are penalized
         self.n_seen = 0
@@ -56,7 +58,7 @@ class Generation:
         self.ids = array("i")
         self.steps = self.decided = 0  # decode steps, and the tokens that they decided
         self.chosen = 0  # the stop token counts as a step too
-        self.text = io.StringIO()
+        self.text, self.reasoning, self.written = io.StringIO(), io.StringIO(), io.StringIO()
         self.stats = Stats(prompt_tokens=len(prompt))
 
     def events(self) -> Iterator[Event]:
@@ -83,22 +85,28 @@ class Generation:
                 reason = "stop"
                 break
             self.ids.append(token)
-            text = self.matcher.push(self.decoder.push(token))
-            self.text.write(text)
-            yield TextDelta(text, token)
-            if self.matcher.matched is not None:
+            thinking = self.outlet.thinking
+            yield self._delta(self.outlet.push(self.decoder.push(token)), token)
+            if thinking or self.outlet.thinking:
+                self.stats.reasoning_tokens = len(self.ids)
+            if self.outlet.stopped:
                 reason = "stop"
                 break
             if self.cancel.is_set() and self._may_continue():
                 reason = "cancelled"
                 break
-        rest = self.matcher.push(self.decoder.flush()) + self.matcher.flush()
-        if self.matcher.matched is not None:
+        for rest in (self.outlet.push(self.decoder.flush()), self.outlet.flush()):
+            if any(rest):
+                yield self._delta(rest, None)
+        if self.outlet.stopped:
             reason = "stop"
-        if rest:
-            self.text.write(rest)
-            yield TextDelta(rest, None)
         yield self._done(reason, first, last)
+
+    def _delta(self, said: Said, token: int | None) -> TextDelta:
+        self.text.write(said.text)
+        self.reasoning.write(said.reasoning)
+        self.written.write(said.written)
+        return TextDelta(said.text, token, said.reasoning, said.written)
 
     def _tokens(self, first: int) -> Iterator[int]:
         """The answer's tokens; ends when the context is full.
@@ -254,9 +262,9 @@ class Generation:
 
     def _done(self, reason: FinishReason, first: float, last: float) -> Done:
         s = self.stats
-        text, ids = self.text.getvalue(), self.ids.tolist()
-        if self.matcher.matched is not None:
-            ids = cut_ids(self.engine.tokenizer, ids, text)
+        ids = self.ids.tolist()
+        if self.outlet.stopped:
+            ids = cut_ids(self.engine.tokenizer, ids, self.written.getvalue())
         s.generated_tokens = len(self.ids)
         if self.chosen > 1:
             s.tpot_s = (last - first) / (self.chosen - 1)
@@ -267,4 +275,5 @@ class Generation:
         s.kv_bytes = self.engine.kv_bytes()
         s.evicted_tokens = self.branch.evicted
         s.peak_rss_bytes = peak_rss()
-        return Done(reason, s, Completion(text, ids, reason, s))
+        completion = Completion(self.text.getvalue(), ids, reason, s, self.reasoning.getvalue())
+        return Done(reason, s, completion)

@@ -62,7 +62,7 @@ class Keeper:
         text, saved = "", 0.0
         try:
             for event in events:
-                text += event.text
+                text += getattr(event, "written", "")
                 if session.nodes and (now := time.monotonic()) - saved >= SAVE_SECONDS:
                     saved = now
                     self.keep(session, text)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tinychat.reasoning import TAG_MARKS
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -30,7 +32,7 @@ _SOUGHT = re.compile(
     r"""|\.(?:r?split|startswith|endswith|r?partition|find|index|replace|count)\(\s*(['"])(?P<b>(?:(?!\3).)+)\3"""
 )
 # What models write around their thoughts and their calls of tools.
-_SPOKEN = re.compile(r"</?(?:think|thinking|thought|tool_call|tool_calls|tool_response|answer|reasoning)>")
+_SPOKEN = re.compile(r"</?(?:tool_call|tool_calls|tool_response|answer)>")
 
 
 class Markers:
@@ -55,7 +57,9 @@ class Markers:
         self._spoken = {
             text
             for i, text in tokenizer.markers.items()
-            if _SPOKEN.fullmatch(text) or (text in sought and i not in tokenizer.special_ids)
+            if text in TAG_MARKS
+            or _SPOKEN.fullmatch(text)
+            or (text in sought and i not in tokenizer.special_ids)
         }
         self._longest = max(map(len, self._contents))
         self._sorted = sorted(self._contents)

@@ -353,12 +353,13 @@ class Model:
         refuse_oversized(self.tokenizer, said, self.n_ctx, self.eviction() is not None)
         if self.template is None:
             text = "".join(m["content"] for m in messages)
-            ids = self.encode_prompt(text)
+            ids, splitter = self.encode_prompt(text), None
         else:
             text = self.template.render(list(messages))
             ids = ([self.tokenizer.bos_id] if self.needs_bos(text) else []) + self.template.encode(text)
+            splitter = self.template.splitter(text)
         branch = self.engine.branch(self.eviction())
-        for event in self.engine.generate(branch, ids, params, speculator=speculator):
+        for event in self.engine.generate(branch, ids, params, speculator=speculator, splitter=splitter):
             if isinstance(event, Done):
                 return event.completion
         raise AssertionError("a generation ends with Done")

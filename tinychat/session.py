@@ -20,6 +20,7 @@ from tinychat.eviction import SMALLEST
 from tinychat.files import MAX_TEXT, read_text, write_atomically
 from tinychat.kvcache import common_prefix
 from tinychat.oversized import refuse_oversized
+from tinychat.reasoning import split_thought
 from tinychat.sampling import SamplingParams
 from tinychat.stopping import cut_ids
 
@@ -34,7 +35,7 @@ NoneType = type(None)
 @dataclass
 class Message:
     """A node of the conversation's tree. An assistant's also keeps the ids of its prompt's new part and of
-    its answer.
+    its answer. `content` is what it wrote, its reasoning included: `split` tells them apart.
     """
 
     role: str
@@ -45,6 +46,12 @@ class Message:
     ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+
+    def split(self) -> tuple[str | None, str]:
+        """The reasoning (None: there is none) and the text."""
+        if self.role != "assistant":
+            return None, self.content
+        return split_thought(self.content, self.prompt_text)[:2]
 
     def is_sound(self) -> bool:
         """Whether the fields have their types: for what comes from a file."""
@@ -114,9 +121,15 @@ class Session:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The present branch as `{"role", "content"}` dicts, the system prompt first if there is one."""
-        head = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return head + [{"role": n.role, "content": n.content} for n in (self.nodes[i] for i in self.path())]
+        """The present branch as `{"role", "content"}` dicts, the system prompt first if there is one; what an
+        answer thought before is its "reasoning".
+        """
+        out = [] if self._system is None else [{"role": "system", "content": self._system}]
+        for node in (self.nodes[i] for i in self.path()):
+            reasoning, text = node.split()
+            more = {} if reasoning is None else {"reasoning": reasoning}
+            out.append({"role": node.role, "content": text, **more})
+        return out
 
     def siblings(self, node: int) -> list[int]:
         """The alternatives at a place (regenerated answers, edited messages), oldest first, `node` among
@@ -208,8 +221,10 @@ class Session:
             while self._notices:
                 yield Notice(self._notices.pop(0))
             self._go_back(prompt)
+            template = self.model.template
+            splitter = template.splitter(segments[-1][0]) if template else None
             for event in self.model.engine.generate(
-                self._branch, prompt, params, self._cancel, self.speculator
+                self._branch, prompt, params, self._cancel, self.speculator, splitter
             ):
                 if answer is None:
                     # From here on the question stands, whatever happens.
@@ -218,7 +233,7 @@ class Session:
                     self.nodes.append(answer)
                     self.leaf = len(self.nodes) - 1
                 if isinstance(event, TextDelta):
-                    said.write(event.text)
+                    said.write(event.written)
                     if event.token_id is not None:
                         ids.append(event.token_id)
                 elif isinstance(event, Done):
@@ -281,8 +296,12 @@ class Session:
         tokenized anew.
         """
         messages = [] if self._system is None else [{"role": "system", "content": self._system}]
-        messages += [{"role": self.nodes[i].role, "content": self.nodes[i].content} for i in path]
         template = self.model.template
+        for node in (self.nodes[i] for i in path):
+            if template is None or node.role != "assistant":
+                messages.append({"role": node.role, "content": node.content})
+            else:
+                messages.append(template.answer(node.content, node.prompt_text))
         if template is None:
             text, encode = "".join(m["content"] for m in messages), self.model.tokenizer.encode
         else:
@@ -294,10 +313,11 @@ class Session:
         for node in (self.nodes[i] for i in path):
             if node.role != "assistant" or not node.ids:
                 continue
-            said = template.guard(node.content, spoken=True) if template else node.content
-            known = [(node.prompt_text, node.prompt_ids), (said, node.ids)]
-            if not text.startswith(node.prompt_text + said, at):
+            forms = template.renderings(node.content, node.prompt_text) if template else (node.content,)
+            said = next((f for f in forms if text.startswith(node.prompt_text + f, at)), None)
+            if said is None:
                 break
+            known = [(node.prompt_text, node.prompt_ids), (said, node.ids)]
             if max(max(ids, default=0) for _, ids in known) >= self.model.config.vocab_size:
                 break  # from a damaged file
             segments += known

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from tinychat.reasoning import Piece, Splitter
 from tinychat.tokenizer import SOME_TEXT, Tokenizer
 
 
@@ -58,6 +63,78 @@ class StopMatcher:
             if any(len(s) > n - at and s.startswith(self.held[at:]) for s in self.stop):
                 return at
         return n
+
+
+class Said(NamedTuple):
+    """What became certain: of the answer, of the reasoning, and as it was written."""
+
+    text: str
+    reasoning: str
+    written: str
+
+
+class Outlet:
+    """What a listener hears of a stream of text: the answer up to the first stop string in it, and the
+    reasoning before it.
+    """
+
+    def __init__(self, stop: tuple[str, ...] = (), splitter: Splitter | None = None):
+        """splitter: None takes everything for the answer."""
+        self.splitter, self.matcher = splitter, StopMatcher(stop)
+        self._waiting: deque[Piece] = deque()  # pieces of the answer that the matcher has, and what is behind
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self.matcher.matched is not None
+
+    @property
+    def thinking(self) -> bool:
+        """Whether reasoning is being written."""
+        return self.splitter is not None and self.splitter.thinking
+
+    def push(self, written: str) -> Said:
+        """More of the stream."""
+        if self.splitter is None:
+            text = self.matcher.push(written)
+            return Said(text, "", text)
+        return self._pass(self.splitter.push(written))
+
+    def flush(self) -> Said:
+        """Its end."""
+        if self.splitter is None:
+            text = self.matcher.flush()
+            return Said(text, "", text)
+        first = self._pass(self.splitter.flush())
+        text = self.matcher.flush()
+        return Said(first.text + text, first.reasoning, first.written + self._written(len(text)))
+
+    def _pass(self, pieces: Iterable[Piece]) -> Said:
+        text = reasoning = ""
+        for piece in pieces:
+            if self.stopped:
+                break
+            self._waiting.append(piece)
+            if piece.kind == "reasoning":
+                reasoning += piece.text
+            elif piece.kind == "answer":
+                text += self.matcher.push(piece.text)
+        return Said(text, reasoning, self._written(len(text)))
+
+    def _written(self, n: int) -> str:
+        """What was written for the next n characters of the answer."""
+        out = ""
+        while self._waiting:
+            piece = self._waiting[0]
+            if piece.kind == "answer":
+                if len(piece.text) > n:
+                    out += piece.written[:n]
+                    self._waiting[0] = Piece("answer", piece.text[n:], piece.written[n:])
+                    break
+                n -= len(piece.text)
+            out += piece.written
+            self._waiting.popleft()
+        return out
 
 
 def cut_ids(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:

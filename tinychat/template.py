@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tinychat import rendering
-from tinychat.errors import UsageError
+from tinychat.errors import TinychatError, UsageError
 from tinychat.markers import Markers, reveal
+from tinychat.reasoning import Splitter, pieces_of, split_thought
 
 if TYPE_CHECKING:
     from tinychat.tokenizer import Tokenizer
 
-REASONING = ("enable_thinking", "thinking")  # what templates call the switch: Qwen3 and SmolLM3, Granite
+SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch: Qwen3 and SmolLM3, Granite
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what messages call it; the first has precedence
 
 
 class ChatTemplate:
@@ -31,7 +35,7 @@ class ChatTemplate:
 
     def think(self, on: bool) -> None:
         """Whether the model reasons before it answers. Raises UsageError where the template has no switch."""
-        named = [name for name in REASONING if re.search(rf"\b{name}\b", self.source)]
+        named = [name for name in SWITCHES if re.search(rf"\b{name}\b", self.source)]
         if not named:
             raise UsageError(
                 "The model's chat template has no switch for reasoning.", "Leave out --think and --no-think."
@@ -46,8 +50,42 @@ class ChatTemplate:
         """
         given = {"tools": None, "documents": None, **self.tokenizer.special_tokens, **self._settings}
         given |= self.guard(extra)
-        given["messages"], given["add_generation_prompt"] = self.guard(messages), add_generation_prompt
+        given["messages"] = [_alias_reasoning(m) for m in self.guard(messages)]
+        given["add_generation_prompt"] = add_generation_prompt
         return rendering.render(self.source, given)
+
+    def splitter(self, text: str) -> Splitter:
+        """Tells reasoning from the answer in what a model writes behind rendered text."""
+        return Splitter(text, self.source)
+
+    def answer(self, written: str, prompt: str) -> dict[str, Any]:
+        """The message of what a model wrote behind `prompt`, for rendering: with its reasoning apart where
+        the template reads that, else in one piece, which many templates take apart themselves.
+        """
+        reasoning, text, _ = split_thought(written, prompt)
+        if reasoning is None or not self._reads_reasoning:
+            return {"role": "assistant", "content": written}
+        return {"role": "assistant", "content": text, **dict.fromkeys(REASONING, reasoning)}
+
+    @functools.cached_property
+    def _reads_reasoning(self) -> bool:
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+        try:
+            plain, told = (
+                self.render([question, {**answer, **more}], False)
+                for more in ({}, dict.fromkeys(REASONING, "#"))
+            )
+        except TinychatError:  # some want more than that of a conversation
+            return False
+        return plain != told
+
+    def renderings(self, written: str, prompt: str) -> Iterator[str]:
+        """How what a model wrote behind `prompt` may stand in rendered text: as a message spelled it, or with
+        the markers of reasoning written by the template.
+        """
+        yield self.guard(written, spoken=True)
+        pieces = pieces_of(written, prompt)
+        yield "".join(p.written if p.kind == "marker" else self.guard(p.written, spoken=True) for p in pieces)
 
     def encode(self, text: str, after: int | None = None) -> list[int]:
         """Token ids of rendered text: the template's markers as such, guarded ones as plain text.
@@ -60,3 +98,13 @@ class ChatTemplate:
     def guard(self, value: Any, spoken: bool = False) -> Any:
         """`value` as templates see it; spoken: it is an answer (`Markers.guard`)."""
         return self.markers.guard(value, spoken)
+
+
+def _alias_reasoning(message: Any) -> Any:
+    """A message with its reasoning under the names that templates read, as transformers gives it."""
+    if not isinstance(message, dict):
+        return message
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -111,6 +111,14 @@ def label(text: str, colour: str, *, err: bool = False) -> None:
     click.echo(click.style(text, fg=colour), file=stream, nl=False, color=color())
 
 
+def faint(text: str) -> None:
+    """Write somebody's text to stdout, fainter than the rest on a terminal that has colours."""
+    import click
+
+    stream = raw(sys.stdout)
+    click.echo(click.style(clean(_COLOURS.sub("", text)), dim=True), file=stream, nl=False, color=color())
+
+
 def console(*, err: bool = False, width: int | None = None) -> Console:
     """A rich Console for our tables and bars. The texts in them are cleaned and hold no markup."""
     from rich.console import Console

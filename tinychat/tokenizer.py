@@ -14,6 +14,7 @@ from tinychat.decoders import Decoding, Joiner
 from tinychat.errors import CheckpointError, UnsupportedModelError
 from tinychat.files import read_text
 from tinychat.prefixes import Before, Prefixes
+from tinychat.reasoning import END, markers_in
 from tinychat.tokenizer_file import guarded, load_backend, one_line, without_tokens
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ TURN_ENDS = (
     "<｜end▁of▁sentence｜>",
     "</s>",
 )
+# Where <|end|> ends a channel (gpt-oss, Solar), these end the answer.
+ANSWER_ENDS = ("<|return|>", "<|call|>", "<|calls|>", "<|flush|>")
 SOME_TEXT = -1  # for `Tokenizer.encode`: a token that is no marker goes before
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
@@ -50,6 +53,7 @@ class Tokenizer:
     special_ids     control tokens; user-defined tokens such as `<think>` are text and are not among them
     markers         added tokens that are more than white space, by id: what a person types is never read as
                     one of them
+    silent_ids      control tokens that decoding leaves out: all but those that mark reasoning
     special_tokens  bos_token, eos_token and others by name, as chat templates expect them
     chat_template   raw Jinja text, or None for a base model
     """
@@ -74,13 +78,21 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, t in self._added.items() if t.special)
         self.markers = {i: t.content for i, t in self._added.items() if not is_space(t.content)}
         ends = {i for text in TURN_ENDS if (i := backend.token_to_id(text)) in self.special_ids}
+        reasoning = markers_in({t.content for t in self._added.values()})
+        if END in reasoning:  # there it ends a channel, not a turn
+            ends = {*ends, *self._ids_of(ANSWER_ENDS)} - {backend.token_to_id(END)}
+            eos_ids = set(eos_ids) - {backend.token_to_id(END)}
         self.eos_ids: frozenset[int] = frozenset(eos_ids) | ends
+        self.silent_ids = self.special_ids - self._ids_of(reasoning)
         self.written: dict[int, str] = {}  # other tokens that the chat template writes as markers
         self._decoding = Decoding.of(backend)
         self._pieces: dict[int, bytes | int | str | None] = {}
         self._prefixes = Prefixes(backend)
         self._lock = threading.Lock()  # for settings of the shared backend, such as `encode_special_tokens`
         _mark_special(backend, [t for i, t in self._added.items() if i in self.markers and not t.special])
+
+    def _ids_of(self, texts: Iterable[str]) -> set[int]:
+        return {i for text in texts if (i := self.backend.token_to_id(text)) is not None}
 
     def encode(
         self,
@@ -298,7 +310,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, continued: bool = False):
         self._piece = tokenizer.piece
-        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._skip = tokenizer.silent_ids if skip_special else frozenset()
         self._joiner = Joiner(tokenizer._decoding, continued)
         self._first = None if continued else tokenizer.first_piece
 

@@ -27,7 +27,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from tinychat.events import TextDelta
 
 BATCH_SECONDS = 0.05
 IDLE_SECONDS = 15.0  # after an answer, until the KV cache is saved
@@ -36,7 +39,6 @@ KEPT_SESSIONS = 4
 # The engine fills every core, and the screen must wake up among its threads: so it waits half as long for one
 # (key to paint p95 43 → 31 ms, p99 58 → 48; `benchmarks/tui_latency.py --only keys`). Alone it is as fast.
 NICENESS = 3
-THOUGHT_ENDS = "</think>"
 
 Load = Callable[[str, dict[str, Any], Callable[[str, int, int], None]], Any]
 
@@ -219,7 +221,7 @@ class Worker:
                     self._send(ev="notice", message=event.message)
                     continue
                 if not isinstance(event, Done):
-                    batch.add(event.text, event.token_id is not None)
+                    batch.add(event)
                 else:
                     batch.close()
                     node = session.nodes[session.leaf]
@@ -231,7 +233,7 @@ class Worker:
                         prompt_text=node.prompt_text,
                         finish_reason=event.finish_reason,
                         stats=event.stats.as_dict(),
-                        thought=batch.thought,
+                        thought=event.stats.reasoning_tokens or None,
                     )
         finally:
             batch.close()
@@ -274,9 +276,9 @@ class _Batch:
     def __init__(self, send: Callable[..., None]):
         self.send = send
         self.tokens = 0
-        self.thought: int | None = None  # tokens up to the end of the reasoning
+        self.thought: int | None = None  # tokens before the answer, where there is reasoning
+        self._thinking = False
         self._pieces: list[str] = []
-        self._tail = ""
         self._sent = 0
         self._last = 0.0
         self._lock = threading.Lock()
@@ -284,14 +286,14 @@ class _Batch:
         self._closed = False
         threading.Thread(target=self._flush_late, daemon=True).start()
 
-    def add(self, text: str, token: bool) -> None:
+    def add(self, delta: TextDelta) -> None:
         """One more token, or text that was held back."""
         with self._lock:
-            self.tokens += token
-            self._pieces.append(text)
-            self._tail = self._tail[-len(THOUGHT_ENDS) :] + text
-            if self.thought is None and THOUGHT_ENDS in self._tail:
+            if self._thinking and delta.text and self.thought is None:
                 self.thought = self.tokens
+            self._thinking |= bool(delta.reasoning)
+            self.tokens += delta.token_id is not None
+            self._pieces.append(delta.written)
             if time.monotonic() - self._last >= BATCH_SECONDS:
                 self._flush()
             else:

@@ -14,7 +14,6 @@ from tinychat.open_chat import OpenChat
 from tinychat.store import Chat, ChatStore, StoredMessage, path_to
 
 SAVE_SECONDS = 0.7  # of an answer in the making, at most that much is not yet stored
-THINK, THINK_END = "<think>", "</think>"
 
 _writer = ThreadPoolExecutor(1, thread_name_prefix="store")
 
@@ -164,23 +163,3 @@ class Conversation:
                 }
             )
         return out
-
-
-def split_thought(content: str, prompt_text: str = "") -> tuple[str | None, str, bool]:
-    """An answer's reasoning (None: there is none), the rest, and whether the reasoning is closed.
-
-    The opening tag may be missing: then the template wrote it at the end of the prompt, or the answer only
-    closes.
-    """
-    opened = prompt_text.rstrip().endswith(THINK)
-    stripped = content.lstrip()
-    if stripped.startswith(THINK):
-        opened, content = True, stripped[len(THINK) :]
-    elif not opened and content and THINK.startswith(stripped) and stripped:
-        return "", "", False  # the tag itself is arriving
-    end = content.find(THINK_END)
-    if end >= 0 and (opened or THINK not in content[:end]):
-        return content[:end].strip("\n"), content[end + len(THINK_END) :].lstrip("\n"), True
-    if opened:
-        return content.strip("\n"), "", False
-    return None, content, True

@@ -7,10 +7,11 @@ from scripted import Script, screen_text, wait_until
 from textual.widgets import OptionList
 from tui_helpers import answered, make_app, say
 
+from tinychat.reasoning import split_thought
 from tinychat.store import ChatStore
 from tinychat.tui import attachments, clipboard, commands
 from tinychat.tui.app import ChatApp
-from tinychat.tui.conversation import Conversation, split_thought
+from tinychat.tui.conversation import Conversation
 from tinychat.tui.screens.stats import plot
 from tinychat.tui.text import plain
 from tinychat.tui.theme import THEMES

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tinychat import terminal
 from tinychat.characters import is_unicode
 from tinychat.cli.options import (
     ANSWERING,
@@ -145,7 +146,7 @@ def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -
             if o["stream_json"]:
                 out.json(event_to_json(event))
             elif not o["as_json"]:
-                out.write(event.text)
+                out.show(event)
             if isinstance(event, Notice):
                 click.echo(event.message, err=True)
             if isinstance(event, Done):
@@ -154,6 +155,7 @@ def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -
         answer = {
             "model": session.model.name,
             "text": done.completion.text,
+            "reasoning": done.completion.reasoning,
             "finish_reason": done.finish_reason,
             "stats": done.stats.as_dict(),
         }
@@ -168,10 +170,28 @@ def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -
 
 
 class Printer:
-    """Writes an answer to stdout as it comes."""
+    """Writes an answer to stdout as it comes. Its reasoning is for people: seen on a terminal, before the
+    answer, and never in a pipe.
+    """
 
     def __init__(self):
         self.last = "\n"
+        self.thinking = False
+
+    def show(self, event: Event) -> None:
+        """What an event says."""
+        reasoning = getattr(event, "reasoning", "")
+        if reasoning and sys.stdout.isatty():
+            if not self.thinking and terminal.color() is False:
+                self.write("(thinking)\n")
+            self.thinking, self.last = True, reasoning[-1]
+            terminal.faint(reasoning)
+            sys.stdout.flush()
+        if event.text and self.thinking:
+            self.end()
+            self.write("\n" if terminal.color() is not False else "(answer)\n")
+            self.thinking = False
+        self.write(event.text)
 
     def write(self, text: str) -> None:
         """Show text at once."""
@@ -238,7 +258,7 @@ def show_events(events: Iterator[Event], out: Printer):
 
     done = None
     for event in events:
-        out.write(event.text)
+        out.show(event)
         if isinstance(event, Notice):
             click.echo(event.message, err=True)
         if isinstance(event, Done):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.errors import TinychatError, UsageError
 from tinychat.export import json_of, markdown_of
+from tinychat.reasoning import split_thought
 from tinychat.records import INTEGERS, RANGES
 from tinychat.store import Chat, path_to
 from tinychat.tui import clipboard, messages
@@ -236,7 +237,7 @@ class ChatActions:
         elif rest == "code":
             self._copy_code(self.transcript.turn(last.id), -1)
         elif not rest:
-            self._copy(last.content, "the answer")
+            self._copy(split_thought(last.content, last.prompt_text)[1], "the answer")
         else:
             raise UsageError(f"/copy {rest} means nothing.", "Use /copy, /copy code or /copy chat.")
 
@@ -302,7 +303,8 @@ class ChatActions:
                 at = (turn.branches.index(m.id) + message.argument) % len(turn.branches)
                 await self.switch(turn.branches[at])
             elif message.action == "copy":
-                self._copy(m.content, "the message")
+                text = split_thought(m.content, m.prompt_text)[1] if turn.is_answer else m.content
+                self._copy(text, "the message")
             elif message.action == "copy_code":
                 self._copy_code(turn, message.argument)
             elif message.action == "save_code":

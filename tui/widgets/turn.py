@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
 
+from tinychat.reasoning import split_thought
 from tinychat.store import StoredMessage
-from tinychat.tui.conversation import split_thought
 from tinychat.tui.markdown import Document
 from tinychat.tui.messages import TurnAction
 from tinychat.tui.text import Line, clean, fold, line_width, width_of, wrap
