@@ -13,8 +13,9 @@ import numpy as np
 
 from tinychat.backends import BLOCK, Backend, Step
 from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import UsageError
+from tinychat.errors import MemoryBudgetError, UsageError
 from tinychat.formats import Checkpoint
+from tinychat.machine import available_memory, human_bytes
 from tinychat.models import FAMILIES
 from tinychat.prepare import WeightPolicy
 from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
@@ -180,6 +181,12 @@ def measure(
     """
     reach = max(n_prompt, max(contexts) + n_gen)
     n_blocks = -(-reach // BLOCK)
+    need, free = n_blocks * backend.kv_bytes_per_block(), getattr(backend, "free_memory", available_memory)()
+    if need > free:
+        raise MemoryBudgetError(
+            f"A cache of {reach} tokens takes {human_bytes(need)} and {human_bytes(free)} are free.",
+            "Use smaller -p, -n and --context.",
+        )
     backend.allocate_kv(n_blocks)
     table = np.arange(n_blocks, dtype=np.int32)
     rng = np.random.default_rng(0)
@@ -257,7 +264,7 @@ def run(
     from tinychat.model import make_backend
 
     policy = WeightPolicy(quantize, head_bits)
-    if synthetic:
+    if synthetic is not None:
         checkpoint: Checkpoint = SyntheticCheckpoint(synthetic)
     else:
         checkpoint = open_checkpoint(store.resolve(model, offline=offline))

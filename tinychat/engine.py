@@ -216,9 +216,11 @@ class Engine:
         if len(prompt) == 0:
             raise UsageError("The prompt is empty.", "Give at least one character.")
         if len(prompt) > self.n_ctx and not evicts:
+            wanted = min(-(-(len(prompt) + 1) // 1024) * 1024, self.trained_context)
+            larger = f", or ask for a larger context: --ctx {wanted}" if wanted > len(prompt) else ""
             raise UsageError(
                 f"The prompt has {len(prompt)} tokens and the context holds {self.n_ctx}.",
-                f"Shorten it, or ask for a larger context: --ctx {-(-len(prompt) // 1024) * 1024}.",
+                f"Shorten it{larger}.",
             )
 
     def chunk_size(self) -> int:

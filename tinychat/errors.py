@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class TinychatError(Exception):
     """An error a user can act on. `what`: what is wrong; `todo`: what to do about it; each one line."""
@@ -67,3 +69,55 @@ class UnsupportedModelError(CheckpointError):
 
 class DownloadError(TinychatError):
     """A download failed or its content does not have the promised hash."""
+
+
+def of(e: BaseException) -> TinychatError:
+    """`e` as an error a user can act on. What the system and libraries raise wherever there is too little of
+    something is said as what it is; anything else is a bug of ours.
+    """
+    said = _line(str(e))[:300]
+    library = type(e).__module__.partition(".")[0]
+    if isinstance(e, TinychatError):
+        return e
+    if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno == errno.ENOMEM):
+        return MemoryBudgetError("Memory ran out.", "Choose a smaller model or a smaller --ctx.")
+    if isinstance(e, ImportError):
+        return TinychatError(
+            f"A part of tinychat cannot be loaded: {said}.",
+            "Install tinychat again, or give it more memory (ulimit -v) and files (ulimit -n).",
+        )
+    if isinstance(e, RuntimeError) and "can't start new thread" in said:
+        return TinychatError("The system allows no more threads.", "Raise its limits (ulimit -u, ulimit -v).")
+    if isinstance(e, OSError):
+        return _of_system(e)
+    if library == "sqlite3":
+        return TinychatError(
+            f"The stored chats cannot be used: {said}.",
+            "Check the disk, or set TINYCHAT_HOME to a folder of yours; run --no-store needs none.",
+        )
+    if isinstance(e, RecursionError):
+        return CheckpointError("A file is nested too deeply.", "It is damaged or hostile: use another one.")
+    if isinstance(e, UnicodeError):
+        return UsageError(f"A name or a text is not Unicode ({said}).", "Write it in UTF-8.")
+    if library == "pyo3_runtime":  # a panic in tokenizers or safetensors
+        return CheckpointError(f"The model cannot be used: {said}.", "It is damaged: pull it again.")
+    return TinychatError(
+        f"Internal error: {type(e).__name__}: {said}",
+        "This is a bug. TINYCHAT_DEBUG=1 shows where; please report it.",
+    )
+
+
+def _of_system(e: OSError) -> TinychatError:
+    where = _line(str(e.filename)) if e.filename is not None else ""
+    said = f"{e.strerror or e}: {where}".rstrip(": ")
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TinychatError(f"The disk is full ({where or 'while writing'}).", "Free some space.")
+    if e.errno in (errno.EMFILE, errno.ENFILE):
+        return TinychatError("Too many files are open.", "Raise the limit: ulimit -n 1024")
+    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return TinychatError(
+            f"{said}.", "Check its permissions; TINYCHAT_HOME=FOLDER moves what is tinychat's own."
+        )
+    if e.errno == errno.EAGAIN:
+        return TinychatError(f"{said}.", "Raise the system's limits (ulimit -a), or try again.")
+    return TinychatError(f"{said}.", "Check that path.")

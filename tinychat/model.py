@@ -242,10 +242,12 @@ class Model:
         if asked is None:
             wanted = min(wanted, fits)
         if wanted > fits or wanted < 1:
+            least = max(wanted, BLOCK)
+            safe = fits * 9 // 10 // BLOCK * BLOCK  # what is free changes a little from run to run
             raise MemoryBudgetError(
-                f"A context of {wanted} tokens takes {human_bytes(max(wanted, BLOCK) / BLOCK * per_block)} "
-                f"and {human_bytes(self._free_memory())} are free.",
-                f"Use --ctx {fits} or less." if fits >= BLOCK else "Choose a smaller model.",
+                f"A context of {least} tokens takes {human_bytes(least / BLOCK * per_block)} beside "
+                f"{human_bytes(HEADROOM)} to work in, and {human_bytes(self._free_memory())} are free.",
+                f"Use --ctx {safe} or less." if safe >= BLOCK else "Choose a smaller model.",
             )
         return wanted
 

@@ -26,7 +26,7 @@ def perplexity(
     CheckpointError if the model computes NaN.
     """
     if window < 4:
-        raise UsageError(f"A window of {window} tokens is too small.", "Use --ctx 512.")
+        raise UsageError(f"A window of {window} tokens is too small.", "Use a larger --ctx, or leave it out.")
     starts = list(range(0, len(ids) - window + 1, window)) or [0]
     total, n = 0.0, 0
     for done, start in enumerate(starts):

@@ -120,25 +120,19 @@ class Worker:
                 os._exit(0)
 
     def _fail(self, e: BaseException, during: str) -> None:
-        from tinychat.errors import DeviceLostError, TinychatError
+        from tinychat import errors
 
         # A new process may have a lost device again; these last words are the reason. What does not load here
         # would not load there either.
-        if isinstance(e, DeviceLostError) and during != "load":
+        if isinstance(e, errors.DeviceLostError) and during != "load":
             print(e.what, file=sys.stderr, flush=True)
             os._exit(1)
         if os.environ.get("TINYCHAT_DEBUG"):
             import traceback
 
             traceback.print_exception(e)
-        if isinstance(e, TinychatError):
-            what, todo = e.what, e.todo
-        elif isinstance(e, MemoryError):
-            what, todo = "Memory ran out.", "Choose a smaller model or a smaller --ctx."
-        else:
-            what = f"Internal error: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
-            todo = "This is a bug. TINYCHAT_DEBUG=1 shows where; please report it."
-        self._send(ev="failed", what=what, todo=todo, during=during)
+        error = errors.of(e)
+        self._send(ev="failed", what=error.what, todo=error.todo, during=during)
 
     def _load(self, request: dict) -> None:
         if self.model is not None:

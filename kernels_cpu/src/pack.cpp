@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -66,7 +67,11 @@ void pack_linear(const LinearWeights& w, const void* codes, const void* scales, 
         for (int t; (t = next.fetch_add(1)) < w.tiles();) pack_tile(w, t, codes, scales, aux, out + t * w.tile_bytes());
     };
     std::vector<std::thread> helpers;
-    for (int i = 1; i < std::min(threads, w.tiles()); i++) helpers.emplace_back(work);
+    try {
+        for (int i = 1; i < std::min(threads, w.tiles()); i++) helpers.emplace_back(work);
+    } catch (const std::system_error&) {
+        // The system gives no more threads: these and this one do the work.
+    }
     work();
     for (auto& h : helpers) h.join();
 }

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <system_error>
+
 namespace tinychat {
 namespace {
 
@@ -66,7 +68,11 @@ void ThreadPool::start() {
     // In a forked child the old state may hold a locked mutex and threads that do not exist: leave it behind.
     shared_ = new Shared;
     process_ = getpid();
-    for (int i = 1; i < size_; i++) shared_->threads.emplace_back(worker, shared_, i);
+    try {
+        for (int i = 1; i < size_; i++) shared_->threads.emplace_back(worker, shared_, i);
+    } catch (const std::system_error&) {
+        // The system gives no more (ulimit -u, -v): those that there are do the work, with the same result.
+    }
 }
 
 void ThreadPool::worker(Shared* shared, int thread) {

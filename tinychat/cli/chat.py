@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,10 +17,12 @@ from tinychat import terminal
 from tinychat.characters import is_unicode
 from tinychat.cli.options import (
     ANSWERING,
+    CHAT_NUMBER,
     DEFAULT_MODEL,
     SAMPLING,
     answering_options,
     complete_models,
+    file_type,
     loading_options,
     pick,
     sampling_options,
@@ -46,11 +47,11 @@ if TYPE_CHECKING:
     "--file",
     "files",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=file_type(),
     help="Put this text file before the prompt; may be given several times.",
 )
 @click.option("-c", "--continue", "latest", is_flag=True, help="Go on with the chat spoken in last.")
-@click.option("--resume", type=click.IntRange(1), metavar="ID", help="Go on with chat ID (`tinychat chats`).")
+@click.option("--resume", type=CHAT_NUMBER, metavar="ID", help="Go on with chat ID (`tinychat chats`).")
 @click.option("--no-store", is_flag=True, help="Keep nothing of this conversation.")
 @click.option("--plain", is_flag=True, help="Line by line instead of the chat screen.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, finish_reason, stats.")

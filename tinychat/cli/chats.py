@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinychat.characters import is_unicode
+from tinychat.characters import is_unicode, whole
 from tinychat.cli import tables
 from tinychat.cli.chat import Printer
 
@@ -32,7 +32,7 @@ def chats(words: tuple[str, ...], as_json: bool) -> None:
     from tinychat.export import to_json, to_markdown
     from tinychat.store import ChatStore
 
-    numbers = [int(w) for w in words[1:] if w.isdecimal()]
+    numbers = [int(w) for w in words[1:] if w.isdecimal() and len(w) <= 18]
     is_ids = bool(numbers) and len(numbers) == len(words) - 1
     store = ChatStore()
     store.purge()
@@ -48,7 +48,7 @@ def chats(words: tuple[str, ...], as_json: bool) -> None:
     elif len(words) == 1 and words[0] in ("rm", "export"):
         raise click.UsageError(f"Which chat? tinychat chats {words[0]} ID; tinychat chats lists them.")
     else:
-        _show(store, " ".join(words), as_json)
+        _show(store, whole(" ".join(words)), as_json)
 
 
 def _remove(store: ChatStore, ids: list[int], as_json: bool) -> None:

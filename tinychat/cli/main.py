@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import click
 
-from tinychat import __version__, terminal
+from tinychat import __version__, errors, terminal
 from tinychat.characters import make_printable
 from tinychat.cli import chat, chats, models, reports
-from tinychat.errors import TinychatError
 
 INTERRUPTED = 130
 
@@ -89,17 +87,9 @@ def report(e: BaseException) -> int:
         where = getattr(e, "ctx", None)
         what, code = " ".join(e.format_message().split()).rstrip(".") + ".", e.exit_code
         todo = f"See {where.command_path if where else 'tinychat'} --help."
-    elif isinstance(e, TinychatError):
-        what, todo, code = e.what, e.todo, e.exit_code
-    elif isinstance(e, MemoryError):
-        what, todo, code = "Memory ran out.", "Choose a smaller model or a smaller --ctx.", 4
-    elif isinstance(e, OSError) and e.errno == errno.ENOSPC:
-        what, todo, code = f"The disk is full ({e.filename or 'while writing'}).", "Free some space.", 1
-    elif isinstance(e, OSError):
-        what, todo, code = f"{e.strerror or e}: {e.filename or ''}".rstrip(": ") + ".", "Check that path.", 1
     else:
-        what = f"Internal error: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
-        todo, code = "This is a bug. TINYCHAT_DEBUG=1 shows where; please report it.", 1
+        error = errors.of(e)
+        what, todo, code = error.what, error.todo, error.exit_code
     terminal.label("Error:", "red", err=True)
     click.echo(f" {what}\n{todo}", err=True)
     return code

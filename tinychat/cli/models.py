@@ -12,7 +12,7 @@ import click
 
 from tinychat.characters import is_unicode
 from tinychat.cli import tables
-from tinychat.cli.options import model_argument
+from tinychat.cli.options import Name, file_type, model_argument
 from tinychat.errors import UsageError
 from tinychat.machine import human_bytes
 
@@ -116,14 +116,12 @@ def rm(model: str, yes: bool, as_json: bool) -> None:
 
 @click.command()
 @model_argument
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--out", required=True, type=Name(), help="Folder to write.")
 @click.option("--method", type=click.Choice(["awq", "gptq", "rtn"]), default="awq", show_default=True)
 @click.option(
     "--group-size", type=int, help="Inputs that share a scale: 32, 64 or 128 (default: largest that fits)."
 )
-@click.option(
-    "--calib", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Calibration text."
-)
+@click.option("--calib", type=file_type(), help="Calibration text.")
 @click.option("--act-order", is_flag=True, help="gptq: round inputs with large activations first.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)

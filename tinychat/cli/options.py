@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 import click
@@ -36,6 +38,30 @@ def _stack(options: list[Callable]) -> Callable:
         return f
 
     return decorate
+
+
+class Name(click.Path):
+    """A path that can be one: no NUL in it, and characters that the file system has. Gives a `Path`."""
+
+    def __init__(self, **limits: Any):
+        super().__init__(path_type=Path, **limits)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """As click.Path's; a usage error for what is no name."""
+        try:
+            if not value or b"\0" in os.fsencode(value):
+                self.fail(f"{value!r} is not the name of a file.", param, ctx)
+        except UnicodeEncodeError:
+            self.fail(f"{value!r} is not the name of a file.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def file_type() -> Name:
+    """The type of an argument that names a file to be read."""
+    return Name(exists=True, dir_okay=False)
+
+
+CHAT_NUMBER = click.IntRange(1, (1 << 63) - 1)
 
 
 class Size(click.ParamType):

@@ -14,17 +14,18 @@ from typing import Any
 import click
 
 from tinychat import terminal
-from tinychat.cli.options import LOADING, complete_models, loading_options, model_argument, pick
+from tinychat.cli.options import LOADING, complete_models, file_type, loading_options, model_argument, pick
 from tinychat.errors import UsageError
 from tinychat.files import read_prose
 from tinychat.machine import available_memory, cpu_count, human_bytes
 
 MAX_SCORED = 16 << 20  # bytes of a text whose perplexity is asked for: hours on any machine
+TOKENS = click.IntRange(0, 1 << 24)  # that bench reads
 
 
 @click.command()
 @model_argument
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=file_type())
 @loading_options
 @click.option("--json", "as_json", is_flag=True)
 def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
@@ -49,14 +50,18 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
 @click.command()
 @click.argument("model", required=False, shell_complete=complete_models)
 @click.option("--synthetic", metavar="SHAPE", help="Random weights of a known shape instead of MODEL.")
+@click.option("-p", "--n-prompt", type=TOKENS, default=512, show_default=True, help="Prefill tokens.")
 @click.option(
-    "-p", "--n-prompt", type=click.IntRange(0), default=512, show_default=True, help="Prefill tokens."
+    "-n", "--n-gen", type=click.IntRange(1, 1 << 24), default=128, show_default=True, help="Decoded tokens."
 )
-@click.option("-n", "--n-gen", type=click.IntRange(1), default=128, show_default=True, help="Decoded tokens.")
 @click.option(
-    "--context", "contexts", type=click.IntRange(0), multiple=True, help="Decode after this many tokens."
+    "--context",
+    "contexts",
+    type=TOKENS,
+    multiple=True,
+    help="Decode after this many tokens.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 1000), default=3, show_default=True)
 @loading_options
 @click.option("--json", "as_json", is_flag=True)
 def bench(

@@ -11,6 +11,7 @@ import difflib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -72,10 +73,12 @@ def resolve(model: str, *, offline: bool = False, pull: bool = True) -> Path:
     if offline or _offline_by_environment():
         raise ModelNotFoundError(
             f"{model} is not on this machine, and tinychat is offline.",
-            f"Go online once and run: tinychat pull {model}",
+            f"Go online once and run: tinychat pull {shlex.quote(model)}",
         )
     if not pull:
-        raise ModelNotFoundError(f"{model} is not on this machine.", f"Get it with: tinychat pull {model}")
+        raise ModelNotFoundError(
+            f"{model} is not on this machine.", f"Get it with: tinychat pull {shlex.quote(model)}"
+        )
     return _pull(model)
 
 
@@ -118,7 +121,9 @@ def pull(name: str) -> Path:
         return _checked_again(name, found)
     if name not in all_aliases() and not _is_source(name):
         if _local(name) is not None:
-            raise UsageError(f"{name} is on this machine already.", f"Use it: tinychat run {name}")
+            raise UsageError(
+                f"{name} is on this machine already.", f"Use it: tinychat run {shlex.quote(name)}"
+            )
         raise not_found(name)
     if _offline_by_environment():
         raise ModelNotFoundError(
@@ -320,7 +325,7 @@ def _pull_from(source: Source, name: str, folder: Path, parts: Path, expect: int
             if folder.is_dir() and any(folder.iterdir()):
                 raise DownloadError(
                     f"{folder} is in the way: it has no manifest of tinychat's.",
-                    f"Move it away, or delete it: tinychat rm {name}",
+                    f"Move it away, or delete it: tinychat rm {shlex.quote(name)}",
                 )
             os.replace(staging, folder)
         if licenses.has_terms(facts.get("license")):
