@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import warnings
@@ -67,3 +68,23 @@ def _line_of(keys: _Terminal, out: _Terminal, prompt: str) -> str:
     if not line:
         raise EOFError
     return line.removesuffix("\n")
+
+
+def in_process(*args, stdin: bytes = b"") -> tuple[int, str, str]:
+    """The command line in this process, all three streams pipes: exit code, stdout, stderr. Starting Python
+    takes a second on a busy machine; this takes milliseconds.
+    """
+    from tinychat.cli.main import main
+
+    read, write = os.pipe()
+    with open(write, "wb") as pipe:
+        pipe.write(stdin)  # no more than a pipe holds
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, open(read, encoding="utf-8") as given:
+        for name, stream in (("stdin", given), ("stdout", out), ("stderr", err)):
+            patch.setattr(sys, name, stream)
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in args])
+    code = end.value.code or 0
+    return code, *(s.buffer.getvalue().decode() for s in (out, err))

@@ -80,7 +80,10 @@ class Size(click.ParamType):
         unit = self.UNITS[found[2]]
         if found[3]:
             unit = 1 << (10 * "kmgt".index(found[2]) + 10)
-        return int(float(found[1]) * unit)
+        size = float(found[1]) * unit
+        if size > 1 << 62:
+            self.fail(f"{value[:20]!r} is more than any disk has.", param, ctx)
+        return int(size)
 
 
 def complete_models(_ctx, _param, incomplete: str) -> list[str]:
