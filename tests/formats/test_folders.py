@@ -202,6 +202,15 @@ def test_an_old_autogptq_folder_loads(folder, file, named, leftover):
     assert (checkpoint.linear(name).zeros == 8).all()
 
 
+def test_codes_without_their_scales_are_refused_by_name(folder):
+    name, _ = auto_gptq(folder, "model.safetensors")
+    tensors = tensors_of(folder)
+    del tensors[f"{name}.scales"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor .*up_proj\.scales"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"bits": 3}, {"is_marlin_format": True}, {"quant_method": "marlin"}, {"checkpoint_format": "marlin"}],

@@ -14,7 +14,7 @@ from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from tinychat.files import MappedFile
 from tinychat.formats import experts
-from tinychat.formats.quantized import PARTS, SUPPORTED, read_linear, read_quantization
+from tinychat.formats.quantized import COMPANIONS, PARTS, SUPPORTED, read_linear, read_quantization
 from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensors, read_json
 from tinychat.identity import Tell, content_hash
 from tinychat.models import FAMILIES
@@ -136,8 +136,12 @@ class HFCheckpoint:
             if not self.has(name):
                 tied = " (tie_word_embeddings is false)" if name == HEAD else ""
                 raise CheckpointError(f"{self.path.name} has no tensor {name}.weight{tied}.", PULL_AGAIN)
-            if f"{name}.weight" in self._tensors and not self._quantized(name):
+            if not self._quantized(name):
                 self._tensors.check(f"{name}.weight", shape, None)
+            for part, others in COMPANIONS.items():
+                missing = [o for o in others if f"{name}.{o}" not in self._tensors]
+                if missing and f"{name}.{part}" in self._tensors:
+                    raise CheckpointError(f"{self.path.name} has no tensor {name}.{missing[0]}.", PULL_AGAIN)
             if name.endswith(biases):
                 self._tensors.check(f"{name}.bias", shape[:1], None)
 

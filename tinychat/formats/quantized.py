@@ -18,6 +18,8 @@ from tinychat.formats import awq, gemv, gptq
 from tinychat.formats.tensors import FLOATS, LLM_AWQ, PULL_AGAIN, Tensors, llm_awq_file, read_json
 from tinychat.weights import QuantizedLinear
 
+# what a module's codes cannot be read without, in any layout
+COMPANIONS = {"qweight": ("scales",), "weight_packed": ("weight_scale", "weight_shape")}
 PARTS = ("qweight", "weight_packed")  # a module that has one of these is quantized
 SUPPORTED = (
     "Supported with 4 bits: AWQ (gemm, gemv, gemv_fast, llm-awq), GPTQ, compressed-tensors pack-quantized; "

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from tinychat.children import python_command
 from tinychat.errors import CheckpointError, DownloadError, MemoryBudgetError
+from tinychat.files import open_regular
 from tinychat.hub.aliases import Source
 from tinychat.hub.http import CHUNK, Client, disk_full, public_url
 from tinychat.hub.index import Settings, Wheel, find_wheel
@@ -116,7 +117,7 @@ def watched(label: str, folder: Path, total: int) -> Iterator[None]:
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         while chunk := f.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError
+from tinychat.files import MAX_TEXT, read_text
 from tinychat.hub.aliases import Source
 from tinychat.hub.licenses import TEXTS, has_terms
 
@@ -108,13 +109,14 @@ def cached(source: Source) -> Path | None:
     ggufs = [f for f in files if f.endswith(".gguf")]
     if ggufs:
         return root / ggufs[0]
-    index = root / "model.safetensors.index.json"
+    index, tensors = root / "model.safetensors.index.json", {f for f in files if f.endswith(".safetensors")}
+    names = {"model.safetensors"}
     try:
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        else:
-            names = {"model.safetensors"}
-    except (OSError, ValueError, KeyError, AttributeError):
+        if not names <= tensors and index.is_file():
+            names = set(json.loads(read_text(index, MAX_TEXT))["weight_map"].values())
+        elif len(tensors) == 1:
+            names = tensors  # by whatever name, as old AutoGPTQ repos have it
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     whole = names <= set(files) and (root / "config.json").is_file() and (root / "tokenizer.json").is_file()
     return root if whole else None
@@ -176,7 +178,7 @@ def _check_config(repo: str, revision: str, files: list[str], staging: Path) -> 
     with _errors(repo), _no_bars():
         path = Path(hub.hf_hub_download(repo, "config.json", revision=revision, local_dir=staging))
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as e:

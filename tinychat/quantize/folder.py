@@ -21,6 +21,7 @@ import numpy as np
 
 from tinychat.config import ModelConfig
 from tinychat.errors import TinychatError, UsageError
+from tinychat.files import read_text
 from tinychat.formats import Checkpoint
 from tinychat.machine import human_bytes
 from tinychat.quantize.layouts import quantization_config
@@ -230,7 +231,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _json_or_none(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError):
         return None
 
