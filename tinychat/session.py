@@ -318,7 +318,7 @@ class Session:
             if said is None:
                 break
             known = [(node.prompt_text, node.prompt_ids), (said, node.ids)]
-            if max(max(ids, default=0) for _, ids in known) >= self.model.config.vocab_size:
+            if max(max(ids, default=0) for _, ids in known) >= self.model.tokenizer.vocab_size:
                 break  # from a damaged file
             segments += known
             at += len(node.prompt_text) + len(said)

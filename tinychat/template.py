@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tinychat import rendering
+from tinychat.chat_templates import DEFAULT, TOOLS
 from tinychat.errors import TinychatError, UsageError
 from tinychat.markers import Markers, reveal
 from tinychat.reasoning import Splitter, pieces_of, split_thought
@@ -20,7 +21,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # what messages call
 
 
 class ChatTemplate:
-    """A template that compiles. It sees the messages and can change nothing.
+    """A template that compiles, and the one for conversations with tools where there is one. It sees the
+    messages and can change nothing.
 
     What users write is never parsed as markers of turns: where a message spells one (`<|im_end|>`), its
     characters are tokenized as plain text.
@@ -30,8 +32,11 @@ class ChatTemplate:
         self.source = source
         self.tokenizer = tokenizer
         self._settings: dict[str, Any] = {}
-        self.markers = Markers(tokenizer, source)
-        rendering.check(source)
+        named = {**tokenizer.chat_templates, DEFAULT: source}
+        self.sources = {name: named[name] for name in (DEFAULT, TOOLS) if name in named}
+        self.markers = Markers(tokenizer, "\n".join(self.sources.values()))
+        for text in self.sources.values():
+            rendering.check(text)
 
     def think(self, on: bool) -> None:
         """Whether the model reasons before it answers. Raises UsageError where the template has no switch."""
@@ -50,9 +55,10 @@ class ChatTemplate:
         """
         given = {"tools": None, "documents": None, **self.tokenizer.special_tokens, **self._settings}
         given |= self.guard(extra)
-        given["messages"] = [_alias_reasoning(m) for m in self.guard(messages)]
+        given["messages"] = [_plain(m) for m in self.guard(messages)]
         given["add_generation_prompt"] = add_generation_prompt
-        return rendering.render(self.source, given)
+        source = self.source if given["tools"] is None else self.sources.get(TOOLS, self.source)
+        return rendering.render(source, given)
 
     def splitter(self, text: str) -> Splitter:
         """Tells reasoning from the answer in what a model writes behind rendered text."""
@@ -100,11 +106,14 @@ class ChatTemplate:
         return self.markers.guard(value, spoken)
 
 
-def _alias_reasoning(message: Any) -> Any:
-    """A message with its reasoning under the names that templates read, as transformers gives it."""
+def _plain(message: Any) -> Any:
+    """A message as transformers gives it to templates: without what is None, and with its reasoning under the
+    names that they read.
+    """
     if not isinstance(message, dict):
         return message
-    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    message = {k: v for k, v in message.items() if v is not None}
+    reasoning = next((message[name] for name in REASONING if name in message), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat import chat_templates
+from tinychat.chat_templates import DEFAULT
 from tinychat.decoders import Decoding, Joiner
 from tinychat.errors import CheckpointError, UnsupportedModelError
 from tinychat.files import read_text
@@ -56,6 +58,7 @@ class Tokenizer:
     silent_ids      control tokens that decoding leaves out: all but those that mark reasoning
     special_tokens  bos_token, eos_token and others by name, as chat templates expect them
     chat_template   raw Jinja text, or None for a base model
+    chat_templates  that one as "default", and others by name
     """
 
     def __init__(
@@ -66,12 +69,15 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         add_bos: bool = False,
         chat_template: str | None = None,
+        chat_templates: Mapping[str, str] | None = None,
         special_tokens: dict[str, str] | None = None,
     ):
         self.backend = backend
         self.bos_id = bos_id
         self.add_bos = add_bos and bos_id is not None
-        self.chat_template = chat_template
+        self.chat_templates = dict(chat_templates or {})
+        if chat_template is not None:
+            self.chat_templates[DEFAULT] = chat_template
         self.special_tokens = dict(special_tokens or {})
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._added = backend.get_added_tokens_decoder()
@@ -90,6 +96,15 @@ class Tokenizer:
         self._prefixes = Prefixes(backend)
         self._lock = threading.Lock()  # for settings of the shared backend, such as `encode_special_tokens`
         _mark_special(backend, [t for i, t in self._added.items() if i in self.markers and not t.special])
+
+    @property
+    def chat_template(self) -> str | None:
+        """What conversations without tools are written with."""
+        return self.chat_templates.get(DEFAULT)
+
+    @chat_template.setter
+    def chat_template(self, source: str | None) -> None:
+        self.chat_templates = {} if source is None else {**self.chat_templates, DEFAULT: source}
 
     def _ids_of(self, texts: Iterable[str]) -> set[int]:
         return {i for text in texts if (i := self.backend.token_to_id(text)) is not None}
@@ -244,8 +259,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **self.special_tokens,
         }
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
+        if self.chat_templates:
+            config["chat_template"] = chat_templates.to_config(self.chat_templates)
         (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
         for name, content in (
             ("tokenizer_config.json", config),
@@ -289,16 +304,16 @@ class Tokenizer:
         if not isinstance(add_bos, bool):  # then the post-processor knows
             first = backend.encode("", add_special_tokens=True).ids[:1]
             add_bos = bos_id is not None and first == [bos_id]
-        template = _hf_template(folder, config)
+        templates = chat_templates.from_folder(folder, config, _settings(folder / "chat_template.json"))
         if n_embeddings is not None:
-            needed = [template or "", special.get("bos_token", "") if add_bos else ""]
+            needed = [*templates.values(), special.get("bos_token", "") if add_bos else ""]
             backend = without_tokens(backend, n_embeddings, needed, str(file))
         return cls(
             backend,
             bos_id=bos_id,
             eos_ids=[i for i in eos if isinstance(i, int) and not isinstance(i, bool)],
             add_bos=add_bos,
-            chat_template=template,
+            chat_templates=templates,
             special_tokens=special,
         )
 
@@ -383,19 +398,3 @@ def _settings(file: Path) -> dict:
         raise CheckpointError(
             f"{file} is damaged: {one_line(e)}.", "Pull the model again, or repair the file."
         ) from e
-
-
-def _hf_template(folder: Path, config: dict) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return read_text(file)
-        except (OSError, ValueError) as e:
-            raise CheckpointError(f"{file} cannot be read: {one_line(e)}.", "Pull the model again.") from e
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if template is None:
-        template = _settings(folder / "chat_template.json").get("chat_template")
-    return template if isinstance(template, str) else None

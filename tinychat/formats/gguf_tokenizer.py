@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tinychat import chat_templates
 from tinychat.errors import CheckpointError, UnsupportedModelError
 from tinychat.tokenizer import TURN_ENDS, Tokenizer, char_of_byte, is_space
 from tinychat.tokenizer_file import MAX_TOKEN, check_added, one_line
@@ -230,13 +231,12 @@ def _finish(
         backend.post_processor = TemplateProcessing(
             single=[first, "$A"], pair=[first, "$A", first, "$B"], special_tokens=[(first, bos)]
         )
-    template = fields.get("tokenizer.chat_template")
     return Tokenizer(
         backend,
         bos_id=bos,
         eos_ids=[i for i in (token_id("eos"), token_id("eot"), token_id("eom")) if i is not None],
         add_bos=add_bos,
-        chat_template=template if isinstance(template, str) and template else None,
+        chat_templates=chat_templates.from_gguf(fields),
         special_tokens=special,
     )
 

@@ -16,7 +16,9 @@ from tinychat.files import MAX_TEXT, read_text
 from tinychat.hub.aliases import Source
 from tinychat.hub.licenses import TEXTS, has_terms
 
-SETTINGS = re.compile(r"[\w.-]+\.(json|jinja)|tokenizer[\w.-]*|README\.md|LICENSE[\w.-]*")
+SETTINGS = re.compile(
+    r"[\w.-]+\.(json|jinja)|additional_chat_templates/[\w.-]+\.jinja|tokenizer[\w.-]*|README\.md|LICENSE[\w.-]*"
+)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Where a repo has several GGUF files: types that map exactly first, and of those the better ones.
 GGUF_ORDER = ("q4_k_m", "q4_0", "q4_1", "q4_k_s", "q8_0", "q5_k_m", "q6_k", "bf16", "f16")
@@ -137,7 +139,8 @@ def choose_files(repo: str, names: list[str], wanted: str | None = None) -> list
     # consolidated.safetensors is a second copy of the same weights in Mistral's own layout
     tensors = [n for n in top if n.endswith(".safetensors") and not n.startswith("consolidated")]
     if tensors and "config.json" in top:
-        return sorted({*tensors, *(n for n in top if SETTINGS.fullmatch(n) and not n.endswith(PICKLES))})
+        settings = (n for n in names if SETTINGS.fullmatch(n) and not n.endswith(PICKLES))
+        return sorted({*tensors, *settings})
     whole = [n for n in ggufs if not re.search(r"-\d{5}-of-\d{5}\.gguf$|mmproj", n)]
     for kind in GGUF_ORDER:
         for name in whole:

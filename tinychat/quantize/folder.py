@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tinychat.chat_templates import FOLDER
 from tinychat.config import ModelConfig
 from tinychat.errors import TinychatError, UsageError
 from tinychat.files import read_text
@@ -206,6 +207,9 @@ def write_settings(folder: Path, checkpoint: Checkpoint, quantization: dict[str,
         for name in COPIED:
             if (checkpoint.path / name).is_file():
                 shutil.copyfile(checkpoint.path / name, folder / name)
+        for file in (checkpoint.path / FOLDER).glob("*.jinja"):
+            (folder / FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / FOLDER / file.name)
     else:
         tokenizer.save(folder)
     if not (folder / "generation_config.json").is_file():
