@@ -259,14 +259,19 @@ class Program:
     # Running
 
     def set_cache(self, n_blocks: int) -> None:
-        """A pool of so many blocks, zeroed."""
-        self.pool, self.inputs = None, None
-        self._graphs.clear()
-        pool = self.device.allocate(n_blocks * self.attention.shape.block_bytes)
-        self.device.clear(pool)
+        """A pool of so many blocks, zeroed; if it grows, what it held stays."""
+        size, before = n_blocks * self.attention.shape.block_bytes, self.pool
+        if before is not None and before.size >= size:
+            self.pool = self.inputs = before = None
+        pool = self.device.allocate(size)
         n = HEADER + self.max_rows + n_blocks
-        self.inputs = Inputs(self.device.allocate(4 * n), self.device.pinned((n,), np.int32), self.max_rows)
-        self.pool = pool
+        inputs = Inputs(self.device.allocate(4 * n), self.device.pinned((n,), np.int32), self.max_rows)
+        self.device.clear(pool)
+        if before is not None:
+            self.device.copy(pool[: before.size], before)
+        self.device.synchronize()
+        self._graphs.clear()  # they have the addresses in them
+        self.pool, self.inputs = pool, inputs
 
     def set_table(self, block_table: np.ndarray) -> None:
         """The block table alone, for what happens between steps."""

@@ -14,7 +14,7 @@ from tinychat.events import Done, TextDelta
 
 @pytest.fixture
 def model():
-    with tiny_model(ctx=256) as m:
+    with tiny_model(ctx=256, grows=False) as m:
         yield m
 
 

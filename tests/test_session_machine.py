@@ -16,7 +16,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.model = tiny_model(ctx=256)
+        self.model = tiny_model(ctx=256, grows=False)
         self.session = self.model.session(kv_policy="none", temperature=0, max_tokens=5)
         self.finished = []
 

@@ -92,8 +92,17 @@ class TinyCheckpoint:
         pass
 
 
-def tiny_model(ctx: int = 256, seed: int = 0, backend: str | None = None, kv_bits: int = 16, **changes):
+def tiny_model(
+    ctx: int = 256,
+    seed: int = 0,
+    backend: str | None = None,
+    kv_bits: int = 16,
+    grows: bool = True,
+    **changes,
+):
     """A Model on the reference, the CPU or the (emulated) CUDA backend, weights as they are.
+
+    grows: its KV pool may grow; else it stays as it is for one full context, as where memory is full.
 
     TINYCHAT_TEST_BACKEND=cuda puts all of them on that one, but for those that say "reference": what holds
     for sessions, eviction and speculation holds there too.
@@ -112,12 +121,15 @@ def tiny_model(ctx: int = 256, seed: int = 0, backend: str | None = None, kv_bit
 
         from tinychat.backends.cuda import CudaBackend
 
-        return Model(
-            checkpoint, CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=bench().modules), "tiny", ctx
-        )
-    kind = {"reference": ReferenceBackend, "cpu": CpuBackend}[backend]
-    more = {} if backend == "reference" else {"kv_bits": kv_bits}
-    return Model(checkpoint, kind(checkpoint, policy, threads=1, **more), "tiny", ctx)
+        on = CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=bench().modules)
+    else:
+        kind = {"reference": ReferenceBackend, "cpu": CpuBackend}[backend]
+        more = {} if backend == "reference" else {"kv_bits": kv_bits}
+        on = kind(checkpoint, policy, threads=1, **more)
+    model = Model(checkpoint, on, "tiny", ctx)
+    if not grows:
+        model.engine.more_tokens = lambda: 0
+    return model
 
 
 def tiny_folder(path: Path, seed: int = 0, **changes) -> Path:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 
 from tinychat.backends import BLOCK, Backend, Step
+from tinychat.claims import Claim
 from tinychat.errors import MemoryBudgetError, UsageError
 from tinychat.events import Event
 from tinychat.eviction import EvictionPolicy, Ledger
 from tinychat.generation import Generation
 from tinychat.kvcache import BlockPool, Branch, PoolExhaustedError
-from tinychat.machine import human_bytes
 from tinychat.reasoning import Splitter
 from tinychat.sampling import SamplingParams, largest_suffice, total_temperature
 from tinychat.speculation.speculator import Speculator
 from tinychat.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
 CHUNK_SECONDS = 0.4  # a prefill chunk aims at this, so that a cancel is felt at once
+POLL_SECONDS = 0.05  # an answer that waits for memory looks around this often
+PATIENCE_SECONDS = (
+    1.0  # an answer of which nobody asked the next token for so long gives way to one that waits
+)
 
 
 class Engine:
@@ -37,20 +44,23 @@ class Engine:
         tokenizer: Tokenizer,
         n_ctx: int,
         trained_context: int | None = None,
-        spare: int = 0,
+        more_tokens: Callable[[], int] = lambda: 0,
     ):
-        """n_ctx: tokens that the pool has room for. trained_context: positions that the model knows; a
-        conversation that evicts never goes beyond them. spare: blocks beside, for what such a conversation
-        was before its last answer.
+        """n_ctx: tokens that a conversation may hold; the pool begins with room for one that is full.
+        trained_context: positions that the model knows; a conversation that evicts never goes beyond them.
+        more_tokens: for how many tokens there is memory that the pool does not have yet.
         """
         self.backend, self.tokenizer, self.n_ctx = backend, tokenizer, n_ctx
         self.trained_context = trained_context or n_ctx
+        self.more_tokens = more_tokens
         n_blocks = -(-n_ctx // BLOCK) + 2  # copy-on-write of the last block never fails for want of one
-        backend.allocate_kv(n_blocks + spare)
-        self.pool = BlockPool(n_blocks + spare, backend.copy_block, spare)
+        backend.allocate_kv(n_blocks)
+        self.pool = BlockPool(n_blocks, backend.copy_block)
         self.lock = threading.RLock()
+        self._unfinished = False  # a change of branches: in the making, or interrupted by an exception
         self._branches: WeakSet[OwnedBranch] = WeakSet()
-        self.orphans: deque[list[int]] = deque()
+        self._process = os.getpid()
+        _engines.add(self)
         self._prefill_rate = 0.0
         self._clock = 0
         self._closed = False
@@ -66,6 +76,34 @@ class Engine:
             self._branches.add(branch)
         return branch
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """The lock, for one change of branches. If an exception comes in the middle (Ctrl+C may come
+        anywhere), everything is put in order before the next change. Does not nest.
+        """
+        if self._process != os.getpid() and not getattr(self.backend, "survives_fork", False):
+            raise UsageError(
+                f"The {self.backend.name} backend does not work in a forked process.", "Load the model there."
+            )
+        with self.lock:
+            if self._unfinished:
+                self._repair()
+            self._unfinished = True
+            yield
+            self._unfinished = False
+
+    def _repair(self) -> None:
+        branches = list(self._branches)
+        for branch in branches:
+            branch.repair()
+        self.pool.rebuild(branch.table for branch in branches)
+
+    def forked(self) -> None:
+        """This is a child process: of the threads only the present one is here, and another one may have held
+        the lock, in the middle of a change.
+        """
+        self.lock = threading.RLock()
+
     def run(
         self,
         branch: Branch,
@@ -74,6 +112,7 @@ class Engine:
         params: SamplingParams | None = None,
         accept: Callable[[Any], int] | None = None,
         watched: int | None = None,
+        held: int | None = None,
     ) -> Any:
         """Append `ids` to the branch in one step; logits from row `first_logit` on.
 
@@ -81,14 +120,18 @@ class Engine:
         greedy, or `LargestLogits`, which are to be used before the lock is given back.
         accept: given that output, how many of `ids` stay in the cache; without it all of them do.
         watched: how many of the last rows tell an eviction policy what they attend to; default: all.
-        Raises PoolExhaustedError if there is no room even after idle branches gave theirs.
+        held: tokens that the caller believes to be in the branch.
+        Raises PoolExhaustedError if there is no room even after others gave way, or if they are not there
+        because the branch gave way.
         """
-        with self.lock:
+        with self.changing():
             if self._closed:
                 raise UsageError("The model is closed.", "Load it again.")
             self._clock += 1
             branch.last_used = self._clock
-            self.make_room(branch, len(ids))
+            if held is not None and len(branch) != held:
+                raise PoolExhaustedError
+            self._make_room(branch, len(ids))
             self.reserve(branch, len(ids))
             stay = accept is None or len(ids) == 1  # the first is no draft
             scores, rows = None, 0
@@ -105,9 +148,10 @@ class Engine:
             with branch.rewritten() if rows and stay else nullcontext():  # votes go where they stay
                 out = self._step(step, params)
                 n = len(ids) if accept is None else accept(out)
-                branch.commit(ids[:n])
-                if branch.ledger:
-                    branch.ledger.append(n, min(rows, n), None if stay else scores)
+                with branch.rewritten() if branch.ledger else nullcontext():
+                    branch.commit(ids[:n])
+                    if branch.ledger:
+                        branch.ledger.append(n, min(rows, n), None if stay else scores)
             return out
 
     def _step(self, step: Step, params: SamplingParams | None) -> Any:
@@ -122,26 +166,29 @@ class Engine:
 
     def make_room(self, branch: Branch, n: int) -> None:
         """Evict what n more tokens need, where the branch has a policy; without one, nothing happens."""
+        with self.changing():
+            self._make_room(branch, n)
+
+    def _make_room(self, branch: Branch, n: int) -> None:
         ledger = branch.ledger
         if ledger is None:
             return
-        with self.lock:
-            excess = branch.slots + n - ledger.policy.budget
-            if excess > 0:
-                self._freeing(branch, branch.own)
-                table, value = branch.block_table(), None
-                if ledger.watches:
-                    votes = ledger.votes()
-                    with np.errstate(over="ignore", invalid="ignore"):  # a damaged model's values
-                        value = votes * self.backend.value_spread(table, votes)
-                with branch.rewritten():
-                    moves = branch.give_up(-(-excess // BLOCK) * BLOCK, value)
-                    self.backend.move_slots(table, *moves)
-                branch.drop_empty_blocks()
-            if branch.position + n > self.trained_context and branch.slots + n <= self.trained_context:
-                self._freeing(branch, branch.own)
-                with branch.rewritten():
-                    self.backend.turn_keys(branch.block_table(), branch.reindex())
+        excess = branch.slots + n - ledger.policy.budget
+        if excess > 0:
+            self._take(branch, branch.own)
+            table, value = branch.block_table(), None
+            if ledger.watches:
+                votes = ledger.votes()
+                with np.errstate(over="ignore", invalid="ignore"):  # a damaged model's values
+                    value = votes * self.backend.value_spread(table, votes)
+            with branch.rewritten():
+                moves = branch.give_up(-(-excess // BLOCK) * BLOCK, value)
+                self.backend.move_slots(table, *moves)
+            branch.drop_empty_blocks()
+        if branch.position + n > self.trained_context and branch.slots + n <= self.trained_context:
+            self._take(branch, branch.own)
+            with branch.rewritten():
+                self.backend.turn_keys(branch.block_table(), branch.reindex())
 
     def logits(self, ids: Sequence[int], policy: EvictionPolicy | None = None) -> np.ndarray:
         """float32 [n_tokens, vocab] for every position of `ids`, computed from nothing cached.
@@ -150,14 +197,12 @@ class Engine:
         """
         self._check_prompt(ids, policy is not None)
         branch, chunk = self.branch(policy), BLOCK if policy else self.backend.max_rows
-        try:
-            with self._held(branch):
-                parts = [self.run(branch, ids[i : i + chunk], 0) for i in range(0, len(ids), chunk)]
-            return np.concatenate(parts)
-        except PoolExhaustedError:
-            raise self.pool_too_small(len(ids)) from None
-        finally:
-            branch.free()
+        while True:
+            steps = (self.run(branch, ids[i : i + chunk], 0, held=i) for i in range(0, len(ids), chunk))
+            try:
+                return np.concatenate(list(self._claimed(branch, steps)))
+            except PoolExhaustedError:
+                self.wait_for_room(branch, len(ids))
 
     def generate(
         self,
@@ -179,38 +224,31 @@ class Engine:
         generation = Generation(
             self, branch, list(prompt), params, cancel, speculator or Speculator(), splitter
         )
-        return self._guarded(branch, generation)
+        return self._claimed(branch, generation.events())
 
-    def _guarded(self, branch: OwnedBranch, generation: Generation) -> Iterator[Event]:
-        with self._held(branch):
-            yield from generation.events()
+    def _claimed(self, branch: OwnedBranch, steps: Iterator[T]) -> Iterator[T]:
+        """What `steps` yields. One user of a branch at a time; only older ones that find no room reclaim its
+        blocks meanwhile.
+        """
+        claim = Claim()
 
-    @contextmanager
-    def _held(self, branch: OwnedBranch) -> Iterator[None]:
-        """One user at a time; nobody reclaims its blocks meanwhile."""
-        with self.lock:
-            if branch.busy:
-                raise UsageError(
-                    "This conversation is still answering.", "Cancel it, or wait for its last event."
-                )
-            branch.busy = True
-        try:
-            yield
-        finally:
-            branch.busy = False
+        def claimed() -> Generator[T, None, None]:
+            with self.changing():
+                if branch.busy:
+                    raise UsageError(
+                        "This conversation is still answering.", "Cancel it, or wait for its last event."
+                    )
+                self._clock += 1
+                branch.since, branch.claim = self._clock, claim
+            yield from steps
+
+        return claim.of(claimed())
 
     def close(self) -> None:
         """Refuse every later step, and release the backend once the present one is done. Idempotent."""
         with self.lock:
             self._closed = True
             self.backend.close()
-
-    def pool_too_small(self, n: int) -> MemoryBudgetError:
-        """What to say when n tokens find no room in the pool."""
-        return MemoryBudgetError(
-            f"The KV cache ({human_bytes(self.kv_bytes())}) cannot hold {n} tokens.",
-            "Close another session, or load the model with a larger ctx.",
-        )
 
     def _check_prompt(self, prompt: Sequence[int], evicts: bool = False) -> None:
         if len(prompt) == 0:
@@ -236,25 +274,73 @@ class Engine:
 
     def kv_bytes(self) -> int:
         """Bytes of the KV pool that hold something."""
-        return self.pool.used * self.backend.kv_bytes_per_block()
+        with self.changing():
+            return self.pool.used * self.backend.kv_bytes_per_block()
 
-    def reserve(self, branch: Branch, n: int) -> None:
+    # Room in the pool
+
+    def reserve(self, branch: OwnedBranch, n: int) -> None:
         """Have room for n more tokens. Raises PoolExhaustedError if others that are busy hold it all."""
-        while self.orphans:
-            for block in reversed(self.orphans.popleft()):
-                self.pool.release(block)
-        self._freeing(branch, lambda: branch.reserve(n))
+        self._take(branch, lambda: branch.reserve(n))
 
-    def _freeing(self, branch: Branch, action: Callable[[], None]) -> None:
-        """Do what needs blocks; where there are none, the branch that waited longest gives its own."""
+    def _take(self, branch: OwnedBranch, action: Callable[[], None]) -> None:
+        """Do what needs blocks; where there are none, somebody makes way."""
         while True:
             try:
                 return action()
             except PoolExhaustedError:
-                others = [b for b in self._branches if b is not branch and b.table and not b.busy]
-                if not others:
+                if not self._make_way(branch):
                     raise
-                min(others, key=lambda b: b.last_used).free()  # recomputed when its owner speaks again
+
+    def _make_way(self, branch: OwnedBranch) -> bool:
+        """More blocks for the branch, if possible: from memory while that is plentiful, from the conversation
+        that waited longest, from what memory is left, from the answer that began last, if that was later.
+        """
+        others = [b for b in self._branches if b is not branch and b.table]
+        idle = [b for b in others if not b.busy]
+        if self._grow(2 if idle else 1):
+            return True
+        if idle:
+            min(idle, key=lambda b: b.last_used).free()  # recomputed when its owner speaks again
+            return True
+        younger = [b for b in others if branch.busy and b.since > branch.since]
+        if younger:
+            max(younger, key=lambda b: b.since).free()  # recomputed when its next token is asked for
+        return bool(younger)
+
+    def _grow(self, part: int) -> bool:
+        """Make the pool half as large again, in at most this part of the memory that is free."""
+        n = min(self.pool.n_blocks // 2 + 1, self.more_tokens() // BLOCK // part)
+        if n <= 0:
+            return False
+        try:
+            self.backend.allocate_kv(self.pool.n_blocks + n)
+        except MemoryBudgetError:
+            return False
+        self.pool.grow(n)
+        return True
+
+    def wait_for_room(self, branch: OwnedBranch, n: int, cancel: threading.Event | None = None) -> bool:
+        """After PoolExhaustedError: give everything back, and wait until there is room for n tokens because
+        older answers have ended, or nobody goes on with them. False if it was cancelled meanwhile.
+        """
+        cancel = cancel or threading.Event()
+        needed = -(-min(n, self.n_ctx) // BLOCK) + 2  # the pool has as many
+        clock, since = -1, 0.0
+        with self.changing():
+            branch.free()
+        while not cancel.is_set():
+            with self.changing():
+                others = [b for b in self._branches if b.busy and b.table and b is not branch]
+                if self.pool.n_blocks - len({block for b in others for block in b.table}) >= needed:
+                    return True
+                if clock != self._clock:
+                    clock, since = self._clock, time.monotonic()
+                elif time.monotonic() - since > PATIENCE_SECONDS:
+                    min(others, key=lambda b: b.last_used).free()
+                    continue
+            cancel.wait(POLL_SECONDS)
+        return False
 
 
 class OwnedBranch(Branch):
@@ -263,14 +349,28 @@ class OwnedBranch(Branch):
     def __init__(self, engine: Engine, ledger: Ledger | None = None):
         super().__init__(engine.pool, ledger=ledger)
         self._engine = engine
-        self._orphans = engine.orphans
         self.last_used = 0
-        self.busy = False
+        self.claim = Claim()  # of the answer that is being made
+        self.since = 0  # when it began, by the engine's clock
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is being made."""
+        return self.claim.generator is not None
 
     def _empty(self) -> OwnedBranch:
         return self._engine._known(OwnedBranch(self._engine))
 
     def __del__(self):
-        # May run in any thread, in the middle of anything: only leave the blocks where the engine finds them.
-        if self.table:
-            self._orphans.append(self.table)
+        self.pool.abandon(self.table)
+
+
+_engines: WeakSet[Engine] = WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_engines):
+        engine.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -126,11 +126,12 @@ class Ledger:
         self._grow(0)
 
     def _grow(self, capacity: int) -> None:
+        grown = {}
         for name, kind in (("_positions", np.int32), ("_born", np.int32), ("_scores", np.float32)):
-            new = np.zeros((*self.shape, capacity), kind)
+            grown[name] = np.zeros((*self.shape, capacity), kind)
             if self.size:
-                new[..., : self.size] = getattr(self, name)[..., : self.size]
-            setattr(self, name, new)
+                grown[name][..., : self.size] = getattr(self, name)[..., : self.size]
+        self.__dict__ |= grown  # all at once: an exception in between would leave them of different lengths
 
     def copy(self) -> Ledger:
         """For a fork."""

@@ -7,6 +7,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,7 +54,7 @@ class Generation:
         self.seed = choose_seed(params)
         self.seen: set[int] = set()  # the first n_seen of the context, where they are penalized
         self.n_seen = 0
-        self.evicted_before = branch.evicted
+        self.began_evicted = self.evicted_before = branch.evicted
         self.notices: list[str] = []
         self.ids = array("i")
         self.steps = self.decided = 0  # decode steps, and the tokens that they decided
@@ -77,7 +78,7 @@ class Generation:
             token = next(tokens, None)
             yield from self._take_notices()
             if token is None:
-                reason = "context_full"
+                reason = "cancelled" if self.cancel.is_set() else "context_full"
                 break
             self.chosen += 1
             last = time.perf_counter()
@@ -109,7 +110,8 @@ class Generation:
         return TextDelta(said.text, token, said.reasoning, said.written)
 
     def _tokens(self, first: int) -> Iterator[int]:
-        """The answer's tokens; ends when the context is full.
+        """The answer's tokens; ends when the context is full, or when it is cancelled while others hold the
+        memory that it needs.
 
         The next step runs when the next token is asked for.
         """
@@ -135,9 +137,11 @@ class Generation:
 
             rows = [self.context[-1], *draft.tokens]
             try:
-                self.engine.run(self.branch, rows, 0, self.params, accept)
+                self.engine.run(self.branch, rows, 0, self.params, accept, held=len(self.context) - 1)
             except PoolExhaustedError:
-                return
+                if not self._read_again():
+                    return
+                continue
             kept = len(decided) - 1
             self.speculator.note(kept, time.perf_counter() - began)
             self.stats.drafted_tokens += len(draft.tokens)
@@ -156,11 +160,13 @@ class Generation:
         while self.notices:
             yield Notice(self.notices.pop(0))
 
-    def _room(self) -> int:
-        """Tokens that fit behind the one of the next step; negative when the context is full."""
+    def _room(self, n: int | None = None) -> int:
+        """Tokens that fit behind the one of the next step, of n that were said (default: all); negative when
+        the context is full.
+        """
         branch = self.branch
         if branch.ledger is None:
-            return self.engine.n_ctx - len(branch) - 1
+            return self.engine.n_ctx - (len(self.context) if n is None else n)
         # A window never crosses an eviction: what is given up must not depend on how many were drafted.
         left = branch.ledger.policy.budget - branch.slots
         room = (left or BLOCK) - 1
@@ -185,10 +191,50 @@ class Generation:
 
     def _prefill(self) -> int | None:
         """Fill the cache with the prompt; the token that follows it, or None if cancelled."""
+        while not self.cancel.is_set():
+            try:
+                return self._fill()
+            except PoolExhaustedError:
+                self._wait_for_room()
+        return None
+
+    def _wait_for_room(self) -> None:
+        """Others hold all the memory, or took what this answer had."""
+        n, ledger = len(self.context) + 1, self.branch.ledger
+        self.engine.wait_for_room(self.branch, min(n, ledger.policy.budget) if ledger else n, self.cancel)
+
+    def _read_again(self) -> bool:
+        """Have what the branch held before it gave way: the prompt, then the answer so far as it was made,
+        with the same votes. False if it was cancelled.
+        """
+        engine, branch, end, stats = self.engine, self.branch, len(self.context) - 1, replace(self.stats)
+        if self.began_evicted:
+            self.notices.append("Memory was short, and this conversation gave way; it is read again.")
+        while not self.cancel.is_set():
+            self._wait_for_room()
+            try:
+                if branch.ledger is None:
+                    with engine.changing():
+                        at = branch.match(self.context[:end])
+                elif self._fill() is None:
+                    break
+                else:
+                    at = len(self.prompt)
+                while at < end and not self.cancel.is_set():
+                    n = 1 + min(self._room(at + 1), engine.chunk_size() - 1)
+                    rows = self.context[at : min(at + n, end)]
+                    engine.run(branch, rows, len(rows), held=at)
+                    at += len(rows)
+                self.stats = stats
+                return at == end
+            except PoolExhaustedError:
+                pass  # it had to give way once more
+        return False
+
+    def _fill(self) -> int | None:
+        """Once over the prompt. Raises PoolExhaustedError."""
         engine, branch = self.engine, self.branch
-        if self.cancel.is_set():
-            return None
-        with engine.lock:
+        with engine.changing():
             # The last token always runs: its logits are what comes next.
             evicted = branch.evicted
             policy = branch.ledger and branch.ledger.policy
@@ -201,8 +247,12 @@ class Generation:
         self.stats.cached_tokens = cached
         if not again:
             return self._read(cached)
-        with branch.rewritten():  # until `recall` it holds what the answer before voted
+        try:
             return self._read(cached, again)
+        except BaseException:
+            with engine.changing():
+                branch.free()  # until `recall` it holds what the answer before voted
+            raise
 
     def _read(self, at: int, again: Votes | None = None) -> int | None:
         """The prompt from token `at` on; `again`: its last token, which has voted already."""
@@ -213,23 +263,21 @@ class Generation:
                 return None
             size, watched = engine.chunk_size(), None
             start = time.perf_counter()
-            try:
-                if branch.ledger:
-                    size, watched = self._part_of_chunk(at, size)
-                    watched = 0 if again else watched
-                chunk = self.prompt[at : at + size]
-                last = at + len(chunk) == len(self.prompt)
-                with engine.lock:
-                    out = engine.run(branch, chunk, len(chunk) - last, self.params, watched=watched)
-                    token = self._choose(out[0], None) if last else None
-            except PoolExhaustedError:
-                raise engine.pool_too_small(len(self.prompt)) from None
+            if branch.ledger:
+                size, watched = self._part_of_chunk(at, size)
+                watched = 0 if again else watched
+            chunk = self.prompt[at : at + size]
+            last = at + len(chunk) == len(self.prompt)
+            with engine.lock:
+                first = len(chunk) - last
+                out = engine.run(branch, chunk, first, self.params, watched=watched, held=at)
+                token = self._choose(out[0], None) if last else None
+                if last and branch.ledger:
+                    branch.ledger.recall(again) if again else branch.ledger.remember()
             if len(chunk) >= BLOCK:
                 engine.note_prefill(len(chunk), time.perf_counter() - start)
             at += len(chunk)
             if last:
-                if branch.ledger:
-                    branch.ledger.recall(again) if again else branch.ledger.remember()
                 self.stats.prefill_tps = (at - cached) / max(time.perf_counter() - began, 1e-9)
                 return token
 

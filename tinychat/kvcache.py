@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,28 +23,60 @@ from tinychat.eviction import Ledger, Votes
 
 
 class PoolExhaustedError(Exception):
-    """Every block is held by a branch."""
+    """Every block is held by a branch, or this branch had to give its own to others."""
 
 
 class BlockPool:
     """Which blocks are free, held (and by how many), or kept for reuse."""
 
-    def __init__(self, n_blocks: int, copy_block: Callable[[int, int], None], spare: int = 0):
-        """spare: of the blocks, those that only branches that gave up slots may take."""
+    def __init__(self, n_blocks: int, copy_block: Callable[[int, int], None]):
         self.n_blocks = n_blocks
-        self._usual = n_blocks - spare
+        # With so many in use, a new content takes the place of the oldest idle one although a pool that has
+        # grown may have blocks that were never touched: what nobody holds is not worth more memory.
+        self._usual = n_blocks
         self.copy_block = copy_block
         self._free = list(range(n_blocks - 1, -1, -1))
         self._refs = [0] * n_blocks
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # indexed blocks without a holder, oldest first
+        self._abandoned: deque[list[int]] = deque()  # tables of branches that are no more
 
-    def allocate(self, spare: bool = False) -> int:
+    def grow(self, n: int) -> None:
+        """The backend has n blocks more."""
+        self._free[:0] = range(self.n_blocks + n - 1, self.n_blocks - 1, -1)
+        self._refs += [0] * n
+        self.n_blocks += n
+
+    def abandon(self, table: list[int]) -> None:
+        """The holder of these blocks is gone. May be called by any thread, in the middle of anything: they
+        are released before anything is asked of the pool.
+        """
+        self._abandoned.append(table)
+
+    def _collect(self) -> None:
+        while self._abandoned:
+            for block in reversed(self._abandoned.popleft()):
+                self.release(block)
+
+    def rebuild(self, tables: Iterable[list[int]]) -> None:
+        """Count anew what these tables, which are all, hold: an exception may have come between two steps of
+        a change.
+        """
+        self._abandoned.clear()
+        held = Counter(block for table in tables for block in table)
+        self._refs = [held[block] for block in range(self.n_blocks)]
+        self._key_of = {b: key for b, key in self._key_of.items() if self._block_of.get(key) == b}
+        self._block_of = {key: b for b, key in self._key_of.items()}
+        idle = dict.fromkeys((*self._idle, *self._key_of))
+        self._idle = OrderedDict.fromkeys(b for b in idle if b in self._key_of and not held[b])
+        self._free = [b for b in reversed(range(self.n_blocks)) if not held[b] and b not in self._key_of]
+
+    def allocate(self) -> int:
         """A block with one reference; reclaims the oldest idle block if none is free. Raises
         PoolExhaustedError.
         """
-        if not self.available(spare):
+        if not self.available():
             raise PoolExhaustedError
         if self._free and (self.used < self._usual or not self._idle):
             block = self._free.pop()
@@ -68,11 +100,11 @@ class BlockPool:
             else:
                 self._free.append(block)
 
-    def duplicate(self, block: int, spare: bool = False) -> int:
+    def duplicate(self, block: int) -> int:
         """A private copy of a block, which the caller holds in its place. Raises PoolExhaustedError, and what
         copying raises; then nothing has changed.
         """
-        fresh = self.allocate(spare)
+        fresh = self.allocate()
         try:
             self.copy_block(block, fresh)
         except BaseException:
@@ -104,20 +136,22 @@ class BlockPool:
 
     def holders(self, block: int) -> int:
         """How many branches hold it."""
+        self._collect()
         return self._refs[block]
 
     def is_private(self, block: int) -> bool:
         """Whether the only holder may overwrite it."""
-        return self._refs[block] == 1 and block not in self._key_of
+        return self.holders(block) == 1 and block not in self._key_of
 
-    def available(self, spare: bool = False) -> int:
+    def available(self) -> int:
         """Blocks that `allocate` can still give."""
-        held = self.used - len(self._idle)
-        return max(0, (self.n_blocks if spare else self._usual) - held)
+        self._collect()
+        return len(self._free) + len(self._idle)
 
     @property
     def used(self) -> int:
         """Blocks that hold something, findable idle ones included."""
+        self._collect()
         return self.n_blocks - len(self._free)
 
 
@@ -136,14 +170,14 @@ class Branch:
     """
 
     def __init__(self, pool: BlockPool, root_key: bytes = b"", ledger: Ledger | None = None):
-        self.pool = pool
+        self.pool, self.table = pool, []
         self.ids = array("i")  # a conversation may have no end: four bytes a token
-        self.table: list[int] = []
         self.ledger = ledger
         self.evicted = 0
         self._floor = 0  # ids at the last eviction: going back behind it means to start over
         self._keys: list[bytes] = []  # of the full blocks
         self._root = root_key
+        self._whole = True  # False while slots or votes are rewritten
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -215,14 +249,13 @@ class Branch:
         """Have private room for n more tokens. Raises PoolExhaustedError; then nothing has changed but
         copies.
         """
-        spare = self.evicted > 0
         last, offset = divmod(self.slots, BLOCK)
         if offset and n and not self.pool.is_private(self.table[last]):
-            self.table[last] = self.pool.duplicate(self.table[last], spare)
+            self.table[last] = self.pool.duplicate(self.table[last])
         needed = -(-(self.slots + n) // BLOCK) - len(self.table)
-        if needed > self.pool.available(spare):
+        if needed > self.pool.available():
             raise PoolExhaustedError
-        self.table.extend(self.pool.allocate(spare) for _ in range(needed))
+        self.table.extend(self.pool.allocate() for _ in range(needed))
 
     def commit(self, ids: Sequence[int]) -> None:
         """The backend has written keys and values for `ids`; room beyond them is given back. The ledger is
@@ -259,7 +292,7 @@ class Branch:
             if self.pool.holders(block) == 1:
                 self.pool.withdraw(block)
             else:
-                self.table[i] = self.pool.duplicate(block, spare=True)
+                self.table[i] = self.pool.duplicate(block)
 
     def give_up(self, n: int, value: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """n slots (a multiple of BLOCK) of each layer and KV head are no longer needed; every block is
@@ -286,11 +319,30 @@ class Branch:
         """While slots or their votes are rewritten in place. Where that fails nobody knows what they hold:
         everything is given back, to be read again.
         """
+        self._whole = False
         try:
             yield
         except BaseException:
             self.free()
             raise
+        self._whole = True
+
+    def repair(self) -> None:
+        """After a change that an exception may have left half-done, before `BlockPool.rebuild`: what the
+        branch holds fits together again, or it holds nothing.
+        """
+        needed = -(-self.slots // BLOCK)
+        fits = (
+            self._whole
+            and 0 <= needed <= len(self.table)
+            and len(self._keys) <= (0 if self.evicted else len(self.ids) // BLOCK)
+            and (self.ledger is None or self.ledger.size == self.slots)
+        )
+        if fits:
+            del self.table[needed:]
+        else:
+            self.table = []
+            self.free()
 
     def restore(self, ids: Sequence[int], evicted: int) -> None:
         """The backend has filled the reserved blocks with what was saved of `ids`, `evicted` of them given
@@ -324,6 +376,7 @@ class Branch:
         self.evicted = self._floor = 0
         if self.ledger:
             self.ledger.clear()
+        self._whole = True
 
     def _empty(self) -> Branch:
         return Branch(self.pool, self._root)

@@ -62,7 +62,7 @@ def save(path: Path, model: Model, branch: OwnedBranch) -> bool:
     Raises TinychatError when the disk is full.
     """
     engine, disk_budget = model.engine, model.kv_disk_budget
-    with engine.lock:
+    with engine.changing():
         size = len(branch.table) * engine.backend.kv_bytes_per_block()
         if branch.slots < WORTH or size > disk_budget:
             return False
@@ -125,7 +125,8 @@ def load(path: Path, model: Model, branch: OwnedBranch) -> int:
     except PoolExhaustedError:
         return 0  # no room for it: read again as far as there is
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
-        branch.free()
+        with model.engine.changing():
+            branch.free()
         aside = path.with_suffix(".damaged")
         with suppress(OSError):
             os.replace(path, aside)
@@ -159,7 +160,7 @@ def _adopt(model: Model, branch: OwnedBranch, about: dict[str, str], read: dict[
             raise ValueError("counts")
         if positions.min() < 0 or positions.max() >= end or (np.diff(positions) < 1).any():
             raise ValueError("positions")
-    with engine.lock:
+    with engine.changing():
         engine.reserve(branch, slots)
         engine.backend.write_blocks(branch.block_table(), blocks)
         branch.restore(ids, evicted)

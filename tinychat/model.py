@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +197,16 @@ def count_weights(cfg: ModelConfig) -> int:
     return body + cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
 
 
+def free_memory(backend: Backend) -> int:
+    """Bytes free where the backend keeps its cache."""
+    return getattr(backend, "free_memory", available_memory)()
+
+
+def room_for_tokens(backend: Backend) -> int:
+    """Tokens for whose keys and values there is memory beside what is in use."""
+    return max(0, free_memory(backend) - HEADROOM) // backend.kv_bytes_per_block() * BLOCK
+
+
 class Model:
     """In memory: `tokenizer`, `config`, `logits`, `generate`, `chat`, `session`. A context manager."""
 
@@ -218,9 +229,10 @@ class Model:
         )
         defaults = getattr(checkpoint, "sampling_defaults", dict)()
         self.default_sampling = SamplingParams().but(**defaults)
-        n_ctx = self._fit_context(ctx)
-        spare = max(0, min(n_ctx, self._room_for_tokens() - n_ctx)) // BLOCK
-        self.engine = Engine(backend, self.tokenizer, n_ctx, self.config.context_length, spare)
+        room = partial(room_for_tokens, backend)
+        self.engine = Engine(
+            backend, self.tokenizer, self._fit_context(ctx), self.config.context_length, room
+        )
         self.kv_budget: int | None = None
         self.kv_policy: str | None = None
         self.kv_disk_budget = KV_DISK_BUDGET
@@ -228,16 +240,9 @@ class Model:
         self.draft_tokens: int | None = None
         self._draft_models: dict[str, Model] = {}
 
-    def _room_for_tokens(self) -> int:
-        return max(0, self._free_memory() - HEADROOM) // self.backend.kv_bytes_per_block() * BLOCK
-
-    def _free_memory(self) -> int:
-        """Of the device that the cache is on."""
-        return getattr(self.backend, "free_memory", available_memory)()
-
     def _fit_context(self, asked: int | None) -> int:
         per_block = self.backend.kv_bytes_per_block()
-        fits = self._room_for_tokens()
+        fits = room_for_tokens(self.backend)
         wanted = asked or min(self.config.context_length, DEFAULT_CTX)
         if asked is None:
             wanted = min(wanted, fits)
@@ -246,7 +251,7 @@ class Model:
             safe = fits * 9 // 10 // BLOCK * BLOCK  # what is free changes a little from run to run
             raise MemoryBudgetError(
                 f"A context of {least} tokens takes {human_bytes(least / BLOCK * per_block)} beside "
-                f"{human_bytes(HEADROOM)} to work in, and {human_bytes(self._free_memory())} are free.",
+                f"{human_bytes(HEADROOM)} to work in, and {human_bytes(free_memory(self.backend))} are free.",
                 f"Use --ctx {safe} or less." if safe >= BLOCK else "Choose a smaller model.",
             )
         return wanted

@@ -9,11 +9,13 @@ import json
 import threading
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat.characters import whole
+from tinychat.claims import Claim
 from tinychat.errors import TinychatError, UsageError
 from tinychat.events import Done, Event, FinishReason, Notice, TextDelta
 from tinychat.eviction import SMALLEST
@@ -97,7 +99,8 @@ class Session:
         )
         self._notices: list[str] = []  # to be said with the next answer
         self._cancel = threading.Event()
-        self._answering = threading.Lock()
+        self._claim = Claim()  # of the answer that is being made
+        self._claiming = threading.Lock()
 
     # What was said
 
@@ -193,18 +196,28 @@ class Session:
         return sum(len(ids) for _, ids in self._prompt(path, generating))
 
     def _answer(self, question: Message | int, params: SamplingParams) -> Iterator[Event]:
-        if self._answering.locked():
-            raise self._still_answering()
+        self._check_free()
         self._cancel.clear()  # a cancel from here on counts, even before the first event is asked for
-        return self._events(question, params)
+        claim = Claim()
+        return claim.of(self._events(question, params, claim))
 
-    @staticmethod
-    def _still_answering() -> UsageError:
-        return UsageError("This conversation is still answering.", "Cancel it, or wait for its last event.")
+    def _check_free(self) -> None:
+        """Raises UsageError while an answer is being made. One that was cancelled and that nobody asks for
+        its last events ends here.
+        """
+        running = self._claim.generator
+        if running is None:
+            return
+        if self._cancel.is_set():
+            with suppress(ValueError):  # its thread is at work on it
+                running.close()
+                return
+        raise UsageError("This conversation is still answering.", "Cancel it, or wait for its last event.")
 
-    def _events(self, question: Message | int, params: SamplingParams) -> Iterator[Event]:
-        if not self._answering.acquire(blocking=False):
-            raise self._still_answering()
+    def _events(self, question: Message | int, params: SamplingParams, claim: Claim) -> Iterator[Event]:
+        with self._claiming:
+            self._check_free()
+            self._claim = claim
         previous_leaf, n_nodes = self.leaf, len(self.nodes)
         answer: Message | None = None
         said, ids = io.StringIO(), array("i")
@@ -253,7 +266,6 @@ class Session:
                 # Tokens whose text was still held back were never said.
                 answer.content = said.getvalue()
                 answer.ids = cut_ids(self.model.tokenizer, ids.tolist(), answer.content)
-            self._answering.release()
 
     def _go_back(self, prompt: list[int]) -> None:
         """Have the branch that continues into `prompt`, although eviction may have begun since."""
@@ -263,7 +275,7 @@ class Session:
         if not self._strict:
             pinned = min(pinned, self._eviction.budget - SMALLEST)
         policy = self._eviction.with_pinned(pinned)
-        with self.model.engine.lock:  # forks hold blocks of a pool that other conversations use
+        with self.model.engine.changing():  # forks hold blocks of a pool that other conversations use
             branch, before = self._branch, self._before
             if branch.may_rewind(prompt):
                 return

@@ -62,7 +62,8 @@ class Backend(Protocol):
     """One loaded model on one device. Not thread-safe; the engine serialises.
 
     A backend far from the host may have `step_largest(step, temperature) -> list[LargestLogits]` too: a few
-    kilobytes in place of each row of logits. temperature: of the total, or 0 for none.
+    kilobytes in place of each row of logits. temperature: of the total, or 0 for none. One that can go on in
+    a forked process says so by `survives_fork`; one whose memory is not the machine's has `free_memory()`.
     """
 
     name: str
@@ -82,7 +83,9 @@ class Backend(Protocol):
         ...
 
     def allocate_kv(self, n_blocks: int) -> None:
-        """Reserve the KV pool; memory is touched only as blocks are used."""
+        """Have a KV pool of so many blocks. If it grows, the blocks that were there stay as they are. Raises
+        MemoryBudgetError; then the pool is what it was.
+        """
         ...
 
     def copy_block(self, src: int, dst: int) -> None:

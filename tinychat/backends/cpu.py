@@ -6,7 +6,9 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 from tinychat import packs
 from tinychat.backends import Step
 from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import TinychatError, UsageError
+from tinychat.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.formats import Checkpoint
 from tinychat.kernels_cpu import _native
 from tinychat.models import FAMILIES
@@ -26,11 +28,19 @@ from tinychat.prepare import WeightPolicy
 MAX_ROWS = 512
 
 
+def _anonymous(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # attention jumps from block to block: fewer TLB misses
+    return memory
+
+
 class CpuBackend:
     """Implements `Backend`. Rows do not depend on each other: any chunking gives the same bits."""
 
     name = "cpu"
     row_independent = True
+    survives_fork = True  # its threads are started anew
 
     def __init__(
         self,
@@ -65,6 +75,7 @@ class CpuBackend:
         family.forward(recorder, self.cfg, weights)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))
         self.max_rows = MAX_ROWS
+        self._memory: mmap.mmap | None = None
         self._pool = np.empty(0, np.uint8)
         self._blocks = 0
 
@@ -88,22 +99,31 @@ class CpuBackend:
         return _native.kv_block_bytes(c.n_layers, c.n_kv_heads, c.head_dim, self.kv_bits)
 
     def allocate_kv(self, n_blocks: int) -> None:
-        """Reserve the KV pool; memory is touched only as blocks are used."""
+        """Have a KV pool of so many blocks; memory is touched only as blocks are used."""
         size = max(1, n_blocks) * self.kv_bytes_per_block()
+        memory, blocks = self._memory, self._blocks
+        if grows := memory is not None and n_blocks > blocks:
+            self._use_pool(None, 0)  # nothing may point into it while the system moves it
         try:
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as e:
-            from tinychat.errors import MemoryBudgetError
-
+            if grows:
+                memory.resize(size)
+            else:
+                memory, blocks = _anonymous(size), n_blocks
+            blocks = n_blocks
+        except (OSError, MemoryError) as e:
             raise MemoryBudgetError(
-                f"The KV cache needs {size / 1e9:.1f} GB: {e.strerror}.", "Ask for a smaller --ctx."
-            ) from None
-        with contextlib.suppress(OSError, AttributeError):
-            memory.madvise(mmap.MADV_HUGEPAGE)  # attention jumps from block to block: fewer TLB misses
+                f"The KV cache needs {size / 1e9:.1f} GB: {os.strerror(errno.ENOMEM)}.",
+                "Ask for a smaller --ctx.",
+            ) from e
+        finally:
+            if memory is not None:
+                self._use_pool(memory, blocks)
+
+    def _use_pool(self, memory: mmap.mmap | None, n_blocks: int) -> None:
         c = self.cfg
-        self._pool = np.frombuffer(memory, np.uint8)
-        self._blocks = n_blocks
+        self._pool = np.empty(0, np.uint8) if memory is None else np.frombuffer(memory, np.uint8)
         self._program.set_kv(self._pool, n_blocks, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_bits)
+        self._memory, self._blocks = memory, n_blocks
 
     def copy_block(self, src: int, dst: int) -> None:
         """Copy a pool block, all layers (copy-on-write)."""
@@ -164,7 +184,7 @@ class CpuBackend:
 
     def close(self) -> None:
         """Release threads and memory. Idempotent."""
-        self._program = None
+        self._program = self._memory = None
         self._pool = np.empty(0, np.uint8)
 
     def _run(self, step: Step, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:

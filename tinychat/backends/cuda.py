@@ -125,7 +125,7 @@ class CudaBackend:
         return self._shape.block_bytes
 
     def allocate_kv(self, n_blocks: int) -> None:
-        """Reserve the KV pool, in device memory."""
+        """Have a KV pool of so many blocks, in device memory; if it grows, it is copied."""
         with self._on_device():
             self._open().set_cache(n_blocks)
         self._blocks = n_blocks

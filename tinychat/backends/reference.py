@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from tinychat.backends import BLOCK, Step
 from tinychat.config import ModelConfig, RopeConfig
+from tinychat.errors import MemoryBudgetError
 from tinychat.formats import Checkpoint
 from tinychat.models import FAMILIES
 from tinychat.prepare import WeightPolicy
@@ -113,8 +114,13 @@ class ReferenceBackend:
         return self.cfg.n_layers * 2 * BLOCK * self.cfg.n_kv_heads * self.cfg.head_dim * 4
 
     def allocate_kv(self, n_blocks: int) -> None:
-        c = self.cfg
-        self.kv = torch.empty((2, c.n_layers, n_blocks * BLOCK, c.n_kv_heads, c.head_dim))
+        c, before = self.cfg, self.kv
+        try:
+            self.kv = torch.empty((2, c.n_layers, n_blocks * BLOCK, c.n_kv_heads, c.head_dim))
+        except RuntimeError as e:  # what torch says where memory ends
+            raise MemoryBudgetError("There is no memory for the KV cache.", "Ask for a smaller --ctx.") from e
+        if before.numel() and before.shape[2] < self.kv.shape[2]:
+            self.kv[:, :, : before.shape[2]] = before
 
     def copy_block(self, src: int, dst: int) -> None:
         self.kv[:, :, dst * BLOCK : (dst + 1) * BLOCK] = self.kv[:, :, src * BLOCK : (src + 1) * BLOCK]

@@ -28,32 +28,36 @@ class DraftModel:
 
     def begin(self, context: Sequence[int]) -> None:
         """Keep what the cache shares with `context`; the rest is computed with the first draft."""
-        with self.engine.lock:
+        with self.engine.changing():
             self._branch.match(context[:-1])
 
     def propose(self, context: Sequence[int], k: int, params: SamplingParams, seed: int) -> Draft:
         """k tokens, one step of the draft model each; fewer when its context is full."""
-        branch, draft = self._branch, Draft([])
-        with self.engine.lock:
-            # Only the end can differ from the last time: what was drafted and not accepted.
-            start = max(0, min(len(branch), len(context)) - 64)
-            same = start + common_prefix(branch.ids[start:], context[start:])
-            branch.truncate(min(same, len(context) - 1))
-        todo = list(context[len(branch) :])
+        draft = Draft([])
         try:
-            while len(todo) > self.engine.backend.max_rows:
-                chunk, todo = todo[: self.engine.backend.max_rows], todo[self.engine.backend.max_rows :]
-                self.engine.run(branch, chunk, len(chunk))
-            for _ in range(k):
-                if len(branch) + len(todo) > self.engine.n_ctx:
-                    break
-                with self.engine.lock:
-                    row = self.engine.run(branch, todo, len(todo) - 1, params)[0]
-                    todo = [self._choose(row, context, draft, params, seed)]
-                draft.tokens += todo
+            with self.engine.lock:  # drafts of other conversations may want the blocks
+                self._draft(draft, context, k, params, seed)
         except (PoolExhaustedError, CheckpointError):  # no room, or a draft whose weights are damaged
             pass  # fewer drafts, the same text
         return draft
+
+    def _draft(self, draft: Draft, context: Sequence[int], k: int, params: SamplingParams, seed: int) -> None:
+        branch = self._branch
+        # Only the end can differ from the last time: what was drafted and not accepted.
+        start = max(0, min(len(branch), len(context)) - 64)
+        same = start + common_prefix(branch.ids[start:], context[start:])
+        with self.engine.changing():
+            branch.truncate(min(same, len(context) - 1))
+        todo = list(context[len(branch) :])
+        while len(todo) > self.engine.backend.max_rows:
+            chunk, todo = todo[: self.engine.backend.max_rows], todo[self.engine.backend.max_rows :]
+            self.engine.run(branch, chunk, len(chunk))
+        for _ in range(k):
+            if len(branch) + len(todo) > self.engine.n_ctx:
+                break
+            row = self.engine.run(branch, todo, len(todo) - 1, params)[0]
+            todo = [self._choose(row, context, draft, params, seed)]
+            draft.tokens += todo
 
     def _choose(self, row, context, draft: Draft, params: SamplingParams, seed: int) -> int:
         if params.greedy:

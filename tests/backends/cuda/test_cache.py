@@ -10,6 +10,7 @@ from families import relative_error
 from tiny import TinyCheckpoint, tiny_model
 
 from tinychat.backends import Step
+from tinychat.errors import MemoryBudgetError
 from tinychat.eviction import EvictionPolicy
 from tinychat.sampling import SamplingParams
 from tinychat.speculation import Draft
@@ -71,6 +72,19 @@ def test_logits_after_an_eviction_are_the_references(trained):
             out.append([m.engine.run(branch, [int(t)], 0)[0] for t in IDS[:135]])
             assert branch.evicted >= 48
     assert relative_error(np.array(out[1]), np.array(out[0])) < 5e-3
+
+
+def test_a_pool_that_grows_keeps_what_it_holds():
+    with tiny_model(ctx=64, backend="cuda") as m:
+        branch, ids = m.engine.branch(), [int(t) for t in IDS[:40]]
+        m.engine.run(branch, ids, 40)
+        expected = m.engine.run(branch.fork(), [5], 0)
+        m.backend.allocate_kv(m.engine.pool.n_blocks + 40)
+        m.engine.pool.grow(40)
+        np.testing.assert_array_equal(m.engine.run(branch, [5], 0), expected)
+        with pytest.raises(MemoryBudgetError):
+            m.backend.allocate_kv(1 << 40)
+        np.testing.assert_array_equal(m.engine.run(branch, [5], 0), m.logits([*ids, 5, 5])[-1:])
 
 
 class Foresight:

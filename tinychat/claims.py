@@ -1,0 +1,29 @@
+"""Who is at work on something that only one may use at a time."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator
+from typing import TypeVar
+
+G = TypeVar("G", bound=Generator)
+
+
+class Claim:
+    """Of a generator, from when it says so until it has ended, however that was: an exception in its last
+    words, or a listener that is gone, leaves nothing claimed.
+    """
+
+    def __init__(self) -> None:
+        self._generator: weakref.ref[Generator] | None = None
+
+    def of(self, generator: G) -> G:
+        """The generator whose claim this is."""
+        self._generator = weakref.ref(generator)
+        return generator
+
+    @property
+    def generator(self) -> Generator | None:
+        """The generator, as long as it has not ended."""
+        generator = self._generator and self._generator()
+        return generator if generator is not None and generator.gi_frame is not None else None
