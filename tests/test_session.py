@@ -110,7 +110,7 @@ def test_a_base_models_conversation_is_one_text():
 @pytest.mark.parametrize("bad", ["", None, 5])
 def test_an_empty_message_is_refused(model, bad):
     session = model.session()
-    with pytest.raises(UsageError, match="empty"):
+    with pytest.raises(UsageError, match="The message is"):
         session.send(bad)
     assert session.messages == []
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinychat import rendering
+from tinychat import arguments, rendering
 from tinychat.backends import BLOCK, Backend
 from tinychat.config import ModelConfig
 from tinychat.engine import Engine
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tinychat.speculation.speculator import Speculator
 
 DEFAULT_CTX = 8192
+DEVICES = ("auto", "cpu", "cuda", "reference")
 AUTO_GPU = False  # until the CUDA engine has been run on a GPU: docs/performance.md lists what was not
 KV_DISK_BUDGET = 4_000_000_000  # bytes for all chats together
 HEADROOM = 300_000_000  # bytes left for everything that is neither weights nor KV
@@ -83,8 +84,19 @@ def load(
     """
     from tinychat.hub import store
 
-    policy = WeightPolicy(quantize, head_bits)
-    _check_settings(threads, act_bits, draft_tokens, kv_bits, kv_policy, kv_budget, kv_disk_budget)
+    arguments.path("The model", model)
+    policy = WeightPolicy(quantize, arguments.integer("head_bits", head_bits))
+    threads, ctx, kv_budget, kv_disk_budget, draft_tokens = (
+        None if value is None else arguments.integer(name, value, low, high)
+        for name, value, low, high in (
+            ("threads", threads, 1, 1024),
+            ("ctx", ctx, 1, None),
+            ("kv_budget", kv_budget, 0, None),
+            ("kv_disk_budget", kv_disk_budget, 0, None),
+            ("draft_tokens", draft_tokens, 0, 15),
+        )
+    )
+    _check_settings(device, act_bits, kv_bits, kv_policy, kv_budget, draft, think, offline, progress)
     path = store.resolve(str(model), offline=offline)
     rendering.prepare()  # beside the weights
     checkpoint = open_checkpoint(path)
@@ -111,29 +123,33 @@ def load(
 
 
 def _check_settings(
-    threads: int | None,
+    device: str,
     act_bits: int | None,
-    draft_tokens: int | None,
     kv_bits: int,
     kv_policy: str | None,
     kv_budget: int | None,
-    kv_disk_budget: int | None,
+    draft: str | None,
+    think: bool | None,
+    offline: bool,
+    progress: Callable[[str], None] | None,
 ) -> None:
     """Raises UsageError for what no model could run with."""
-    if threads is not None and not 1 <= threads <= 1024:
-        raise UsageError(f"threads is {threads}.", "Use 1 or more, up to the cores you have.")
-    if act_bits not in (None, 8, 16):
-        raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
-    if draft_tokens is not None and not 0 <= draft_tokens <= 15:
-        raise UsageError(f"draft_tokens is {draft_tokens}.", "Use 0 to 15.")
-    if kv_bits not in (8, 16):
-        raise UsageError(f"kv_bits is {kv_bits}.", "Use 8 or 16.")
+    if device not in DEVICES:
+        raise UsageError(f"The device {device!r} is not known.", f"Use {', '.join(DEVICES)}.")
+    for name, value in (("act_bits", act_bits), ("kv_bits", kv_bits)):
+        if not (value is None and name == "act_bits") and arguments.integer(name, value) not in (8, 16):
+            raise UsageError(f"{name} is {value}.", "Use 8 or 16.")
+    if draft is not None:
+        arguments.text("draft", draft)
+    if think is not None:
+        arguments.flag("think", think)
+    arguments.flag("offline", offline)
+    if progress is not None and not callable(progress):
+        raise UsageError(f"progress is {arguments.shown(progress)}.", "Give a function of one text.")
     if kv_policy not in (None, "none", *POLICIES):
         raise UsageError(f"kv_policy={kv_policy!r} is not known.", "Use h2o, window or none.")
     if kv_budget is not None and kv_policy == "none":
         raise UsageError("A KV budget needs a policy that keeps it.", "Leave out --kv-policy none.")
-    if kv_disk_budget is not None and kv_disk_budget < 0:
-        raise UsageError(f"kv_disk_budget is {kv_disk_budget}.", "Use bytes, 0 or more.")
 
 
 def make_backend(
@@ -149,8 +165,6 @@ def make_backend(
 
     Raises MemoryBudgetError before anything is read if it cannot fit.
     """
-    if device not in ("auto", "cpu", "cuda", "reference"):
-        raise UsageError(f"The device {device!r} is not known.", "Use auto, cpu, cuda or reference.")
     if device == "cuda":
         return _cuda(checkpoint, policy, kv_bits, progress)
     if device == "auto" and AUTO_GPU and has_gpu():
@@ -258,6 +272,7 @@ class Model:
 
     def think(self, on: bool) -> None:
         """Whether to reason before answering. Raises UsageError where the template has no such switch."""
+        arguments.flag("think", on)
         if self.template is None:
             raise UsageError(f"{self.name} has no chat template.", "Leave out --think and --no-think.")
         self.template.think(on)
@@ -296,6 +311,10 @@ class Model:
 
         Raises UsageError for a budget outside the context, or too small to work with.
         """
+        if budget is not None:
+            budget = arguments.integer("kv_budget", budget)
+        if name not in (None, "none", *POLICIES):
+            raise UsageError(f"kv_policy={arguments.shown(name)} is not known.", "Use h2o, window or none.")
         budget, name = budget or self.kv_budget, name or self.kv_policy
         asked = bool(budget or name)
         if name is None:
@@ -329,40 +348,32 @@ class Model:
 
         With a `kv_budget` or `kv_policy`, after what was given up until then.
         """
-        return self.engine.logits(self._checked(token_ids), self.eviction())
+        return self.engine.logits(self._ids(token_ids), self.eviction())
 
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[Event]:
         """Continue a bare prompt (text or ids; no chat template). Yields events; sampling parameters by
         keyword.
         """
+        speculator, params = self._settings(sampling)
         if isinstance(prompt, str):
             refuse_oversized(self.tokenizer, [prompt], self.n_ctx, self.eviction() is not None)
-        ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._checked(prompt)
-        speculator = self.speculator(sampling.pop("draft", None))
-        params = self.default_sampling.but(**sampling)
+        ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._ids(prompt)
         branch = self.engine.branch(self.eviction())
         return self.engine.generate(branch, ids, params, speculator=speculator)
 
-    def chat(self, messages: Sequence[dict[str, str]], **sampling: Any) -> Completion:
-        """One answer to a list of {"role", "content"} messages. A model without a chat template continues
-        their text.
+    def chat(self, messages: str | Iterable[Mapping[str, Any]], **sampling: Any) -> Completion:
+        """One answer to {"role", "content"} messages (a text is what the user says). A model without a chat
+        template continues their text.
         """
-        speculator = self.speculator(sampling.pop("draft", None))
-        params = self.default_sampling.but(**sampling)
-        for m in messages:
-            if (
-                not isinstance(m, dict)
-                or not isinstance(m.get("role"), str)
-                or not isinstance(m.get("content"), str)
-            ):
-                raise UsageError(f"{m!r} is not a message.", 'Use {"role": "user", "content": "…"}.')
+        messages = arguments.messages(messages)
+        speculator, params = self._settings(sampling)
         said = [m["content"] for m in messages]
         refuse_oversized(self.tokenizer, said, self.n_ctx, self.eviction() is not None)
         if self.template is None:
             text = "".join(m["content"] for m in messages)
             ids, splitter = self.encode_prompt(text), None
         else:
-            text = self.template.render(list(messages))
+            text = self.template.render(messages)
             ids = ([self.tokenizer.bos_id] if self.needs_bos(text) else []) + self.template.encode(text)
             splitter = self.template.splitter(text)
         branch = self.engine.branch(self.eviction())
@@ -390,6 +401,8 @@ class Model:
         from tinychat.speculation.lookup import PromptLookup
         from tinychat.speculation.speculator import Speculator
 
+        if draft is not None:
+            arguments.text("draft", draft)
         draft = draft or self.draft
         if draft == "auto":
             draft = self._recommended_draft()
@@ -438,12 +451,11 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
-        ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.config.vocab_size:
-                raise UsageError(
-                    f"Token id {i} is outside the vocabulary.",
-                    f"Ids run from 0 to {self.config.vocab_size - 1}.",
-                )
-        return ids
+    def _ids(self, given: Iterable[int]) -> list[int]:
+        return arguments.token_ids(given, self.config.vocab_size)
+
+    def _settings(self, sampling: dict[str, Any]) -> tuple[Speculator, SamplingParams]:
+        """Of one answer. The draft comes last: it may have to be loaded."""
+        draft = sampling.pop("draft", None)
+        params = self.default_sampling.but(**sampling)
+        return self.speculator(draft), params

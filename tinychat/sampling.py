@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from tinychat import arguments
 from tinychat.backends import LargestLogits
 from tinychat.errors import CheckpointError, UsageError
 
@@ -36,27 +37,19 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        if not isinstance(stop, (tuple, list)) or any(not isinstance(s, str) or not s for s in stop):
-            raise UsageError(f"stop is {self.stop!r}.", "Give texts of at least one character.")
-        object.__setattr__(self, "stop", tuple(stop))
-        checks = (
-            ("temperature", 0.0, 100.0),
-            ("top_k", 0, 1 << 31),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("repeat_penalty", 0.01, 100.0),
-        )
-        for name, low, high in checks:
+        checked = {
+            "stop": arguments.texts("stop", self.stop),
+            "top_k": arguments.integer("top_k", self.top_k, 0, 1 << 31),
+            "temperature": arguments.number("temperature", self.temperature, 0.0, 100.0),
+            "top_p": arguments.number("top_p", self.top_p, 0.0, 1.0),
+            "min_p": arguments.number("min_p", self.min_p, 0.0, 1.0),
+            "repeat_penalty": arguments.number("repeat_penalty", self.repeat_penalty, 0.01, 100.0),
+        }
+        for name in ("seed", "max_tokens"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise UsageError(f"{name} is {value!r}.", f"It must lie between {low} and {high}.")
-        for name in ("top_k", "seed", "max_tokens"):
-            value = getattr(self, name)
-            if value is None and name != "top_k":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise UsageError(f"{name} is {value!r}.", "It must be a whole number, 0 or more.")
+            checked[name] = None if value is None else arguments.integer(name, value)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:

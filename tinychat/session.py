@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat import arguments
 from tinychat.characters import whole
 from tinychat.claims import Claim
 from tinychat.errors import TinychatError, UsageError
@@ -85,14 +86,17 @@ class Session:
         kv_policy: str | None = None,
         **sampling: Any,
     ):
+        if not hasattr(model, "engine"):
+            raise UsageError(f"The model is {arguments.shown(model)}.", "Give what tinychat.load returned.")
         self.model = model
+        params = model.default_sampling.but(**sampling)
+        self.system = system
         self.speculator = model.speculator(draft)
         self._eviction = model.eviction(kv_budget, kv_policy, chat=True)
         self._strict = bool(kv_budget or model.kv_budget)  # a budget was asked for
-        self.params = model.default_sampling.but(**sampling)
+        self.params = params
         self.nodes: list[Message] = []
         self.leaf: int | None = None
-        self._system = system and whole(system)
         self._branch = model.engine.branch(self._eviction)
         self._before: OwnedBranch | None = (
             None  # as it was before the last answer, for the next one in its place
@@ -111,11 +115,11 @@ class Session:
 
     @system.setter
     def system(self, text: str | None) -> None:
-        self._system = text and whole(text)
+        self._system = None if text is None else whole(arguments.text("The system prompt", text, empty=True))
 
     def path(self, leaf: int | None = None) -> list[int]:
         """Node indexes from the first message to `leaf` (default: the present one)."""
-        at = self.leaf if leaf is None else leaf
+        at = self.leaf if leaf is None else self._node(leaf)
         out = []
         while at is not None:
             out.append(at)
@@ -138,25 +142,30 @@ class Session:
         """The alternatives at a place (regenerated answers, edited messages), oldest first, `node` among
         them.
         """
-        parent, role = self.nodes[node].parent, self.nodes[node].role
+        asked = self.nodes[self._node(node)]
+        parent, role = asked.parent, asked.role
         return [i for i, n in enumerate(self.nodes) if n.parent == parent and n.role == role]
 
     def switch(self, node: int) -> None:
         """Make the branch through `node` the present one, down to its newest leaf."""
-        if not 0 <= node < len(self.nodes):
-            raise UsageError(f"There is no message {node}.", "Use an index of `nodes`.")
-        at = node
+        at = self._node(node)
         while children := [i for i, n in enumerate(self.nodes) if n.parent == at]:
             at = children[-1]
         self.leaf = at
+
+    def _node(self, node: int) -> int:
+        try:
+            return arguments.integer("The message", node, 0, len(self.nodes) - 1)
+        except UsageError:
+            raise UsageError(
+                f"There is no message {arguments.shown(node)}.", "Use an index of `nodes`."
+            ) from None
 
     # Saying more
 
     def send(self, text: str, **sampling: Any) -> Iterator[Event]:
         """Say something and stream the answer. Sampling parameters given here hold for this answer only."""
-        params = self.params.but(**sampling)
-        if not isinstance(text, str) or not text:
-            raise UsageError("The message is empty.", "Say something.")
+        text, params = arguments.text("The message", text), self.params.but(**sampling)
         return self._answer(Message("user", whole(text), self.leaf), params)
 
     def regenerate(self, **sampling: Any) -> Iterator[Event]:
@@ -177,11 +186,10 @@ class Session:
 
     def edit(self, node: int, text: str, **sampling: Any) -> Iterator[Event]:
         """Say `text` in place of the user message `node`, as a new branch, and stream the answer."""
-        if not 0 <= node < len(self.nodes) or self.nodes[node].role != "user":
-            raise UsageError(f"Message {node} is not one of yours.", "Edit a user message.")
-        return self._answer(
-            Message("user", whole(text), self.nodes[node].parent), self.params.but(**sampling)
-        )
+        at, text = self._node(node), arguments.text("The message", text)
+        if self.nodes[at].role != "user":
+            raise UsageError(f"Message {at} is not one of yours.", "Edit a user message.")
+        return self._answer(Message("user", whole(text), self.nodes[at].parent), self.params.but(**sampling))
 
     def cancel(self) -> None:
         """Stop the running answer at the next step; what it has said stays. May be called from any thread."""
@@ -342,6 +350,7 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write the conversation as JSON, atomically."""
+        path = arguments.path("The path", path)
         content = {
             "tinychat_session": FORMAT,
             "model": self.model.name,
@@ -350,9 +359,7 @@ class Session:
             "leaf": self.leaf,
             "nodes": [asdict(n) for n in self.nodes],
         }
-        write_atomically(
-            Path(path), json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace")
-        )
+        write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace"))
 
     def save_kv(self, path: Path) -> bool:
         """Keep the KV cache in a file, so that the conversation goes on at once when it is resumed; whether
@@ -381,6 +388,9 @@ class Session:
 
         Raises TinychatError if the file is not a saved conversation.
         """
+        path = arguments.path("The path", path)
+        if model is not None and not hasattr(model, "engine"):
+            raise UsageError(f"The model is {arguments.shown(model)}.", "Give what tinychat.load returned.")
         try:
             content = json.loads(read_text(path, MAX_TEXT))
             if content["tinychat_session"] != FORMAT:
