@@ -86,10 +86,12 @@ def load(
 
     arguments.path("The model", model)
     policy = WeightPolicy(quantize, arguments.integer("head_bits", head_bits))
-    threads, ctx, kv_budget, kv_disk_budget, draft_tokens = (
+    kv_bits = arguments.integer("kv_bits", kv_bits)
+    threads, act_bits, ctx, kv_budget, kv_disk_budget, draft_tokens = (
         None if value is None else arguments.integer(name, value, low, high)
         for name, value, low, high in (
             ("threads", threads, 1, 1024),
+            ("act_bits", act_bits, 0, None),
             ("ctx", ctx, 1, None),
             ("kv_budget", kv_budget, 0, None),
             ("kv_disk_budget", kv_disk_budget, 0, None),
@@ -136,9 +138,10 @@ def _check_settings(
     """Raises UsageError for what no model could run with."""
     if device not in DEVICES:
         raise UsageError(f"The device {device!r} is not known.", f"Use {', '.join(DEVICES)}.")
-    for name, value in (("act_bits", act_bits), ("kv_bits", kv_bits)):
-        if not (value is None and name == "act_bits") and arguments.integer(name, value) not in (8, 16):
-            raise UsageError(f"{name} is {value}.", "Use 8 or 16.")
+    if act_bits not in (None, 8, 16):
+        raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
+    if kv_bits not in (8, 16):
+        raise UsageError(f"kv_bits is {kv_bits}.", "Use 8 or 16.")
     if draft is not None:
         arguments.text("draft", draft)
     if think is not None:
