@@ -34,5 +34,5 @@ def refuse_oversized(tokenizer: Tokenizer, texts: Sequence[str], n_ctx: int, evi
             if found > most:
                 raise UsageError(
                     f"The text has {n:,} characters, more than {most:,} tokens; the context holds {n_ctx:,}.",
-                    "Give a part of it, or a larger --ctx.",
+                    "Give a part of it.",
                 )
