@@ -181,22 +181,34 @@ class Tokenizer:
             if forged.isdisjoint(range(first, n)):
                 out += ids[first:n]
             else:
-                out += self._plain(text[start:stop], Before.MARKER if first else before, avoided)
+                where = Before.MARKER if first else before
+                out += self._plain(text[start:stop], where, avoided, _slice(plain, start, stop))
             if n < len(ids):
                 out.append(ids[n])
                 first, start = n + 1, spans[n][1]
         return out
 
-    def _plain(self, text: str, before: Before, avoided: Mapping[int, str]) -> list[int]:
-        """Ids of plain text. A marker that its pieces would merge to is cut in two."""
+    def _plain(
+        self, text: str, before: Before, avoided: Mapping[int, str], parts: Spans | None = None
+    ) -> list[int]:
+        """Ids of plain text. A marker that its pieces would merge to is cut in two, in all of it or in parts."""
         ids, offsets = self._encode(text, False, before)
         if avoided.keys().isdisjoint(ids):
             return ids
-        for i, (start, stop) in zip(ids, offsets(), strict=True):
-            if i in avoided and stop - start > 1:
-                head = self._plain(text[: start + 1], before, avoided)
-                return head + self._plain(text[start + 1 :], Before.TEXT, avoided)
-        return ids
+        cuts = [
+            start + 1
+            for i, (start, stop) in zip(ids, offsets(), strict=True)
+            if i in avoided and stop - start > 1 and (parts is None or _overlaps(text, (start, stop), parts))
+        ]
+        if not cuts:
+            return ids
+        out: list[int] = []
+        at = 0
+        for cut in (*cuts, len(text)):
+            inner = None if parts is None else _slice(parts, at, cut)
+            out += self._plain(text[at:cut], before, avoided, inner)
+            at, before = cut, Before.TEXT
+        return out
 
     def normalized_markers(self) -> set[str]:
         """Markers that are looked for in what a normalizer has changed; none where there is no normalizer."""
@@ -379,6 +391,13 @@ def _overlaps(text: str, span: tuple[int, int], parts: Spans) -> bool:
     stop -= len(text[start:stop]) - len(text[start:stop].rstrip())
     at = bisect.bisect_left(parts, (stop, 0))  # the first part that begins behind the token
     return at > 0 and parts[at - 1][1] > start
+
+
+def _slice(parts: Spans, start: int, stop: int) -> list[tuple[int, int]]:
+    """The parts within text[start:stop], by their places in it."""
+    first = max(0, bisect.bisect_left(parts, (start, 0)) - 1)
+    last = bisect.bisect_left(parts, (stop, 0))
+    return [(a - start, b - start) for a, b in parts[first:last] if b > start]
 
 
 def is_space(token: str) -> bool:
