@@ -96,14 +96,13 @@ SHAPES = {
     "gguf, no prefix": lambda: gguf(**{"tokenizer.ggml.add_space_prefix": False}),
     "gguf of Phi-3": lambda: gguf(**{"general.architecture": "phi3"}),
 }
+EACH = "{% for m in messages %}{% set mine = m.role == 'user' %}"
 TEMPLATES = {
-    "text": "{% for m in messages %}{{ '### ' + ('U' if m.role == 'user' else 'B') + ':\n' + m.content + '\n\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### B:\n' }}{% endif %}",
-    "markers": "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '' }}{{ m.content + '<|end|>' }}"
-    "{% endfor %}",
-    "markers, spaces": "{% for m in messages %}{{ '<|user|>\n' if m.role == 'user' else '\n' }}{{ m.content }}"
-    "{{ ' <|end|> ' }}{% endfor %}",
-    "mixed": "<s>{% for m in messages %}{{ ('[INST] ' + m.content + ' [/INST]') if m.role == 'user' else "
+    "text": EACH + "{{ '### ' + ('U' if mine else 'B') + ':\n' + m.content + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### B:\n' }}{% endif %}",
+    "markers": EACH + "{{ '<|user|>' if mine else '' }}{{ m.content + '<|end|>' }}{% endfor %}",
+    "markers, spaces": EACH + "{{ '<|user|>\n' if mine else '\n' }}{{ m.content + ' <|end|> ' }}{% endfor %}",
+    "mixed": "<s>" + EACH + "{{ ('[INST] ' + m.content + ' [/INST]') if mine else "
     "('\n' + m.content + '\n</s>') }}{% endfor %}",
 }
 

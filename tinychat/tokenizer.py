@@ -191,7 +191,7 @@ class Tokenizer:
     def _plain(
         self, text: str, before: Before, avoided: Mapping[int, str], parts: Spans | None = None
     ) -> list[int]:
-        """Ids of plain text. A marker that its pieces would merge to is cut in two: anywhere, or in the parts."""
+        """Ids of plain text. A marker that its pieces would merge to is cut in two, everywhere or in `parts`."""
         ids, offsets = self._encode(text, False, before)
         if avoided.keys().isdisjoint(ids):
             return ids
