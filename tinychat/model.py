@@ -239,6 +239,7 @@ class Model:
         self.name, self.path, self.config = name, checkpoint.path, checkpoint.config
         self.backend = backend
         self.tokenizer = checkpoint.tokenizer()
+        self.tokenizer.n_embeddings = self.config.vocab_size
         self.template = (
             ChatTemplate(self.tokenizer.chat_template, self.tokenizer)
             if self.tokenizer.chat_template

@@ -26,11 +26,15 @@ class Prefixes:
     def __init__(self, backend: tokenizers.Tokenizer):
         # (part, attribute, its value, its value where no space is wanted, behind markers too)
         self._switches: list[tuple[Any, str, Any, Any, bool]] = []
-        for part, state in (*_parts(backend.normalizer), *_parts(backend.pre_tokenizer)):
+        normalizers = list(_parts(backend.normalizer))
+        others = [part for part, state in normalizers if state.get("type") != "Prepend"]
+        if len(others) < len(normalizers):
+            from tokenizers.normalizers import Sequence
+
+            self._switches.append((backend, "normalizer", backend.normalizer, Sequence(others), True))
+        for part, state in _parts(backend.pre_tokenizer):
             kind = state.get("type")
-            if kind == "Prepend":
-                self._switches.append((part, "prepend", state["prepend"], "", True))
-            elif kind == "Metaspace" and (scheme := state["prepend_scheme"]) != "never":
+            if kind == "Metaspace" and (scheme := state["prepend_scheme"]) != "never":
                 self._switches.append((part, "prepend_scheme", scheme, "never", scheme == "always"))
             elif kind == "ByteLevel" and state.get("add_prefix_space"):
                 self._switches.append((part, "add_prefix_space", True, False, True))

@@ -338,7 +338,7 @@ class Session:
             if said is None:
                 break
             known = [(node.prompt_text, node.prompt_ids), (said, node.ids)]
-            if max(max(ids, default=0) for _, ids in known) >= self.model.tokenizer.vocab_size:
+            if not all(self.model.tokenizer.knows(ids) for _, ids in known):
                 break  # from a damaged file
             segments += known
             at += len(node.prompt_text) + len(said)

@@ -59,6 +59,7 @@ class Tokenizer:
     special_tokens  bos_token, eos_token and others by name, as chat templates expect them
     chat_template   raw Jinja text, or None for a base model
     chat_templates  that one as "default", and others by name
+    n_embeddings    how many ids the model knows; it sets this
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Tokenizer:
         if chat_template is not None:
             self.chat_templates[DEFAULT] = chat_template
         self.special_tokens = dict(special_tokens or {})
+        self.n_embeddings = 1 << 32
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, t in self._added.items() if t.special)
@@ -135,10 +137,21 @@ class Tokenizer:
         except UnicodeEncodeError:  # lone surrogates, as a terminal in the wrong encoding sends them
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         with self._lock:
-            if not special:
-                return self._plain(text, before, self.markers)
-            ids, offsets = self._encode(text, True, before)
-            return self._without(text, offsets(), ids, before, plain) if plain else ids
+            if special:
+                ids, offsets = self._encode(text, True, before)
+                ids = self._without(text, offsets(), ids, before, plain) if plain else ids
+            else:
+                ids = self._plain(text, before, self.markers)
+        if not self.knows(ids):
+            raise CheckpointError(
+                f"The tokenizer has an id {max(ids)}, and the model has embeddings for {self.n_embeddings}.",
+                "They do not belong together; choose another model.",
+            )
+        return ids
+
+    def knows(self, ids: Iterable[int]) -> bool:
+        """Whether the model has an embedding for each of the ids."""
+        return max(ids, default=0) < self.n_embeddings
 
     def _encode(self, text: str, special: bool, before: Before) -> tuple[list[int], Offsets]:
         """Ids of `text`, and a call that gives where in it each begins and ends."""
@@ -191,7 +204,7 @@ class Tokenizer:
     def _plain(
         self, text: str, before: Before, avoided: Mapping[int, str], parts: Spans | None = None
     ) -> list[int]:
-        """Ids of plain text. A marker that its pieces would merge to is cut in two, everywhere or in `parts`."""
+        """Ids of plain text. A marker that its pieces merge to is cut in two, everywhere or in `parts`."""
         ids, offsets = self._encode(text, False, before)
         if avoided.keys().isdisjoint(ids):
             return ids

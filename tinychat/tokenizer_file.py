@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ MAX_ADDED = 100_000
 _LONG = 128  # bytes; few strings of an honest file are longer
 _MAX_LONG = 1 << 20  # bytes of long strings together, before a file is looked at closely
 MAX_GROWTH = 500  # how many times longer a normalizer may make a text: NFKC has one letter for 18
+MAX_APPENDED = 1000  # tokens that a post-processor may put around a text
 MAX_PREFIX = 1000  # characters that a normalizer may put before a text
 _PULL = "The file is damaged, or made by a newer version of tokenizers; pull it again."
 _OTHERS = "Its tokenizer belongs to another model, or its embeddings were not resized; choose another."
@@ -38,7 +40,7 @@ def load_backend(file: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
     content = _read(file)
-    _check_strings(file, content)
+    _check_content(file, content)
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
     except (KeyboardInterrupt, SystemExit):
@@ -72,6 +74,8 @@ def check(backend: tokenizers.Tokenizer, name: str) -> None:
         factor, more = _growth(_state(backend.normalizer))
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{name} has a normalizer that cannot be read: {one_line(e)}.", _PULL) from e
+    if _appended(_state(backend.post_processor)) > MAX_APPENDED:
+        raise CheckpointError(f"{name} appends thousands of tokens to every text.", _STRANGE)
     if factor > MAX_GROWTH or more > MAX_PREFIX:
         raise CheckpointError(
             f"The normalizer in {name} makes texts {factor} times and {more} characters longer.", _STRANGE
@@ -121,20 +125,26 @@ def _read(file: Path) -> bytes:
         raise CheckpointError(f"{file} cannot be read: {e.strerror}.", _PULL) from e
 
 
-def _check_strings(file: Path, content: bytes) -> None:
-    """Look closely at a file with many long strings, since reading it may take gigabytes."""
+# A letter that a string hides behind its number: \\u0041. No program that writes JSON does so.
+_HIDDEN = re.compile(rb"(?<!\\)(?:\\\\)*\\u00(?:[46][1-9a-fA-F]|[57][0-9aA])")
+
+
+def _check_content(file: Path, content: bytes) -> None:
+    """Look closely at a file with many long strings, or tables of bytes: reading it may take gigabytes."""
     import numpy as np
 
     data = np.frombuffer(content, np.uint8)
     quotes = np.flatnonzero(data == ord('"'))
     quotes = quotes[(quotes == 0) | (data[quotes - 1] != ord("\\"))]  # those that surely begin or end one
     lengths = np.diff(quotes)
-    if lengths[lengths > _LONG].sum() <= _MAX_LONG:
+    long = lengths[lengths > _LONG].sum() > _MAX_LONG
+    if not (long or b"Precompiled" in content or _HIDDEN.search(content)):
         return
     try:
-        added = json.loads(content)["added_tokens"]
-        contents = [token["content"] for token in added]
-    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        whole = json.loads(content)
+        contents = [token["content"] for token in whole["added_tokens"]]
+        _growth(whole.get("normalizer") or {})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{file} is not a tokenizer that can be read: {one_line(e)}.", _PULL) from e
     check_added(str(file), contents)
 
@@ -181,9 +191,21 @@ def _growth(state: dict) -> tuple[int, int]:
         )  # it may match nothing, between all characters
     if kind == "Precompiled":
         table = base64.b64decode(state["precompiled_charsmap"])
-        replacements = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
-        return max(1, *map(len, replacements)), 0
+        size = int.from_bytes(table[:4], "little")
+        if len(table) < 4 + size or size % 4:
+            raise ValueError("its table of characters is cut off")
+        return max(1, *map(len, table[4 + size :].split(b"\0"))), 0
     return _GROWTH[kind], 0
+
+
+def _appended(state: dict) -> int:
+    """How many tokens a post-processor puts around a text, at most."""
+    if state.get("type") == "Sequence":
+        return sum(_appended(step) for step in state["processors"])
+    if state.get("type") != "TemplateProcessing":
+        return 2
+    pieces = len(state["single"])
+    return pieces * max([1, *(len(t["ids"]) for t in state["special_tokens"].values())])
 
 
 # A pattern that backtracks shows on a long run of the right thing with something behind it that does not fit.
