@@ -103,6 +103,11 @@ def translated(path: Path) -> Iterator[None]:
         if cause == "failing" and "unable to open" in said and not os.access(path.parent, os.W_OK):
             cause = "read-only"
         raise StoreError(cause, path, e) from e
+    except (
+        UnicodeDecodeError,
+        OverflowError,
+    ) as e:  # of names that are quoted, of numbers that are no counts
+        raise StoreError("damaged", path, type(e).__name__) from e
     except OSError as e:
         raise StoreError(_ERRNOS.get(e.errno, "failing"), path, e.strerror or e) from e
 
@@ -124,6 +129,7 @@ class Database:
         self.patience = PATIENCE
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
+        self._doubted = -1  # the generation that was checked because its disk seemed to be full
         self._unchecked: sqlite3.Connection | None = None  # while it is being opened
         self._file: tuple[int, int] | None = None
         self._run(lambda: None, self.patience)
@@ -180,12 +186,23 @@ class Database:
                     self._be_open(patience)
                     return work()
             except StoreError as e:
-                if e.cause != "damaged" or self.in_memory:
+                if self.in_memory or not (e.cause == "damaged" or self._is_wrong(e)):
                     raise
             with translated(self.path):
                 self._mend()
                 self._open(patience)
                 return work()
+
+    def _is_wrong(self, e: StoreError) -> bool:
+        """Whether a disk that is said to be full has room, and the file a wrong idea of its own size."""
+        if e.cause != "full" or self._doubted == self.generation:
+            return False
+        self._doubted = self.generation  # a large file is not read again and again
+        with suppress(OSError, sqlite3.Error):
+            disk = os.statvfs(self.path.parent)
+            if disk.f_bavail * disk.f_frsize > 4 * self.path.stat().st_size + (1 << 26):
+                return self._db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",)
+        return False
 
     # The file
 
@@ -210,7 +227,7 @@ class Database:
                 f"{self.path} was written by a newer tinychat.", "Update tinychat, or move the file away."
             )
         if not 0 <= version <= VERSION:
-            raise sqlite3.DatabaseError(f"version {version}")
+            raise StoreError("damaged", self.path, f"version {version}")
         if version < VERSION:
             migrate(db, version)
         self.full_text = self._wants_full_text and index_words(db)
@@ -228,22 +245,26 @@ class Database:
 
     def _check(self, db: sqlite3.Connection) -> None:
         """Find damage here, not in the middle of a chat. A large file is not read for it."""
+        if not self.in_memory:
+            with self.path.open("rb") as f:
+                if max(f.read(20)[18:], default=0) > 2:  # a format that SQLite only reads
+                    raise StoreError("damaged", self.path, "format")
         for table, columns in (("chats", CHAT), ("messages", MESSAGE)):
             have = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
             if not have.issuperset(columns.split(", ")):
-                raise sqlite3.DatabaseError(f"columns of {table}")
+                raise StoreError("damaged", self.path, f"columns of {table}")
             for (number,) in db.execute(f"SELECT max(id) FROM {table} UNION SELECT min(id) FROM {table}"):
                 if number is not None and not 0 <= number < LARGEST_ID:
-                    raise sqlite3.DatabaseError(f"numbers of {table}")
+                    raise StoreError("damaged", self.path, f"numbers of {table}")
         for (number,) in db.execute("SELECT seq FROM sqlite_sequence WHERE name IN ('chats', 'messages')"):
             if type(number) is not int or not 0 <= number < LARGEST_ID:
-                raise sqlite3.DatabaseError("numbers")
+                raise StoreError("damaged", self.path, "numbers")
         if self.full_text:
             db.execute("""SELECT rowid FROM words WHERE words MATCH '"a"' LIMIT 1""").fetchone()
         if not self.in_memory and self.path.stat().st_size < CHECKED_WHOLE:
             (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if found != "ok":
-                raise sqlite3.DatabaseError(found)
+                raise StoreError("damaged", self.path, found)
 
     def _mend(self) -> None:
         """Save what the damaged file still holds into a new one, and set the damaged one aside."""
@@ -296,6 +317,8 @@ def connect(path: Path | str, patience: float) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=patience, check_same_thread=False, isolation_level=None)
     db.text_factory = lambda data: data.decode("utf-8", "replace")
     db.execute("PRAGMA secure_delete = ON")
+    if path == ":memory:":
+        db.execute("PRAGMA temp_store = MEMORY")  # what spills over must not reach a disk either
     return db
 
 

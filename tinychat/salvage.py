@@ -69,7 +69,7 @@ def _by_sqlite(path: Path) -> dict[str, dict[int, tuple]]:
     """The rows of each table that SQLite can read to its end."""
     out: dict[str, dict[int, tuple]] = {}
     for table, columns in (("chats", CHAT), ("messages", MESSAGE)):
-        with suppress(sqlite3.Error, OverflowError, MemoryError):
+        with suppress(sqlite3.Error, OverflowError, MemoryError, UnicodeDecodeError):
             db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
             try:
                 db.text_factory = lambda data: data.decode("utf-8", "replace")

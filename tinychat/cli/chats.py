@@ -13,31 +13,46 @@ import click
 from tinychat.characters import is_unicode, whole
 from tinychat.cli import tables
 from tinychat.cli.chat import Printer
+from tinychat.errors import TinychatError
 
 if TYPE_CHECKING:
-    from tinychat.store import ChatStore
+    from tinychat.store import ChatStore, Hit
 
 
 @click.command()
-@click.argument("words", nargs=-1, metavar="[SEARCH | export ID | rm ID...]")
+@click.argument("words", nargs=-1, metavar="[SEARCH | export ID | rm ID... | restore ID...]")
+@click.option("--deleted", is_flag=True, help="What was deleted within the last week.")
 @click.option("--json", "as_json", is_flag=True)
-def chats(words: tuple[str, ...], as_json: bool) -> None:
+def chats(words: tuple[str, ...], deleted: bool, as_json: bool) -> None:
     """Chats on this machine, newest first: `tinychat run --resume ID` goes on with one.
 
     \b
     tinychat chats glacier        those in which it was said
     tinychat chats export 3       print chat 3 as Markdown (--json: for Session.load)
-    tinychat chats rm 3 5         delete chats
+    tinychat chats rm 3 5         delete chats; for a week they can be brought back
+    tinychat chats --deleted      those
+    tinychat chats restore 3      bring one back
     """
     from tinychat.export import to_json, to_markdown
-    from tinychat.store import ChatStore
+    from tinychat.store import ChatStore, Hit, StoreError
 
     numbers = [int(w) for w in words[1:] if w.isdecimal() and len(w) <= 18]
     is_ids = bool(numbers) and len(numbers) == len(words) - 1
     store = ChatStore()
-    store.purge()
-    if words[:1] == ("rm",) and is_ids:
+    try:
+        store.purge()
+    except StoreError as e:  # the next time will do
+        click.echo(f"What was deleted long ago is not wiped yet: {e.what} {e.todo}", err=True)
+    if store.notice:
+        click.echo(store.notice, err=True)
+    if deleted and words:
+        raise click.UsageError("--deleted lists all of them; it takes no words.")
+    if deleted:
+        _list([Hit(c, "") for c in store.deleted()], "Nothing was deleted within a week.", as_json)
+    elif words[:1] == ("rm",) and is_ids:
         _remove(store, numbers, as_json)
+    elif words[:1] == ("restore",) and is_ids:
+        _restore(store, numbers, as_json)
     elif words[:1] == ("export",) and is_ids and len(numbers) == 1:
         out = Printer()
         if as_json:
@@ -45,10 +60,12 @@ def chats(words: tuple[str, ...], as_json: bool) -> None:
         else:
             out.write(to_markdown(store, numbers[0]))
         out.end()
-    elif len(words) == 1 and words[0] in ("rm", "export"):
+    elif len(words) == 1 and words[0] in ("rm", "export", "restore"):
         raise click.UsageError(f"Which chat? tinychat chats {words[0]} ID; tinychat chats lists them.")
     else:
-        _show(store, whole(" ".join(words)), as_json)
+        search = whole(" ".join(words))
+        nothing = "Nothing found." if search else "No chats yet. tinychat run starts one."
+        _list(store.search(search), nothing, as_json)
 
 
 def _remove(store: ChatStore, ids: list[int], as_json: bool) -> None:
@@ -58,22 +75,37 @@ def _remove(store: ChatStore, ids: list[int], as_json: bool) -> None:
     for chat in found:
         store.delete(chat.id)
         if not as_json:
-            click.echo(f"Deleted “{chat.title}”; it is wiped after a week.", err=True)
+            todo = f"tinychat chats restore {chat.id} brings it back"
+            click.echo(f"Deleted “{chat.title}”; it is wiped after a week, until then {todo}.", err=True)
     if as_json:
         Printer().line(json.dumps({"deleted": ids}))
 
 
-def _show(store: ChatStore, search: str, as_json: bool) -> None:
+def _restore(store: ChatStore, ids: list[int], as_json: bool) -> None:
+    titles = {c.id: c.title for c in store.deleted()}
+    for number in ids:  # all of them, or none
+        if number not in titles:
+            raise TinychatError(
+                f"No chat {number} was deleted within a week.", "See tinychat chats --deleted."
+            )
+    for number in ids:
+        store.restore(number)
+        if not as_json:
+            click.echo(f"“{titles[number]}” is back.", err=True)
+    if as_json:
+        Printer().line(json.dumps({"restored": ids}))
+
+
+def _list(hits: list[Hit], nothing: str, as_json: bool) -> None:
     from tinychat.store import MARK, UNMARK
 
     out = Printer()
-    hits = store.search(search)
     if as_json:
         rows = [{**asdict(h.chat), "excerpt": h.excerpt.replace(MARK, "").replace(UNMARK, "")} for h in hits]
         out.json(rows, indent=2)
         return
     if not hits:
-        click.echo("Nothing found." if search else "No chats yet. tinychat run starts one.", err=True)
+        click.echo(nothing, err=True)
         return
     tables.show(
         (
