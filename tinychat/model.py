@@ -421,7 +421,9 @@ class Model:
                 check_vocabulary(self.tokenizer, self._draft_models[draft].tokenizer)
         except TinychatError as e:
             return Speculator(notice=f"No draft: {e.what}")
-        return Speculator(DraftModel(self._draft_models[draft].engine, draft), controller)
+        other = self._draft_models[draft]
+        vocab = min(self.config.vocab_size, other.config.vocab_size)
+        return Speculator(DraftModel(other.engine, draft, vocab=vocab), controller)
 
     def _load_draft(self, draft: str) -> Model:
         facts = self.backend.describe()

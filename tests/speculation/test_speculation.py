@@ -235,6 +235,25 @@ class Failing:
         return Draft([1] * k)
 
 
+@pytest.mark.parametrize("sizes", [(258, 300), (300, 258)])
+def test_tokens_that_only_one_of_the_two_models_has_are_not_drafted(sizes):
+    """Vocabularies may differ at their ends, by padding or a marker."""
+    target, other = (tiny_model(seed=i, vocab_size=n) for i, n in enumerate(sizes))
+    vocab = min(sizes)
+    for params in (dict(temperature=0), dict(temperature=2.0, top_k=0, seed=3)):
+        prompt = [5, 6, max(sizes) - 1 if sizes[0] > vocab else 7, 8]
+        plain = list(target.generate(prompt, max_tokens=40, draft="none", **params))
+        drafts = Speculator(DraftModel(other.engine, vocab=vocab), Controller(3))
+        events = target.engine.generate(
+            target.engine.branch(),
+            prompt,
+            target.default_sampling.but(max_tokens=40, **params),
+            speculator=drafts,
+        )
+        got = [e.token_id for e in events if isinstance(e, TextDelta)]
+        assert got == [e.token_id for e in plain if isinstance(e, TextDelta)]
+
+
 def test_a_draft_that_fails_in_mid_answer_is_dropped_with_a_notice(model):
     params = SamplingParams(temperature=0, max_tokens=30)
     plain, _, _ = run(model, "abcdefgh", None, params)

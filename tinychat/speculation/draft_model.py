@@ -22,7 +22,11 @@ class DraftModel:
     token.
     """
 
-    def __init__(self, engine: Engine, name: str = "draft", keep_distributions: bool = False):
+    def __init__(
+        self, engine: Engine, name: str = "draft", keep_distributions: bool = False, vocab: int = 1 << 31
+    ):
+        """vocab: tokens that both models have; what comes after one that they do not is not drafted."""
+        self.vocab = vocab
         self.engine, self.name, self.keep_distributions = engine, name, keep_distributions
         self._branch = engine.branch()
 
@@ -49,6 +53,8 @@ class DraftModel:
         with self.engine.changing():
             branch.truncate(min(same, len(context) - 1))
         todo = list(context[len(branch) :])
+        if max(todo) >= self.vocab:
+            return
         while len(todo) > self.engine.backend.max_rows:
             chunk, todo = todo[: self.engine.backend.max_rows], todo[self.engine.backend.max_rows :]
             self.engine.run(branch, chunk, len(chunk))
@@ -57,6 +63,8 @@ class DraftModel:
                 break
             row = self.engine.run(branch, todo, len(todo) - 1, params)[0]
             todo = [self._choose(row, context, draft, params, seed)]
+            if todo[0] >= self.vocab:
+                break
             draft.tokens += todo
 
     def _choose(self, row, context, draft: Draft, params: SamplingParams, seed: int) -> int:
