@@ -180,3 +180,22 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(TinychatError, match="Cannot write"):
         write_atomically(path, b"new")
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_caches_that_our_cores_have_are_counted_once(tmp_path, monkeypatch):
+    def cache(core, index, level, size, shared):
+        folder = tmp_path / f"cpu{core}" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        for name, value in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+            (folder / name).write_text(f"{value}\n")
+
+    for core in range(4):
+        cache(core, 2, 2, "1024K", core)
+        cache(core, 3, 3, "16M", "0-1" if core < 2 else "2-3")
+    monkeypatch.setattr(machine, "CORES", tmp_path)
+    for ours, expected in (({0, 1}, 16 << 20), ({0, 1, 2}, 32 << 20), ({9}, 0)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, ours=ours: ours)
+        assert machine.cache_bytes() == expected
+    (tmp_path / "cpu0" / "cache" / "index3" / "size").write_text("nonsense")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert machine.cache_bytes() == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
+CORES = Path("/sys/devices/system/cpu")
 OWN_CGROUP = Path("/proc/self/cgroup")
 
 
@@ -88,6 +89,22 @@ def cpu_count() -> int:
     if quota is not None and period and quota > 0:  # -1: no limit
         n = min(n, -(-quota // period))
     return max(1, n)
+
+
+def cache_bytes() -> int:
+    """Bytes of the outermost caches that this process's cores have together; 0 where that is not known."""
+    found: dict[str, tuple[int, int]] = {}  # by the cores that share it: level, bytes
+    try:
+        cores = os.sched_getaffinity(0)
+        for cache in (c for core in cores for c in CORES.glob(f"cpu{core}/cache/index*")):
+            size = (cache / "size").read_text().strip()
+            unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[size[-1]]
+            level = _read_int(cache / "level") or 0
+            found[f"{level} {(cache / 'shared_cpu_list').read_text()}"] = level, int(size[:-1]) * unit
+    except (OSError, ValueError, KeyError, IndexError, AttributeError):
+        return 0
+    outermost = max((level for level, _ in found.values()), default=0)
+    return sum(size for level, size in found.values() if level == outermost)
 
 
 def peak_rss() -> int:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from cli_helpers import assert_two_lines, tinychat
+from cli_helpers import assert_two_lines, in_process, tinychat
 from tiny import byte_tokenizer
 
 
@@ -36,6 +36,61 @@ def test_doctor(here):
     assert facts["home"] == os.environ["TINYCHAT_HOME"]
     assert set(facts) >= {"tinychat", "python", "platform", "memory_free", "isa", "models"}
     assert not (here.parent / "home").exists()  # looking is not touching
+
+
+def test_doctor_says_in_sentences_what_it_measured_and_decided_and_what_fits(here, monkeypatch):
+    from tinychat.cli import doctor
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, out, _ = in_process("doctor")
+    lines = out.splitlines()
+    starts = ("cores ", "kernels ", "memory ", "bandwidth ", "GPU ", "store ", "network ")
+    found = {s: next(line for line in lines if line.startswith(s)) for s in starts}
+    assert "threads" in found["cores "]
+    assert "GB/s" in found["bandwidth "]
+    assert "HF_HUB_OFFLINE" in found["network "]
+    assert "free" in found["memory "]
+    assert os.environ["TINYCHAT_HOME"] in found["store "]
+
+    # Bandwidth divided by bytes, within the memory that is free.
+    facts = {"read_bandwidth_gb_s": 20.0, "memory_free_bytes": 2_000_000_000, "models": []}
+    fits = {row["name"]: row for row in doctor._fits(facts)}
+    assert fits["smollm2-360m"]["tokens_per_s"] == pytest.approx(20e9 / 229e6, rel=0.01)
+    assert "llama-3.1-8b" not in fits
+    assert all(row["memory_bytes"] <= 2_000_000_000 for row in fits.values())
+    assert doctor._fits(facts | {"memory_free_bytes": 1000}) == []
+
+
+def test_doctor_says_which_kernels_were_chosen_and_why(here, monkeypatch):
+    from tinychat.kernels_cpu import _native
+
+    *_, slowest = _native.isas()
+    said = {}
+    for isa in (slowest, "garbage"):
+        monkeypatch.setenv("TINYCHAT_ISA", isa)
+        said[isa] = in_process("doctor")
+    assert f"{slowest}, " in said[slowest][1]
+    if len(_native.isas()) > 1:
+        assert "as TINYCHAT_ISA says" in said[slowest][1]
+    code, out, err = said["garbage"]
+    assert (code, err) == (1, "")
+    assert "problem: TINYCHAT_ISA=garbage" in out
+
+
+def test_no_share_above_one_is_printed_without_its_reason(here, monkeypatch):
+    from tinychat import bench
+
+    row = {"context": 0, "tok_s": 300.0, "gb_s": 30.0, "spread": 0.1, "fraction_of_bandwidth": 1.5}
+    result = {"model": "m", "backend": "cpu", "isa": "avx2", "threads": 2, "weight_bytes_per_token": 10**8}
+    result |= {"read_bandwidth_gb_s": 20.0, "prefill": []}
+    for cache, reason in ((32 << 20, "has room in the processor's cache of 33.6 MB"), (0, "other programs")):
+        monkeypatch.setattr(bench, "cache_bytes", lambda cache=cache: cache)
+        rows = [row | {"more_than_memory": bench._why_more(1e8)}]
+        monkeypatch.setattr(bench, "run", lambda *_, rows=rows, **__: result | {"decode": rows})
+        code, out, _ = in_process("bench", "m")
+        assert code == 0
+        assert "150% of the bandwidth (" in out
+        assert reason in out
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -12,7 +12,7 @@ import click
 
 from tinychat import __version__, errors, terminal
 from tinychat.characters import make_printable
-from tinychat.cli import chat, chats, models, reports
+from tinychat.cli import chat, chats, doctor, models, reports
 
 INTERRUPTED = 130
 
@@ -43,7 +43,7 @@ def cli() -> None:
     """Chat with a language model on your own machine."""
 
 
-for command in (*chat.commands, *chats.commands, *models.commands, *reports.commands):
+for command in (*chat.commands, *chats.commands, *models.commands, *reports.commands, *doctor.commands):
     cli.add_command(command)
 
 

@@ -1,13 +1,10 @@
-"""Commands that measure and tell: ppl, bench, doctor, completion."""
+"""Commands that measure and tell: ppl, bench, completion."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from tinychat import terminal
 from tinychat.cli.options import LOADING, complete_models, file_type, loading_options, model_argument, pick
 from tinychat.errors import UsageError
 from tinychat.files import read_prose
-from tinychat.machine import available_memory, cpu_count, human_bytes
+from tinychat.machine import human_bytes
 
 MAX_SCORED = 16 << 20  # bytes of a text whose perplexity is asked for: hours on any machine
 TOKENS = click.IntRange(0, 1 << 24)  # that bench reads
@@ -98,98 +95,13 @@ def bench(
             f"prefill {row['n_tokens']:>6} tokens  {row['tok_s']:>8.1f} tok/s  ±{row['spread'] / 2:.0%}"
         )
     for row in result["decode"]:
+        share = f"{row['fraction_of_bandwidth']:.0%} of the bandwidth"
+        if row["more_than_memory"]:
+            share += f" ({row['more_than_memory']})"
         click.echo(
             f"decode at {row['context']:>6}      {row['tok_s']:>8.1f} tok/s  ±{row['spread'] / 2:.0%}  "
-            f"{row['gb_s']:.1f} GB/s, {row['fraction_of_bandwidth']:.0%} of the bandwidth"
+            f"{row['gb_s']:.1f} GB/s, {share}"
         )
-
-
-@click.command()
-@click.option("--verify", metavar="MODEL", help="Read all of MODEL and its packs; say what is damaged.")
-@click.option("--json", "as_json", is_flag=True)
-def doctor(verify: str | None, as_json: bool) -> None:
-    """What this machine has, what tinychat uses of it, and what is wrong."""
-    if verify is not None:
-        sys.exit(_verify(verify, as_json))
-    facts = _facts()
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-    else:
-        width = max(map(len, facts))
-        for name, value in facts.items():
-            if name != "problems":
-                click.echo(f"{name:<{width}}  {value}")
-        for problem in facts["problems"]:
-            click.echo(f"{click.style('problem', fg='red')}: {problem}")
-        if not facts["problems"]:
-            click.echo(click.style("All well.", fg="green"))
-    sys.exit(1 if facts["problems"] else 0)
-
-
-def _verify(model: str, as_json: bool) -> int:
-    """The exit code: 1 where something is damaged."""
-    from tinychat.hub import store
-
-    found = store.verify(model, partial(click.echo, err=True))
-    damaged = found.bad_files | found.bad_packs
-    if as_json:
-        click.echo(json.dumps({"model": model, **vars(found)}, indent=2))
-        return 1 if damaged else 0
-    for name in (*found.files, *found.packs):
-        if name not in damaged:
-            click.echo(f"{name}: whole")
-    for name, what in found.bad_files.items():
-        click.echo(f"{click.style('damaged', fg='red')}: {name}: {what}. Get it again: tinychat pull {model}")
-    for name, what in found.bad_packs.items():
-        click.echo(f"{click.style('damaged', fg='red')}: {name}: {what}. The next load makes it again.")
-    return 1 if damaged else 0
-
-
-def _facts() -> dict[str, Any]:
-    from tinychat import locations
-
-    problems = []
-    facts: dict[str, Any] = {
-        "tinychat": metadata.version("tinychat"),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
-    for package in ("numpy", "torch", "tokenizers", "textual"):
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            problems.append(f"{package} is not installed: pip install {package}")
-    facts["cores"] = cpu_count()
-    facts["memory_free"] = human_bytes(available_memory())
-    try:
-        from tinychat.kernels_cpu import _native
-
-        facts["isa"] = _native.isa()
-        facts["read_bandwidth_gb_s"] = round(_native.read_bandwidth(cpu_count(), 1 << 28), 1)
-    except (ImportError, AttributeError) as e:
-        problems.append(f"The CPU kernels do not load ({e}): reinstall tinychat.")
-    from tinychat import jetson
-    from tinychat.backends import cuda_device
-
-    facts |= cuda_device.report()
-    if problem := facts.pop("gpu_problem", None):
-        problems.append(problem)
-    board = jetson.report()
-    problems += board.pop("problems", [])
-    facts |= board
-    home = locations.home()
-    facts["home"] = str(home)
-    existing = next(p for p in (home, *home.parents) if p.exists())
-    if not os.access(existing, os.W_OK):
-        problems.append(f"{home} cannot be written: set TINYCHAT_HOME to a folder of yours.")
-    try:
-        from tinychat.hub import store
-
-        facts["models"] = [m.name for m in store.installed()]
-    except OSError as e:
-        problems.append(f"The models in {home} cannot be read: {e}")
-    facts["problems"] = problems
-    return facts
 
 
 @click.command()
@@ -203,4 +115,4 @@ def completion(shell: str) -> None:
     click.echo(get_completion_class(shell)(cli, {}, "tinychat", "_TINYCHAT_COMPLETE").source())
 
 
-commands = [ppl, bench, doctor, completion]
+commands = [ppl, bench, completion]

@@ -70,7 +70,7 @@ def resolve(model: str, *, offline: bool = False, pull: bool = True) -> Path:
         cached = _hf_cached(model)
         if cached is not None:
             return cached
-    if offline or _offline_by_environment():
+    if offline or offline_by_environment():
         raise ModelNotFoundError(
             f"{model} is not on this machine, and tinychat is offline.",
             f"Go online once and run: tinychat pull {shlex.quote(model)}",
@@ -125,7 +125,7 @@ def pull(name: str) -> Path:
                 f"{name} is on this machine already.", f"Use it: tinychat run {shlex.quote(name)}"
             )
         raise not_found(name)
-    if _offline_by_environment():
+    if offline_by_environment():
         raise ModelNotFoundError(
             f"{name} cannot be pulled offline.", "Unset HF_HUB_OFFLINE or TINYCHAT_OFFLINE."
         )
@@ -143,7 +143,7 @@ def _checked_again(name: str, path: Path) -> Path:
     if not found.bad_files:
         return path
     damage = "; ".join(f"{file}: {what}" for file, what in found.bad_files.items())
-    if _offline_by_environment():
+    if offline_by_environment():
         raise CheckpointError(
             f"{name} is damaged on disk ({damage}).", f"Go online and run: tinychat pull {name}"
         )
@@ -456,7 +456,8 @@ def _hf_cached(model: str) -> Path | None:
     return cached(_source(model))
 
 
-def _offline_by_environment() -> bool:
+def offline_by_environment() -> bool:
+    """Whether the user's settings forbid the network."""
     names = ("TINYCHAT_OFFLINE", "HF_HUB_OFFLINE")
     return any(os.environ.get(n, "").lower() in ("1", "true", "yes", "on") for n in names)
 

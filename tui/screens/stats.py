@@ -84,9 +84,10 @@ class StatsLines(Lines):
         if not per_token or not rate:
             return "not measured yet (an answer is running?)"
         used = per_token * rate / 1e9
-        return f"{used:.1f} GB/s" + (
-            f", {used / limit:.0%} of the {limit:.1f} GB/s that a plain read reaches" if limit else ""
-        )
+        if not limit:
+            return f"{used:.1f} GB/s"
+        why = " (some stays in the processor's cache, or the read was slowed)" if used > limit else ""
+        return f"{used:.1f} GB/s, {used / limit:.0%} of the {limit:.1f} GB/s that a plain read reaches{why}"
 
 
 class StatsScreen(PanelScreen[None]):
