@@ -48,10 +48,14 @@ class EvictionPolicy:
             raise UsageError(f"kv_policy={name!r} is not known.", "Use h2o, window or none.")
         budget, pinned = budget // BLOCK * BLOCK, max(SINKS, pinned)
         if budget < pinned + SMALLEST:
+            least = -(-(pinned + SMALLEST) // BLOCK) * BLOCK
+            first, beside = "the system prompt", ""
+            if pinned == SINKS:
+                first, beside = "the first ones", ", and more by the length of a system prompt"
             raise UsageError(
-                f"A KV budget of {budget} tokens is too small: {pinned} are pinned (the system prompt) and "
+                f"A KV budget of {budget} tokens is too small: {pinned} are pinned ({first}) and "
                 f"{SMALLEST} more are needed.",
-                f"Use --kv-budget {-(-(pinned + SMALLEST) // BLOCK) * BLOCK} or more.",
+                f"Use --kv-budget {least} or more{beside}.",
             )
         free = budget - pinned - 2 * BLOCK
         return EvictionPolicy(name, budget, pinned, min(budget // 4 if recent is None else recent, free))
