@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import string
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -210,6 +211,7 @@ def _appended(state: dict) -> int:
 
 # A pattern that backtracks shows on a long run of the right thing with something behind it that does not fit.
 _UNITS = ("a", "aA", " ", "\n", "0", "!", "-", "a ", "é", "中", "'s", "a0", "\t ", "_", "aa!")
+_ENDS = ("", "!", "\0" + string.printable)  # the last one for patterns that need some letter further on
 _LENGTHS = ((32, 0.1), (128, 0.1), (512, 0.1), (2048, 0.5))  # characters, seconds of the processor
 
 
@@ -219,7 +221,7 @@ def _try(backend: tokenizers.Tokenizer, name: str) -> None:
     with _quiet():
         for length, limit in _LENGTHS if patterns else _LENGTHS[:1]:
             for unit in _UNITS:
-                for end in ("", "!", "\0"):
+                for end in _ENDS:
                     text = unit * (length // len(unit)) + end
                     began = time.thread_time()
                     try:

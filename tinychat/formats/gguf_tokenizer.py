@@ -65,6 +65,7 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     for vocabularies that contradict themselves.
     """
     kind = fields.get("tokenizer.ggml.model")
+    named = kind if isinstance(kind, str) else None
     tokens = _strings(fields, "tokenizer.ggml.tokens")
     longest = max(map(len, tokens), default=0)
     if longest > MAX_TOKEN:
@@ -78,11 +79,11 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     for text in TURN_ENDS:  # files that forgot to mark it; llama.cpp corrects them too
         if text in vocab:
             types[vocab[text]] = CONTROL
-    if kind == "gpt2":
+    if named == "gpt2":
         pre = fields.get("tokenizer.ggml.pre", "default")
         backend = _byte_level(fields, vocab, pre)
         bos_by_default = ALIASES.get(pre, pre) == "llama-bpe"
-    elif kind == "llama":
+    elif named == "llama":
         backend = _sentencepiece(fields, tokens, vocab, types)
         bos_by_default = True
     else:
@@ -90,7 +91,7 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
             f"The GGUF tokenizer {_named(kind)} is not supported.",
             'Supported: "gpt2" (byte-level BPE), "llama" (SentencePiece).',
         )
-    _add_tokens(backend, tokens, types, _stripping(fields, kind, vocab))
+    _add_tokens(backend, tokens, types, _stripping(fields, named, vocab))
     return _finish(fields, backend, tokens, bos_by_default)
 
 
