@@ -12,6 +12,11 @@ import tinychat
 from tinychat.errors import TinychatError
 
 
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path_factory.mktemp("home")))
+
+
 @pytest.fixture
 def model():
     with tiny_model(ctx=256) as m:
@@ -23,7 +28,7 @@ def test_save_and_load(model, tmp_path):
     say(session, "wörld 👩‍👩‍👧")
     list(session.regenerate())
     say(session, "two")
-    session.save(tmp_path / "deep" / "chat.json")
+    session.save(tmp_path / "deep" / "chat.json", memory=False)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["chat.json"]
     back = tinychat.Session.load(tmp_path / "deep" / "chat.json", model)
     assert (back.messages, back.system, back.params) == (session.messages, "Sys", session.params)

@@ -9,8 +9,10 @@ from the conversation's are found by `Branch.match` like any other prefix.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
+import secrets
 import tempfile
 import zlib
 from contextlib import suppress
@@ -21,8 +23,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tinychat import locations
 from tinychat.backends import BLOCK
 from tinychat.errors import TinychatError
+from tinychat.files import read_bytes
 from tinychat.kvcache import PoolExhaustedError
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from tinychat.model import Model
 
 VERSION = 2
+SECRET = 32  # bytes
 WORTH = 64  # tokens; fewer are read again as fast
 LEDGER = ("positions", "born", "scores")
 
@@ -46,6 +51,46 @@ def checksum(tensors: dict[str, np.ndarray]) -> str:
     return f"{crc:08x}"
 
 
+def _secret() -> bytes:
+    """Bytes that only this user's programs know; made when they are wanted first. Raises OSError."""
+    path = locations.home() / "memory.key"
+    with suppress(FileNotFoundError):
+        secret = read_bytes(path)
+        if len(secret) == SECRET:
+            return secret
+        path.unlink()  # damaged
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(secrets.token_bytes(SECRET))
+        with suppress(FileExistsError):  # another process was first
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+    return read_bytes(path)
+
+
+def seal(tensors: dict[str, np.ndarray], about: dict[str, str]) -> str:
+    """In place of a checksum where a stranger may leave files: only this user's programs can make it, because
+    keys and values that do not follow from the ids beside them would be words that nobody sees.
+
+    Raises OSError where the secret cannot be had.
+    """
+    code = hashlib.blake2b(key=_secret(), digest_size=32)
+    code.update(json.dumps(sorted(about.items())).encode())
+    for name in sorted(tensors):
+        a = np.ascontiguousarray(tensors[name])
+        code.update(f"{name} {a.dtype} {a.shape}".encode())
+        code.update(a.reshape(-1).view(np.uint8))
+    return code.hexdigest()
+
+
+def beside(path: Path) -> Path:
+    """Where the KV cache of a conversation is kept that the user saved under `path`."""
+    return path.with_name(f"{path.name}.kv")
+
+
 def identity(model: Model) -> str:
     """Whatever decides what keys and values are: model, weights, backend, precision, layout."""
     facts = {k: v for k, v in model.backend.describe().items() if k not in ("threads", "isa")}
@@ -54,11 +99,12 @@ def identity(model: Model) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def save(path: Path, model: Model, branch: OwnedBranch) -> bool:
-    """Write what the branch holds, atomically, readable by its owner only; files of chats spoken in longest
-    ago go when all together are larger than the model's `kv_disk_budget`. False if it is not worth it, or
-    larger than the budget alone.
+def save(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> bool:
+    """Write what the branch holds, atomically, readable by its owner only. False if it is not worth it, or
+    larger than the model's `kv_disk_budget` alone.
 
+    stored: in the chat store, where files of chats spoken in longest ago go when all together are larger than
+    that; else in a folder of the user's, sealed.
     Raises TinychatError when the disk is full.
     """
     engine, disk_budget = model.engine, model.kv_disk_budget
@@ -74,8 +120,8 @@ def save(path: Path, model: Model, branch: OwnedBranch) -> bool:
         if ledger := branch.ledger:
             tensors |= {name: np.ascontiguousarray(getattr(ledger, name)) for name in LEDGER}
             about |= {"next_position": str(ledger.next_position), "seen": str(ledger.seen)}
-    about["crc32"] = checksum(tensors)
     try:
+        about |= {"crc32": checksum(tensors)} if stored else {"seal": seal(tensors, about)}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -90,7 +136,8 @@ def save(path: Path, model: Model, branch: OwnedBranch) -> bool:
         raise TinychatError(
             f"Cannot keep the chat's KV cache: {e}.", "Free some space; the chat itself is kept."
         ) from e
-    _stay_within(path, disk_budget)
+    if stored:
+        _stay_within(path, disk_budget)
     return True
 
 
@@ -105,13 +152,14 @@ def _stay_within(path: Path, disk_budget: int) -> None:
             total -= size
 
 
-def load(path: Path, model: Model, branch: OwnedBranch) -> int:
-    """Fill an empty branch from the file; how many tokens that gives, 0 if there is none or it is another
-    model's.
+def load(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> int:
+    """Fill a branch from the file; how many tokens that gives, 0 if there is none, or it is another
+    model's or too large.
 
-    Raises DamagedKvError when the file is broken; it has been set aside as `….damaged` then.
+    stored: as `save` was told.
+    Raises DamagedKvError when the file is broken; in the store it has been set aside as `….damaged` then.
     """
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size > model.kv_disk_budget + (1 << 28):
         return 0
     try:
         with safe_open(path, "numpy") as f:
@@ -119,14 +167,21 @@ def load(path: Path, model: Model, branch: OwnedBranch) -> int:
             if about.get("tinychat_kv") != identity(model):
                 return 0
             read = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        if about["crc32"] != checksum(read):
+        if stored and about["crc32"] != checksum(read):
             raise ValueError("checksum")
+        if not stored and not hmac.compare_digest(about.pop("seal"), seal(read, about)):
+            raise ValueError("seal")
         return _adopt(model, branch, about, read)
     except PoolExhaustedError:
         return 0  # no room for it: read again as far as there is
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
         with model.engine.changing():
             branch.free()
+        if not stored:
+            raise DamagedKvError(
+                f"The KV cache in {path.name} was not saved on this computer, or it is damaged.",
+                "The conversation is read again.",
+            ) from e
         aside = path.with_suffix(".damaged")
         with suppress(OSError):
             os.replace(path, aside)
@@ -161,6 +216,7 @@ def _adopt(model: Model, branch: OwnedBranch, about: dict[str, str], read: dict[
         if positions.min() < 0 or positions.max() >= end or (np.diff(positions) < 1).any():
             raise ValueError("positions")
     with engine.changing():
+        branch.free()
         engine.reserve(branch, slots)
         engine.backend.write_blocks(branch.block_table(), blocks)
         branch.restore(ids, evicted)

@@ -348,8 +348,13 @@ class Session:
 
     # Keeping it
 
-    def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON, atomically."""
+    def save(self, path: str | Path, memory: bool = True) -> None:
+        """Write the conversation as JSON, atomically.
+
+        memory: keep its KV cache beside it too (`….kv`), within the model's `kv_disk_budget`, so that it goes
+        on at once when it is loaded. The JSON is complete without that file.
+        """
+        arguments.flag("memory", memory)
         path = arguments.path("The path", path)
         content = {
             "tinychat_session": FORMAT,
@@ -360,6 +365,11 @@ class Session:
             "nodes": [asdict(n) for n in self.nodes],
         }
         write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace"))
+        if memory:
+            from tinychat import kvfile
+
+            with suppress(TinychatError):  # it only saves time; the conversation itself is safe
+                kvfile.save(kvfile.beside(path), self.model, self._branch, stored=False)
 
     def save_kv(self, path: Path) -> bool:
         """Keep the KV cache in a file, so that the conversation goes on at once when it is resumed; whether
@@ -369,15 +379,15 @@ class Session:
 
         return kvfile.save(path, self.model, self._branch)
 
-    def load_kv(self, path: Path) -> int:
-        """Take the KV cache from a file that `save_kv` wrote; how many tokens that are. What does not fit is
-        not used, and a damaged file is set aside: the next answer then says so and reads the conversation
-        again.
+    def load_kv(self, path: Path, stored: bool = True) -> int:
+        """Take the KV cache from a file that `save_kv` or (not `stored`) `save` wrote; how many tokens that
+        are. What does not fit is not used, and a damaged file is set aside: the next answer then says so and
+        reads the conversation again.
         """
         from tinychat import kvfile
 
         try:
-            return kvfile.load(path, self.model, self._branch)
+            return kvfile.load(path, self.model, self._branch, stored)
         except kvfile.DamagedKvError as e:
             self._notices.append(f"{e.what} {e.todo}")
             return 0
@@ -388,6 +398,8 @@ class Session:
 
         Raises TinychatError if the file is not a saved conversation.
         """
+        from tinychat import kvfile
+
         path = arguments.path("The path", path)
         if model is not None and not hasattr(model, "engine"):
             raise UsageError(f"The model is {arguments.shown(model)}.", "Give what tinychat.load returned.")
@@ -425,6 +437,7 @@ class Session:
             # Another model's ids mean nothing to this one; its texts are tokenized anew.
             for n in nodes:
                 n.ids, n.prompt_ids, n.prompt_text = [], [], ""
+        session.load_kv(kvfile.beside(path), stored=False)
         return session
 
 
