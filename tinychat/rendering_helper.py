@@ -165,6 +165,9 @@ def _warm_up(environment: Any) -> None:
         environment.from_string(source).render(x={"now": now})
     with suppress(Exception):
         environment.from_string("{% nonsense %}")
+    for name in environment.filters:
+        with suppress(Exception):  # many want more than a text
+            environment.call_filter(name, "<b>a</b> &amp; http://b.c")
 
 
 def main() -> None:
