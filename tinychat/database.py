@@ -102,6 +102,8 @@ def translated(path: Path) -> Iterator[None]:
             raise  # a mistake of ours
         if cause == "failing" and "unable to open" in said and not os.access(path.parent, os.W_OK):
             cause = "read-only"
+        if cause == "failing" and not _has_room(path):
+            cause = "full"
         raise StoreError(cause, path, e) from e
     except (
         UnicodeDecodeError,
@@ -194,14 +196,21 @@ class Database:
                 return work()
 
     def _is_wrong(self, e: StoreError) -> bool:
-        """Whether a disk that is said to be full has room, and the file a wrong idea of its own size."""
-        if e.cause != "full" or self._doubted == self.generation:
+        """Whether it is the file's own fault that it cannot be written: it has a wrong idea of its size, or a
+        format that is only read, on a disk that has room and is writable. Looked at once: it may be large.
+        """
+        if e.cause not in ("full", "read-only") or self._doubted == self.generation:
             return False
-        self._doubted = self.generation  # a large file is not read again and again
+        self._doubted = self.generation
         with suppress(OSError, sqlite3.Error):
             disk = os.statvfs(self.path.parent)
-            if disk.f_bavail * disk.f_frsize > 4 * self.path.stat().st_size + (1 << 26):
-                return self._db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",)
+            if e.cause == "full":
+                room = disk.f_bavail * disk.f_frsize > 4 * self.path.stat().st_size + (1 << 26)
+                return room and self._db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",)
+            if os.access(self.path, os.W_OK) and not disk.f_flag & os.ST_RDONLY:
+                self._forget()  # closing a file takes the locks of all who have it open in this process
+                with self.path.open("rb") as f:
+                    return max(f.read(20)[18:], default=0) > 2
         return False
 
     # The file
@@ -245,10 +254,6 @@ class Database:
 
     def _check(self, db: sqlite3.Connection) -> None:
         """Find damage here, not in the middle of a chat. A large file is not read for it."""
-        if not self.in_memory:
-            with self.path.open("rb") as f:
-                if max(f.read(20)[18:], default=0) > 2:  # a format that SQLite only reads
-                    raise StoreError("damaged", self.path, "format")
         for table, columns in (("chats", CHAT), ("messages", MESSAGE)):
             have = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
             if not have.issuperset(columns.split(", ")):
@@ -355,6 +360,14 @@ def index_words(db: sqlite3.Connection) -> bool:
             raise
         return False
     return True
+
+
+def _has_room(path: Path) -> bool:
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return True  # that is not what is wrong
+    return disk.f_bavail * disk.f_frsize >= 1 << 16
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

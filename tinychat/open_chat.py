@@ -40,6 +40,7 @@ class OpenChat:
         self._generation = store.generation
         self._failing_since = 0.0
         self._told = False
+        self._noticed = store.notice
         self._lock = threading.RLock()  # of the fields here; never held while the disk is waited for
         self._writing = threading.Lock()
         self._retrying = False
@@ -151,6 +152,9 @@ class OpenChat:
         """What is to be said about storing since the last time: that it does not work, or works again."""
         with self._lock:
             e = self.problem
+            if self._noticed != self.store.notice:
+                self._noticed = self.store.notice
+                return self._noticed
             if e is None:
                 told, self._told = self._told, False
                 return "The chat is stored again." if told else ""

@@ -371,9 +371,14 @@ class ChatStore:
         if self.in_memory:
             return lambda: None
         path = self._lock_file(chat_id)
-        with translated(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            with translated(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        except StoreError as e:
+            if e.cause in ("full", "read-only"):  # no other program can write there either
+                return lambda: None
+            raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

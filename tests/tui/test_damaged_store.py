@@ -35,6 +35,7 @@ def texts(path):
     for chat in store.deleted():
         store.restore(chat.id)
     out = {c.id: [m.content for m in store.messages(c.id)] for c in store.chats()}
+    store.create("demo")  # writing finds what reading does not
     notice = store.notice
     store.close()
     return out, notice

@@ -83,6 +83,22 @@ def test_two_programs_write_side_by_side_and_do_not_share_a_chat(store, tmp_path
     store.lock(1)()
 
 
+def test_a_program_that_ends_leaves_the_log_to_those_that_go_on(store):
+    """Closing a file gives up every lock of its process: nobody but SQLite may open the store's."""
+    talk(store, "before")
+    code = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1])\n"
+        "print([title for (title,) in db.execute('SELECT title FROM chats ORDER BY id')])"
+    )
+    for title in ("after", "later", "at last"):
+        said = subprocess.run(
+            [sys.executable, "-c", code, str(store.path)], check=True, capture_output=True, text=True
+        ).stdout
+        assert said == f"{[c.title for c in reversed(store.chats())]}\n"
+        ChatStore(store.path).close()  # as the screen does to wipe
+        talk(store, title)
+
+
 def test_a_chat_cannot_be_opened_twice_in_one_program_either(store):
     chat = talk(store, "hi")
     release = store.lock(chat.id)
