@@ -320,10 +320,10 @@ class Tokenizer:
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
                 special[name] = value
-        eos = {backend.token_to_id(special["eos_token"])} if "eos_token" in special else set()
+        eos = [backend.token_to_id(special["eos_token"])] if "eos_token" in special else []
         for source in ("generation_config.json", "config.json"):
             value = _settings(folder / source).get("eos_token_id")
-            eos.update(value if isinstance(value, list) else [value])
+            eos += value if isinstance(value, list) else [value]
         bos_id = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
         add_bos = config.get("add_bos_token")
         if not isinstance(add_bos, bool):  # then the post-processor knows

@@ -260,7 +260,8 @@ def _numbers(fields: Mapping[str, Any], key: str, n: int, kinds: str) -> list:
     if value is None and kinds == "iu":
         return [1] * n
     short = key.rpartition(".")[2]
-    if not isinstance(value, (list, np.ndarray)):
+    numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+    if not numbers and not isinstance(value, np.ndarray):
         raise _damaged(f"has no list of numbers {short}")
     array = np.asarray(value, None if len(value) else "i4")
     if array.ndim != 1 or array.dtype.kind not in kinds:
