@@ -24,6 +24,7 @@ from tinychat.reasoning import Splitter, split_thought
 from tinychat.session import Session
 from tinychat.stopping import Outlet
 from tinychat.store import ChatStore
+from tinychat.template import ChatTemplate
 from tinychat.tokenizer import Tokenizer
 
 # What models write, what stood before, and what that is: reasoning and answer.
@@ -307,6 +308,28 @@ def test_channels_of_a_vocabulary_end_no_turn():
     phi = of(["<|end|>", "<|user|>"])
     assert {phi.backend.id_to_token(i) for i in phi.eos_ids} == {"<|end|>"}
     assert phi.decode(phi.encode("a<|end|>", special=True)) == "a"
+
+
+@pytest.mark.parametrize("marks", [
+    ("<|think_start|>", "<|think_end|>"), ("[REASONING]", "[/REASONING]"), ("<|thought|>", "<|/thought|>"),
+    ("<|begin_of_thinking|>", "<|end_of_thinking|>"), ("<|THINKING|>", "</|THINKING|>"),
+])  # fmt: skip
+def test_families_that_nobody_has_named_yet_are_known_by_their_looks(marks):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.decoder = decoders.ByteLevel()
+    t.add_special_tokens([*marks, "<|im_end|>", "<|im_start|>"])
+    tokenizer = Tokenizer(t, chat_template=TEMPLATE)
+    written = f"{marks[0]}\nhm{marks[1]}\n\nyes"
+    assert tokenizer.decode(tokenizer.encode(written + "<|im_end|>", special=True)) == written
+    template = ChatTemplate(TEMPLATE, tokenizer)
+    for prompt, text in (("", written), (f"<|im_start|>assistant\n{marks[0]}\n", written[len(marks[0]) :])):
+        splitter = template.splitter(prompt)
+        pieces = [p for c in text for p in splitter.push(c)]
+        assert heard([*pieces, *splitter.flush()]) == ("hm", "yes", text)
+        assert split_thought(text, prompt) == ("hm", "yes", True)
+    assert split_thought(f"{marks[0]} is a marker") == (None, f"{marks[0]} is a marker", True)
 
 
 def test_phrases_count_where_the_template_uses_them():

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from tinychat.reasoning import TAG_MARKS
+from tinychat.reasoning import TURN_MARKS, markers_in
 
 if TYPE_CHECKING:
     import tokenizers
@@ -54,10 +54,11 @@ class Markers:
         self._contents = contents | {OPEN, CLOSE}
         sought = {m["a"] or m["b"] for m in _SOUGHT.finditer(template)}
         # An answer's own markers stay what they are: the template takes thoughts out of it, or keeps them.
+        spoken = markers_in(contents) - TURN_MARKS
         self._spoken = {
             text
             for i, text in tokenizer.markers.items()
-            if text in TAG_MARKS
+            if text in spoken
             or _SPOKEN.fullmatch(text)
             or (text in sought and i not in tokenizer.special_ids)
         }

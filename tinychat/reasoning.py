@@ -47,19 +47,48 @@ TAGS = (
 # gpt-oss: <|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 LONGEST_HEADER = 200
-TAG_MARKS = {part for t in TAGS for part in (t.start, t.end) if part != END} | {"<|channel>", "<unused94>"}
+_TAG_MARKS = {part for t in TAGS for part in (t.start, t.end) if part != END} | {"<|channel>", "<unused94>"}
 _CHANNELS = {
     CHANNEL: {START, CHANNEL, MESSAGE, END, "<|constrain|>"},
     "<|think|>": {"<|think|>", END, "<|begin|>", "<|content|>"},
 }
+TURN_MARKS = {START, MESSAGE, END, "<|begin|>", "<|content|>"}  # of those, what also marks turns
+
+
+# What markers of families that are not listed look like: <|think_start|>, [REASONING], <|begin_of_thinking|>.
+_LOOKS = re.compile(
+    r"[<\[◁][^\s<>\[\]◁▷]{0,24}(?:think|thought|reason)[^\s<>\[\]◁▷]{0,24}[>\]▷]", re.IGNORECASE
+)
+_OPPOSITES = [("start", "end"), ("START", "END"), ("begin", "end"), ("BEGIN", "END"), ("open", "close")]
+
+
+def _ends_of(start: str) -> list[str]:
+    """How the end of such a marker may be spelled."""
+    ends = [f"{start[0]}/{start[1:]}"]
+    if start.startswith("<|"):
+        ends.append(f"<|/{start[2:]}")
+    return ends + [start.replace(a, b) for a, b in _OPPOSITES if a in start]
+
+
+def tags_in(vocabulary: Set[str]) -> tuple[Tags, ...]:
+    """The tags that a model may use: those that are known, and pairs of tokens that look like some."""
+    known = {t.start for t in TAGS}
+    found = (
+        Tags(start, end)
+        for start in sorted(vocabulary - known)
+        if _LOOKS.fullmatch(start)
+        for end in _ends_of(start)
+        if end in vocabulary
+    )
+    return (*TAGS, *found)
 
 
 def markers_in(vocabulary: Set[str]) -> Set[str]:
     """The tokens of a vocabulary that mark reasoning: they are text even where they are control tokens, for
     without them reasoning would run into the answer.
     """
-    known = TAG_MARKS.union(*(marks for sign, marks in _CHANNELS.items() if sign in vocabulary))
-    return vocabulary & known
+    known = _TAG_MARKS.union(*(marks for sign, marks in _CHANNELS.items() if sign in vocabulary))
+    return {text for text in vocabulary if text in known or _LOOKS.fullmatch(text)}
 
 
 class Piece(NamedTuple):
@@ -77,12 +106,12 @@ class Splitter:
     text that was written.
     """
 
-    def __init__(self, prompt: str = "", source: str | None = None):
+    def __init__(self, prompt: str = "", source: str | None = None, tags: tuple[Tags, ...] = TAGS):
         """prompt: the end of what stands before, where a template may have opened a thought. source: the
         template, which says whether a family uses phrases; None: believe those that are closed.
         """
         self._tags = [
-            t for t in TAGS if not t.phrase or source is None or (t.start in source and t.end in source)
+            t for t in tags if not t.phrase or source is None or (t.start in source and t.end in source)
         ]
         before = prompt[-200:].rstrip()
         opened = next((t for t in self._tags if before.endswith(t.start)), None)
@@ -243,9 +272,19 @@ class Splitter:
                 self._said[kind] = True
 
 
+def _tags_of(written: str, prompt: str) -> tuple[Tags, ...]:
+    """The tags of a whole text: those that are known, and what looks like some at its beginning."""
+    start = _LOOKS.match(written.lstrip()[:60])
+    opened = prompt[-60:].rstrip()
+    start = start or next((m for m in _LOOKS.finditer(opened) if m.end() == len(opened)), None)
+    if start is None or any(t.start == start[0] for t in TAGS):
+        return TAGS
+    return (*TAGS, *(Tags(start[0], end) for end in _ends_of(start[0]) if end in written))
+
+
 def pieces_of(written: str, prompt: str = "") -> Iterator[Piece]:
     """A whole text that a model wrote, in pieces."""
-    splitter = Splitter(prompt)
+    splitter = Splitter(prompt, tags=_tags_of(written, prompt))
     yield from splitter.push(written)
     yield from splitter.flush()
 
@@ -256,7 +295,7 @@ def split_thought(written: str, prompt: str = "") -> tuple[str | None, str, bool
     prompt: the end of what stands before. A text that only closes is believed too: some templates opened the
     thought in a prompt that is not known any more.
     """
-    splitter = Splitter(prompt)
+    splitter = Splitter(prompt, tags=_tags_of(written, prompt))
     pieces = splitter.push(written)
     if splitter.begins and written.lstrip() != "":
         return "", "", False  # the marker itself is arriving

@@ -11,7 +11,7 @@ from tinychat import rendering
 from tinychat.chat_templates import DEFAULT, TOOLS
 from tinychat.errors import TinychatError, UsageError
 from tinychat.markers import Markers, reveal
-from tinychat.reasoning import Splitter, pieces_of, split_thought
+from tinychat.reasoning import Splitter, pieces_of, split_thought, tags_in
 
 if TYPE_CHECKING:
     from tinychat.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ class ChatTemplate:
         self._settings: dict[str, Any] = {}
         named = {**tokenizer.chat_templates, DEFAULT: source}
         self.sources = {name: named[name] for name in (DEFAULT, TOOLS) if name in named}
+        self._tags = tags_in(set(tokenizer.markers.values()))
         self.markers = Markers(tokenizer, "\n".join(self.sources.values()))
         for text in self.sources.values():
             rendering.check(text)
@@ -62,7 +63,7 @@ class ChatTemplate:
 
     def splitter(self, text: str) -> Splitter:
         """Tells reasoning from the answer in what a model writes behind rendered text."""
-        return Splitter(text, self.source)
+        return Splitter(text, self.source, self._tags)
 
     def answer(self, written: str, prompt: str) -> dict[str, Any]:
         """The message of what a model wrote behind `prompt`, for rendering: with its reasoning apart where
