@@ -200,4 +200,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         if isinstance(e, OSError):
             todo = "Free some space." if e.errno == errno.ENOSPC else "Choose a folder that you can write to."
             raise TinychatError(f"Cannot write {path}: {e.strerror}.", todo) from e
+        if isinstance(e, ValueError):  # a NUL, or characters that the file system does not have
+            raise UsageError(f"{str(path)!r} is not the name of a file.", "Give another name.") from e
         raise

@@ -8,10 +8,15 @@ from pathlib import Path
 import platformdirs
 
 
+def written(text: str) -> Path:
+    """A path as people write it: ~ is their home; the ~name of nobody stays as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def home() -> Path:
     """`TINYCHAT_HOME`, or the platform's data folder. Not created here."""
     override = os.environ.get("TINYCHAT_HOME")
-    return Path(override).expanduser() if override else Path(platformdirs.user_data_dir("tinychat"))
+    return written(override) if override else Path(platformdirs.user_data_dir("tinychat"))
 
 
 def models_dir() -> Path:

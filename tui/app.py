@@ -320,7 +320,7 @@ class ChatApp(App[None]):
 
     def ask_path(self, question: str, then: Callable[[Path], None]) -> None:
         """Ask for the name of a file to write."""
-        self.ask_text(question, "", lambda answer: then(Path(answer).expanduser()))
+        self.ask_text(question, "", lambda answer: then(locations.written(answer)))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

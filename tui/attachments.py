@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinychat import locations
 from tinychat.files import read_bytes
 
 MOST_BYTES = 4_000_000
@@ -33,7 +34,7 @@ def mentions(text: str) -> list[tuple[str, Path]]:
     out = []
     for match in _MENTION.finditer(text):
         written = match[1] or match[2]
-        path = Path(written).expanduser()
+        path = locations.written(written)
         try:
             if path.is_file():
                 out.append((match[0], path))
@@ -72,7 +73,7 @@ def message_with(text: str, attachments: list[Attachment]) -> str:
 def complete_path(fragment: str, limit: int = 40) -> list[str]:
     """File names that begin like `fragment` (after the @), folders with a slash."""
     head, tail = os.path.split(fragment)
-    folder = Path(head).expanduser() if head else Path()
+    folder = locations.written(head) if head else Path()
     found = []
     try:
         with os.scandir(folder) as entries:

@@ -10,7 +10,7 @@ import sqlite3
 
 import click
 import pytest
-from cli_helpers import GREEDY, in_process, tinychat
+from cli_helpers import GREEDY, in_process, on_terminal, tinychat
 from tiny import tiny_folder
 
 from tinychat import errors
@@ -81,7 +81,7 @@ ODD = [
     "\ud800",
     "-",
     "~",
-    "~nobody",
+    "~no-such-user",
     "..",
     "/",
     "/dev/null",
@@ -100,7 +100,18 @@ ODD += [
     "file:\0",
     "[x]",
 ]
-ODD += ["file:~nobody/x.gguf", "0", "1e9", "9" * 30, "9" * 5000, "m", "m/config.json", "empty", "d", "..gguf"]
+ODD += [
+    "file:~no-such-user/x.gguf",
+    "0",
+    "1e9",
+    "9" * 30,
+    "9" * 5000,
+    "m",
+    "m/config.json",
+    "empty",
+    "d",
+    "..gguf",
+]
 ODD += ["\u0663", "%s{}", "\x1b[31m", "'; drop", "C:\\x", "m/..", ".hidden", "fifo"]
 COMMANDS = [
     ["run", "ODD", "hi", "--offline", *GREEDY],
@@ -273,3 +284,45 @@ def test_threads_that_the_system_does_not_give_are_done_without(full):
     many = tinychat("run", "./m", "hi", *GREEDY, "--threads", "512", preexec_fn=limit)
     assert (many.returncode, many.stderr) == (0, "")
     assert many.stdout == few.stdout
+
+
+def test_no_line_that_is_typed_ends_a_conversation(full):
+    odd = [
+        "",
+        "x",
+        "a\0b",
+        "..",
+        "/",
+        "~no-such-user/x",
+        "d",
+        "fifo",
+        "empty",
+        "/dev/null",
+        "x" * 300,
+        "日本",
+        "-1",
+        "m",
+    ]
+    odd += [
+        "temperature nan",
+        "top_k 1.5",
+        f"top_k {'9' * 30}",
+        "seed -1",
+        "max_tokens x",
+        "stop x",
+        "d/out.json",
+    ]
+    names = ["help", "system", "set", "regen", "edit", "stats", "save", "load", "new", "nope", "", "/"]
+    lines = (
+        [f"/{name} {o}" for name in names for o in odd]
+        + [o for o in odd if "/" not in o]
+        + ['"""', "a", '"""']
+    )
+    code, shown = on_terminal(
+        "run", "m", "--plain", "--max-tokens", "2", typed="\n".join([*lines, "/stats", ""])
+    )
+    assert code == 0
+    assert "Internal error" not in shown
+    assert "Traceback" not in shown
+    assert shown.splitlines()[-2].startswith(("context ", "prompt ", ">>> context"))
+    assert on_terminal("run", "m", "--plain", typed="/exit\n")[0] == 0  # with all that in its history

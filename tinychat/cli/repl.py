@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from tinychat import locations
+from tinychat import errors, locations
 from tinychat.cli.chat import Printer, cancel_on_interrupt, describe, show_events
-from tinychat.errors import TinychatError, UsageError
+from tinychat.errors import UsageError
 from tinychat.sampling import SamplingParams
 from tinychat.session import Session
 
@@ -74,8 +75,13 @@ class Repl:
                         return
                 else:
                     self._answer(self.session.send(text))
-            except TinychatError as e:
-                click.echo(f"{e.what} {e.todo}", err=True)
+            except BrokenPipeError:
+                raise
+            except Exception as e:  # whatever it is, the conversation goes on
+                if os.environ.get("TINYCHAT_DEBUG"):
+                    traceback.print_exception(e)
+                error = errors.of(e)
+                click.echo(f"{error.what} {error.todo}", err=True)
 
     def _answer(self, events) -> None:
         out = Printer()
@@ -122,10 +128,10 @@ class Repl:
         elif name == "save":
             if not rest:
                 raise UsageError("No file is named.", "Use /save FILE.")
-            s.save(Path(rest).expanduser())
+            s.save(locations.written(rest))
             click.echo(f"Saved {rest}", err=True)
         elif name == "load":
-            self.session = Session.load(Path(rest).expanduser(), s.model)
+            self.session = Session.load(locations.written(rest), s.model)
             for m in self.session.messages:
                 click.echo(f"{m['role']}: {m['content']}", err=True)
         elif name in ("new", "clear"):
@@ -180,10 +186,11 @@ class Repl:
         with suppress(OSError):
             (locations.home() / "history").unlink()
         readline.clear_history()
-        with suppress(TinychatError):
+        with suppress(errors.TinychatError):
             for text in reversed(self.keeper.store.said(HISTORY)):
                 if "\n" not in text:
-                    readline.add_history(text)
+                    with suppress(ValueError):  # a NUL, or characters that the terminal's encoding lacks
+                        readline.add_history(text)
 
 
 def _split(text: str) -> tuple[str, str]:

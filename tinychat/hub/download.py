@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
+from tinychat import locations
 from tinychat.children import python_command
 from tinychat.errors import CheckpointError, DownloadError, MemoryBudgetError
 from tinychat.files import open_regular
@@ -225,7 +226,7 @@ def _extract_license(archive: zipfile.ZipFile, staging: Path) -> None:
 
 
 def _from_file(source: Source, staging: Path) -> dict:
-    path = Path(source.where).expanduser()
+    path = locations.written(source.where)
     if path.suffix != ".gguf" or not path.is_file():
         raise DownloadError(f"{path} is not a .gguf file.", "A file: source names one .gguf file.")
     with disk_errors(staging):

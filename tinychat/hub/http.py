@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from tinychat import locations
 from tinychat.errors import DownloadError, TinychatError
 from tinychat.machine import human_bytes
 
@@ -194,14 +195,14 @@ def _context(cert: str | None, client_cert: str | None) -> ssl.SSLContext:
     context = ssl.create_default_context()
     try:
         if cert:
-            path = Path(cert).expanduser()
+            path = locations.written(cert)
             context.load_verify_locations(**({"capath": path} if path.is_dir() else {"cafile": path}))
         elif not context.cert_store_stats()["x509_ca"]:  # a Python without the system's certificates
             import certifi
 
             context.load_verify_locations(certifi.where())
         if client_cert:
-            context.load_cert_chain(Path(client_cert).expanduser())
+            context.load_cert_chain(locations.written(client_cert))
     except ImportError:
         pass
     except OSError as e:

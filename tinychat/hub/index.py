@@ -18,6 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
+from tinychat import locations
 from tinychat.errors import DownloadError
 from tinychat.hub.http import Client, public_url
 
@@ -122,7 +123,7 @@ def find_wheel(settings: Settings, client: Client, project: str, version: str, s
 def _list(client: Client, place: str) -> list[Wheel]:
     """Wheels that a find-links folder, a page of links or an index's project page offers."""
     if urlsplit(place).scheme not in ("http", "https"):
-        folder = Path(unquote(urlsplit(place).path) if place.startswith("file:") else place).expanduser()
+        folder = locations.written(unquote(urlsplit(place).path) if place.startswith("file:") else place)
         page = folder / "index.html" if folder.is_dir() else folder
         wheels = [Wheel(f.name, f.as_uri(), size=f.stat().st_size) for f in sorted(folder.glob("*.whl"))]
         if page.is_file():

@@ -98,7 +98,7 @@ def is_name(word: str) -> bool:
     if _installed_path(word) is not None or word in all_aliases() or _is_source(word):
         return True
     try:
-        return Path(word).expanduser().exists()
+        return locations.written(word).exists()
     except (OSError, ValueError, RuntimeError):  # too long, NUL bytes, ~ of nobody
         return False
 
@@ -397,9 +397,8 @@ def _model_path(folder: Path, manifest: dict) -> Path:
 
 def _local(model: str) -> Path | None:
     """An existing path that holds a model; None if there is no such path. Refuses pickles by name."""
-    path = Path(model)
+    path = locations.written(model)
     try:
-        path = path.expanduser()
         if path.is_file():
             if path.suffix.lower() in PICKLES:
                 raise _pickle(path)

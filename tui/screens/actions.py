@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat import locations
 from tinychat.errors import TinychatError, UsageError
 from tinychat.export import json_of, markdown_of
 from tinychat.reasoning import split_thought
@@ -203,7 +204,7 @@ class ChatActions:
 
     def command_save(self: ChatScreen, rest: str) -> None:
         self._begun_chat()
-        self.export(0, Path(rest).expanduser())
+        self.export(0, locations.written(rest))
 
     def export(self: ChatScreen, chat_id: int, path: Path) -> None:
         """A chat (0: this one, stored or not) as a file: JSON for a .json, else Markdown."""
