@@ -6,13 +6,16 @@ import json
 import resource
 import shutil
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from damage import damage_bytes, damage_json, damage_tensors, read, sound_models
+from raw_gguf import ARRAY, STRING, Raw
 from safetensors.numpy import load_file, save_file
 
 from tinychat.errors import TinychatError
+from tinychat.formats import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +59,19 @@ def test_fifty_damaged_checkpoints(seed, sound, tmp_path):
     assert outcomes.count(None) < 40
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 200_000  # kB; the files have less than one MB
+
+
+WRONG = [(7, True), (5, -1), (10, 1 << 63), (12, float("nan")), (STRING, "x"), (STRING, ""), (ARRAY, (5, [])),
+         (ARRAY, (5, [-1] * 258)), (ARRAY, (STRING, ["a"] * 258)), (ARRAY, (12, [float("inf")]))]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen3.gguf", "phi3.gguf"])
+def test_every_field_of_a_gguf_may_have_any_type(name, sound, tmp_path):
+    raw = Raw(sound[name])
+    fields = raw.fields
+    for i, (key, *_) in enumerate(fields):
+        for value in WRONG:
+            raw.fields = [*fields[:i], (key, *value), *fields[i + 1 :]]
+            path = raw.write(tmp_path / name)
+            with suppress(TinychatError):
+                open_checkpoint(path).tokenizer()
