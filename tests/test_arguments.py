@@ -106,6 +106,19 @@ def test_what_is_no_conversation_is_said(model, bad):
         model.chat(bad)
 
 
+def test_what_no_template_can_read_is_said(model):
+    deep, ring = {}, {**HI}
+    for _ in range(5000):
+        deep = {"a": deep}
+    ring["me"] = ring
+    for more in ({"tool_calls": deep}, {"x": object()}, {"x": b"bytes"}):
+        with pytest.raises(UsageError):
+            model.chat([{**HI, **more}])
+    with pytest.raises(UsageError):
+        model.chat([ring])
+    assert model.chat([{**HI, "name": "x", "more": [1, None, {"a": 0.5}]}]).text
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -136,6 +149,7 @@ def test_a_session_refuses_what_makes_no_sense(model, tmp_path):
         *(lambda v=v: session.edit(v, "x") for v in (1, 2, -1, True, "0", None, 0.0)),
         *(lambda v=v, f=f: f(v) for v in (-1, 2, True, "0", 0.5) for f in (session.switch, session.siblings)),
         *(lambda v=v: session.path(v) for v in (-1, 2, "0")),
+        *(lambda v=v: setattr(session, "params", v) for v in (None, {"seed": 1})),
         *(lambda v=v: setattr(session, "system", v) for v in (5, b"x", ["x"])),
         *(lambda v=v: model.session(v) for v in (5, b"x", ["x"])),
         *(lambda v=v: model.session(kv_budget=v) for v in ("9", 1.5, True, -4, 10**9)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 from collections.abc import Iterable, Mapping, Set
@@ -105,4 +106,12 @@ def messages(value: Any) -> list[dict[str, Any]]:
     for m in found:
         if not isinstance(m, Mapping) or not all(isinstance(m.get(k), str) for k in ("role", "content")):
             raise UsageError(f"{shown(m)} is not a message.", f"Use {MESSAGE}.")
+        if len(m) > 2:  # what else a template may want is a stranger to us
+            try:
+                json.dumps(dict(m))
+            except (TypeError, ValueError, RecursionError):
+                raise UsageError(
+                    "A message holds what no chat template can read.",
+                    "Use strings, numbers, booleans, None, lists and dicts, not too deep in each other.",
+                ) from None
     return [dict(m) for m in found]

@@ -117,6 +117,17 @@ class Session:
     def system(self, text: str | None) -> None:
         self._system = None if text is None else whole(arguments.text("The system prompt", text, empty=True))
 
+    @property
+    def params(self) -> SamplingParams:
+        """How the tokens of the next answers are chosen."""
+        return self._params
+
+    @params.setter
+    def params(self, params: SamplingParams) -> None:
+        if not isinstance(params, SamplingParams):
+            raise UsageError(f"The parameters are {arguments.shown(params)}.", "Use session.params.but(…).")
+        self._params = params
+
     def path(self, leaf: int | None = None) -> list[int]:
         """Node indexes from the first message to `leaf` (default: the present one)."""
         at = self.leaf if leaf is None else self._node(leaf)
