@@ -196,4 +196,4 @@ def test_a_child_forked_while_another_thread_answers_works_or_says_why_not(backe
         codes = [in_a_child(child) for _ in range(5)]
         stop.set()
         thread.join(60)
-        assert codes == [0 if backend == "cpu" else 3] * 5
+        assert codes == [0 if m.backend.name == "cpu" else 3] * 5
