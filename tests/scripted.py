@@ -29,6 +29,7 @@ class Script:
     pieces: int = 5
     reason: str = "stop"
     hang: bool = False  # after the last piece, until cancelled
+    waits: bool = False  # before the first piece, until told to go on (cancelled)
     deaf: bool = False  # to that, too
     prompt_text: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +70,8 @@ class ScriptedEngine:
         self._task = asyncio.create_task(self._say(script))
 
     async def _say(self, s: Script) -> None:
+        if s.waits:
+            await self.cancelled.wait()
         self.on_event(Began(s.prompt_text, 10))
         size = max(1, -(-len(s.text) // s.pieces))
         said, thought = "", None
@@ -101,6 +104,9 @@ class ScriptedEngine:
 
     async def count(self, text: str) -> int | None:
         return len(text.split())
+
+    async def head(self, text: str, tokens: int) -> str | None:
+        return " ".join(text.split()[:tokens])
 
     async def models(self) -> dict | None:
         installed = [

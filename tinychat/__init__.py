@@ -43,6 +43,7 @@ _EXPORTS = {
     "SamplingParams": "tinychat.sampling",
     "TextDelta": "tinychat.events",
     "Notice": "tinychat.events",
+    "Reading": "tinychat.events",
     "Done": "tinychat.events",
     "Completion": "tinychat.events",
     "Stats": "tinychat.events",
@@ -65,6 +66,7 @@ __all__ = [
     "Model",
     "ModelNotFoundError",
     "Notice",
+    "Reading",
     "SamplingParams",
     "Session",
     "Stats",
@@ -87,7 +89,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
-    from tinychat.events import Completion, Done, Notice, Stats, TextDelta
+    from tinychat.events import Completion, Done, Notice, Reading, Stats, TextDelta
     from tinychat.model import Model, load
     from tinychat.sampling import SamplingParams
     from tinychat.session import Session

@@ -175,6 +175,10 @@ class EngineClient:
         """Tokens of a text; None while no model is loaded."""
         return await self._ask(op="count", text=text)
 
+    async def head(self, text: str, tokens: int) -> str | None:
+        """The beginning of a text that has at most that many tokens; None while no model is loaded."""
+        return await self._ask(op="head", text=text, tokens=tokens)
+
     async def models(self) -> dict[str, Any] | None:
         """What `tinychat.worker.list_models` tells; None if the engine does not say."""
         return await self._ask(op="models")

@@ -80,6 +80,16 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A long prompt is being read: so far `tokens` of `total`, `rate` of them a second."""
+
+    tokens: int
+    total: int
+    rate: float
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Done:
     """Always the last event."""
 
@@ -89,7 +99,7 @@ class Done:
     text: str = ""
 
 
-Event = TextDelta | Notice | Done
+Event = TextDelta | Notice | Reading | Done
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
@@ -99,6 +109,8 @@ def event_to_json(event: Event) -> dict[str, Any]:
         return {"event": "text", "text": event.text, **reasoning, "token_id": event.token_id}
     if isinstance(event, Notice):
         return {"event": "notice", "message": event.message}
+    if isinstance(event, Reading):
+        return {"event": "reading", "tokens": event.tokens, "total": event.total, "rate": event.rate}
     return {
         "event": "done",
         "finish_reason": event.finish_reason,

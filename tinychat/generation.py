@@ -6,14 +6,14 @@ import io
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinychat.backends import BLOCK
-from tinychat.events import Completion, Done, Event, FinishReason, Notice, Stats, TextDelta
+from tinychat.events import Completion, Done, Event, FinishReason, Notice, Reading, Stats, TextDelta
 from tinychat.eviction import Votes
 from tinychat.kvcache import Branch, PoolExhaustedError
 from tinychat.machine import peak_rss
@@ -65,7 +65,7 @@ class Generation:
     def events(self) -> Iterator[Event]:
         """Prefill, then a TextDelta a token, then Done."""
         began = time.perf_counter()
-        first_token = self._prefill()
+        first_token = yield from self._prefill()
         yield from self._take_notices()
         if first_token is None:
             yield self._done("cancelled", began, began)
@@ -189,11 +189,11 @@ class Generation:
     def _may_continue(self) -> bool:
         return self.params.max_tokens is None or len(self.ids) < self.params.max_tokens
 
-    def _prefill(self) -> int | None:
+    def _prefill(self) -> Generator[Event, None, int | None]:
         """Fill the cache with the prompt; the token that follows it, or None if cancelled."""
         while not self.cancel.is_set():
             try:
-                return self._fill()
+                return (yield from self._fill())
             except PoolExhaustedError:
                 self._wait_for_room()
         return None
@@ -216,7 +216,7 @@ class Generation:
                 if branch.ledger is None:
                     with engine.changing():
                         at = branch.match(self.context[:end])
-                elif self._fill() is None:
+                elif self._fill_unheard() is None:
                     break
                 else:
                     at = len(self.prompt)
@@ -231,7 +231,18 @@ class Generation:
                 pass  # it had to give way once more
         return False
 
-    def _fill(self) -> int | None:
+    def _fill_unheard(self) -> int | None:
+        """As `_fill`, in the middle of an answer, where nobody asks how far it is."""
+        work = self._fill()
+        while True:
+            try:
+                event = next(work)
+            except StopIteration as e:
+                return e.value
+            if isinstance(event, Notice):
+                self.notices.append(event.message)
+
+    def _fill(self) -> Generator[Event, None, int | None]:
         """Once over the prompt. Raises PoolExhaustedError."""
         engine, branch = self.engine, self.branch
         with engine.changing():
@@ -245,16 +256,22 @@ class Generation:
             self.notices.append("Earlier tokens of this conversation had been given up; it is read again.")
             self.evicted_before = 0
         self.stats.cached_tokens = cached
+        if (n := len(self.prompt) - cached) > engine.n_ctx:
+            self.notices.append(
+                f"{n:,} tokens are being read and the context holds {engine.n_ctx:,}: "
+                "much of them is given up meanwhile."
+            )
+            yield from self._take_notices()
         if not again:
-            return self._read(cached)
+            return (yield from self._read(cached))
         try:
-            return self._read(cached, again)
+            return (yield from self._read(cached, again))
         except BaseException:
             with engine.changing():
                 branch.free()  # until `recall` it holds what the answer before voted
             raise
 
-    def _read(self, at: int, again: Votes | None = None) -> int | None:
+    def _read(self, at: int, again: Votes | None = None) -> Generator[Event, None, int | None]:
         """The prompt from token `at` on; `again`: its last token, which has voted already."""
         engine, branch = self.engine, self.branch
         began, cached = time.perf_counter(), at
@@ -280,6 +297,7 @@ class Generation:
             if last:
                 self.stats.prefill_tps = (at - cached) / max(time.perf_counter() - began, 1e-9)
                 return token
+            yield Reading(at, len(self.prompt), (at - cached) / max(time.perf_counter() - began, 1e-9))
 
     def _part_of_chunk(self, at: int, size: int) -> tuple[int, int]:
         """Where eviction may come, prompts have chunks of a constant size, and fixed queries vote.

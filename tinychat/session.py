@@ -18,7 +18,7 @@ from tinychat import arguments
 from tinychat.characters import whole
 from tinychat.claims import Claim
 from tinychat.errors import TinychatError, UsageError
-from tinychat.events import Done, Event, FinishReason, Notice, TextDelta
+from tinychat.events import Done, Event, FinishReason, Notice, Reading, TextDelta
 from tinychat.eviction import SMALLEST
 from tinychat.files import MAX_TEXT, read_text, write_atomically
 from tinychat.kvcache import common_prefix
@@ -258,6 +258,9 @@ class Session:
             for event in self.model.engine.generate(
                 self._branch, prompt, params, self._cancel, self.speculator, splitter
             ):
+                if answer is None and isinstance(event, (Notice, Reading)):
+                    yield event
+                    continue
                 if answer is None:
                     # From here on the question stands, whatever happens.
                     answer = Message("assistant", "", question)

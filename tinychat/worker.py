@@ -7,12 +7,13 @@ Whoever starts it talks to it through `tinychat.client`. Requests, one object a 
                                                         the path ends with what the user said
     {"op": "cancel"}                                    felt between two steps or prefill chunks
     {"op": "count", "id": N, "text": TEXT}              → reply: tokens
+    {"op": "head", "id": N, "text": TEXT, "tokens": M}  → reply: the beginning of it, of at most M tokens
     {"op": "models", "id": N}                           → reply: what is installed, and what can be pulled
     {"op": "limits", "id": N}                           → reply: bytes of weights a token, memory bandwidth
 
-Events, one object a line: loading, loaded, began, text (batched), notice, done, failed, reply. When stdin
-closes (the parent is gone, however it went) the process saves the KV caches of its chats, if nothing is being
-answered, and ends.
+Events, one object a line: loading, loaded, reading, began, text (batched), notice, done, failed, reply. When
+stdin closes (the parent is gone, however it went) the process saves the KV caches of its chats, if nothing is
+being answered, and ends.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Worker:
                 self.cancelled.set()
                 if (session := self.answering) is not None:
                     session.cancel()
-            elif op in ("count", "models", "limits"):
+            elif op in ("count", "head", "models", "limits"):
                 self.questions.put(request)
             else:
                 if op == "answer":
@@ -197,7 +198,7 @@ class Worker:
         return session
 
     def _stream(self, session: Any, events: Any) -> None:
-        from tinychat.events import Done, Notice
+        from tinychat.events import Done, Notice, Reading
 
         began = False
         batch = _Batch(self._send)
@@ -205,15 +206,18 @@ class Worker:
             for event in events:
                 if self.cancelled.is_set():
                     session.cancel()
+                if isinstance(event, Reading):
+                    self._send(ev="reading", tokens=event.tokens, total=event.total, rate=event.rate)
+                    continue
+                if isinstance(event, Notice):
+                    self._send(ev="notice", message=event.message)
+                    continue
                 if not began:
                     began = True
                     # Its end says whether the template itself opened a thought.
                     start = session.nodes[session.leaf].prompt_text[-200:]
                     read = sum(len(n.prompt_ids) + len(n.ids) for n in session.nodes)
                     self._send(ev="began", prompt_text=start, prompt_tokens=read)
-                if isinstance(event, Notice):
-                    self._send(ev="notice", message=event.message)
-                    continue
                 if not isinstance(event, Done):
                     batch.add(event)
                 else:
@@ -241,12 +245,26 @@ class Worker:
             with suppress(Exception):  # the asker shows that it is not known
                 if request["op"] == "count":
                     value = self._count(request["text"])
+                elif request["op"] == "head":
+                    value = self._head(request["text"], request["tokens"])
                 else:
                     value = list_models() if request["op"] == "models" else self._limits()
             self._send(ev="reply", id=request["id"], value=value)
 
     def _count(self, text: str) -> int | None:
         return None if self.model is None else len(self.model.tokenizer.encode(text))
+
+    def _head(self, text: str, tokens: int) -> str | None:
+        """The longest beginning, nearly, that has at most that many tokens; it ends with a line or a word."""
+        n = self._count(text)
+        if n is None:
+            return None
+        while n > tokens:
+            text = text[: min(len(text) - 1, int(len(text) * tokens / n * 0.99))]
+            cut = max(text.rfind("\n"), text.rfind(" "))
+            text = text[:cut] if cut > len(text) // 2 else text
+            n = self._count(text)
+        return text
 
     def _limits(self) -> dict[str, float] | None:
         """Measured once a model, and never beside an answer: both would be wrong."""

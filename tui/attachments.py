@@ -23,6 +23,15 @@ class Attachment:
     problem: str = ""
     tokens: int | None = None
 
+    @classmethod
+    def of(cls, stored: dict[str, str]) -> Attachment:
+        """One that was sent before."""
+        return cls(stored["name"], stored["text"])
+
+    def stored(self) -> dict[str, str]:
+        """As messages keep it."""
+        return {"name": self.name, "text": self.text}
+
     @property
     def size(self) -> int:
         """Bytes."""
@@ -56,18 +65,6 @@ def read(path: Path) -> Attachment:
     if "\0" in text:
         return Attachment(path.name, "", "not a text file")
     return Attachment(path.name, text)
-
-
-def message_with(text: str, attachments: list[Attachment]) -> str:
-    """The message as the model reads it: files in fences, then what was typed."""
-    parts = []
-    for a in attachments:
-        longest = max((len(run) for run in re.findall(r"`{3,}", a.text)), default=2)
-        fence = "`" * (longest + 1)
-        parts.append(f"{a.name}:\n{fence}\n{a.text.rstrip()}\n{fence}")
-    if text.strip():
-        parts.append(text)
-    return "\n\n".join(parts)
 
 
 def complete_path(fragment: str, limit: int = 40) -> list[str]:

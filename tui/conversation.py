@@ -5,10 +5,11 @@ engine is told about it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from tinychat.attachments import as_read
 from tinychat.client import Finished
 from tinychat.open_chat import OpenChat
 from tinychat.store import Chat, ChatStore, StoredMessage, path_to
@@ -89,9 +90,9 @@ class Conversation:
 
     # Saying something
 
-    def ask(self, text: str, parent: int | None) -> StoredMessage:
-        """What the user says."""
-        m = self.held.add("user", text, parent)
+    def ask(self, text: str, parent: int | None, attachments: Sequence[dict[str, str]] = ()) -> StoredMessage:
+        """What the user says, and the files that go with it."""
+        m = self.held.add("user", as_read(text, attachments), parent)
         self.keep(m)
         return m
 

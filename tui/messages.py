@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,11 @@ class Engine(Message):
 
 
 class Submitted(Message):
-    """The user sends what is in the composer."""
+    """The user sends what is in the composer: text, and the files (`{"name", "text"}`) that go with it."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, attachments: Sequence[dict[str, str]] = ()):
         super().__init__()
-        self.text = text
+        self.text, self.attachments = text, list(attachments)
 
 
 class TurnAction(Message):

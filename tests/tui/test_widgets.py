@@ -7,9 +7,10 @@ from scripted import Script, screen_text, wait_until
 from textual.widgets import OptionList
 from tui_helpers import answered, make_app, say
 
+from tinychat.attachments import as_read
 from tinychat.reasoning import split_thought
 from tinychat.store import ChatStore
-from tinychat.tui import attachments, clipboard, commands
+from tinychat.tui import clipboard, commands
 from tinychat.tui.app import ChatApp
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.screens.stats import plot
@@ -185,7 +186,7 @@ async def test_files_are_attached_with_their_size_and_tokens(store, tmp_path, mo
 
 
 async def test_a_fence_in_a_file_does_not_end_its_fence():
-    message = attachments.message_with("x", [attachments.Attachment("a.md", "```\ncode\n```")])
+    message = as_read("x", [{"name": "a.md", "text": "```\ncode\n```"}])
     assert message.startswith("a.md:\n````\n```\ncode\n```\n````")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,19 +14,21 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Static
 
-from tinychat.client import Began, Died, Failed, Finished, Loaded, Loading, Noticed, Text
+from tinychat.client import Began, Died, Failed, Finished, Loaded, Loading, Noticed, Reading, Text
 from tinychat.errors import TinychatError
 from tinychat.store import StoredMessage
 from tinychat.tui import commands, messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.screens.actions import ChatActions
+from tinychat.tui.screens.too_large import TooLargeScreen
 from tinychat.tui.text import clean
 from tinychat.tui.widgets.composer import Composer
 from tinychat.tui.widgets.sidebar import Sidebar
 from tinychat.tui.widgets.status import StatusLine
 from tinychat.tui.widgets.surface import Column, Row, Surface
 from tinychat.tui.widgets.transcript import Transcript
-from tinychat.tui.widgets.turn import Turn, human_size, seconds
+from tinychat.tui.widgets.turn import Turn, duration, human_size, seconds
+from tinychat.tui.words import Words
 
 if TYPE_CHECKING:
     from tinychat.tui.app import ChatApp
@@ -34,6 +38,8 @@ SLOWEST = 0.4  # at most
 TICK = 0.5  # seconds between two looks at what is shown beside the text
 SHARE = 0.03  # of one core's time, at most, goes into painting a running answer
 NARROW = 90
+MARGIN = 64  # tokens that a template may write around a message
+PATIENCE = 10.0  # seconds that an engine may take to count tokens
 RESTARTS = 3  # deaths of the engine within a minute after which it is left alone
 
 WELCOME = """\
@@ -86,6 +92,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         self.unheard = 0  # events of the engine that wait for their turn
         self._asked = 0.0
         self._first: tuple[float, int] | None = None
+        self._progress: tuple[int, int, float] | None = None  # tokens read, of how many, when all will be
         self._read = 0  # tokens of the conversation before the answer
         self._tokens = 0
         self._painting = self._heard = False
@@ -193,16 +200,64 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         if self.answering:
             self.say("Still answering: esc stops it.")
             return
+        words = Words(message.text, message.attachments)
+        if self.ready and words.may_exceed(self.context):
+            self.run_worker(self.weigh(words, self.send), group="weigh", exclusive=True)
+        else:
+            await self.send(words)
+
+    async def send(self, words: Words) -> None:
+        """Say it, as a new message or in place of the one that is edited, and have it answered."""
         parent = self.conversation.leaf
         if self.editing is not None:
             parent = self.conversation.by_id[self.editing].parent
         elif (last := self.conversation.path()[-1:]) and last[0].role == "user":
             parent = last[0].parent  # it never got an answer: say it anew beside it
-        question = self.conversation.ask(message.text, parent)
+        question = self.conversation.ask(words.text, parent, words.attachments)
         self.editing = None
         self.composer.clear()
         self.say("")
         await self.answer(question.id)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can read; 0 while unknown."""
+        return self.facts.get("ctx") or 0
+
+    async def weigh(
+        self,
+        words: Words,
+        send: Callable[[Words], Awaitable[None]],
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Send words that may have more tokens than the context; if they do, ask before: all of them, the
+        first ones, none.
+        """
+        self.say("Counting its tokens…")
+        tokens = None
+        with suppress(asyncio.TimeoutError):
+            tokens = await asyncio.wait_for(self.app.engine.count(words.as_read), PATIENCE)
+        self.say("")
+        if self.answering and self.question is None:
+            return  # something else was said meanwhile
+        if tokens is None or tokens + MARGIN <= self.context:
+            await send(words)
+            return
+        room = self.context * 3 // 4  # an answer, and what was said before, need some, too
+
+        async def decided(choice: str | None) -> None:
+            if choice == "first":
+                await send(await words.beginning(room, self.app.engine))
+            elif choice == "all":
+                await send(words)
+            else:
+                leave()
+
+        rate = next(
+            (r for m in reversed(self.conversation.path()) if (r := m.stats.get("prefill_tps"))), None
+        )
+        evicts = self.app.options.get("kv_policy") != "none"
+        self.app.push_screen(TooLargeScreen(tokens, self.context, room, rate, evicts), decided)
 
     async def answer(self, question: int) -> None:
         """Have a question answered, as a new branch if it was before."""
@@ -224,7 +279,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         params = {**c.chat.params}
         if params.get("seed") is not None and self._turn is not None:
             params["seed"] += len(self._turn.branches) - 1  # the same seed would say the same again
-        self._asked = time.monotonic()
+        self._asked, self._progress = time.monotonic(), None
         self.app.engine.answer(c.key, c.request(self.question, self.model), c.chat.system, params)
         self.question = None
 
@@ -259,6 +314,10 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             text = "waiting for a model: ctrl+o chooses one, esc leaves it"
         elif state == "stopping" and time.monotonic() - self._stopped > 1:
             text = "stopping; esc again ends the engine and starts another"
+        elif state == "reading" and self._progress is not None:
+            tokens, total, left = self._progress
+            left = duration(max(1.0, left - time.monotonic()))
+            text = f"reading the prompt: {tokens:,} of {total:,} tokens, {left} left"
         elif state == "reading" and waited > 0.2:
             text = f"reading the prompt, {waited:.0f} s"
         if turn.waiting != text:
@@ -282,6 +341,10 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         self.unheard -= 1
         if isinstance(event, Text):
             self.hear(event)
+        elif isinstance(event, Reading):
+            left = (event.total - event.tokens) / max(event.rate, 1e-9)
+            self._progress = (event.tokens, event.total, time.monotonic() + left)
+            self._tick()
         elif isinstance(event, Began):
             if self._turn is not None:
                 self._turn.prompt_text = event.prompt_text
@@ -423,9 +486,30 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         )
         if not event.has_template:
             self.say("This model has no chat template: it continues your text instead of answering.")
-        if self.question is not None:
+        self.composer.chips.context = self.context or None
+        self.post_message(messages.Attached(self.composer.attachments))
+        if self.question is None:
+            return
+        asked = self.conversation.by_id[self.question]
+        words = Words(asked.content, [])
+        if words.may_exceed(self.context):
+            self.run_worker(self.weigh(words, self._ask_again, self.action_stop), group="weigh")
+        else:
             self._ask()
             self._tick()
+
+    async def _ask_again(self, words: Words) -> None:
+        """The question that waited for the model, as it is or a part of it in its place."""
+        if self.question is None:
+            return
+        asked = self.conversation.by_id[self.question]
+        if words.as_read == asked.content:
+            self._ask()
+            self._tick()
+            return
+        turn, self._turn = self._turn, None
+        self._settle(turn, self.conversation.give_up("cancelled"))
+        await self.answer(self.conversation.ask(words.text, asked.parent, words.attachments).id)
 
     async def _failed(self, event: Failed) -> None:
         if event.during == "load":

@@ -4,7 +4,8 @@ with @.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from textual import events
@@ -14,7 +15,7 @@ from textual.widgets import OptionList, TextArea
 from textual.widgets.option_list import Option
 
 from tinychat.tui import commands
-from tinychat.tui.attachments import Attachment, complete_path, mentions, message_with, read
+from tinychat.tui.attachments import Attachment, complete_path, mentions, read
 from tinychat.tui.messages import Attached, Submitted
 from tinychat.tui.text import Line, clean
 from tinychat.tui.widgets.lines import Lines
@@ -104,6 +105,7 @@ class Chips(Lines):
     def __init__(self) -> None:
         super().__init__(id="chips")
         self.attachments: list[Attachment] = []
+        self.context: int | None = None  # tokens that the model can read
 
     @property
     def allow_select(self) -> bool:
@@ -117,13 +119,18 @@ class Chips(Lines):
 
     def layout_lines(self, width: int) -> list[Line]:
         out: list[Line] = []
+        total = sum(a.tokens or 0 for a in self.attachments)
+        large = self.context is not None and total > self.context
         for a in self.attachments:
             name = clean(a.name)
             if a.problem:
                 out.append([("✗ ", "bad"), (name, "strong"), (f"  {clean(a.problem)}", "bad")])
             else:
                 tokens = "" if a.tokens is None else f", {a.tokens} tokens"
-                out.append([("+ ", "marker"), (name, "strong"), (f"  {human_size(a.size)}{tokens}", "faint")])
+                style = "bad" if large else "faint"
+                out.append([("+ ", "marker"), (name, "strong"), (f"  {human_size(a.size)}{tokens}", style)])
+        if large:
+            out.append([(f"more than the context holds: {self.context} tokens", "bad")])
         return out
 
 
@@ -182,13 +189,28 @@ class Composer(Vertical):
         text = self.text.strip("\n")
         good = [a for a in self.attachments if not a.problem]
         if text.strip() or good:
-            self.post_message(Submitted(message_with(text, good)))
+            self.post_message(Submitted(text, [a.stored() for a in good]))
 
     def clear(self) -> None:
         """Empty, ready for the next message."""
         self.text = ""
         self._pastes, self._files, self._recalled = [], {}, None
         self.chips.show([])
+
+    def restore(self, text: str, attachments: Sequence[dict[str, str]]) -> None:
+        """A message as it was sent, its files among it: those that the text names go with their names, the
+        others like pastes.
+        """
+        kept = [Attachment.of(a) for a in attachments]
+        files: dict[str, Attachment] = {}
+        for written, path in mentions(clean(text)):
+            same = next((a for a in kept if a.name == path.name), None)
+            if same is not None:
+                kept.remove(same)
+                files[written] = same
+        self._files, self._pastes = files, kept
+        self.text = text
+        self._attached()
 
     # Attachments
 
@@ -207,7 +229,7 @@ class Composer(Vertical):
 
     def look_for_files(self) -> None:
         """Read the files that the text names, once each."""
-        found = dict(mentions(self.text)) if "@" in self.text else {}
+        found: dict[str, Path] = dict(mentions(self.text)) if "@" in self.text else {}
         if found.keys() != self._files.keys():
             self._files = {written: self._files.get(written) or read(path) for written, path in found.items()}
             self._attached()

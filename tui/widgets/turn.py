@@ -275,6 +275,14 @@ def seconds(s: float) -> str:
     return f"{s * 1000:.0f} ms" if s < 1 else f"{s:.1f} s"
 
 
+def duration(s: float) -> str:
+    """98.2 → '1 min 38 s', 7,300 → '2 h 1 min'."""
+    s = round(s)
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
+
+
 def human_size(n: int) -> str:
     """12345 → '12.3 kB'."""
     for unit in ("B", "kB", "MB"):

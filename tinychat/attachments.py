@@ -1,0 +1,35 @@
+"""Files that a message brings along: kept beside what was said, put together for the model in this one place.
+
+An attachment is `{"name", "text"}`, as it is stored and sent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+def as_read(said: str, attachments: Iterable[dict[str, str]]) -> str:
+    """The message as the model reads it: each file under its name in a fence, then what was said."""
+    parts = []
+    for a in attachments:
+        longest = max(map(len, re.findall(r"`{3,}", a["text"])), default=2)
+        fence = "`" * (longest + 1)
+        parts.append(f"{a['name']}:\n{fence}\n{a['text'].rstrip()}\n{fence}")
+    if said.strip():
+        parts.append(said)
+    return "\n\n".join(parts)
+
+
+def are_sound(value: Any) -> bool:
+    """Whether that is a list of attachments: for what comes from a file."""
+    return isinstance(value, list) and all(
+        isinstance(a, dict) and a.keys() == {"name", "text"} and all(isinstance(v, str) for v in a.values())
+        for a in value
+    )
+
+
+def title_of(said: str, attachments: Iterable[dict[str, str]]) -> str:
+    """What a chat that begins with this message is called by."""
+    return said if said.strip() else ", ".join(a["name"] for a in attachments)

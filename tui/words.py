@@ -1,0 +1,46 @@
+"""What is about to be said: text and files, and whether the model can read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tinychat.attachments import as_read
+
+
+@dataclass(frozen=True)
+class Words:
+    """A message before it is sent."""
+
+    text: str
+    attachments: list[dict[str, str]]
+
+    @cached_property
+    def as_read(self) -> str:
+        """As the model reads it."""
+        return as_read(self.text, self.attachments)
+
+    def may_exceed(self, context: int) -> bool:
+        """Whether it may have more tokens than that, without counting them: a token has at least a byte."""
+        return 0 < context < len(self.as_read) * 4 and context < len(self.as_read.encode()) + 64
+
+    async def beginning(self, tokens: int, engine: Any) -> Words:
+        """As much of it as has that many tokens, with the question whole if it leaves room for the files."""
+        text = self.text
+        if not self.attachments:
+            return Words(await engine.head(text, tokens) or "", [])
+        left = tokens - (await engine.count(text) or 0)
+        kept = []
+        for a in self.attachments:
+            if left <= 0:
+                break
+            n = await engine.count(a["text"]) or 0
+            if n > left:
+                part = await engine.head(a["text"], left) or ""
+                a = {"name": f"{a['name']} (the first {left:,} of {n:,} tokens)", "text": part}
+            kept.append(a)
+            left -= n
+        if not kept:
+            text = await engine.head(text, tokens) or ""
+        return Words(text, kept)
