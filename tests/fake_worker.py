@@ -55,7 +55,7 @@ class FakeSession:
 
     def regenerate(self):
         self._cancel.clear()
-        question = self.nodes[self.leaf].content
+        question = self.nodes[self.leaf].as_read()
         if question == "refuse":
             raise UsageError("This cannot be answered.", "Ask something else.")
         self.nodes.append(Message("assistant", "", self.leaf, f"<{question}>", [1, 2, 3]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scripted import ScriptedEngine, wait_until
 
+from tinychat.attachments import as_read
 from tinychat.tui.app import ChatApp
 from tinychat.tui.conversation import Conversation
 
@@ -13,6 +14,12 @@ def make_app(store, *scripts, conversation=None, loads=True) -> ChatApp:
     conversation = conversation or Conversation(store, "demo")
     settings = store.path.parent / "settings.json"
     return ChatApp("demo", conversation, engine=ScriptedEngine(scripts, loads), settings=settings)
+
+
+def read_by_model(request) -> str:
+    """The last message of a request as the model reads it."""
+    asked = request["path"][-1]
+    return as_read(asked["content"], asked["attachments"])
 
 
 async def say(pilot, text) -> None:

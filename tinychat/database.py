@@ -46,6 +46,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "INSERT OR IGNORE INTO chats (id, title, model, params, created, updated, deleted) "
         "SELECT 0, '', '', '{}', 0, 0, 0 WHERE EXISTS (SELECT 1 FROM sqlite_sequence)",
     ),
+    # Files that messages brought along, as JSON; they were part of what was said before.
+    ("ALTER TABLE messages ADD COLUMN attachments TEXT",),
 )
 VERSION = len(MIGRATIONS)
 WORDS = (

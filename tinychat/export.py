@@ -27,6 +27,7 @@ def json_of(chat: Chat, messages: Sequence[StoredMessage], ensure_ascii: bool = 
             "ids": m.ids,
             "finish_reason": m.finish_reason,
             "stats": m.stats,
+            **({"attachments": m.attachments} if m.attachments else {}),
         }
         for m in messages
     ]
@@ -54,7 +55,7 @@ def markdown_of(chat: Chat, path: Iterable[StoredMessage]) -> str:
         parts.append(f"**System**\n\n{chat.system}")
     for m in path:
         if m.role == "user":
-            parts.append(f"**You**\n\n{m.content}")
+            parts.append(f"**You**\n\n{m.as_read()}")
             continue
         reasoning, text, _ = split_thought(m.content, m.prompt_text)
         parts.append(f"**{m.model or 'Model'}**")

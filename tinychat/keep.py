@@ -84,7 +84,7 @@ class Keeper:
         for node in session.nodes[len(self._ids) :]:
             parent = None if node.parent is None else self._ids[node.parent]
             if node.role == "user":
-                m = self.held.add("user", node.content, parent)
+                m = self.held.add("user", node.content, parent, attachments=node.attachments)
             else:
                 m = self.held.add(node.role, "", parent, session.model.name)
                 self._open = len(self._ids)

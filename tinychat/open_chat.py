@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from tinychat.attachments import title_of
 from tinychat.errors import TinychatError
 from tinychat.records import make_title
 from tinychat.store import Chat, ChatStore, StoreChangedError, StoredMessage, StoreError
@@ -58,16 +59,23 @@ class OpenChat:
 
     # Saying something
 
-    def add(self, role: str, content: str, parent: int | None, model: str | None = None) -> StoredMessage:
+    def add(
+        self,
+        role: str,
+        content: str,
+        parent: int | None,
+        model: str | None = None,
+        attachments: Sequence[dict[str, str]] = (),
+    ) -> StoredMessage:
         """Append a message and make it the present leaf. The first one names the chat."""
         with self._lock:
-            m = StoredMessage(next(_numbers), parent, role, content, model)
+            m = StoredMessage(next(_numbers), parent, role, content, model, attachments=list(attachments))
             m.created = self.chat.updated = time.time()
             self.chat.created = self.chat.created or m.created
             self.by_id[m.id] = m
             self.chat.leaf = m.id
             if role == "user" and not self.chat.title:
-                self.chat.title = make_title(content)
+                self.chat.title = make_title(title_of(content, attachments))
             self.change(m)
         return m
 

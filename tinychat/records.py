@@ -15,13 +15,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinychat.attachments import are_sound, as_read
 from tinychat.characters import whole
 
 TITLE_LENGTH = 60
 LATEST = 4102444800.0  # the year 2100: what a clock may say at most
 CHAT = "id, title, model, system, params, leaf, created, updated, deleted"
 MESSAGE = (
-    "id, chat, parent, role, content, model, prompt_text, prompt_ids, ids, finish_reason, stats, created"
+    "id, chat, parent, role, content, model, prompt_text, prompt_ids, ids, finish_reason, stats, created, "
+    "attachments"
 )
 REASONS = ("stop", "length", "cancelled", "context_full", "error")
 INTEGERS = ("top_k", "max_tokens", "seed")
@@ -71,6 +73,11 @@ class StoredMessage:
     finish_reason: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
     created: float = 0.0
+    attachments: list[dict[str, str]] = field(default_factory=list)
+
+    def as_read(self) -> str:
+        """What the model reads: the files, then what was said."""
+        return as_read(self.content, self.attachments) if self.attachments else self.content
 
 
 def make_title(text: str) -> str:
@@ -142,6 +149,7 @@ def _message(row: tuple) -> StoredMessage:
         reason,
         {k: v for k, v in _object(stats).items() if _is_number(v)},
         _time(created),
+        _attachments(row[12]) if len(row) > 12 else [],
     )
 
 
@@ -166,6 +174,14 @@ def _object(value: Any) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
+
+
+def _attachments(value: Any) -> list[dict[str, str]]:
+    try:
+        read = json.loads(text_of(value) or "[]")
+    except (ValueError, RecursionError):
+        return []
+    return read if are_sound(read) else []
 
 
 def _params(value: Any) -> dict[str, Any]:
@@ -234,18 +250,20 @@ def put_message(
     values = (
         parent, m.role, whole(m.content), None if m.model is None else whole(m.model), whole(m.prompt_text),
         _pack(m.prompt_ids), _pack(m.ids), m.finish_reason, json.dumps(m.stats),
+        json.dumps(m.attachments, ensure_ascii=False) if m.attachments else None,
     )  # fmt: skip
     if row is not None:
         changed = db.execute(
             "UPDATE messages SET parent = ?, role = ?, content = ?, model = ?, prompt_text = ?, "
-            "prompt_ids = ?, ids = ?, finish_reason = ?, stats = ? WHERE id = ? AND chat = ?",
+            "prompt_ids = ?, ids = ?, finish_reason = ?, stats = ?, attachments = ? "
+            "WHERE id = ? AND chat = ?",
             (*values, row, chat),
         ).rowcount
         row = row if changed else None
     if row is None:
         row = db.execute(
             "INSERT INTO messages (chat, parent, role, content, model, prompt_text, prompt_ids, ids, "
-            "finish_reason, stats, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "finish_reason, stats, attachments, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (chat, *values, m.created),
         ).lastrowid
     elif full_text and (m.role == "user" or m.finish_reason is not None):

@@ -73,7 +73,10 @@ def _by_sqlite(path: Path) -> dict[str, dict[int, tuple]]:
             db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
             try:
                 db.text_factory = lambda data: data.decode("utf-8", "replace")
-                out[table] = {row[0]: row for row in db.execute(f"SELECT {columns} FROM {table} NOT INDEXED")}
+                have = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+                # An older version has fewer columns.
+                names = ", ".join(c if c in have else "NULL" for c in columns.split(", "))
+                out[table] = {row[0]: row for row in db.execute(f"SELECT {names} FROM {table} NOT INDEXED")}
             finally:
                 db.close()
     return out

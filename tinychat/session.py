@@ -8,13 +8,14 @@ import io
 import json
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat import arguments
+from tinychat.attachments import are_sound, as_read
 from tinychat.characters import whole
 from tinychat.claims import Claim
 from tinychat.errors import TinychatError, UsageError
@@ -49,11 +50,16 @@ class Message:
     ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+    attachments: list[dict[str, str]] = field(default_factory=list)  # name and text of files sent along
+
+    def as_read(self) -> str:
+        """What the model reads: the files, then what was said."""
+        return as_read(self.content, self.attachments) if self.attachments else self.content
 
     def split(self) -> tuple[str | None, str]:
         """The reasoning (None: there is none) and the text."""
         if self.role != "assistant":
-            return None, self.content
+            return None, self.as_read()
         return split_thought(self.content, self.prompt_text)[:2]
 
     def is_sound(self) -> bool:
@@ -67,6 +73,7 @@ class Message:
             and all(type(i) is int for i in (*self.prompt_ids, *self.ids))
             and isinstance(self.finish_reason, (str, NoneType))
             and isinstance(self.stats, dict)
+            and are_sound(self.attachments)
         )
 
 
@@ -174,10 +181,27 @@ class Session:
 
     # Saying more
 
-    def send(self, text: str, **sampling: Any) -> Iterator[Event]:
-        """Say something and stream the answer. Sampling parameters given here hold for this answer only."""
-        text, params = arguments.text("The message", text), self.params.but(**sampling)
-        return self._answer(Message("user", whole(text), self.leaf), params)
+    def send(
+        self, text: str, *, attachments: Sequence[dict[str, str]] = (), **sampling: Any
+    ) -> Iterator[Event]:
+        """Say something and stream the answer. Sampling parameters given here hold for this answer only.
+
+        attachments: files that go with it, each `{"name", "text"}`; with some, the text may be empty.
+        """
+        message = self._message(text, self.leaf, attachments)
+        return self._answer(message, self.params.but(**sampling))
+
+    @staticmethod
+    def _message(text: str, parent: int | None, attachments: Sequence[dict[str, str]]) -> Message:
+        if attachments == () or (isinstance(attachments, list) and not attachments):
+            return Message("user", whole(arguments.text("The message", text)), parent)
+        if not are_sound(attachments):
+            raise UsageError(
+                "The attachments make no sense.", 'Give a list with a {"name": NAME, "text": TEXT} for each.'
+            )
+        files = [{k: whole(v) for k, v in a.items()} for a in attachments]
+        text = whole(arguments.text("The message", text)) if text != "" else ""
+        return Message("user", text, parent, attachments=files)
 
     def regenerate(self, **sampling: Any) -> Iterator[Event]:
         """Answer the last user message again, as a new branch beside the old answer."""
@@ -195,12 +219,17 @@ class Session:
             params = params.but(seed=params.seed + len(self.siblings(self.leaf)))
         return self._answer(users[-1], params)
 
-    def edit(self, node: int, text: str, **sampling: Any) -> Iterator[Event]:
-        """Say `text` in place of the user message `node`, as a new branch, and stream the answer."""
-        at, text = self._node(node), arguments.text("The message", text)
-        if self.nodes[at].role != "user":
-            raise UsageError(f"Message {at} is not one of yours.", "Edit a user message.")
-        return self._answer(Message("user", whole(text), self.nodes[at].parent), self.params.but(**sampling))
+    def edit(
+        self, node: int, text: str, *, attachments: Sequence[dict[str, str]] | None = None, **sampling: Any
+    ) -> Iterator[Event]:
+        """Say `text` in place of the user message `node`, as a new branch, and stream the answer. The files
+        that went with it stay, unless others are given.
+        """
+        old = self.nodes[self._node(node)]
+        if old.role != "user":
+            raise UsageError(f"Message {node} is not one of yours.", "Edit a user message.")
+        files = old.attachments if attachments is None else attachments
+        return self._answer(self._message(text, old.parent, files), self.params.but(**sampling))
 
     def cancel(self) -> None:
         """Stop the running answer at the next step; what it has said stays. May be called from any thread."""
@@ -245,7 +274,7 @@ class Session:
             if isinstance(question, Message):
                 self.nodes.append(question)
                 question = n_nodes
-            asked = [self._system or "", self.nodes[question].content]
+            asked = [self._system or "", self.nodes[question].as_read()]
             evicts = self._branch.ledger is not None
             refuse_oversized(self.model.tokenizer, asked, self.model.n_ctx, evicts)
             segments = self._prompt(self.path(question), True)
@@ -333,7 +362,7 @@ class Session:
         template = self.model.template
         for node in (self.nodes[i] for i in path):
             if template is None or node.role != "assistant":
-                messages.append({"role": node.role, "content": node.content})
+                messages.append({"role": node.role, "content": node.as_read()})
             else:
                 messages.append(template.answer(node.content, node.prompt_text))
         if template is None:
@@ -376,7 +405,7 @@ class Session:
             "system": self._system,
             "params": asdict(self.params),
             "leaf": self.leaf,
-            "nodes": [asdict(n) for n in self.nodes],
+            "nodes": [{k: v for k, v in asdict(n).items() if v or k != "attachments"} for n in self.nodes],
         }
         write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace"))
         if memory:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tinychat import locations
+from tinychat.attachments import title_of
 from tinychat.characters import whole
 from tinychat.database import Database, StoreError, translated
 from tinychat.errors import TinychatError
@@ -277,7 +278,7 @@ class ChatStore:
             if role == "user":
                 db.execute(
                     "UPDATE chats SET title = ? WHERE id = ? AND title = ''",
-                    (whole(make_title(content)), chat_id),
+                    (whole(make_title(title_of(content, m.attachments))), chat_id),
                 )
 
         self._database.change(work)

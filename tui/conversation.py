@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tinychat.attachments import as_read
 from tinychat.client import Finished
 from tinychat.open_chat import OpenChat
 from tinychat.store import Chat, ChatStore, StoredMessage, path_to
@@ -92,7 +91,7 @@ class Conversation:
 
     def ask(self, text: str, parent: int | None, attachments: Sequence[dict[str, str]] = ()) -> StoredMessage:
         """What the user says, and the files that go with it."""
-        m = self.held.add("user", as_read(text, attachments), parent)
+        m = self.held.add("user", text, parent, attachments=attachments)
         self.keep(m)
         return m
 
@@ -158,6 +157,7 @@ class Conversation:
                 {
                     "role": m.role,
                     "content": m.content,
+                    "attachments": m.attachments,
                     "prompt_text": m.prompt_text if known else "",
                     "prompt_ids": m.prompt_ids if known else [],
                     "ids": m.ids if known else [],

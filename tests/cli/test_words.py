@@ -121,7 +121,7 @@ def test_a_pipe_that_somebody_holds_open_is_said_to_be_waited_for(pipe, monkeypa
         pipe.close()
 
     monkeypatch.setattr(words.click, "echo", echo)
-    assert gather("prompt", ()) == "late\n\nprompt"
+    assert gather("prompt") == "late\n\nprompt"
     ((message, err),) = said
     assert "Waiting" in message
     assert "stdin" in message
@@ -131,7 +131,7 @@ def test_a_pipe_that_somebody_holds_open_is_said_to_be_waited_for(pipe, monkeypa
 def test_a_pipe_that_ends_is_read_without_a_word(pipe, capsys):
     writer = threading.Thread(target=lambda: (pipe.write(b"x" * 300_000), pipe.close()))
     writer.start()
-    assert gather(None, ()) == "x" * 300_000
+    assert gather(None) == "x" * 300_000
     writer.join()
     assert capsys.readouterr() == ("", "")
 
@@ -149,7 +149,7 @@ def test_a_pipe_without_an_end_is_left(pipe, monkeypatch):
     writer = threading.Thread(target=write)
     writer.start()
     with pytest.raises(UsageError, match="piped in"):
-        gather(None, ())
+        gather(None)
     import sys
 
     sys.stdin.close()
@@ -162,7 +162,7 @@ def test_what_cannot_be_read_is_a_usage_error(monkeypatch, tmp_path):
         "sys.stdin", type("Stdin", (), {"isatty": lambda s: False, "fileno": lambda s: folder})()
     )
     with pytest.raises(UsageError, match="directory"):
-        gather("x", ())
+        gather("x")
     os.close(folder)
 
 
@@ -172,4 +172,4 @@ def test_a_pipe_that_does_not_block_is_waited_for(pipe, monkeypatch):
     os.set_blocking(sys.stdin.fileno(), False)
     monkeypatch.setattr(words, "PATIENCE", 0.02)
     monkeypatch.setattr(words.click, "echo", lambda *_, **__: (pipe.write(b"now"), pipe.close()))
-    assert gather(None, ()) == "now"
+    assert gather(None) == "now"

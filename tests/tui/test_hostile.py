@@ -11,7 +11,7 @@ from scripted import Script, screen_text, wait_until
 from terminal import Terminal
 from textual.app import App
 from textual.widgets import OptionList
-from tui_helpers import answered, make_app, say
+from tui_helpers import answered, make_app, read_by_model, say
 
 from tinychat.tui.messages import Submitted
 from tinychat.tui.text import clean, plain
@@ -127,7 +127,7 @@ async def test_the_name_of_a_file_is_only_a_name(store, tmp_path, monkeypatch, n
         await wait_until(pilot, lambda: "Wrote" in screen_text(app))
         assert "\x1b" not in screen_text(app)
         assert app.is_running
-    sent = app.engine.requests[0]["path"][0]["content"]
+    sent = read_by_model(app.engine.requests[0])
     assert ("content" in sent) == name.isprintable()  # others cannot be written in a message
     assert not (tmp_path / "pwned").exists()
     written = {p.name for p in tmp_path.iterdir()} - {name, "locks"}

@@ -6,7 +6,7 @@ import pytest
 from engine_helpers import FAKE, Heard, ask
 from scripted import Script, screen_text, wait_until
 from tiny import tiny_model
-from tui_helpers import answered, make_app, say
+from tui_helpers import answered, make_app, read_by_model, say
 
 from tinychat.client import EngineClient, Loaded
 from tinychat.client import Reading as Read
@@ -23,7 +23,7 @@ async def too_large(app, pilot):
 
 
 def sent(app, n=0):
-    return app.engine.requests[n]["path"][-1]["content"]
+    return read_by_model(app.engine.requests[n])
 
 
 @pytest.mark.asyncio

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scripted import Script, screen_text, wait_until
 from textual.widgets import OptionList
-from tui_helpers import answered, make_app, say
+from tui_helpers import answered, make_app, read_by_model, say
 
 from tinychat.attachments import as_read
 from tinychat.reasoning import split_thought
@@ -159,9 +159,11 @@ async def test_a_long_paste_is_attached_and_shown_folded(store):
         app.chat.composer.input.post_message(events.Paste("line of text\n" * 8000))
         await wait_until(pilot, lambda: "paste 1" in screen_text(app))
         await pilot.press(*"what", "enter")
+        await wait_until(pilot, lambda: "Send all of it" in screen_text(app))
+        await pilot.press("down", "enter")
         await answered(pilot)
-        assert "more lines (104 kB)" in screen_text(app)
-    sent = app.engine.requests[0]["path"][0]["content"]
+        assert "▌ + paste 1  104 kB" in screen_text(app)
+    sent = read_by_model(app.engine.requests[0])
     assert sent.count("line of text") == 8000
     assert sent.endswith("\n\nwhat")
 
@@ -181,7 +183,7 @@ async def test_files_are_attached_with_their_size_and_tokens(store, tmp_path, mo
         await wait_until(pilot, lambda: "not a UTF-8 text file" in screen_text(app))
         await pilot.press("escape", "enter")
         await answered(pilot)
-    sent = app.engine.requests[0]["path"][0]["content"]
+    sent = read_by_model(app.engine.requests[0])
     assert sent == "notes.txt:\n```\nalpha beta gamma\n```\n\nsee @notes.txt and @picture.png"
 
 

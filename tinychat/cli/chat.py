@@ -27,7 +27,7 @@ from tinychat.cli.options import (
     pick,
     sampling_options,
 )
-from tinychat.cli.words import gather, model_or_prompt
+from tinychat.cli.words import attached, gather, model_or_prompt
 from tinychat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     "files",
     multiple=True,
     type=file_type(),
-    help="Put this text file before the prompt; may be given several times.",
+    help="Send this text file along; may be given several times.",
 )
 @click.option("-c", "--continue", "latest", is_flag=True, help="Go on with the chat spoken in last.")
 @click.option("--resume", type=CHAT_NUMBER, metavar="ID", help="Go on with chat ID (`tinychat chats`).")
@@ -70,7 +70,10 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     if named and prompt is None:
         found, prompt = model_or_prompt(model, resumed)
         model, named = found or DEFAULT_MODEL, found is not None
-    text = gather(prompt, o["files"])
+    attachments = attached(o["files"])
+    text = gather(prompt)
+    if text is None and attachments:
+        text = ""
     if text is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError(
             "There is nothing to answer.", 'Give a prompt: tinychat run MODEL "…", or pipe text into it.'
@@ -124,7 +127,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
                 if lost:
                     click.echo(lost, err=True)
             return
-        events = session.send(text)
+        events = session.send(text, attachments=attachments)
         code = _answer_once(session, keeper.follow(session, events) if keeper else events, o)
         if keeper is not None and (lost := keeper.close(say=partial(click.echo, err=True))):
             click.echo(lost, err=True)

@@ -40,9 +40,14 @@ def model_or_prompt(word: str, resumed: bool) -> tuple[str | None, str | None]:
     )
 
 
-def gather(prompt: str | None, files: tuple[Path, ...]) -> str | None:
-    """Files, then stdin, then the prompt; None when there is none of them."""
-    parts = [read_prose(f) for f in files]
+def attached(files: tuple[Path, ...]) -> list[dict[str, str]]:
+    """Text files as attachments. Raises UsageError for what is none."""
+    return [{"name": whole(f.name), "text": read_prose(f)} for f in files]
+
+
+def gather(prompt: str | None) -> str | None:
+    """Stdin, then the prompt; None when there is neither."""
+    parts = []
     if not sys.stdin.isatty():
         try:
             piped = _piped().decode("utf-8")

@@ -115,14 +115,15 @@ class ChatActions:
             raise UsageError("There is nothing to edit.", "Say something first.")
         self.begin_edit(last.id)
         if rest:
-            await self.on_submitted(messages.Submitted(rest))
+            await self.on_submitted(messages.Submitted(rest, last.attachments))
 
     def begin_edit(self: ChatScreen, message_id: int) -> None:
         """Put a message of the user into the composer."""
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
         self.editing = message_id
-        self.composer.text = self.conversation.by_id[message_id].content
+        m = self.conversation.by_id[message_id]
+        self.composer.restore(m.content, m.attachments)
         self.composer.input.focus()
         self.say("Editing: enter sends it as a new branch, esc leaves it as it was.")
 

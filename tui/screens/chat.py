@@ -491,7 +491,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         if self.question is None:
             return
         asked = self.conversation.by_id[self.question]
-        words = Words(asked.content, [])
+        words = Words(asked.content, asked.attachments)
         if words.may_exceed(self.context):
             self.run_worker(self.weigh(words, self._ask_again, self.action_stop), group="weigh")
         else:
@@ -503,7 +503,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         if self.question is None:
             return
         asked = self.conversation.by_id[self.question]
-        if words.as_read == asked.content:
+        if words.as_read == asked.as_read():
             self._ask()
             self._tick()
             return

@@ -11,7 +11,7 @@ from tinychat.reasoning import split_thought
 from tinychat.store import StoredMessage
 from tinychat.tui.markdown import Document
 from tinychat.tui.messages import TurnAction
-from tinychat.tui.text import Line, clean, fold, line_width, width_of, wrap
+from tinychat.tui.text import Line, Span, clean, fold, line_width, shorten, width_of, wrap
 from tinychat.tui.widgets.lines import Lines
 
 SLICE = 0.02  # seconds of layout work at a time
@@ -200,6 +200,16 @@ class Turn(Lines, can_focus=True):
     def _user_lines(self, width: int) -> list[Line]:
         bar = ("▌ ", "userbar")
         pieces: list[Line] = []
+        for a in self.message.attachments:
+            size = human_size(len(a["text"].encode("utf-8", "replace")))
+            label = [
+                ("+ ", "marker"),
+                (shorten(clean(a["name"]), max(4, width - 16)), "user"),
+                (f"  {size}", "faint"),
+            ]
+            pieces.append(label)
+        if pieces and not self.message.content:
+            return self._barred(pieces, bar, width)
         text = clean(self.message.content).expandtabs(4)
         limit = 1 << 30 if self.open else FOLD_LINES
         source = text.split("\n")
@@ -216,6 +226,9 @@ class Turn(Lines, can_focus=True):
                     [(f"▸ {left}+ more lines ({human_size(len(self.message.content))})", "faint @unfold")]
                 )
                 break
+        return self._barred(pieces, bar, width)
+
+    def _barred(self, pieces: list[Line], bar: Span, width: int) -> list[Line]:
         out: list[Line] = [[bar, *piece] for piece in pieces]
         branches = self._branches()
         if branches:
