@@ -193,14 +193,12 @@ class Session:
 
     @staticmethod
     def _message(text: str, parent: int | None, attachments: Sequence[dict[str, str]]) -> Message:
-        if attachments == () or (isinstance(attachments, list) and not attachments):
-            return Message("user", whole(arguments.text("The message", text)), parent)
-        if not are_sound(attachments):
+        if not are_sound(files := list(attachments)):
             raise UsageError(
                 "The attachments make no sense.", 'Give a list with a {"name": NAME, "text": TEXT} for each.'
             )
-        files = [{k: whole(v) for k, v in a.items()} for a in attachments]
-        text = whole(arguments.text("The message", text)) if text != "" else ""
+        text = whole(arguments.text("The message", text, empty=bool(files)))
+        files = [{k: whole(v) for k, v in a.items()} for a in files]
         return Message("user", text, parent, attachments=files)
 
     def regenerate(self, **sampling: Any) -> Iterator[Event]:

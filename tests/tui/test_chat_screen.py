@@ -82,7 +82,8 @@ async def test_a_dead_engine_is_replaced_and_the_chat_goes_on(store):
         assert "Whole." in screen_text(app)
     # What was cut is said again in words: its ids are not certain.
     assert app.engine.requests[1]["path"][1] == {
-        "role": "assistant", "content": "half an answer", "prompt_text": "", "prompt_ids": [], "ids": [],
+        "role": "assistant", "content": "half an answer", "attachments": [],
+            "prompt_text": "", "prompt_ids": [], "ids": [],
     }  # fmt: skip
 
 
