@@ -110,6 +110,7 @@ def load(
             f"Use --ctx 1 to {longest}.",
         )
     checkpoint.config = cfg.for_context(ctx or 1)
+    checkpoint.tokenizer()  # one that is refused is refused before weights are read
     backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits, progress)
     loaded = Model(checkpoint, backend, str(model), ctx, policy)
     loaded.draft_tokens = draft_tokens

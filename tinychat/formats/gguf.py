@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,10 @@ class GGUFCheckpoint:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer with its special tokens, stop tokens and chat template."""
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
         from tinychat.formats.gguf_tokenizer import from_gguf
 
         tokenizer = from_gguf(self.fields)

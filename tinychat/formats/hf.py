@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -75,6 +76,10 @@ class HFCheckpoint:
         return values + getattr(FAMILIES[self.config.family], "NORM_OFFSET", np.float32(0))
 
     def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
         return Tokenizer.from_hf(self.path, self.config.vocab_size)
 
     def fingerprint(self, tell: Tell | None = None) -> str:
