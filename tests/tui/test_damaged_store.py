@@ -29,6 +29,12 @@ def sound(tmp_path_factory):
     return path.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def model():
+    with tiny_model() as m:
+        yield m
+
+
 def texts(path):
     """What all chats say, those that were deleted too; and what became of a damaged file."""
     store = ChatStore(path)
@@ -167,16 +173,17 @@ def test_a_lost_parent_and_a_foreign_leaf_leave_the_conversation_whole(tmp_path,
         ("created", 1e300),
     ],
 )
-def test_a_chat_with_a_broken_field_is_exported_and_goes_on(tmp_path, sound, column, value):
+def test_a_chat_with_a_broken_field_is_exported_and_goes_on(tmp_path, sound, model, column, value):
     path = tmp_path / "chats.db"
     path.write_bytes(sound)
     table, where = ("chats", "id") if column == "params" else ("messages", "chat")
     changed(path, f"UPDATE {table} SET {column} = ? WHERE {where} = 1", value)
     store = ChatStore(path)
     (tmp_path / "chat.json").write_text(to_json(store, 1))
-    model = tiny_model()
     session = Session.load(tmp_path / "chat.json", model)
     assert len(session.nodes) == 9
+    if column != "ids":  # the others never reach the engine
+        return
     session = model.session(max_tokens=2)
     keeper = Keeper(store, session, store.chat(1))
     assert list(keeper.follow(session, session.send("more")))

@@ -20,6 +20,7 @@ from tinychat import open_chat
 from tinychat.errors import TinychatError
 from tinychat.keep import Keeper
 from tinychat.store import Chat, ChatStore, StoreError
+from tinychat.tui import app as app_module
 
 HOLD = """
 import sqlite3, sys
@@ -71,9 +72,10 @@ def soon(monkeypatch):
     monkeypatch.setattr(open_chat, "AGAIN", 0.05)
     monkeypatch.setattr(open_chat, "PATIENCE", 0.05)
     monkeypatch.setattr(open_chat, "LONG", 0.0)
+    monkeypatch.setattr(app_module, "POLL_SECONDS", 0.1)
 
 
-LONG_TEXT = "long " * 20_000
+LONG_TEXT = "long " * 5_000
 
 
 @pytest.mark.parametrize("cause", PROBLEMS)
@@ -198,7 +200,7 @@ def test_a_really_full_disk(tmp_path):
         chat.add("user", "a small one", None)
         assert chat.flush()
         (mount / "filler").write_bytes(bytes(os.statvfs(mount).f_bavail * os.statvfs(mount).f_bsize))
-        m = chat.add("user", LONG_TEXT[:60_000], None)
+        m = chat.add("user", LONG_TEXT * 3, None)
         assert not chat.flush()
         assert chat.problem.cause == "full"
         assert [x.content for x in store.messages(1)] == ["a small one"]

@@ -174,7 +174,7 @@ class ChatActions:
             raise UsageError("Still answering.", "esc stops it.")
         chat = self._begun_chat()
         if not chat.id:
-            raise self.conversation.held.problem
+            raise UsageError("This chat is not stored.", "/new begins another one.")
         self.app.store.delete(chat.id)
         await self.action_new_chat()
         self._deleted(chat.title)
