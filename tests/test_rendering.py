@@ -266,6 +266,16 @@ def test_compiling_is_bounded_too(alone, monkeypatch, source):
         rendering.render(source, {"x": {}})
 
 
+def test_a_conversation_that_is_too_long_for_an_honest_template_is_not_called_hostile(alone, monkeypatch):
+    monkeypatch.setattr(rendering, "MOST_SECONDS", 0)  # and up to one
+    quadratic = (
+        "{% for m in messages %}{% for n in messages %}{% if m == n %}{% endif %}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(CheckpointError, match="takes too much for a conversation of"):
+        rendering.render(quadratic, {"messages": [{"content": "word " * 20}] * 5000})
+    assert rendering.render(quadratic, {"messages": [{"content": "word " * 20}] * 50}) == ""
+
+
 def test_what_is_no_json_is_refused(alone):
     with pytest.raises(UsageError, match="handed to the chat template"):
         rendering.render(COUNT, {"messages": object()})

@@ -25,10 +25,12 @@ from tinychat.errors import CheckpointError, TinychatError, UsageError
 from tinychat.rendering_helper import ANSWER, ENDLESS, FAILED, FORBIDDEN, HEADER, KINDS, REFUSED, UNCOMPILED
 
 # What one rendering may take, and how much more for each byte of the conversation (as JSON).
-SECONDS, SECONDS_A_MEGABYTE = 2, 2  # of processor time, and up to one more
+# Some templates (Gemma 4's) look through all messages for each of them: 1.9 s for 1,000, 7.5 s for 2,000.
+SECONDS, SECONDS_A_MEGABYTE, MOST_SECONDS = 2, 40, 25  # of processor time, and up to one more
 MEMORY, MEMORY_A_BYTE = 1 << 29, 12
 CHARACTERS, CHARACTERS_A_BYTE = 1 << 20, 8  # of text
 PATIENCE = 20.0  # seconds of waiting beyond that, for a machine that does other things
+LONG = 100_000  # bytes of a conversation that may be too much for an honest template
 MAX_SOURCE = 1 << 20  # characters; the longest known templates have 30,000
 MAX_REQUEST = 1 << 26
 KEPT = 4  # helpers that wait for the next rendering
@@ -86,7 +88,8 @@ class Helper:
         key = self.known.get(source, len(self.known))
         new = "null" if source in self.known else json.dumps(source)
         data = f'{{"template": {key}, "source": {new}, "variables": {variables}}}'.encode()
-        memory, seconds, characters = limits(len(data))
+        memory, _, characters = limits(len(data))
+        seconds = limits(len(variables))[1]  # compiling has no more for a longer source
         until = time.monotonic() + seconds + PATIENCE
         try:
             self._write(HEADER.pack(len(data), memory, seconds, characters) + data, until)
@@ -159,7 +162,7 @@ class Helper:
 
 def limits(length: int) -> tuple[int, int, int]:
     """Bytes of memory, seconds and characters that a request of `length` bytes may take."""
-    seconds = SECONDS + SECONDS_A_MEGABYTE * length // 1_000_000
+    seconds = min(SECONDS + SECONDS_A_MEGABYTE * length // 1_000_000, MOST_SECONDS)
     return MEMORY + MEMORY_A_BYTE * length, seconds, CHARACTERS + CHARACTERS_A_BYTE * length
 
 
@@ -202,7 +205,7 @@ def render(source: str, variables: dict[str, Any] | None) -> str:
             answer = helper.ask(source, given)
         except HelperGoneError as e:
             if e.code == -signal.SIGXCPU or helper.killed:
-                raise _endless() from None
+                raise _endless(len(given)) from None
             if e.code == -signal.SIGSEGV:
                 raise CheckpointError("The chat template crashes its interpreter.", _DISTRUST) from None
             if last:  # the first may have been killed while it waited, or as the system ran out of memory
@@ -217,7 +220,7 @@ def render(source: str, variables: dict[str, Any] | None) -> str:
             ) from None
         else:
             _give_back(helper, answer[0])
-            return _said(*answer)
+            return _said(*answer, len(given))
     raise AssertionError("a request is tried twice")
 
 
@@ -238,9 +241,9 @@ def _take() -> Helper:
     return Helper()
 
 
-def _said(kind: bytes, text: str) -> str:
+def _said(kind: bytes, text: str, length: int) -> str:
     if kind == ENDLESS:
-        raise _endless()
+        raise _endless(length)
     words = " ".join(text[:1000].split())[:200].rstrip(".") if kind in KINDS[1:] else ""
     if kind == UNCOMPILED:
         raise CheckpointError(
@@ -262,8 +265,13 @@ def _said(kind: bytes, text: str) -> str:
     return text
 
 
-def _endless() -> CheckpointError:
-    return CheckpointError("The chat template computes without end.", _DISTRUST)
+def _endless(length: int) -> CheckpointError:
+    if length < LONG:
+        return CheckpointError("The chat template computes without end.", _DISTRUST)
+    return CheckpointError(
+        f"The chat template takes too much for a conversation of {length // 1000} KB.",
+        "Begin a new conversation; if a short one fails too, do not trust this checkpoint.",
+    )
 
 
 def _folders(*packages: str) -> list[str]:
