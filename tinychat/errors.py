@@ -71,6 +71,19 @@ class DownloadError(TinychatError):
     """A download failed or its content does not have the promised hash."""
 
 
+def shortage(e: BaseException) -> TinychatError | None:
+    """What there is too little of (memory, files, room on the disk), if that is what `e` is about."""
+    number = e.errno if isinstance(e, OSError) else None
+    if isinstance(e, MemoryError) or number == errno.ENOMEM:
+        return MemoryBudgetError("Memory ran out.", "Choose a smaller model or a smaller --ctx.")
+    if number in (errno.EMFILE, errno.ENFILE):
+        return TinychatError("Too many files are open.", "Raise the limit: ulimit -n 1024")
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        where = "while writing" if e.filename is None else _line(str(e.filename))
+        return TinychatError(f"The disk is full ({where}).", "Free some space.")
+    return None
+
+
 def of(e: BaseException) -> TinychatError:
     """`e` as an error a user can act on. What the system and libraries raise wherever there is too little of
     something is said as what it is; anything else is a bug of ours.
@@ -79,8 +92,8 @@ def of(e: BaseException) -> TinychatError:
     library = type(e).__module__.partition(".")[0]
     if isinstance(e, TinychatError):
         return e
-    if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno == errno.ENOMEM):
-        return MemoryBudgetError("Memory ran out.", "Choose a smaller model or a smaller --ctx.")
+    if (short := shortage(e)) is not None:
+        return short
     if isinstance(e, ImportError):
         return TinychatError(
             f"A part of tinychat cannot be loaded: {said}.",
@@ -110,10 +123,6 @@ def of(e: BaseException) -> TinychatError:
 def _of_system(e: OSError) -> TinychatError:
     where = _line(str(e.filename)) if e.filename is not None else ""
     said = f"{e.strerror or e}: {where}".rstrip(": ")
-    if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TinychatError(f"The disk is full ({where or 'while writing'}).", "Free some space.")
-    if e.errno in (errno.EMFILE, errno.ENFILE):
-        return TinychatError("Too many files are open.", "Raise the limit: ulimit -n 1024")
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return TinychatError(
             f"{said}.", "Check its permissions; TINYCHAT_HOME=FOLDER moves what is tinychat's own."

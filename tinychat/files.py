@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinychat.errors import CheckpointError, ModelNotFoundError, TinychatError, UsageError
+from tinychat.errors import CheckpointError, ModelNotFoundError, TinychatError, UsageError, shortage
 
 MAX_SETTINGS = 8 << 20  # bytes of a JSON file that says how something is; real ones have some thousand
 MAX_TEXT = 32 << 20  # bytes of a text that a model is to read; no context holds as much
@@ -177,7 +177,8 @@ def open_mapped(path: Path) -> MappedFile:
         raise CheckpointError(f"{path} cannot be read: {e.strerror}.", "Give the file itself.") from e
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or str(e)
-        raise CheckpointError(f"{path} cannot be read: {reason}.", "Check its permissions.") from e
+        unreadable = CheckpointError(f"{path} cannot be read: {reason}.", "Check its permissions.")
+        raise shortage(e) or unreadable from e
 
 
 def write_atomically(path: Path, content: bytes) -> None:

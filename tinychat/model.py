@@ -203,7 +203,8 @@ def _check_room(checkpoint: Checkpoint, bytes_a_weight: float, free: int) -> Non
     need = count_weights(checkpoint.config) * bytes_a_weight
     if need + HEADROOM > free:
         raise MemoryBudgetError(
-            f"{checkpoint.path.name} needs {human_bytes(need)} and {human_bytes(free)} are free.",
+            f"{checkpoint.path.name} needs {human_bytes(need)} beside {human_bytes(HEADROOM)} to work in, "
+            f"and {human_bytes(free)} are free.",
             "Choose a smaller model, or close other programs.",
         )
 

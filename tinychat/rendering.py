@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tinychat.children import trusted_path
-from tinychat.errors import CheckpointError, TinychatError, UsageError
+from tinychat.errors import CheckpointError, TinychatError, UsageError, shortage
 from tinychat.rendering_helper import ANSWER, ENDLESS, FAILED, FORBIDDEN, HEADER, KINDS, REFUSED, UNCOMPILED
 
 # What one rendering may take, and how much more for each byte of the conversation (as JSON).
@@ -73,7 +73,7 @@ class Helper:
                 start_new_session=True,  # the terminal's Ctrl+C is not for it
             )
         except (OSError, ValueError) as e:
-            raise TinychatError(
+            raise shortage(e) or TinychatError(
                 f"The process that renders chat templates cannot be started ({_one_line(e)}).",
                 "Close other programs, or raise the limit of processes (ulimit -u).",
             ) from e

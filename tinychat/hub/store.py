@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat import locations
-from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError, UsageError
+from tinychat.errors import (
+    CheckpointError,
+    DownloadError,
+    ModelNotFoundError,
+    TinychatError,
+    UsageError,
+    shortage,
+)
 from tinychat.files import read_text
 from tinychat.hub import licenses
 from tinychat.hub.aliases import Alias, Source, all_aliases, is_repo_id, parse_source
@@ -426,6 +433,8 @@ def _local(model: str) -> Path | None:
             f"{path} holds no model.", "Give a .gguf file, or a folder with config.json and *.safetensors."
         )
     except (OSError, ValueError, RuntimeError) as e:  # too long, NUL bytes, not readable, ~ of nobody
+        if (short := shortage(e)) is not None:
+            raise short from e
         if isinstance(e, PermissionError):
             raise CheckpointError(f"{path} cannot be read: {e.strerror}.", "Check its permissions.") from e
         return None
