@@ -131,7 +131,7 @@ class Keeper:
             say(f"{self.held.problem.what} Waiting for it, {wait:.0f} s at most.")
             say = _silence
             self.held.flush()
-        return self.held.loss()
+        return self.store.loss()
 
 
 def _silence(text: str) -> None:

@@ -105,6 +105,10 @@ class ChatStore:
     def patience(self, seconds: float) -> None:
         self._database.patience = seconds
 
+    def loss(self) -> str:
+        """What would be lost if the program ended now, once more tried; nothing if nothing would."""
+        return " ".join(chat.loss() for chat in list(self.unsaved) if not chat.flush())
+
     def close(self) -> None:
         """Idempotent."""
         self._database.close()

@@ -151,7 +151,7 @@ class ChatApp(App[None]):
             self.run()
         finally:
             sys.__stderr__ = before
-            if lost := self._loss():
+            if lost := self.store.loss():
                 print(lost, file=sys.stderr)
             self.store.close()
         if self._exception is not None:
@@ -244,13 +244,9 @@ class ChatApp(App[None]):
                 self.chat.say(news, error=held.problem is not None)
         self.chat.status.tell(unsaved=bool(self.store.unsaved))
 
-    def _loss(self) -> str:
-        """What would be lost if the program ended now."""
-        return " ".join(held.loss() for held in list(self.store.unsaved) if not held.flush())
-
     def leave(self, code: int = 0) -> None:
         """End; not at once if something would be lost."""
-        lost = self._loss()
+        lost = self.store.loss()
         if lost and not self._warned:
             self._warned = True
             self.chat.say(f"{lost} Leave again to lose it; /save FILE keeps it elsewhere.", error=True)

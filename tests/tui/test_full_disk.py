@@ -231,6 +231,17 @@ def test_a_plain_conversation_goes_on_and_says_at_its_end_what_is_lost(store):
     assert [m.content for m in store.messages(1)][:2] == ["one", session.nodes[1].content]
 
 
+def test_the_chat_before_this_one_is_not_forgotten(store):
+    first, second = tiny_model().session(max_tokens=2), tiny_model().session(max_tokens=2)
+    keeper = Keeper(store, first)
+    with held(store.path):
+        list(keeper.follow(first, first.send("one")))
+        list(keeper.follow(second, second.send("two")))  # /new or /load
+        assert keeper.close(wait=0).count("2 messages are not stored") == 2
+    assert keeper.close() == ""
+    assert sorted(c.title for c in store.chats()) == ["one", "two"]
+
+
 def tight(*args, home):
     """A command that may write no file of more than 32 KB: a log's index has that much."""
 
@@ -309,7 +320,7 @@ async def test_leaving_with_what_cannot_be_stored_takes_two_steps(store):
             assert app.is_running
             await say(pilot, "/exit")
             await wait_until(pilot, lambda: not app.is_running)
-            assert "2 messages are not stored." in app._loss()
+            assert "2 messages are not stored." in store.loss()
 
 
 @pytest.mark.asyncio

@@ -144,11 +144,11 @@ class Repl:
 
     def _may_leave(self) -> bool:
         """Whether nothing would be lost, or that was said."""
-        held = self.keeper.held
-        if self._warned or held.flush():
+        lost = self.keeper.store.loss()
+        if self._warned or not lost:
             return True
         self._warned = True
-        click.echo(f"{held.loss()} Leave again to lose it; /save FILE keeps it elsewhere.", err=True)
+        click.echo(f"{lost} Leave again to lose it; /save FILE keeps it elsewhere.", err=True)
         return False
 
     def _set(self, rest: str) -> None:
