@@ -9,8 +9,16 @@ import sys
 
 import pytest
 
-from tinychat.errors import CheckpointError, ModelNotFoundError, UsageError
-from tinychat.files import MappedFile, OddFileError, open_mapped, read_bytes, read_prose, read_text
+from tinychat.errors import CheckpointError, ModelNotFoundError, TinychatError, UsageError
+from tinychat.files import (
+    MappedFile,
+    OddFileError,
+    open_mapped,
+    read_bytes,
+    read_prose,
+    read_text,
+    write_atomically,
+)
 
 
 @pytest.fixture(params=["a named pipe", "a socket", "a device", "a folder"])
@@ -23,7 +31,7 @@ def odd(request, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)  # the name of a socket is short
         socket.socket(socket.AF_UNIX).bind("odd")
     elif request.param == "a device":
-        path.symlink_to("/dev/zero")
+        path.symlink_to("/dev/null")
     else:
         path.mkdir()
     return path, request.param
@@ -37,6 +45,16 @@ def test_odd_files_are_refused_at_once_by_what_they_are(odd):
         read_prose(path)
     with pytest.raises(CheckpointError, match=kind):
         open_mapped(path)
+
+
+def test_nothing_odd_is_replaced_by_a_file(odd):
+    path, kind = odd
+    before = path.lstat()
+    with pytest.raises(TinychatError, match=kind):
+        write_atomically(path, b"content")
+    after = path.lstat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_a_limit_holds_before_anything_is_read(tmp_path):

@@ -85,7 +85,7 @@ def test_files_that_are_none_and_texts_that_are_too_long_are_usage_errors_at_onc
         f.truncate(1 << 36)
     for args in (
         ["run", folder, "-f", tmp_path / "pipe", "hi"],
-        ["run", folder, "-f", "/dev/zero", "hi"],
+        ["run", folder, "-f", "/dev/null", "hi"],
         ["run", folder, "-f", tmp_path / "large", "hi"],
         ["ppl", folder, tmp_path / "pipe"],
         ["ppl", folder, tmp_path / "large"],

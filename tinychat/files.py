@@ -184,11 +184,13 @@ def open_mapped(path: Path) -> MappedFile:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, flush to disk, rename. On failure the old file is as it was.
 
-    Raises TinychatError when the disk is full or the folder cannot be written.
+    Raises TinychatError when the disk is full, the folder cannot be written, or `path` is no regular file.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():  # renaming over it would replace a device or a pipe by a file
+            _regular(path.stat().st_mode, path)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as f:
             f.write(content)

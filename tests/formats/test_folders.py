@@ -289,7 +289,7 @@ def test_whatever_lies_in_a_folder_nobody_waits_for_it(folder, name, kind):
     elif kind == "folder":
         path.mkdir()
     else:
-        path.symlink_to({"device": "/dev/zero", "nothing": "not/there", "loop": path.name}[kind])
+        path.symlink_to({"device": "/dev/null", "nothing": "not/there", "loop": path.name}[kind])
     needed = name in ("config.json", "model.safetensors", "tokenizer.json")
     with within(20), pytest.raises(TinychatError) if needed else suppress(TinychatError):
         checkpoint = open_checkpoint(folder)
@@ -301,7 +301,7 @@ def test_whatever_lies_in_a_folder_nobody_waits_for_it(folder, name, kind):
 @pytest.mark.parametrize("kind", ["fifo", "device"])
 def test_a_model_that_is_no_file_is_refused_by_what_it_is(tmp_path, kind):
     path = tmp_path / "model.gguf"
-    os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/null")
     with within(20):
         for model in (path, tmp_path):
             with pytest.raises(CheckpointError, match=r"no regular file|named pipe|device"):
