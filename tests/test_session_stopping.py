@@ -49,7 +49,8 @@ def test_cancel_while_prefilling_leaves_an_empty_answer(model):
         return inner(s)
 
     model.backend.step = step
-    (done,) = session.send("x" * 200)
+    *reading, done = session.send("x" * 200)
+    assert [e.tokens for e in reading] == [16, 32, 48]
     assert (done.finish_reason, done.completion.text) == ("cancelled", "")
     assert len(steps) == 3  # between two chunks, not after the last
     assert [m["role"] for m in session.messages] == ["user", "assistant"]
