@@ -14,12 +14,11 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Static
 
-from tinychat.client import Began, Died, Failed, Finished, Loaded, Loading, Noticed, Reading, Text
 from tinychat.errors import TinychatError
-from tinychat.store import StoredMessage
 from tinychat.tui import commands, messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.screens.actions import ChatActions
+from tinychat.tui.screens.hearing import Hearing, status_of
 from tinychat.tui.screens.too_large import TooLargeScreen
 from tinychat.tui.text import clean
 from tinychat.tui.widgets.composer import Composer
@@ -27,20 +26,16 @@ from tinychat.tui.widgets.sidebar import Sidebar
 from tinychat.tui.widgets.status import StatusLine
 from tinychat.tui.widgets.surface import Column, Row, Surface
 from tinychat.tui.widgets.transcript import Transcript
-from tinychat.tui.widgets.turn import Turn, duration, human_size, seconds
+from tinychat.tui.widgets.turn import Turn, duration
 from tinychat.tui.words import Words
 
 if TYPE_CHECKING:
     from tinychat.tui.app import ChatApp
 
-FRAME = 0.08  # seconds between two paintings of a running answer, at least
-SLOWEST = 0.4  # at most
 TICK = 0.5  # seconds between two looks at what is shown beside the text
-SHARE = 0.03  # of one core's time, at most, goes into painting a running answer
 NARROW = 90
 MARGIN = 64  # tokens that a template may write around a message
 PATIENCE = 10.0  # seconds that an engine may take to count tokens
-RESTARTS = 3  # deaths of the engine within a minute after which it is left alone
 
 WELCOME = """\
 Ask something. Everything you say is kept on this machine.
@@ -49,7 +44,7 @@ enter send · ctrl+j new line · / commands · @file attach · esc stop
 ctrl+b chats · ctrl+p everything else · f1 keys · ctrl+q leave"""
 
 
-class ChatScreen(ChatActions, Surface, Screen[None]):
+class ChatScreen(ChatActions, Hearing, Surface, Screen[None]):
     """One conversation at a time."""
 
     BINDING_GROUP_TITLE = "Everywhere"
@@ -176,7 +171,7 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             await self.transcript.mount(Static(WELCOME, id="welcome", markup=False), before=0)
         await self.transcript.show([(m, self.conversation.siblings(m.id)) for m in path])
         last = self.conversation.last("assistant")
-        self.status.tell(used=self.conversation.tokens_used(), **_status_of(last))
+        self.status.tell(used=self.conversation.tokens_used(), **status_of(last))
 
     async def open(self, conversation: Conversation) -> None:
         """Another conversation."""
@@ -333,209 +328,6 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
         if state != "loading":  # which tells how far it is
             self.status.tell(state=state)
 
-    # What the engine says
-
-    async def on_engine(self, message: messages.Engine) -> None:
-        """Its events, in order."""
-        event = message.event
-        self.unheard -= 1
-        if isinstance(event, Text):
-            self.hear(event)
-        elif isinstance(event, Reading):
-            left = (event.total - event.tokens) / max(event.rate, 1e-9)
-            self._progress = (event.tokens, event.total, time.monotonic() + left)
-            self._tick()
-        elif isinstance(event, Began):
-            if self._turn is not None:
-                self._turn.prompt_text = event.prompt_text
-                self._first = (time.monotonic(), 1)
-                self._read = event.prompt_tokens
-                self._turn.waiting = ""
-        elif isinstance(event, Finished):
-            await self._finished(event)
-        elif isinstance(event, Loading):
-            self._loading(event)
-        elif isinstance(event, Loaded):
-            self._loaded(event)
-        elif isinstance(event, Noticed):
-            self.say(event.message)
-        elif isinstance(event, Failed):
-            await self._failed(event)
-        elif isinstance(event, Died):
-            await self._died(event)
-
-    def hear(self, event: Text) -> None:
-        """More of the answer."""
-        if self._turn is None or not self.answering:
-            return
-        self._tokens = event.tokens
-        self.conversation.hear(event.text, self._not_kept)
-        turn = self._turn
-        if event.thought is not None or turn.thinking:
-            turn.thought_tokens = event.thought or event.tokens
-        self._heard = True
-        if not self._painting:
-            self._painting = True
-            self._paint()
-
-    def _not_kept(self, e: BaseException) -> None:
-        """Storing, in its own thread, has met a mistake of ours: it ends the program as it would here."""
-
-        def fail() -> None:
-            raise e
-
-        self.app.call_from_thread(self.app.guarded, fail)
-
-    def _paint(self) -> None:
-        """Show what has come, then leave the machine to the engine for a while."""
-        turn = self._turn
-        if turn is None:
-            self._painting = False
-            return
-        self._heard = False
-        self._painted, self._cpu = time.monotonic(), time.thread_time()
-        if turn.running is not None:
-            turn.running["tokens"] = self._tokens
-        turn.update()
-        self._painting = True
-        self._come_back(FRAME)
-
-    def _come_back(self, seconds: float) -> None:
-        # The loop's own timer: Textual's cost a task and a message each, as much as a line of text.
-        asyncio.get_running_loop().call_later(seconds, self.app.guarded, self._paint_if_new)
-
-    def _paint_if_new(self) -> None:
-        if not self.is_attached:
-            return
-        turn = self._turn
-        # All that this thread did since then counts: layout, painting, keys.
-        wait = min(SLOWEST, (time.thread_time() - self._cpu) / SHARE) - (time.monotonic() - self._painted)
-        if turn is not None and wait > 0.01:
-            self._come_back(wait)
-            return
-        self._painting = False
-        if self._heard:
-            self._paint()
-
-    async def _finished(self, event: Finished) -> None:
-        turn, self._turn = self._turn, None
-        if not self.answering:
-            return
-        self._settle(turn, self.conversation.finish(event))
-        if event.finish_reason == "context_full":
-            self.say(f"The context of {self.facts.get('ctx')} tokens is full: /new starts over.", error=True)
-
-    def _settle(self, turn: Turn | None, m: StoredMessage | None) -> None:
-        """An answer has ended, one way or another."""
-        self._stopping, self.question = False, None
-        if turn is not None and m is not None:
-            turn.message, turn.running, turn.waiting = m, None, ""
-            turn.prompt_text = m.prompt_text or turn.prompt_text
-            turn.thought_tokens = m.stats.get("thought_tokens", turn.thought_tokens)
-            turn.thinking = False
-            turn.update()
-        self.status.tell(
-            state="ready" if self.ready else "no model" if self.trouble else "loading",
-            used=self.conversation.tokens_used(),
-            **_status_of(m),
-        )
-        self.refill()
-
-    def lack_model(self, reason: str) -> None:
-        """There is no model, and a question that waits needs one: choose it."""
-        self.ready, self.trouble = False, reason
-        self.say(reason, error=True)
-        self.status.tell(state="no model", rate=None)
-        if self.question is not None:
-            self._tick()
-            if self.app.screen is self:
-                self.action_model()
-
-    def show_loading(self) -> None:
-        """How long a load that does not tell how far it is has taken."""
-        what, since, counts = self._load
-        waited = time.monotonic() - since
-        if not (self.ready or self.trouble or counts) and what and waited > 3:
-            self.status.tell(state=f"{what}, {waited:.0f} s")
-
-    def _loading(self, event: Loading) -> None:
-        text = event.what
-        if self.ready or self.trouble:
-            return  # said before another decision
-        if text != self._load[0]:
-            self._load = (text, time.monotonic(), bool(event.total))
-        if event.total:
-            text += f" {human_size(event.done)} of {human_size(event.total)}"
-            rate, left = self.app.download_pace(event)
-            if rate:
-                text += (
-                    f", {human_size(rate)}/s, {seconds(left)} left"
-                    if left >= 1
-                    else f", {human_size(rate)}/s"
-                )
-        self.status.tell(state=text)
-
-    def _loaded(self, event: Loaded) -> None:
-        if event.facts.get("model", self.model) != self.model:
-            return  # another one was chosen meanwhile, and is next
-        self.ready, self.facts, self.defaults = True, event.facts, event.sampling
-        self.trouble = ""
-        f = event.facts
-        self.status.tell(
-            state="ready", model=self.model, backend=f.get("backend"), isa=f.get("isa"), ctx=f.get("ctx")
-        )
-        if not event.has_template:
-            self.say("This model has no chat template: it continues your text instead of answering.")
-        self.composer.chips.context = self.context or None
-        self.post_message(messages.Attached(self.composer.attachments))
-        if self.question is None:
-            return
-        asked = self.conversation.by_id[self.question]
-        words = Words(asked.content, asked.attachments)
-        if words.may_exceed(self.context):
-            self.run_worker(self.weigh(words, self._ask_again, self.action_stop), group="weigh")
-        else:
-            self._ask()
-            self._tick()
-
-    async def _ask_again(self, words: Words) -> None:
-        """The question that waited for the model, as it is or a part of it in its place."""
-        if self.question is None:
-            return
-        asked = self.conversation.by_id[self.question]
-        if words.as_read == asked.as_read():
-            self._ask()
-            self._tick()
-            return
-        turn, self._turn = self._turn, None
-        self._settle(turn, self.conversation.give_up("cancelled"))
-        await self.answer(self.conversation.ask(words.text, asked.parent, words.attachments).id)
-
-    async def _failed(self, event: Failed) -> None:
-        if event.during == "load":
-            self.lack_model(f"{event.what} {event.todo}")
-            return
-        self.say(f"{event.what} {event.todo}", error=True)
-        turn, self._turn = self._turn, None
-        self._settle(turn, self.conversation.give_up())
-
-    async def _died(self, event: Died) -> None:
-        """The engine is gone: keep what it said, say why, start another one."""
-        self.ready = False
-        turn, self._turn = self._turn, None
-        if self.question is None:
-            self._settle(turn, self.conversation.give_up())
-        else:
-            self._turn = turn  # it never heard the question: the next one will
-        now = time.monotonic()
-        self._deaths = [t for t in self._deaths if now - t < 60] + [now]
-        if len(self._deaths) > RESTARTS:
-            self.lack_model(f"The engine failed again: {event.reason}. /model starts it once more.")
-            return
-        self.say(f"The engine failed: {event.reason}. Restarting it; what was said is kept.", error=True)
-        self.status.tell(state="restarting", rate=None)
-        await self.app.start_engine()
-
     # Opening a stored chat
 
     async def on_open_chat(self, message: messages.OpenChat) -> None:
@@ -598,16 +390,3 @@ class ChatScreen(ChatActions, Surface, Screen[None]):
             self.lack_model(f"Loading {self.model} was stopped. /model chooses a model.")
             self.run_worker(self.app.engine.start())  # what it was doing ends with the process before
         self._escaped = now
-
-
-def _status_of(m: StoredMessage | None) -> dict[str, Any]:
-    """What an answer's numbers say in the status line."""
-    s = m.stats if m is not None else {}
-    drafted = s.get("drafted_tokens")
-    return {
-        "rate": s.get("decode_tps") or None,
-        "ttft": s.get("ttft_s") or None,
-        "kv_bytes": s.get("kv_bytes") or None,
-        "evicted": s.get("evicted_tokens") or None,
-        "accepted": s.get("accepted_tokens", 0) / drafted if drafted else None,
-    }
