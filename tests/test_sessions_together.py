@@ -179,6 +179,7 @@ def test_a_child_forked_while_another_thread_answers_works_or_says_why_not(backe
         def talk():
             for _ in session.send("on and on"):
                 busy.set()
+                m.logits(list(range(250)))  # long steps: the fork comes in the middle of one
                 if stop.is_set():
                     session.cancel()
 

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 CHUNK_SECONDS = 0.4  # a prefill chunk aims at this, so that a cancel is felt at once
 POLL_SECONDS = 0.05  # an answer that waits for memory looks around this often
+YIELD_SECONDS = 0.005
+FORK_SECONDS = 5.0  # a fork waits for the end of a step, at most so long
 PATIENCE_SECONDS = (
     1.0  # an answer of which nobody asked the next token for so long gives way to one that waits
 )
@@ -85,6 +87,8 @@ class Engine:
             raise UsageError(
                 f"The {self.backend.name} backend does not work in a forked process.", "Load the model there."
             )
+        if _forks:
+            time.sleep(YIELD_SECONDS)  # whoever forks wants the lock
         with self.lock:
             if self._unfinished:
                 self._repair()
@@ -99,10 +103,8 @@ class Engine:
         self.pool.rebuild(branch.table for branch in branches)
 
     def forked(self) -> None:
-        """This is a child process: of the threads only the present one is here, and another one may have held
-        the lock, in the middle of a change.
-        """
-        self.lock = threading.RLock()
+        """This is a child process: of the threads only the present one is here."""
+        self.lock, self.tokenizer.lock = threading.RLock(), threading.Lock()
 
     def run(
         self,
@@ -366,11 +368,32 @@ class OwnedBranch(Branch):
 
 
 _engines: WeakSet[Engine] = WeakSet()
+_forks: list[None] = []  # one for each thread that is about to fork
+_forking = threading.local()  # `locks`: what a thread that forks holds meanwhile
 
 
-def _after_fork() -> None:
+def _before_fork() -> None:
+    """Let steps end: a child made in the middle of one would wait for threads that it does not have."""
+    _forking.locks = []
+    _forks.append(None)
+    for engine in list(_engines):
+        for lock in (engine.lock, engine.tokenizer.lock):
+            if lock.acquire(timeout=FORK_SECONDS):
+                _forking.locks.append(lock)
+
+
+def _after_fork_in_parent() -> None:
+    _forks.pop()
+    for lock in reversed(_forking.locks):
+        lock.release()
+
+
+def _after_fork_in_child() -> None:
+    _forks.clear()
     for engine in list(_engines):
         engine.forked()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)

@@ -96,7 +96,7 @@ class Tokenizer:
         self._decoding = Decoding.of(backend)
         self._pieces: dict[int, bytes | int | str | None] = {}
         self._prefixes = Prefixes(backend)
-        self._lock = threading.Lock()  # for settings of the shared backend, such as `encode_special_tokens`
+        self.lock = threading.Lock()  # for settings of the shared backend, such as `encode_special_tokens`
         _mark_special(backend, [t for i, t in self._added.items() if i in self.markers and not t.special])
 
     @property
@@ -136,7 +136,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # lone surrogates, as a terminal in the wrong encoding sends them
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        with self._lock:
+        with self.lock:
             if special:
                 ids, offsets = self._encode(text, True, before)
                 ids = self._without(text, offsets(), ids, before, plain) if plain else ids
