@@ -29,6 +29,7 @@ from tinychat.records import (
 PAGE = 4096  # SQLite's own choice, and so ours
 LEAF = 13
 COLUMNS = {"chats": (9, len(CHAT.split(","))), "messages": (12, len(MESSAGE.split(",")))}  # of version 1, now
+LARGEST = 1 << 31  # of a chat's numbers that are kept
 MOST = 1 << 62  # a larger number was not counted
 
 
@@ -47,14 +48,14 @@ def save(path: Path, db: sqlite3.Connection, full_text: bool) -> tuple[int, int]
     chats = {number: chat_of(row) for number, row in found["chats"].items()}
     saved = 0
     db.execute("BEGIN IMMEDIATE")
-    for number in sorted(trees):
+    for number in sorted(trees, key=lambda n: (not 0 < n < LARGEST, n)):  # new numbers after those that stay
         tree = tree_of(trees[number])
         when = tree[-1].created
         chat = chats.get(number) or chat_of((number, "", "", None, None, None, when, when, None))
         chat.leaf = leaf_of(chat, tree)
         chat.title = chat.title or make_title(tree[0].content)
         chat.model = chat.model or next((m.model for m in reversed(tree) if m.model), "")
-        chat.id = chat.id if 0 < chat.id < 1 << 31 else 0
+        chat.id = number if 0 < number < LARGEST else 0
         chat.id = insert_chat(db, chat)
         rows: dict[int | None, int | None] = {None: None}
         for m in tree:

@@ -191,12 +191,13 @@ def test_a_chat_with_a_broken_field_is_exported_and_goes_on(tmp_path, sound, mod
     store.close()
 
 
-def test_numbers_that_leave_no_room_for_others_are_replaced(tmp_path, sound):
+@pytest.mark.parametrize("number", [9223372036854775806, -9223372036854775808, -1])
+def test_numbers_that_leave_no_room_for_others_are_replaced(tmp_path, sound, number):
     path = tmp_path / "chats.db"
     path.write_bytes(sound)
     changed(path, "UPDATE sqlite_sequence SET seq = 9223372036854775807")
-    changed(path, "UPDATE chats SET id = 9223372036854775806 WHERE id = 3")
-    changed(path, "UPDATE messages SET chat = 9223372036854775806 WHERE chat = 3")
+    changed(path, "UPDATE chats SET id = ? WHERE id = 3", number)
+    changed(path, "UPDATE messages SET chat = ? WHERE chat = 3", number)
     store = ChatStore(path)
     assert sorted(len(store.messages(c.id)) for c in store.chats()) == [9] * 5
     assert 0 < store.create("demo").id < 1000
