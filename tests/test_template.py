@@ -309,7 +309,7 @@ ENDLESS = {
         "{% endfor %}"
     ),
     "sorting": "{% for i in range(99999) %}{{ range(99999) | sort | first }}{% endfor %}",
-    "markup": "{% for i in range(999) %}{{ ('<' * 9999999) | striptags | length }}{% endfor %}",
+    "markup": "{% for i in range(99999) %}{{ ('<b>' * 9999999) | striptags | length }}{% endfor %}",
     "escaping": "{{ ('<' * 99999999) | escape | escape | escape | length }}",
     "much text": "{% for i in range(99999) %}{{ 'a line of text that goes on and on' }}{% endfor %}",
     "output of macros": (
