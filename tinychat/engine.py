@@ -28,11 +28,9 @@ T = TypeVar("T")
 
 CHUNK_SECONDS = 0.4  # a prefill chunk aims at this, so that a cancel is felt at once
 POLL_SECONDS = 0.05  # an answer that waits for memory looks around this often
-YIELD_SECONDS = 0.005
+YIELD_SECONDS = 0.005  # a step lets a fork go first
 FORK_SECONDS = 5.0  # a fork waits for the end of a step, at most so long
-PATIENCE_SECONDS = (
-    1.0  # an answer of which nobody asked the next token for so long gives way to one that waits
-)
+PATIENCE_SECONDS = 1.0  # an answer that nobody goes on with for so long gives way to one that waits
 
 
 class Engine:
