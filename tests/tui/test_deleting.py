@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import pytest
 from scripted import Script, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
-from tinychat import locations
+from tinychat import database, locations
 from tinychat.store import ChatStore
 from tinychat.tui.widgets.sidebar import ChatList
 
@@ -82,16 +83,21 @@ def test_wiping_that_fails_is_done_the_next_time(tmp_path, monkeypatch):
 
 
 def test_what_an_earlier_version_only_removed_is_wiped_too(tmp_path):
-    store = ChatStore(tmp_path / "chats.db")
-    gone = talk(store, f"{SECRET} and more", f"{SECRET} " * 2000)
-    talk(store, "another", "answer")
-    db = store._database._db
-    db.execute("PRAGMA secure_delete = OFF")
-    db.execute("DELETE FROM messages WHERE chat = ?", (gone.id,))
-    db.execute("DELETE FROM chats WHERE id = ?", (gone.id,))
-    db.execute("DELETE FROM words WHERE rowid <= 2")
+    db = sqlite3.connect(tmp_path / "chats.db")
+    for statement in database.MIGRATIONS[0]:
+        db.execute(statement)
+    for chat, text in ((1, f"{SECRET} " * 2000), (2, "another")):
+        db.execute(
+            "INSERT INTO chats (title, model, params, created, updated) VALUES (?, 'm', '{}', 0, 0)", (text,)
+        )
+        db.execute(
+            "INSERT INTO messages (chat, role, content, created) VALUES (?, 'user', ?, 0)", (chat, text)
+        )
+    db.execute("DELETE FROM messages WHERE chat = 1")
+    db.execute("DELETE FROM chats WHERE id = 1")
     db.execute("PRAGMA user_version = 1")
-    store.close()
+    db.commit()
+    db.close()
     assert spilled(tmp_path)
     store = ChatStore(tmp_path / "chats.db")
     assert len(store.chats()) == 1
