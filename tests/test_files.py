@@ -152,3 +152,17 @@ def test_whoever_handled_bus_errors_before_still_does(tmp_path):
     ended = subprocess.run(script, capture_output=True, text=True, timeout=60)
     assert ended.returncode < 0
     assert "Fatal Python error: Bus error" in ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "x"
+    os.mkdir(path) if kind == "folder" else os.mkfifo(path)
+    before = path.stat().st_ino
+    if kind == "link to a pipe":
+        path = tmp_path / "link"
+        path.symlink_to("x")
+    with pytest.raises(TinychatError, match="not a regular file"):
+        write_atomically(path, b"text")
+    assert path.stat().st_ino == before
+    assert len(list(tmp_path.iterdir())) == 1 + path.is_symlink()
