@@ -104,14 +104,17 @@ def test_an_older_store_opens_and_takes_them(tmp_path):
     store.close()
 
 
-def test_a_file_of_the_command_line_is_read_the_same_way(tmp_path):
+def test_a_file_of_the_command_line_is_an_attachment_of_the_chat_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path / "home"))
     folder = tiny_folder(tmp_path / "tiny")
     (tmp_path / "notes.md").write_text(FILE["text"])
-    with_file = tinychat("run", folder, "what?", "-f", tmp_path / "notes.md", *GREEDY, "--json")
-    assert with_file.returncode == 0, with_file.stderr
+    out = tinychat("run", folder, "-c", "what?", "-f", tmp_path / "notes.md", *GREEDY, "--json")
+    assert out.returncode == 0, out.stderr
     spelled = tinychat("run", folder, READ, *GREEDY, "--json")
-    one, other = json.loads(with_file.stdout), json.loads(spelled.stdout)
+    one, other = json.loads(out.stdout), json.loads(spelled.stdout)
     assert one["stats"]["prompt_tokens"] == other["stats"]["prompt_tokens"]
     assert one["text"] == other["text"]
-    alone = tinychat("run", folder, "-f", tmp_path / "notes.md", *GREEDY)
-    assert alone.returncode == 0, alone.stderr
+    store = ChatStore(tmp_path / "home" / "chats.db")
+    question = store.messages(1)[0]
+    assert (question.content, [a["name"] for a in question.attachments]) == ("what?", ["notes.md"])
+    store.close()

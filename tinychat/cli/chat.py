@@ -70,8 +70,9 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     if named and prompt is None:
         found, prompt = model_or_prompt(model, resumed)
         model, named = found or DEFAULT_MODEL, found is not None
-    attachments = attached(o["files"])
-    text = gather(prompt)
+    # A chat keeps files as what they are, beside the question; one answer alone reads them as they are.
+    attachments = attached(o["files"]) if resumed else []
+    text = gather(prompt, () if resumed else o["files"])
     if text is None and attachments:
         text = ""
     if text is None and not (sys.stdin.isatty() and sys.stdout.isatty()):

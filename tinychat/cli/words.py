@@ -45,9 +45,9 @@ def attached(files: tuple[Path, ...]) -> list[dict[str, str]]:
     return [{"name": whole(f.name), "text": read_prose(f)} for f in files]
 
 
-def gather(prompt: str | None) -> str | None:
-    """Stdin, then the prompt; None when there is neither."""
-    parts = []
+def gather(prompt: str | None, files: tuple[Path, ...] = ()) -> str | None:
+    """Files, then stdin, then the prompt, as they are; None when there is none of them."""
+    parts = [read_prose(f) for f in files]
     if not sys.stdin.isatty():
         try:
             piped = _piped().decode("utf-8")
