@@ -37,26 +37,17 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
-def _skip_without_a_truth():
-    try:
-        return (yield)
-    except (ModuleNotFoundError, MissingPackageError) as e:
-        name = (e.name or "").partition(".")[0] if isinstance(e, ImportError) else e.package
-        if name in TRUTHS:
-            pytest.skip(f"needs {name}")
-        raise
-
-
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item):
-    """A fixture that needs what is not installed skips its test."""
-    return (yield from _skip_without_a_truth())
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """So does a test's own line."""
-    return (yield from _skip_without_a_truth())
+def pytest_runtest_makereport(item, call):
+    """A test or a fixture that comes to need what is not installed is skipped."""
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    name = error.package if isinstance(error, MissingPackageError) else getattr(error, "name", None)
+    name = str(name).partition(".")[0]
+    if report.failed and isinstance(error, (ModuleNotFoundError, MissingPackageError)) and name in TRUTHS:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, f"Skipped: needs {name}")
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

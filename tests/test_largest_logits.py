@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tinychat import sampling
 from tinychat.backends import LargestLogits
-from tinychat.errors import UsageError
+from tinychat.errors import CheckpointError
 from tinychat.sampling import SamplingParams, candidates, largest_suffice, sample, total_temperature
 
 N = 2000
@@ -148,7 +148,7 @@ def test_a_nucleus_that_the_totals_error_may_move_asks_for_the_row(beside, off):
 def test_a_damaged_models_logits_are_refused(first):
     of = LargestLogits(np.arange(2), np.array([first, -np.inf], np.float32), 9, 0.0, lambda: None)
     for temperature in (0.0, 0.7):
-        with pytest.raises(UsageError, match="no finite logit"):
+        with pytest.raises(CheckpointError, match="no finite logit"):
             sample(of, SamplingParams(temperature=temperature, repeat_penalty=1.1), 0, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -105,15 +106,14 @@ def tiny_model(
     grows: its KV pool may grow; else it stays as it is for one full context, as where memory is full.
 
     TINYCHAT_TEST_BACKEND=cuda puts all of them on that one, but for those that say "reference": what holds
-    for sessions, eviction and speculation holds there too.
+    for sessions, eviction and speculation holds there too. Without torch they are on the CPU backend.
     """
-    from tinychat.backends.cpu import CpuBackend
-    from tinychat.backends.reference import ReferenceBackend
     from tinychat.model import Model
     from tinychat.prepare import WeightPolicy
 
     if backend != "reference":
-        backend = os.environ.get("TINYCHAT_TEST_BACKEND") or backend or "reference"
+        usual = "reference" if importlib.util.find_spec("torch") else "cpu"
+        backend = os.environ.get("TINYCHAT_TEST_BACKEND") or backend or usual
     checkpoint = TinyCheckpoint(seed, **changes)
     policy = WeightPolicy("none", 16)
     if backend == "cuda":
@@ -122,10 +122,14 @@ def tiny_model(
         from tinychat.backends.cuda import CudaBackend
 
         on = CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=bench().modules)
+    elif backend == "cpu":
+        from tinychat.backends.cpu import CpuBackend
+
+        on = CpuBackend(checkpoint, policy, threads=1, kv_bits=kv_bits)
     else:
-        kind = {"reference": ReferenceBackend, "cpu": CpuBackend}[backend]
-        more = {} if backend == "reference" else {"kv_bits": kv_bits}
-        on = kind(checkpoint, policy, threads=1, **more)
+        from tinychat.backends.reference import ReferenceBackend
+
+        on = ReferenceBackend(checkpoint, policy, threads=1)
     model = Model(checkpoint, on, "tiny", ctx)
     if not grows:
         model.engine.more_tokens = lambda: 0

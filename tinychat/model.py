@@ -268,7 +268,7 @@ class Model:
             wanted = min(wanted, fits)
         if wanted > fits or wanted < 1:
             least = max(wanted, BLOCK)
-            safe = fits * 9 // 10 // BLOCK * BLOCK  # what is free changes a little from run to run
+            safe = round(0.97 * fits / BLOCK) * BLOCK  # what is free changes a little from run to run
             raise MemoryBudgetError(
                 f"A context of {least} tokens takes {human_bytes(least / BLOCK * per_block)} beside "
                 f"{human_bytes(HEADROOM)} to work in, and {human_bytes(free_memory(self.backend))} are free.",
