@@ -18,6 +18,8 @@ from tiny import tiny_model
 from tinychat.events import Done
 from tinychat.worker import Worker
 
+pytest.importorskip("torch", reason="needs torch: the sessions are on the reference backend")
+
 MOST = 3
 texts = st.sampled_from(["hi", "and then?", "x" * 50])
 

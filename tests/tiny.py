@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -106,14 +105,13 @@ def tiny_model(
     grows: its KV pool may grow; else it stays as it is for one full context, as where memory is full.
 
     TINYCHAT_TEST_BACKEND=cuda puts all of them on that one, but for those that say "reference": what holds
-    for sessions, eviction and speculation holds there too. Without torch they are on the CPU backend.
+    for sessions, eviction and speculation holds there too.
     """
     from tinychat.model import Model
     from tinychat.prepare import WeightPolicy
 
     if backend != "reference":
-        usual = "reference" if importlib.util.find_spec("torch") else "cpu"
-        backend = os.environ.get("TINYCHAT_TEST_BACKEND") or backend or usual
+        backend = os.environ.get("TINYCHAT_TEST_BACKEND") or backend or "reference"
     checkpoint = TinyCheckpoint(seed, **changes)
     policy = WeightPolicy("none", 16)
     if backend == "cuda":

@@ -8,6 +8,7 @@ import resource
 import subprocess
 
 import numpy as np
+import pytest
 from cli_helpers import GREEDY, TINYCHAT, assert_two_lines, tinychat
 from tiny import tiny_folder
 from tiny_gguf import write as write_gguf
@@ -45,14 +46,19 @@ def test_usage_errors(folder, here):
         (["completion", "tcsh"], None),
         (["completion"], None),
         (["quantize", folder], None),
-        (["quantize", folder, "--out", "out", "--group-size", "128"], None),
-        (["quantize", folder, "--out", "out", "--group-size", "0"], None),
-        (["quantize", folder, "--out", "out", "--calib", "binary"], None),
     ]:
         out = tinychat(*args, stdin=stdin)
         assert out.returncode == 2, (args, out.stderr)
         assert_two_lines(out, 2)
     assert sorted(p.name for p in here.iterdir()) == ["binary", "latin1.txt"]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("group-size", "128"), ("group-size", "0"), ("calib", "binary")])
+def test_usage_errors_of_quantize(folder, here, flag, value):
+    pytest.importorskip("torch", reason="needs torch")
+    (here / "binary").write_bytes(bytes(range(256)))
+    assert_two_lines(tinychat("quantize", folder, "--out", "out", f"--{flag}", value), 2)
+    assert not (here / "out").exists()
 
 
 def test_an_unknown_model_is_3(here):

@@ -13,6 +13,7 @@ from tiny import byte_tokenizer
 
 
 def test_ppl(folder, here):
+    pytest.importorskip("torch", reason="needs torch")
     (here / "text.txt").write_text("It was a dark and stormy night. " * 20)
     out = tinychat("ppl", folder, "text.txt", "--json", "--ctx", "64", "--device", "reference")
     facts = json.loads(out.stdout)
