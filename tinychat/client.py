@@ -259,6 +259,8 @@ class EngineClient:
         finally:
             listening.cancel()
             ending.cancel()
+            # Else asyncio complains, on the terminal, that nobody asked how they ended.
+            await asyncio.gather(listening, ending, return_exceptions=True)
         if process is self._process:
             self._process = None
             self._answer_all()
