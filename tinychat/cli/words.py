@@ -62,7 +62,10 @@ def gather(prompt: str | None, files: tuple[Path, ...] = ()) -> str | None:
 
 def _piped() -> bytes:
     """Stdin to its end. A pipe that somebody holds open is waited for, which is said after a second."""
-    fd = sys.stdin.fileno()
+    try:
+        fd = sys.stdin.fileno()
+    except (OSError, ValueError):  # a stand-in for stdin, which does not wait
+        return sys.stdin.buffer.read()
     parts, size = [], 0
     speak_at: float | None = time.monotonic() + PATIENCE
     while True:
