@@ -257,8 +257,7 @@ class Database:
     def _check(self, db: sqlite3.Connection) -> None:
         """Find damage here, not in the middle of a chat. A large file is not read for it."""
         for table, columns in (("chats", CHAT), ("messages", MESSAGE)):
-            have = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
-            if not have.issuperset(columns.split(", ")):
+            if not self._columns(db, table).issuperset(columns.split(", ")):
                 raise StoreError("damaged", self.path, f"columns of {table}")
             for (number,) in db.execute(f"SELECT max(id) FROM {table} UNION SELECT min(id) FROM {table}"):
                 if number is not None and not 0 <= number < LARGEST_ID:
@@ -267,11 +266,20 @@ class Database:
             if type(number) is not int or not 0 <= number < LARGEST_ID:
                 raise StoreError("damaged", self.path, "numbers")
         if self.full_text:
+            for table in ("words_data", "words_content", "words_docsize"):  # else nothing new would be found
+                self._columns(db, table)
             db.execute("""SELECT rowid FROM words WHERE words MATCH '"a"' LIMIT 1""").fetchone()
         if not self.in_memory and self.path.stat().st_size < CHECKED_WHOLE:
             (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if found != "ok":
                 raise StoreError("damaged", self.path, found)
+
+    def _columns(self, db: sqlite3.Connection, table: str) -> set[str]:
+        """The names of a table's columns. Raises StoreError where `id` does not number its rows."""
+        columns = db.execute(f"PRAGMA table_info({table})").fetchall()
+        if ("id", "INTEGER", 1) not in [(c[1], c[2], c[5]) for c in columns]:
+            raise StoreError("damaged", self.path, f"columns of {table}")
+        return {c[1] for c in columns}
 
     def _mend(self) -> None:
         """Save what the damaged file still holds into a new one, and set the damaged one aside."""

@@ -77,7 +77,8 @@ def _by_sqlite(path: Path) -> dict[str, dict[int, tuple]]:
                 have = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
                 # An older version has fewer columns.
                 names = ", ".join(c if c in have else "NULL" for c in columns.split(", "))
-                out[table] = {row[0]: row for row in db.execute(f"SELECT {names} FROM {table} NOT INDEXED")}
+                found = db.execute(f"SELECT {names} FROM {table} NOT INDEXED")
+                out[table] = {row[0]: row for row in found if type(row[0]) is int}
             finally:
                 db.close()
     return out

@@ -96,6 +96,30 @@ def test_what_lies_in_the_log_is_saved_too(tmp_path, sound):
     assert ["only in the log"] in texts(path)[0].values()
 
 
+def test_a_damaged_index_of_words_is_made_anew(tmp_path, sound):
+    """SQLite opens it, and finds nothing that is said from then on."""
+    path = tmp_path / "chats.db"
+    path.write_bytes(sound.replace(b"'words_data'(id INTEGER PRIMARY", b"'words_data'(id INTEGER PRIM\xffRY"))
+    do_everything(path)
+
+
+def test_a_table_that_has_lost_its_numbers_is_read_by_page(tmp_path, sound):
+    path = tmp_path / "chats.db"
+    path.write_bytes(sound)
+    whole, _ = texts(path)
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA writable_schema = ON")
+        old, new = "id INTEGER PRIMARY KEY AUTOINCREMENT", "id INTEGER"
+        changed = db.execute(
+            "UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE name = 'messages'", (old, new)
+        )
+        assert changed.rowcount == 1
+    db.close()
+    found, notice = texts(path)
+    assert found == whole
+    assert "damaged-" in notice
+
+
 def test_a_deleted_chat_stays_deleted_when_its_file_is_mended(tmp_path, sound):
     path = tmp_path / "chats.db"
     path.write_bytes(b"\xff" * 16 + sound[16:])
