@@ -26,9 +26,9 @@ def wheel(request, tmp_path_factory):
     pytest.importorskip("scikit_build_core", reason="needs scikit-build-core: pip install scikit-build-core")
     pytest.importorskip("nanobind", reason="needs nanobind: pip install nanobind")
     out = tmp_path_factory.mktemp("wheel")
-    settings = ["-Cbuild-dir=" + str(out / "build")]
+    settings = ["--config-settings=build-dir=" + str(out / "build")]
     if request.param == "python":
-        settings.append("-Cwheel.cmake=false")
+        settings.append("--config-settings=wheel.cmake=false")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", out]
     built = run(*command, *settings, REPOSITORY, cwd=out)
     assert built.returncode == 0, built.stderr

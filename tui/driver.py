@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import selectors
-import shutil
 import time
 from contextlib import suppress
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from textual import constants
 from textual.drivers.linux_driver import LinuxDriver
 
+from tinychat.tui.first_frame import usual_size
 from tinychat.tui.keyboard import Keyboard, bounded
 
 READ = 1 << 16
@@ -35,7 +35,7 @@ class TerminalDriver(LinuxDriver):
         except (OSError, ValueError, AttributeError):
             width = height = 0
         if width <= 0 or height <= 0:
-            width, height = shutil.get_terminal_size((80, 24))
+            width, height = usual_size()
         return bounded(width, height)
 
     def _run_input_thread(self) -> None:

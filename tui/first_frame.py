@@ -30,7 +30,7 @@ def first_frame() -> Iterator[None]:
             quiet = termios.tcgetattr(tty)
             quiet[3] &= ~(termios.ECHO | termios.ICANON)
             termios.tcsetattr(tty, termios.TCSANOW, quiet)
-        out.write(ENTER + frame(*shutil.get_terminal_size()))
+        out.write(ENTER + frame(*usual_size()))
         out.flush()
         yield
     except BaseException:
@@ -41,6 +41,12 @@ def first_frame() -> Iterator[None]:
         if before is not None:
             with suppress(termios.error):
                 termios.tcsetattr(tty, termios.TCSANOW, before)
+
+
+def usual_size() -> tuple[int, int]:
+    """Columns and lines of the terminal; 80 × 24 where it has none, which Python says itself since 3.11."""
+    size = shutil.get_terminal_size()
+    return size.columns or 80, size.lines or 24
 
 
 def frame(width: int, height: int) -> str:
