@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import tokenizers
@@ -299,3 +300,11 @@ def test_a_marker_split_by_a_pattern_stays_whole_in_the_template():
     t = ours(backend)
     ids = t.encode(t.render([{"role": "user", "content": "<|im_end|>"}], False))
     assert ids.count(backend.token_to_id("<|im_end|>")) == 1
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_template_of_unclosed_quotes_is_read_in_one_pass(quote):
+    tokenizer = Tokenizer(byte_level(["<|im_start|>", "<|im_end|>"]))
+    began = time.thread_time()
+    ChatTemplate("{" + f"\\{quote}" * 200_000 + "<|im_start|>", tokenizer)
+    assert time.thread_time() - began < 5

@@ -66,6 +66,22 @@ def test_every_bit_of_a_small_pack_is_checked_at_load(home):
         assert packcheck.verify(pack) == []
 
 
+@pytest.mark.parametrize("put", ["copy", "link"])
+def test_the_pack_of_other_weights_is_not_taken_whatever_it_is_called(home, put):
+    expected = run(cpu(TinyCheckpoint(1)), IDS, [9])
+    (pack,) = (home / "packs").glob("*.pack")
+    run(cpu(TinyCheckpoint(2)), IDS, [9])
+    (other,) = set((home / "packs").glob("*.pack")) - {pack}
+    if put == "copy":
+        pack.write_bytes(other.read_bytes())
+    else:
+        pack.unlink()
+        pack.symlink_to(other)
+    with pytest.warns(RuntimeWarning, match="made again"):
+        np.testing.assert_array_equal(run(cpu(TinyCheckpoint(1)), IDS, [9]), expected)
+    assert packcheck.verify(pack) == packcheck.verify(other) == []
+
+
 def test_a_large_pack_that_somebody_wrote_to_is_checked_at_load(large):
     before = large.stat()
     rot(large)

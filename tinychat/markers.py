@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "\ue0ff", "\ue0fe"
 _GUARD = re.compile(f"{OPEN}([0-9A-Fa-f]+){CLOSE}")
 # Literals in a template: in quotes, and between its blocks.
-_LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[}%#]\}[^{]*|\A[^{]*", re.DOTALL)
+# One that is never closed goes to the end, so that no character is looked at from each quote before it.
+_LITERAL = re.compile(
+    r"'(?:[^'\\]|\\.?)*(?:'|\Z)|\"(?:[^\"\\]|\\.?)*(?:\"|\Z)|[}%#]\}[^{]*|\A[^{]*", re.DOTALL
+)
 # What a marker looks like that no tokenizer calls an added token.
 _MARKER = re.compile(r"<[|｜]?[\w/▁-]+[|｜]?>|\[/?[A-Z_]{2,}\]")
 # What a template looks for in messages: 'x' in content, content.split('x')

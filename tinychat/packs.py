@@ -1,7 +1,8 @@
 """Weights in the CPU kernels' own layout: made at first load, one module at a time; memory-mapped afterwards.
 
 A pack file: 4096 bytes of header (magic, version, where the index is, its checksum), the weights, the index
-(JSON: where each module lies, and the checksum of each part). It is written under another name and renamed
+(JSON: the file's name, which says what it was made of, where each module lies, and the checksum of each
+part). It is written under another name and renamed
 when complete, so a pack that has the right name is whole. Disks rot and cables fail, so what a pack holds is
 checked too (`packcheck.py`); a damaged pack is made again. Small packs are copied into huge pages instead of
 mapped.
@@ -32,7 +33,7 @@ from tinychat.kernels_cpu import _native
 from tinychat.prepare import WeightPolicy
 from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"TINYPACK"
 PAGE = 4096
 HEADER = struct.Struct("<8sIIQQQ")  # magic, version, index checksum, index offset, index size, file size
@@ -153,7 +154,7 @@ def opened(
         partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
         try:
             with open(partial, "wb") as f:
-                build(_File(f))
+                build(_File(f, path.name))
             checkpoint.check_unchanged()  # its name in the cache says what it was made of
             os.replace(partial, path)
         finally:
@@ -208,7 +209,9 @@ def _owners(index: dict[str, Any], starts: set[int]) -> list[str]:
 
 
 def read(path: Path) -> Packs | None:
-    """The pack, or None if there is none or its header or index is damaged; its weights are not looked at."""
+    """The pack, or None if there is none, its header or index is damaged, or it was written under another
+    name: that is one of other weights. What it holds is not looked at.
+    """
     try:
         with open_regular(path) as f:
             size = os.fstat(f.fileno()).st_size
@@ -225,8 +228,9 @@ def read(path: Path) -> Packs | None:
         raw = data[at : at + length]
         if checksum(raw) & 0xFFFFFFFF != crc:
             return None
-        return Packs(data, json.loads(raw.tobytes()))
-    except (OSError, struct.error, ValueError):
+        index = json.loads(raw.tobytes())
+        return Packs(data, index) if index["name"] == path.name else None
+    except (OSError, struct.error, ValueError, LookupError, TypeError):
         return None
 
 
@@ -257,10 +261,10 @@ def _sweep(folder: Path) -> None:
 
 
 class _File:
-    """Writes parts one behind the other, each at a page."""
+    """Writes parts one behind the other, each at a page. name: what the file will be called."""
 
-    def __init__(self, f: Any):
-        self.f, self.at = f, PAGE
+    def __init__(self, f: Any, name: str):
+        self.f, self.name, self.at = f, name, PAGE
         self.parts: list[list[int]] = []  # where each lies, its size and its checksum
         f.seek(PAGE)
 
@@ -273,7 +277,7 @@ class _File:
         return [start, a.nbytes]
 
     def finish(self, index: dict[str, Any]) -> None:
-        index["parts"] = self.parts
+        index |= {"name": self.name, "parts": self.parts}
         raw = np.frombuffer(json.dumps(index).encode(), np.uint8)
         at, length = self.put(raw)
         crc = checksum(raw) & 0xFFFFFFFF

@@ -34,10 +34,10 @@ class ChatTemplate:
         self._settings: dict[str, Any] = {}
         named = {**tokenizer.chat_templates, DEFAULT: source}
         self.sources = {name: named[name] for name in (DEFAULT, TOOLS) if name in named}
-        self._tags = tags_in(set(tokenizer.markers.values()))
-        self.markers = Markers(tokenizer, "\n".join(self.sources.values()))
         for text in self.sources.values():
             rendering.check(text)
+        self._tags = tags_in(set(tokenizer.markers.values()))
+        self.markers = Markers(tokenizer, "\n".join(self.sources.values()))
 
     def think(self, on: bool) -> None:
         """Whether the model reasons before it answers. Raises UsageError where the template has no switch."""

@@ -209,6 +209,18 @@ def _appended(state: dict) -> int:
     return pieces * max([1, *(len(t["ids"]) for t in state["special_tokens"].values())])
 
 
+_MOST_OF_A_PATTERN = 1000  # characters of it that are tried as texts, too; honest ones have fewer
+
+
+def _patterns(state: Any) -> Iterator[str]:
+    """The regular expressions anywhere in a normalizer's or a pre-tokenizer's settings."""
+    if isinstance(state, dict) and isinstance(state.get("Regex"), str):
+        yield state["Regex"]
+    elif isinstance(state, (dict, list)):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _patterns(part)
+
+
 # A pattern that backtracks shows on a long run of the right thing with something behind it that does not fit.
 _UNITS = ("a", "aA", " ", "\n", "0", "!", "-", "a ", "é", "中", "'s", "a0", "\t ", "_", "aa!")
 _ENDS = ("", "!", "\0" + string.printable)  # the last one for patterns that need some letter further on
@@ -217,10 +229,11 @@ _LENGTHS = ((32, 0.1), (128, 0.1), (512, 0.1), (2048, 0.5))  # characters, secon
 
 def _try(backend: tokenizers.Tokenizer, name: str) -> None:
     """Encode some texts. Raises CheckpointError where one fails, or takes longer than it ever should."""
-    patterns = any("Regex" in str(_state(part)) for part in (backend.normalizer, backend.pre_tokenizer))
+    patterns = [*_patterns([_state(part) for part in (backend.normalizer, backend.pre_tokenizer)])]
+    own = {letter for pattern in patterns for letter in pattern[:_MOST_OF_A_PATTERN]}
     with _quiet():
         for length, limit in _LENGTHS if patterns else _LENGTHS[:1]:
-            for unit in _UNITS:
+            for unit in (*_UNITS, *sorted(own)) if length == 32 else _UNITS:
                 for end in _ENDS:
                     text = unit * (length // len(unit)) + end
                     began = time.thread_time()
