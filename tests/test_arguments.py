@@ -153,7 +153,12 @@ def test_a_session_refuses_what_makes_no_sense(model, tmp_path):
         *(lambda v=v: setattr(session, "system", v) for v in (5, b"x", ["x"])),
         *(lambda v=v: model.session(v) for v in (5, b"x", ["x"])),
         *(lambda v=v: model.session(kv_budget=v) for v in ("9", 1.5, True, -4, 10**9)),
-        *(lambda v=v: model.session(kv_policy=v) for v in ("H2O", 5, ["h2o"], True)),
+        *(lambda v=v: model.session(kv_policy=v) for v in ("H2O", 5, ["h2o"], True, np.arange(2))),
+        *(
+            lambda v=v: session.send("x", attachments=v)
+            for v in (None, 5, "a.txt", {"name": "a"}, np.array(3))
+        ),
+        *(lambda v=v: model.encode_prompt(v) for v in (None, 5, b"x", [1])),
         *(lambda v=v: session.save(v) for v in (None, 5, "", ["x"], "a\0b")),
         *(lambda v=v: Session.load(v, model) for v in (None, 5, "", "a\0b")),
         lambda: Session.load(tmp_path / "x", "smollm2-135m"),
@@ -174,15 +179,15 @@ WRONG_LOADS = {
     "head_bits": [4, 8.0, "8", None],
     "kv_bits": [4, 16.0, "16", True, None],
     "ctx": [0, -5, True, 4096.0, "4096"],
-    "quantize": ["q4", None, 5, ["rtn"]],
+    "quantize": ["q4", None, 5, ["rtn"], np.arange(2)],
     "kv_budget": [-1, 1.5, "1", True],
-    "kv_policy": ["none ", 5, ["h2o"]],
+    "kv_policy": ["none ", 5, ["h2o"], np.arange(2)],
     "kv_disk_budget": [-1, 1.5, "1GB", True],
     "draft": [5, "", ["ngram"]],
     "draft_tokens": [-1, 16, 2.0, "3", True],
     "think": [1, "yes"],
     "offline": [1, "yes", None],
-    "device": ["gpu", None, 5, ["cpu"]],
+    "device": ["gpu", None, 5, ["cpu"], np.arange(2)],
     "progress": [5, "x"],
     "model": [None, 5, b"smollm2-135m", "", ["smollm2-135m"], "a\0b"],
 }

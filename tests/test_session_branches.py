@@ -140,3 +140,10 @@ def test_a_session_nobody_holds_leaves_nothing_behind(model):
     for i in range(20):
         say(model.session(**GREEDY), f"{i} " * 60)
     say(model.session(**GREEDY), "y" * 220)
+
+
+def test_a_question_goes_behind_what_was_said_last_when_its_answer_begins(model):
+    session = model.session(**GREEDY)
+    first, second = session.send("one"), session.send("two")
+    list(first), list(second)
+    assert [m["content"] for m in session.messages if m["role"] == "user"] == ["one", "two"]

@@ -77,6 +77,8 @@ def damaged(content):
         dict(leaf=5),
         dict(leaf=-1),
         dict(leaf="x"),
+        dict(leaf=0.5),
+        dict(leaf=True),
         dict(nodes=5),
         dict(nodes=[5]),
         dict(params={"temperature": "hot"}),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
+from tinychat.engine import FORK_SECONDS
 from tinychat.errors import UsageError
 from tinychat.events import Done
 
@@ -198,3 +199,14 @@ def test_a_child_forked_while_another_thread_answers_works_or_says_why_not(backe
         stop.set()
         thread.join(60)
         assert codes == [0 if m.backend.name == "cpu" else 3] * 5
+
+
+def test_a_fork_waits_for_no_lock_that_it_has():
+    """A model and a draft of its own layers have one tokenizer, as checkpoints on disk give it."""
+    with tiny_model(backend="cpu") as m:
+        m._checkpoint.tokenizer = lambda: m.tokenizer
+        assert m.speculator("layers:0").drafter.engine.tokenizer is m.tokenizer
+        began = time.monotonic()
+        assert in_a_child(lambda: 0) == 0
+        assert time.monotonic() - began < FORK_SECONDS
+        assert m.engine.tokenizer.lock.acquire(blocking=False)

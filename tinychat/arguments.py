@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UsageError(f"{name} is {shown(value)}.", "Use True or False.")
     return value
+
+
+def choice(name: str, value: Any, known: Collection[str], todo: str) -> None:
+    """One of these texts, or UsageError with `todo`."""
+    if not isinstance(value, str) or value not in known:  # an array has an equality of its own
+        raise UsageError(f"{name}={shown(value)} is not known.", todo)
 
 
 def text(name: str, value: Any, empty: bool = False) -> str:

@@ -362,7 +362,8 @@ class OwnedBranch(Branch):
         return self._engine._known(OwnedBranch(self._engine))
 
     def __del__(self):
-        self.pool.abandon(self.table)
+        if self.table:
+            self.pool.abandon(self.table)
 
 
 _engines: WeakSet[Engine] = WeakSet()
@@ -374,10 +375,11 @@ def _before_fork() -> None:
     """Let steps end: a child made in the middle of one would wait for threads that it does not have."""
     _forking.locks = []
     _forks.append(None)
-    for engine in list(_engines):
-        for lock in (engine.lock, engine.tokenizer.lock):
-            if lock.acquire(timeout=FORK_SECONDS):
-                _forking.locks.append(lock)
+    engines = list(_engines)
+    # A model and a draft of its own layers have one tokenizer: each lock once.
+    for lock in dict.fromkeys([e.lock for e in engines] + [e.tokenizer.lock for e in engines]):
+        if lock.acquire(timeout=FORK_SECONDS):
+            _forking.locks.append(lock)
 
 
 def _after_fork_in_parent() -> None:

@@ -137,8 +137,7 @@ def _check_settings(
     progress: Callable[[str], None] | None,
 ) -> None:
     """Raises UsageError for what no model could run with."""
-    if device not in DEVICES:
-        raise UsageError(f"The device {device!r} is not known.", f"Use {', '.join(DEVICES)}.")
+    arguments.choice("device", device, DEVICES, f"Use {', '.join(DEVICES)}.")
     if act_bits not in (None, 8, 16):
         raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
     if kv_bits not in (8, 16):
@@ -150,10 +149,14 @@ def _check_settings(
     arguments.flag("offline", offline)
     if progress is not None and not callable(progress):
         raise UsageError(f"progress is {arguments.shown(progress)}.", "Give a function of one text.")
-    if kv_policy not in (None, "none", *POLICIES):
-        raise UsageError(f"kv_policy={kv_policy!r} is not known.", "Use h2o, window or none.")
+    _check_policy(kv_policy)
     if kv_budget is not None and kv_policy == "none":
         raise UsageError("A KV budget needs a policy that keeps it.", "Leave out --kv-policy none.")
+
+
+def _check_policy(name: str | None) -> None:
+    if name is not None:
+        arguments.choice("kv_policy", name, ("none", *POLICIES), "Use h2o, window or none.")
 
 
 def make_backend(
@@ -259,6 +262,7 @@ class Model:
         self.draft = "ngram" if backend.row_independent else "none"
         self.draft_tokens: int | None = None
         self._draft_models: dict[str, Model] = {}
+        self._refused_drafts: dict[str, UsageError] = {}
 
     def _fit_context(self, asked: int | None) -> int:
         per_block = self.backend.kv_bytes_per_block()
@@ -304,6 +308,7 @@ class Model:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a bare prompt, with the beginning-of-text token where the model wants one."""
+        arguments.text("The prompt", text, empty=True)
         head = [self.tokenizer.bos_id] if self.needs_bos(text) else []
         return head + self.tokenizer.encode(text)
 
@@ -319,8 +324,7 @@ class Model:
         """
         if budget is not None:
             budget = arguments.integer("kv_budget", budget)
-        if name not in (None, "none", *POLICIES):
-            raise UsageError(f"kv_policy={arguments.shown(name)} is not known.", "Use h2o, window or none.")
+        _check_policy(name)
         budget, name = budget or self.kv_budget, name or self.kv_policy
         asked = bool(budget or name)
         if name is None:
@@ -418,9 +422,18 @@ class Model:
         if draft == "ngram":
             return Speculator(PromptLookup(), controller)
         try:
+            if draft in self._refused_drafts:
+                raise self._refused_drafts[draft]
             if draft not in self._draft_models:
-                self._draft_models[draft] = self._load_draft(draft)
-                check_vocabulary(self.tokenizer, self._draft_models[draft].tokenizer)
+                other = self._load_draft(draft)
+                try:
+                    check_vocabulary(self.tokenizer, other.tokenizer)
+                except UsageError as e:  # it stays wrong, and is not loaded again to be told so
+                    self._refused_drafts[draft] = e
+                    other.close()
+                    raise
+                if self._draft_models.setdefault(draft, other) is not other:
+                    other.close()  # another thread was faster
         except TinychatError as e:
             return Speculator(notice=f"No draft: {e.what}")
         other = self._draft_models[draft]

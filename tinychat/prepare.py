@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinychat import arguments
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.formats import Checkpoint
 from tinychat.weights import (
@@ -32,8 +33,8 @@ class WeightPolicy:
     head_bits: int = 8
 
     def __post_init__(self):
-        if self.quantize not in ("auto", "rtn", "none"):
-            raise UsageError(f"quantize={self.quantize!r} is not known.", 'Use "auto", "rtn" or "none".')
+        known = ("auto", "rtn", "none")
+        arguments.choice("quantize", self.quantize, known, 'Use "auto", "rtn" or "none".')
         if self.head_bits not in (8, 16):
             raise UsageError(f"head_bits={self.head_bits!r} is not known.", "Use 8 or 16.")
 

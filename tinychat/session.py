@@ -188,12 +188,14 @@ class Session:
 
         attachments: files that go with it, each `{"name", "text"}`; with some, the text may be empty.
         """
-        message = self._message(text, self.leaf, attachments)
-        return self._answer(message, self.params.but(**sampling))
+        message = self._message(text, None, attachments)
+        return self._answer(message, self.params.but(**sampling), follows=True)
 
     @staticmethod
     def _message(text: str, parent: int | None, attachments: Sequence[dict[str, str]]) -> Message:
-        if not are_sound(files := list(attachments)):
+        if not are_sound(
+            files := arguments.items("attachments", attachments, 'files: [{"name": …, "text": …}]')
+        ):
             raise UsageError(
                 "The attachments make no sense.", 'Give a list with a {"name": NAME, "text": TEXT} for each.'
             )
@@ -241,11 +243,14 @@ class Session:
         generating = self.nodes[path[-1]].role == "user"
         return sum(len(ids) for _, ids in self._prompt(path, generating))
 
-    def _answer(self, question: Message | int, params: SamplingParams) -> Iterator[Event]:
+    def _answer(
+        self, question: Message | int, params: SamplingParams, follows: bool = False
+    ) -> Iterator[Event]:
+        """follows: the question goes behind what was said last when its answer begins."""
         self._check_free()
         self._cancel.clear()  # a cancel from here on counts, even before the first event is asked for
         claim = Claim()
-        return claim.of(self._events(question, params, claim))
+        return claim.of(self._events(question, params, claim, follows))
 
     def _check_free(self) -> None:
         """Raises UsageError while an answer is being made. One that was cancelled and that nobody asks for
@@ -260,7 +265,9 @@ class Session:
                 return
         raise UsageError("This conversation is still answering.", "Cancel it, or wait for its last event.")
 
-    def _events(self, question: Message | int, params: SamplingParams, claim: Claim) -> Iterator[Event]:
+    def _events(
+        self, question: Message | int, params: SamplingParams, claim: Claim, follows: bool
+    ) -> Iterator[Event]:
         with self._claiming:
             self._check_free()
             self._claim = claim
@@ -270,6 +277,8 @@ class Session:
         ended: FinishReason = "error"  # unless Done comes or the listener leaves
         try:
             if isinstance(question, Message):
+                if follows:
+                    question.parent = self.leaf
                 self.nodes.append(question)
                 question = n_nodes
             asked = [self._system or "", self.nodes[question].as_read()]
@@ -453,7 +462,7 @@ class Session:
                 if not n.is_sound() or not (n.parent is None or 0 <= n.parent < i):
                     raise ValueError(f"message {i}")
             leaf, system, name = content["leaf"], content["system"], content["model"]
-            if leaf is not None and not 0 <= leaf < len(nodes):
+            if leaf is not None and (type(leaf) is not int or not 0 <= leaf < len(nodes)):
                 raise ValueError("leaf")
             if not isinstance(system, (str, NoneType)) or not isinstance(name, str):
                 raise ValueError("system or model")

@@ -288,3 +288,15 @@ def test_layers_of_the_model_itself_can_draft(model):
         events = list(model.session(draft=bad, temperature=0, max_tokens=3).send("hello"))
         assert isinstance(events[0], Notice)
         assert events[-1].stats.generated_tokens == 3
+
+
+def test_a_draft_of_other_words_is_refused_every_time_and_loaded_once(model, monkeypatch):
+    other = tiny_model(seed=1)
+    monkeypatch.setattr(other.tokenizer, "token_bytes", lambda i: b"?")
+    loaded = []
+    monkeypatch.setattr(model, "_load_draft", lambda name: loaded.append(name) or other)
+    for _ in range(3):
+        speculator = model.speculator("stranger")
+        assert speculator.drafter is None
+        assert "differs from the model's" in speculator.take_notice()
+    assert loaded == ["stranger"]
