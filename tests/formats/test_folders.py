@@ -184,6 +184,19 @@ def auto_gptq(folder, file, **changes):
     return name, codes
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_folder_saved_without_a_head_is_read_as_transformers_does(folder, tied, sharded):
+    settings(folder, tie_word_embeddings=tied)
+    base = {name.removeprefix("model."): a for name, a in tensors_of(folder).items() if "lm_head" not in name}
+    if sharded:
+        names = sorted(base)
+        shards(folder, {f"{i}.safetensors": {n: base[n] for n in names[i::2]} for i in (0, 1)})
+    else:
+        save_file(base, folder / "model.safetensors", {"format": "pt"})
+    assert as_transformers(folder) == ([] if tied else ["lm_head.weight"])
+
+
 @pytest.mark.parametrize(
     ("file", "named", "leftover"),
     [

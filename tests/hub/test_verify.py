@@ -114,6 +114,8 @@ def test_a_file_of_ones_own_is_compared_with_what_it_was(home, tmp_path, capsys,
     code, said = doctor(mine, capsys)
     assert code == 1
     assert "nobody wrote to it" in said
+    assert "Get it again from where it came." in said
+    assert "tinychat pull" not in said  # it gets no file of one's own
 
 
 def test_a_model_whose_tokenizer_cannot_be_read_is_not_installed(home, tmp_path):

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -69,13 +70,15 @@ def _verify(model: str, as_json: bool) -> int:
     for name in (*found.files, *found.packs):
         if name not in damaged:
             click.echo(f"{name}: whole")
+    own = Path(model).exists()  # a file of the user's, which no command can get
+    again = "Get it again from where it came." if own else f"Get it again: tinychat pull {shlex.quote(model)}"
     for bad, advice in (
-        (found.bad_files, f"Get it again: tinychat pull {shlex.quote(model)}"),
+        (found.bad_files, again),
         (found.bad_packs, "The next load makes it again."),
     ):
         for name, what in bad.items():
             terminal.label("damaged", "red")
-            click.echo(f": {name}: {what}. {advice}")
+            click.echo(f": {name}: {what.removesuffix('.')}. {advice}")
     return 1 if damaged else 0
 
 

@@ -16,13 +16,14 @@ from tinychat.errors import CheckpointError, ModelNotFoundError, UnsupportedMode
 from tinychat.files import MappedFile
 from tinychat.formats import experts
 from tinychat.formats.quantized import COMPANIONS, PARTS, SUPPORTED, read_linear, read_quantization
-from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensors, read_json
+from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_json
 from tinychat.identity import Tell, content_hash
 from tinychat.models import FAMILIES
 from tinychat.tokenizer import Tokenizer
 from tinychat.weights import DenseLinear, Linear
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_BASE = "model."  # how the names of all tensors but the head's begin
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -44,7 +45,7 @@ class HFCheckpoint:
         self.config = ModelConfig.from_hf(self.json, generation)
         self.quantization = read_quantization(self.path, self.json)
         self._tensors = Tensors(
-            self.path, lambda found: experts.by_module(found, self.config), self._wanted_file()
+            self.path, lambda found: experts.by_module(_prefixed(found), self.config), self._wanted_file()
         )
         self._shapes = _expected_shapes(self.config)
         self._refuse_unknown()
@@ -185,6 +186,15 @@ class HFCheckpoint:
             return None
         self._tensors.check(f"{name}.bias", (n,))
         return self._tensors.float32(f"{name}.bias")
+
+
+def _prefixed(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that was saved without its head (`LlamaModel`), by their names in a model
+    that has one, as transformers reads them.
+    """
+    if not found or any(name.startswith(_BASE) for name in found):
+        return found
+    return {_BASE + name: tensor for name, tensor in found.items()}
 
 
 def _expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
