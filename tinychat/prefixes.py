@@ -56,12 +56,17 @@ class Prefixes:
 
 
 def _parts(whole: Any) -> Iterator[tuple[Any, dict]]:
-    """A normalizer's or a pre-tokenizer's parts, each with its settings."""
+    """A normalizer's or a pre-tokenizer's parts, each with its settings.
+
+    A sequence within a sequence is left whole: the library gives no way to its parts. Honest files have none.
+    """
     if whole is None:
         return
     state = json.loads(whole.__getstate__())
-    inner = state.get("normalizers") or state.get("pretokenizers")
     if state.get("type") != "Sequence":
         yield whole, state
-    for i in range(len(inner or ())):
-        yield from _parts(whole[i])
+        return
+    inner = state.get("normalizers") or state.get("pretokenizers") or ()
+    if all(part.get("type") != "Sequence" for part in inner):
+        for i, part in enumerate(inner):
+            yield whole[i], part

@@ -23,6 +23,7 @@ T = TypeVar("T")
 MAX_FILE = 64 << 20  # bytes; the largest vocabularies in use take 35 MB
 MAX_TOKEN = 1024  # characters of an added token; the longest in use have about 50
 MAX_ADDED = 100_000
+MAX_ID = 1 << 24  # of a vocabulary's token; a list of all ids up to it is made when a tokenizer is written
 _LONG = 128  # bytes; few strings of an honest file are longer
 _MAX_LONG = 1 << 20  # bytes of long strings together, before a file is looked at closely
 MAX_GROWTH = 500  # how many times longer a normalizer may make a text: NFKC has one letter for 18
@@ -130,6 +131,9 @@ def _read(file: Path) -> bytes:
 _HIDDEN = re.compile(rb"(?<!\\)(?:\\\\)*\\u00(?:[46][1-9a-fA-F]|[57][0-9aA])")
 
 
+_FAR = re.compile(rb":\s*[0-9]{8}")  # an id that is too large, if it is one
+
+
 def _check_content(file: Path, content: bytes) -> None:
     """Look closely at a file with many long strings, or tables of bytes: reading it may take gigabytes."""
     import numpy as np
@@ -139,15 +143,21 @@ def _check_content(file: Path, content: bytes) -> None:
     quotes = quotes[(quotes == 0) | (data[quotes - 1] != ord("\\"))]  # those that surely begin or end one
     lengths = np.diff(quotes)
     long = lengths[lengths > _LONG].sum() > _MAX_LONG
-    if not (long or b"Precompiled" in content or _HIDDEN.search(content)):
+    far = _FAR.search(content, max(0, content.find(b'"vocab"')))
+    if not (long or far or b"Precompiled" in content or _HIDDEN.search(content)):
         return
     try:
         whole = json.loads(content)
         contents = [token["content"] for token in whole["added_tokens"]]
         _growth(whole.get("normalizer") or {})
+        vocabulary = whole["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+        largest = max((i for i in ids if isinstance(i, int)), default=0)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{file} is not a tokenizer that can be read: {one_line(e)}.", _PULL) from e
     check_added(str(file), contents)
+    if largest > MAX_ID:
+        raise CheckpointError(f"{file} has a token with the id {largest}.", _STRANGE)
 
 
 def check_added(name: str, contents: list[str]) -> None:
