@@ -172,7 +172,7 @@ def test_added_tokens_without_an_embedding_are_plain_text(tmp_path):
 )
 def test_a_model_that_needs_tokens_without_an_embedding_is_refused_at_load(tmp_path, changes, config):
     path = folder(tiny_folder(tmp_path / "model"), changes, config)
-    with pytest.raises(CheckpointError, match="embedding|the id 4000000000"):
+    with pytest.raises(CheckpointError, match=r"embedding|the id 4000000000"):
         tinychat.load(path, device="cpu")
 
 
