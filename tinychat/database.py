@@ -233,7 +233,7 @@ class Database:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if VERSION < version < 10_000:  # a larger one is damage
+        if VERSION < version < 100:  # a larger one is damage
             raise TinychatError(
                 f"{self.path} was written by a newer tinychat.", "Update tinychat, or move the file away."
             )

@@ -10,7 +10,10 @@ import platformdirs
 
 def written(text: str) -> Path:
     """A path as people write it: ~ is their home; the ~name of nobody stays as it is."""
-    return Path(os.path.expanduser(text))
+    try:
+        return Path(os.path.expanduser(text))
+    except ValueError:  # a name that nobody can have: a NUL, or characters that the system's encoding lacks
+        return Path(text)
 
 
 def home() -> Path:

@@ -74,9 +74,8 @@ class ChatApp(App[None]):
         self._early: list[events.Event] | None = []  # keys from before there was a place for them
         for theme in THEMES:
             self.register_theme(theme)
-        self.theme = (
-            self._settings.get("theme") if self._settings.get("theme") in self.available_themes else DARK.name
-        )
+        theme = self._settings.get("theme")
+        self.theme = theme if isinstance(theme, str) and theme in self.available_themes else DARK.name
 
     def get_default_screen(self) -> Screen:
         return ChatScreen(self.model, self.conversation)
@@ -322,7 +321,7 @@ class ChatApp(App[None]):
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

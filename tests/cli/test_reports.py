@@ -136,3 +136,15 @@ def test_bench_measures_what_it_says(folder, here, bits):
         assert row["tok_s"] > 0
         assert row["fraction_of_bandwidth"] == pytest.approx(row["gb_s"] / result["read_bandwidth_gb_s"])
     assert result["weight_bytes_per_token"] > 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"), [("HTTPS_PROXY", "through the proxy http://["), ("HF_ENDPOINT", "is no address")]
+)
+def test_an_address_that_is_none_is_said_by_doctor(monkeypatch, variable, said):
+    from tinychat.cli import doctor
+
+    for name in ("HTTPS_PROXY", "https_proxy", "HF_HUB_OFFLINE", "TINYCHAT_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://[")
+    assert said in doctor._network()

@@ -154,13 +154,22 @@ def _network() -> str:
     if offline_by_environment():
         return "not used: HF_HUB_OFFLINE or TINYCHAT_OFFLINE is set"
     if proxy := getproxies().get("https"):
-        return f"through the proxy {urlsplit(proxy).hostname or proxy}"
-    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname or "huggingface.co"
+        return f"through the proxy {_host(proxy) or proxy}"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not (host := _host(endpoint)):
+        return f"HF_ENDPOINT is {endpoint}, which is no address; models that are here work without"
     try:
         socket.create_connection((host, 443), NETWORK_SECONDS).close()
     except (OSError, ValueError):
         return f"{host} is not reached; models that are here work without"
     return f"{host} is reached"
+
+
+def _host(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:  # brackets that do not close, characters that no host has
+        return None
 
 
 def _started(question: Callable[[], str]) -> Callable[[], str]:

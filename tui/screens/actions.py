@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tinychat import locations
 from tinychat.errors import TinychatError, UsageError
 from tinychat.export import json_of, markdown_of
+from tinychat.files import read_bytes, write_atomically
 from tinychat.reasoning import split_thought
 from tinychat.records import INTEGERS, RANGES
 from tinychat.store import Chat, path_to
@@ -132,9 +133,10 @@ class ChatActions:
         if last is None:
             raise UsageError("There is no answer yet.", "Say something first.")
         siblings = self.conversation.siblings(last.id)
-        if rest and not (rest.isdigit() and 1 <= int(rest) <= len(siblings)):
+        numbers = [str(n + 1) for n in range(len(siblings))]
+        if rest and rest not in numbers:
             raise UsageError(f"There is no branch {rest}.", f"Use /branch 1 to {len(siblings)}.")
-        at = int(rest) - 1 if rest else (siblings.index(last.id) + 1) % len(siblings)
+        at = numbers.index(rest) if rest else (siblings.index(last.id) + 1) % len(siblings)
         return self.switch(siblings[at])
 
     async def switch(self: ChatScreen, message_id: int) -> None:
@@ -222,13 +224,11 @@ class ChatActions:
 
     def write_file(self: ChatScreen, path: Path, text: str) -> None:
         """Write a new file; an existing one is not touched."""
-        if path.exists():
+        if os.path.lexists(path):  # which takes every name
             raise UsageError(f"{path} exists.", "Give another name.")
-        try:
-            path.write_text(text, encoding="utf-8", errors="replace")
-        except OSError as e:
-            raise UsageError(f"Cannot write {path}: {e.strerror}.", "Give another place.") from e
-        self.say(f"Wrote {path} ({human_size(len(text.encode('utf-8', 'replace')))}).")
+        content = text.encode("utf-8", "replace")
+        write_atomically(path, content)
+        self.say(f"Wrote {path} ({human_size(len(content))}).")
 
     def command_copy(self: ChatScreen, rest: str) -> None:
         last = self.conversation.last("assistant")
@@ -453,15 +453,19 @@ class ChatActions:
     async def action_editor(self: ChatScreen) -> None:
         """ctrl+g: write in $EDITOR."""
         editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "message.md"
-            path.write_text(self.composer.text, encoding="utf-8")
-            try:
-                with self.app.suspend():  # the terminal is the editor's until it ends
-                    code = subprocess.run([*shlex.split(editor), str(path)], check=False).returncode
-            except (OSError, ValueError) as e:
-                self.say(f"{editor} does not start: {e}. Set $EDITOR.", error=True)
-                return
-            if code == 0:
-                self.composer.text = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
+        try:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                path = Path(folder) / "message.md"
+                path.write_text(self.composer.text, encoding="utf-8")
+                try:
+                    with self.app.suspend():  # the terminal is the editor's until it ends
+                        code = subprocess.run([*shlex.split(editor), str(path)], check=False).returncode
+                except (OSError, ValueError) as e:
+                    self.say(f"{editor} does not start: {e}. Set $EDITOR.", error=True)
+                    return
+                if code == 0:  # what the editor left there may be no file any more
+                    self.composer.text = read_bytes(path).decode("utf-8", "replace").rstrip("\n")
+        except OSError as e:  # the message stays in the composer
+            said = e.strerror or e
+            self.say(f"The message cannot go through a file: {said}. Check $TMPDIR and its disk.", error=True)
         self.composer.input.focus()
