@@ -153,7 +153,7 @@ def test_packs_are_streamed_not_collected():
 
     total = 0
     with open(os.devnull, "wb") as sink:
-        packer = packs.CpuPacker(checkpoint, WeightPolicy(), Counting(sink))
+        packer = packs.CpuPacker(checkpoint, WeightPolicy(), Counting(sink, "a.pack"))
         FAMILIES["llama"].load(packer, checkpoint.config)
         total = packer.sink.at
     assert most[0] < total / 2
