@@ -14,7 +14,7 @@ from session_helpers import say
 from tiny import tiny_model
 
 from tinychat import kvfile
-from tinychat.errors import UsageError
+from tinychat.errors import TinychatError, UsageError
 from tinychat.events import Notice
 from tinychat.session import Session
 
@@ -191,3 +191,25 @@ def test_where_it_cannot_be_written_the_conversation_is_saved_all_the_same(model
     monkeypatch.setenv("TINYCHAT_HOME", str(home))
     assert [p.name for p in path.parent.iterdir()] == ["chat.json"]
     assert go_on(path) == ([], 0, expected(session))
+
+
+def test_a_closed_model_saves_the_conversation_and_leaves_the_memory_of_before(path):
+    with tiny_model(ctx=256, backend="cpu") as m:
+        session = held(m, path)
+        size = kvfile.beside(path).stat().st_size
+    session.save(path)
+    assert kvfile.beside(path).stat().st_size == size
+    assert Session.load(path, m).messages == session.messages
+    with tiny_model(ctx=256, backend="cpu") as m:
+        *events, done = Session.load(path, m).send("more")
+        assert done.stats.cached_tokens > 0
+        assert not any(isinstance(e, Notice) for e in events)
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(model, tmp_path):
+    path = tmp_path / ("ü" * 125 + ".json")
+    session = held(model, path)
+    assert Session.load(path, model).messages == session.messages
+    with pytest.raises(TinychatError) as e:
+        session.save(tmp_path / ("n" * 300))
+    assert e.value.todo == "Give a shorter name."

@@ -63,7 +63,7 @@ class Engine:
         _engines.add(self)
         self._prefill_rate = 0.0
         self._clock = 0
-        self._closed = False
+        self.closed = False
 
     def branch(self, policy: EvictionPolicy | None = None) -> OwnedBranch:
         """A new, empty sequence. With a policy it may outgrow its budget; without, it ends where the context
@@ -125,8 +125,7 @@ class Engine:
         because the branch gave way.
         """
         with self.changing():
-            if self._closed:
-                raise UsageError("The model is closed.", "Load it again.")
+            self._check_open()
             self._clock += 1
             branch.last_used = self._clock
             if held is not None and len(branch) != held:
@@ -167,7 +166,12 @@ class Engine:
     def make_room(self, branch: Branch, n: int) -> None:
         """Evict what n more tokens need, where the branch has a policy; without one, nothing happens."""
         with self.changing():
+            self._check_open()
             self._make_room(branch, n)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise UsageError("The model is closed.", "Load it again.")
 
     def _make_room(self, branch: Branch, n: int) -> None:
         ledger = branch.ledger
@@ -247,7 +251,7 @@ class Engine:
     def close(self) -> None:
         """Refuse every later step, and release the backend once the present one is done. Idempotent."""
         with self.lock:
-            self._closed = True
+            self.closed = True
             self.backend.close()
 
     def _check_prompt(self, prompt: Sequence[int], evicts: bool = False) -> None:

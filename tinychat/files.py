@@ -191,7 +191,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():  # renaming over it would replace a device or a pipe by a file
             _regular(path.stat().st_mode, path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
         with os.fdopen(handle, "wb") as f:
             f.write(content)
             f.flush()
@@ -201,7 +201,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
         if isinstance(e, OSError):
-            todo = "Free some space." if e.errno == errno.ENOSPC else "Choose a folder that you can write to."
+            todo = {errno.ENOSPC: "Free some space.", errno.ENAMETOOLONG: "Give a shorter name."}.get(
+                e.errno, "Choose a folder that you can write to."
+            )
             raise TinychatError(f"Cannot write {path}: {e.strerror}.", todo) from e
         if isinstance(e, ValueError):  # a NUL, or characters that the file system does not have
             raise UsageError(f"{str(path)!r} is not the name of a file.", "Give another name.") from e

@@ -60,7 +60,7 @@ def _secret() -> bytes:
             return secret
         path.unlink()  # damaged
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(secrets.token_bytes(SECRET))
@@ -109,6 +109,8 @@ def save(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> 
     """
     engine, disk_budget = model.engine, model.kv_disk_budget
     with engine.changing():
+        if engine.closed:  # its keys and values are gone; those of an earlier save stay
+            return False
         size = len(branch.table) * engine.backend.kv_bytes_per_block()
         if branch.slots < WORTH or size > disk_budget:
             return False
@@ -123,7 +125,7 @@ def save(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> 
     try:
         about |= {"crc32": checksum(tensors)} if stored else {"seal": seal(tensors, about)}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
         os.close(handle)
         try:
             save_file(tensors, temporary, about)
@@ -159,7 +161,11 @@ def load(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> 
     stored: as `save` was told.
     Raises DamagedKvError when the file is broken; in the store it has been set aside as `….damaged` then.
     """
-    if not path.is_file() or path.stat().st_size > model.kv_disk_budget + (1 << 28):
+    if (
+        model.engine.closed
+        or not os.path.isfile(path)
+        or path.stat().st_size > model.kv_disk_budget + (1 << 28)
+    ):
         return 0
     try:
         with safe_open(path, "numpy") as f:
