@@ -285,3 +285,18 @@ def test_many_open_formulas_are_laid_out_in_time():
     began = time.perf_counter()
     document("\\( $$ \\[ \\begin{a} $x_ " * 4000, 200)
     assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize("formula", [r"\(P(A|B)\)", r"\( |x| \)", r"\[\{x \mid y | z\}\]", r"$$|a|$$"])
+@pytest.mark.parametrize("step", [1, 2, 1000])
+def test_a_bar_in_a_formula_does_not_end_the_cell_of_a_table(formula, step):
+    source = f"| what | how |\n|---|---|\n| a | {formula} |\n| \\( | \\) |\n| b | c |\n"
+    document = Document()
+    for at in range(0, len(source), step):
+        document.append(source[at : at + step])
+        document.advance()
+    document.end()
+    document.advance()
+    (table,) = document.sealed
+    cells = [["".join(text for text, _ in cell) for cell in row] for row in table.rows]
+    assert cells == [["what", "how"], ["a", formula], ["\\(", ")"], ["b", "c"]]

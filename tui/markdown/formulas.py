@@ -9,10 +9,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from markdown_it.rules_block import table
+
 _OPEN = re.compile(r"\\\(|\\\[|\$\$|\\begin\{([A-Za-z]{1,20}\*?)\}")
 _CLOSE = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
 # Between single dollars stands a formula only if it has something that Markdown would change: prices do not.
 _DOLLARS = re.compile(r"\$(?=[^\s$])([^$`\n]*?[\\^_{*][^$`\n]*)(?<=[^\s$])(?<!\\)\$(?![0-9A-Za-z])")
+
+# Formulas that a bar of theirs would cut in two, in a table. The bar's stand-in is as long as the bar.
+_WITH_BAR = re.compile(r"\\\((?:(?!\\[()])[^\n])*\\\)|\\\[(?:(?!\\[\[\]])[^\n])*\\\]|\$\$[^$\n]+\$\$")
+_BAR = "\ue07c"
 
 
 def add_math(parser: Any) -> None:
@@ -21,7 +27,26 @@ def add_math(parser: Any) -> None:
     """
     parser.inline.ruler.before("escape", "math", _inline)
     parser.block.ruler.before("fence", "math", _block, {"alt": ["paragraph", "blockquote", "list"]})
+    parser.block.ruler.at("table", _table, {"alt": ["paragraph", "reference"]})
     parser.core.ruler.at("inline", _all_inline)
+
+
+def _table(state: Any, start: int, end: int, silent: bool) -> bool:
+    """As the parser's own rule; a bar inside of a formula does not end its cell."""
+    src, known = state.src, len(state.tokens)
+    if "|" in src and ("\\" in src or "$$" in src) and _BAR not in src:
+        state.src = _WITH_BAR.sub(_covered, src)
+    try:
+        return table(state, start, end, silent)
+    finally:
+        state.src = src
+        for token in state.tokens[known:]:
+            token.content = token.content.replace(_BAR, "|")
+
+
+def _covered(found: re.Match) -> str:
+    formula = found[0]
+    return formula.replace("|", _BAR) if any(c.isalnum() for c in formula) else formula
 
 
 def _all_inline(state: Any) -> None:
