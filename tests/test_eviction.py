@@ -400,3 +400,10 @@ def test_asking_again_does_not_vote_twice(chatty):
             np.testing.assert_array_equal(s._branch.ledger.positions, once._branch.ledger.positions)
             np.testing.assert_array_equal(s._branch.ledger.scores, once._branch.ledger.scores)
         assert done.stats.evicted_tokens > 100
+
+
+@pytest.mark.parametrize("ctx", [96, 99, 100, 104, 111, 112, 113])
+def test_a_conversation_begins_in_a_context_of_any_size(ctx):
+    with tiny_model(ctx=ctx, backend="cpu") as m:
+        *_, done = m.session(temperature=0, max_tokens=200).send("hi")
+        assert done.finish_reason in ("context_full", "length", "stop")

@@ -348,7 +348,7 @@ class Model:
                 f"{self.name} has sliding windows or layers of their own positions: it keeps all tokens.",
                 "Leave out --kv-budget and --kv-policy.",
             )
-        if not self.config.may_evict or (budget is None and self.n_ctx < SINKS + SMALLEST):
+        if not self.config.may_evict or (budget is None and self.n_ctx // BLOCK * BLOCK < SINKS + SMALLEST):
             return None
         return EvictionPolicy.of(name, budget or self.n_ctx)
 
