@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from markdown_it.rules_block import table
-
 _OPEN = re.compile(r"\\\(|\\\[|\$\$|\\begin\{([A-Za-z]{1,20}\*?)\}")
 _CLOSE = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
 # Between single dollars stands a formula only if it has something that Markdown would change: prices do not.
@@ -33,6 +31,8 @@ def add_math(parser: Any) -> None:
 
 def _table(state: Any, start: int, end: int, silent: bool) -> bool:
     """As the parser's own rule; a bar inside of a formula does not end its cell."""
+    from markdown_it.rules_block import table
+
     src, known = state.src, len(state.tokens)
     if "|" in src and ("\\" in src or "$$" in src) and _BAR not in src:
         state.src = _WITH_BAR.sub(_covered, src)
