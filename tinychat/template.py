@@ -55,8 +55,13 @@ class ChatTemplate:
         without end or tries to reach what the sandbox forbids.
         """
         given = {"tools": None, "documents": None, **self.tokenizer.special_tokens, **self._settings}
-        given |= self.guard(extra)
-        given["messages"] = [_plain(m) for m in self.guard(messages)]
+        try:
+            given |= self.guard(extra)
+            given["messages"] = [_plain(m) for m in self.guard(messages)]
+        except RecursionError as e:  # JSON goes deeper in some versions of Python
+            raise UsageError(
+                "A message holds lists and dicts that are too deep in each other.", "Use fewer levels."
+            ) from e
         given["add_generation_prompt"] = add_generation_prompt
         source = self.source if given["tools"] is None else self.sources.get(TOOLS, self.source)
         return rendering.render(source, given)
