@@ -18,6 +18,7 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.driver import Driver
 from textual.screen import Screen
+from textual.widget import MountError
 
 from tinychat import locations
 from tinychat.client import EngineClient, Loading, Text
@@ -162,6 +163,8 @@ class ChatApp(App[None]):
 
     def _handle_exception(self, error: Exception) -> None:
         """End the program. Textual prints a page with everything that was said; two lines come later."""
+        if self._exit and isinstance(getattr(error, "error", error), MountError):
+            return  # what came behind the key that leaves is shown nowhere any more
         self._return_code = 1
         if self._exception is None:
             self._exception = error

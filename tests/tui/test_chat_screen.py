@@ -135,3 +135,23 @@ async def test_the_status_line_counts_the_context_while_it_is_filled(store):
         await say(pilot, "count")
         await wait_until(pilot, lambda: "context 14/4096" in screen_text(app))
         assert app.chat.answering
+
+
+async def test_what_comes_behind_the_key_that_leaves_ends_nothing(store):
+    """Nothing can be mounted any more, which is no error then."""
+    app = make_app(store)
+    async with app.run_test() as pilot:
+        await wait_until(pilot, lambda: app.chat.ready)
+        app._exit = True  # as between that key and the end
+        tried = []
+
+        async def toggle():
+            tried.append("ctrl+b")
+            await app.chat.action_toggle_sidebar()
+
+        app.call_next(toggle)
+        await wait_until(pilot, lambda: tried)
+        await pilot.pause()
+        app.exit()
+    assert app._exception is None
+    assert app.return_code == 0
