@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends import BLOCK, Step
+from tinychat.base.errors import TinychatError
 from tinychat.bench import SHAPES, SyntheticCheckpoint, weight_bytes_per_token
-from tinychat.errors import TinychatError
 from tinychat.kernels_cuda import linear
 from tinychat.models import FAMILIES
-from tinychat.prepare import WeightPolicy
+from tinychat.network.weight_policy import WeightPolicy
 
 ROUNDS = 5
 LINEAR_ROWS = (1, 5, 16, 512)

@@ -26,8 +26,8 @@ from quality import held_out_archive
 
 import tinychat
 from tinychat.backends import BLOCK
-from tinychat.eviction import EvictionPolicy
-from tinychat.sampling import SamplingParams, log_softmax
+from tinychat.engine.eviction import EvictionPolicy
+from tinychat.engine.sampling import SamplingParams, log_softmax
 
 LENGTH = 2048
 GREEDY = SamplingParams(temperature=0)

@@ -86,7 +86,7 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
     """Stored bits of the blocks' linears for each weight: codes, scales, zeros or offsets."""
     from tinychat.formats.gguf import GGUFCheckpoint
     from tinychat.models import FAMILIES
-    from tinychat.weights import QuantizedLinear
+    from tinychat.network.weights import QuantizedLinear
 
     bits = weights = 0
     for layer in range(checkpoint.config.n_layers):

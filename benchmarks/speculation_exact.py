@@ -18,12 +18,12 @@ import time
 import numpy as np
 
 import tinychat
-from tinychat.events import TextDelta
-from tinychat.eviction import EvictionPolicy
-from tinychat.speculation import Draft
-from tinychat.speculation.control import Controller
-from tinychat.speculation.lookup import PromptLookup
-from tinychat.speculation.speculator import Speculator
+from tinychat.base.events import TextDelta
+from tinychat.engine.eviction import EvictionPolicy
+from tinychat.engine.speculation import Draft
+from tinychat.engine.speculation.control import Controller
+from tinychat.engine.speculation.lookup import PromptLookup
+from tinychat.engine.speculation.speculator import Speculator
 
 STEMS = [
     "Explain {} to a child.",

@@ -15,7 +15,7 @@ import json
 import statistics
 
 import tinychat
-from tinychat.events import Done
+from tinychat.base.events import Done
 
 PASSAGES = [
     "The harbour was quiet when Mara tied the boat to the old stone pier. Two gulls watched her from the "

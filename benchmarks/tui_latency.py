@@ -165,7 +165,7 @@ def speed(model: str, home: str) -> dict:
 
     One answer alone keeps no scores for an eviction to come; a conversation does, in the screen or not.
     """
-    from tinychat.store import ChatStore
+    from tinychat.chats.chat_store import ChatStore
 
     flags = ["--temp", "0", "--max-tokens", str(TOKENS), "--draft", "none"]
 
@@ -222,8 +222,8 @@ async def blocked(text: str) -> tuple[float, float]:
     """Stream `text` in 20,000 tokens through a headless screen; the longest pause of the event loop, and how
     long all of it took.
     """
-    from tinychat.client import Began, Finished, Loaded, Text
-    from tinychat.store import ChatStore
+    from tinychat.chats.chat_store import ChatStore
+    from tinychat.process.client import Began, Finished, Loaded, Text
     from tinychat.tui.app import ChatApp
     from tinychat.tui.conversation import Conversation
 
@@ -278,7 +278,7 @@ async def blocked(text: str) -> tuple[float, float]:
 
 def fill_store(home: str) -> None:
     """1,000 chats of 20 messages; the newest one has 500."""
-    from tinychat.store import ChatStore
+    from tinychat.chats.chat_store import ChatStore
 
     store = ChatStore(Path(home) / "chats.db")
     now = time.time()
@@ -312,7 +312,7 @@ def fill_store(home: str) -> None:
 
 def stored(model: str) -> dict:
     """Lists, searches and opens in a screen with many chats; each the slowest of five times."""
-    from tinychat import locations
+    from tinychat.base import locations
 
     lists, rare, common, opened = [], [], [], []
     with tempfile.TemporaryDirectory() as home:

@@ -1,7 +1,7 @@
 """Weights as the kernels read them: `src/layout.cuh` says where every bit goes, this writes it.
 
 A weight is packed in the smallest form that holds it exactly, a band of rows at a time. Nothing here knows
-where weights come from; arrays are as in `tinychat.weights`.
+where weights come from; arrays are as in `tinychat.network.weights`.
 """
 
 from __future__ import annotations

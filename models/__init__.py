@@ -1,4 +1,4 @@
-"""Networks: one short file an architecture family, written in the verbs of `tinychat.ops`."""
+"""Networks: one short file an architecture family, written in the verbs of `tinychat.network.ops`."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.config import ModelConfig
 from tinychat.models import gemma2, llama, qwen3
 from tinychat.models.gemma2 import NORM_OFFSET, biases, linears, mlp
-from tinychat.ops import Handle, Ops
+from tinychat.network.config import ModelConfig
+from tinychat.network.ops import Handle, Ops
 
 __all__ = ["NORM_OFFSET", "biases", "forward", "linears", "load", "norms"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tinychat.config import ModelConfig
 from tinychat.models.llama import Weights, biases, block, linears, load, norms
-from tinychat.ops import Handle, Ops
+from tinychat.network.config import ModelConfig
+from tinychat.network.ops import Handle, Ops
 
 __all__ = ["biases", "forward", "linears", "load", "norms"]
 

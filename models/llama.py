@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.config import ModelConfig
-from tinychat.ops import Handle, Ops
+from tinychat.network.config import ModelConfig
+from tinychat.network.ops import Handle, Ops
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

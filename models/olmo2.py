@@ -7,10 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.config import ModelConfig
 from tinychat.models import llama
 from tinychat.models.llama import ATTENTION, biases, linears, mlp
-from tinychat.ops import Handle, Ops
+from tinychat.network.config import ModelConfig
+from tinychat.network.ops import Handle, Ops
 
 __all__ = ["biases", "forward", "linears", "load", "norms"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinychat.config import ModelConfig
 from tinychat.models import llama
 from tinychat.models.llama import forward, norms
+from tinychat.network.config import ModelConfig
 
 __all__ = ["biases", "forward", "linears", "load", "norms"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tinychat.config import ModelConfig
 from tinychat.models.llama import ATTENTION, forward, linears, load, norms
+from tinychat.network.config import ModelConfig
 
 __all__ = ["biases", "forward", "linears", "load", "norms"]
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.config import ModelConfig
 from tinychat.models import llama, mixtral, qwen3
 from tinychat.models.llama import ATTENTION
 from tinychat.models.qwen3 import norms
-from tinychat.ops import Handle, Ops
+from tinychat.network.config import ModelConfig
+from tinychat.network.ops import Handle, Ops
 
 __all__ = ["biases", "forward", "linears", "load", "norms"]
 

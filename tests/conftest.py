@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tinychat.errors import MissingPackageError
+from tinychat.base.errors import MissingPackageError
 
 # OpenMP reads this when torch is imported: threads sleep, not spin, where other programs need the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -85,7 +85,7 @@ def demo_gguf(pytestconfig) -> Path:
         files = sorted(Path(package.origin).parent.glob("*.gguf"))
         if files:
             return files[0]
-    from tinychat.errors import DownloadError
+    from tinychat.base.errors import DownloadError
     from tinychat.hub import store
 
     with pytest.MonkeyPatch.context() as patch:

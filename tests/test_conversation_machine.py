@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from tiny import tiny_model
 
-from tinychat import kvfile
-from tinychat.eviction import EvictionPolicy
+from tinychat.engine.engine import kv_file as kvfile
+from tinychat.engine.eviction import EvictionPolicy
 
 BUDGET = 112
 MOST = 4

@@ -12,9 +12,9 @@ import pytest
 from tiny import TinyCheckpoint, byte_tokenizer, tiny_folder, tiny_model
 
 import tinychat
-from tinychat.errors import CheckpointError, MemoryBudgetError, ModelNotFoundError, UsageError
-from tinychat.prepare import WeightPolicy
-from tinychat.weights import DenseLinear, Int8Linear, QuantizedLinear, quantize_int8, quantize_rtn
+from tinychat.base.errors import CheckpointError, MemoryBudgetError, ModelNotFoundError, UsageError
+from tinychat.network.weight_policy import WeightPolicy
+from tinychat.network.weights import DenseLinear, Int8Linear, QuantizedLinear, quantize_int8, quantize_rtn
 
 
 @pytest.fixture(scope="module")

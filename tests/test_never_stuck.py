@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tiny import tiny_model
 
-from tinychat.events import Done
-from tinychat.worker import Worker
+from tinychat.base.events import Done
+from tinychat.process.worker import Worker
 
 pytest.importorskip("torch", reason="needs torch: the sessions are on the reference backend")
 
@@ -140,7 +140,7 @@ TestCrowd = CrowdMachine.TestCase
 
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch):
-    monkeypatch.setattr("tinychat.engine.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("tinychat.engine.engine.PATIENCE_SECONDS", 0.0)
 
 
 def test_the_screens_engine_goes_on_after_any_number_of_escs():

@@ -9,10 +9,10 @@ from emulation import needs_device
 from tiny import TinyCheckpoint
 
 from tinychat.backends import Step
-from tinychat.errors import CheckpointError
+from tinychat.base.errors import CheckpointError
 from tinychat.model import Model
+from tinychat.network.weight_policy import WeightPolicy
 from tinychat.perplexity import perplexity
-from tinychat.prepare import WeightPolicy
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tinychat.errors import UsageError
+from tinychat.base.errors import UsageError
 from tinychat.perplexity import perplexity
 
 

@@ -6,7 +6,7 @@ import pytest
 from session_helpers import GREEDY, TOKENIZER, alone, conversation_ids, opening, say, spell, turn
 from tiny import tiny_model
 
-from tinychat.errors import UsageError
+from tinychat.base.errors import UsageError
 
 
 @pytest.fixture

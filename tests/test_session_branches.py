@@ -8,8 +8,8 @@ import pytest
 from session_helpers import GREEDY, alone, conversation_ids, opening, say, spell, turn
 from tiny import tiny_model
 
-from tinychat.errors import UsageError
-from tinychat.events import Done, TextDelta
+from tinychat.base.errors import UsageError
+from tinychat.base.events import Done, TextDelta
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from session_helpers import GREEDY, say
 from tiny import tiny_model
 
 import tinychat
-from tinychat.errors import TinychatError
+from tinychat.base.errors import TinychatError
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from session_helpers import conversation_ids, opening, turn
 from tiny import tiny_model
 
-from tinychat.errors import UsageError
+from tinychat.base.errors import UsageError
 
 
 class SessionMachine(RuleBasedStateMachine):

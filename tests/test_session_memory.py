@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 from session_helpers import say
 from tiny import tiny_model
 
-from tinychat import kvfile
-from tinychat.errors import TinychatError, UsageError
-from tinychat.events import Notice
+from tinychat.base.errors import TinychatError, UsageError
+from tinychat.base.events import Notice
+from tinychat.engine.engine import kv_file as kvfile
 from tinychat.session import Session
 
 

@@ -8,8 +8,8 @@ import pytest
 from session_helpers import GREEDY, TOKENIZER, alone, conversation_ids, opening, say, spell, turn
 from tiny import tiny_model
 
-from tinychat.errors import CheckpointError, UsageError
-from tinychat.events import Done
+from tinychat.base.errors import CheckpointError, UsageError
+from tinychat.base.events import Done
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from tinychat.engine import FORK_SECONDS
-from tinychat.errors import UsageError
-from tinychat.events import Done
+from tinychat.base.errors import UsageError
+from tinychat.base.events import Done
+from tinychat.engine.engine import FORK_SECONDS
 
 TALK = dict(temperature=0, kv_policy="none")
 
@@ -63,7 +63,7 @@ def test_where_memory_is_full_an_answer_waits_for_another(alone):
 
 
 def test_a_waiting_answer_can_be_cancelled(monkeypatch):
-    monkeypatch.setattr("tinychat.engine.PATIENCE_SECONDS", 1e9)
+    monkeypatch.setattr("tinychat.engine.engine.PATIENCE_SECONDS", 1e9)
     with tiny_model(ctx=96, backend="cpu", eos_ids=(), grows=False) as m:
         first, second = m.session(**TALK), m.session(**TALK)
         parked = first.send("x" * 50)
@@ -90,7 +90,7 @@ def test_a_waiting_answer_can_be_cancelled(monkeypatch):
 
 def test_an_answer_with_votes_gives_way_and_goes_on_bit_for_bit(monkeypatch):
     """Answers in one thread, in turns: each takes the memory from the other again and again."""
-    monkeypatch.setattr("tinychat.engine.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("tinychat.engine.engine.PATIENCE_SECONDS", 0.0)
     settings = dict(temperature=0, max_tokens=90, kv_budget=112)
     with tiny_model(ctx=112, backend="cpu", eos_ids=()) as m:
         expected = [list(m.session(**settings).send(c * 40))[-1].completion.token_ids for c in "ab"]

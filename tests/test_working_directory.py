@@ -13,7 +13,7 @@ import pytest
 from terminal import Terminal
 from tiny import tiny_folder
 
-from tinychat.children import python_command
+from tinychat.base.children import python_command
 
 COMMAND = Path(sys.executable).with_name("tinychat")
 # Python itself has these loaded before a program that it is told to run by `-m` can say anything.

@@ -40,20 +40,20 @@ _EXPORTS = {
     "load": "tinychat.model",
     "Model": "tinychat.model",
     "Session": "tinychat.session",
-    "SamplingParams": "tinychat.sampling",
-    "TextDelta": "tinychat.events",
-    "Notice": "tinychat.events",
-    "Reading": "tinychat.events",
-    "Done": "tinychat.events",
-    "Completion": "tinychat.events",
-    "Stats": "tinychat.events",
-    "TinychatError": "tinychat.errors",
-    "UsageError": "tinychat.errors",
-    "ModelNotFoundError": "tinychat.errors",
-    "MemoryBudgetError": "tinychat.errors",
-    "CheckpointError": "tinychat.errors",
-    "UnsupportedModelError": "tinychat.errors",
-    "DownloadError": "tinychat.errors",
+    "SamplingParams": "tinychat.engine.sampling",
+    "TextDelta": "tinychat.base.events",
+    "Notice": "tinychat.base.events",
+    "Reading": "tinychat.base.events",
+    "Done": "tinychat.base.events",
+    "Completion": "tinychat.base.events",
+    "Stats": "tinychat.base.events",
+    "TinychatError": "tinychat.base.errors",
+    "UsageError": "tinychat.base.errors",
+    "ModelNotFoundError": "tinychat.base.errors",
+    "MemoryBudgetError": "tinychat.base.errors",
+    "CheckpointError": "tinychat.base.errors",
+    "UnsupportedModelError": "tinychat.base.errors",
+    "DownloadError": "tinychat.base.errors",
 }
 
 
@@ -80,7 +80,7 @@ __all__ = [
 
 TYPE_CHECKING = False  # as in typing, without importing it
 if TYPE_CHECKING:
-    from tinychat.errors import (
+    from tinychat.base.errors import (
         CheckpointError,
         DownloadError,
         MemoryBudgetError,
@@ -89,9 +89,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
-    from tinychat.events import Completion, Done, Notice, Reading, Stats, TextDelta
+    from tinychat.base.events import Completion, Done, Notice, Reading, Stats, TextDelta
+    from tinychat.engine.sampling import SamplingParams
     from tinychat.model import Model, load
-    from tinychat.sampling import SamplingParams
     from tinychat.session import Session
 
 

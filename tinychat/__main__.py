@@ -7,7 +7,7 @@ def main() -> None:
     """The command line."""
     sys.unraisablehook = _unraisable
     try:
-        from tinychat.children import trusted_path
+        from tinychat.base.children import trusted_path
 
         sys.path[:] = trusted_path()
         from tinychat.cli.main import main as run

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends import BLOCK, Backend, Step
-from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import MemoryBudgetError, UsageError
+from tinychat.base.errors import MemoryBudgetError, UsageError
+from tinychat.base.machine import available_memory, cache_bytes, human_bytes
 from tinychat.formats import Checkpoint
-from tinychat.machine import available_memory, cache_bytes, human_bytes
 from tinychat.models import FAMILIES
-from tinychat.prepare import WeightPolicy
-from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
+from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.weight_policy import WeightPolicy
+from tinychat.network.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
 
 
 def _shape(hidden, ffn, layers, heads, kv_heads, vocab, tied, bias=False, context=8192) -> ModelConfig:
@@ -268,10 +268,10 @@ def run(
     **sizes: Any,
 ) -> dict[str, Any]:
     """Load and measure; the JSON that `tinychat bench --json` prints (fields in docs/performance.md)."""
+    from tinychat.base.machine import cpu_count, peak_rss
     from tinychat.formats import open_checkpoint
     from tinychat.hub import store
     from tinychat.kernels_cpu import _native
-    from tinychat.machine import cpu_count, peak_rss
     from tinychat.model import make_backend
 
     policy = WeightPolicy(quantize, head_bits)

@@ -10,25 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinychat import arguments, rendering
 from tinychat.backends import BLOCK, Backend
-from tinychat.config import ModelConfig
-from tinychat.engine import Engine
-from tinychat.errors import MemoryBudgetError, TinychatError, UsageError
-from tinychat.events import Completion, Done, Event
-from tinychat.eviction import POLICIES, SINKS, SMALLEST, EvictionPolicy
-from tinychat.extras import import_torch
+from tinychat.base import arguments
+from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
+from tinychat.base.events import Completion, Done, Event
+from tinychat.base.extras import import_torch
+from tinychat.base.machine import available_memory, has_gpu, human_bytes
+from tinychat.engine.engine import Engine
+from tinychat.engine.eviction import POLICIES, SINKS, SMALLEST, EvictionPolicy
+from tinychat.engine.sampling import SamplingParams
 from tinychat.formats import Checkpoint, open_checkpoint
-from tinychat.machine import available_memory, has_gpu, human_bytes
 from tinychat.models import FAMILIES
-from tinychat.oversized import refuse_oversized
-from tinychat.prepare import WeightPolicy
-from tinychat.sampling import SamplingParams
+from tinychat.network.config import ModelConfig
+from tinychat.network.weight_policy import WeightPolicy
 from tinychat.session import Session
-from tinychat.template import ChatTemplate
+from tinychat.text import rendering
+from tinychat.text.oversized import refuse_oversized
+from tinychat.text.template import ChatTemplate
 
 if TYPE_CHECKING:
-    from tinychat.speculation.speculator import Speculator
+    from tinychat.engine.speculation.speculator import Speculator
 
 DEFAULT_CTX = 8192
 DEVICES = ("auto", "cpu", "cuda", "reference")
@@ -406,10 +407,10 @@ class Model:
 
         A draft model that is missing, too large or of another vocabulary is left out with a notice.
         """
-        from tinychat.speculation.control import Controller
-        from tinychat.speculation.draft_model import DraftModel, check_vocabulary
-        from tinychat.speculation.lookup import PromptLookup
-        from tinychat.speculation.speculator import Speculator
+        from tinychat.engine.speculation.control import Controller
+        from tinychat.engine.speculation.draft_model import DraftModel, check_vocabulary
+        from tinychat.engine.speculation.lookup import PromptLookup
+        from tinychat.engine.speculation.speculator import Speculator
 
         if draft is not None:
             arguments.text("draft", draft)

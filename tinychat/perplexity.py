@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tinychat.errors import UsageError
-from tinychat.sampling import log_softmax, no_finite_logit
+from tinychat.base.errors import UsageError
+from tinychat.engine.sampling import log_softmax, no_finite_logit
 
 
 def perplexity(

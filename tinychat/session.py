@@ -14,22 +14,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinychat import arguments
-from tinychat.attachments import are_sound, as_read
-from tinychat.characters import whole
-from tinychat.claims import Claim
-from tinychat.errors import TinychatError, UsageError
-from tinychat.events import Done, Event, FinishReason, Notice, Reading, TextDelta
-from tinychat.eviction import SMALLEST
-from tinychat.files import MAX_TEXT, read_text, write_atomically
-from tinychat.kvcache import common_prefix
-from tinychat.oversized import refuse_oversized
-from tinychat.reasoning import split_thought
-from tinychat.sampling import SamplingParams
-from tinychat.stopping import cut_ids
+from tinychat.base import arguments
+from tinychat.base.characters import whole
+from tinychat.base.claims import Claim
+from tinychat.base.errors import TinychatError, UsageError
+from tinychat.base.events import Done, Event, FinishReason, Notice, Reading, TextDelta
+from tinychat.base.files import MAX_TEXT, read_text, write_atomically
+from tinychat.engine.eviction import SMALLEST
+from tinychat.engine.kvcache import common_prefix
+from tinychat.engine.sampling import SamplingParams
+from tinychat.text.attachments import are_sound, as_read
+from tinychat.text.oversized import refuse_oversized
+from tinychat.text.reasoning import split_thought
+from tinychat.text.stopping import cut_ids
 
 if TYPE_CHECKING:
-    from tinychat.engine import OwnedBranch
+    from tinychat.engine.engine import OwnedBranch
     from tinychat.model import Model
 
 FORMAT = 1
@@ -416,7 +416,7 @@ class Session:
         }
         write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace"))
         if memory:
-            from tinychat import kvfile
+            from tinychat.engine.engine import kv_file as kvfile
 
             with suppress(TinychatError):  # it only saves time; the conversation itself is safe
                 kvfile.save(kvfile.beside(path), self.model, self._branch, stored=False)
@@ -425,7 +425,7 @@ class Session:
         """Keep the KV cache in a file, so that the conversation goes on at once when it is resumed; whether
         it is worth it. Raises TinychatError when the disk is full.
         """
-        from tinychat import kvfile
+        from tinychat.engine.engine import kv_file as kvfile
 
         return kvfile.save(path, self.model, self._branch)
 
@@ -434,7 +434,7 @@ class Session:
         are. What does not fit is not used, and a damaged file is set aside: the next answer then says so and
         reads the conversation again.
         """
-        from tinychat import kvfile
+        from tinychat.engine.engine import kv_file as kvfile
 
         try:
             return kvfile.load(path, self.model, self._branch, stored)
@@ -448,7 +448,7 @@ class Session:
 
         Raises TinychatError if the file is not a saved conversation.
         """
-        from tinychat import kvfile
+        from tinychat.engine.engine import kv_file as kvfile
 
         path = arguments.path("The path", path)
         if model is not None and not hasattr(model, "engine"):

@@ -20,11 +20,11 @@ from textual.driver import Driver
 from textual.screen import Screen
 from textual.widget import MountError
 
-from tinychat import locations
-from tinychat.client import EngineClient, Loading, Text
-from tinychat.errors import TinychatError
-from tinychat.files import read_text
-from tinychat.store import Chat, ChatStore
+from tinychat.base import locations
+from tinychat.base.errors import TinychatError
+from tinychat.base.files import read_text
+from tinychat.chats.chat_store import Chat, ChatStore
+from tinychat.process.client import EngineClient, Loading, Text
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.driver import TerminalDriver
@@ -341,7 +341,7 @@ def make_app(
     """The chat screen, with a stored chat or a new one.
 
     system and params hold in place of the stored chat's own. options are those of `tinychat.load`; command
-    starts the engine (default: `tinychat.worker`). Raises ChatLockedError.
+    starts the engine (default: `tinychat.process.worker`). Raises ChatLockedError.
     """
     if chat is None:
         conversation = Conversation(store, model, system, params)

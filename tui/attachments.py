@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinychat import locations
-from tinychat.files import read_bytes
+from tinychat.base import locations
+from tinychat.base.files import read_bytes
 
 MOST_BYTES = 4_000_000
 _MENTION = re.compile(r"(?:^|(?<=\s))@(?:\"([^\"\n]+)\"|(\S+))")

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tinychat.client import Finished
-from tinychat.open_chat import OpenChat
-from tinychat.store import Chat, ChatStore, StoredMessage, path_to
+from tinychat.chats.chat_store import Chat, ChatStore, StoredMessage, path_to
+from tinychat.chats.open_chat import OpenChat
+from tinychat.process.client import Finished
 
 SAVE_SECONDS = 0.7  # of an answer in the making, at most that much is not yet stored
 

@@ -14,7 +14,7 @@ from textual import events
 from textual._xterm_parser import XTermParser
 from textual.message import Message
 
-from tinychat.characters import ERRORS, whole
+from tinychat.base.characters import ERRORS, whole
 
 MOST_PASTE = 32_000_000  # bytes; what a paste has beyond is dropped
 LONGEST_REPLY = 8192  # bytes of a terminal's answer (its colours, its clipboard), which nobody asked for here

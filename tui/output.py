@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from typing import IO, Any
 
-from tinychat.characters import make_printable
+from tinychat.base.characters import make_printable
 
 
 def paintable() -> IO[str]:

@@ -10,7 +10,7 @@ import re
 
 from rich.cells import cell_len
 
-from tinychat.terminal import clean as clean
+from tinychat.base.terminal import clean as clean
 
 Span = tuple[str, str]
 Line = list[Span]

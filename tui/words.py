@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tinychat.attachments import as_read
+from tinychat.text.attachments import as_read
 
 
 @dataclass(frozen=True)

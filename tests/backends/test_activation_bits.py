@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tinychat
-from tinychat.sampling import log_softmax
+from tinychat.engine.sampling import log_softmax
 
 POSITIONS = 2000
 pytestmark = pytest.mark.slow

@@ -10,9 +10,10 @@ from backend_steps import IDS, TABLE, cpu, cuda, run
 from emulation import needs_device
 from tiny import TinyCheckpoint
 
-from tinychat import packcheck, packs
 from tinychat.backends import Step
-from tinychat.prepare import WeightPolicy
+from tinychat.backends import pack_check as packcheck
+from tinychat.backends import pack_file as packs
+from tinychat.network.weight_policy import WeightPolicy
 
 
 @pytest.fixture(params=[cpu, pytest.param(cuda, marks=needs_device)], ids=["cpu", "cuda"])

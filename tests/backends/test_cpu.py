@@ -12,15 +12,16 @@ import pytest
 from backend_steps import BLOCKS, IDS, TABLE, cpu, run
 from tiny import TinyCheckpoint
 
-from tinychat import packcheck, packs
 from tinychat.backends import Step
+from tinychat.backends import pack_check as packcheck
+from tinychat.backends import pack_file as packs
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.config import RopeConfig
-from tinychat.errors import TinychatError, UsageError
+from tinychat.base.errors import TinychatError, UsageError
 from tinychat.kernels_cpu import _native
 from tinychat.models import FAMILIES
-from tinychat.prepare import WeightPolicy
+from tinychat.network.config import RopeConfig
+from tinychat.network.weight_policy import WeightPolicy
 
 ISAS = _native.isas()
 
@@ -170,5 +171,5 @@ def test_torch_is_never_imported(home):
         "heavy = {'torch', 'transformers', 'textual', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    tests = os.path.join(os.path.dirname(__file__), "..")
+    tests = os.path.join(os.path.dirname(__file__), "..", "support")
     subprocess.run([sys.executable, "-c", code, tests], check=True, env=os.environ)

@@ -14,8 +14,8 @@ import pytest
 from expert_layers import EXPERTS, HIDDEN, TAKEN, layer
 from programs import FORMS, ISAS, Bench, quantize_rows
 
-from tinychat import packs
-from tinychat.weights import DenseLinear
+from tinychat.backends import pack_file as packs
+from tinychat.network.weights import DenseLinear
 
 
 def run(weights, x, scores, *, isa, threads=2, act_bits=16, normalize=True, residual=None):
@@ -119,11 +119,11 @@ GUARDED = """
 import ctypes, json, sys
 from pathlib import Path
 import numpy as np
-from tinychat import packs
+from tinychat.backends import pack_file as packs
 from tinychat.backends import Step
 from tinychat.backends.cpu import CpuBackend
 from tinychat.formats.hf import HFCheckpoint
-from tinychat.prepare import WeightPolicy
+from tinychat.network.weight_policy import WeightPolicy
 
 loaded = []
 load = packs.load
@@ -154,7 +154,7 @@ def taken_by_the_last_token(checkpoint) -> list[list[int]]:
     """Of each layer, by the reference: what the child's last step takes."""
     from tinychat.backends import Step
     from tinychat.backends.reference import ReferenceBackend
-    from tinychat.prepare import WeightPolicy
+    from tinychat.network.weight_policy import WeightPolicy
 
     taken = []
 

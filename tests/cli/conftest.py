@@ -1,4 +1,4 @@
-"""What the tests of the command line share; how it is run is in `tests/cli_helpers.py`."""
+"""What the tests of the command line share; how it is run is in `tests/support/cli_helpers.py`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import pytest
 from cli_helpers import GREEDY, in_process
 from tiny import tiny_folder
 
-from tinychat import errors, locations
+from tinychat.base import errors, locations
 from tinychat.cli import repl
 from tinychat.cli.main import cli
 
@@ -231,7 +231,7 @@ def test_a_setting_that_is_to_be_unset_or_changed(place, monkeypatch):
 def test_a_group_size_that_is_named_divides(place):
     from tiny import TinyCheckpoint
 
-    from tinychat.errors import UsageError
+    from tinychat.base.errors import UsageError
     from tinychat.quantize import choose_group
 
     for wrong in (7, 48, 100, 128, 4096):

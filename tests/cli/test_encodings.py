@@ -11,7 +11,7 @@ from contextlib import suppress
 from cli_helpers import GREEDY, TINYCHAT, assert_two_lines, tinychat
 from tiny import tiny_folder
 
-from tinychat.store import ChatStore
+from tinychat.chats.chat_store import ChatStore
 
 ASCII = {"PYTHONIOENCODING": "ascii"}
 

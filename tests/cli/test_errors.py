@@ -13,7 +13,7 @@ from cli_helpers import GREEDY, TINYCHAT, assert_two_lines, tinychat
 from tiny import tiny_folder
 from tiny_gguf import write as write_gguf
 
-from tinychat.config import RopeConfig
+from tinychat.network.config import RopeConfig
 
 
 def test_usage_errors(folder, here):

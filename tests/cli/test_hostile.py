@@ -13,8 +13,8 @@ from cli_helpers import GREEDY, TINYCHAT, on_terminal
 from tiny import tiny_folder
 from tiny_gguf import write as write_gguf
 
-from tinychat import locations
-from tinychat.store import ChatStore
+from tinychat.base import locations
+from tinychat.chats.chat_store import ChatStore
 
 EVIL = "X\x1b]52;c;aGk=\x07\x1b]0;TITLE\x07\x1b[8m\x9b2J\u202e\u2066\r\x08[link=https://evil]Y"
 FORBIDDEN = re.compile(

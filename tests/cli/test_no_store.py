@@ -9,7 +9,7 @@ import pytest
 from cli_helpers import GREEDY, TINYCHAT, tinychat
 from terminal import Terminal
 
-from tinychat.store import ChatStore
+from tinychat.chats.chat_store import ChatStore
 
 WORD = "zyzzogeton"
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")

@@ -13,7 +13,7 @@ import pytest
 from cli_helpers import GREEDY, in_process, on_terminal, tinychat
 from tiny import tiny_folder
 
-from tinychat import errors
+from tinychat.base import errors
 from tinychat.cli.options import Name
 
 

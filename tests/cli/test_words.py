@@ -11,11 +11,11 @@ import pytest
 from cli_helpers import GREEDY, assert_two_lines, tinychat
 from tiny import tiny_folder
 
-from tinychat import locations
+from tinychat.base import locations
+from tinychat.base.errors import ModelNotFoundError, UsageError
+from tinychat.chats.chat_store import ChatStore
 from tinychat.cli import words
 from tinychat.cli.words import gather, model_or_prompt
-from tinychat.errors import ModelNotFoundError, UsageError
-from tinychat.store import ChatStore
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinychat.formats import awq
-from tinychat.weights import QuantizedLinear
+from tinychat.network.weights import QuantizedLinear
 
 
 def random_linear(n: int, k: int, group: int, seed: int = 0) -> QuantizedLinear:

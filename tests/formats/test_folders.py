@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import byte_tokenizer
 
-from tinychat.config import ModelConfig
-from tinychat.errors import CheckpointError, TinychatError, UnsupportedModelError
+from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError
 from tinychat.formats import open_checkpoint
 from tinychat.hub import store
+from tinychat.network.config import ModelConfig
 
 transformers = pytest.importorskip("transformers")
 INDEX = "model.safetensors.index.json"

@@ -14,7 +14,7 @@ from damage import damage_bytes, damage_json, damage_tensors, read, sound_models
 from raw_gguf import ARRAY, STRING, Raw
 from safetensors.numpy import load_file, save_file
 
-from tinychat.errors import TinychatError
+from tinychat.base.errors import TinychatError
 from tinychat.formats import open_checkpoint
 
 

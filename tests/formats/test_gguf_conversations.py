@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from tinychat.formats.gguf_tokenizer import from_gguf
-from tinychat.template import ChatTemplate
-from tinychat.tokenizer import Tokenizer
+from tinychat.text.template import ChatTemplate
+from tinychat.text.tokenizer import Tokenizer
 
 CONTROL, USER_DEFINED = 3, 4
 BYTES = [f"<0x{b:02X}>" for b in range(256)]

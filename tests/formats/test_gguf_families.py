@@ -11,9 +11,9 @@ from gguf import ExpertGatingFuncType, GGUFWriter
 import tinychat
 from tinychat.backends import Step
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.errors import CheckpointError, UnsupportedModelError, UsageError
+from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
 from tinychat.formats.gguf import GGUFCheckpoint
-from tinychat.prepare import WeightPolicy
+from tinychat.network.weight_policy import WeightPolicy
 
 IDS = np.random.default_rng(1).integers(0, 258, 120).astype(np.int32)
 TABLE = np.arange(8, dtype=np.int32)

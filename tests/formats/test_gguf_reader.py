@@ -9,10 +9,10 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from tiny_gguf import weights, write
 
-from tinychat.errors import CheckpointError, TinychatError, UnsupportedModelError
+from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError
 from tinychat.formats.gguf import GGUFCheckpoint
-from tinychat.prepare import WeightPolicy
-from tinychat.weights import DenseLinear, Int8Linear, QuantizedLinear
+from tinychat.network.weight_policy import WeightPolicy
+from tinychat.network.weights import DenseLinear, Int8Linear, QuantizedLinear
 
 STORED_AS = {
     Kind.F32: DenseLinear,

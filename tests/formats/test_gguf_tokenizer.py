@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from golden import GOLDEN, sentencepiece_fields
 
-from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats.gguf import GGUFFile
 from tinychat.formats.gguf_tokenizer import from_gguf
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tinychat.errors import CheckpointError, ModelNotFoundError, TinychatError, UnsupportedModelError
+from tinychat.base.errors import CheckpointError, ModelNotFoundError, TinychatError, UnsupportedModelError
 from tinychat.formats import awq, open_checkpoint
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.models.llama import linears
-from tinychat.prepare import WeightPolicy
-from tinychat.weights import DenseLinear, QuantizedLinear, bf16_to_f32, quantize_rtn
+from tinychat.network.weight_policy import WeightPolicy
+from tinychat.network.weights import DenseLinear, QuantizedLinear, bf16_to_f32, quantize_rtn
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -47,7 +47,7 @@ def float_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def _linears(layer: int) -> dict[str, tuple[int, int]]:
-    from tinychat.config import ModelConfig
+    from tinychat.network.config import ModelConfig
 
     return linears(ModelConfig.from_hf(CONFIG), layer)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinychat.errors import UnsupportedModelError
+from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf import GGUFFile
 from tinychat.formats.gguf_tokenizer import from_gguf
 

@@ -9,10 +9,10 @@ import packers
 import pytest
 from safetensors.numpy import save_file
 
-from tinychat.errors import CheckpointError, TinychatError, UnsupportedModelError
+from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError
 from tinychat.formats import awq
 from tinychat.formats.hf import HFCheckpoint
-from tinychat.weights import DenseLinear, QuantizedLinear
+from tinychat.network.weights import DenseLinear, QuantizedLinear
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

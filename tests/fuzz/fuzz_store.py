@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from fuzz.harness import Case, first_seed, minutes, run
 
-from tinychat import database, records
-from tinychat.errors import TinychatError
-from tinychat.export import to_json, to_markdown
-from tinychat.open_chat import OpenChat
-from tinychat.store import Chat, ChatStore
+from tinychat.base.errors import TinychatError
+from tinychat.chats import database, records
+from tinychat.chats.chat_store import Chat, ChatStore
+from tinychat.chats.export import to_json, to_markdown
+from tinychat.chats.open_chat import OpenChat
 
 PAGE = 4096
 JUNK = (

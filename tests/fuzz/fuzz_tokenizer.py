@@ -22,8 +22,8 @@ from fuzz.harness import Case, first_seed, minutes, run
 from test_gguf_conversations import FAMILIES
 
 from tinychat.formats.gguf_tokenizer import from_gguf
-from tinychat.template import ChatTemplate
-from tinychat.tokenizer import StreamDecoder, Tokenizer
+from tinychat.text.template import ChatTemplate
+from tinychat.text.tokenizer import StreamDecoder, Tokenizer
 
 SAID = [
     "Hello, world!", "", " ", "a" * 3000, " " * 3000, "\n" * 500, "def f(x):\n    return x\n", "é中🙂" * 100,

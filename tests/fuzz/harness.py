@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.errors import TinychatError
+from tinychat.base.errors import TinychatError
 
 MEMORY = 2 << 30  # bytes that a case may take beyond what the process has
 SECONDS = 30.0

@@ -8,7 +8,7 @@ import signal
 from fuzz import harness
 from fuzz.harness import Case, run
 
-from tinychat.errors import CheckpointError
+from tinychat.base.errors import CheckpointError
 
 
 def write(rng, folder):

@@ -19,7 +19,7 @@ import safetensors.numpy
 from tiny import tiny_folder
 from tiny_gguf import write
 
-from tinychat.errors import DownloadError, MemoryBudgetError
+from tinychat.base.errors import DownloadError, MemoryBudgetError
 from tinychat.hub.download import check_room
 
 REPO = "someone/tiny"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tiny_gguf import write
 
-from tinychat.errors import DownloadError, ModelNotFoundError, TinychatError
+from tinychat.base.errors import DownloadError, ModelNotFoundError, TinychatError
 from tinychat.hub import store
 
 

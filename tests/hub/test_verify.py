@@ -11,10 +11,12 @@ from safetensors.numpy import save_file
 from tiny_gguf import write
 
 import tinychat
-from tinychat import identity, packcheck, packs
+from tinychat.backends import pack_check as packcheck
+from tinychat.backends import pack_file as packs
+from tinychat.base import identity
+from tinychat.base.errors import CheckpointError
+from tinychat.base.files import Stamp
 from tinychat.cli.main import main
-from tinychat.errors import CheckpointError
-from tinychat.files import Stamp
 from tinychat.hub import store
 
 
@@ -67,7 +69,7 @@ def test_a_damaged_model_stays_where_it_cannot_be_pulled_again(home, tmp_path, m
     path = store.pull("tiny")
     rot(path)
     (tmp_path / "tiny.gguf").unlink()
-    with pytest.raises(tinychat.errors.TinychatError):
+    with pytest.raises(tinychat.base.errors.TinychatError):
         store.pull("tiny")
     assert path.exists()
     monkeypatch.setenv("TINYCHAT_OFFLINE", "1")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from programs import Bench, random_linear, run_linear
 
+from tinychat.backends.pack_file import pack
 from tinychat.kernels_cpu import _native
-from tinychat.packs import pack
 
 
 def program(threads: int, seed: int = 0):

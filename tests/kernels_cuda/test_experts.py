@@ -9,7 +9,7 @@ from expert_layers import EXPERTS, HIDDEN, TAKEN, layer, truth
 from programs import FORMS
 
 from tinychat.backends.cuda import _Recorder, _Value
-from tinychat.backends.cuda_weights import _joined, pack
+from tinychat.backends.cuda_pack import _joined, pack
 from tinychat.kernels_cuda import experts, linear
 from tinychat.kernels_cuda.program import Buffer, Program, Size
 

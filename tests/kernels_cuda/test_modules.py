@@ -11,7 +11,7 @@ import pytest
 from emulation import bench, cache, controls, driver, needs_emulation
 
 from tinychat.backends import cuda_device
-from tinychat.errors import TinychatError, UsageError
+from tinychat.base.errors import TinychatError, UsageError
 from tinychat.kernels_cuda import layout, modules
 from tinychat.kernels_cuda.driver import Device, DeviceError, DeviceMissingError, OutOfMemoryError
 from tinychat.kernels_cuda.modules import Cache, Modules

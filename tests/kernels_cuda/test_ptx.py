@@ -20,7 +20,7 @@ from tinychat.backends.cuda import CudaBackend
 from tinychat.kernels_cuda import modules
 from tinychat.kernels_cuda.driver import Device, DeviceError
 from tinychat.kernels_cuda.nvrtc import CompilerMissingError
-from tinychat.prepare import WeightPolicy
+from tinychat.network.weight_policy import WeightPolicy
 
 try:
     COMPILER, WHY = PtxCompiler(), ""

@@ -7,7 +7,7 @@ import pytest
 from emulation import bench, needs_device
 from programs import FORMS, random_dense, random_linear
 
-from tinychat.backends.cuda_weights import pack
+from tinychat.backends.cuda_pack import pack
 from tinychat.kernels_cuda import linear
 
 pytestmark = needs_device

@@ -9,10 +9,10 @@ from families import CASES, FromTransformers, logits_of, random_model, relative_
 from tinychat.backends import Step
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.config import ModelConfig
-from tinychat.errors import CheckpointError, UnsupportedModelError, UsageError
+from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
 from tinychat.formats.subset import LayerSubset
-from tinychat.prepare import WeightPolicy
+from tinychat.network.config import ModelConfig
+from tinychat.network.weight_policy import WeightPolicy
 
 N, BLOCKS = 200, 16
 IDS = np.random.default_rng(1).integers(0, 258, N).astype(np.int32)

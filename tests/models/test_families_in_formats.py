@@ -23,12 +23,12 @@ from tiny import byte_tokenizer
 from tinychat.backends import Step
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats import awq
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.models import FAMILIES
-from tinychat.prepare import WeightPolicy
-from tinychat.weights import QuantizedLinear, quantize_rtn
+from tinychat.network.weight_policy import WeightPolicy
+from tinychat.network.weights import QuantizedLinear, quantize_rtn
 
 GROUP = 32
 N, BLOCKS = 100, 8
@@ -92,7 +92,7 @@ def write(hf, folder, format_name):
     folder.mkdir()
     settings = hf.config.to_dict() | {"architectures": [type(hf).__name__], "quantization_config": config}
     (folder / "config.json").write_text(json.dumps(settings))
-    from tinychat.config import ModelConfig
+    from tinychat.network.config import ModelConfig
 
     cfg = ModelConfig.from_hf(settings)
     state = {name: t.detach().numpy().copy() for name, t in experts_apart(hf.state_dict()).items()}

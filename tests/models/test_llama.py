@@ -11,10 +11,10 @@ import transformers
 from families import FromTransformers, random_model, relative_error
 
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import CheckpointError, TinychatError, UnsupportedModelError
+from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError
 from tinychat.model import Model
-from tinychat.prepare import WeightPolicy
+from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.weight_policy import WeightPolicy
 
 SHAPE = dict(
     vocab_size=258,

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tiny import TinyCheckpoint, files
 
-from tinychat.errors import TinychatError, UsageError
+from tinychat.base.errors import TinychatError, UsageError
 from tinychat.quantize import folder, quantize
 
-TESTS = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 
 KILLED = """
 import os, signal, sys
@@ -34,7 +34,7 @@ quantize(TinyCheckpoint(n_layers=3), Path(sys.argv[1]), calib_file=Path(sys.argv
 
 def test_after_a_kill_the_same_call_goes_on_and_gives_the_same_folder(tmp_path, text):
     out = tmp_path / "out"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, sys.path)])}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(out), str(text)], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import TinyCheckpoint
 
-from tinychat.errors import TinychatError, UsageError
+from tinychat.base.errors import TinychatError, UsageError
 from tinychat.formats.gptq import pack, unpack
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.quantize import folder, quantize
@@ -168,7 +168,7 @@ def test_the_folder_is_gptqs(act_order, tmp_path, text, monkeypatch):
     from tinychat.backends.cpu import CpuBackend
     from tinychat.backends.reference import ReferenceBackend
     from tinychat.models.llama import linears
-    from tinychat.prepare import WeightPolicy
+    from tinychat.network.weight_policy import WeightPolicy
 
     monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path / "home"))
     facts = quantize(TinyCheckpoint(), tmp_path / "out", method="gptq", act_order=act_order, calib_file=text)

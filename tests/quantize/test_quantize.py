@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import TinyCheckpoint, files
 
-from tinychat.errors import CheckpointError, TinychatError, UsageError
+from tinychat.base.errors import CheckpointError, TinychatError, UsageError
 from tinychat.formats.hf import HFCheckpoint
+from tinychat.network.weights import QuantizedLinear, quantize_rtn
 from tinychat.quantize import choose_group, folder, quantize, settings
 from tinychat.quantize.forward import BlockWeights, Forward, read_block
-from tinychat.weights import QuantizedLinear, quantize_rtn
 
-TESTS = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 HEADS = {"grouped": {}, "one to one": {"n_kv_heads": 4}, "untied": {"tie_embeddings": False}}
 
 
@@ -348,8 +348,8 @@ def test_large_models_are_written_in_shards(tmp_path):
 
 
 def test_llama3_rope_written_out_by_gguf_is_named_again():
-    from tinychat.config import RopeConfig
-    from tinychat.errors import UnsupportedModelError
+    from tinychat.base.errors import UnsupportedModelError
+    from tinychat.network.config import RopeConfig
 
     llama3 = RopeConfig(500000.0, 64, "llama3", 32.0, 1.0, 4.0, 8192)
     plain = RopeConfig(500000.0, 64)

@@ -15,14 +15,14 @@ from tiny import byte_tokenizer
 
 from tinychat.backends import Step
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.config import ModelConfig
-from tinychat.errors import UnsupportedModelError
+from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf import GGUFCheckpoint
 from tinychat.formats.hf import HFCheckpoint
-from tinychat.prepare import WeightPolicy
+from tinychat.network.config import ModelConfig
+from tinychat.network.weight_policy import WeightPolicy
+from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize import block, quantize, settings
 from tinychat.quantize.forward import Forward, read_block
-from tinychat.weights import QuantizedLinear
 
 FAMILIES = (
     "mistral window",

@@ -1,10 +1,10 @@
-"""What the tests of the screen share; the scripted engine is in `tests/scripted.py`."""
+"""What the tests of the screen share; the scripted engine is in `tests/support/scripted.py`."""
 
 from __future__ import annotations
 
 import pytest
 
-from tinychat.store import ChatStore
+from tinychat.chats.chat_store import ChatStore
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 from scripted import Script, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
-from tinychat import database, locations
-from tinychat.store import ChatStore
+from tinychat.base import locations
+from tinychat.chats import database
+from tinychat.chats.chat_store import ChatStore
 from tinychat.tui.widgets.sidebar import ChatList
 
 SECRET = "Zyzzogeton"

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from engine_helpers import FAKE, Heard, ask
 
-from tinychat.client import Began, Died, EngineClient, Failed, Finished, Loaded, Noticed, Text
+from tinychat.process.client import Began, Died, EngineClient, Failed, Finished, Loaded, Noticed, Text
 
 pytestmark = pytest.mark.asyncio
 
@@ -131,7 +131,7 @@ async def test_an_engine_that_is_gone_is_noticed_and_can_be_started_again(engine
 async def test_the_engine_ends_when_its_parent_is_killed():
     code = (
         "import asyncio, sys\n"
-        "from tinychat.client import EngineClient\n"
+        "from tinychat.process.client import EngineClient\n"
         "async def main():\n"
         "    c = EngineClient(lambda e: print(type(e).__name__, flush=True), sys.argv[1:])\n"
         "    await c.start(); print(c.pid, flush=True)\n"

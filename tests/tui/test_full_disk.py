@@ -16,10 +16,10 @@ from scripted import Script, screen_text, wait_until
 from tiny import tiny_folder, tiny_model
 from tui_helpers import answered, make_app, say
 
-from tinychat import open_chat
-from tinychat.errors import TinychatError
-from tinychat.keep import Keeper
-from tinychat.store import Chat, ChatStore, StoreError
+from tinychat.base.errors import TinychatError
+from tinychat.chats import open_chat
+from tinychat.chats.chat_store import Chat, ChatStore, StoreError
+from tinychat.chats.keeper import Keeper
 from tinychat.tui import app as app_module
 
 HOLD = """

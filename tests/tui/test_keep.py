@@ -9,8 +9,8 @@ import sys
 import pytest
 from tiny import tiny_folder, tiny_model
 
-from tinychat.keep import Keeper
-from tinychat.store import ChatLockedError, ChatStore
+from tinychat.chats.chat_store import ChatLockedError, ChatStore
+from tinychat.chats.keeper import Keeper
 
 
 @pytest.fixture(scope="module")

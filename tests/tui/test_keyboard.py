@@ -241,7 +241,7 @@ def test_a_screen_survives_much_noise(tmp_path, seed):
     ids=["no size, no TERM", "one cell", "ascii", "C locale"],
 )
 def test_whatever_the_terminal_is_an_answer_comes_and_is_kept(tmp_path, size, environment):
-    from tinychat.store import ChatStore
+    from tinychat.chats.chat_store import ChatStore
 
     with Screen(tmp_path, size, **environment) as screen:
         screen.wait(lambda: b"ready" in screen.out or (size == (1, 1) and (tmp_path / "chats.db").exists()))

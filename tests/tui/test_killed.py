@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tinychat.store import ChatStore
+from tinychat.chats.chat_store import ChatStore
 
 # Chats as fast as it can about the word that it is given; says on stdout what has been said, and when.
 TALKER = """
@@ -27,8 +27,8 @@ def words(turn):
         yield f"w{turn}.{i} "
 """
 SCREEN = """
-from tinychat.client import Finished
-from tinychat.store import ChatStore
+from tinychat.process.client import Finished
+from tinychat.chats.chat_store import ChatStore
 from tinychat.tui.conversation import Conversation
 
 store = ChatStore(Path(sys.argv[1]))
@@ -47,10 +47,10 @@ for turn in range(10**6):
 """
 PLAIN = """
 from tiny import tiny_model
-from tinychat.events import Completion, Done, Stats, TextDelta
-from tinychat.keep import Keeper
+from tinychat.base.events import Completion, Done, Stats, TextDelta
+from tinychat.chats.keeper import Keeper
 from tinychat.session import Message
-from tinychat.store import ChatStore
+from tinychat.chats.chat_store import ChatStore
 
 store = ChatStore(Path(sys.argv[1]))
 session = tiny_model(backend="cpu").session()
@@ -83,7 +83,7 @@ def kill_while_talking(code, path, word, seconds):
         [sys.executable, "-c", TALKER + code, str(path), word],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")},
     )
     first = child.stdout.readline()
     time.sleep(seconds)

@@ -14,8 +14,8 @@ from engine_helpers import FAKE, Heard, ask
 from scripted import Script, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
-from tinychat.client import Died, EngineClient, Finished, Loaded, Loading, Text
-from tinychat.errors import TinychatError
+from tinychat.base.errors import TinychatError
+from tinychat.process.client import Died, EngineClient, Finished, Loaded, Loading, Text
 from tinychat.tui.screens.models import ModelScreen
 
 pytestmark = pytest.mark.asyncio
@@ -182,7 +182,7 @@ async def test_a_model_file_that_becomes_shorter_under_the_engine_is_the_reason(
     code = f"""
 import os
 from pathlib import Path
-from tinychat.files import MappedFile
+from tinychat.base.files import MappedFile
 path = Path({str(tmp_path / "model.gguf")!r})
 path.write_bytes(bytes(100_000))
 mapped = MappedFile(path)

@@ -8,8 +8,8 @@ import pytest
 from scripted import screen_text
 from tui_helpers import answered, make_app, say
 
-from tinychat import locations
-from tinychat.errors import TinychatError
+from tinychat.base import locations
+from tinychat.base.errors import TinychatError
 from tinychat.tui import attachments
 from tinychat.tui.app import ChatApp
 

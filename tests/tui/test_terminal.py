@@ -15,7 +15,7 @@ import psutil
 import pytest
 from terminal import Terminal
 
-from tinychat.store import ChatStore
+from tinychat.chats.chat_store import ChatStore
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
 SCREEN = [sys.executable, str(Path(__file__).parent / "open_screen.py")]
@@ -64,7 +64,7 @@ def test_the_installed_command_with_the_demo_model(tmp_path, demo_gguf):
         t.wait(lambda s: re.search(r"▌ Name a colour\.(?s:.*) · first token \d+ ms · \d+ tokens", s), 60)
         t.wait(ready, 60)
 
-        engine = descendants(t, "tinychat.worker")[0]
+        engine = descendants(t, "tinychat.process.worker")[0]
         t.type("Another long story, about rivers.")
         t.press("Enter")
         t.wait(lambda s: re.search(r"● \d+ tokens", s) is not None, 60)
@@ -80,7 +80,7 @@ def test_the_installed_command_with_the_demo_model(tmp_path, demo_gguf):
         store = ChatStore(tmp_path / "chats.db")
         t.wait(lambda _: len(store.chats()) == 2 and store.messages(2)[-1].role == "assistant", 60)
         t.wait(lambda _: store.messages(2)[-1].content, 60)  # stored while it streams
-        screen, child = descendants(t, "tinychat run")[-1], descendants(t, "tinychat.worker")[-1]
+        screen, child = descendants(t, "tinychat run")[-1], descendants(t, "tinychat.process.worker")[-1]
         screen.kill()
         t.wait("ended with 137")
         psutil.wait_procs([child], timeout=5)
@@ -214,7 +214,7 @@ def test_told_to_end_it_stores_and_restores_the_terminal(tmp_path):
 
 def test_a_crash_restores_the_terminal(tmp_path):
     code = (
-        "import sys; from tinychat.store import ChatStore; from tinychat.tui.app import make_app\n"
+        "import sys; from tinychat.chats.chat_store import ChatStore; from tinychat.tui.app import make_app\n"
         "app = make_app('fake', ChatStore(), command=['sleep', '100'])\n"
         "app.call_later(lambda: app.set_timer(0.5, lambda: 1 / 0)); sys.exit(app.run_to_end())"
     )
@@ -263,7 +263,7 @@ def test_nothing_heavy_is_imported_for_the_first_paint(tmp_path):
     code = (
         "import sys, asyncio, tinychat.cli.main, tinychat.tui.first_frame\n"
         "from pathlib import Path\n"
-        "from tinychat.store import ChatStore\n"
+        "from tinychat.chats.chat_store import ChatStore\n"
         "from tinychat.tui.app import make_app\n"
         "app = make_app('fake', ChatStore(Path(sys.argv[1])), command=['sleep', '100'])\n"
         "async def main():\n"

@@ -8,9 +8,9 @@ from scripted import Script, screen_text, wait_until
 from tiny import tiny_model
 from tui_helpers import answered, make_app, read_by_model, say
 
-from tinychat.client import EngineClient, Loaded
-from tinychat.client import Reading as Read
-from tinychat.events import Done, Notice, Reading, TextDelta
+from tinychat.base.events import Done, Notice, Reading, TextDelta
+from tinychat.process.client import EngineClient, Loaded
+from tinychat.process.client import Reading as Read
 from tinychat.tui.screens.too_large import TooLargeScreen
 from tinychat.tui.widgets.turn import duration
 

@@ -7,9 +7,9 @@ from scripted import Script, screen_text, wait_until
 from textual.widgets import OptionList
 from tui_helpers import answered, make_app, read_by_model, say
 
-from tinychat.attachments import as_read
-from tinychat.reasoning import split_thought
-from tinychat.store import ChatStore
+from tinychat.chats.chat_store import ChatStore
+from tinychat.text.attachments import as_read
+from tinychat.text.reasoning import split_thought
 from tinychat.tui import clipboard, commands
 from tinychat.tui.app import ChatApp
 from tinychat.tui.conversation import Conversation

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from tinychat import packs
 from tinychat.backends import Step
-from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import MemoryBudgetError, TinychatError, UsageError
+from tinychat.backends import pack_file as packs
+from tinychat.backends.pack_file import PackedLinear
+from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.formats import Checkpoint
 from tinychat.kernels_cpu import _native
 from tinychat.models import FAMILIES
-from tinychat.packs import PackedLinear
-from tinychat.prepare import WeightPolicy
+from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.weight_policy import WeightPolicy
 
 MAX_ROWS = 512
 

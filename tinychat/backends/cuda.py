@@ -15,15 +15,15 @@ import numpy as np
 
 from tinychat.backends import BLOCK, LargestLogits, Step
 from tinychat.backends.cuda_device import free_memory, open_modules
-from tinychat.backends.cuda_weights import Loader
-from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import (
+from tinychat.backends.cuda_pack import Loader
+from tinychat.base.errors import (
     DeviceLostError,
     MemoryBudgetError,
     TinychatError,
     UnsupportedModelError,
     UsageError,
 )
+from tinychat.base.machine import human_bytes
 from tinychat.formats import Checkpoint
 from tinychat.kernels_cuda import experts, head, layout
 from tinychat.kernels_cuda.attention import MAX_HEAD, Attention, Shape
@@ -31,9 +31,9 @@ from tinychat.kernels_cuda.driver import DeviceError, OutOfMemoryError
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.kernels_cuda.program import Buffer, Program, program_sources
-from tinychat.machine import human_bytes
 from tinychat.models import FAMILIES
-from tinychat.prepare import WeightPolicy
+from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.weight_policy import WeightPolicy
 
 MAX_ROWS = 512
 WORKSPACE = 64 << 20  # for attention's spans: 16 rows of 32 heads at 16,000 tokens of context

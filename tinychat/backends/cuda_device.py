@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tinychat import locations, machine
-from tinychat.errors import TinychatError, UsageError
+from tinychat.base import locations, machine
+from tinychat.base.errors import TinychatError, UsageError
 from tinychat.kernels_cuda import linear
 from tinychat.kernels_cuda.driver import LIBRARY, Device, DeviceError, DeviceMissingError
 from tinychat.kernels_cuda.modules import Cache, Modules
@@ -77,8 +77,8 @@ def check(modules: Modules) -> None:
 
 def _computes(modules: Modules) -> bool:
     """A product and the same added to it, at once and from a graph."""
-    from tinychat.backends.cuda_weights import pack
-    from tinychat.weights import quantize_int8
+    from tinychat.backends.cuda_pack import pack
+    from tinychat.network.weights import quantize_int8
 
     rng = np.random.default_rng(0)
     device, rows, n, k = modules.device, 3, 48, 320

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from tinychat.backends import BLOCK, Step
-from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import MemoryBudgetError
+from tinychat.base.errors import MemoryBudgetError
 from tinychat.formats import Checkpoint
 from tinychat.models import FAMILIES
-from tinychat.prepare import WeightPolicy
-from tinychat.weights import Linear
+from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.weight_policy import WeightPolicy
+from tinychat.network.weights import Linear
 
 
 def quantize_kv(x: torch.Tensor) -> torch.Tensor:

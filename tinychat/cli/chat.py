@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinychat import terminal
-from tinychat.characters import is_unicode
+from tinychat.base import terminal
+from tinychat.base.characters import is_unicode
+from tinychat.base.errors import UsageError
 from tinychat.cli.options import (
     ANSWERING,
     CHAT_NUMBER,
@@ -28,10 +29,9 @@ from tinychat.cli.options import (
     sampling_options,
 )
 from tinychat.cli.words import attached, gather, model_or_prompt
-from tinychat.errors import UsageError
 
 if TYPE_CHECKING:
-    from tinychat.events import Event, Stats
+    from tinychat.base.events import Event, Stats
     from tinychat.session import Session
 
 
@@ -79,7 +79,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         raise UsageError(
             "There is nothing to answer.", 'Give a prompt: tinychat run MODEL "…", or pipe text into it.'
         )
-    from tinychat.store import ChatStore, chosen
+    from tinychat.chats.chat_store import ChatStore, chosen
 
     if resumed and o["no_store"]:
         raise UsageError("--no-store knows no earlier chats.", "Leave it out to go on with one.")
@@ -111,7 +111,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         session = loaded.session(o["system"], kv_policy=policy, **pick(o, SAMPLING))
         keeper = None
         if store is not None:
-            from tinychat.keep import Keeper
+            from tinychat.chats.keeper import Keeper
 
             keeper = Keeper(store, session, chat)
         if loaded.template is None:
@@ -142,7 +142,7 @@ def given(name: str) -> bool:
 
 
 def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -> int:
-    from tinychat.events import Done, Notice, event_to_json
+    from tinychat.base.events import Done, Notice, event_to_json
 
     out = Printer()
     done = None
@@ -259,7 +259,7 @@ def describe(stats: Stats) -> str:
 
 def show_events(events: Iterator[Event], out: Printer):
     """Print a stream of events; the Done at its end."""
-    from tinychat.events import Done, Notice
+    from tinychat.base.events import Done, Notice
 
     done = None
     for event in events:

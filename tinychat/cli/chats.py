@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinychat.characters import is_unicode, whole
+from tinychat.base.characters import is_unicode, whole
+from tinychat.base.errors import TinychatError
 from tinychat.cli import tables
 from tinychat.cli.chat import Printer
-from tinychat.errors import TinychatError
 
 if TYPE_CHECKING:
-    from tinychat.store import ChatStore, Hit
+    from tinychat.chats.chat_store import ChatStore, Hit
 
 
 @click.command()
@@ -33,8 +33,8 @@ def chats(words: tuple[str, ...], deleted: bool, as_json: bool) -> None:
     tinychat chats --deleted      those
     tinychat chats restore 3      bring one back
     """
-    from tinychat.export import to_json, to_markdown
-    from tinychat.store import ChatStore, Hit, StoreError
+    from tinychat.chats.chat_store import ChatStore, Hit, StoreError
+    from tinychat.chats.export import to_json, to_markdown
 
     numbers = [int(w) for w in words[1:] if w.isdecimal() and len(w) <= 18]
     is_ids = bool(numbers) and len(numbers) == len(words) - 1
@@ -97,7 +97,7 @@ def _restore(store: ChatStore, ids: list[int], as_json: bool) -> None:
 
 
 def _list(hits: list[Hit], nothing: str, as_json: bool) -> None:
-    from tinychat.store import MARK, UNMARK
+    from tinychat.chats.chat_store import MARK, UNMARK
 
     out = Printer()
     if as_json:

@@ -20,9 +20,9 @@ from urllib.request import getproxies
 
 import click
 
-from tinychat import locations, machine, terminal
+from tinychat.base import locations, machine, terminal
+from tinychat.base.machine import available_memory, cpu_count, human_bytes
 from tinychat.cli import tables
-from tinychat.machine import available_memory, cpu_count, human_bytes
 
 NETWORK_SECONDS = 2.0
 USABLE = 5.0  # tokens a second below which reading along is no pleasure
@@ -115,8 +115,8 @@ def gather() -> dict[str, Any]:
         problems.append(f"{human_bytes(free)} of memory are too little to measure its speed.")
     except RuntimeError as e:  # TINYCHAT_ISA
         problems.append(" ".join(str(e).split()))
-    from tinychat import jetson
     from tinychat.backends import cuda_device
+    from tinychat.base import jetson
 
     facts |= cuda_device.report()
     if problem := facts.pop("gpu_problem", None):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
-from tinychat import __version__, errors, terminal
-from tinychat.characters import make_printable
+from tinychat import __version__
+from tinychat.base import errors, terminal
+from tinychat.base.characters import make_printable
 from tinychat.cli import chat, chats, doctor, models, reports
 
 INTERRUPTED = 130

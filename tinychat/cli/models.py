@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from tinychat.characters import is_unicode
+from tinychat.base.characters import is_unicode
+from tinychat.base.errors import UsageError
+from tinychat.base.machine import human_bytes
 from tinychat.cli import tables
 from tinychat.cli.options import Name, file_type, model_argument
-from tinychat.errors import UsageError
-from tinychat.machine import human_bytes
 
 
 def _echo_json(value: Any) -> None:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinychat import errors, locations
+from tinychat.base import errors, locations
+from tinychat.base.errors import UsageError
 from tinychat.cli.chat import Printer, cancel_on_interrupt, describe, show_events
-from tinychat.errors import UsageError
-from tinychat.sampling import SamplingParams
+from tinychat.engine.sampling import SamplingParams
 from tinychat.session import Session
 
 if TYPE_CHECKING:
-    from tinychat.keep import Keeper
+    from tinychat.chats.keeper import Keeper
 
 HISTORY = 1000  # messages
 HELP = """\

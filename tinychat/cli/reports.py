@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from tinychat import terminal
+from tinychat.base import terminal
+from tinychat.base.errors import UsageError
+from tinychat.base.files import read_prose
+from tinychat.base.machine import human_bytes
 from tinychat.cli.options import LOADING, complete_models, file_type, loading_options, model_argument, pick
-from tinychat.errors import UsageError
-from tinychat.files import read_prose
-from tinychat.machine import human_bytes
 
 MAX_SCORED = 16 << 20  # bytes of a text whose perplexity is asked for: hours on any machine
 TOKENS = click.IntRange(0, 1 << 24)  # that bench reads

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from tinychat import terminal
+from tinychat.base import terminal
 
 NARROWEST = 40
 SHORT = 12  # cells up to this wide are never folded

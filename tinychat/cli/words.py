@@ -11,10 +11,10 @@ from pathlib import Path
 
 import click
 
-from tinychat.characters import whole
+from tinychat.base.characters import whole
+from tinychat.base.errors import UsageError
+from tinychat.base.files import MAX_TEXT, read_prose
 from tinychat.cli.options import DEFAULT_MODEL
-from tinychat.errors import UsageError
-from tinychat.files import MAX_TEXT, read_prose
 
 PATIENCE = 1.0  # seconds until it is said that stdin is being waited for
 

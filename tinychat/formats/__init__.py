@@ -7,12 +7,12 @@ from typing import Protocol
 
 import numpy as np
 
-from tinychat.config import ModelConfig
-from tinychat.errors import ModelNotFoundError
-from tinychat.files import MappedFile
-from tinychat.identity import Tell
-from tinychat.tokenizer import Tokenizer
-from tinychat.weights import Linear
+from tinychat.base.errors import ModelNotFoundError
+from tinychat.base.files import MappedFile
+from tinychat.base.identity import Tell
+from tinychat.network.config import ModelConfig
+from tinychat.network.weights import Linear
+from tinychat.text.tokenizer import Tokenizer
 
 
 class Checkpoint(Protocol):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinychat.weights import QuantizedLinear
+from tinychat.network.weights import QuantizedLinear
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinychat.config import ModelConfig
 from tinychat.formats.tensors import Tensor
+from tinychat.network.config import ModelConfig
 
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _EXPERT = re.compile(r"(model\.layers\.\d+\.)block_sparse_moe\.(?:gate|experts\.(\d+)\.(w[123]))\.(\w+)")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinychat.formats import nibbles
-from tinychat.weights import QuantizedLinear
+from tinychat.network.weights import QuantizedLinear
 
 ROWS, INPUTS = 4, 64  # gemv_fast interleaves blocks of 4 outputs × 64 inputs
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.errors import UnsupportedModelError
-from tinychat.files import MappedFile
+from tinychat.base.errors import UnsupportedModelError
+from tinychat.base.files import MappedFile
+from tinychat.base.identity import Tell, content_hash
 from tinychat.formats.gguf_config import ROPE_TENSORS, TOP, read_config
 from tinychat.formats.gguf_file import (
     BF16,
@@ -25,10 +26,9 @@ from tinychat.formats.gguf_file import (
     Tensor,
     type_of,
 )
-from tinychat.identity import Tell, content_hash
 from tinychat.models import FAMILIES
-from tinychat.tokenizer import Tokenizer
-from tinychat.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
+from tinychat.network.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
+from tinychat.text.tokenizer import Tokenizer
 
 _EXPERT = re.compile(r"mlp\.experts\.(\d{1,6})\.")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import UnsupportedModelError
+from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf_file import GGUFFile
-from tinychat.rope_scaling import yarn_factors
-from tinychat.tokenizer import TURN_ENDS
+from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.hf_rope import yarn_factors
+from tinychat.text.tokenizer import TURN_ENDS
 
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")

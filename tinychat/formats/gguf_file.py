@@ -2,7 +2,7 @@
 
 Parsed here and not with the `gguf` package's reader, which trusts every count and size in the file: a damaged
 one makes it allocate without end or fail in the middle of numpy. The package's dequantizers are used for the
-types that have no exact counterpart in `tinychat.weights`.
+types that have no exact counterpart in `tinychat.network.weights`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.errors import CheckpointError, UnsupportedModelError
-from tinychat.files import open_mapped
+from tinychat.base.errors import CheckpointError, UnsupportedModelError
+from tinychat.base.files import open_mapped
 
 MAGIC = b"GGUF"
 # ggml type number → name, weights in a block, bytes in a block; the gguf package knows the others

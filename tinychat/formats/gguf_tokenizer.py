@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tinychat import chat_templates
-from tinychat.errors import CheckpointError, UnsupportedModelError
-from tinychat.tokenizer import TURN_ENDS, Tokenizer, char_of_byte, is_space
-from tinychat.tokenizer_file import MAX_TOKEN, check_added, one_line
+from tinychat.base.errors import CheckpointError, UnsupportedModelError
+from tinychat.text import chat_templates
+from tinychat.text.tokenizer import TURN_ENDS, Tokenizer, char_of_byte, is_space
+from tinychat.text.tokenizer_file import MAX_TOKEN, check_added, one_line
 
 if TYPE_CHECKING:
     import tokenizers

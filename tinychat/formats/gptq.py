@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinychat.formats import nibbles
-from tinychat.weights import QuantizedLinear
+from tinychat.network.weights import QuantizedLinear
 
 
 def pack(weight: QuantizedLinear) -> dict[str, np.ndarray]:

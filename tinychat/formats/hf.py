@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.config import ModelConfig
-from tinychat.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
-from tinychat.files import MappedFile
+from tinychat.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from tinychat.base.files import MappedFile
+from tinychat.base.identity import Tell, content_hash
 from tinychat.formats import experts
 from tinychat.formats.quantized import COMPANIONS, PARTS, SUPPORTED, read_linear, read_quantization
 from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_json
-from tinychat.identity import Tell, content_hash
 from tinychat.models import FAMILIES
-from tinychat.tokenizer import Tokenizer
-from tinychat.weights import DenseLinear, Linear
+from tinychat.network.config import ModelConfig
+from tinychat.network.weights import DenseLinear, Linear
+from tinychat.text.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _BASE = "model."  # how the names of all tensors but the head's begin

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.errors import CheckpointError, UnsupportedModelError
+from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats import awq, gemv, gptq
 from tinychat.formats.tensors import FLOATS, LLM_AWQ, PULL_AGAIN, Tensors, llm_awq_file, read_json
-from tinychat.weights import QuantizedLinear
+from tinychat.network.weights import QuantizedLinear
 
 # what a module's codes cannot be read without, in any layout
 COMPANIONS = {"qweight": ("scales",), "weight_packed": ("weight_scale", "weight_shape")}

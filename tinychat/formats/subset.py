@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.errors import UsageError
-from tinychat.files import MappedFile
+from tinychat.base.errors import UsageError
+from tinychat.base.files import MappedFile
+from tinychat.base.identity import Tell
 from tinychat.formats import Checkpoint
-from tinychat.identity import Tell
-from tinychat.tokenizer import Tokenizer
-from tinychat.weights import Linear
+from tinychat.network.weights import Linear
+from tinychat.text.tokenizer import Tokenizer
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tinychat.errors import CheckpointError, UnsupportedModelError
-from tinychat.extras import import_torch
-from tinychat.files import MAX_SETTINGS, MappedFile, open_mapped, read_text
-from tinychat.weights import bf16_to_f32
+from tinychat.base.errors import CheckpointError, UnsupportedModelError
+from tinychat.base.extras import import_torch
+from tinychat.base.files import MAX_SETTINGS, MappedFile, open_mapped, read_text
+from tinychat.network.weights import bf16_to_f32
 
 DTYPES = {
     "F32": "<f4",

@@ -6,9 +6,9 @@ import json
 import re
 from dataclasses import dataclass
 
-from tinychat import locations
-from tinychat.errors import UsageError
-from tinychat.files import read_text
+from tinychat.base import locations
+from tinychat.base.errors import UsageError
+from tinychat.base.files import read_text
 
 
 @dataclass(frozen=True)

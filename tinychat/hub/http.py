@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from tinychat import locations
-from tinychat.errors import DownloadError, TinychatError
-from tinychat.machine import human_bytes
+from tinychat.base import locations
+from tinychat.base.errors import DownloadError, TinychatError
+from tinychat.base.machine import human_bytes
 
 CHUNK = 1 << 20
 ATTEMPTS = 5  # without a single new byte in between

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tinychat.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError
-from tinychat.files import MAX_TEXT, read_text
+from tinychat.base.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError
+from tinychat.base.files import MAX_TEXT, read_text
 from tinychat.hub.aliases import Source
 from tinychat.hub.licenses import TEXTS, has_terms
 
@@ -176,7 +176,7 @@ def _check_config(repo: str, revision: str, files: list[str], staging: Path) -> 
         return
     import huggingface_hub as hub
 
-    from tinychat.config import ModelConfig
+    from tinychat.network.config import ModelConfig
 
     with _errors(repo), _no_bars():
         path = Path(hub.hf_hub_download(repo, "config.json", revision=revision, local_dir=staging))

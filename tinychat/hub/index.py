@@ -18,8 +18,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
-from tinychat import locations
-from tinychat.errors import DownloadError
+from tinychat.base import locations
+from tinychat.base.errors import DownloadError
 from tinychat.hub.http import Client, public_url
 
 PYPI = "https://pypi.org/simple"

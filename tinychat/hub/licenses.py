@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tinychat.files import open_regular
+from tinychat.base.files import open_regular
 
 # Hugging Face's names of licences that allow what people do with a model without further terms.
 FREE = {

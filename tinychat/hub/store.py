@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinychat import locations
-from tinychat.errors import (
+from tinychat.base import locations
+from tinychat.base.errors import (
     CheckpointError,
     DownloadError,
     ModelNotFoundError,
@@ -31,7 +31,7 @@ from tinychat.errors import (
     UsageError,
     shortage,
 )
-from tinychat.files import read_text
+from tinychat.base.files import read_text
 from tinychat.hub import licenses
 from tinychat.hub.aliases import Alias, Source, all_aliases, is_repo_id, parse_source
 from tinychat.hub.facts import license_of, parameters, quantization

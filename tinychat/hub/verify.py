@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinychat import identity, locations, packcheck
-from tinychat.errors import CheckpointError, TinychatError
-from tinychat.files import MappedFile
+from tinychat.backends import pack_check as packcheck
+from tinychat.base import identity, locations
+from tinychat.base.errors import CheckpointError, TinychatError
+from tinychat.base.files import MappedFile
+from tinychat.base.machine import human_bytes
 from tinychat.formats import open_checkpoint
 from tinychat.hub.download import sha256_of
-from tinychat.machine import human_bytes
 
 Tell = Callable[[str], None]
 

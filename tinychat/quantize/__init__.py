@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinychat.config import ModelConfig
-from tinychat.errors import CheckpointError, MemoryBudgetError, UnsupportedModelError, UsageError
-from tinychat.extras import import_torch
-from tinychat.terminal import bar
+from tinychat.base.errors import CheckpointError, MemoryBudgetError, UnsupportedModelError, UsageError
+from tinychat.base.extras import import_torch
+from tinychat.base.terminal import bar
+from tinychat.network.config import ModelConfig
 
 if TYPE_CHECKING:
     from tinychat.formats import Checkpoint
@@ -43,9 +43,9 @@ def quantize_model(
     seed: int = 0,
 ) -> dict[str, Any]:
     """`quantize` for a model by name (alias, repo id, folder, .gguf), with a progress bar on stderr."""
+    from tinychat.base.machine import cpu_count
     from tinychat.formats import open_checkpoint
     from tinychat.hub import store
-    from tinychat.machine import cpu_count
 
     torch = import_torch("Quantizing")
     checkpoint = open_checkpoint(store.resolve(model))
@@ -228,7 +228,7 @@ def _rest(checkpoint: Checkpoint) -> list:
 
 def _check_memory(cfg: ModelConfig, n_tokens: int, method: str) -> None:
     """Raises MemoryBudgetError when one block and the calibration activations do not fit."""
-    from tinychat.machine import available_memory, human_bytes
+    from tinychat.base.machine import available_memory, human_bytes
 
     h, f = cfg.hidden_size, cfg.intermediate_size
     block = 4 * (h * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 3 * h * f)

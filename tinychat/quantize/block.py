@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinychat.config import ModelConfig
 from tinychat.models import FAMILIES
+from tinychat.network.config import ModelConfig
 from tinychat.quantize.forward import DOWN, GATE_UP, O_PROJ, QKV, BlockWeights, Forward
 from tinychat.quantize.rounding import Metric, Rounded, compensated, nearest, refine
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.errors import UsageError
-from tinychat.files import read_text
-from tinychat.template import ChatTemplate
-from tinychat.tokenizer import Tokenizer
+from tinychat.base.errors import UsageError
+from tinychat.base.files import read_text
+from tinychat.text.template import ChatTemplate
+from tinychat.text.tokenizer import Tokenizer
 
 DEFAULT = Path(__file__).with_name("calibration.jsonl")
 LENGTH = 512

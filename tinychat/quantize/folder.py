@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.chat_templates import FOLDER
-from tinychat.config import ModelConfig
-from tinychat.errors import TinychatError, UsageError
-from tinychat.files import read_text
+from tinychat.base.errors import TinychatError, UsageError
+from tinychat.base.files import read_text
+from tinychat.base.machine import human_bytes
 from tinychat.formats import Checkpoint
-from tinychat.machine import human_bytes
+from tinychat.network.config import ModelConfig
 from tinychat.quantize.layouts import quantization_config
 from tinychat.quantize.settings import hf_config, one_or_many
-from tinychat.tokenizer import Tokenizer
+from tinychat.text.chat_templates import FOLDER
+from tinychat.text.tokenizer import Tokenizer
 
 RECORD = "quantize.json"  # says how the folder was made, and so that it is ours to replace
 SHARD_BYTES = 5_000_000_000

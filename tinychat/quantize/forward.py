@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinychat.config import ModelConfig
-from tinychat.errors import CheckpointError
+from tinychat.base.errors import CheckpointError
 from tinychat.formats import Checkpoint
 from tinychat.models import FAMILIES
+from tinychat.network.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch

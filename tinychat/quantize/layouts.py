@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinychat.config import ModelConfig
 from tinychat.formats import awq, gptq
 from tinychat.models import FAMILIES
+from tinychat.network.config import ModelConfig
+from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize.forward import BlockWeights, apart, stored
-from tinychat.weights import QuantizedLinear
 
 if TYPE_CHECKING:
     from tinychat.quantize.block import QuantizedBlock

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinychat.weights import QuantizedLinear
+from tinychat.network.weights import QuantizedLinear
 
 if TYPE_CHECKING:
     import torch

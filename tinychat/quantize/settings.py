@@ -1,4 +1,4 @@
-"""config.json of a model that came in another format: what `tinychat.hf_config` reads back."""
+"""config.json of a model that came in another format: what `tinychat.network.hf_config` reads back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.config import ModelConfig, RopeConfig
-from tinychat.errors import UnsupportedModelError
+from tinychat.base.errors import UnsupportedModelError
+from tinychat.network.config import ModelConfig, RopeConfig
 
 Settings = dict[str, Any]
 

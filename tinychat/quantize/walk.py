@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from tinychat.errors import CheckpointError
+from tinychat.base.errors import CheckpointError
 from tinychat.quantize.block import BlockQuantizer, Options, QuantizedBlock, round_to_nearest
 from tinychat.quantize.forward import Forward, read_block
 from tinychat.quantize.gptq import GPTQQuantizer

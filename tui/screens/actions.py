@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinychat import locations
-from tinychat.errors import TinychatError, UsageError
-from tinychat.export import json_of, markdown_of
-from tinychat.files import read_bytes, write_atomically
-from tinychat.reasoning import split_thought
-from tinychat.records import INTEGERS, RANGES
-from tinychat.store import Chat, path_to
+from tinychat.base import locations
+from tinychat.base.errors import TinychatError, UsageError
+from tinychat.base.files import read_bytes, write_atomically
+from tinychat.chats.chat_store import Chat, path_to
+from tinychat.chats.export import json_of, markdown_of
+from tinychat.chats.records import INTEGERS, RANGES
+from tinychat.text.reasoning import split_thought
 from tinychat.tui import clipboard, messages
 from tinychat.tui.commands import BY_NAME
 from tinychat.tui.conversation import Conversation

@@ -14,7 +14,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Static
 
-from tinychat.errors import TinychatError
+from tinychat.base.errors import TinychatError
 from tinychat.tui import commands, messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.screens.actions import ChatActions

@@ -6,8 +6,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from tinychat.client import Began, Died, Failed, Finished, Loaded, Loading, Noticed, Reading, Text
-from tinychat.store import StoredMessage
+from tinychat.chats.chat_store import StoredMessage
+from tinychat.process.client import Began, Died, Failed, Finished, Loaded, Loading, Noticed, Reading, Text
 from tinychat.tui import messages
 from tinychat.tui.widgets.turn import Turn, human_size, seconds
 from tinychat.tui.words import Words

@@ -12,7 +12,7 @@ from textual.content import Content
 from textual.widgets import Input, Label, OptionList
 from textual.widgets.option_list import Option
 
-from tinychat.errors import TinychatError
+from tinychat.base.errors import TinychatError
 from tinychat.tui.screens.panel import PanelScreen
 from tinychat.tui.text import clean, shorten
 from tinychat.tui.widgets.turn import human_size

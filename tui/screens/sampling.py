@@ -8,7 +8,7 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.widgets import Input, Label
 
-from tinychat.errors import UsageError
+from tinychat.base.errors import UsageError
 from tinychat.tui.screens.panel import PanelScreen
 
 NAMES = {

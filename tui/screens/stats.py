@@ -7,7 +7,7 @@ from typing import Any
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 
-from tinychat.store import StoredMessage
+from tinychat.chats.chat_store import StoredMessage
 from tinychat.tui.screens.panel import PanelScreen
 from tinychat.tui.text import Line, wrap
 from tinychat.tui.widgets.lines import Lines

@@ -12,8 +12,8 @@ from textual.content import Content
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
-from tinychat.errors import TinychatError
-from tinychat.store import MARK, UNMARK, ChatStore, Hit
+from tinychat.base.errors import TinychatError
+from tinychat.chats.chat_store import MARK, UNMARK, ChatStore, Hit
 from tinychat.tui.messages import ChatAction, OpenChat
 from tinychat.tui.text import clean, shorten
 

@@ -11,7 +11,7 @@ from textual.containers import VerticalScroll
 from textual.geometry import Size
 from textual.reactive import var
 
-from tinychat.store import StoredMessage
+from tinychat.chats.chat_store import StoredMessage
 from tinychat.tui.widgets.surface import Surface
 from tinychat.tui.widgets.turn import Turn
 

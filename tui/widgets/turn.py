@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
 
-from tinychat.reasoning import split_thought
-from tinychat.store import StoredMessage
+from tinychat.chats.chat_store import StoredMessage
+from tinychat.text.reasoning import split_thought
 from tinychat.tui.markdown import Document
 from tinychat.tui.messages import TurnAction
 from tinychat.tui.text import Line, Span, clean, fold, line_width, shorten, width_of, wrap

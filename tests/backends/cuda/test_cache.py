@@ -10,12 +10,12 @@ from families import relative_error
 from tiny import TinyCheckpoint, tiny_model
 
 from tinychat.backends import Step
-from tinychat.errors import MemoryBudgetError
-from tinychat.eviction import EvictionPolicy
-from tinychat.sampling import SamplingParams
-from tinychat.speculation import Draft
-from tinychat.speculation.control import Controller
-from tinychat.speculation.speculator import Speculator
+from tinychat.base.errors import MemoryBudgetError
+from tinychat.engine.eviction import EvictionPolicy
+from tinychat.engine.sampling import SamplingParams
+from tinychat.engine.speculation import Draft
+from tinychat.engine.speculation.control import Controller
+from tinychat.engine.speculation.speculator import Speculator
 
 pytestmark = needs_device
 

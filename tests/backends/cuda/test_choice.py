@@ -9,8 +9,8 @@ from emulation import needs_device
 from tiny import tiny_folder
 
 import tinychat
-from tinychat import kvfile
-from tinychat.errors import MemoryBudgetError, UsageError
+from tinychat.base.errors import MemoryBudgetError, UsageError
+from tinychat.engine.engine import kv_file as kvfile
 
 pytestmark = needs_device
 

@@ -13,7 +13,7 @@ import tinychat
 from tinychat.backends import Step
 from tinychat.backends.cuda import CudaBackend
 from tinychat.kernels_cuda.modules import Cache, Modules
-from tinychat.prepare import WeightPolicy
+from tinychat.network.weight_policy import WeightPolicy
 
 pytestmark = needs_emulation
 
@@ -85,8 +85,8 @@ def test_the_command_line_says_it_beside_the_answer(first_time, machine_with_gpu
 
 
 def test_the_screen_hears_it_as_it_hears_of_loading(first_time, machine_with_gpu, tmp_path, monkeypatch):
-    from tinychat import worker
     from tinychat.hub import download
+    from tinychat.process import worker
 
     monkeypatch.setattr(download, "listener", None)  # load_model sets it
     machine_with_gpu["modules"] = first_time()

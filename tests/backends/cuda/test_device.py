@@ -17,9 +17,9 @@ from tiny import TinyCheckpoint
 
 from tinychat.backends import BLOCK, Step
 from tinychat.backends.cuda import CudaBackend
-from tinychat.config import RopeConfig
-from tinychat.errors import TinychatError, UnsupportedModelError, UsageError
-from tinychat.prepare import WeightPolicy
+from tinychat.base.errors import TinychatError, UnsupportedModelError, UsageError
+from tinychat.network.config import RopeConfig
+from tinychat.network.weight_policy import WeightPolicy
 
 pytestmark = needs_device
 
@@ -92,7 +92,7 @@ def test_nothing_of_cuda_is_loaded_on_the_cpu_and_no_torch_on_cuda():
         "loaded = [n for n in sys.modules if 'tinychat' in n and 'cuda' in n]\n"
         "assert not loaded, loaded\n"
     )
-    tests = str(Path(__file__).parents[2])
+    tests = str(Path(__file__).parents[2] / "support")
     subprocess.run([sys.executable, "-c", code, tests], check=True, env=os.environ)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -11,9 +11,9 @@ from emulation import controls, needs_emulation
 from tiny import TinyCheckpoint, tiny_model
 
 from tinychat.backends import Step
-from tinychat.errors import DeviceLostError, MemoryBudgetError, TinychatError
-from tinychat.keep import Keeper
-from tinychat.store import ChatStore
+from tinychat.base.errors import DeviceLostError, MemoryBudgetError, TinychatError
+from tinychat.chats.chat_store import ChatStore
+from tinychat.chats.keeper import Keeper
 
 pytestmark = needs_emulation
 

@@ -19,11 +19,11 @@ from tiny import TinyCheckpoint
 from tinychat.backends import BLOCK, Step
 from tinychat.backends.cuda import CudaBackend
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.config import RopeConfig
-from tinychat.errors import UnsupportedModelError
+from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats import open_checkpoint
-from tinychat.prepare import WeightPolicy
-from tinychat.weights import QuantizedLinear
+from tinychat.network.config import RopeConfig
+from tinychat.network.weight_policy import WeightPolicy
+from tinychat.network.weights import QuantizedLinear
 
 pytestmark = needs_device
 

@@ -9,10 +9,10 @@ from emulation import needs_device
 from tiny import TinyCheckpoint, tiny_model
 
 from tinychat.backends import Step
+from tinychat.engine.sampling import SamplingParams, total_temperature
+from tinychat.engine.speculation.lookup import PromptLookup
+from tinychat.engine.speculation.speculator import Speculator
 from tinychat.kernels_cuda import head
-from tinychat.sampling import SamplingParams, total_temperature
-from tinychat.speculation.lookup import PromptLookup
-from tinychat.speculation.speculator import Speculator
 
 pytestmark = needs_device
 

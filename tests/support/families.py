@@ -1,0 +1,254 @@
+"""Tiny random models of every family, built with transformers' own classes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from tinychat.network.config import ModelConfig
+from tinychat.network.weights import DenseLinear
+
+SHAPE = dict(
+    vocab_size=258,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=None,
+    eos_token_id=257,
+    pad_token_id=None,
+)
+
+
+class FromTransformers:
+    """A Checkpoint over a transformers model's own tensors and its own config.json."""
+
+    path = Path("random")
+
+    def __init__(self, hf):
+        self.config = ModelConfig.from_hf({**hf.config.to_dict(), "architectures": [type(hf).__name__]})
+        self.state = {k: v.detach().numpy() for k, v in experts_apart(hf.state_dict()).items()}
+
+    def has(self, name):
+        return name + ".weight" in self.state
+
+    def linear(self, name):
+        return DenseLinear(self.state[name + ".weight"], self.state.get(name + ".bias"))
+
+    def vector(self, name):
+        return self.state[name + ".weight"] + np.float32(self.config.family.startswith("gemma"))
+
+    def tokenizer(self):
+        from tiny import byte_tokenizer
+
+        return byte_tokenizer()
+
+    def fingerprint(self, tell=None):
+        return "random"
+
+    def check_unchanged(self):
+        pass
+
+
+def experts_apart(state: dict) -> dict:
+    """A state dict with one linear for each expert, where transformers has all of a layer in one tensor."""
+    out = {}
+    for name, t in state.items():
+        prefix, _, linear = name.rpartition(".")
+        if not prefix.endswith("mlp.experts"):
+            out[name] = t
+            continue
+        for e, one in enumerate(t):
+            parts = one.chunk(2) if linear == "gate_up_proj" else (one,)
+            names = ("gate_proj", "up_proj") if linear == "gate_up_proj" else (linear,)
+            out |= {f"{prefix}.{e}.{n}.weight": p for n, p in zip(names, parts, strict=True)}
+    return out
+
+
+def set_weight(hf, name: str, weight: np.ndarray) -> None:
+    """A linear's weight, by the module names of `experts_apart`."""
+    prefix, _, linear = name.rpartition(".")
+    tensor = torch.from_numpy(weight)
+    if ".experts." not in name:
+        hf.get_submodule(name).weight.data = tensor
+        return
+    experts, e = hf.get_submodule(prefix.rpartition(".")[0]), int(prefix.rpartition(".")[2])
+    with torch.no_grad():
+        if linear == "down_proj":
+            experts.down_proj[e] = tensor
+        else:
+            half = len(weight) * (linear == "up_proj")
+            experts.gate_up_proj[e, half : half + len(weight)] = tensor
+
+
+def as_files_name_it(name: str, cls: str) -> str:
+    """Mixtral's files have other names than transformers' modules: its conversion map says which."""
+    if cls != "MixtralForCausalLM" or ".mlp." not in name:
+        return name
+    for module, file in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+        name = name.replace(f".{module}.", f".{file}.")
+    return name.replace(".mlp.", ".block_sparse_moe.")
+
+
+def random_model(name: str, **changes):
+    """A transformers model whose every parameter, norms and biases too, is random."""
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    hf = cls(cls.config_class(**{**SHAPE, **changes})).float().eval()
+    one = 0.0 if name.startswith("Gemma") else 1.0  # Gemma's files hold norms as what they differ from one
+    with torch.no_grad():
+        for parameter, p in hf.named_parameters():
+            if "norm" in parameter:
+                p.uniform_(one - 0.5, one + 0.5)
+            else:
+                p.normal_(0, 0.7 if parameter.endswith("bias") else 1.2 / math.sqrt(p.shape[-1]))
+    return hf
+
+
+def logits_of(hf, ids) -> np.ndarray:
+    """float32 [T, vocab], all at once."""
+    with torch.inference_mode():
+        return hf(torch.tensor([list(map(int, ids))])).logits[0].numpy()
+
+
+def usual_error(ours, theirs) -> float:
+    """The relative error that nine of ten rows stay below: where two experts are level, a router may take the
+    other one, and that row is then another.
+    """
+    return float(np.quantile(np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1), 0.9))
+
+
+def relative_error(ours, theirs) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def rope(kind: str, **fields):
+    """What transformers' config classes take."""
+    return dict(rope_parameters=dict(rope_type=kind, rope_theta=1e4, **fields))
+
+
+YARN = dict(factor=4.0, original_max_position_embeddings=64)
+LONGROPE = dict(short_factor=[1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0], long_factor=[1.0, 2.0, 4.0, 8.0] * 2)
+GRANITE = dict(
+    embedding_multiplier=12.0, attention_multiplier=0.11, residual_multiplier=0.22, logits_scaling=8.0
+)
+
+QWEN3_MOE = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, head_dim=16)
+
+# name → transformers' class, and how its config differs from SHAPE
+CASES = {
+    "llama dynamic rope": ("LlamaForCausalLM", rope("dynamic", factor=4.0)),
+    "llama yarn": ("LlamaForCausalLM", rope("yarn", **YARN)),
+    "llama yarn whole": (
+        "LlamaForCausalLM",
+        rope("yarn", factor=8.0, original_max_position_embeddings=32, truncate=False, beta_fast=8.0),
+    ),
+    "llama yarn mscale": ("LlamaForCausalLM", rope("yarn", mscale=0.7, mscale_all_dim=1.3, **YARN)),
+    "llama yarn magnitude": ("LlamaForCausalLM", rope("yarn", attention_factor=1.3, **YARN)),
+    "ministral": (
+        "MinistralForCausalLM",
+        dict(layer_types=["full_attention"] * 3, sliding_window=201, head_dim=16),
+    ),
+    "mistral wide heads": ("MistralForCausalLM", dict(sliding_window=None, head_dim=32)),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2 tied": ("Qwen2ForCausalLM", dict(tie_word_embeddings=True, num_key_value_heads=1)),
+    "qwen2 yarn": ("Qwen2ForCausalLM", rope("yarn", **YARN)),
+    "qwen3": ("Qwen3ForCausalLM", dict(head_dim=32)),
+    "qwen3 bias": ("Qwen3ForCausalLM", dict(head_dim=16, attention_bias=True, tie_word_embeddings=True)),
+    "phi3": ("Phi3ForCausalLM", {}),
+    "phi3 partial": (
+        "Phi3ForCausalLM",
+        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+    ),
+    "phi3 longrope": (
+        "Phi3ForCausalLM",
+        dict(
+            original_max_position_embeddings=200, max_position_embeddings=1600, **rope("longrope", **LONGROPE)
+        ),
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", dict(num_hidden_layers=5)),
+    "smollm3 listed": (
+        "SmolLM3ForCausalLM",
+        dict(no_rope_layers=[0, 1, 0], tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    ),
+    "smollm3 yarn": ("SmolLM3ForCausalLM", dict(no_rope_layers=[1, 0, 1], **rope("yarn", **YARN))),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "olmo2 mha": ("Olmo2ForCausalLM", dict(num_key_value_heads=4, attention_bias=True)),
+    "granite": ("GraniteForCausalLM", GRANITE),
+    "granite tied": (
+        "GraniteForCausalLM",
+        dict(GRANITE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, residual_multiplier=1.7),
+    ),
+    "mistral window": ("MistralForCausalLM", dict(sliding_window=37)),
+    "ministral window": (
+        "MinistralForCausalLM",
+        dict(sliding_window=70, head_dim=16, layer_types=["sliding_attention", "full_attention"] * 2)
+        | dict(num_hidden_layers=4),
+    ),
+    "qwen2 window": (
+        "Qwen2ForCausalLM",
+        dict(use_sliding_window=True, sliding_window=50, max_window_layers=1),
+    ),
+    "phi3 window": ("Phi3ForCausalLM", dict(sliding_window=64)),
+    "smollm3 window": (
+        "SmolLM3ForCausalLM",
+        dict(use_sliding_window=True, sliding_window=33, no_rope_layers=[1, 0, 0]),
+    ),
+    "gemma2": ("Gemma2ForCausalLM", dict(head_dim=16, sliding_window=48, query_pre_attn_scalar=16)),
+    "gemma2 caps": (
+        "Gemma2ForCausalLM",
+        dict(
+            head_dim=32,
+            sliding_window=300,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            num_key_value_heads=1,
+        ),
+    ),
+    "gemma2 uncapped": (
+        "Gemma2ForCausalLM",
+        dict(head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True),
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        dict(head_dim=32, sliding_window=64, num_hidden_layers=7, query_pre_attn_scalar=32),
+    ),
+    "gemma3 scaled": (
+        "Gemma3ForCausalLM",
+        dict(
+            head_dim=16,
+            sliding_window=20,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            final_logit_softcapping=5.0,
+            rope_parameters={
+                "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+                "sliding_attention": dict(rope_type="default", rope_theta=500.0),
+            },
+        ),
+    ),
+    "mixtral": ("MixtralForCausalLM", dict(num_local_experts=8)),
+    "mixtral window": (
+        "MixtralForCausalLM",
+        dict(num_local_experts=4, num_experts_per_tok=3, sliding_window=40, tie_word_embeddings=True)
+        | dict(head_dim=32, num_key_value_heads=1),
+    ),
+    "mixtral all": ("MixtralForCausalLM", dict(num_local_experts=3, num_experts_per_tok=3)),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM",
+        dict(QWEN3_MOE, norm_topk_prob=True),
+    ),
+    "qwen3moe unnormalized": ("Qwen3MoeForCausalLM", dict(QWEN3_MOE, attention_bias=True)),
+    "qwen3moe dense layers": (
+        "Qwen3MoeForCausalLM",
+        dict(QWEN3_MOE, mlp_only_layers=[3], decoder_sparse_step=2, num_hidden_layers=4)
+        | dict(tie_word_embeddings=True, use_sliding_window=True, sliding_window=50),
+    ),
+    "qwen3moe one": ("Qwen3MoeForCausalLM", dict(QWEN3_MOE, num_experts_per_tok=1)),
+    "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
+}

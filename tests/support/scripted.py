@@ -1,0 +1,137 @@
+"""A scripted engine, and waiting for conditions instead of time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinychat.process.client import Began, Died, Failed, Finished, Loaded, Text
+
+FACTS = {
+    "model": "demo",
+    "backend": "cpu",
+    "isa": "avx2",
+    "ctx": 4096,
+    "act_bits": 8,
+    "kv_bits": 16,
+    "threads": 2,
+}
+
+
+@dataclass
+class Script:
+    """One answer: what it says, in which pieces, and how it ends."""
+
+    text: str = "Hello."
+    pieces: int = 5
+    reason: str = "stop"
+    hang: bool = False  # after the last piece, until cancelled
+    waits: bool = False  # before the first piece, until told to go on (cancelled)
+    deaf: bool = False  # to that, too
+    prompt_text: str = ""
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+class ScriptedEngine:
+    """Stands in for EngineClient. Answers come from `scripts`, then "Hello." for ever."""
+
+    def __init__(self, scripts: Iterable[Script | str] = (), loads: bool = True):
+        self.scripts = [Script(s) if isinstance(s, str) else s for s in scripts]
+        self.on_event: Callable[[Any], None] = lambda event: None
+        self.loads = loads
+        self.broken: set[str] = set()  # models that do not load
+        self.requests: list[dict] = []
+        self.loaded: list[str] = []
+        self.starts = 0
+        self.pid: int | None = None
+        self.cancelled = asyncio.Event()
+        self._task: asyncio.Task | None = None
+
+    async def start(self) -> None:
+        self.starts += 1
+        if self._task is not None:
+            self._task.cancel()
+        self.pid = 1 << 30  # nobody's
+
+    def load(self, model: str, options: dict) -> None:
+        self.loaded.append(model)
+        if model in self.broken:
+            self.on_event(Failed(f"There is no model {model}.", "Choose another.", "load"))
+        elif self.loads:
+            self.on_event(Loaded({**FACTS, "model": model}, {"temperature": 0.7}))
+
+    def answer(self, chat: str, path: list[dict], system: str | None, params: dict) -> None:
+        self.requests.append({"chat": chat, "path": path, "system": system, "params": params})
+        script = self.scripts.pop(0) if self.scripts else Script()
+        self.cancelled.clear()
+        self._task = asyncio.create_task(self._say(script))
+
+    async def _say(self, s: Script) -> None:
+        if s.waits:
+            await self.cancelled.wait()
+        self.on_event(Began(s.prompt_text, 10))
+        size = max(1, -(-len(s.text) // s.pieces))
+        said, thought = "", None
+        for i in range(0, len(s.text), size):
+            said += s.text[i : i + size]
+            if thought is None and "</think>" in said:
+                thought = len(said.split())
+            self.on_event(Text(s.text[i : i + size], len(said.split()), thought))
+            await asyncio.sleep(0)
+        reason = s.reason
+        if s.hang:
+            await self.cancelled.wait()
+            while s.deaf:
+                await asyncio.sleep(1)
+            reason = "cancelled"
+        n = len(said.split())
+        stats = {"prompt_tokens": 10, "generated_tokens": n, "decode_tps": 20.0, "ttft_s": 0.25, **s.stats}
+        ids = list(range(n))
+        self.on_event(Finished(said, ids, [1, 2], s.prompt_text, reason, stats, thought))
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def die(self, reason: str = "it was killed") -> None:
+        """As a killed process looks from here."""
+        if self._task is not None:
+            self._task.cancel()
+        self.pid = None
+        self.on_event(Died(reason))
+
+    async def count(self, text: str) -> int | None:
+        return len(text.split())
+
+    async def head(self, text: str, tokens: int) -> str | None:
+        return " ".join(text.split()[:tokens])
+
+    async def models(self) -> dict | None:
+        installed = [
+            {"name": "demo", "size": 94_000_000, "quantization": "Q4_1", "path": "/m/demo"},
+            {"name": "huge", "size": 94_000_000_000, "quantization": "Q4_0", "path": "/m/huge"},
+        ]
+        return {"installed": installed, "available": ["other"], "memory": 4_000_000_000}
+
+    async def limits(self) -> dict | None:
+        return {"weight_bytes_per_token": 100_000_000, "read_bandwidth_gb_s": 8.0}
+
+    async def close(self) -> None:
+        self.pid = None
+
+
+async def wait_until(pilot, predicate: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Let the app run until `predicate` holds."""
+    until = time.monotonic() + seconds
+    while not predicate():
+        if time.monotonic() > until:
+            raise AssertionError(f"never came true; the screen:\n{screen_text(pilot.app)}")
+        await pilot.pause(0.01)
+
+
+def screen_text(app) -> str:
+    """What is on the screen, as text."""
+    lines = app.screen._compositor.render_strips()
+    return "\n".join("".join(segment.text for segment in line).rstrip() for line in lines)

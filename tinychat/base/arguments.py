@@ -1,0 +1,123 @@
+"""What Python programs give, checked before anything is done with it: UsageError says what it should be."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Collection, Iterable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from tinychat.base.errors import UsageError
+
+MESSAGE = '{"role": "user", "content": "…"}'
+
+
+def shown(value: Any) -> str:
+    """A value in an error, however large it is and whatever its repr does."""
+    try:
+        text = repr(value)
+    except Exception:  # a stranger's class, or a whole number of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def integer(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
+    """A whole number of any kind (numpy's, torch's), but no bool, from low to high."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        n = operator.index(value)
+    except TypeError:
+        n = low - 1
+    if n < low or (high is not None and n > high):
+        bounds = f"{low} or more" if high is None else f"from {low} to {high}"
+        raise UsageError(f"{name} is {shown(value)}.", f"It must be a whole number, {bounds}.")
+    return n
+
+
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """A number of any kind, but no bool and not NaN, from low to high."""
+    try:
+        if isinstance(value, (bool, str, bytes)) or not low <= value <= high:
+            raise TypeError
+        return value if type(value) in (int, float) else float(value)
+    except (TypeError, ValueError, ArithmeticError):
+        raise UsageError(f"{name} is {shown(value)}.", f"It must lie between {low} and {high}.") from None
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {shown(value)}.", "Use True or False.")
+    return value
+
+
+def choice(name: str, value: Any, known: Collection[str], todo: str) -> None:
+    """One of these texts, or UsageError with `todo`."""
+    if not isinstance(value, str) or value not in known:  # an array has an equality of its own
+        raise UsageError(f"{name}={shown(value)} is not known.", todo)
+
+
+def text(name: str, value: Any, empty: bool = False) -> str:
+    """A text; empty: of no characters too."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {shown(value)}, not a text.", "Give a str.")
+    if not value and not empty:
+        raise UsageError(f"{name} is empty.", "Give at least one character.")
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    """A path, from a text or a path."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
+        raise UsageError(f"{name} is {shown(value)}.", "Give a path.")
+    return Path(value)
+
+
+def items(name: str, value: Any, what: str) -> list[Any]:
+    """The items of any iterable, read once: a list, a tuple, a generator, a view, an array."""
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
+        raise UsageError(f"{name} is {shown(value)}.", f"Give a list of {what}.")
+    try:
+        return list(value)
+    except TypeError:  # an array without dimensions
+        raise UsageError(f"{name} is {shown(value)}.", f"Give a list of {what}.") from None
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Texts of at least one character: one, or an iterable of them; None is none."""
+    given = [] if value is None else [value] if isinstance(value, str) else items(name, value, "texts")
+    if any(not isinstance(s, str) or not s for s in given):
+        raise UsageError(f"{name} is {shown(value)}.", "Give texts of at least one character.")
+    return tuple(given)
+
+
+def token_ids(value: Any, vocabulary: int) -> list[int]:
+    """Token ids below `vocabulary`, from any iterable of whole numbers."""
+    if isinstance(value, Set):
+        raise UsageError(f"The token ids are {shown(value)}.", "Give a list: a set has no order.")
+    ids = items("The list of token ids", value, "whole numbers")
+    return [integer("A token id", i, 0, vocabulary - 1) for i in ids]
+
+
+def messages(value: Any) -> list[dict[str, Any]]:
+    """A conversation from any iterable of messages, or from a text, which is what the user says."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": text("The message", value)}]
+    found = items("The conversation", value, f"messages: [{MESSAGE}]")
+    if not found:
+        raise UsageError("The conversation has no messages.", f"Give at least one: [{MESSAGE}].")
+    for m in found:
+        if not isinstance(m, Mapping) or not all(isinstance(m.get(k), str) for k in ("role", "content")):
+            raise UsageError(f"{shown(m)} is not a message.", f"Use {MESSAGE}.")
+        if len(m) > 2:  # what else a template may want is a stranger to us
+            try:
+                json.dumps(dict(m))
+            except (TypeError, ValueError, RecursionError):
+                raise UsageError(
+                    "A message holds what no chat template can read.",
+                    "Use strings, numbers, booleans, None, lists and dicts, not too deep in each other.",
+                ) from None
+    return [dict(m) for m in found]

@@ -1,0 +1,1 @@
+"""Steps, memory and the tokens that come out of them."""

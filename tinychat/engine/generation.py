@@ -1,0 +1,345 @@
+"""One answer: match the prefix, prefill in chunks, decode draft by draft, and say what happens meanwhile."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from array import array
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinychat.backends import BLOCK
+from tinychat.base.events import Completion, Done, Event, FinishReason, Notice, Reading, Stats, TextDelta
+from tinychat.base.machine import peak_rss
+from tinychat.engine.eviction import Votes
+from tinychat.engine.kvcache import Branch, PoolExhaustedError
+from tinychat.engine.sampling import SamplingParams, choose_seed, greedy, sample
+from tinychat.engine.speculation import Draft
+from tinychat.engine.speculation.acceptance import rejection
+from tinychat.engine.speculation.speculator import Speculator
+from tinychat.text.reasoning import Splitter
+from tinychat.text.stopping import Outlet, Said, cut_ids
+from tinychat.text.tokenizer import StreamDecoder
+
+if TYPE_CHECKING:
+    from tinychat.engine.engine import Engine
+
+
+class Generation:
+    """The state of one answer."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        branch: Branch,
+        prompt: list[int],
+        params: SamplingParams,
+        cancel: threading.Event,
+        speculator: Speculator,
+        splitter: Splitter | None = None,
+    ):
+        self.engine, self.branch, self.speculator = engine, branch, speculator
+        self.prompt, self.cancel = prompt, cancel
+        if params.max_tokens is None and branch.ledger:
+            # Nothing else would end an answer that runs in circles.
+            params = params.but(max_tokens=engine.n_ctx)
+        self.params = params
+        self.context = array("i", prompt)  # and the answer's tokens so far; it may have no end
+        self.decoder = StreamDecoder(engine.tokenizer, continued=True)
+        self.outlet = Outlet(params.stop, splitter)
+        self.seed = choose_seed(params)
+        self.seen: set[int] = set()  # the first n_seen of the context, where they are penalized
+        self.n_seen = 0
+        self.began_evicted = self.evicted_before = branch.evicted
+        self.notices: list[str] = []
+        self.ids = array("i")
+        self.steps = self.decided = 0  # decode steps, and the tokens that they decided
+        self.chosen = 0  # the stop token counts as a step too
+        self.text, self.reasoning, self.written = io.StringIO(), io.StringIO(), io.StringIO()
+        self.stats = Stats(prompt_tokens=len(prompt))
+
+    def events(self) -> Iterator[Event]:
+        """Prefill, then a TextDelta a token, then Done."""
+        began = time.perf_counter()
+        first_token = yield from self._prefill()
+        yield from self._take_notices()
+        if first_token is None:
+            yield self._done("cancelled", began, began)
+            return
+        first = last = time.perf_counter()
+        self.stats.ttft_s = first - began
+        reason: FinishReason = "length"
+        tokens = self._tokens(first_token)
+        while self._may_continue():
+            token = next(tokens, None)
+            yield from self._take_notices()
+            if token is None:
+                reason = "cancelled" if self.cancel.is_set() else "context_full"
+                break
+            self.chosen += 1
+            last = time.perf_counter()
+            if token in self.engine.tokenizer.eos_ids:
+                reason = "stop"
+                break
+            self.ids.append(token)
+            thinking = self.outlet.thinking
+            yield self._delta(self.outlet.push(self.decoder.push(token)), token)
+            if thinking or self.outlet.thinking:
+                self.stats.reasoning_tokens = len(self.ids)
+            if self.outlet.stopped:
+                reason = "stop"
+                break
+            if self.cancel.is_set() and self._may_continue():
+                reason = "cancelled"
+                break
+        for rest in (self.outlet.push(self.decoder.flush()), self.outlet.flush()):
+            if any(rest):
+                yield self._delta(rest, None)
+        if self.outlet.stopped:
+            reason = "stop"
+        yield self._done(reason, first, last)
+
+    def _delta(self, said: Said, token: int | None) -> TextDelta:
+        self.text.write(said.text)
+        self.reasoning.write(said.reasoning)
+        self.written.write(said.written)
+        return TextDelta(said.text, token, said.reasoning, said.written)
+
+    def _tokens(self, first: int) -> Iterator[int]:
+        """The answer's tokens; ends when the context is full, or when it is cancelled while others hold the
+        memory that it needs.
+
+        The next step runs when the next token is asked for.
+        """
+        decided = [first]
+        self.speculator.begin(self.context)
+        while True:
+            for token in decided:
+                yield token
+                self.context.append(token)
+            room = self._room()
+            if room < 0:
+                return
+            if self.params.max_tokens is not None:
+                room = min(room, self.params.max_tokens - len(self.ids) - 1)
+            room = min(room, self.engine.backend.max_rows - 1)
+            draft = self.speculator.propose(self.context, room, self.params, self.seed)
+            began = time.perf_counter()
+            decided = []
+
+            def accept(out, draft=draft, decided=decided) -> int:
+                decided += self._verify(out, draft)
+                return len(decided)
+
+            rows = [self.context[-1], *draft.tokens]
+            try:
+                self.engine.run(self.branch, rows, 0, self.params, accept, held=len(self.context) - 1)
+            except PoolExhaustedError:
+                if not self._read_again():
+                    return
+                continue
+            kept = len(decided) - 1
+            self.speculator.note(kept, time.perf_counter() - began)
+            self.stats.drafted_tokens += len(draft.tokens)
+            self.stats.accepted_tokens += kept
+            self.steps += 1
+            self.decided += len(decided)
+
+    def _take_notices(self) -> Iterator[Notice]:
+        if self.branch.evicted and not self.evicted_before:
+            self.evicted_before = self.branch.evicted
+            policy = self.branch.ledger.policy
+            who = "what the model attends to least is" if policy.name == "h2o" else "the oldest are"
+            yield Notice(f"The KV cache's {policy.budget} tokens are full: from here on {who} given up.")
+        if notice := self.speculator.take_notice():
+            yield Notice(notice)
+        while self.notices:
+            yield Notice(self.notices.pop(0))
+
+    def _room(self, n: int | None = None) -> int:
+        """Tokens that fit behind the one of the next step, of n that were said (default: all); negative when
+        the context is full.
+        """
+        branch = self.branch
+        if branch.ledger is None:
+            return self.engine.n_ctx - (len(self.context) if n is None else n)
+        # A window never crosses an eviction: what is given up must not depend on how many were drafted.
+        left = branch.ledger.policy.budget - branch.slots
+        room = (left or BLOCK) - 1
+        left = self.engine.trained_context - branch.position
+        return min(room, left - 1) if left > 0 else room
+
+    def _verify(self, out: np.ndarray, draft: Draft) -> list[int]:
+        """What a window decides: the accepted drafts, then the first that differs, or one more after them
+        all.
+        """
+        decided: list[int] = []
+        for i, row in enumerate(out):
+            drafted = draft.tokens[i] if i < len(draft.tokens) else None
+            q = draft.distributions[i] if drafted is not None and draft.distributions else None
+            decided.append(self._choose(row, drafted, q, decided))
+            if decided[-1] != drafted or drafted in self.engine.tokenizer.eos_ids:
+                break
+        return decided
+
+    def _may_continue(self) -> bool:
+        return self.params.max_tokens is None or len(self.ids) < self.params.max_tokens
+
+    def _prefill(self) -> Generator[Event, None, int | None]:
+        """Fill the cache with the prompt; the token that follows it, or None if cancelled."""
+        while not self.cancel.is_set():
+            try:
+                return (yield from self._fill())
+            except PoolExhaustedError:
+                self._wait_for_room()
+        return None
+
+    def _wait_for_room(self) -> None:
+        """Others hold all the memory, or took what this answer had."""
+        n, ledger = len(self.context) + 1, self.branch.ledger
+        self.engine.wait_for_room(self.branch, min(n, ledger.policy.budget) if ledger else n, self.cancel)
+
+    def _read_again(self) -> bool:
+        """Have what the branch held before it gave way: the prompt, then the answer so far as it was made,
+        with the same votes. False if it was cancelled.
+        """
+        engine, branch, end, stats = self.engine, self.branch, len(self.context) - 1, replace(self.stats)
+        if self.began_evicted:
+            self.notices.append("Memory was short, and this conversation gave way; it is read again.")
+        while not self.cancel.is_set():
+            self._wait_for_room()
+            try:
+                if branch.ledger is None:
+                    with engine.changing():
+                        at = branch.match(self.context[:end])
+                elif self._fill_unheard() is None:
+                    break
+                else:
+                    at = len(self.prompt)
+                while at < end and not self.cancel.is_set():
+                    n = 1 + min(self._room(at + 1), engine.chunk_size() - 1)
+                    rows = self.context[at : min(at + n, end)]
+                    engine.run(branch, rows, len(rows), held=at)
+                    at += len(rows)
+                self.stats = stats
+                return at == end
+            except PoolExhaustedError:
+                pass  # it had to give way once more
+        return False
+
+    def _fill_unheard(self) -> int | None:
+        """As `_fill`, in the middle of an answer, where nobody asks how far it is."""
+        work = self._fill()
+        while True:
+            try:
+                event = next(work)
+            except StopIteration as e:
+                return e.value
+            if isinstance(event, Notice):
+                self.notices.append(event.message)
+
+    def _fill(self) -> Generator[Event, None, int | None]:
+        """Once over the prompt. Raises PoolExhaustedError."""
+        engine, branch = self.engine, self.branch
+        with engine.changing():
+            # The last token always runs: its logits are what comes next.
+            evicted = branch.evicted
+            policy = branch.ledger and branch.ledger.policy
+            limit = policy.first_voter(len(self.prompt)) if policy else None
+            again = branch.rewind(self.prompt)
+            cached = len(branch) if again else branch.match(self.prompt[:-1], limit)
+        if evicted and not branch.evicted:
+            self.notices.append("Earlier tokens of this conversation had been given up; it is read again.")
+            self.evicted_before = 0
+        self.stats.cached_tokens = cached
+        if (n := len(self.prompt) - cached) > engine.n_ctx:
+            self.notices.append(
+                f"{n:,} tokens are being read and the context holds {engine.n_ctx:,}: "
+                "much of them is given up meanwhile."
+            )
+            yield from self._take_notices()
+        if not again:
+            return (yield from self._read(cached))
+        try:
+            return (yield from self._read(cached, again))
+        except BaseException:
+            with engine.changing():
+                branch.free()  # until `recall` it holds what the answer before voted
+            raise
+
+    def _read(self, at: int, again: Votes | None = None) -> Generator[Event, None, int | None]:
+        """The prompt from token `at` on; `again`: its last token, which has voted already."""
+        engine, branch = self.engine, self.branch
+        began, cached = time.perf_counter(), at
+        while True:
+            if self.cancel.is_set() and not again:
+                return None
+            size, watched = engine.chunk_size(), None
+            start = time.perf_counter()
+            if branch.ledger:
+                size, watched = self._part_of_chunk(at, size)
+                watched = 0 if again else watched
+            chunk = self.prompt[at : at + size]
+            last = at + len(chunk) == len(self.prompt)
+            with engine.lock:
+                first = len(chunk) - last
+                out = engine.run(branch, chunk, first, self.params, watched=watched, held=at)
+                token = self._choose(out[0], None) if last else None
+                if last and branch.ledger:
+                    branch.ledger.recall(again) if again else branch.ledger.remember()
+            if len(chunk) >= BLOCK:
+                engine.note_prefill(len(chunk), time.perf_counter() - start)
+            at += len(chunk)
+            if last:
+                self.stats.prefill_tps = (at - cached) / max(time.perf_counter() - began, 1e-9)
+                return token
+            yield Reading(at, len(self.prompt), (at - cached) / max(time.perf_counter() - began, 1e-9))
+
+    def _part_of_chunk(self, at: int, size: int) -> tuple[int, int]:
+        """Where eviction may come, prompts have chunks of a constant size, and fixed queries vote.
+
+        Makes room for the rest of the chunk that token `at` lies in. Returns how many tokens to run now,
+        `size` at most, and how many of them vote.
+        """
+        policy, n = self.branch.ledger.policy, len(self.prompt)
+        end = policy.chunk_end(at, n)
+        self.engine.make_room(self.branch, end - at)
+        voters = policy.voters(end, self.branch.slots + end - at, n)
+        size = min(size, end - at)
+        return size, max(0, min(size, at + size - (end - voters)))
+
+    def _choose(self, row, drafted: int | None, q=None, before: Sequence[int] = ()) -> int:
+        """The token that follows the context and `before`, from its row of logits (or its argmax)."""
+        if self.params.greedy:
+            return greedy(row)
+        position = len(self.context) + len(before)
+        seen = None
+        if self.params.repeat_penalty != 1.0:
+            self.seen.update(self.context[self.n_seen :])
+            self.n_seen = len(self.context)
+            seen = np.sort(np.fromiter(self.seen.union(before), np.int64))
+        if drafted is not None and self.speculator.rule == "rejection":
+            return rejection(row, drafted, q, self.params, self.seed, position, seen)
+        return sample(row, self.params, self.seed, position, seen)
+
+    def _done(self, reason: FinishReason, first: float, last: float) -> Done:
+        s = self.stats
+        ids = self.ids.tolist()
+        if self.outlet.stopped:
+            ids = cut_ids(self.engine.tokenizer, ids, self.written.getvalue())
+        s.generated_tokens = len(self.ids)
+        if self.chosen > 1:
+            s.tpot_s = (last - first) / (self.chosen - 1)
+            s.decode_tps = 1 / s.tpot_s if s.tpot_s else 0.0
+        if self.steps:
+            s.tokens_per_step = self.decided / self.steps
+            s.draft_speedup = self.speculator.speed_up()
+        s.kv_bytes = self.engine.kv_bytes()
+        s.evicted_tokens = self.branch.evicted
+        s.peak_rss_bytes = peak_rss()
+        completion = Completion(self.text.getvalue(), ids, reason, s, self.reasoning.getvalue())
+        return Done(reason, s, completion)

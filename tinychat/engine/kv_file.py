@@ -1,0 +1,231 @@
+"""The KV cache of a conversation on disk: a resumed chat speaks at once instead of reading itself again.
+
+A safetensors file: the blocks in the backend's own layout, the token ids, and what eviction knows of them. It
+is believed only if it says that it belongs to this very model, backend and layout; whatever is wrong with it,
+the conversation is read again and the file is set aside. Nothing here decides what is right: ids that differ
+from the conversation's are found by `Branch.match` like any other prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import tempfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tinychat.backends import BLOCK
+from tinychat.base import locations
+from tinychat.base.errors import TinychatError
+from tinychat.base.files import read_bytes
+from tinychat.engine.kvcache import PoolExhaustedError
+
+if TYPE_CHECKING:
+    from tinychat.engine.engine import OwnedBranch
+    from tinychat.model import Model
+
+VERSION = 2
+SECRET = 32  # bytes
+WORTH = 64  # tokens; fewer are read again as fast
+LEDGER = ("positions", "born", "scores")
+
+
+class DamagedKvError(TinychatError):
+    """The file is not what it should be."""
+
+
+def checksum(tensors: dict[str, np.ndarray]) -> str:
+    """CRC-32 over all tensors in the order of their names: a flipped bit in a key would be a wrong answer."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8), crc)
+    return f"{crc:08x}"
+
+
+def _secret() -> bytes:
+    """Bytes that only this user's programs know; made when they are wanted first. Raises OSError."""
+    path = locations.home() / "memory.key"
+    with suppress(FileNotFoundError):
+        secret = read_bytes(path)
+        if len(secret) == SECRET:
+            return secret
+        path.unlink()  # damaged
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(secrets.token_bytes(SECRET))
+        with suppress(FileExistsError):  # another process was first
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+    return read_bytes(path)
+
+
+def seal(tensors: dict[str, np.ndarray], about: dict[str, str]) -> str:
+    """In place of a checksum where a stranger may leave files: only this user's programs can make it, because
+    keys and values that do not follow from the ids beside them would be words that nobody sees.
+
+    Raises OSError where the secret cannot be had.
+    """
+    code = hashlib.blake2b(key=_secret(), digest_size=32)
+    code.update(json.dumps(sorted(about.items())).encode())
+    for name in sorted(tensors):
+        a = np.ascontiguousarray(tensors[name])
+        code.update(f"{name} {a.dtype} {a.shape}".encode())
+        code.update(a.reshape(-1).view(np.uint8))
+    return code.hexdigest()
+
+
+def beside(path: Path) -> Path:
+    """Where the KV cache of a conversation is kept that the user saved under `path`."""
+    return path.with_name(f"{path.name}.kv")
+
+
+def identity(model: Model) -> str:
+    """Whatever decides what keys and values are: model, weights, backend, precision, layout."""
+    facts = {k: v for k, v in model.backend.describe().items() if k not in ("threads", "isa")}
+    what = [VERSION, model._checkpoint.fingerprint(), repr(model._policy), sorted(facts.items())]
+    what.append(repr((model.config.rope, model.config.local_rope)))
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def save(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> bool:
+    """Write what the branch holds, atomically, readable by its owner only. False if it is not worth it, or
+    larger than the model's `kv_disk_budget` alone.
+
+    stored: in the chat store, where files of chats spoken in longest ago go when all together are larger than
+    that; else in a folder of the user's, sealed.
+    Raises TinychatError when the disk is full.
+    """
+    engine, disk_budget = model.engine, model.kv_disk_budget
+    with engine.changing():
+        if engine.closed:  # its keys and values are gone; those of an earlier save stay
+            return False
+        size = len(branch.table) * engine.backend.kv_bytes_per_block()
+        if branch.slots < WORTH or size > disk_budget:
+            return False
+        tensors = {
+            "ids": np.array(branch.ids, np.int32),
+            "blocks": engine.backend.read_blocks(branch.block_table()),
+        }
+        about = {"tinychat_kv": identity(model), "evicted": str(branch.evicted)}
+        if ledger := branch.ledger:
+            tensors |= {name: np.ascontiguousarray(getattr(ledger, name)) for name in LEDGER}
+            about |= {"next_position": str(ledger.next_position), "seen": str(ledger.seen)}
+    try:
+        about |= {"crc32": checksum(tensors)} if stored else {"seal": seal(tensors, about)}
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, about)
+            os.chmod(temporary, 0o600)
+            os.replace(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+    except (OSError, SafetensorError) as e:
+        raise TinychatError(
+            f"Cannot keep the chat's KV cache: {e}.", "Free some space; the chat itself is kept."
+        ) from e
+    if stored:
+        _stay_within(path, disk_budget)
+    return True
+
+
+def _stay_within(path: Path, disk_budget: int) -> None:
+    files = [(p.stat().st_mtime, p.stat().st_size, p) for p in path.parent.glob("*.safetensors*")]
+    total = sum(size for _, size, _ in files)
+    for _, size, p in sorted(files):
+        if total <= disk_budget or p == path:
+            continue
+        with suppress(OSError):
+            p.unlink()
+            total -= size
+
+
+def load(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> int:
+    """Fill a branch from the file; how many tokens that gives, 0 if there is none, or it is another
+    model's or too large.
+
+    stored: as `save` was told.
+    Raises DamagedKvError when the file is broken; in the store it has been set aside as `….damaged` then.
+    """
+    if (
+        model.engine.closed
+        or not os.path.isfile(path)
+        or path.stat().st_size > model.kv_disk_budget + (1 << 28)
+    ):
+        return 0
+    try:
+        with safe_open(path, "numpy") as f:
+            about = f.metadata() or {}
+            if about.get("tinychat_kv") != identity(model):
+                return 0
+            read = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        if stored and about["crc32"] != checksum(read):
+            raise ValueError("checksum")
+        if not stored and not hmac.compare_digest(about.pop("seal"), seal(read, about)):
+            raise ValueError("seal")
+        return _adopt(model, branch, about, read)
+    except PoolExhaustedError:
+        return 0  # no room for it: read again as far as there is
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
+        with model.engine.changing():
+            branch.free()
+        if not stored:
+            raise DamagedKvError(
+                f"The KV cache in {path.name} was not saved on this computer, or it is damaged.",
+                "The conversation is read again.",
+            ) from e
+        aside = path.with_suffix(".damaged")
+        with suppress(OSError):
+            os.replace(path, aside)
+        raise DamagedKvError(
+            f"The saved KV cache of this chat is damaged ({type(e).__name__}).",
+            f"It was set aside as {aside.name}; the conversation is read again.",
+        ) from e
+
+
+def _adopt(model: Model, branch: OwnedBranch, about: dict[str, str], read: dict[str, np.ndarray]) -> int:
+    engine = model.engine
+    ids, blocks, evicted = read["ids"], read["blocks"], int(about["evicted"])
+    slots = len(ids) - evicted
+    expected = (-(-slots // BLOCK), engine.backend.kv_bytes_per_block())
+    if ids.dtype != np.int32 or blocks.dtype != np.uint8 or blocks.shape != expected:
+        raise ValueError("shapes")
+    if not 0 <= evicted < len(ids) or (ids < 0).any() or (ids >= model.config.vocab_size).any():
+        raise ValueError("ids")
+    if slots > engine.n_ctx or (evicted and (branch.ledger is None or slots > branch.ledger.policy.budget)):
+        return 0  # made under other settings
+    watched = "positions" in read and branch.ledger is not None
+    if evicted and not watched:
+        raise ValueError("positions")
+    if watched:
+        shape = (*engine.backend.kv_heads(), slots)
+        for name, kind in zip(LEDGER, (np.int32, np.int32, np.float32), strict=True):
+            if read[name].shape != shape or read[name].dtype != kind:
+                raise ValueError(name)
+        positions, end = np.sort(read["positions"], axis=-1), int(about["next_position"])
+        if not (0 < end < 1 << 30 and 0 <= int(about["seen"]) < 1 << 30):
+            raise ValueError("counts")
+        if positions.min() < 0 or positions.max() >= end or (np.diff(positions) < 1).any():
+            raise ValueError("positions")
+    with engine.changing():
+        branch.free()
+        engine.reserve(branch, slots)
+        engine.backend.write_blocks(branch.block_table(), blocks)
+        branch.restore(ids, evicted)
+        if watched:
+            branch.ledger.restore(*(read[n] for n in LEDGER), int(about["next_position"]), int(about["seen"]))
+    return len(ids)

@@ -1,0 +1,283 @@
+"""From logits to a token: penalties, temperature, top-k, top-p, min-p, then Gumbel-max with counter-based
+noise.
+
+The noise for a candidate depends on (seed, position, token id) only, so the same seed gives the same text,
+however the tokens were computed; with a draft model both sides draw with the same noise (the coupled rule of
+docs/design.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from tinychat.backends import LargestLogits
+from tinychat.base import arguments
+from tinychat.base.errors import CheckpointError, UsageError
+
+FEW = 1024  # of a row's largest logits: nearly always all that top-p and min-p leave
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. temperature 0 is argmax (lowest id on a tie).
+
+    top_k 0 and top_p 1 and min_p 0 are off. repeat_penalty as in CTRL (Keskar et al. 2019), over the whole
+    context.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        checked = {
+            "stop": arguments.texts("stop", self.stop),
+            "top_k": arguments.integer("top_k", self.top_k, 0, 1 << 31),
+            "temperature": arguments.number("temperature", self.temperature, 0.0, 100.0),
+            "top_p": arguments.number("top_p", self.top_p, 0.0, 1.0),
+            "min_p": arguments.number("min_p", self.min_p, 0.0, 1.0),
+            "repeat_penalty": arguments.number("repeat_penalty", self.repeat_penalty, 0.01, 100.0),
+        }
+        for name in ("seed", "max_tokens"):
+            value = getattr(self, name)
+            checked[name] = None if value is None else arguments.integer(name, value)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is a plain argmax of the logits."""
+        return self.temperature == 0 and self.repeat_penalty == 1.0
+
+    def but(self, **changes) -> SamplingParams:
+        """A copy with the given fields changed; unknown names raise UsageError, None values are left out."""
+        unknown = set(changes) - {f.name for f in fields(self)}
+        if unknown:
+            raise UsageError(
+                f"Unknown sampling parameter {', '.join(sorted(unknown))}.",
+                f"Known: {', '.join(f.name for f in fields(self))}.",
+            )
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014), on uint64 arrays."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def gumbel(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
+    """Gumbel(0, 1) noise for the candidates `ids` (int [n]) of one position: float64 [n], a pure function."""
+    key = _mix(np.array([(seed * 0x9E3779B97F4A7C15 + 1) & _MASK], dtype=np.uint64))
+    key = _mix(key ^ np.array([(position * 0xD1B54A32D192ED03 + 2) & _MASK], dtype=np.uint64))
+    bits = _mix(_mix(ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key) ^ key)
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
+
+
+def candidates(
+    logits: np.ndarray | LargestLogits, params: SamplingParams, seen: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The filtered distribution: (ids int64 [n], probabilities float64 [n], which sum to 1), best first.
+
+    logits: float32 [vocab], or the largest of them: the result has the same bits.
+    seen: ids that occurred so far, for the repetition penalty.
+    Order as in transformers: penalty, temperature, top-k, top-p, min-p. Raises UsageError at temperature 0.
+    """
+    if params.temperature == 0:
+        raise UsageError("Temperature 0 has no distribution.", "Use argmax.")
+    if isinstance(logits, LargestLogits):
+        decided = _of_largest(logits, params, seen)
+        if decided is not None:
+            return decided
+        logits = logits.whole()
+    x, n = penalize(logits, params, seen), len(logits)
+    if not params.top_k and n > FEW and largest_suffice(params):  # to sort them all takes milliseconds
+        ids, params = _order(x, FEW), params.but(repeat_penalty=1.0)
+        with np.errstate(over="ignore"):
+            total = np.exp((x.astype(np.float64) - x[ids[0]]) / params.temperature).sum()
+        decided = _of_largest(LargestLogits(ids, x[ids], n, float(total), lambda: x), params, None)
+        if decided is not None:
+            return decided
+    ids = _order(x, min(params.top_k or n, n))
+    return _filtered(ids, x[ids], params)
+
+
+def _order(x: np.ndarray, k: int) -> np.ndarray:
+    """The ids of the k largest, best first; the lowest id first among equals."""
+    ids = np.arange(len(x))
+    if k < len(x):
+        # Every id equal to the k-th is a candidate for the cut, so take the lowest ids.
+        edge = x[np.argpartition(-x, k - 1)[:k]].min()
+        above = np.flatnonzero(x > edge)
+        ids = np.concatenate([above, np.flatnonzero(x == edge)[: k - len(above)]])
+    return ids[np.lexsort((ids, -x[ids]))]
+
+
+def _filtered(ids: np.ndarray, x: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """What top-p and min-p leave of logits x, best first. Each takes a beginning; the shorter one counts."""
+    odds = _odds(x, params)
+    return _first(min(_nucleus(odds, params, odds.sum()), _likely(odds, params)), ids, odds)
+
+
+def _odds(x: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Probabilities in terms of the first one's: float64."""
+    with np.errstate(over="ignore"):  # a tiny temperature: the others' odds underflow to 0
+        return np.exp((x.astype(np.float64) - x[0]) / params.temperature)
+
+
+def _nucleus(odds: np.ndarray, params: SamplingParams, total: float) -> int:
+    """How many top-p takes, where all odds together are `total`; one more than there are: not these alone."""
+    if params.top_p == 1:
+        return len(odds) + 1
+    return int(np.searchsorted(np.cumsum(odds), params.top_p * total, side="left")) + 1
+
+
+def _likely(odds: np.ndarray, params: SamplingParams) -> int:
+    """How many min-p takes; one more than there are: all of these, and maybe others."""
+    n = int(np.count_nonzero(odds >= params.min_p))
+    return n if n < len(odds) else n + 1
+
+
+def _first(n: int, ids: np.ndarray, odds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return ids[:n], odds[:n] / odds[:n].sum()
+
+
+def largest_suffice(params: SamplingParams) -> bool:
+    """Whether a token hardly ever takes more of the row than its largest logits."""
+    filtered = params.temperature == 0 or params.top_k or params.top_p < 1 or params.min_p > 0
+    return bool(filtered) and params.repeat_penalty >= 1.0
+
+
+def total_temperature(params: SamplingParams) -> float:
+    """The temperature of the total that `LargestLogits` should come with; 0: none is needed."""
+    needed = params.top_p < 1 and not params.top_k and params.repeat_penalty == 1.0
+    return params.temperature if needed and params.temperature > 1e-6 else 0.0
+
+
+def _of_largest(
+    largest: LargestLogits, params: SamplingParams, seen: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """`candidates`, or None if that takes more of the row."""
+    ids, x = _order_of_largest(largest, params, seen)
+    k = min(params.top_k or largest.n, largest.n)
+    if k <= len(ids):
+        return _filtered(ids[:k], x[:k], params)
+    if not len(ids):
+        return None
+    odds = _odds(x, params)
+    beyond = len(ids) + 1
+    low = high = beyond
+    if params.top_p < 1:
+        low = 1
+        if largest.total and total_temperature(params):
+            off = largest.TOTAL_WITHIN
+            low, high = (_nucleus(odds, params, largest.total * f) for f in (1 - off, 1 + off))
+    likely = _likely(odds, params)
+    n = min(high, likely)
+    return _first(n, ids, odds) if n < beyond and n == min(low, likely) else None
+
+
+def _order_of_largest(
+    largest: LargestLogits, params: SamplingParams, seen: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and logits after the penalty, best first, as far as nothing that is missing can come before."""
+    ids, x = largest.ids, largest.values
+    if not len(ids):
+        return ids, x
+    _check_finite(x[0])
+    if params.repeat_penalty == 1.0 or seen is None or len(seen) == 0:
+        return ids, x
+    if params.repeat_penalty < 1:  # what is missing may rise
+        return ids[:0], x[:0]
+    edge, again = x[-1], np.isin(ids, seen)
+    x = x.copy()
+    x[again] = _penalized(x[again], params)
+    order = np.lexsort((ids, -x))
+    ids, x = ids[order], x[order]
+    n = int(np.count_nonzero(x > edge)) if len(ids) < largest.n and again.any() else len(ids)
+    return ids[:n], x[:n]
+
+
+def penalize(logits: np.ndarray, params: SamplingParams, seen: np.ndarray | None) -> np.ndarray:
+    """Logits with the repetition penalty applied to the ids in `seen`; NaN (a damaged model) raises
+    CheckpointError.
+    """
+    _check_finite(logits.max())  # NaN wins every max
+    if params.repeat_penalty == 1.0 or seen is None or len(seen) == 0:
+        return logits
+    x = logits.copy()
+    x[seen] = _penalized(x[seen], params)
+    return x
+
+
+def _penalized(x: np.ndarray, params: SamplingParams) -> np.ndarray:
+    return np.where(x > 0, x / params.repeat_penalty, x * params.repeat_penalty)
+
+
+def _check_finite(best: np.floating) -> None:
+    if not np.isfinite(best):
+        raise no_finite_logit()
+
+
+def greedy(best: int) -> int:
+    """The token of a row whose argmax is `best`, as `Backend.step_greedy` gives it.
+
+    Raises CheckpointError where it says that there is none.
+    """
+    if best < 0:
+        raise no_finite_logit()
+    return int(best)
+
+
+def no_finite_logit() -> CheckpointError:
+    """The network computed NaN: its weights are damaged."""
+    return CheckpointError(
+        "The model computed no finite logits (NaN or infinity), so it cannot go on.",
+        "Its weights are damaged; tinychat doctor --verify MODEL finds out which.",
+    )
+
+
+def sample(
+    logits: np.ndarray | LargestLogits,
+    params: SamplingParams,
+    seed: int,
+    position: int,
+    seen: np.ndarray | None = None,
+) -> int:
+    """The token for `position`: argmax at temperature 0, else of log p + Gumbel over the candidates."""
+    if params.temperature == 0:
+        if isinstance(logits, LargestLogits):
+            ids, _ = _order_of_largest(logits, params, seen)
+            if len(ids):
+                return int(ids[0])
+            logits = logits.whole()
+        return int(np.argmax(penalize(logits, params, seen)))
+    ids, p = candidates(logits, params, seen)
+    with np.errstate(divide="ignore"):
+        return int(ids[np.argmax(np.log(p) + gumbel(seed, position, ids))])
+
+
+def choose_seed(params: SamplingParams) -> int:
+    """The seed asked for, or a fresh one."""
+    if params.seed is not None:
+        return params.seed
+    return int(np.random.SeedSequence().generate_state(1)[0])
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 log-probabilities over the last axis."""
+    x = logits.astype(np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

@@ -1,0 +1,37 @@
+"""Speculative decoding: drafters guess the next tokens, one step over the target verifies them, the text
+stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from tinychat.engine.sampling import SamplingParams
+
+
+@dataclass
+class Draft:
+    """Guessed tokens. `distributions[i]`: (ids, probabilities) that token i was drawn from; empty: all on the
+    token.
+    """
+
+    tokens: list[int]
+    distributions: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+
+class Drafter(Protocol):
+    """Guesses how a sequence goes on."""
+
+    name: str
+
+    def begin(self, context: Sequence[int]) -> None:
+        """A generation starts from `context`; later calls see the same sequence, grown at its end."""
+        ...
+
+    def propose(self, context: Sequence[int], k: int, params: SamplingParams, seed: int) -> Draft:
+        """At most k tokens after `context`; fewer, or none, when it has no guess."""
+        ...

@@ -1,0 +1,88 @@
+"""The vocabulary that models are written in. One interface; each backend implements it.
+
+A model file calls these verbs in order, once for each step (reference) or once at load (recorded programs),
+with handles that only the backend looks into. The step's inputs (token ids, positions, cache slots) belong to
+the backend, so a model never sees them. Every handle has as many rows as the step has tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tinychat.network.config import ModelConfig, RopeConfig
+
+Handle = Any
+
+
+class Ops(Protocol):
+    """The verbs. Shapes: T tokens in the step, H hidden, D head_dim."""
+
+    def embed(self, weight: Handle, scale: float = 1.0) -> Handle:
+        """Rows of the embedding for the step's token ids, multiplied by `scale`: [T, H]."""
+        ...
+
+    def rms_norm(self, x: Handle, weight: Handle, eps: float, add_to: Handle | None = None) -> Handle:
+        """x / sqrt(mean(x²) + eps) · weight, over the last axis (+ add_to, which the result replaces)."""
+        ...
+
+    def linear(self, x: Handle, weight: Handle, add_to: Handle | None = None) -> Handle:
+        """x Wᵀ + bias (+ add_to, the residual; then the result replaces it)."""
+        ...
+
+    def split_heads(self, qkv: Handle, cfg: ModelConfig) -> tuple[Handle, Handle, Handle]:
+        """[T, (heads + 2 kv_heads)·D] → q [T, heads, D], k and v [T, kv_heads, D]."""
+        ...
+
+    def norm_heads(
+        self, q: Handle, k: Handle, q_weight: Handle, k_weight: Handle, eps: float
+    ) -> tuple[Handle, Handle]:
+        """RMS norm of q and k: of each head where a weight has D values, of all heads as one where more."""
+        ...
+
+    def rope(self, q: Handle, k: Handle, rope: RopeConfig) -> tuple[Handle, Handle]:
+        """Rotate q and k at the step's positions; halves convention (x[i], x[i + D/2]) as in Hugging Face."""
+        ...
+
+    def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
+        """Write k and v to the layer's cache slots; causal GQA attention over the cache: [T, heads·D].
+
+        As the config says, scores are multiplied by attn_scale and capped by attn_soft_cap, and in windowed
+        layers a token attends to the last `window` tokens only, itself included.
+        """
+        ...
+
+    def silu_mul(self, gate_up: Handle) -> Handle:
+        """[T, 2F] → silu(first half) · second half: [T, F]."""
+        ...
+
+    def gelu_mul(self, gate_up: Handle) -> Handle:
+        """[T, 2F] → gelu(first half) · second half, by GELU's tanh formula: [T, F]."""
+        ...
+
+    def route(self, scores: Handle, n: int, normalize: bool) -> Handle:
+        """Which n experts each token takes: those of the largest softmax(scores), which weighs them.
+
+        scores: [T, experts], one for each expert. `normalize`: a token's weights are made to sum to one.
+        Ties go to the expert with the lower number.
+        """
+        ...
+
+    def expert_linear(self, x: Handle, weights: Sequence[Handle], routes: Handle) -> Handle:
+        """`linear` of each token with each expert that it takes: [T, taken, out].
+
+        x: [T, in], or what `silu_mul` made of such a result. weights: one linear for each expert; those
+        that no token takes are not read.
+        """
+        ...
+
+    def expert_sum(self, x: Handle, routes: Handle, add_to: Handle) -> Handle:
+        """add_to + Σ weight · x over the experts that each token takes; x: [T, taken, H]. Replaces add_to."""
+        ...
+
+    def lm_head(self, x: Handle, weight: Handle, scale: float = 1.0) -> Handle:
+        """Logits of the rows that the step asked for: float32 [rows, vocab].
+
+        Multiplied by `scale`, and capped by the config's logit_soft_cap.
+        """
+        ...

@@ -1,0 +1,90 @@
+"""Which kind of linear each stored weight becomes at load: the same for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinychat.base import arguments
+from tinychat.base.errors import CheckpointError, UsageError
+from tinychat.formats import Checkpoint
+from tinychat.network.weights import (
+    Q8_GROUP,
+    DenseLinear,
+    Int8Linear,
+    Linear,
+    QuantizedLinear,
+    quantize_int8,
+    quantize_rtn,
+)
+
+
+@dataclass(frozen=True)
+class WeightPolicy:
+    """How weights stored in 16 or 32 bits are run. Stored 4-bit and 8-bit weights always run as they are.
+
+    quantize   "auto" and "int8": body to int8 groups of 32; "rtn": 4-bit groups of 64 or 32; "none": as
+               stored
+    head_bits  8: embedding and output head to int8 groups of 32; 16: as stored
+    """
+
+    quantize: str = "auto"
+    head_bits: int = 8
+
+    def __post_init__(self):
+        known = ("auto", "rtn", "none")
+        arguments.choice("quantize", self.quantize, known, 'Use "auto", "rtn" or "none".')
+        if self.head_bits not in (8, 16):
+            raise UsageError(f"head_bits={self.head_bits!r} is not known.", "Use 8 or 16.")
+
+    def linear(self, checkpoint: Checkpoint, name: str) -> Linear:
+        """The body linear `name`, checked and in the kind that runs."""
+        w = _checked(checkpoint.linear(name), name)
+        if not isinstance(w, DenseLinear) or self.quantize == "none":
+            return w
+        if self.quantize == "rtn":
+            for group in (64, 32):
+                if w.shape[1] % group == 0:
+                    return quantize_rtn(w.dequantize(), group, w.bias)
+            return w
+        return _int8(w)
+
+    def router(self, checkpoint: Checkpoint, name: str) -> Linear:
+        """What chooses experts, in 16 or 32 bits: a small error may choose others."""
+        w = _checked(checkpoint.linear(name), name)
+        return w if isinstance(w, DenseLinear) else DenseLinear(w.dequantize(), w.bias)
+
+    def embedding(self, checkpoint: Checkpoint, name: str) -> Linear:
+        """The embedding (rows are token ids)."""
+        w = _checked(checkpoint.linear(name), name)
+        return _int8(w) if isinstance(w, DenseLinear) and self.head_bits == 8 else w
+
+    def head(self, checkpoint: Checkpoint, name: str) -> Linear | None:
+        """The output head; None when it is the embedding itself (tied)."""
+        if checkpoint.config.tie_embeddings or not checkpoint.has(name):
+            return None
+        return self.embedding(checkpoint, name)
+
+
+def _int8(w: DenseLinear) -> Linear:
+    if w.shape[1] % Q8_GROUP:
+        return w  # rare widths stay as stored
+    return quantize_int8(w.dequantize(), w.bias)
+
+
+def _checked(w: Linear, name: str) -> Linear:
+    """Refuse NaN and infinity: one bad scale turns every later token into garbage without a word."""
+    if isinstance(w, QuantizedLinear):
+        arrays = (w.scales, w.offsets)
+    elif isinstance(w, Int8Linear):
+        arrays = (w.scales,)
+    else:
+        arrays = (w.dequantize() if w.bf16 else w.weight,)
+    for a in (*arrays, w.bias):
+        if a is not None and not np.isfinite(a).all():
+            raise CheckpointError(
+                f"The weights of {name} hold NaN or infinity.",
+                "The file is damaged; pull or convert it again.",
+            )
+    return w
