@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from tiny import tiny_model
 
-from tinychat.engine.engine import kv_file as kvfile
+from tinychat.engine import kv_file
 from tinychat.engine.eviction import EvictionPolicy
 
 BUDGET = 112
@@ -124,7 +124,7 @@ class ConversationMachine(RuleBasedStateMachine):
     def save(self, data):
         t = self.pick(data)
         path = self.folder / f"{len(self.saved)}.safetensors"
-        if len(t.branch) == sum(len(p) for p in t.parts) and kvfile.save(path, self.crowd, t.branch):
+        if len(t.branch) == sum(len(p) for p in t.parts) and kv_file.save(path, self.crowd, t.branch):
             self.saved[path] = Twins(None, t.policy, t.parts)
 
     @precondition(lambda self: self.saved and len(self.all) < MOST)
@@ -133,7 +133,7 @@ class ConversationMachine(RuleBasedStateMachine):
         path = data.draw(st.sampled_from(sorted(self.saved)), label="file")
         was = self.saved[path]
         branch = self.crowd.engine.branch(was.policy)
-        if n := kvfile.load(path, self.crowd, branch):
+        if n := kv_file.load(path, self.crowd, branch):
             assert n == sum(len(p) for p in was.parts)
             self.all.append(Twins(branch, was.policy, was.parts))
 

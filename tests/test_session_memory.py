@@ -15,7 +15,7 @@ from tiny import tiny_model
 
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.base.events import Notice
-from tinychat.engine.engine import kv_file as kvfile
+from tinychat.engine import kv_file
 from tinychat.session import Session
 
 
@@ -61,7 +61,7 @@ def expected(session):
 def test_a_loaded_conversation_goes_on_at_once(model, path):
     session = held(model, path)
     assert sorted(p.name for p in path.parent.iterdir()) == ["chat.json", "chat.json.kv"]
-    assert stat.S_IMODE(kvfile.beside(path).stat().st_mode) == 0o600
+    assert stat.S_IMODE(kv_file.beside(path).stat().st_mode) == 0o600
     notices, cached, ids = go_on(path)
     assert (notices, ids) == ([], expected(session))
     assert cached > 120
@@ -88,7 +88,7 @@ def rewritten(path, change):
 
 def poisoned(about, tensors):
     tensors["blocks"] = np.roll(tensors["blocks"], 1, axis=0)
-    about["crc32"] = kvfile.checksum(tensors)  # as the store would have it
+    about["crc32"] = kv_file.checksum(tensors)  # as the store would have it
 
 
 def more_given_up(about, tensors):
@@ -110,7 +110,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_or_foreign_cache_is_said_and_not_used(model, path, damage):
     session = held(model, path)
-    damage(kvfile.beside(path))
+    damage(kv_file.beside(path))
     left = sorted(p.name for p in path.parent.iterdir())
     notices, cached, ids = go_on(path)
     assert ids == expected(session)
@@ -138,7 +138,7 @@ def test_a_damaged_secret_is_made_anew(model, path, home):
 @pytest.mark.parametrize("odd", ["folder", "pipe", "link to nothing"])
 def test_an_odd_file_in_its_place_is_left_alone(model, path, odd):
     session = held(model, path)
-    kv = kvfile.beside(path)
+    kv = kv_file.beside(path)
     kv.unlink()
     {"folder": kv.mkdir, "pipe": lambda: os.mkfifo(kv), "link to nothing": lambda: kv.symlink_to("nothing")}[
         odd
@@ -150,7 +150,7 @@ def test_an_odd_file_in_its_place_is_left_alone(model, path, odd):
 
 def test_the_conversation_is_complete_without_it(model, path):
     session = held(model, path)
-    kvfile.beside(path).unlink()
+    kv_file.beside(path).unlink()
     assert go_on(path) == ([], 0, expected(session))
 
 
@@ -162,10 +162,10 @@ def test_another_models_cache_is_not_used(model, path):
 
 def test_an_older_cache_gives_what_still_holds(model, path):
     session = held(model, path)
-    old = kvfile.beside(path).read_bytes()
+    old = kv_file.beside(path).read_bytes()
     list(session.edit(2, "something else"))
     session.save(path)
-    kvfile.beside(path).write_bytes(old)
+    kv_file.beside(path).write_bytes(old)
     notices, cached, ids = go_on(path)
     assert (notices, ids) == ([], expected(session))
     assert 60 < cached < 120
@@ -196,9 +196,9 @@ def test_where_it_cannot_be_written_the_conversation_is_saved_all_the_same(model
 def test_a_closed_model_saves_the_conversation_and_leaves_the_memory_of_before(path):
     with tiny_model(ctx=256, backend="cpu") as m:
         session = held(m, path)
-        size = kvfile.beside(path).stat().st_size
+        size = kv_file.beside(path).stat().st_size
     session.save(path)
-    assert kvfile.beside(path).stat().st_size == size
+    assert kv_file.beside(path).stat().st_size == size
     assert Session.load(path, m).messages == session.messages
     with tiny_model(ctx=256, backend="cpu") as m:
         *events, done = Session.load(path, m).send("more")

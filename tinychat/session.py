@@ -416,29 +416,29 @@ class Session:
         }
         write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace"))
         if memory:
-            from tinychat.engine.engine import kv_file as kvfile
+            from tinychat.engine import kv_file
 
             with suppress(TinychatError):  # it only saves time; the conversation itself is safe
-                kvfile.save(kvfile.beside(path), self.model, self._branch, stored=False)
+                kv_file.save(kv_file.beside(path), self.model, self._branch, stored=False)
 
     def save_kv(self, path: Path) -> bool:
         """Keep the KV cache in a file, so that the conversation goes on at once when it is resumed; whether
         it is worth it. Raises TinychatError when the disk is full.
         """
-        from tinychat.engine.engine import kv_file as kvfile
+        from tinychat.engine import kv_file
 
-        return kvfile.save(path, self.model, self._branch)
+        return kv_file.save(path, self.model, self._branch)
 
     def load_kv(self, path: Path, stored: bool = True) -> int:
         """Take the KV cache from a file that `save_kv` or (not `stored`) `save` wrote; how many tokens that
         are. What does not fit is not used, and a damaged file is set aside: the next answer then says so and
         reads the conversation again.
         """
-        from tinychat.engine.engine import kv_file as kvfile
+        from tinychat.engine import kv_file
 
         try:
-            return kvfile.load(path, self.model, self._branch, stored)
-        except kvfile.DamagedKvError as e:
+            return kv_file.load(path, self.model, self._branch, stored)
+        except kv_file.DamagedKvError as e:
             self._notices.append(f"{e.what} {e.todo}")
             return 0
 
@@ -448,7 +448,7 @@ class Session:
 
         Raises TinychatError if the file is not a saved conversation.
         """
-        from tinychat.engine.engine import kv_file as kvfile
+        from tinychat.engine import kv_file
 
         path = arguments.path("The path", path)
         if model is not None and not hasattr(model, "engine"):
@@ -487,7 +487,7 @@ class Session:
             # Another model's ids mean nothing to this one; its texts are tokenized anew.
             for n in nodes:
                 n.ids, n.prompt_ids, n.prompt_text = [], [], ""
-        session.load_kv(kvfile.beside(path), stored=False)
+        session.load_kv(kv_file.beside(path), stored=False)
         return session
 
 

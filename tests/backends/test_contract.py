@@ -10,8 +10,7 @@ from backend_steps import IDS, TABLE, cpu, cuda, run
 from emulation import needs_device
 from tiny import TinyCheckpoint
 
-from tinychat.backends import Step
-from tinychat.backends import pack_check as packcheck
+from tinychat.backends import Step, pack_check
 from tinychat.backends import pack_file as packs
 from tinychat.network.weight_policy import WeightPolicy
 
@@ -90,7 +89,7 @@ def test_the_second_start_reads_the_pack_only(backend, home):
         np.testing.assert_array_equal(again, first)
     files = list((home / "packs").iterdir())
     assert len(files) == 2
-    assert [packcheck.verify(f) for f in files] == [[], []]
+    assert [pack_check.verify(f) for f in files] == [[], []]
 
 
 def damage_header(b):

@@ -12,8 +12,7 @@ import pytest
 from backend_steps import BLOCKS, IDS, TABLE, cpu, run
 from tiny import TinyCheckpoint
 
-from tinychat.backends import Step
-from tinychat.backends import pack_check as packcheck
+from tinychat.backends import Step, pack_check
 from tinychat.backends import pack_file as packs
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.reference import ReferenceBackend
@@ -116,11 +115,11 @@ def pack_file(home):
 def test_verify_names_the_module_with_a_flipped_bit(home):
     cpu(TinyCheckpoint(1))
     file = pack_file(home)
-    assert packcheck.verify(file) == []
+    assert pack_check.verify(file) == []
     bytes_ = bytearray(file.read_bytes())
     bytes_[packs.PAGE + 10] ^= 4  # the first module behind the header
     file.write_bytes(bytes_)
-    assert packcheck.verify(file) == ["model.embed_tokens"]
+    assert pack_check.verify(file) == ["model.embed_tokens"]
 
 
 def test_a_home_that_cannot_be_made_is_a_warning_and_the_model_answers(home, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from backend_steps import IDS, cpu, run
 from tiny import TinyCheckpoint
 
-from tinychat.backends import pack_check as packcheck
+from tinychat.backends import pack_check
 from tinychat.backends import pack_file as packs
 from tinychat.base.errors import DamagedWeightsError
 from tinychat.kernels_cpu import _native
@@ -43,7 +43,7 @@ def rot(path, at=packs.PAGE + 100):
 
 def forget_when(path, days=30.0, done=0):
     """As if the pack had been written long ago, and nobody had touched it since."""
-    packcheck.note(path, time.time() - days * 86400, done)
+    pack_check.note(path, time.time() - days * 86400, done)
 
 
 def wait_until(true):
@@ -58,13 +58,13 @@ def test_every_bit_of_a_small_pack_is_checked_at_load(home):
     (pack,) = (home / "packs").iterdir()
     for at in range(packs.PAGE, pack.stat().st_size, pack.stat().st_size // 7):
         rot(pack, at)
-        sound = packcheck.verify(pack) == []  # between two parts nothing lies
+        sound = pack_check.verify(pack) == []  # between two parts nothing lies
         if sound:
             np.testing.assert_array_equal(run(cpu(TinyCheckpoint(1)), IDS, [9]), expected)
             continue
         with pytest.warns(RuntimeWarning, match="damaged .*made again"):
             np.testing.assert_array_equal(run(cpu(TinyCheckpoint(1)), IDS, [9]), expected)
-        assert packcheck.verify(pack) == []
+        assert pack_check.verify(pack) == []
 
 
 @pytest.mark.parametrize("put", ["copy", "link"])
@@ -80,7 +80,7 @@ def test_the_pack_of_other_weights_is_not_taken_whatever_it_is_called(home, put)
         pack.symlink_to(other)
     with pytest.warns(RuntimeWarning, match="made again"):
         np.testing.assert_array_equal(run(cpu(TinyCheckpoint(1)), IDS, [9]), expected)
-    assert packcheck.verify(pack) == packcheck.verify(other) == []
+    assert pack_check.verify(pack) == pack_check.verify(other) == []
 
 
 def test_a_large_pack_that_somebody_wrote_to_is_checked_at_load(large):
@@ -89,7 +89,7 @@ def test_a_large_pack_that_somebody_wrote_to_is_checked_at_load(large):
     os.utime(large, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.warns(RuntimeWarning, match="made again"):
         cpu(TinyCheckpoint(1))
-    assert packcheck.verify(large) == []
+    assert pack_check.verify(large) == []
 
 
 def test_rot_in_a_large_pack_is_found_in_the_background_and_ends_the_answer(large):
@@ -101,7 +101,7 @@ def test_rot_in_a_large_pack_is_found_in_the_background_and_ends_the_answer(larg
     with pytest.raises(DamagedWeightsError, match="embed_tokens"):
         run(backend, IDS, [9])
     run(cpu(TinyCheckpoint(1)), IDS, [9])  # made again
-    assert packcheck.verify(large) == []
+    assert pack_check.verify(large) == []
 
 
 def test_a_sound_large_pack_is_checked_once_in_a_while_and_goes_on_where_it_was(large, monkeypatch):
@@ -117,9 +117,9 @@ def test_a_sound_large_pack_is_checked_once_in_a_while_and_goes_on_where_it_was(
     assert not checked  # it was written a moment ago
     forget_when(large, done=3)
     cpu(TinyCheckpoint(1))
-    wait_until(lambda: packcheck._noted(large)[2] == 0)
+    wait_until(lambda: pack_check._noted(large)[2] == 0)
     assert checked[0] == 3
-    assert packcheck._noted(large)[1] > time.time() - 3600
+    assert pack_check._noted(large)[1] > time.time() - 3600
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 63, 64, 65, 1003])

@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 from tinychat.base.errors import TinychatError
 from tinychat.base.events import Notice
-from tinychat.engine.engine import kv_file as kvfile
+from tinychat.engine import kv_file
 from tinychat.engine.eviction import EvictionPolicy
 
 TEXT = np.random.default_rng(1).integers(0, 256, 700).tolist()
@@ -44,11 +44,11 @@ def filled(model, n, policy=None):
 def test_what_was_saved_goes_on_with_the_same_bits(model, path, policy):
     n = 500 if policy and policy.budget == 128 else 200
     branch = filled(model, n, policy)
-    assert kvfile.save(path, model, branch)
+    assert kv_file.save(path, model, branch)
     model.engine.run(branch, [5], 0)  # what happens after the save is not in the file
     with tiny_model(ctx=256, backend=model.backend.name) as again:
         other = again.engine.branch(policy)
-        assert kvfile.load(path, again, other) == n
+        assert kv_file.load(path, again, other) == n
         assert (other.ids.tolist(), other.evicted) == (TEXT[:n], branch.evicted)
         np.testing.assert_array_equal(again.engine.run(other, [5], 0), replay(model, n, policy))
         for token in TEXT[600:700]:  # and through later evictions
@@ -65,31 +65,31 @@ def replay(model, n, policy):
 
 
 def test_the_file_is_the_owners_and_nothing_is_left_beside_it(model, path):
-    kvfile.save(path, model, filled(model, 100))
+    kv_file.save(path, model, filled(model, 100))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert os.listdir(path.parent) == [path.name]
 
 
 def test_little_is_not_kept_and_nothing_there_is_nothing(model, path):
-    assert not kvfile.save(path, model, filled(model, 20))
+    assert not kv_file.save(path, model, filled(model, 20))
     assert not path.exists()
-    assert kvfile.load(path, model, model.engine.branch()) == 0
+    assert kv_file.load(path, model, model.engine.branch()) == 0
 
 
 def test_another_models_cache_is_not_used_and_stays(model, path):
-    kvfile.save(path, model, filled(model, 100))
+    kv_file.save(path, model, filled(model, 100))
     with tiny_model(ctx=256, seed=1, backend=model.backend.name) as other:
         branch = other.engine.branch()
-        assert kvfile.load(path, other, branch) == 0
+        assert kv_file.load(path, other, branch) == 0
         assert len(branch) == 0
     assert path.is_file()
 
 
 def test_a_cache_under_a_larger_budget_is_not_used(model, path):
-    kvfile.save(path, model, filled(model, 500, EvictionPolicy.of("h2o", 192)))
+    kv_file.save(path, model, filled(model, 500, EvictionPolicy.of("h2o", 192)))
     for policy in (None, EvictionPolicy.of("h2o", 128)):
-        assert kvfile.load(path, model, model.engine.branch(policy)) == 0
+        assert kv_file.load(path, model, model.engine.branch(policy)) == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,14 +97,14 @@ def test_a_cache_under_a_larger_budget_is_not_used(model, path):
 def test_a_flipped_bit_anywhere_in_the_tensors_is_noticed(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("kv") / "1.safetensors"
     with tiny_model(ctx=256, backend="cpu") as m:
-        kvfile.save(path, m, filled(m, 100))
+        kv_file.save(path, m, filled(m, 100))
         raw = bytearray(path.read_bytes())
         header = int.from_bytes(raw[:8], "little") + 8
         raw[data.draw(st.integers(header, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
         path.write_bytes(raw)
         branch = m.engine.branch()
-        with pytest.raises(kvfile.DamagedKvError):
-            kvfile.load(path, m, branch)
+        with pytest.raises(kv_file.DamagedKvError):
+            kv_file.load(path, m, branch)
         assert len(branch) == 0
         assert path.with_suffix(".damaged").is_file()
 
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_set_aside_and_leaves_an_empty_branch(tmp_path_factory
     path = tmp_path_factory.mktemp("kv") / "1.safetensors"
     with tiny_model(ctx=256, backend="cpu") as m:
         policy = EvictionPolicy.of("h2o", 128)
-        kvfile.save(path, m, filled(m, 300, policy))
+        kv_file.save(path, m, filled(m, 300, policy))
         raw = bytearray(path.read_bytes())
         header = int.from_bytes(raw[:8], "little") + 8
         kind = data.draw(st.sampled_from(["cut", "header", "ids"]))
@@ -129,8 +129,8 @@ def test_a_damaged_file_is_set_aside_and_leaves_an_empty_branch(tmp_path_factory
         path.write_bytes(raw)
         branch = m.engine.branch(policy)
         try:
-            n = kvfile.load(path, m, branch)
-        except kvfile.DamagedKvError:
+            n = kv_file.load(path, m, branch)
+        except kv_file.DamagedKvError:
             assert not path.exists()
             assert path.with_suffix(".damaged").is_file()
             n = 0
@@ -147,25 +147,25 @@ def test_the_oldest_files_go_first(model, path):
     for i in range(4):
         p = path.with_name(f"{i}.safetensors")
         model.kv_disk_budget = 10**9 if size is None else int(2.5 * size)
-        kvfile.save(p, model, branch)
+        kv_file.save(p, model, branch)
         size = p.stat().st_size
         os.utime(p, (i, i))
     assert sorted(os.listdir(path.parent)) == ["2.safetensors", "3.safetensors"]
     model.kv_disk_budget = 100
-    assert not kvfile.save(path, model, branch)
+    assert not kv_file.save(path, model, branch)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(model, path, monkeypatch):
     branch = filled(model, 100)
-    kvfile.save(path, model, branch)
+    kv_file.save(path, model, branch)
     before = path.read_bytes()
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(kvfile, "save_file", full)
+    monkeypatch.setattr(kv_file, "save_file", full)
     with pytest.raises(TinychatError, match="No space"):
-        kvfile.save(path, model, branch)
+        kv_file.save(path, model, branch)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tinychat.backends import LargestLogits
 from tinychat.base.errors import CheckpointError
-from tinychat.engine.engine import sampling
+from tinychat.engine import sampling
 from tinychat.engine.sampling import SamplingParams, candidates, largest_suffice, sample, total_temperature
 
 N = 2000

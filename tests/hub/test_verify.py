@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from tiny_gguf import write
 
 import tinychat
-from tinychat.backends import pack_check as packcheck
+from tinychat.backends import pack_check
 from tinychat.backends import pack_file as packs
 from tinychat.base import identity
 from tinychat.base.errors import CheckpointError
@@ -92,7 +92,7 @@ def test_doctor_reads_a_model_and_its_packs_and_removes_a_damaged_one(home, caps
     assert "damaged in model.embed_tokens" in said
     assert not pack.exists()
     tinychat.load("tiny", device="cpu").close()
-    assert packcheck.verify(pack) == []
+    assert pack_check.verify(pack) == []
 
 
 def test_pull_does_not_call_a_model_ready_whose_pack_rotted(home, capsys):

@@ -119,9 +119,7 @@ def controls() -> ctypes.CDLL:
 
 def compiled(compiler) -> Cache:
     """Its modules; of those who run them, NVRTC's key knows nothing, so that is added."""
-    used = b"".join(
-        f.read_bytes() for f in (modules.SOURCES / "host.h", *MACHINE, Path(__file__).with_name("ptx.py"))
-    )
+    used = b"".join(f.read_bytes() for f in (modules.SOURCES / "host.h", *MACHINE, HERE / "support/ptx.py"))
     used += repr((FLAGS, _arch_flags())).encode()
     compiler.name = f"{type(compiler).__name__} {compiler.name} {hashlib.sha256(used).hexdigest()[:16]}"
     return Cache(folder(), compiler)

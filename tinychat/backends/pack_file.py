@@ -4,7 +4,7 @@ A pack file: 4096 bytes of header (magic, version, where the index is, its check
 (JSON: the file's name, which says what it was made of, where each module lies, and the checksum of each
 part). It is written under another name and renamed
 when complete, so a pack that has the right name is whole. Disks rot and cables fail, so what a pack holds is
-checked too (`packcheck.py`); a damaged pack is made again. Small packs are copied into huge pages instead of
+checked too (`pack_check.py`); a damaged pack is made again. Small packs are copied into huge pages instead of
 mapped.
 """
 
@@ -143,9 +143,9 @@ def opened(
     at_once: all of it will be read now, so it is checked now.
     Raises CheckpointError for a checkpoint that is changed while it is read.
     """
-    from tinychat.backends import pack_check as packcheck
+    from tinychat.backends import pack_check
 
-    pack = packcheck.sound(path, tell, at_once)
+    pack = pack_check.sound(path, tell, at_once)
     if pack is not None:
         return pack
     try:
@@ -160,7 +160,7 @@ def opened(
         finally:
             with contextlib.suppress(FileNotFoundError):
                 partial.unlink()
-        packcheck.note(path)
+        pack_check.note(path)
         pack = read(path)
         if pack is not None:
             return pack

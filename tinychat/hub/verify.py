@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinychat.backends import pack_check as packcheck
+from tinychat.backends import pack_check
 from tinychat.base import identity, locations
 from tinychat.base.errors import CheckpointError, TinychatError
 from tinychat.base.files import MappedFile
@@ -93,6 +93,6 @@ def _verify_packs(fingerprint: str, out: Verified, tell: Tell | None) -> None:
             continue
         out.packs.append(pack.name)
         with_size(pack, tell)
-        if bad := packcheck.verify(pack):
+        if bad := pack_check.verify(pack):
             out.bad_packs[pack.name] = f"damaged in {', '.join(bad[:3])}"
-            packcheck.discard(pack)
+            pack_check.discard(pack)

@@ -2,8 +2,8 @@
 
 A template is a stranger's code, and one call of it can take gigabytes or hours. So what it may take is
 bounded where a bound holds: by the system, for a process that does nothing else. `tinychat.text.rendering`
-starts this file as a script, isolated (`python -I -S`), with the folders of its libraries as arguments; it imports
-nothing of tinychat. On stdin come requests, on stdout goes an answer to each:
+starts this file as a script, isolated (`python -I -S`), with the folders of its libraries as arguments; it
+imports nothing of tinychat. On stdin come requests, on stdout goes an answer to each:
 
     HEADER  length of the JSON that follows, bytes of memory, seconds of processor time, characters of text
     JSON    {"template": KEY, "source": TEXT or null, "variables": {…} or null}

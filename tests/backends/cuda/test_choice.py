@@ -10,7 +10,7 @@ from tiny import tiny_folder
 
 import tinychat
 from tinychat.base.errors import MemoryBudgetError, UsageError
-from tinychat.engine.engine import kv_file as kvfile
+from tinychat.engine import kv_file
 
 pytestmark = needs_device
 
@@ -27,10 +27,10 @@ def test_auto_takes_the_gpu_and_a_chat_is_kept_with_its_cache(machine_with_gpu, 
         assert m.describe()["backend"] == "cuda"
         branch = m.engine.branch()
         m.engine.run(branch, [int(t) for t in IDS[:200]], 200)
-        assert kvfile.save(tmp_path / "kv", m, branch)
+        assert kv_file.save(tmp_path / "kv", m, branch)
         with tinychat.load(folder, device="cuda") as again:
             other = again.engine.branch()
-            assert kvfile.load(tmp_path / "kv", again, other) == 200
+            assert kv_file.load(tmp_path / "kv", again, other) == 200
             np.testing.assert_array_equal(again.engine.run(other, [7], 0), m.engine.run(branch, [7], 0))
 
 

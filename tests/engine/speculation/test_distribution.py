@@ -143,7 +143,7 @@ def test_the_first_two_tokens_have_the_targets_distribution_in_every_case(rule, 
 
 def test_a_residual_that_is_not_taken_is_noticed(monkeypatch):
     """The planted bug: after a rejection, draw from p instead of max(0, p − q)."""
-    from tinychat.engine.engine import generation
+    from tinychat.engine import generation
 
     def broken(logits, drafted, q, params, seed, position, seen):
         token = acceptance.rejection(logits, drafted, q, params, seed, position, seen)
