@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz.harness import Case, first_seed, minutes, run
-from test_template import CONVERSATIONS, REAL, TOOL_CALLS, TOOLS, template
+from text.test_template import CONVERSATIONS, REAL, TOOL_CALLS, TOOLS, template
 
 
 def words(text: str) -> list[str]:

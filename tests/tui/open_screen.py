@@ -1,4 +1,4 @@
-"""The chat screen with the engine of `tests/support/fake_worker.py`; an argument is the chat to go on with."""
+"""The chat screen with the engine of `tests/support/fake_worker.py`; an argument is the chat to open."""
 
 from __future__ import annotations
 
