@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 import tinychat
-from tinychat.backends import BLOCK, Step
+from tinychat.backends.interface import BLOCK, Step
 
 PROMPTS = (
     "Explain how a bicycle works.",
@@ -42,7 +42,7 @@ def main() -> None:
     backend, whole = model.backend, model.backend.weights
     n_blocks = -(-len(ids) // BLOCK)
     backend.allocate_kv(n_blocks)
-    step = Step(np.asarray(ids, np.int32), 0, 0, np.arange(n_blocks, dtype=np.int32), 0)
+    step = Step.of(np.asarray(ids, np.int32), 0, 0, np.arange(n_blocks, dtype=np.int32), 0)
 
     def argmax(layers: list[int]) -> np.ndarray:
         backend.weights = replace(whole, blocks=[whole.blocks[i] for i in layers])

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.backends import BLOCK, Step
+from tinychat.backends.interface import BLOCK, Step
 from tinychat.base.errors import TinychatError
 from tinychat.bench import SHAPES, SyntheticCheckpoint, weight_bytes_per_token
 from tinychat.kernels_cuda import linear
@@ -98,7 +98,7 @@ def measure(
     }
 
     def step(at: int, rows: int, logits: int = 1, way: str = "argmax") -> None:
-        ways[way](Step(ids[at : at + rows], at, at, table, rows - logits))
+        ways[way](Step.of(ids[at : at + rows], at, at, table, rows - logits))
 
     def fill(end: int) -> float:
         began = time.perf_counter()

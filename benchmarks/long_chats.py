@@ -25,7 +25,7 @@ import psutil
 from quality import held_out_archive
 
 import tinychat
-from tinychat.backends import BLOCK
+from tinychat.backends.interface import BLOCK
 from tinychat.engine.eviction import EvictionPolicy
 from tinychat.engine.sampling import SamplingParams, log_softmax
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.backends import BLOCK, Step
+from tinychat.backends.interface import BLOCK, Step
 from tinychat.bench import SyntheticCheckpoint
 from tinychat.model import make_backend
 from tinychat.network.weight_policy import WeightPolicy
@@ -43,7 +43,7 @@ class Runner:
     def step(self, at: int, rows: int) -> float:
         """Seconds of a step over `rows` rows at context `at`."""
         began = time.perf_counter()
-        self.backend.step_greedy(Step(self.ids[at : at + rows], at, at, self.table, 0))
+        self.backend.step_greedy(Step.of(self.ids[at : at + rows], at, at, self.table, 0))
         return time.perf_counter() - began
 
 

@@ -8,7 +8,7 @@ from backend_steps import IDS, TABLE, cpu, cuda, truth
 from emulation import needs_device
 from tiny import TinyCheckpoint
 
-from tinychat.backends import Step
+from tinychat.backends.interface import Step
 from tinychat.base.errors import CheckpointError
 from tinychat.model import Model
 from tinychat.network.weight_policy import WeightPolicy
@@ -43,8 +43,8 @@ def backend(request):
 @pytest.mark.parametrize("rows", [slice(None), slice(7, 8), slice(257, 258)], ids=["all", "one", "last"])
 def test_greedy_says_that_there_is_nothing_to_choose(backend, rows):
     ids, policy = np.ascontiguousarray(IDS[:5]), Unchecked("none", 16)
-    assert (backend(damaged(0.0, rows), policy).step_greedy(Step(ids, 0, 0, TABLE, 0)) >= 0).all()
-    assert (backend(damaged(np.nan, rows), policy).step_greedy(Step(ids, 0, 0, TABLE, 0)) == -1).all()
+    assert (backend(damaged(0.0, rows), policy).step_greedy(Step.of(ids, 0, 0, TABLE, 0)) >= 0).all()
+    assert (backend(damaged(np.nan, rows), policy).step_greedy(Step.of(ids, 0, 0, TABLE, 0)) == -1).all()
 
 
 def nan_model(backend) -> Model:

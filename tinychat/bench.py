@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.backends import BLOCK, Backend, Step
+from tinychat.backends.interface import BLOCK, Backend, Step
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.machine import available_memory, cache_bytes, human_bytes
 from tinychat.formats import Checkpoint
@@ -206,12 +206,12 @@ def measure(
     def fill(start: int, end: int) -> None:
         for at in range(start, end, backend.max_rows):
             part = ids[at : min(at + backend.max_rows, end)]
-            backend.step_greedy(Step(part, at, at, table, len(part) - 1))
+            backend.step_greedy(Step.of(part, at, at, table, len(part) - 1))
 
     def decode(start: int, n: int) -> float:
         began = time.perf_counter()
         for at in range(start, start + n):
-            backend.step_greedy(Step(ids[at : at + 1], at, at, table, 0))
+            backend.step_greedy(Step.of(ids[at : at + 1], at, at, table, 0))
         return n / (time.perf_counter() - began)
 
     def timed_fill() -> float:

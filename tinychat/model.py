@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinychat.backends import BLOCK, Backend
+from tinychat.backends.interface import BLOCK, Backend
 from tinychat.base import arguments
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.base.events import Completion, Done, Event

@@ -10,8 +10,9 @@ from backend_steps import IDS, TABLE, cpu, cuda, run
 from emulation import needs_device
 from tiny import TinyCheckpoint
 
-from tinychat.backends import Step, pack_check
+from tinychat.backends import pack_check
 from tinychat.backends import pack_file as packs
+from tinychat.backends.interface import Step
 from tinychat.network.weight_policy import WeightPolicy
 
 
@@ -35,42 +36,42 @@ def test_greedy_is_the_argmax(backend):
 
 def test_only_the_asked_rows_get_logits(backend):
     b = backend(TinyCheckpoint(7))
-    full = b.step(Step(IDS[:20], 0, 0, TABLE, 0))
-    np.testing.assert_array_equal(b.step(Step(IDS[:20], 0, 0, TABLE, 17)), full[17:])
-    assert b.step(Step(IDS[:20], 0, 0, TABLE, 20)).shape == (0, 258)
-    np.testing.assert_array_equal(b.step(Step(IDS[:9], 0, 0, TABLE, 7)), full[7:9])
+    full = b.step(Step.of(IDS[:20], 0, 0, TABLE, 0))
+    np.testing.assert_array_equal(b.step(Step.of(IDS[:20], 0, 0, TABLE, 17)), full[17:])
+    assert b.step(Step.of(IDS[:20], 0, 0, TABLE, 20)).shape == (0, 258)
+    np.testing.assert_array_equal(b.step(Step.of(IDS[:9], 0, 0, TABLE, 7)), full[7:9])
 
 
 def test_a_rejected_row_leaves_no_trace(backend):
     b, c = backend(TinyCheckpoint(8)), backend(TinyCheckpoint(8))
-    b.step(Step(IDS[:30], 0, 0, TABLE, 30))
-    c.step(Step(IDS[:30], 0, 0, TABLE, 30))
-    c.step(Step(IDS[100:105], 30, 30, TABLE, 5))  # a draft that is then rolled back
-    step = Step(IDS[30:33], 30, 30, TABLE, 0)
+    b.step(Step.of(IDS[:30], 0, 0, TABLE, 30))
+    c.step(Step.of(IDS[:30], 0, 0, TABLE, 30))
+    c.step(Step.of(IDS[100:105], 30, 30, TABLE, 5))  # a draft that is then rolled back
+    step = Step.of(IDS[30:33], 30, 30, TABLE, 0)
     np.testing.assert_array_equal(c.step(step), b.step(step))
 
 
 def test_a_copied_block_holds_what_the_first_held(backend):
     b = backend(TinyCheckpoint(9))
-    b.step(Step(IDS[:20], 0, 0, TABLE, 20))
-    expected = b.step(Step(IDS[20:21], 20, 20, TABLE, 0))
+    b.step(Step.of(IDS[:20], 0, 0, TABLE, 20))
+    expected = b.step(Step.of(IDS[20:21], 20, 20, TABLE, 0))
     other = TABLE.copy()
     other[1] = TABLE[5]
     b.copy_block(int(TABLE[1]), int(other[1]))
-    np.testing.assert_array_equal(b.step(Step(IDS[20:21], 20, 20, other, 0)), expected)
+    np.testing.assert_array_equal(b.step(Step.of(IDS[20:21], 20, 20, other, 0)), expected)
 
 
 @pytest.mark.parametrize("kv_bits", [16, 8])
 def test_saved_blocks_can_be_put_elsewhere(backend, kv_bits):
     b = backend(TinyCheckpoint(9), kv_bits=kv_bits)
-    b.step(Step(IDS[:40], 0, 0, TABLE, 40))
-    step = Step(IDS[40:41], 40, 40, TABLE, 0)
+    b.step(Step.of(IDS[:40], 0, 0, TABLE, 40))
+    step = Step.of(IDS[40:41], 40, 40, TABLE, 0)
     expected, saved = b.step(step), b.read_blocks(TABLE[:3])
     assert saved.shape == (3, b.kv_bytes_per_block())
     other = backend(TinyCheckpoint(9), kv_bits=kv_bits)
     table = TABLE[::-1].copy()
     other.write_blocks(table[:3], saved)
-    np.testing.assert_array_equal(other.step(Step(IDS[40:41], 40, 40, table, 0)), expected)
+    np.testing.assert_array_equal(other.step(Step.of(IDS[40:41], 40, 40, table, 0)), expected)
 
 
 class Unreadable(TinyCheckpoint):

@@ -12,9 +12,10 @@ import pytest
 from backend_steps import BLOCKS, IDS, TABLE, cpu, run
 from tiny import TinyCheckpoint
 
-from tinychat.backends import Step, pack_check
+from tinychat.backends import pack_check
 from tinychat.backends import pack_file as packs
 from tinychat.backends.cpu import CpuBackend
+from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.kernels_cpu import _native
@@ -98,13 +99,13 @@ def test_unknown_settings_and_wrong_steps_are_errors(monkeypatch):
     monkeypatch.delenv("TINYCHAT_ISA")
     b = cpu(TinyCheckpoint(0))
     with pytest.raises(ValueError, match="vocabulary"):
-        b.step(Step(np.array([258], np.int32), 0, 0, TABLE, 0))
+        b.step(Step.of(np.array([258], np.int32), 0, 0, TABLE, 0))
     with pytest.raises(ValueError, match="cover"):
-        b.step(Step(IDS[:20], 0, 0, TABLE[:1], 0))
+        b.step(Step.of(IDS[:20], 0, 0, TABLE[:1], 0))
     b.close()
     b.close()
     with pytest.raises(TinychatError):
-        b.step(Step(IDS[:1], 0, 0, TABLE, 0))
+        b.step(Step.of(IDS[:1], 0, 0, TABLE, 0))
 
 
 def pack_file(home):
@@ -163,10 +164,10 @@ def test_torch_is_never_imported(home):
     code = (
         "import sys, numpy as np; sys.path.insert(0, sys.argv[1])\n"
         "from tiny import TinyCheckpoint\n"
-        "from tinychat.backends import Step\n"
+        "from tinychat.backends.interface import Step\n"
         "from tinychat.backends.cpu import CpuBackend\n"
         "b = CpuBackend(TinyCheckpoint(0)); b.allocate_kv(4)\n"
-        "b.step(Step(np.arange(9, dtype=np.int32), 0, 0, np.arange(4, dtype=np.int32), 0))\n"
+        "b.step(Step.of(np.arange(9, dtype=np.int32), 0, 0, np.arange(4, dtype=np.int32), 0))\n"
         "heavy = {'torch', 'transformers', 'textual', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -120,7 +120,7 @@ import ctypes, json, sys
 from pathlib import Path
 import numpy as np
 from tinychat.backends import pack_file as packs
-from tinychat.backends import Step
+from tinychat.backends.interface import Step
 from tinychat.backends.cpu import CpuBackend
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.network.weight_policy import WeightPolicy
@@ -132,8 +132,8 @@ checkpoint = HFCheckpoint(Path(sys.argv[1]))
 cpu = CpuBackend(checkpoint, WeightPolicy("rtn"), threads=2, act_bits=16)
 ids, table = np.arange(30, 50, dtype=np.int32), np.arange(4, dtype=np.int32)
 cpu.allocate_kv(4)
-cpu.step(Step(ids[:19], 0, 0, table, 19))
-before = cpu.step(Step(ids[19:], 19, 19, table, 0))
+cpu.step(Step.of(ids[:19], 0, 0, table, 19))
+before = cpu.step(Step.of(ids[19:], 19, 19, table, 0))
 libc, guarded = ctypes.CDLL(None, use_errno=True), 0
 for layer, experts in enumerate(json.loads(sys.argv[2])):
     for e in set(range(checkpoint.config.n_experts)) - set(experts):
@@ -144,7 +144,7 @@ for layer, experts in enumerate(json.loads(sys.argv[2])):
             pages = ctypes.c_size_t(-(-data.nbytes // 4096) * 4096)
             assert libc.mprotect(ctypes.c_void_p(data.ctypes.data), pages, 0) == 0
             guarded += 1
-after = cpu.step(Step(ids[19:], 19, 19, table, 0))
+after = cpu.step(Step.of(ids[19:], 19, 19, table, 0))
 np.testing.assert_array_equal(before, after)
 print(guarded)
 """
@@ -152,7 +152,7 @@ print(guarded)
 
 def taken_by_the_last_token(checkpoint) -> list[list[int]]:
     """Of each layer, by the reference: what the child's last step takes."""
-    from tinychat.backends import Step
+    from tinychat.backends.interface import Step
     from tinychat.backends.reference import ReferenceBackend
     from tinychat.network.weight_policy import WeightPolicy
 
@@ -166,7 +166,7 @@ def taken_by_the_last_token(checkpoint) -> list[list[int]]:
 
     b = Watched(checkpoint, WeightPolicy("rtn"), kv_bits=16)
     b.allocate_kv(4)
-    b.step(Step(np.arange(30, 50, dtype=np.int32), 0, 0, np.arange(4, dtype=np.int32), 19))
+    b.step(Step.of(np.arange(30, 50, dtype=np.int32), 0, 0, np.arange(4, dtype=np.int32), 19))
     return taken
 
 

@@ -145,8 +145,9 @@ class Scripted:
 
     def step(self, step):
         out = self.inner(step)
+        (span,) = step.spans
         for i in range(len(out)):
-            position = step.position + step.logits_from + i + 1 - self.at
+            position = span.position + span.logits_from + i + 1 - self.at
             out[i] = -10.0
             out[i, self.tokens[position] if 0 <= position < len(self.tokens) else END] = 10.0
         return out

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from tinychat.backends import BLOCK
+from tinychat.backends.interface import BLOCK
 from tinychat.base.errors import UsageError
 from tinychat.base.events import Done, Notice
 from tinychat.engine.eviction import EvictionPolicy, Ledger

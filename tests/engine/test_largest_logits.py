@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinychat.backends import LargestLogits
+from tinychat.backends.interface import LargestLogits
 from tinychat.base.errors import CheckpointError
 from tinychat.engine import sampling
 from tinychat.engine.sampling import SamplingParams, candidates, largest_suffice, sample, total_temperature

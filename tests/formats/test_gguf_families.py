@@ -9,7 +9,7 @@ from family_gguf import write
 from gguf import ExpertGatingFuncType, GGUFWriter
 
 import tinychat
-from tinychat.backends import Step
+from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
 from tinychat.formats.gguf import GGUFCheckpoint
@@ -51,7 +51,7 @@ def test_logits_equal_transformers(case, tmp_path):
     backend = ReferenceBackend(checkpoint, WeightPolicy("none", 16))
     backend.allocate_kv(8)
     steps = [(0, 70), (70, 71), (71, 120)]
-    ours = np.concatenate([backend.step(Step(IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
+    ours = np.concatenate([backend.step(Step.of(IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
     assert relative_error(ours, logits_of(hf, IDS)) < 1e-4
     assert checkpoint.tokenizer().vocab_size == 258
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from families import CASES, FromTransformers, logits_of, random_model, relative_error, usual_error
 
-from tinychat.backends import Step
 from tinychat.backends.cpu import CpuBackend
+from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
 from tinychat.formats.subset import LayerSubset
@@ -30,7 +30,7 @@ def run(backend, cuts=CUTS):
     backend.allocate_kv(BLOCKS)
     at, out = 0, []
     for n in cuts:
-        out.append(backend.step(Step(IDS[at : at + n], at, at, TABLE, 0)))
+        out.append(backend.step(Step.of(IDS[at : at + n], at, at, TABLE, 0)))
         at += n
     return np.concatenate(out)
 
@@ -77,10 +77,10 @@ def test_turned_keys_are_those_of_later_positions_in_every_layer(case, backend):
     for turned in (True, False):
         b = backend(checkpoint, WeightPolicy("none", 16))
         b.allocate_kv(BLOCKS)
-        b.step(Step(IDS[:50], 0 if turned else 9, 0, TABLE, 50))
+        b.step(Step.of(IDS[:50], 0 if turned else 9, 0, TABLE, 50))
         if turned:
             b.turn_keys(TABLE, np.full((c.n_layers, c.n_kv_heads, 50), 9, np.int32))
-        outs.append(b.step(Step(IDS[50:60], 59, 50, TABLE, 0)))
+        outs.append(b.step(Step.of(IDS[50:60], 59, 50, TABLE, 0)))
     assert relative_error(*outs) < (1e-5 if backend is ReferenceBackend else 3e-3)
 
 

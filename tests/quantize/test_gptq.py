@@ -164,8 +164,8 @@ def test_the_folder_is_gptqs(act_order, tmp_path, text, monkeypatch):
     from safetensors.torch import load_file
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    from tinychat.backends import Step
     from tinychat.backends.cpu import CpuBackend
+    from tinychat.backends.interface import Step
     from tinychat.backends.reference import ReferenceBackend
     from tinychat.models.llama import linears
     from tinychat.network.weight_policy import WeightPolicy
@@ -187,7 +187,7 @@ def test_the_folder_is_gptqs(act_order, tmp_path, text, monkeypatch):
     policy, out = WeightPolicy("none", 16), []
     for b in (ReferenceBackend(ours, policy), CpuBackend(ours, policy, threads=1, act_bits=16)):
         b.allocate_kv(4)
-        out.append(b.step(Step(np.arange(40, 80, dtype=np.int32), 0, 0, np.arange(4, dtype=np.int32), 0)))
+        out.append(b.step(Step.of(np.arange(40, 80, dtype=np.int32), 0, 0, np.arange(4, dtype=np.int32), 0)))
     assert np.linalg.norm(out[1] - out[0]) < 3e-3 * np.linalg.norm(out[0])
 
 

@@ -13,7 +13,7 @@ from families import CASES, logits_of, random_model, relative_error
 from family_gguf import write as write_gguf
 from tiny import byte_tokenizer
 
-from tinychat.backends import Step
+from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf import GGUFCheckpoint
@@ -90,7 +90,7 @@ def forward(checkpoint, ids, weights=read_block) -> np.ndarray:
 def logits(folder: Path) -> np.ndarray:
     backend = ReferenceBackend(HFCheckpoint(folder), WeightPolicy("none", 16))
     backend.allocate_kv(8)
-    return backend.step(Step(IDS, 0, 0, np.arange(8, dtype=np.int32), 0))
+    return backend.step(Step.of(IDS, 0, 0, np.arange(8, dtype=np.int32), 0))
 
 
 @pytest.mark.parametrize("source", FAMILIES, indirect=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from emulation import bench
 
-from tinychat.backends import Step
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.cuda import CudaBackend
+from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 
 BLOCKS = 24
@@ -37,7 +37,7 @@ def run(backend, ids, cuts, greedy=False):
     """All logits (or ids), the rows fed in pieces of these sizes."""
     at, out = 0, []
     for n in cuts:
-        step = Step(ids[at : at + n], at, at, TABLE, 0)
+        step = Step.of(ids[at : at + n], at, at, TABLE, 0)
         out.append(backend.step_greedy(step) if greedy else backend.step(step))
         at += n
     return np.concatenate(out)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.backends import Step
 from tinychat.backends import pack_file as packs
+from tinychat.backends.interface import Span, Step, memories_of
 from tinychat.backends.pack_file import PackedLinear
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.formats import Checkpoint
@@ -64,6 +64,7 @@ class CpuBackend:
         except RuntimeError as e:
             raise UsageError(*str(e).split("\n", 1)) from None
         self.cfg: ModelConfig = checkpoint.config
+        self.memories = memories_of(self.cfg)
         # Every ISA has an exact 8-bit dot product and it is the fastest path, so it runs unless asked.
         self.act_bits = act_bits or 8
         self.kv_bits = kv_bits
@@ -89,16 +90,17 @@ class CpuBackend:
             "threads": self.threads,
         }
 
-    def kv_heads(self) -> tuple[int, int]:
-        """Layers, and KV heads of each."""
-        return self.cfg.n_layers, self.cfg.n_kv_heads
+    def kv_heads(self, memory: int = 0) -> tuple[int, int]:
+        """Layers of that memory, and KV heads of each."""
+        spec = self.memories[memory]
+        return len(spec.layers), spec.kv_heads
 
-    def kv_bytes_per_block(self) -> int:
+    def kv_bytes_per_block(self, memory: int = 0) -> int:
         """Bytes of one block of BLOCK slots: keys and values of all layers."""
         c = self.cfg
         return _native.kv_block_bytes(c.n_layers, c.n_kv_heads, c.head_dim, self.kv_bits)
 
-    def allocate_kv(self, n_blocks: int) -> None:
+    def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
         """Have a KV pool of so many blocks; memory is touched only as blocks are used."""
         size = max(1, n_blocks) * self.kv_bytes_per_block()
         memory, blocks = self._memory, self._blocks
@@ -125,24 +127,24 @@ class CpuBackend:
         self._program.set_kv(self._pool, n_blocks, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_bits)
         self._memory, self._blocks = memory, n_blocks
 
-    def copy_block(self, src: int, dst: int) -> None:
+    def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
         """Copy a pool block, all layers (copy-on-write)."""
         blocks = self._pool.reshape(max(1, self._blocks), -1)
         blocks[dst] = blocks[src]
 
-    def read_blocks(self, block_table: np.ndarray) -> np.ndarray:
+    def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
         """What the blocks hold: uint8 [n blocks, kv_bytes_per_block]."""
         return self._pool.reshape(max(1, self._blocks), -1)[block_table]
 
-    def write_blocks(self, block_table: np.ndarray, data: np.ndarray) -> None:
+    def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
         """What `read_blocks` gave, into these blocks."""
         self._pool.reshape(max(1, self._blocks), -1)[block_table] = data
 
-    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
         self._program.move_slots(*(np.ascontiguousarray(a, np.int32) for a in (block_table, src, dst)))
 
-    def value_spread(self, block_table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
         """How far values lie from their weighted mean, float32 [layers, kv_heads, n]."""
         out = np.empty(weights.shape, np.float32)
         self._program.value_spread(
@@ -150,7 +152,7 @@ class CpuBackend:
         )
         return out
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
         ropes = [self.cfg.rope_of(layer) for layer in range(self.cfg.n_layers)]
@@ -163,14 +165,16 @@ class CpuBackend:
 
     def step(self, step: Step) -> np.ndarray:
         """Run the network. float32 [T - logits_from, vocab]."""
-        out = np.empty((len(step.token_ids) - step.logits_from, self.cfg.vocab_size), np.float32)
-        self._run(step, out, None)
+        (span,) = step.spans
+        out = np.empty((len(span.token_ids) - span.logits_from, self.cfg.vocab_size), np.float32)
+        self._run(span, out, None)
         return out
 
     def step_greedy(self, step: Step) -> np.ndarray:
         """What `Backend.step_greedy` says; no logits are written."""
-        out = np.empty(len(step.token_ids) - step.logits_from, np.int32)
-        self._run(step, None, out)
+        (span,) = step.spans
+        out = np.empty(len(span.token_ids) - span.logits_from, np.int32)
+        self._run(span, None, out)
         return out
 
     def timings(self, step: Step) -> list[tuple[str, float]]:
@@ -187,20 +191,21 @@ class CpuBackend:
         self._program = self._memory = None
         self._pool = np.empty(0, np.uint8)
 
-    def _run(self, step: Step, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
+    def _run(self, span: Span, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
         if self._program is None:
             raise TinychatError("The model is closed.", "Load it again.")
         self._pack.check_usable()
+        (slots,) = span.memories
         self._program.run(
-            np.ascontiguousarray(step.token_ids, np.int32),
-            step.position,
-            step.length,
-            np.ascontiguousarray(step.block_table, np.int32),
-            step.logits_from,
+            np.ascontiguousarray(span.token_ids, np.int32),
+            span.position,
+            slots.length,
+            np.ascontiguousarray(slots.table, np.int32),
+            span.logits_from,
             logits,
             greedy,
-            step.scores,
-            step.scored_rows,
+            slots.scores,
+            slots.scored_rows,
         )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.backends import BLOCK, LargestLogits, Step
 from tinychat.backends.cuda_device import free_memory, open_modules
 from tinychat.backends.cuda_pack import Loader
+from tinychat.backends.interface import BLOCK, LargestLogits, Step, memories_of
 from tinychat.base.errors import (
     DeviceLostError,
     MemoryBudgetError,
@@ -61,6 +61,7 @@ class CudaBackend:
         if kv_bits not in (8, 16):
             raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 8 or 16.")
         self.cfg: ModelConfig = checkpoint.config
+        self.memories = memories_of(self.cfg)
         self.kv_bits = kv_bits
         c = self.cfg
         if c.head_dim > MAX_HEAD:
@@ -116,26 +117,27 @@ class CudaBackend:
                 max(2 * size / self._device.seconds(lambda: self._device.copy(a, b)) for _ in range(5)) / 1e9
             )
 
-    def kv_heads(self) -> tuple[int, int]:
-        """Layers, and KV heads of each."""
-        return self.cfg.n_layers, self.cfg.n_kv_heads
+    def kv_heads(self, memory: int = 0) -> tuple[int, int]:
+        """Layers of that memory, and KV heads of each."""
+        spec = self.memories[memory]
+        return len(spec.layers), spec.kv_heads
 
-    def kv_bytes_per_block(self) -> int:
+    def kv_bytes_per_block(self, memory: int = 0) -> int:
         """Bytes of one block of BLOCK slots: keys and values of all layers."""
         return self._shape.block_bytes
 
-    def allocate_kv(self, n_blocks: int) -> None:
+    def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
         """Have a KV pool of so many blocks, in device memory; if it grows, it is copied."""
         with self._on_device():
             self._open().set_cache(n_blocks)
         self._blocks = n_blocks
 
-    def copy_block(self, src: int, dst: int) -> None:
+    def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
         """Copy a pool block, all layers (copy-on-write)."""
         with self._on_device():
             self._device.copy(self._block(dst), self._block(src))
 
-    def read_blocks(self, block_table: np.ndarray) -> np.ndarray:
+    def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
         """What the blocks hold: uint8 [n blocks, kv_bytes_per_block]."""
         out = np.empty((len(block_table), self.kv_bytes_per_block()), np.uint8)
         with self._on_device():
@@ -144,14 +146,14 @@ class CudaBackend:
             self._device.synchronize()
         return out
 
-    def write_blocks(self, block_table: np.ndarray, data: np.ndarray) -> None:
+    def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
         """What `read_blocks` gave, into these blocks."""
         with self._on_device():
             for row, block in zip(data, block_table, strict=True):
                 self._device.upload(self._block(int(block)), np.ascontiguousarray(row))
             self._device.synchronize()
 
-    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
         with self._on_device():
             p = self._open()
@@ -160,7 +162,7 @@ class CudaBackend:
             p.attention.move(p.pool, p.inputs.blocks, a, b, src.shape[2])
             self._device.synchronize()
 
-    def value_spread(self, block_table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
         """How far each slot's value lies from the weighted mean: float32 [layers, kv_heads, n]."""
         out = np.empty(weights.shape, np.float32)
         with self._on_device():
@@ -172,7 +174,7 @@ class CudaBackend:
             self._device.synchronize()
         return out
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         ropes = [self.cfg.rope_of(layer) for layer in range(self.cfg.n_layers)]
         with self._on_device():
@@ -216,9 +218,11 @@ class CudaBackend:
         self._program = None
 
     def _run(self, step: Step, wanted: str, inverse_temperature: float = 0.0) -> np.ndarray:
-        ids, rows = step.token_ids, len(step.token_ids)
+        (span,) = step.spans
+        (slots,) = span.memories
+        ids, rows = span.token_ids, len(span.token_ids)
         kind = np.float32 if wanted == head.LOGITS else np.int32
-        out = np.empty((rows - step.logits_from, head.columns(wanted, self.cfg.vocab_size)), kind)
+        out = np.empty((rows - span.logits_from, head.columns(wanted, self.cfg.vocab_size)), kind)
         with self._on_device():
             program = self._open()
             if not 1 <= rows <= MAX_ROWS:
@@ -227,13 +231,13 @@ class CudaBackend:
                 raise ValueError(f"the largest logits of {head.ROWS} rows are had, not of {len(out)}")
             if ids.min() < 0 or ids.max() >= self.cfg.vocab_size:
                 raise ValueError("a token id is outside the vocabulary")
-            table = step.block_table
-            if len(table) * BLOCK < step.length + rows:
+            table = slots.table
+            if len(table) * BLOCK < slots.length + rows:
                 raise ValueError("the block table does not cover the step")
             if len(table) > self._blocks or table.min() < 0 or table.max() >= self._blocks:
                 raise ValueError("the block table names blocks that are not there")
             program.run(
-                ids, step.position, step.length, table, wanted, out, step.scores, step.scored_rows,
+                ids, span.position, slots.length, table, wanted, out, slots.scores, slots.scored_rows,
                 inverse_temperature,
             )  # fmt: skip
         return out

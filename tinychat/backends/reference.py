@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tinychat.backends import BLOCK, Step
+from tinychat.backends.interface import BLOCK, Span, Step, memories_of
 from tinychat.base.errors import MemoryBudgetError
 from tinychat.formats import Checkpoint
 from tinychat.models import FAMILIES
@@ -90,6 +90,7 @@ class ReferenceBackend:
         if threads:
             torch.set_num_threads(threads)
         self.cfg: ModelConfig = checkpoint.config
+        self.memories = memories_of(self.cfg)
         self.family = FAMILIES[self.cfg.family]
         self.weights = self.family.load(_Loader(checkpoint, policy or WeightPolicy()), self.cfg)
         self.kv_bits = kv_bits
@@ -107,13 +108,14 @@ class ReferenceBackend:
             "threads": torch.get_num_threads(),
         }
 
-    def kv_heads(self) -> tuple[int, int]:
-        return self.cfg.n_layers, self.cfg.n_kv_heads
+    def kv_heads(self, memory: int = 0) -> tuple[int, int]:
+        spec = self.memories[memory]
+        return len(spec.layers), spec.kv_heads
 
-    def kv_bytes_per_block(self) -> int:
+    def kv_bytes_per_block(self, memory: int = 0) -> int:
         return self.cfg.n_layers * 2 * BLOCK * self.cfg.n_kv_heads * self.cfg.head_dim * 4
 
-    def allocate_kv(self, n_blocks: int) -> None:
+    def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
         c, before = self.cfg, self.kv
         try:
             self.kv = torch.empty((2, c.n_layers, n_blocks * BLOCK, c.n_kv_heads, c.head_dim))
@@ -122,25 +124,25 @@ class ReferenceBackend:
         if before.numel() and before.shape[2] < self.kv.shape[2]:
             self.kv[:, :, : before.shape[2]] = before
 
-    def copy_block(self, src: int, dst: int) -> None:
+    def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
         self.kv[:, :, dst * BLOCK : (dst + 1) * BLOCK] = self.kv[:, :, src * BLOCK : (src + 1) * BLOCK]
 
-    def read_blocks(self, block_table: np.ndarray) -> np.ndarray:
+    def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
         blocks = self.kv.unflatten(2, (-1, BLOCK)).permute(2, 0, 1, 3, 4, 5)[block_table.tolist()]
         return blocks.contiguous().numpy().reshape(len(block_table), -1).view(np.uint8)
 
-    def write_blocks(self, block_table: np.ndarray, data: np.ndarray) -> None:
+    def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
         c = self.cfg
         shape = (len(block_table), 2, c.n_layers, BLOCK, c.n_kv_heads, c.head_dim)
         blocks = torch.from_numpy(data.view(np.float32).reshape(shape).copy())
         self.kv.unflatten(2, (-1, BLOCK))[:, :, block_table.tolist()] = blocks.permute(1, 2, 0, 3, 4, 5)
 
-    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
         layer, head, i = np.nonzero(src >= 0)
         to, from_ = (self._slots(block_table)[a[layer, head, i]] for a in (dst, src))
         self.kv[:, layer, to, head] = self.kv[:, layer, from_, head]
 
-    def value_spread(self, block_table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
         n = weights.shape[2]
         values = self.kv[1, :, self._slots(block_table)[:n]].transpose(1, 2)  # [layers, kv_heads, n, dim]
         w = torch.from_numpy(weights)
@@ -148,7 +150,7 @@ class ReferenceBackend:
         mean = (w[..., None] * values).sum(2, keepdim=True) / w.sum(2)[..., None, None]
         return (values - mean).norm(dim=3).numpy()
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray) -> None:
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
         slots = self._slots(block_table)[: delta.shape[2]]
         for layer in range(self.cfg.n_layers):
             rope = self.cfg.rope_of(layer)
@@ -161,7 +163,8 @@ class ReferenceBackend:
 
     @torch.inference_mode()
     def step(self, step: Step) -> np.ndarray:
-        self._begin(step)
+        (span,) = step.spans
+        self._begin(span)
         return self.family.forward(self, self.cfg, self.weights).numpy()
 
     def step_greedy(self, step: Step) -> np.ndarray:
@@ -174,13 +177,12 @@ class ReferenceBackend:
     def close(self) -> None:
         self.weights, self.kv = None, torch.empty(0)
 
-    def _begin(self, step: Step) -> None:
-        self.current = step
-        end = step.length + len(step.token_ids)
-        slots = self._slots(step.block_table)[:end]
-        self.read_slots, self.write_slots = slots, slots[step.length :]
-        self.ids = torch.from_numpy(step.token_ids.astype(np.int64))
-        self.positions = step.position + torch.arange(len(step.token_ids), dtype=torch.float64)
+    def _begin(self, span: Span) -> None:
+        self.current, (self.slots,) = span, span.memories
+        slots = self._slots(self.slots.table)[: self.slots.length + len(span.token_ids)]
+        self.read_slots, self.write_slots = slots, slots[self.slots.length :]
+        self.ids = torch.from_numpy(span.token_ids.astype(np.int64))
+        self.positions = span.position + torch.arange(len(span.token_ids), dtype=torch.float64)
 
     @staticmethod
     def _slots(block_table: np.ndarray) -> torch.Tensor:
@@ -250,13 +252,13 @@ class ReferenceBackend:
 
     def _score(self, q, keys, mask, layer):
         """What the step's last rows attended to in one layer, for eviction."""
-        step = self.current
-        if step.scores is None:
+        slots = self.slots
+        if slots.scores is None:
             return
-        r = step.scored_rows
+        r = slots.scored_rows
         p = self._probabilities(q[-r:], keys, mask[-r:]).sum(1)  # [kv_heads, rows, slots]
         for i, row in enumerate(p.transpose(0, 1).numpy()):
-            step.scores[i if len(step.scores) == r else 0, layer, :, : p.shape[2]] += row
+            slots.scores[i if len(slots.scores) == r else 0, layer, :, : p.shape[2]] += row
 
     def _probabilities(self, q, keys, mask):
         """softmax(scale · q kᵀ) with soft cap, written out: [kv_heads, heads of each, rows, slots]."""

@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from tinychat.backends import BLOCK, Backend, Step
+from tinychat.backends.interface import BLOCK, Backend, Slots, Span, Step
 from tinychat.base.claims import Claim
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import Event
@@ -141,9 +141,8 @@ class Engine:
                 elif rows:
                     scores = np.zeros((rows, *self.backend.kv_heads(), branch.slots + len(ids)), np.float32)
             tokens = np.asarray(ids, dtype=np.int32)
-            step = Step(
-                tokens, branch.position, branch.slots, branch.block_table(), first_logit, scores, rows
-            )
+            slots = Slots(branch.block_table(), branch.slots, scores, rows)
+            step = Step((Span(tokens, branch.position, first_logit, (slots,)),))
             with branch.rewritten() if rows and stay else nullcontext():  # votes go where they stay
                 out = self._step(step, params)
                 n = len(ids) if accept is None else accept(out)

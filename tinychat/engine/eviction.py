@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinychat.backends import BLOCK
+from tinychat.backends.interface import BLOCK
 from tinychat.base.errors import UsageError
 
 POLICIES = ("h2o", "window", "random")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinychat.backends import BLOCK
+from tinychat.backends.interface import BLOCK
 from tinychat.base.events import Completion, Done, Event, FinishReason, Notice, Reading, Stats, TextDelta
 from tinychat.base.machine import peak_rss
 from tinychat.engine.eviction import Votes

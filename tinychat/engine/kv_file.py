@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tinychat.backends import BLOCK
+from tinychat.backends.interface import BLOCK
 from tinychat.base import locations
 from tinychat.base.errors import TinychatError
 from tinychat.base.files import read_bytes

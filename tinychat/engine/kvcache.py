@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from tinychat.backends import BLOCK
+from tinychat.backends.interface import BLOCK
 from tinychat.engine.eviction import Ledger, Votes
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from tinychat.backends import LargestLogits
+from tinychat.backends.interface import LargestLogits
 from tinychat.base import arguments
 from tinychat.base.errors import CheckpointError, UsageError
 

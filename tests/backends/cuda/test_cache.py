@@ -9,7 +9,7 @@ from emulation import needs_device
 from families import relative_error
 from tiny import TinyCheckpoint, tiny_model
 
-from tinychat.backends import Step
+from tinychat.backends.interface import Step
 from tinychat.base.errors import MemoryBudgetError
 from tinychat.engine.eviction import EvictionPolicy
 from tinychat.engine.sampling import SamplingParams
@@ -24,9 +24,9 @@ pytestmark = needs_device
 def test_scores_are_the_references(rows, watched, apart):
     checkpoint, scores = TinyCheckpoint(3), []
     for b in (truth(checkpoint), cuda(checkpoint)):
-        b.step(Step(IDS[:50], 0, 0, TABLE, 50))
+        b.step(Step.of(IDS[:50], 0, 0, TABLE, 50))
         s = np.full((watched if apart else 1, 2, 2, 50 + rows), 2, np.float32)
-        b.step(Step(IDS[50 : 50 + rows], 50, 50, TABLE, rows, s, watched))
+        b.step(Step.of(IDS[50 : 50 + rows], 50, 50, TABLE, rows, s, watched))
         scores.append(s - 2)  # they are added to what is there
     np.testing.assert_allclose(scores[1], scores[0], atol=3e-3 * (1 if apart else watched))
     assert scores[1].sum() == pytest.approx(watched * 2 * 4, rel=1e-3)  # layers · heads
@@ -36,11 +36,11 @@ def test_a_prompts_scores_have_the_same_bits_however_it_is_cut():
     seen = []
     for cut in ([40], [24, 16], [8, 7, 25]):
         b = cuda(TinyCheckpoint(3))
-        b.step(Step(IDS[:50], 0, 0, TABLE, 50))
+        b.step(Step.of(IDS[:50], 0, 0, TABLE, 50))
         scores, at, voted = np.full((1, 2, 2, 90), 0.1, np.float32), 50, 0
         for n in cut:
             voters = max(0, min(n, at + n - 58))  # the last 32 of them
-            b.step(Step(IDS[at : at + n], at, at, TABLE, n, scores if voters else None, voters))
+            b.step(Step.of(IDS[at : at + n], at, at, TABLE, n, scores if voters else None, voters))
             at, voted = at + n, voted + voters
         assert voted == 32
         seen.append(scores)
@@ -54,7 +54,7 @@ def test_the_spread_of_values_is_the_references(bits):
     weights = np.random.default_rng(0).random((2, 2, 77)).astype(np.float32)
     weights[1, 0] = 0
     for b in (truth(checkpoint, kv_bits=bits), cuda(checkpoint, kv_bits=bits)):
-        b.step(Step(IDS[:90], 0, 0, TABLE, 90))
+        b.step(Step.of(IDS[:90], 0, 0, TABLE, 90))
         spread.append(b.value_spread(TABLE, weights))
     assert spread[1].dtype == np.float32
     assert relative_error(spread[1], spread[0]) < 5e-3

@@ -10,8 +10,8 @@ from emulation import bench, cache, needs_emulation
 from tiny import TinyCheckpoint, tiny_folder
 
 import tinychat
-from tinychat.backends import Step
 from tinychat.backends.cuda import CudaBackend
+from tinychat.backends.interface import Step
 from tinychat.kernels_cuda.modules import Cache, Modules
 from tinychat.network.weight_policy import WeightPolicy
 
@@ -63,9 +63,9 @@ def test_nothing_is_left_to_compile_when_a_model_has_loaded(first_time, tied):
     assert len(made) >= 6
     b.allocate_kv(BLOCKS)
     scores = np.zeros((1, 2, 2, 80), np.float32)
-    b.step(Step(IDS[:40], 0, 0, TABLE, 0))
-    b.step_greedy(Step(IDS[:40], 40, 40, TABLE, 0, scores, 4))
-    b.step_largest(Step(IDS[:5], 80, 80, TABLE, 0), 0.7)
+    b.step(Step.of(IDS[:40], 0, 0, TABLE, 0))
+    b.step_greedy(Step.of(IDS[:40], 40, 40, TABLE, 0, scores, 4))
+    b.step_largest(Step.of(IDS[:5], 80, 80, TABLE, 0), 0.7)
     table = np.zeros((2, 2, 1), np.int32)
     b.move_slots(TABLE, table, table)
     b.turn_keys(TABLE, table)

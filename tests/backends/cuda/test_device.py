@@ -15,8 +15,8 @@ from backend_steps import IDS, TABLE, cuda
 from emulation import bench, controls, needs_device, needs_emulation
 from tiny import TinyCheckpoint
 
-from tinychat.backends import BLOCK, Step
 from tinychat.backends.cuda import CudaBackend
+from tinychat.backends.interface import BLOCK, Step
 from tinychat.base.errors import TinychatError, UnsupportedModelError, UsageError
 from tinychat.network.config import RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
@@ -27,14 +27,14 @@ pytestmark = needs_device
 @needs_emulation
 def test_a_step_that_was_seen_before_is_one_graph():
     b = cuda(TinyCheckpoint(1))
-    b.step(Step(IDS[:20], 0, 0, TABLE, 20))
+    b.step(Step.of(IDS[:20], 0, 0, TABLE, 20))
     for i in range(20, 22):  # run, then captured
-        b.step_greedy(Step(IDS[i : i + 1], i, i, TABLE, 0))
+        b.step_greedy(Step.of(IDS[i : i + 1], i, i, TABLE, 0))
     before = controls().fake_launches()
     for i in range(22, 40):
-        b.step_greedy(Step(IDS[i : i + 1], i, i, TABLE, 0))
+        b.step_greedy(Step.of(IDS[i : i + 1], i, i, TABLE, 0))
     assert controls().fake_launches() == before
-    b.step_greedy(Step(IDS[40:45], 40, 40, TABLE, 0))  # another size
+    b.step_greedy(Step.of(IDS[40:45], 40, 40, TABLE, 0))  # another size
     assert controls().fake_launches() > before
 
 
@@ -57,17 +57,17 @@ def test_unknown_settings_and_wrong_steps_are_errors():
     assert "--device cpu" in e.value.todo
     b = cuda(TinyCheckpoint(0))
     with pytest.raises(ValueError, match="vocabulary"):
-        b.step(Step(np.array([258], np.int32), 0, 0, TABLE, 0))
+        b.step(Step.of(np.array([258], np.int32), 0, 0, TABLE, 0))
     with pytest.raises(ValueError, match="cover"):
-        b.step(Step(IDS[:20], 0, 0, TABLE[:1], 0))
+        b.step(Step.of(IDS[:20], 0, 0, TABLE[:1], 0))
     with pytest.raises(ValueError, match="not there"):
-        b.step(Step(IDS[:20], 0, 0, TABLE + 1, 0))
+        b.step(Step.of(IDS[:20], 0, 0, TABLE + 1, 0))
     with pytest.raises(ValueError, match="513"):
-        b.step(Step(np.zeros(513, np.int32), 0, 0, TABLE, 0))
+        b.step(Step.of(np.zeros(513, np.int32), 0, 0, TABLE, 0))
     b.close()
     b.close()
     with pytest.raises(TinychatError, match="closed"):
-        b.step(Step(IDS[:1], 0, 0, TABLE, 0))
+        b.step(Step.of(IDS[:1], 0, 0, TABLE, 0))
 
 
 @needs_emulation
@@ -75,7 +75,7 @@ def test_memory_is_given_back():
     gc.collect()
     before = controls().fake_used()
     b = cuda(TinyCheckpoint(0))
-    b.step(Step(IDS[:20], 0, 0, TABLE, 0))
+    b.step(Step.of(IDS[:20], 0, 0, TABLE, 0))
     assert controls().fake_used() > before
     b.close()
     del b

@@ -10,7 +10,7 @@ from backend_steps import BLOCKS, IDS, TABLE, cuda
 from emulation import controls, needs_emulation
 from tiny import TinyCheckpoint, tiny_model
 
-from tinychat.backends import Step
+from tinychat.backends.interface import Step
 from tinychat.base.errors import DeviceLostError, MemoryBudgetError, TinychatError
 from tinychat.chats.chat_store import ChatStore
 from tinychat.chats.keeper import Keeper
@@ -27,7 +27,7 @@ def test_no_room_for_the_weights_or_the_cache_is_said_with_numbers():
     with pytest.raises(MemoryBudgetError, match="not enough memory"):
         b.allocate_kv(1 << 22)
     b.allocate_kv(BLOCKS)  # a smaller one works after all
-    assert b.step(Step(IDS[:3], 0, 0, TABLE, 2)).shape == (1, 258)
+    assert b.step(Step.of(IDS[:3], 0, 0, TABLE, 2)).shape == (1, 258)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_out_of_memory_on_a_lost_gpu_is_that_of_a_lost_gpu(lose):
     b = cuda(TinyCheckpoint(0))
     lose(2)
     with pytest.raises(TinychatError, match=r"failed \(.*OUT_OF_MEMORY"):
-        b.step(Step(IDS[:3], 0, 0, TABLE, 2))
+        b.step(Step.of(IDS[:3], 0, 0, TABLE, 2))
 
 
 def test_a_load_that_finds_no_room_leaves_none_taken():
@@ -110,7 +110,7 @@ def test_a_load_that_finds_no_room_leaves_none_taken():
         assert controls().fake_used() == before
     finally:
         controls().fake_device(12060, 1, 86, 8 << 30)
-    assert cuda(TinyCheckpoint(0)).step(Step(IDS[:3], 0, 0, TABLE, 2)).shape == (1, 258)
+    assert cuda(TinyCheckpoint(0)).step(Step.of(IDS[:3], 0, 0, TABLE, 2)).shape == (1, 258)
 
 
 def told(m, *texts):
@@ -168,7 +168,7 @@ def test_an_eviction_that_fails_leaves_no_cache_that_is_half_moved(work, call, m
 )
 def test_a_spread_of_values_that_fails_is_said_and_the_cache_is_whole(call):
     b, weights = cuda(TinyCheckpoint(0)), np.ones((2, 2, 37), np.float32)
-    b.step(Step(IDS[:40], 0, 0, TABLE, 40))
+    b.step(Step.of(IDS[:40], 0, 0, TABLE, 40))
     expected = b.value_spread(TABLE, weights)
     controls().fake_fail(call.encode(), 2 if call == "cuMemAlloc_v2" else 719)
     with pytest.raises(MemoryBudgetError if call == "cuMemAlloc_v2" else DeviceLostError):

@@ -16,8 +16,8 @@ from families import CASES, FromTransformers, random_model, relative_error, usua
 from programs import random_linear
 from tiny import TinyCheckpoint
 
-from tinychat.backends import BLOCK, Step
 from tinychat.backends.cuda import CudaBackend
+from tinychat.backends.interface import BLOCK, Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats import open_checkpoint
@@ -172,7 +172,7 @@ def test_the_demo_model_says_what_the_reference_says(demo_gguf):
         b.allocate_kv(blocks)
     differ, squares, spread = [], [], []
     for at in [*range(0, n - 1, 128), n - 1]:  # the last alone: as it is decoded
-        step = Step(ids[at : min(at + 128, max(n - 1, at + 1))], at, at, table, 0)
+        step = Step.of(ids[at : min(at + 128, max(n - 1, at + 1))], at, at, table, 0)
         expected, got = (b.step(step) for b in backends)
         rows = got.argmax(axis=1) != expected.argmax(axis=1)
         best = np.sort(expected[rows], axis=1)[:, -2:]

@@ -8,7 +8,7 @@ from backend_steps import IDS, TABLE, cuda
 from emulation import needs_device
 from tiny import TinyCheckpoint, tiny_model
 
-from tinychat.backends import Step
+from tinychat.backends.interface import Step
 from tinychat.engine.sampling import SamplingParams, total_temperature
 from tinychat.engine.speculation.lookup import PromptLookup
 from tinychat.engine.speculation.speculator import Speculator
@@ -20,9 +20,9 @@ pytestmark = needs_device
 @pytest.mark.parametrize("rows", [1, 5, 16, 40])
 def test_the_largest_logits_are_those_of_the_rows(rows):
     a, b = cuda(TinyCheckpoint(4)), cuda(TinyCheckpoint(4))
-    a.step(Step(IDS[:30], 0, 0, TABLE, 30))
-    b.step(Step(IDS[:30], 0, 0, TABLE, 30))
-    step = Step(IDS[30 : 30 + rows], 30, 30, TABLE, 0)
+    a.step(Step.of(IDS[:30], 0, 0, TABLE, 30))
+    b.step(Step.of(IDS[:30], 0, 0, TABLE, 30))
+    step = Step.of(IDS[30 : 30 + rows], 30, 30, TABLE, 0)
     for _ in range(3):  # run, captured, replayed
         expected, got = a.step(step), b.step_largest(step, 0.7)
         assert len(got) == rows
@@ -38,13 +38,13 @@ def test_the_largest_logits_are_those_of_the_rows(rows):
 
 def test_a_row_can_be_fetched_until_the_next_step():
     b = cuda(TinyCheckpoint(4))
-    (first,) = b.step_largest(Step(IDS[:3], 0, 0, TABLE, 2), 0)
+    (first,) = b.step_largest(Step.of(IDS[:3], 0, 0, TABLE, 2), 0)
     assert first.total == 0
-    assert b.step_largest(Step(IDS[3:4], 3, 3, TABLE, 1), 0) == []
+    assert b.step_largest(Step.of(IDS[3:4], 3, 3, TABLE, 1), 0) == []
     with pytest.raises(RuntimeError, match="another step"):
         first.whole()
     with pytest.raises(ValueError, match="65"):
-        b.step_largest(Step(IDS[:65], 0, 0, TABLE, 0), 0)
+        b.step_largest(Step.of(IDS[:65], 0, 0, TABLE, 0), 0)
 
 
 SETTINGS = {
@@ -100,10 +100,10 @@ def test_the_default_settings_copy_two_kilobytes_a_token(monkeypatch):
 
 def test_the_totals_temperature_is_of_each_step():
     b = cuda(TinyCheckpoint(4))
-    b.step(Step(IDS[:8], 0, 0, TABLE, 8))
+    b.step(Step.of(IDS[:8], 0, 0, TABLE, 8))
     totals = []
     for temperature in (0.5, 1.0, 0.0, 2.0):
-        (row,) = b.step_largest(Step(IDS[8:9], 8, 8, TABLE, 0), temperature)
+        (row,) = b.step_largest(Step.of(IDS[8:9], 8, 8, TABLE, 0), temperature)
         totals.append(row.total)
     assert totals[2] == 0
     assert 1 <= totals[0] < totals[1] < totals[3] < 258

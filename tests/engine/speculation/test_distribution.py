@@ -40,7 +40,7 @@ class TableBackend:
         pass
 
     def step(self, step):
-        return self.table[step.token_ids[step.logits_from :]]
+        return np.concatenate([self.table[s.token_ids[s.logits_from :]] for s in step.spans])
 
     def step_greedy(self, step):
         return self.step(step).argmax(axis=1).astype(np.int32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinychat.backends import LargestLogits
+from tinychat.backends.interface import LargestLogits
 from tinychat.engine.sampling import SamplingParams, candidates, gumbel, sample
 
 _ACCEPT, _RESIDUAL = 0x2545F4914F6CDD1D, 0x9E6C63D0876A9A47  # noise streams of their own

@@ -1,0 +1,209 @@
+"""What the engine asks of a backend: the memories of a model, the steps over it, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from tinychat.network.config import ModelConfig
+
+BLOCK = 16  # slots in a KV block
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """One kind of memory that a model needs, for the layers that are alike in it.
+
+    kind         paged: keys and values of every token. window: of the last `window` tokens (what lies behind
+                 is never read again, so its blocks may be given back). state: a fixed number of bytes a
+                 sequence. latent: one compressed row a token (no backend has it yet)
+    layers       which layers of the model, ascending; arrays of one memory have their layers in this order
+    kv_heads, head_dim  of paged and window memories
+    window       tokens that a token attends to, itself included; of window memories
+    state_bytes  of one sequence, all its layers together; of state memories
+    """
+
+    kind: Literal["paged", "window", "state", "latent"]
+    layers: tuple[int, ...]
+    kv_heads: int = 0
+    head_dim: int = 0
+    window: int = 0
+    state_bytes: int = 0
+
+
+def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
+    """What a sequence needs beside its token ids, in the order in which a span names it."""
+    return (MemorySpec("paged", tuple(range(cfg.n_layers)), cfg.n_kv_heads, cfg.head_dim),)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where a span lies in a paged or a window memory.
+
+    table        int32 [n]: logical slot s is slot `s % BLOCK` of pool block `table[s // BLOCK]`; covers
+                 length + T slots. In a window memory the entries of blocks behind the window are never read
+    length       tokens that are there already: row i is written to logical slot `length + i` and attends to
+                 the logical slots 0 … length + i, in a window memory to the last `window` of these
+    scores       float32 [R or 1, layers, kv_heads, n ≥ length + T], or None: to these is added the attention
+                 probability that each slot gets from the last `scored_rows` rows (R of them), summed over the
+                 query heads of its KV head; with a first dimension of 1, that of all rows, in their order
+    """
+
+    table: np.ndarray
+    length: int
+    scores: np.ndarray | None = None
+    scored_rows: int = 0
+
+
+@dataclass(frozen=True)
+class States:
+    """What a span reads and leaves in a state memory.
+
+    source  the slot that holds the state before the first row; -1: the sequence begins, its state is zero
+    kept    int32 [T]: the slot that gets the state behind each row, -1 where nobody needs it. Rolling back a
+            draft means to go on from an earlier row's slot; `source` may be among them
+    """
+
+    source: int
+    kept: np.ndarray
+
+
+@dataclass(frozen=True)
+class Span:
+    """T consecutive tokens of one sequence in a step.
+
+    token_ids    int32 [T]
+    position     rotary position of the first token; the others follow
+    logits_from  rows from this one on get logits (T: none at all, the memories are filled only)
+    memories     what the span has in each memory of the backend, in the order of `Backend.memories`
+    """
+
+    token_ids: np.ndarray
+    position: int
+    logits_from: int
+    memories: tuple[Slots | States, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The inputs of one pass over the weights: spans of different sequences, `max_rows` rows in all.
+
+    What a span gets does not depend, in a single bit, on the spans beside it.
+    """
+
+    spans: tuple[Span, ...]
+
+    @staticmethod
+    def of(
+        token_ids: np.ndarray,
+        position: int,
+        length: int,
+        table: np.ndarray,
+        logits_from: int,
+        scores: np.ndarray | None = None,
+        scored_rows: int = 0,
+    ) -> Step:
+        """One span of a model that has one paged memory and no other."""
+        slots = Slots(table, length, scores, scored_rows)
+        return Step((Span(token_ids, position, logits_from, (slots,)),))
+
+
+@dataclass(frozen=True)
+class LargestLogits:
+    """A row of logits as far as choosing a token needs it, where the whole row lies far away.
+
+    ids     int64 [k]: where the largest are, best first, the lowest id first among equals, NaN before all;
+            k may be 0
+    values  float32 [k]
+    n       logits of the row
+    total   the sum of exp((logit - largest) / temperature) over the whole row, or 0 where it is not known
+    whole   the row itself, float32 [n]; only until the backend's next step
+    """
+
+    ids: np.ndarray
+    values: np.ndarray
+    n: int
+    total: float
+    whole: Callable[[], np.ndarray]
+
+    TOTAL_WITHIN = 1e-4  # of itself, what the total may be off by
+
+
+class Backend(Protocol):
+    """One loaded model on one device. Not thread-safe; the engine serialises.
+
+    A backend far from the host may have `step_largest(step, temperature) -> list[LargestLogits]` too: a few
+    kilobytes in place of each row of logits. temperature: of the total, or 0 for none. One that can go on in
+    a forked process says so by `survives_fork`; one whose memory is not the machine's has `free_memory()`.
+    """
+
+    name: str
+    row_independent: bool  # whether a row's result is bitwise the same whatever runs with it
+    max_rows: int  # rows a step may have; longer prompts are prefilled in chunks
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: backend, isa, act_bits, kv_bits, threads."""
+        ...
+
+    memories: tuple[MemorySpec, ...]  # what each sequence needs; `memory` below is an index of these
+
+    def kv_heads(self, memory: int = 0) -> tuple[int, int]:
+        """Layers of that memory, and KV heads of each."""
+        ...
+
+    def kv_bytes_per_block(self, memory: int = 0) -> int:
+        """Bytes that one block of BLOCK slots takes, all layers, keys and values."""
+        ...
+
+    def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
+        """Have a KV pool of so many blocks. If it grows, the blocks that were there stay as they are. Raises
+        MemoryBudgetError; then the pool is what it was.
+        """
+        ...
+
+    def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
+        """Copy a pool block, all layers (copy-on-write)."""
+        ...
+
+    def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
+        """What the blocks hold, to be kept on disk: uint8 [n blocks, kv_bytes_per_block]."""
+        ...
+
+    def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
+        """What `read_blocks` gave, into these blocks."""
+        ...
+
+    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
+        """Keys and values of the logical slots `src` over those of `dst`: int32 [layers, kv_heads, n], and
+        nothing where src is negative. Eviction fills the holes with the last slots.
+        """
+        ...
+
+    def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
+        """How far the value of each slot lies from the weighted mean of all of them, for the first n slots:
+        Euclidean norms, float32 [layers, kv_heads, n].
+
+        weights: as many, not negative, of any sum; where all are zero, they count alike.
+        """
+        ...
+
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
+        """Rotate the cached keys of the first n slots by `delta` positions: int32 [layers, kv_heads, n]."""
+        ...
+
+    def step(self, step: Step) -> np.ndarray:
+        """Run the network. float32 [asked rows, vocab], span after span; the array is the caller's."""
+        ...
+
+    def step_greedy(self, step: Step) -> np.ndarray:
+        """Like `step`, but the argmax of each asked row (lowest id on a tie): int32 [asked rows]. -1:
+        a logit is NaN or infinite, and there is nothing to choose.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release threads and memory. Idempotent."""
+        ...
