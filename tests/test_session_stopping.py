@@ -43,7 +43,7 @@ def test_cancel_while_prefilling_leaves_an_empty_answer(model):
     inner, steps = model.backend.step, []
 
     def step(s):
-        steps.append(len(s.token_ids))
+        steps.append(len(s.spans[0].token_ids))
         if len(steps) == 3:
             session.cancel()
         return inner(s)
@@ -89,7 +89,7 @@ def test_a_closed_iterator_keeps_no_token_whose_text_was_not_shown(model):
     def step(s):
         out = inner(s)
         if len(out):
-            at = s.position + len(s.token_ids) - len(turn("user", spell("hello")) + opening())
+            at = s.spans[0].position + len(s.spans[0].token_ids) - len(turn("user", spell("hello")) + opening())
             out[-1], out[-1, smile[min(at, 4)]] = -1.0, 1.0
         return out
 
