@@ -89,7 +89,8 @@ def test_a_closed_iterator_keeps_no_token_whose_text_was_not_shown(model):
     def step(s):
         out = inner(s)
         if len(out):
-            at = s.spans[0].position + len(s.spans[0].token_ids) - len(turn("user", spell("hello")) + opening())
+            (span,) = s.spans
+            at = span.position + len(span.token_ids) - len(turn("user", spell("hello")) + opening())
             out[-1], out[-1, smile[min(at, 4)]] = -1.0, 1.0
         return out
 

@@ -56,7 +56,7 @@ def test_the_tightest_limit_on_the_way_up_counts(cgroups, where):
 
 def test_a_model_larger_than_the_cgroup_is_refused_before_it_is_downloaded(cgroups, tmp_path):
     from tinychat.base.errors import MemoryBudgetError
-    from tinychat.hub.download import check_room
+    from tinychat.hub.transfer import check_room
 
     check_room(tmp_path, 0, 5 * GB)
     write(cgroups / "outer", memory__max=4 * GB, memory__current=0)

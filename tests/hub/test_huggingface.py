@@ -20,7 +20,7 @@ from tiny import tiny_folder
 from tiny_gguf import write
 
 from tinychat.base.errors import DownloadError, MemoryBudgetError
-from tinychat.hub.download import check_room
+from tinychat.hub.transfer import check_room
 
 REPO = "someone/tiny"
 SHA, OLD = "a" * 40, "b" * 40

@@ -17,7 +17,7 @@ from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.events import Done, TextDelta, event_to_json
 from tinychat.chats import export
 from tinychat.chats.chat_store import ChatStore
-from tinychat.cli.chat import Printer
+from tinychat.cli.output import Printer
 from tinychat.engine.generation import Generation
 from tinychat.model import Model
 from tinychat.network.weight_policy import WeightPolicy

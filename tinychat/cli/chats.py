@@ -13,7 +13,7 @@ import click
 from tinychat.base.characters import is_unicode, whole
 from tinychat.base.errors import TinychatError
 from tinychat.cli import tables
-from tinychat.cli.chat import Printer
+from tinychat.cli.output import Printer
 
 if TYPE_CHECKING:
     from tinychat.chats.chat_store import ChatStore, Hit

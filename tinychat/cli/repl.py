@@ -11,7 +11,7 @@ import click
 
 from tinychat.base import errors, locations
 from tinychat.base.errors import UsageError
-from tinychat.cli.chat import Printer, cancel_on_interrupt, describe, show_events
+from tinychat.cli.output import Printer, cancel_on_interrupt, describe, show_events
 from tinychat.engine.sampling import SamplingParams
 from tinychat.session import Session
 

@@ -110,8 +110,7 @@ def completion(shell: str) -> None:
     """Print a completion script for SHELL, for its start-up file."""
     from click.shell_completion import get_completion_class
 
-    from tinychat.cli.main import cli
-
+    cli = click.get_current_context().find_root().command
     click.echo(get_completion_class(shell)(cli, {}, "tinychat", "_TINYCHAT_COMPLETE").source())
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.text import chat_templates
-from tinychat.text.tokenizer import TURN_ENDS, Tokenizer, char_of_byte, is_space
+from tinychat.text.decoders import char_of_byte
+from tinychat.text.tokenizer import TURN_ENDS, Tokenizer, is_space
 from tinychat.text.tokenizer_file import MAX_TOKEN, check_added, one_line
 
 if TYPE_CHECKING:

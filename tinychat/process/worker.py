@@ -356,10 +356,10 @@ def list_models() -> dict[str, Any]:
 def load_model(name: str, options: dict[str, Any], progress: Callable[[str, int, int], None]) -> Any:
     """A Model, downloaded first if need be."""
     progress("Starting the engine", 0, 0)
-    from tinychat.hub import download
+    from tinychat.hub import transfer
     from tinychat.model import load
 
-    download.listener = lambda label, done, total: progress(f"Downloading {label}", done, total)
+    transfer.listener = lambda label, done, total: progress(f"Downloading {label}", done, total)
     progress(f"Loading {name}", 0, 0)
     return load(name, **options, progress=lambda what: progress(what, 0, 0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -67,8 +68,6 @@ class Decoding:
             raise UnsupportedModelError("The tokenizer has no decoder that is supported.", SUPPORTED)
         table = None
         if joining == "ByteLevel":
-            from tinychat.text.tokenizer import byte_of_char
-
             table = byte_of_char()
         return cls(tuple(each), joining, tuple(whole), knows_first, table)
 
@@ -208,3 +207,19 @@ def _strip(step: dict) -> Callable[[str, bool], str]:
         return stream.push(token)
 
     return strip
+
+
+@functools.cache
+def char_of_byte() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself where it is a visible Latin-1 character, else from
+    U+0100 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+@functools.cache
+def byte_of_char() -> dict[str, int]:
+    """The inverse of `char_of_byte`."""
+    return {c: b for b, c in char_of_byte().items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -369,22 +368,6 @@ class StreamDecoder:
     def flush(self) -> str:
         """What was still waiting, at the end of the stream."""
         return self._joiner.flush()
-
-
-@functools.cache
-def char_of_byte() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself where it is a visible Latin-1 character, else from
-    U+0100 on.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [b for b in range(256) if b not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-@functools.cache
-def byte_of_char() -> dict[str, int]:
-    """The inverse of `char_of_byte`."""
-    return {c: b for b, c in char_of_byte().items()}
 
 
 def _mark_special(backend: tokenizers.Tokenizer, tokens: list[tokenizers.AddedToken]) -> None:

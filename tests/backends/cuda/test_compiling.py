@@ -85,10 +85,10 @@ def test_the_command_line_says_it_beside_the_answer(first_time, machine_with_gpu
 
 
 def test_the_screen_hears_it_as_it_hears_of_loading(first_time, machine_with_gpu, tmp_path, monkeypatch):
-    from tinychat.hub import download
+    from tinychat.hub import transfer
     from tinychat.process import worker
 
-    monkeypatch.setattr(download, "listener", None)  # load_model sets it
+    monkeypatch.setattr(transfer, "listener", None)  # load_model sets it
     machine_with_gpu["modules"] = first_time()
     folder, heard = str(tiny_folder(tmp_path / "tiny")), []
     worker.load_model(folder, {"device": "cuda"}, lambda *event: heard.append(event)).close()
