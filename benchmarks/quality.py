@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tinychat.formats import Checkpoint, open_checkpoint
+from tinychat.formats import open_checkpoint
 from tinychat.hub import store
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.quantize import quantize
 from tinychat.quantize.forward import Forward, read_block
 

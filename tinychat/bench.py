@@ -14,8 +14,8 @@ import numpy as np
 from tinychat.backends.interface import BLOCK, Backend, Step
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.machine import available_memory, cache_bytes, human_bytes
-from tinychat.formats import Checkpoint
 from tinychat.models import FAMILIES
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear

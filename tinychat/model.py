@@ -19,8 +19,9 @@ from tinychat.base.machine import available_memory, has_gpu, human_bytes
 from tinychat.engine.engine import Engine
 from tinychat.engine.eviction import POLICIES, SINKS, SMALLEST, EvictionPolicy
 from tinychat.engine.sampling import SamplingParams
-from tinychat.formats import Checkpoint, open_checkpoint
+from tinychat.formats import open_checkpoint
 from tinychat.models import FAMILIES
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.session import Session

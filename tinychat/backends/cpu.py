@@ -19,9 +19,9 @@ from tinychat.backends import pack_file as packs
 from tinychat.backends.interface import Span, Step, memories_of
 from tinychat.backends.pack_file import PackedLinear
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
-from tinychat.formats import Checkpoint
 from tinychat.kernels_cpu import _native
 from tinychat.models import FAMILIES
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 

@@ -24,7 +24,6 @@ from tinychat.base.errors import (
     UsageError,
 )
 from tinychat.base.machine import human_bytes
-from tinychat.formats import Checkpoint
 from tinychat.kernels_cuda import experts, head, layout
 from tinychat.kernels_cuda.attention import MAX_HEAD, Attention, Shape
 from tinychat.kernels_cuda.driver import DeviceError, OutOfMemoryError
@@ -32,6 +31,7 @@ from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.kernels_cuda.program import Buffer, Program, program_sources
 from tinychat.models import FAMILIES
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 

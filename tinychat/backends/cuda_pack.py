@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends import pack_file as packs
-from tinychat.formats import Checkpoint
 from tinychat.kernels_cuda import layout, linear
 from tinychat.kernels_cuda.driver import Memory
 from tinychat.kernels_cuda.layout import TILE, Form, Shape
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear, bf16_to_f32
 

@@ -28,8 +28,8 @@ import numpy as np
 from tinychat.base import locations
 from tinychat.base.errors import DamagedWeightsError
 from tinychat.base.files import open_regular, watched
-from tinychat.formats import Checkpoint
 from tinychat.kernels_cpu import _native
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
 

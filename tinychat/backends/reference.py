@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from tinychat.backends.interface import BLOCK, Span, Step, memories_of
 from tinychat.base.errors import MemoryBudgetError
-from tinychat.formats import Checkpoint
 from tinychat.models import FAMILIES
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear

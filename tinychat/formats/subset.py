@@ -12,7 +12,7 @@ import numpy as np
 from tinychat.base.errors import UsageError
 from tinychat.base.files import MappedFile
 from tinychat.base.identity import Tell
-from tinychat.formats import Checkpoint
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weights import Linear
 from tinychat.text.tokenizer import Tokenizer
 

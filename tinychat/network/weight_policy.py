@@ -8,7 +8,7 @@ import numpy as np
 
 from tinychat.base import arguments
 from tinychat.base.errors import CheckpointError, UsageError
-from tinychat.formats import Checkpoint
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weights import (
     Q8_GROUP,
     DenseLinear,

@@ -23,7 +23,7 @@ from tinychat.base.terminal import bar
 from tinychat.network.config import ModelConfig
 
 if TYPE_CHECKING:
-    from tinychat.formats import Checkpoint
+    from tinychat.network.checkpoint import Checkpoint
     from tinychat.quantize.walk import Walk
 
 GROUPS = (128, 64, 32)

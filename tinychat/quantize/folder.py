@@ -22,7 +22,7 @@ import numpy as np
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.base.files import read_text
 from tinychat.base.machine import human_bytes
-from tinychat.formats import Checkpoint
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
 from tinychat.quantize.layouts import quantization_config
 from tinychat.quantize.settings import hf_config, one_or_many

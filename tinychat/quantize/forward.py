@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinychat.base.errors import CheckpointError
-from tinychat.formats import Checkpoint
 from tinychat.models import FAMILIES
+from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
 
 if TYPE_CHECKING:

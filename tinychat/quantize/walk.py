@@ -15,7 +15,7 @@ from tinychat.quantize.layouts import Tensors, unpacked
 if TYPE_CHECKING:
     import torch
 
-    from tinychat.formats import Checkpoint
+    from tinychat.network.checkpoint import Checkpoint
 
 
 class Walk(Protocol):
