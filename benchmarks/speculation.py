@@ -22,7 +22,7 @@ import numpy as np
 
 from tinychat.backends.interface import BLOCK, Step
 from tinychat.bench import SyntheticCheckpoint
-from tinychat.model import make_backend
+from tinychat.loading import make_backend
 from tinychat.network.weight_policy import WeightPolicy
 
 ALPHAS, WINDOWS = (0.5, 0.7, 0.8, 0.9), (1, 2, 3, 4, 5, 6, 8)

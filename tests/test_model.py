@@ -78,7 +78,7 @@ def test_nothing_there(tmp_path):
 
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_read(folder, monkeypatch):
-    monkeypatch.setattr("tinychat.model.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("tinychat.loading.available_memory", lambda: 1_000_000)
     for device in ("auto", "reference"):
         with pytest.raises(MemoryBudgetError, match=r"1\.0 MB are free"):
             tinychat.load(folder, device=device)

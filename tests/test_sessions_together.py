@@ -204,7 +204,7 @@ def test_a_child_forked_while_another_thread_answers_works_or_says_why_not(backe
 def test_a_fork_waits_for_no_lock_that_it_has():
     """A model and a draft of its own layers have one tokenizer, as checkpoints on disk give it."""
     with tiny_model(backend="cpu") as m:
-        m._checkpoint.tokenizer = lambda: m.tokenizer
+        m.checkpoint.tokenizer = lambda: m.tokenizer
         assert m.speculator("layers:0").drafter.engine.tokenizer is m.tokenizer
         began = time.monotonic()
         assert in_a_child(lambda: 0) == 0

@@ -37,7 +37,7 @@ if importlib.util.find_spec("tinychat.models") is None:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "load": "tinychat.model",
+    "load": "tinychat.loading",
     "Model": "tinychat.model",
     "Session": "tinychat.session",
     "SamplingParams": "tinychat.engine.sampling",
@@ -91,7 +91,8 @@ if TYPE_CHECKING:
     )
     from tinychat.base.events import Completion, Done, Notice, Reading, Stats, TextDelta
     from tinychat.engine.sampling import SamplingParams
-    from tinychat.model import Model, load
+    from tinychat.loading import load
+    from tinychat.model import Model
     from tinychat.session import Session
 
 

@@ -272,7 +272,7 @@ def run(
     from tinychat.formats import open_checkpoint
     from tinychat.hub import store
     from tinychat.kernels_cpu import _native
-    from tinychat.model import make_backend
+    from tinychat.loading import make_backend
 
     policy = WeightPolicy(quantize, head_bits)
     if synthetic is not None:

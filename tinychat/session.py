@@ -29,8 +29,8 @@ from tinychat.text.reasoning import split_thought
 from tinychat.text.stopping import cut_ids
 
 if TYPE_CHECKING:
+    from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.engine import OwnedBranch
-    from tinychat.model import Model
 
 FORMAT = 1
 NoneType = type(None)
@@ -86,7 +86,7 @@ class Session:
 
     def __init__(
         self,
-        model: Model,
+        model: ChatModel,
         system: str | None = None,
         draft: str | None = None,
         kv_budget: int | None = None,
@@ -443,7 +443,7 @@ class Session:
             return 0
 
     @classmethod
-    def load(cls, path: str | Path, model: Model | None = None) -> Session:
+    def load(cls, path: str | Path, model: ChatModel | None = None) -> Session:
         """Read a saved conversation. Without `model`, the one it was held with is loaded.
 
         Raises TinychatError if the file is not a saved conversation.
@@ -477,9 +477,9 @@ class Session:
                 "Give a file that Session.save or /save wrote.",
             ) from e
         if model is None:
-            from tinychat.model import load
+            import tinychat
 
-            model = load(name)
+            model = tinychat.load(name)  # what loads models stands above this file
         session = cls(model, system)
         session.params, session.nodes, session.leaf = params, nodes, leaf
         known = range(model.config.vocab_size)

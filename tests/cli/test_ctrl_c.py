@@ -51,7 +51,7 @@ runpy.run_module("tinychat", run_name="__main__")
 
 
 def test_ctrl_c_while_loading(folder, here):
-    for where in ("tinychat.model:open_checkpoint", "tinychat.model:Model.__init__"):
+    for where in ("tinychat.loading:open_checkpoint", "tinychat.model:Model.__init__"):
         out = interrupted(folder, where)
         assert (out.returncode, out.stdout, out.stderr.strip()) == (130, b"", b"")
 

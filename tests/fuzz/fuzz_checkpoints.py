@@ -21,7 +21,7 @@ import tinychat.backends.cpu
 import tinychat.formats.gguf
 import tinychat.formats.hf
 import tinychat.hub.store
-import tinychat.model
+import tinychat.loading
 
 SETTINGS = [
     "config.json", "config.json", "generation_config.json", "quantize_config.json", "quant_config.json",

@@ -156,7 +156,7 @@ def test_experts_that_are_missing_or_too_many_are_refused(tmp_path):
 def test_a_mixture_of_experts_is_counted_whole_in_memory_and_by_what_a_token_takes_in_speed(tmp_path):
     from tinychat.bench import linear_bytes, weight_bytes_per_token
     from tinychat.hub import store
-    from tinychat.model import count_weights
+    from tinychat.loading import count_weights
 
     cls, changes = CASES["qwen3moe dense layers"]
     hf = random_model(cls, **changes)

@@ -107,6 +107,7 @@ def tiny_model(
     TINYCHAT_TEST_BACKEND=cuda puts all of them on that one, but for those that say "reference": what holds
     for sessions, eviction and speculation holds there too.
     """
+    from tinychat.loading import Drafts
     from tinychat.model import Model
     from tinychat.network.weight_policy import WeightPolicy
 
@@ -128,7 +129,7 @@ def tiny_model(
         from tinychat.backends.reference import ReferenceBackend
 
         on = ReferenceBackend(checkpoint, policy, threads=1)
-    model = Model(checkpoint, on, "tiny", ctx)
+    model = Model(checkpoint, on, "tiny", ctx, drafts=Drafts())
     if not grows:
         model.engine.more_tokens = lambda: 0
     return model

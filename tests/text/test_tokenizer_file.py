@@ -258,7 +258,7 @@ def test_no_panic_of_the_library_escapes():
 
 def test_a_tokenizer_is_refused_before_weights_are_read(tmp_path, monkeypatch):
     path = folder(tiny_folder(tmp_path / "model"), STRANGE["a long token"])
-    monkeypatch.setattr("tinychat.model.make_backend", None)
+    monkeypatch.setattr("tinychat.loading.make_backend", None)
     with pytest.raises(CheckpointError, match="added token"):
         tinychat.load(path, device="cpu")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+HEADROOM = 300_000_000  # bytes left for everything that is neither weights nor KV
 CGROUPS = Path("/sys/fs/cgroup")
 CORES = Path("/sys/devices/system/cpu")
 OWN_CGROUP = Path("/proc/self/cgroup")

@@ -97,7 +97,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
             options = pick(o, ANSWERING) | ({"keep_kv": False} if o["no_store"] else {})
             app = make_app(model, store, chat, o["system"], pick(o, SAMPLING), options)
         sys.exit(app.run_to_end())
-    from tinychat.model import load
+    from tinychat.loading import load
 
     loaded = load(model, **pick(o, ANSWERING), progress=partial(click.echo, err=True))
     with loaded:

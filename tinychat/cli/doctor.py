@@ -21,7 +21,7 @@ from urllib.request import getproxies
 import click
 
 from tinychat.base import locations, machine, terminal
-from tinychat.base.machine import available_memory, cpu_count, human_bytes
+from tinychat.base.machine import HEADROOM, available_memory, cpu_count, human_bytes
 from tinychat.cli import tables
 
 NETWORK_SECONDS = 2.0
@@ -189,7 +189,6 @@ def _fits(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Models that run in the memory that is free, largest first: those that are here, and known ones."""
     from tinychat.hub import store
     from tinychat.hub.aliases import ALIASES
-    from tinychat.model import HEADROOM
 
     speed = facts.get("read_bandwidth_gb_s")
     here = {m.name: m.size for m in store.installed()} if "models" in facts else {}
@@ -250,7 +249,7 @@ def sentences(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _gpu(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    from tinychat.model import AUTO_GPU
+    from tinychat.loading import AUTO_GPU
 
     if "gpu_memory" not in facts:
         return [("GPU", f"{facts['gpu']}; the CPU computes")]

@@ -27,7 +27,7 @@ TOKENS = click.IntRange(0, 1 << 24)  # that bench reads
 @click.option("--json", "as_json", is_flag=True)
 def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
     """Perplexity of MODEL on the text FILE: windows of --ctx tokens (512), the second half of each scored."""
-    from tinychat.model import load
+    from tinychat.loading import load
     from tinychat.perplexity import perplexity
 
     text = read_prose(file, MAX_SCORED)

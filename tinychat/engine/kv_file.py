@@ -30,8 +30,8 @@ from tinychat.base.files import read_bytes
 from tinychat.engine.kvcache import PoolExhaustedError
 
 if TYPE_CHECKING:
+    from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.engine import OwnedBranch
-    from tinychat.model import Model
 
 VERSION = 2
 SECRET = 32  # bytes
@@ -91,15 +91,15 @@ def beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.kv")
 
 
-def identity(model: Model) -> str:
+def identity(model: ChatModel) -> str:
     """Whatever decides what keys and values are: model, weights, backend, precision, layout."""
     facts = {k: v for k, v in model.backend.describe().items() if k not in ("threads", "isa")}
-    what = [VERSION, model._checkpoint.fingerprint(), repr(model._policy), sorted(facts.items())]
+    what = [VERSION, model.checkpoint.fingerprint(), repr(model.policy), sorted(facts.items())]
     what.append(repr((model.config.rope, model.config.local_rope)))
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def save(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> bool:
+def save(path: Path, model: ChatModel, branch: OwnedBranch, stored: bool = True) -> bool:
     """Write what the branch holds, atomically, readable by its owner only. False if it is not worth it, or
     larger than the model's `kv_disk_budget` alone.
 
@@ -154,7 +154,7 @@ def _stay_within(path: Path, disk_budget: int) -> None:
             total -= size
 
 
-def load(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> int:
+def load(path: Path, model: ChatModel, branch: OwnedBranch, stored: bool = True) -> int:
     """Fill a branch from the file; how many tokens that gives, 0 if there is none, or it is another
     model's or too large.
 
@@ -197,7 +197,7 @@ def load(path: Path, model: Model, branch: OwnedBranch, stored: bool = True) -> 
         ) from e
 
 
-def _adopt(model: Model, branch: OwnedBranch, about: dict[str, str], read: dict[str, np.ndarray]) -> int:
+def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: dict[str, np.ndarray]) -> int:
     engine = model.engine
     ids, blocks, evicted = read["ids"], read["blocks"], int(about["evicted"])
     slots = len(ids) - evicted

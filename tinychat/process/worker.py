@@ -276,7 +276,7 @@ class Worker:
             from tinychat.kernels_cpu import _native
 
             self.limits = {
-                "weight_bytes_per_token": weight_bytes_per_token(self.model._checkpoint, self.model._policy),
+                "weight_bytes_per_token": weight_bytes_per_token(self.model.checkpoint, self.model.policy),
                 "read_bandwidth_gb_s": _native.read_bandwidth(cpu_count(), 1 << 28),
             }
         return self.limits
@@ -357,7 +357,7 @@ def load_model(name: str, options: dict[str, Any], progress: Callable[[str, int,
     """A Model, downloaded first if need be."""
     progress("Starting the engine", 0, 0)
     from tinychat.hub import transfer
-    from tinychat.model import load
+    from tinychat.loading import load
 
     transfer.listener = lambda label, done, total: progress(f"Downloading {label}", done, total)
     progress(f"Loading {name}", 0, 0)

@@ -25,6 +25,6 @@ def machine_with_gpu(monkeypatch):
         return modules
 
     monkeypatch.setattr("tinychat.backends.cuda_device.open_modules", open_modules)
-    monkeypatch.setattr("tinychat.model.has_gpu", lambda: True)
-    monkeypatch.setattr("tinychat.model.AUTO_GPU", True)
+    monkeypatch.setattr("tinychat.loading.has_gpu", lambda: True)
+    monkeypatch.setattr("tinychat.loading.AUTO_GPU", True)
     return found

@@ -16,7 +16,7 @@ pytestmark = needs_device
 
 
 def test_auto_waits_until_the_engine_has_been_run_on_a_gpu(machine_with_gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinychat.model.AUTO_GPU", False)
+    monkeypatch.setattr("tinychat.loading.AUTO_GPU", False)
     with tinychat.load(tiny_folder(tmp_path / "tiny"), device="auto") as m:
         assert m.describe()["backend"] == "cpu"
 

@@ -87,7 +87,7 @@ def test_nothing_of_cuda_is_loaded_on_the_cpu_and_no_torch_on_cuda():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from tiny import tiny_model\n"
-        "import tinychat.model\n"
+        "import tinychat.loading\n"
         "with tiny_model(backend='cpu') as m: m.logits([1, 2])\n"
         "loaded = [n for n in sys.modules if 'tinychat' in n and 'cuda' in n]\n"
         "assert not loaded, loaded\n"

@@ -294,7 +294,7 @@ def test_a_draft_of_other_words_is_refused_every_time_and_loaded_once(model, mon
     other = tiny_model(seed=1)
     monkeypatch.setattr(other.tokenizer, "token_bytes", lambda i: b"?")
     loaded = []
-    monkeypatch.setattr(model, "_load_draft", lambda name: loaded.append(name) or other)
+    monkeypatch.setattr(model.drafts, "_load", lambda _, name: loaded.append(name) or other)
     for _ in range(3):
         speculator = model.speculator("stranger")
         assert speculator.drafter is None
