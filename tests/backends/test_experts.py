@@ -20,20 +20,20 @@ from tinychat.network.weights import DenseLinear
 
 def run(weights, x, scores, *, isa, threads=2, act_bits=16, normalize=True, residual=None):
     """The experts of a layer, recorded as the backend records a model: float32 [rows, HIDDEN]."""
-    from tinychat.backends.cpu import _Buffer, _Recorder, _Value
+    from tinychat.backends.cpu_recorder import Buffer, Recorder, Value
 
     class Config:
         logit_soft_cap = 0.0
 
     packed = [[packs.pack(w) for w in expert] for expert in weights]
-    r = _Recorder(Config(), act_bits)
+    r = Recorder(Config(), act_bits)
     b = Bench(isa, threads)
-    value, columns = _Value(HIDDEN, rows=_Buffer(HIDDEN, rows=True)), _Buffer(EXPERTS)
-    out = _Buffer(HIDDEN)
+    value, columns = Value(HIDDEN, rows=Buffer(HIDDEN, rows=True)), Buffer(EXPERTS)
+    out = Buffer(HIDDEN)
     r._record([value.rows, columns, out], lambda p: None)  # what ops before this layer would write
-    routes = r.route(_Value(EXPERTS, floats=columns), TAKEN, normalize)
+    routes = r.route(Value(EXPERTS, floats=columns), TAKEN, normalize)
     h = r.silu_mul(r.expert_linear(value, [e[:2] for e in packed], routes))
-    r.expert_sum(r.expert_linear(h, [e[2:] for e in packed], routes), routes, _Value(HIDDEN, floats=out))
+    r.expert_sum(r.expert_linear(h, [e[2:] for e in packed], routes), routes, Value(HIDDEN, floats=out))
     r.records[-1].uses += [value.rows, columns]
     r.build(b.p)
     b.p.array(value.rows.native.floats)[: len(x)] = x

@@ -39,6 +39,12 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
     return (MemorySpec("paged", tuple(range(cfg.n_layers)), cfg.n_kv_heads, cfg.head_dim),)
 
 
+def place_of(memories: tuple[MemorySpec, ...], layer: int) -> tuple[int, int]:
+    """Which memory holds a layer's keys and values, and which of its layers that is."""
+    kv = ((m, spec) for m, spec in enumerate(memories) if spec.kind != "state")
+    return next((m, spec.layers.index(layer)) for m, spec in kv if layer in spec.layers)
+
+
 @dataclass(frozen=True)
 class Slots:
     """Where a span lies in a paged or a window memory.

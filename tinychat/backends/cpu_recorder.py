@@ -1,0 +1,300 @@
+"""What records a model's ops as a program of SIMD kernels; ops that do not overlap share their buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tinychat.backends.pack_file import PackedLinear
+from tinychat.network.config import ModelConfig, RopeConfig
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory that an op writes and later ones read. `rows`: what linears read; else plain fp32."""
+
+    cols: int
+    rows: bool = False
+    as_float: bool = False
+    bits: int = 0  # integers of 8 or 16 bits
+    group: int = 0  # whose sums the readers' weights need
+    routes: Routes | None = None  # its rows are their slots
+    native: Any = None
+    first: int = -1
+    last: int = -1
+
+    def key(self) -> tuple:
+        """Buffers with the same key may take each other's place."""
+        experts = self.routes and self.routes.key()
+        return self.cols, self.rows, self.as_float, self.bits, self.group, experts
+
+    def allocate(self, program: Any) -> Any:
+        n = self.routes.native.slots if self.routes else 0
+        if self.rows:
+            return program.rows(self.cols, self.as_float, self.bits, self.group, n)
+        return program.floats(self.cols, n)
+
+
+@dataclass(eq=False)
+class Routes:
+    """Which experts each row takes. A buffer too: one layer's may take the place of another's."""
+
+    n_experts: int
+    taken: int
+    native: Any = None
+    first: int = -1
+    last: int = -1
+
+    def key(self) -> tuple:
+        return "routes", self.n_experts, self.taken
+
+    def allocate(self, program: Any) -> Any:
+        return program.routes(self.n_experts, self.taken)
+
+
+@dataclass(eq=False)
+class Value:
+    """A handle: `floats` holds it in fp32, `rows` as linears read it; either may be missing.
+
+    tail: only the rows that get logits, moved to the front.
+    """
+
+    cols: int
+    floats: Buffer | None = None
+    rows: Buffer | None = None
+    tail: bool = False
+    consumed: bool = False
+
+
+@dataclass(eq=False)
+class Heads:
+    """A part of a qkv value, and how it is to be rotated."""
+
+    qkv: Value
+    cfg: ModelConfig
+    rope: RopeConfig | None = None
+
+
+@dataclass(eq=False)
+class Record:
+    uses: list[Buffer | Routes]
+    emit: Callable[[Any], None]
+
+
+@dataclass
+class Recorder:
+    """Implements `Ops` by writing down what to run. Norms and activations take the form that is read."""
+
+    cfg: ModelConfig
+    act_bits: int
+    records: list[Record] = field(default_factory=list)
+    tables: dict[RopeConfig, Buffer] = field(default_factory=dict)
+
+    # Ops
+
+    def embed(self, weight, scale=1.0):
+        (w,) = weight
+        out = Buffer(w.shape[1])
+        self._record([out], lambda p: p.embed(w.native, out.native, scale))
+        return Value(out.cols, floats=out)
+
+    def rms_norm(self, x, weight, eps, add_to=None):
+        if add_to is not None:
+            x, y = x.floats, add_to.floats
+            self._record([x, y], lambda p: p.rms_norm_add(x.native, weight, eps, y.native))
+            return Value(y.cols, floats=y)
+        out, source = Value(x.cols, rows=Buffer(x.cols, rows=True)), x.floats
+        self._record(
+            [source, out.rows],
+            lambda p: p.rms_norm(source.native, weight, eps, out.rows.native, out.tail),
+        )
+        return out
+
+    def linear(self, x, weight, add_to=None):
+        parts, column = [], 0
+        for w in weight:
+            parts.append((w.native, self._input(x, w, self.act_bits), column))
+            column += w.shape[0]
+        out = Buffer(column) if add_to is None else add_to.floats
+        add = None if add_to is None else out
+        self._record(
+            [b for _, b, _ in parts] + [out],
+            lambda p: p.linear([(w, b.native, c) for w, b, c in parts], out.native, add and add.native),
+        )
+        return Value(column, floats=out)
+
+    def split_heads(self, qkv, cfg):
+        return Heads(qkv, cfg), Heads(qkv, cfg), Heads(qkv, cfg)
+
+    def norm_heads(self, q, k, q_weight, k_weight, eps):
+        qkv, cols = q.qkv.floats, [n * q.cfg.head_dim for n in (q.cfg.n_heads, q.cfg.n_kv_heads)]
+        self._record([qkv], lambda p: p.norm_heads(qkv.native, q_weight, k_weight, *cols, eps))
+        return q, k
+
+    def rope(self, q, k, rope):
+        if rope not in self.tables:
+            table = self.tables[rope] = Buffer(rope.dim)
+            frequencies = [float(f) for f in rope.frequencies()]
+
+            def emit(p):
+                table.native = p.rope_table(frequencies, rope.magnitude)
+
+            self._record([table], emit)
+        return Heads(q.qkv, q.cfg, rope), Heads(k.qkv, k.cfg, rope)
+
+    def attention(self, q, k, v, layer):
+        c, qkv = q.cfg, q.qkv.floats
+        table = self.tables[q.rope] if q.rope else Buffer(0)  # nothing is rotated
+        out = Buffer(c.n_heads * c.head_dim)
+        heads = c.n_heads, c.n_kv_heads, c.head_dim, layer
+        self._record([qkv, table], lambda p: p.rope_kv(qkv.native, table.native, *heads, c.attn_scale or 0.0))
+        window, cap = c.window_of(layer), c.attn_soft_cap
+        self._record([qkv, out], lambda p: p.attention(qkv.native, *heads, out.native, window, cap))
+        return Value(out.cols, floats=out)
+
+    def silu_mul(self, gate_up):
+        return self._gate(gate_up, "silu_mul")
+
+    def gelu_mul(self, gate_up):
+        return self._gate(gate_up, "gelu_mul")
+
+    def _gate(self, gate_up, op):
+        source, routes = gate_up.floats, gate_up.floats.routes
+        rows = Buffer(gate_up.cols // 2, rows=True, routes=routes)
+        if routes is None:
+            self._record([source, rows], lambda p: getattr(p, op)(source.native, rows.native))
+        else:
+            self._record(
+                [routes, source, rows],
+                lambda p: getattr(p, f"expert_{op}")(routes.native, source.native, rows.native),
+            )
+        return Value(rows.cols, rows=rows)
+
+    def route(self, scores, n, normalize):
+        source, routes = scores.floats, Routes(scores.cols, n)
+        self._record([source, routes], lambda p: p.route(source.native, routes.native, normalize))
+        return routes
+
+    def expert_linear(self, x, weights, routes):
+        columns = [sum(w.shape[0] for w in weights[0][:i]) for i in range(len(weights[0]) + 1)]
+        inputs = self._expert_inputs(x, weights, routes)
+        out = Buffer(columns[-1], routes=routes)
+        used = list({id(b): b for expert in inputs for b in expert}.values())
+
+        def emit(p):
+            experts = zip(weights, inputs, strict=True)
+            parts = [[(w.native, b.native, c) for w, b, c in zip(*e, columns)] for e in experts]  # noqa: B905
+            p.expert_linear(routes.native, parts, out.native)
+
+        self._record([routes, *used, out], emit)
+        return Value(out.cols, floats=out)
+
+    def expert_sum(self, x, routes, add_to):
+        source, out = x.floats, add_to.floats
+        self._record([routes, source, out], lambda p: p.expert_sum(routes.native, source.native, out.native))
+        return Value(out.cols, floats=out)
+
+    def lm_head(self, x, weight, scale=1.0):
+        (w,) = weight
+        if x.consumed:
+            raise NotImplementedError("the head's input is read by another op too")
+        x.tail = True
+        # The head always reads 16-bit activations: the demo model meets the reference argmax at 97.4 % of
+        # positions instead of 96.5 %, and its weights take as long to read (docs/performance.md).
+        rows = self._input(x, w, 16)
+        cap = self.cfg.logit_soft_cap
+        self._record([rows], lambda p: p.lm_head(w.native, rows.native, scale, cap))
+        return None
+
+    # Building
+
+    def build(self, program: Any) -> Any:
+        """Give every buffer memory, reusing what is no longer read, and emit the ops."""
+        for i, r in enumerate(self.records):
+            for b in r.uses:
+                b.first = i if b.first < 0 else b.first
+                b.last = i
+        tables = set(map(id, self.tables.values()))
+        free: dict[tuple, list[Any]] = {}
+        for i, r in enumerate(self.records):
+            for b in r.uses:
+                if b.first == i and b.native is None and id(b) not in tables:
+                    spare = free.get(b.key())
+                    b.native = spare.pop() if spare else b.allocate(program)
+            r.emit(program)
+            for b in {id(b): b for b in r.uses}.values():
+                if b.last == i and id(b) not in tables:
+                    free.setdefault(b.key(), []).append(b.native)
+        return program
+
+    def _record(self, uses: list[Buffer | Routes], emit: Callable[[Any], None]) -> None:
+        self.records.append(Record(uses, emit))
+
+    def _input(self, x: Value, w: PackedLinear, bits: int) -> Buffer:
+        """`x` in the form that `w` reads: integers if it is quantized, in the order of its inputs."""
+        quantized, group = w.native.quantized, w.native.group
+        taken = x.rows is not None and x.rows.bits and (x.rows.bits, x.rows.group) != (bits, group)
+        if x.rows is not None and w.perm is None and not (quantized and taken):
+            self._want(x.rows, w, bits)  # a norm or activation: its own op writes the form
+            x.consumed = True
+            return x.rows
+        out = Buffer(x.cols, rows=True)
+        self._want(out, w, bits)
+        perm, tail = w.perm, x.tail
+        if x.rows is not None:
+            x.rows.as_float = True
+            x.consumed = True
+            source = x.rows
+            self._record(
+                [source, out],
+                lambda p: p.quantize(source.native.floats, perm, out.native, False),
+            )
+        else:
+            source = x.floats
+            self._record([source, out], lambda p: p.quantize(source.native, perm, out.native, tail))
+        return out
+
+    def _expert_inputs(self, x: Value, weights: Any, routes: Routes) -> list[list[Buffer]]:
+        """For each expert, what its linears read: `x` in their form and order, a row for each slot."""
+        forms = {(w.native.quantized, w.native.group, w.perm is None) for expert in weights for w in expert}
+        x.consumed = True
+        if x.rows.routes and len(forms) == 1 and weights[0][0].perm is None:
+            self._want(x.rows, weights[0][0], self.act_bits)  # silu_mul writes the form
+            return [[x.rows] * len(expert) for expert in weights]
+        buffers: dict[tuple, Buffer] = {}
+        inputs, orders = [], []
+        for expert in weights:
+            mine, order = [], {}
+            for w in expert:
+                same = (i for i, other in enumerate(expert) if _same_order(other.perm, w.perm))
+                key = w.native.quantized, w.native.group, next(same)
+                if key not in buffers:
+                    buffers[key] = Buffer(x.cols, rows=True, routes=routes)
+                    self._want(buffers[key], w, self.act_bits)
+                mine.append(buffers[key])
+                order[id(buffers[key])] = buffers[key], w.perm
+            inputs.append(mine)
+            orders.append(list(order.values()))
+        x.rows.as_float = True
+        source = x.rows
+        self._record(
+            [routes, source, *buffers.values()],
+            lambda p: p.expert_input(
+                routes.native, source.native.floats, [[(b.native, perm) for b, perm in o] for o in orders]
+            ),
+        )
+        return inputs
+
+    @staticmethod
+    def _want(rows: Buffer, w: PackedLinear, bits: int) -> None:
+        if w.native.quantized:
+            rows.bits, rows.group = bits, w.native.group
+        else:
+            rows.as_float = True
+
+
+def _same_order(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)
