@@ -39,6 +39,7 @@ class CpuBackend:
 
     name = "cpu"
     row_independent = True
+    max_spans = 1
     survives_fork = True  # its threads are started anew
 
     def __init__(

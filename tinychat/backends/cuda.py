@@ -44,6 +44,7 @@ class CudaBackend:
 
     name = "cuda"
     row_independent = True
+    max_spans = 1
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import numpy as np
 from tinychat.network.config import ModelConfig
 
 BLOCK = 16  # slots in a KV block
+LARGEST_ROWS = 64  # rows of which `step_largest` gives the largest logits
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Step:
-    """The inputs of one pass over the weights: spans of different sequences, `max_rows` rows in all.
+    """The inputs of one pass over the weights: at most `max_spans` spans of different sequences, `max_rows`
+    rows in all.
 
     What a span gets does not depend, in a single bit, on the spans beside it.
     """
@@ -142,13 +144,15 @@ class Backend(Protocol):
     """One loaded model on one device. Not thread-safe; the engine serialises.
 
     A backend far from the host may have `step_largest(step, temperature) -> list[LargestLogits]` too: a few
-    kilobytes in place of each row of logits. temperature: of the total, or 0 for none. One that can go on in
-    a forked process says so by `survives_fork`; one whose memory is not the machine's has `free_memory()`.
+    kilobytes in place of each row of logits, of which LARGEST_ROWS may be asked for. temperature: of the
+    total, or 0 for none. One that can go on in a forked process says so by `survives_fork`; one whose memory
+    is not the machine's has `free_memory()`.
     """
 
     name: str
     row_independent: bool  # whether a row's result is bitwise the same whatever runs with it
     max_rows: int  # rows a step may have; longer prompts are prefilled in chunks
+    max_spans: int  # spans a step may have
 
     def describe(self) -> dict[str, Any]:
         """What runs: backend, isa, act_bits, kv_bits, threads."""

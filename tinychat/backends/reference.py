@@ -78,6 +78,7 @@ class ReferenceBackend:
     name = "reference"
     row_independent = False  # torch chooses another matmul for another row count
     max_rows = 512
+    max_spans = 1
 
     def __init__(
         self,

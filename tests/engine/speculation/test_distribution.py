@@ -22,7 +22,7 @@ PROMPT = [3, 7]
 class TableBackend:
     """A target whose logits depend on the last token only: its exact distribution can be written down."""
 
-    name, row_independent, max_rows = "table", True, 16
+    name, row_independent, max_rows, max_spans = "table", True, 16, 8
 
     def __init__(self):
         self.table = np.random.default_rng(2).normal(0, 1.5, (VOCABULARY, VOCABULARY)).astype(np.float32)
