@@ -25,5 +25,6 @@ class Claim:
     @property
     def generator(self) -> Generator | None:
         """The generator, as long as it has not ended."""
-        generator = self._generator and self._generator()
-        return generator if generator is not None and generator.gi_frame is not None else None
+        generator = None if self._generator is None else self._generator()
+        # It has no frame any more once it has ended.
+        return None if getattr(generator, "gi_frame", None) is None else generator

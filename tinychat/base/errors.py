@@ -79,7 +79,8 @@ def shortage(e: BaseException) -> TinychatError | None:
     if number in (errno.EMFILE, errno.ENFILE):
         return TinychatError("Too many files are open.", "Raise the limit: ulimit -n 1024")
     if number in (errno.ENOSPC, errno.EDQUOT):
-        where = "while writing" if e.filename is None else _line(str(e.filename))
+        name = getattr(e, "filename", None)
+        where = "while writing" if name is None else _line(str(name))
         return TinychatError(f"The disk is full ({where}).", "Free some space.")
     return None
 

@@ -202,7 +202,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.unlink(temporary)
         if isinstance(e, OSError):
             todo = {errno.ENOSPC: "Free some space.", errno.ENAMETOOLONG: "Give a shorter name."}.get(
-                e.errno, "Choose a folder that you can write to."
+                e.errno or 0, "Choose a folder that you can write to."
             )
             raise TinychatError(f"Cannot write {path}: {e.strerror}.", todo) from e
         if isinstance(e, ValueError):  # a NUL, or characters that the file system does not have

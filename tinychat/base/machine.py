@@ -81,8 +81,8 @@ def cpu_count() -> int:
         n = os.cpu_count() or 1
     for d in _cgroup_dirs():
         try:
-            quota, period = (d / "cpu.max").read_text().split()
-            n = min(n, -(-int(quota) // int(period)))
+            limit, of = (d / "cpu.max").read_text().split()
+            n = min(n, -(-int(limit) // int(of)))
         except (OSError, ValueError):
             continue
     v1 = CGROUPS / "cpu"

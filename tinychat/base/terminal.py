@@ -156,12 +156,14 @@ def bar(label: str, total: int | None = None, *, in_bytes: bool = False) -> Iter
     counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn()
     # What others write meanwhile would be read for colours and links, if rich were to write it.
-    outside = {"redirect_stdout": False, "redirect_stderr": False}
-    with Progress(*columns, console=console(err=True), transient=True, **outside) as shown:
+    to = console(err=True)
+    with Progress(
+        *columns, console=to, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as shown:
         task = shown.add_task(one_line(label), total=total)
 
         def update(done: int, total: int | None = None, label: str | None = None) -> None:
-            changes = {} if total is None else {"total": total}
+            changes: dict[str, Any] = {} if total is None else {"total": total}
             if label is not None:
                 changes["description"] = one_line(label)
             shown.update(task, completed=done, **changes)

@@ -33,7 +33,7 @@ def from_folder(folder: Path, config: Mapping[str, Any], processor: Mapping[str,
 
 def from_gguf(fields: Mapping[str, Any]) -> dict[str, str]:
     """The templates of a GGUF by name: its fields tokenizer.chat_template, tokenizer.chat_template.NAME."""
-    found = {}
+    found: dict[str, str] = {}
     for key, value in fields.items():
         match = re.fullmatch(r"tokenizer\.chat_template(?:\.(.+))?", key)
         if match and isinstance(value, str) and value and len(found) <= MAX_NAMED:

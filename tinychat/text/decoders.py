@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base.errors import UnsupportedModelError
@@ -51,7 +52,7 @@ class Decoding:
             elif kind == "Replace" and not joining and not fused:
                 each.append(_replace(step))
             elif kind == "Replace" and (pattern := _one_character(step)):
-                whole.append(lambda a=pattern, b=step["content"]: _Replace(a, b))
+                whole.append(partial(_Replace, pattern, step["content"]))
             elif kind == "Metaspace" and not joining and not fused:
                 drop = step.get("prepend_scheme", "always") != "never"
                 each.append(_metaspace(step["replacement"], drop))
@@ -59,7 +60,7 @@ class Decoding:
             elif kind == "Strip" and not joining and not fused:
                 each.append(_strip(step))
             elif kind == "Strip" and fused and max(step["start"], step["stop"]) <= _LONGEST_STRIP:
-                whole.append(lambda s=step: _Strip(s["content"], s["start"], s["stop"]))
+                whole.append(partial(_Strip, step["content"], step["start"], step["stop"]))
             else:
                 raise UnsupportedModelError(
                     f"The tokenizer's decoder {kind or 'none'} is not supported here.", SUPPORTED
@@ -105,9 +106,9 @@ class Joiner:
                 step.continued()
 
     def push(self, piece: bytes | int | str) -> str:
-        if type(piece) is bytes:
+        if isinstance(piece, bytes):
             text = self._utf8.decode(piece)
-        elif type(piece) is int:
+        elif isinstance(piece, int):
             self._run.append(piece)
             return ""
         else:

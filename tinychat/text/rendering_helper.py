@@ -49,7 +49,7 @@ def make_environment() -> Any:
     class Generation(Extension):
         """`{% generation %}`: marks what a model said, for training; here it is just its content."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012 (as Jinja2 declares it)
 
         def parse(self, parser):
             next(parser.stream)

@@ -182,7 +182,7 @@ _GROWTH = {
 
 def _growth(state: dict) -> tuple[int, int]:
     """(factor, more): a normalizer makes n characters at most factor · n + more."""
-    kind = state.get("type")
+    kind = state.get("type", "")
     if not state:
         return 1, 0
     if kind == "Sequence":
@@ -197,9 +197,8 @@ def _growth(state: dict) -> tuple[int, int]:
         pattern = state["pattern"].get("String")
         if pattern:
             return max(1, -(-len(state["content"]) // len(pattern))), 0
-        return 1 + len(state["content"]), len(
-            state["content"]
-        )  # it may match nothing, between all characters
+        n = len(state["content"])  # a pattern may match nothing, between all characters
+        return 1 + n, n
     if kind == "Precompiled":
         table = base64.b64decode(state["precompiled_charsmap"])
         size = int.from_bytes(table[:4], "little")
