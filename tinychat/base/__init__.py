@@ -1,1 +1,1 @@
-"""What everything else may use: errors, events, files, the machine."""
+"""Ground floor, which everything else may use: errors, events, files, the machine."""

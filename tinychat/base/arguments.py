@@ -1,4 +1,4 @@
-"""What Python programs give, checked before anything is done with it: UsageError says what it should be."""
+"""Checks of what Python programs give, before anything is done with it: UsageError says what it should be."""
 
 from __future__ import annotations
 

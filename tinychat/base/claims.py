@@ -1,4 +1,4 @@
-"""Who is at work on something that only one may use at a time."""
+"""Claims on something that only one may use at a time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ G = TypeVar("G", bound=Generator)
 
 
 class Claim:
-    """Of a generator, from when it says so until it has ended, however that was: an exception in its last
-    words, or a listener that is gone, leaves nothing claimed.
+    """Claim of a generator, from when it is made until the generator has ended, however that was: an
+    exception in its last words, or a listener that is gone, leaves nothing claimed.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What can go wrong in front of a user: one line saying what is wrong, one saying what to do."""
+"""Errors for a user: one line saying what is wrong, one saying what to do."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class DownloadError(TinychatError):
 
 
 def shortage(e: BaseException) -> TinychatError | None:
-    """What there is too little of (memory, files, room on the disk), if that is what `e` is about."""
+    """Error that names what is short (memory, files, room on the disk), if `e` is about that."""
     number = e.errno if isinstance(e, OSError) else None
     if isinstance(e, MemoryError) or number == errno.ENOMEM:
         return MemoryBudgetError("Memory ran out.", "Choose a smaller model or a smaller --ctx.")

@@ -1,4 +1,4 @@
-"""What a running generation tells its listener. Printing every event's `.text` prints the answer once."""
+"""Events that a running generation yields. Printing every event's `.text` prints the answer once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Stats:
     peak_rss_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields as JSON can hold them."""
         return asdict(self)
 
 

@@ -27,7 +27,7 @@ _KINDS = {
 
 
 class OddFileError(OSError):
-    """What has that name is no regular file, or too large. `strerror` says which, without the name."""
+    """Raised for what is no regular file, or one too large. `strerror` says which, without the name."""
 
 
 def open_regular(path: Path | str) -> BinaryIO:
@@ -89,7 +89,7 @@ def read_prose(path: Path | str, limit: int = MAX_TEXT) -> str:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells whether a file is still the one that it was. Times in nanoseconds.
+    """Facts that tell whether a file is still the one that it was. Times in nanoseconds.
 
     `changed` is the time of the last change of the inode, which no program can set: a file that is written
     again in place and given its old size and time is another one.
@@ -102,7 +102,7 @@ class Stamp:
 
     @classmethod
     def of(cls, file: BinaryIO | Path | str) -> Stamp:
-        """Of an open file, or of what a path leads to."""
+        """Stamp of an open file, or of what a path leads to."""
         s = os.stat(file) if isinstance(file, (str, Path)) else os.fstat(file.fileno())
         return cls(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 

@@ -1,4 +1,4 @@
-"""Who a file is: a hash of its content, computed here, once, and remembered.
+"""Identity of a file: a hash of its content, computed here, once, and remembered.
 
 Packs and KV caches are found by it, so nothing that lies beside a file is believed about it. What was
 computed is remembered in a file of our own by path, inode, size and times (`files.Stamp`), so later loads

@@ -1,4 +1,4 @@
-"""What a Jetson is and how it is set: module, Jetson Linux (L4T) and JetPack, power mode, GPU clock."""
+"""Facts about a Jetson and how it is set: module, Jetson Linux (L4T) and JetPack, power mode, GPU clock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def report(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def power_mode() -> str | None:
-    """What `nvpmodel -q` calls it, or None."""
+    """Name of the mode by `nvpmodel -q`, or None."""
     try:
         done = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

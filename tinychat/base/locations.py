@@ -1,4 +1,4 @@
-"""Where tinychat keeps its files."""
+"""Places where tinychat keeps its files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def models_dir() -> Path:
 
 
 def kv_file(chat: str) -> Path:
-    """Where the KV cache of a chat is kept."""
+    """File in which the KV cache of a chat is kept."""
     return home() / "kv" / f"{chat}.safetensors"
 
 

@@ -1,5 +1,5 @@
-"""What this process may really use: memory and cores as affinity and cgroups allow them, not as the hardware
-has them.
+"""Resources that this process may use: memory and cores as affinity and cgroups allow them, not as the
+hardware has them.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Guard:
         self.raw = raw
 
     def write(self, text: str) -> int:
-        """As a file's; the number of characters."""
+        """Writes like a file; returns the number of characters."""
         shown = text
         if not text.isascii() or not text.isprintable():
             shown = clean(_COLOURS.sub("", text))
@@ -67,7 +67,7 @@ class Guard:
         return len(text)
 
     def writelines(self, lines) -> None:
-        """As a file's."""
+        """Writes several texts like a file."""
         for line in lines:
             self.write(line)
 
@@ -94,7 +94,7 @@ def guard() -> None:
 
 
 def raw(stream: IO[str]) -> IO[str]:
-    """Where styled text of our own goes: past the Guard, if there is one."""
+    """Stream for styled text of our own: past the Guard, if there is one."""
     return stream.raw if isinstance(stream, Guard) else stream
 
 

@@ -31,5 +31,5 @@ def are_sound(value: Any) -> bool:
 
 
 def title_of(said: str, attachments: Iterable[dict[str, str]]) -> str:
-    """What a chat that begins with this message is called by."""
+    """Text from which the title of a chat that begins with this message is made."""
     return said if said.strip() else ", ".join(a["name"] for a in attachments)

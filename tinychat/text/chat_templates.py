@@ -1,4 +1,4 @@
-"""Where checkpoints keep their chat templates: one, or several by name, as transformers looks for them."""
+"""Places of chat templates in checkpoints: one, or several by name, as transformers looks for them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def from_gguf(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def to_config(templates: Mapping[str, str]) -> str | list[dict[str, str]]:
-    """What goes into tokenizer_config.json."""
+    """Entry for tokenizer_config.json."""
     if list(templates) == [DEFAULT]:
         return templates[DEFAULT]
     return [{"name": name, "template": template} for name, template in templates.items()]

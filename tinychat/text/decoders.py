@@ -73,7 +73,7 @@ class Decoding:
         return cls(tuple(each), joining, tuple(whole), knows_first, table)
 
     def piece(self, token: str, first: bool = False) -> bytes | int | str:
-        """What one token stands for: bytes of UTF-8 that may be part of a character (ByteLevel), one byte of
+        """Piece of a token: bytes of UTF-8 that may be part of a character (ByteLevel), one byte of
         a run of bytes (ByteFallback), or text. first: the token begins a text.
         """
         for step in self.each:

@@ -1,4 +1,4 @@
-"""What a person writes, told from what the chat template writes, where a template has put them together.
+"""Telling what a person wrote from what the chat template wrote, where a template has put them together.
 
 Where a message spells a marker (`<|im_end|>`), or the end or the beginning of one, the characters are
 guarded: hidden from the template, and from its own text, behind a code of private-use characters. `reveal`
@@ -101,7 +101,7 @@ class Markers:
         return "".join([*out, text[at:]])
 
     def _find(self, text: str) -> list[tuple[int, int]]:
-        """Where whole markers are."""
+        """Positions of whole markers."""
         if self._finder is None:
             self._finder = _finder(self._tokenizer, self._contents)
         if self._finder.normalizer is None and not self._firsts.search(text):

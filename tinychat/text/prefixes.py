@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Before(enum.Enum):
-    """What goes before a text that is encoded."""
+    """Text or tokens that go before a text that is encoded."""
 
     NOTHING = enum.auto()
     MARKER = enum.auto()  # an added token: most tokenizers begin anew behind it

@@ -1,4 +1,4 @@
-"""What a model thinks before it answers, told from the answer: in a stream, and in a text as a whole.
+"""Telling what a model thinks from what it answers: in a stream, and in a text as a whole.
 
 Families mark it differently: tags (`<think>…</think>`, `[THINK]…[/THINK]`), phrases (Granite 3.2), channels
 (gpt-oss). The text that a model wrote, markers included, is what conversations keep (`written`); reasoning
@@ -252,7 +252,7 @@ class Splitter:
         return end
 
     def _begun(self, ends: tuple[str, ...]) -> int:
-        """Where an unfinished end at the end of what is held begins; its length if there is none."""
+        """Index at which an unfinished end at the end of what is held begins; its length if there is none."""
         n = len(self._held)
         for at in range(max(0, n - max(map(len, ends)) + 1), n):
             if any(end.startswith(self._held[at:]) for end in ends):

@@ -284,7 +284,7 @@ def _endless(length: int) -> CheckpointError:
 
 
 def _folders(*packages: str) -> list[str]:
-    """Where those packages are found, without importing them, and not in the working directory."""
+    """Folders of those packages, found without importing them, and not in the working directory."""
     out = []
     for name in packages:
         spec = PathFinder.find_spec(name, trusted_path())

@@ -56,7 +56,7 @@ class StopMatcher:
         return out
 
     def _first_partial(self) -> int:
-        """Where the first unfinished stop string at the end of `held` begins; its length if there is none."""
+        """Index in `held` of an unfinished stop string at its end; its length if there is none."""
         n = len(self.held)
         longest = max(map(len, self.stop))
         for at in range(max(0, n - longest + 1), n):
@@ -66,7 +66,7 @@ class StopMatcher:
 
 
 class Said(NamedTuple):
-    """What became certain: of the answer, of the reasoning, and as it was written."""
+    """Text that became certain: of the answer, of the reasoning, and as it was written."""
 
     text: str
     reasoning: str
@@ -74,7 +74,7 @@ class Said(NamedTuple):
 
 
 class Outlet:
-    """What a listener hears of a stream of text: the answer up to the first stop string in it, and the
+    """Filter of a stream of text: the answer up to the first stop string in it, and the
     reasoning before it.
     """
 
@@ -122,7 +122,7 @@ class Outlet:
         return Said(text, reasoning, self._written(len(text)))
 
     def _written(self, n: int) -> str:
-        """What was written for the next n characters of the answer."""
+        """Text that was written for the next n characters of the answer."""
         out = ""
         while self._waiting:
             piece = self._waiting[0]

@@ -100,7 +100,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """What conversations without tools are written with."""
+        """Template with which conversations without tools are written."""
         return self.chat_templates.get(DEFAULT)
 
     @chat_template.setter
@@ -245,7 +245,7 @@ class Tokenizer:
         return b"" if piece is None else piece if isinstance(piece, bytes) else bytes([piece])
 
     def piece(self, token_id: int) -> bytes | int | str | None:
-        """What one token stands for, within a text (`Decoding.piece`); None outside the vocabulary."""
+        """Piece of text that one token stands for (`Decoding.piece`); None outside the vocabulary."""
         try:
             return self._pieces[token_id]
         except KeyError:
@@ -254,7 +254,7 @@ class Tokenizer:
             return piece
 
     def first_piece(self, token_id: int) -> bytes | int | str | None:
-        """What one token stands for at the beginning of a text."""
+        """Piece of text that one token stands for at the beginning of a text."""
         if not self._decoding.knows_first:
             return self.piece(token_id)
         token = self._string(token_id)
@@ -366,7 +366,7 @@ class StreamDecoder:
         return self._joiner.push(piece)
 
     def flush(self) -> str:
-        """What was still waiting, at the end of the stream."""
+        """Text that was still held back at the end of the stream."""
         return self._joiner.flush()
 
 

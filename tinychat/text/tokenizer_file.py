@@ -56,7 +56,7 @@ def load_backend(file: Path) -> tokenizers.Tokenizer:
 
 
 def guarded(call: Callable[..., T], *args: Any, **options: Any) -> T:
-    """What `call`, a backend's method, returns. Raises CheckpointError where the backend fails or panics."""
+    """Result of `call`, a backend's method. Raises CheckpointError where the backend fails or panics."""
     try:
         return call(*args, **options)
     except (KeyboardInterrupt, SystemExit):
@@ -116,7 +116,7 @@ def without_tokens(
 
 
 def one_line(e: BaseException) -> str:
-    """What an error says, in one line."""
+    """Message of an error, in one line."""
     return " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__
 
 
