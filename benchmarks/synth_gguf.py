@@ -28,7 +28,7 @@ def write(shape: str, tokenizer: Path, out: Path) -> None:
     w.add_block_count(c.n_layers)
     w.add_context_length(8192)
     w.add_embedding_length(c.hidden_size)
-    w.add_feed_forward_length(c.intermediate_size)
+    w.add_feed_forward_length(c.layers[0].mlp.size)
     w.add_head_count(c.n_heads)
     w.add_head_count_kv(c.n_kv_heads)
     w.add_layer_norm_rms_eps(1e-5)
@@ -68,9 +68,9 @@ def write(shape: str, tokenizer: Path, out: Path) -> None:
             ("attn_k", kv, h),
             ("attn_v", kv, h),
             ("attn_output", h, c.n_heads * c.head_dim),
-            ("ffn_gate", c.intermediate_size, h),
-            ("ffn_up", c.intermediate_size, h),
-            ("ffn_down", h, c.intermediate_size),
+            ("ffn_gate", c.layers[0].mlp.size, h),
+            ("ffn_up", c.layers[0].mlp.size, h),
+            ("ffn_down", h, c.layers[0].mlp.size),
         ):
             linear(b + name + ".weight", q4, n, k, 0.02 / np.sqrt(k / 64))
     w.write_header_to_file()

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinychat.models import llama
 from tinychat.models.llama import biases, linears
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import LayerConfig, ModelConfig
 from tinychat.network.ops import Handle, Ops
 
 __all__ = ["NORM_OFFSET", "biases", "forward", "linears", "load", "norms"]
@@ -27,7 +27,7 @@ class Block(llama.Block):
     mlp_post_norm: Handle
 
 
-def load_block(w: Any, p: str) -> Block:
+def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
     """The block whose modules' names begin with `p`."""
     return Block(
         attn_norm=w.vector(p + "input_layernorm"),
@@ -54,8 +54,9 @@ def mlp(ops: Ops, cfg: ModelConfig, w: Block, x: Handle) -> Handle:
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One decoder block. x: [T, hidden]."""
-    q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), cfg)
-    y = ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o)
+    a = cfg.layers[layer].mixer
+    q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
+    y = ops.linear(ops.attention(*ops.rope(q, k, a.rope), v, a, layer), w.o)
     return mlp(ops, cfg, w, ops.rms_norm(y, w.attn_post_norm, cfg.norm_eps, add_to=x))
 
 

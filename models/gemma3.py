@@ -9,7 +9,7 @@ from typing import Any
 
 from tinychat.models import gemma2, llama, qwen3
 from tinychat.models.gemma2 import NORM_OFFSET, biases, linears, mlp
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import LayerConfig, ModelConfig
 from tinychat.network.ops import Handle, Ops
 
 __all__ = ["NORM_OFFSET", "biases", "forward", "linears", "load", "norms"]
@@ -23,10 +23,10 @@ class Block(gemma2.Block):
     k_norm: Handle
 
 
-def load_block(w: Any, p: str) -> Block:
+def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
     """The block whose modules' names begin with `p`."""
     heads = {name: w.vector(f"{p}self_attn.{name}") for name in ("q_norm", "k_norm")}
-    return Block(**vars(gemma2.load_block(w, p)), **heads)
+    return Block(**vars(gemma2.load_block(w, p, layer)), **heads)
 
 
 def load(w: Any, cfg: ModelConfig) -> llama.Weights:
@@ -36,9 +36,10 @@ def load(w: Any, cfg: ModelConfig) -> llama.Weights:
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One decoder block. x: [T, hidden]."""
-    q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), cfg)
+    a = cfg.layers[layer].mixer
+    q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
     q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
-    y = ops.linear(ops.attention(*ops.rope(q, k, cfg.rope_of(layer)), v, layer), w.o)
+    y = ops.linear(ops.attention(*ops.rope(q, k, a.rope), v, a, layer), w.o)
     return mlp(ops, cfg, w, ops.rms_norm(y, w.attn_post_norm, cfg.norm_eps, add_to=x))
 
 

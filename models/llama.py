@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import LayerConfig, ModelConfig
 from tinychat.network.ops import Handle, Ops
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -37,7 +37,7 @@ class Weights:
     head: Handle
 
 
-def load_block(w: Any, p: str) -> Block:
+def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
     """The block whose modules' names begin with `p`."""
     return Block(
         attn_norm=w.vector(p + "input_layernorm"),
@@ -49,10 +49,12 @@ def load_block(w: Any, p: str) -> Block:
     )
 
 
-def load(w: Any, cfg: ModelConfig, load_block: Callable[[Any, str], Any] = load_block) -> Weights:
+def load(
+    w: Any, cfg: ModelConfig, load_block: Callable[[Any, str, LayerConfig], Any] = load_block
+) -> Weights:
     """Ask the backend's loader `w` for every weight by its Hugging Face name, in the order of use."""
     embed = w.embedding("model.embed_tokens")
-    blocks = [load_block(w, f"model.layers.{i}.") for i in range(cfg.n_layers)]
+    blocks = [load_block(w, f"model.layers.{i}.", layer) for i, layer in enumerate(cfg.layers)]
     return Weights(embed, blocks, norm=w.vector("model.norm"), head=w.head("lm_head", tied_to=embed))
 
 
@@ -63,8 +65,11 @@ def mlp(ops: Ops, w: Block, x: Handle) -> Handle:
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One pre-norm decoder block. x: [T, hidden]."""
-    q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), cfg)
-    x = ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o, add_to=x)
+    a = cfg.layers[layer].mixer
+    q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
+    if a.rope:
+        q, k = ops.rope(q, k, a.rope)
+    x = ops.linear(ops.attention(q, k, v, a, layer), w.o, add_to=x)
     return ops.linear(mlp(ops, w, ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)), w.down, add_to=x)
 
 
@@ -73,17 +78,18 @@ def forward(ops: Ops, cfg: ModelConfig, w: Weights, block: Callable[..., Handle]
     x = ops.embed(w.embed, cfg.embed_scale)
     for layer, weights in enumerate(w.blocks):
         x = block(ops, cfg, weights, x, layer)
-    return ops.lm_head(ops.rms_norm(x, w.norm, cfg.norm_eps), w.head)
+    return ops.lm_head(ops.rms_norm(x, w.norm, cfg.norm_eps), w.head, soft_cap=cfg.logit_soft_cap)
 
 
 def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Names and [out, in] of a block's linears: what readers check and quantizers quantize."""
-    p, d, h, f = f"model.layers.{layer}.", cfg.head_dim, cfg.hidden_size, cfg.intermediate_size
+    a, p = cfg.layers[layer].mixer, f"model.layers.{layer}."
+    d, h, f = a.head_dim, cfg.hidden_size, cfg.layers[layer].mlp.size
     return {
-        p + "self_attn.q_proj": (cfg.n_heads * d, h),
-        p + "self_attn.k_proj": (cfg.n_kv_heads * d, h),
-        p + "self_attn.v_proj": (cfg.n_kv_heads * d, h),
-        p + "self_attn.o_proj": (h, cfg.n_heads * d),
+        p + "self_attn.q_proj": (a.n_heads * d, h),
+        p + "self_attn.k_proj": (a.n_kv_heads * d, h),
+        p + "self_attn.v_proj": (a.n_kv_heads * d, h),
+        p + "self_attn.o_proj": (h, a.n_heads * d),
         p + "mlp.gate_proj": (f, h),
         p + "mlp.up_proj": (f, h),
         p + "mlp.down_proj": (h, f),

@@ -9,7 +9,7 @@ from typing import Any
 
 from tinychat.models import llama
 from tinychat.models.llama import ATTENTION, biases, linears, mlp
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import LayerConfig, ModelConfig
 from tinychat.network.ops import Handle, Ops
 
 __all__ = ["biases", "forward", "linears", "load", "norms"]
@@ -29,7 +29,7 @@ class Block:
     mlp_norm: Handle
 
 
-def load_block(w: Any, p: str) -> Block:
+def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
     """The block whose modules' names begin with `p`."""
     return Block(
         qkv=w.linear(*(p + name for name in ATTENTION[:3])),
@@ -50,9 +50,10 @@ def load(w: Any, cfg: ModelConfig) -> llama.Weights:
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One post-norm decoder block. x: [T, hidden]."""
-    q, k, v = ops.split_heads(ops.linear(x, w.qkv), cfg)
+    a = cfg.layers[layer].mixer
+    q, k, v = ops.split_heads(ops.linear(x, w.qkv), a)
     q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
-    y = ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o)
+    y = ops.linear(ops.attention(*ops.rope(q, k, a.rope), v, a, layer), w.o)
     x = ops.rms_norm(y, w.attn_norm, cfg.norm_eps, add_to=x)
     return ops.rms_norm(ops.linear(mlp(ops, w, x), w.down), w.mlp_norm, cfg.norm_eps, add_to=x)
 
@@ -64,10 +65,10 @@ def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
 
 def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
     """Names and [n] of a block's vectors."""
-    p, d = f"model.layers.{layer}.", cfg.head_dim
+    a, p = cfg.layers[layer].mixer, f"model.layers.{layer}."
     return {
-        p + "self_attn.q_norm": (cfg.n_heads * d,),
-        p + "self_attn.k_norm": (cfg.n_kv_heads * d,),
+        p + "self_attn.q_norm": (a.n_heads * a.head_dim,),
+        p + "self_attn.k_norm": (a.n_kv_heads * a.head_dim,),
         p + "post_attention_layernorm": (cfg.hidden_size,),
         p + "post_feedforward_layernorm": (cfg.hidden_size,),
     }

@@ -6,12 +6,12 @@ from typing import Any
 
 from tinychat.models import llama
 from tinychat.models.llama import forward, norms
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import LayerConfig, ModelConfig
 
 __all__ = ["biases", "forward", "linears", "load", "norms"]
 
 
-def load_block(w: Any, p: str) -> llama.Block:
+def load_block(w: Any, p: str, layer: LayerConfig) -> llama.Block:
     """The block whose modules' names begin with `p`."""
     return llama.Block(
         attn_norm=w.vector(p + "input_layernorm"),
@@ -30,10 +30,11 @@ def load(w: Any, cfg: ModelConfig) -> llama.Weights:
 
 def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Names and [out, in] of a block's linears."""
-    p, h, f = f"model.layers.{layer}.", cfg.hidden_size, cfg.intermediate_size
+    a, p = cfg.layers[layer].mixer, f"model.layers.{layer}."
+    h, f = cfg.hidden_size, cfg.layers[layer].mlp.size
     return {
-        p + "self_attn.qkv_proj": ((cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim, h),
-        p + "self_attn.o_proj": (h, cfg.n_heads * cfg.head_dim),
+        p + "self_attn.qkv_proj": ((a.n_heads + 2 * a.n_kv_heads) * a.head_dim, h),
+        p + "self_attn.o_proj": (h, a.n_heads * a.head_dim),
         p + "mlp.gate_up_proj": (2 * f, h),
         p + "mlp.down_proj": (h, f),
     }

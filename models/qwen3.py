@@ -7,7 +7,7 @@ from typing import Any
 
 from tinychat.models import llama
 from tinychat.models.llama import biases, linears, mlp
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import LayerConfig, ModelConfig
 from tinychat.network.ops import Handle, Ops
 
 __all__ = ["biases", "forward", "linears", "load", "norms"]
@@ -21,10 +21,10 @@ class Block(llama.Block):
     k_norm: Handle
 
 
-def load_block(w: Any, p: str) -> Block:
+def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
     """The block whose modules' names begin with `p`."""
     heads = {name: w.vector(f"{p}self_attn.{name}") for name in ("q_norm", "k_norm")}
-    return Block(**vars(llama.load_block(w, p)), **heads)
+    return Block(**vars(llama.load_block(w, p, layer)), **heads)
 
 
 def load(w: Any, cfg: ModelConfig) -> llama.Weights:
@@ -34,9 +34,10 @@ def load(w: Any, cfg: ModelConfig) -> llama.Weights:
 
 def attention(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """The attention half of a block. x: [T, hidden]."""
-    q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), cfg)
+    a = cfg.layers[layer].mixer
+    q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
     q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
-    return ops.linear(ops.attention(*ops.rope(q, k, cfg.rope), v, layer), w.o, add_to=x)
+    return ops.linear(ops.attention(*ops.rope(q, k, a.rope), v, a, layer), w.o, add_to=x)
 
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
@@ -57,4 +58,5 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 
 def head_norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
     """Those of queries and keys."""
-    return {f"model.layers.{layer}.self_attn.{name}": (cfg.head_dim,) for name in ("q_norm", "k_norm")}
+    d = cfg.layers[layer].mixer.head_dim
+    return {f"model.layers.{layer}.self_attn.{name}": (d,) for name in ("q_norm", "k_norm")}

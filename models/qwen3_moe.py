@@ -10,7 +10,7 @@ from typing import Any
 from tinychat.models import llama, mixtral, qwen3
 from tinychat.models.llama import ATTENTION
 from tinychat.models.qwen3 import norms
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import DenseConfig, LayerConfig, ModelConfig
 from tinychat.network.ops import Handle, Ops
 
 __all__ = ["biases", "forward", "linears", "load", "norms"]
@@ -24,32 +24,26 @@ class Block(mixtral.Block):
     k_norm: Handle
 
 
+def load_block(w: Any, p: str, layer: LayerConfig) -> Block | qwen3.Block:
+    """The block whose modules' names begin with `p`."""
+    if isinstance(layer.mlp, DenseConfig):
+        return qwen3.load_block(w, p, layer)
+    heads = {name: w.vector(f"{p}self_attn.{name}") for name in ("q_norm", "k_norm")}
+    return Block(**vars(mixtral.load_block(w, p, layer)), **heads)
+
+
 def load(w: Any, cfg: ModelConfig) -> llama.Weights:
     """Ask the backend's loader `w` for every weight."""
-
-    def load_block(w: Any, p: str) -> Block | qwen3.Block:
-        if not cfg.experts_in(int(p.split(".")[2])):
-            return qwen3.load_block(w, p)
-        return Block(
-            attn_norm=w.vector(p + "input_layernorm"),
-            qkv=w.linear(*(p + name for name in ATTENTION[:3])),
-            q_norm=w.vector(p + "self_attn.q_norm"),
-            k_norm=w.vector(p + "self_attn.k_norm"),
-            o=w.linear(p + "self_attn.o_proj"),
-            mlp_norm=w.vector(p + "post_attention_layernorm"),
-            experts=mixtral.load_experts(w, cfg, p),
-        )
-
     return llama.load(w, cfg, load_block)
 
 
 def block(ops: Ops, cfg: ModelConfig, w: Block | qwen3.Block, x: Handle, layer: int) -> Handle:
     """One decoder block. x: [T, hidden]."""
-    x = qwen3.attention(ops, cfg, w, x, layer)
+    x, mlp = qwen3.attention(ops, cfg, w, x, layer), cfg.layers[layer].mlp
     m = ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)
-    if cfg.experts_in(layer):
-        return mixtral.experts(ops, cfg, w.experts, m, add_to=x)
-    return ops.linear(llama.mlp(ops, w, m), w.down, add_to=x)
+    if isinstance(mlp, DenseConfig):
+        return ops.linear(llama.mlp(ops, w, m), w.down, add_to=x)
+    return mixtral.experts(ops, mlp, w.experts, m, add_to=x)
 
 
 def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
@@ -59,7 +53,8 @@ def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
 
 def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Names and [out, in] of a block's linears."""
-    return mixtral.linears(cfg, layer) if cfg.experts_in(layer) else llama.linears(cfg, layer)
+    of = llama if isinstance(cfg.layers[layer].mlp, DenseConfig) else mixtral
+    return of.linears(cfg, layer)
 
 
 def biases(cfg: ModelConfig) -> tuple[str, ...]:

@@ -16,23 +16,27 @@ from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.machine import available_memory, cache_bytes, human_bytes
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.config import (
+    AttentionConfig,
+    DenseConfig,
+    ExpertsConfig,
+    LayerConfig,
+    ModelConfig,
+    RopeConfig,
+)
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
 
 
 def _shape(hidden, ffn, layers, heads, kv_heads, vocab, tied, bias=False, context=8192) -> ModelConfig:
+    d = hidden // heads
+    layer = LayerConfig(AttentionConfig(heads, kv_heads, d, RopeConfig(dim=d)), DenseConfig(ffn))
     return ModelConfig(
         family="llama",
         hidden_size=hidden,
-        intermediate_size=ffn,
-        n_layers=layers,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        head_dim=hidden // heads,
+        layers=(layer,) * layers,
         vocab_size=vocab,
         context_length=context,
-        rope=RopeConfig(dim=hidden // heads),
         tie_embeddings=tied,
         attention_bias=bias,
     )
@@ -50,11 +54,7 @@ SHAPES: dict[str, ModelConfig] = {
 SHAPES["qwen3-30b-a3b"] = replace(
     _shape(2048, 6144, 48, 32, 4, 151936, tied=False),
     family="qwen3_moe",
-    head_dim=128,
-    rope=RopeConfig(dim=128),
-    n_experts=128,
-    n_experts_used=8,
-    expert_size=768,
+    layers=(LayerConfig(AttentionConfig(32, 4, 128, RopeConfig(dim=128)), ExpertsConfig(128, 8, 768)),) * 48,
 )
 
 
@@ -149,10 +149,11 @@ def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:
     """
     c = checkpoint.config
     total, by_shape = 0.0, {}
-    for layer in range(c.n_layers):
-        for name, shape in FAMILIES[c.family].linears(c, layer).items():
+    for i, layer in enumerate(c.layers):
+        taken = layer.mlp.taken / layer.mlp.n if isinstance(layer.mlp, ExpertsConfig) else 1
+        for name, shape in FAMILIES[c.family].linears(c, i).items():
             read = policy.router if name.endswith("mlp.gate") else policy.linear
-            share = c.n_experts_used / c.n_experts if ".experts." in name else 1
+            share = taken if ".experts." in name else 1
             if isinstance(checkpoint, SyntheticCheckpoint):  # linears of a shape are alike
                 if shape not in by_shape:
                     by_shape[shape] = linear_bytes(read(checkpoint, name))

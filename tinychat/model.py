@@ -166,7 +166,7 @@ class Model:
             name = "h2o" if budget or chat else "none"
         if name == "none":
             return None
-        if self.config.window:
+        if self.config.windowed:
             if asked:
                 raise UsageError(
                     f"{self.name} attends to sliding windows, in which nothing can be given up yet.",

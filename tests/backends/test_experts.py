@@ -22,11 +22,8 @@ def run(weights, x, scores, *, isa, threads=2, act_bits=16, normalize=True, resi
     """The experts of a layer, recorded as the backend records a model: float32 [rows, HIDDEN]."""
     from tinychat.backends.cpu_recorder import Buffer, Recorder, Value
 
-    class Config:
-        logit_soft_cap = 0.0
-
     packed = [[packs.pack(w) for w in expert] for expert in weights]
-    r = Recorder(Config(), act_bits)
+    r = Recorder(act_bits)
     b = Bench(isa, threads)
     value, columns = Value(HIDDEN, rows=Buffer(HIDDEN, rows=True)), Buffer(EXPERTS)
     out = Buffer(HIDDEN)

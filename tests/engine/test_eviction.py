@@ -345,7 +345,11 @@ def test_what_is_given_up_does_not_depend_on_what_the_cache_has(n):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"window": 32, "windowed_layers": (0,)}, {"unrotated_layers": (1,)}, {"local_rope": RopeConfig(dim=16)}],
+    [
+        {"window": 32, "windowed_layers": (0,)},
+        {"unrotated_layers": (1,)},
+        {"windowed_layers": (0,), "local_rope": RopeConfig(dim=16, theta=500.0)},
+    ],
 )
 def test_models_whose_layers_differ_keep_everything(changes):
     with tiny_model(ctx=256, backend="cpu", **changes) as m:

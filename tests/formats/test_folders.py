@@ -15,8 +15,8 @@ from tiny import byte_tokenizer
 
 from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError
 from tinychat.formats import open_checkpoint
+from tinychat.formats.hf import read_config
 from tinychat.hub import store
-from tinychat.network.config import ModelConfig
 
 transformers = pytest.importorskip("transformers")
 INDEX = "model.safetensors.index.json"
@@ -261,7 +261,7 @@ def test_rope_scalings_are_read_as_transformers_reads_them(folder, scaling):
     given.pop("rope_parameters", None)
     given |= {"rope_scaling": scaling, "rope_theta": 10000.0}
     (folder / "config.json").write_text(json.dumps(given))
-    rope = ModelConfig.from_hf(given).rope
+    rope = read_config(given).rope
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder).model.rotary_emb
     np.testing.assert_allclose(rope.frequencies(), theirs.inv_freq.numpy(), rtol=1e-6)
     assert rope.magnitude == pytest.approx(theirs.attention_scaling)

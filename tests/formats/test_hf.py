@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from tinychat.base.errors import CheckpointError, ModelNotFoundError, TinychatError, UnsupportedModelError
 from tinychat.formats import awq, open_checkpoint
-from tinychat.formats.hf import HFCheckpoint
+from tinychat.formats.hf import HFCheckpoint, read_config
 from tinychat.models.llama import linears
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear, QuantizedLinear, bf16_to_f32, quantize_rtn
@@ -47,9 +47,8 @@ def float_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def _linears(layer: int) -> dict[str, tuple[int, int]]:
-    from tinychat.network.config import ModelConfig
 
-    return linears(ModelConfig.from_hf(CONFIG), layer)
+    return linears(read_config(CONFIG), layer)
 
 
 def write(folder: Path, tensors: dict[str, np.ndarray], **config) -> Path:

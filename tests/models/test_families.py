@@ -10,8 +10,9 @@ from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
+from tinychat.formats.hf import read_config
 from tinychat.formats.subset import LayerSubset
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import DenseConfig, ExpertsConfig
 from tinychat.network.weight_policy import WeightPolicy
 
 N, BLOCKS = 200, 16
@@ -86,15 +87,27 @@ def test_turned_keys_are_those_of_later_positions_in_every_layer(case, backend):
 
 def test_a_subset_of_layers_keeps_what_each_of_them_is():
     checkpoint = FromTransformers(random_model(CASES["smollm3"][0], **CASES["smollm3"][1]))
-    assert checkpoint.config.unrotated_layers == (3,)
-    assert LayerSubset(checkpoint, [0, 3, 4]).config.unrotated_layers == (1,)
+    assert [layer.mixer.rope is None for layer in checkpoint.config.layers] == [False] * 3 + [True, False]
+    assert [c.mixer.rope is None for c in LayerSubset(checkpoint, [0, 3, 4]).config.layers] == [
+        False,
+        True,
+        False,
+    ]
     checkpoint = FromTransformers(random_model(CASES["gemma3"][0], **CASES["gemma3"][1]))
-    assert checkpoint.config.windowed_layers == (0, 1, 2, 3, 4, 6)
-    assert LayerSubset(checkpoint, [4, 5, 6]).config.windowed_layers == (0, 2)
+    assert [layer.mixer.window for layer in checkpoint.config.layers] == [64] * 5 + [0, 64]
+    assert [c.mixer.window for c in LayerSubset(checkpoint, [4, 5, 6]).config.layers] == [64, 0, 64]
     name = "qwen3moe dense layers"
     checkpoint = FromTransformers(random_model(CASES[name][0], **CASES[name][1]))
-    assert checkpoint.config.dense_layers == (0, 2, 3)
-    assert LayerSubset(checkpoint, [1, 3]).config.dense_layers == (1,)
+    assert [type(layer.mlp) for layer in checkpoint.config.layers] == [
+        DenseConfig,
+        ExpertsConfig,
+        DenseConfig,
+        DenseConfig,
+    ]
+    assert [type(c.mlp) for c in LayerSubset(checkpoint, [1, 3]).config.layers] == [
+        ExpertsConfig,
+        DenseConfig,
+    ]
 
 
 def test_eviction_in_sliding_windows_is_refused():
@@ -155,9 +168,9 @@ def test_an_option_that_is_not_understood_is_refused_by_name(arch, option, value
         architectures=[arch], hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, vocab_size=258, no_rope_layer_interval=4,
     )  # fmt: skip
-    ModelConfig.from_hf(cfg)
+    read_config(cfg)
     with pytest.raises(UnsupportedModelError) as e:
-        ModelConfig.from_hf({**cfg, option: value})
+        read_config({**cfg, option: value})
     assert option in e.value.what or str(value) in e.value.what or value[-1] in e.value.what
 
 
@@ -184,9 +197,9 @@ def test_counts_of_experts_that_make_no_sense_are_refused(changes):
         architectures=["Qwen3MoeForCausalLM"], hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, vocab_size=258, num_experts=16,
     )  # fmt: skip
-    assert ModelConfig.from_hf(sound).n_experts_used == 8
+    assert read_config(sound).layers[0].mlp.taken == 8
     with pytest.raises(CheckpointError) as e:
-        ModelConfig.from_hf(sound | changes)
+        read_config(sound | changes)
     assert len(str(e.value).splitlines()) == 2
 
 
@@ -195,9 +208,9 @@ def test_either_name_of_the_number_of_experts_is_read():
         architectures=["Qwen3MoeForCausalLM"], hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, vocab_size=258,
     )  # fmt: skip
-    assert ModelConfig.from_hf(sound).n_experts == 128
+    assert read_config(sound).n_experts == 128
     for name in ("num_experts", "num_local_experts"):
-        assert ModelConfig.from_hf({**sound, name: 24}).n_experts == 24
+        assert read_config({**sound, name: 24}).n_experts == 24
 
 
 def test_silent_settings_are_those_of_transformers():
@@ -224,4 +237,4 @@ def test_silent_settings_are_those_of_transformers():
             "num_key_value_heads", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id",
         )  # fmt: skip
         bare = {n: whole[n] for n in needed} | {"architectures": [name]}
-        assert ModelConfig.from_hf(bare) == ModelConfig.from_hf(whole | {"architectures": [name]}), name
+        assert read_config(bare) == read_config(whole | {"architectures": [name]}), name

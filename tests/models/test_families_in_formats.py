@@ -25,7 +25,7 @@ from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats import awq
-from tinychat.formats.hf import HFCheckpoint
+from tinychat.formats.hf import HFCheckpoint, read_config
 from tinychat.models import FAMILIES
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import QuantizedLinear, quantize_rtn
@@ -92,9 +92,8 @@ def write(hf, folder, format_name):
     folder.mkdir()
     settings = hf.config.to_dict() | {"architectures": [type(hf).__name__], "quantization_config": config}
     (folder / "config.json").write_text(json.dumps(settings))
-    from tinychat.network.config import ModelConfig
 
-    cfg = ModelConfig.from_hf(settings)
+    cfg = read_config(settings)
     state = {name: t.detach().numpy().copy() for name, t in experts_apart(hf.state_dict()).items()}
     for layer in range(cfg.n_layers):
         for seed, name in enumerate(FAMILIES[cfg.family].linears(cfg, layer)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,9 @@ from families import FromTransformers, random_model, relative_error
 
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError
+from tinychat.formats.hf import read_config
 from tinychat.model import Model
-from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, DenseConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 
 SHAPE = dict(
@@ -188,31 +187,36 @@ SMOLLM2 = {
 
 
 def test_llama_2_config():
-    c = ModelConfig.from_hf(LLAMA_2)
+    c = read_config(LLAMA_2)
     assert (c.family, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim) == ("llama", 32, 32, 32, 128)
-    assert (c.hidden_size, c.intermediate_size, c.vocab_size, c.context_length) == (4096, 11008, 32000, 4096)
+    assert (c.hidden_size, c.layers[0].mlp, c.vocab_size, c.context_length) == (
+        4096,
+        DenseConfig(11008),
+        32000,
+        4096,
+    )
     assert (c.norm_eps, c.bos_id, c.eos_ids, c.tie_embeddings) == (1e-5, 1, (2,), False)
     assert c.rope == RopeConfig(theta=10000.0, dim=128)
 
 
 def test_llama_3_1_config():
-    c = ModelConfig.from_hf(LLAMA_3_1)
+    c = read_config(LLAMA_3_1)
     assert (c.n_kv_heads, c.head_dim, c.context_length) == (8, 128, 131072)
     assert c.eos_ids == (128001, 128008, 128009)
     assert c.rope == RopeConfig(5e5, 128, "llama3", 8.0, 1.0, 4.0, 8192)
 
 
 def test_mistral_slides_its_window():
-    c = ModelConfig.from_hf(MISTRAL_01)
-    assert (c.context_length, c.window, c.window_of(0), c.window_of(31)) == (32768, 4096, 4096, 4096)
-    c = ModelConfig.from_hf({**MISTRAL_01, "sliding_window": None})
-    assert (c.context_length, c.window, c.window_of(0)) == (32768, None, 0)
+    c = read_config(MISTRAL_01)
+    assert (c.context_length, [layer.mixer.window for layer in c.layers]) == (32768, [4096] * 32)
+    c = read_config({**MISTRAL_01, "sliding_window": None})
+    assert (c.context_length, c.windowed) == (32768, False)
     # a window that holds the whole context is none
-    assert ModelConfig.from_hf({**MISTRAL_01, "max_position_embeddings": 4096}).window is None
+    assert not read_config({**MISTRAL_01, "max_position_embeddings": 4096}).windowed
 
 
 def test_smollm2_config():
-    c = ModelConfig.from_hf(SMOLLM2)
+    c = read_config(SMOLLM2)
     assert (c.n_heads, c.n_kv_heads, c.head_dim, c.tie_embeddings) == (9, 3, 64, True)
     assert c.rope == RopeConfig(theta=1e5, dim=64)
 
@@ -220,23 +224,21 @@ def test_smollm2_config():
 def test_transformers_5_writes_the_same_config_in_rope_parameters():
     old = {k: v for k, v in LLAMA_3_1.items() if k not in ("rope_scaling", "rope_theta")}
     new = {**old, "rope_parameters": {**LLAMA_3_1["rope_scaling"], "rope_theta": 500000.0}}
-    assert ModelConfig.from_hf(new) == ModelConfig.from_hf(LLAMA_3_1)
+    assert read_config(new) == read_config(LLAMA_3_1)
     # And what the installed transformers makes of the old file reads the same.
     rewritten = transformers.LlamaConfig.from_dict(dict(LLAMA_3_1)).to_dict()
-    assert ModelConfig.from_hf({**rewritten, "architectures": ["LlamaForCausalLM"]}) == ModelConfig.from_hf(
-        LLAMA_3_1
-    )
+    assert read_config({**rewritten, "architectures": ["LlamaForCausalLM"]}) == read_config(LLAMA_3_1)
 
 
 def test_old_spelling_of_the_rope_type():
-    c = ModelConfig.from_hf({**LLAMA_2, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    c = read_config({**LLAMA_2, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert (c.rope.kind, c.rope.factor) == ("linear", 2.0)
 
 
 def test_generation_config_names_the_stop_tokens():
-    assert ModelConfig.from_hf(LLAMA_2, {"eos_token_id": [2, 7]}).eos_ids == (2, 7)
-    assert ModelConfig.from_hf(LLAMA_2, {"temperature": 0.6}).eos_ids == (2,)
-    assert ModelConfig.from_hf(LLAMA_2, {"eos_token_id": None}).eos_ids == (2,)
+    assert read_config(LLAMA_2, {"eos_token_id": [2, 7]}).eos_ids == (2, 7)
+    assert read_config(LLAMA_2, {"temperature": 0.6}).eos_ids == (2,)
+    assert read_config(LLAMA_2, {"eos_token_id": None}).eos_ids == (2,)
 
 
 @pytest.mark.parametrize(
@@ -244,33 +246,31 @@ def test_generation_config_names_the_stop_tokens():
 )
 def test_unsupported_architecture_is_refused_by_name(arch):
     with pytest.raises(UnsupportedModelError, match=arch):
-        ModelConfig.from_hf({**LLAMA_2, "architectures": [arch]})
+        read_config({**LLAMA_2, "architectures": [arch]})
 
 
 @pytest.mark.parametrize("kind", ["ntk", "longrope", "su", "mrope"])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_unsupported_rope_scaling_is_refused_by_name(kind, key):
     with pytest.raises(UnsupportedModelError, match="longrope" if kind == "su" else kind):
-        ModelConfig.from_hf({**LLAMA_2, "rope_scaling": {key: kind, "factor": 4.0}})
+        read_config({**LLAMA_2, "rope_scaling": {key: kind, "factor": 4.0}})
 
 
 def test_half_understood_rope_scaling_is_refused():
     for scaling in ({"type": "linear"}, {**LLAMA_3_1["rope_scaling"], "attention_factor": 1.2}):
         with pytest.raises(UnsupportedModelError, match="rope scaling"):
-            ModelConfig.from_hf({**LLAMA_2, "rope_scaling": scaling})
+            read_config({**LLAMA_2, "rope_scaling": scaling})
 
 
 @pytest.mark.parametrize("act", ["gelu", "relu", "gelu_pytorch_tanh"])
 def test_another_activation_is_refused_by_name(act):
     with pytest.raises(UnsupportedModelError, match=act):
-        ModelConfig.from_hf({**LLAMA_2, "hidden_act": act})
+        read_config({**LLAMA_2, "hidden_act": act})
 
 
 def test_stored_factors_of_the_wrong_number_are_refused():
     with pytest.raises(CheckpointError, match="rope"):
-        dataclasses.replace(
-            ModelConfig.from_hf(LLAMA_2), rope=RopeConfig(dim=128, kind="factors", factors=(1.0,) * 63)
-        )
+        AttentionConfig(32, 32, 128, RopeConfig(dim=128, kind="factors", factors=(1.0,) * 63))
 
 
 DAMAGE = [
@@ -312,7 +312,7 @@ DAMAGE = [
 @pytest.mark.parametrize("damage", DAMAGE, ids=str)
 def test_damaged_config_is_a_clear_error(damage):
     with pytest.raises(CheckpointError) as e:
-        ModelConfig.from_hf({**LLAMA_2, **damage})
+        read_config({**LLAMA_2, **damage})
     assert "\n" not in e.value.what
     assert "\n" not in e.value.todo
 
@@ -320,4 +320,4 @@ def test_damaged_config_is_a_clear_error(damage):
 @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "vocab_size", "intermediate_size"])
 def test_missing_field_is_named(missing):
     with pytest.raises(TinychatError, match=missing):
-        ModelConfig.from_hf({k: v for k, v in LLAMA_2.items() if k != missing})
+        read_config({k: v for k, v in LLAMA_2.items() if k != missing})

@@ -17,8 +17,8 @@ from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf import GGUFCheckpoint
-from tinychat.formats.hf import HFCheckpoint
-from tinychat.network.config import ModelConfig
+from tinychat.formats.hf import HFCheckpoint, read_config
+from tinychat.network.config import ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize import block, quantize, settings
@@ -159,14 +159,20 @@ def test_each_method_writes_a_folder_that_runs_and_is_close(source, text, tmp_pa
     assert error["gptq"] < 1.05 * error["rtn"]
 
 
-def numbers(c: ModelConfig) -> dict:
-    """What the config says, floats to seven digits, ropes by what they do."""
-    out = vars(c) | {"attn_scale": c.attn_scale or c.head_dim**-0.5}
-    out = {k: pytest.approx(v) if isinstance(v, float) else v for k, v in out.items()}
-    for name in ("rope", "local_rope", "long_rope"):
-        if rope := getattr(c, name):
-            out[name] = pytest.approx([rope.magnitude, *rope.frequencies()])
+def facts(c: ModelConfig) -> dict:
+    """What the config says, ropes by what they do."""
+    out = {k: v for k, v in vars(c).items() if k not in ("layers", "long_rope")}
+    for i, layer in enumerate(c.layers):
+        out |= {f"{i}.{k}": v for k, v in vars(layer.mixer).items()} | {f"{i}.mlp": layer.mlp}
+        out[f"{i}.scale"] = layer.mixer.scale or layer.mixer.head_dim**-0.5
+        out[f"{i}.rope"] = turns(layer.mixer.rope)
+    out["long_rope"] = turns(c.long_rope)
     return out
+
+
+def turns(rope: RopeConfig | None) -> list[float] | None:
+    """What a rope multiplies by, and what it turns by."""
+    return rope and [rope.magnitude, *rope.frequencies().tolist()]
 
 
 @pytest.mark.parametrize("case", GGUF_CASES)
@@ -175,21 +181,17 @@ def test_settings_of_a_gguf_are_read_back_as_they_were(case, tmp_path):
     write_gguf(tmp_path / "m.gguf", random_model(cls, **changes), GGUF_CASES[case])
     given = GGUFCheckpoint(tmp_path / "m.gguf").config
     written = json.loads(json.dumps(settings.hf_config(given)))
-    found = ModelConfig.from_hf(written)
+    found = read_config(written)
     theirs = transformers.AutoConfig.for_model(written.pop("model_type"), **written)
     assert type(theirs).__name__ == f"{cls.removesuffix('ForCausalLM')}Config".replace(
         "Gemma3Config", "Gemma3TextConfig"
     )
-    again = ModelConfig.from_hf(theirs.to_dict() | {"architectures": [cls]})
-    assert (again.windowed_layers, again.window) == (given.windowed_layers, given.window)
+    again = read_config(theirs.to_dict() | {"architectures": [cls]})
+    assert [layer.mixer.window for layer in again.layers] == [layer.mixer.window for layer in given.layers]
     np.testing.assert_allclose(again.rope.frequencies(), given.rope.frequencies(), rtol=1e-6)
-    for name, value in numbers(given).items():
-        other = vars(found)[name]
-        if name == "attn_scale":
-            other = other or found.head_dim**-0.5
-        elif other is not None and name.endswith("rope"):
-            other = [other.magnitude, *other.frequencies()]
-        assert other == value, name
+    read = facts(found)
+    for name, value in facts(given).items():
+        assert read[name] == (pytest.approx(value) if isinstance(value, float | list) else value), name
 
 
 def test_a_gguf_of_another_family_is_quantized_too(tmp_path, text):

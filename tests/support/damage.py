@@ -13,8 +13,8 @@ from family_gguf import write as write_gguf
 from safetensors.numpy import save_file
 
 from tinychat.formats import awq, open_checkpoint
+from tinychat.formats.hf import read_config
 from tinychat.models import FAMILIES
-from tinychat.network.config import ModelConfig
 from tinychat.network.weights import quantize_rtn
 
 FOLDERS = {
@@ -68,7 +68,7 @@ def sound_models(root: Path) -> dict[str, Path]:
             del tensors["lm_head.weight"]
         if quantization:
             settings["quantization_config"] = CONFIGS[quantization]
-            cfg = ModelConfig.from_hf(settings)
+            cfg = read_config(settings)
             for linear in FAMILIES[cfg.family].linears(cfg, 1):
                 if linear.endswith("mlp.gate"):
                     continue
@@ -96,7 +96,6 @@ def read(path) -> None:
             c.linear(name).dequantize()
         for name in FAMILIES[cfg.family].norms(cfg, layer):
             c.vector(name)
-        cfg.window_of(layer), cfg.rope_of(layer)
     c.vector("model.norm")
     c.fingerprint()
     c.tokenizer()

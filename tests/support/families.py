@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from tinychat.network.config import ModelConfig
+from tinychat.formats.hf import read_config
 from tinychat.network.weights import DenseLinear
 
 SHAPE = dict(
@@ -32,7 +32,7 @@ class FromTransformers:
     path = Path("random")
 
     def __init__(self, hf):
-        self.config = ModelConfig.from_hf({**hf.config.to_dict(), "architectures": [type(hf).__name__]})
+        self.config = read_config({**hf.config.to_dict(), "architectures": [type(hf).__name__]})
         self.state = {k: v.detach().numpy() for k, v in experts_apart(hf.state_dict()).items()}
 
     def has(self, name):

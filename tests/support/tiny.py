@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 
 import numpy as np
 
 from tinychat.models import llama
-from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.config import ModelConfig, RopeConfig, decoder_layers
 from tinychat.network.weights import DenseLinear
 
 TEMPLATE = (
@@ -51,7 +52,9 @@ class TinyCheckpoint:
             eos_ids=(257,),
         )
         shape.update(changes)
-        self.config = ModelConfig(**shape)
+        names = inspect.signature(decoder_layers).parameters
+        layers = decoder_layers(**{k: shape.pop(k) for k in names if k in shape})
+        self.config = ModelConfig(layers=layers, **shape)
         self.path = Path(f"tiny-{seed}")
         self.template = template
         rng = np.random.default_rng(seed)
@@ -147,7 +150,7 @@ def tiny_folder(path: Path, seed: int = 0, **changes) -> Path:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
+        "intermediate_size": c.layers[0].mlp.size,
         "num_hidden_layers": c.n_layers,
         "num_attention_heads": c.n_heads,
         "num_key_value_heads": c.n_kv_heads,

@@ -72,7 +72,7 @@ class CpuBackend:
         family = FAMILIES[self.cfg.family]
         self._pack = packs.load(checkpoint, policy or WeightPolicy(), family, self.threads, tell)
         weights = family.load(self._pack, self.cfg)
-        recorder = Recorder(self.cfg, self.act_bits)
+        recorder = Recorder(self.act_bits)
         family.forward(recorder, self.cfg, weights)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))
         self.max_rows = MAX_ROWS
@@ -155,7 +155,7 @@ class CpuBackend:
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
-        ropes = [self.cfg.rope_of(layer) for layer in range(self.cfg.n_layers)]
+        ropes = [layer.mixer.rope for layer in self.cfg.layers]
         for rope in {*ropes} - {None}:
             here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
             frequencies = [float(f) for f in rope.frequencies()]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends.pack_file import PackedLinear
-from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, RopeConfig
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ class Heads:
     """A part of a qkv value, and how it is to be rotated."""
 
     qkv: Value
-    cfg: ModelConfig
+    attention: AttentionConfig
     rope: RopeConfig | None = None
 
 
@@ -88,7 +88,6 @@ class Record:
 class Recorder:
     """Implements `Ops` by writing down what to run. Norms and activations take the form that is read."""
 
-    cfg: ModelConfig
     act_bits: int
     records: list[Record] = field(default_factory=list)
     tables: dict[RopeConfig, Buffer] = field(default_factory=dict)
@@ -126,11 +125,12 @@ class Recorder:
         )
         return Value(column, floats=out)
 
-    def split_heads(self, qkv, cfg):
-        return Heads(qkv, cfg), Heads(qkv, cfg), Heads(qkv, cfg)
+    def split_heads(self, qkv, attention):
+        return Heads(qkv, attention), Heads(qkv, attention), Heads(qkv, attention)
 
     def norm_heads(self, q, k, q_weight, k_weight, eps):
-        qkv, cols = q.qkv.floats, [n * q.cfg.head_dim for n in (q.cfg.n_heads, q.cfg.n_kv_heads)]
+        a, qkv = q.attention, q.qkv.floats
+        cols = [n * a.head_dim for n in (a.n_heads, a.n_kv_heads)]
         self._record([qkv], lambda p: p.norm_heads(qkv.native, q_weight, k_weight, *cols, eps))
         return q, k
 
@@ -143,15 +143,15 @@ class Recorder:
                 table.native = p.rope_table(frequencies, rope.magnitude)
 
             self._record([table], emit)
-        return Heads(q.qkv, q.cfg, rope), Heads(k.qkv, k.cfg, rope)
+        return Heads(q.qkv, q.attention, rope), Heads(k.qkv, k.attention, rope)
 
-    def attention(self, q, k, v, layer):
-        c, qkv = q.cfg, q.qkv.floats
+    def attention(self, q, k, v, attention, layer):
+        c, qkv = attention, q.qkv.floats
         table = self.tables[q.rope] if q.rope else Buffer(0)  # nothing is rotated
         out = Buffer(c.n_heads * c.head_dim)
         heads = c.n_heads, c.n_kv_heads, c.head_dim, layer
-        self._record([qkv, table], lambda p: p.rope_kv(qkv.native, table.native, *heads, c.attn_scale or 0.0))
-        window, cap = c.window_of(layer), c.attn_soft_cap
+        self._record([qkv, table], lambda p: p.rope_kv(qkv.native, table.native, *heads, c.scale or 0.0))
+        window, cap = c.window, c.soft_cap
         self._record([qkv, out], lambda p: p.attention(qkv.native, *heads, out.native, window, cap))
         return Value(out.cols, floats=out)
 
@@ -197,7 +197,7 @@ class Recorder:
         self._record([routes, source, out], lambda p: p.expert_sum(routes.native, source.native, out.native))
         return Value(out.cols, floats=out)
 
-    def lm_head(self, x, weight, scale=1.0):
+    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
         (w,) = weight
         if x.consumed:
             raise NotImplementedError("the head's input is read by another op too")
@@ -205,8 +205,7 @@ class Recorder:
         # The head always reads 16-bit activations: the demo model meets the reference argmax at 97.4 % of
         # positions instead of 96.5 %, and its weights take as long to read (docs/performance.md).
         rows = self._input(x, w, 16)
-        cap = self.cfg.logit_soft_cap
-        self._record([rows], lambda p: p.lm_head(w.native, rows.native, scale, cap))
+        self._record([rows], lambda p: p.lm_head(w.native, rows.native, scale, soft_cap))
         return None
 
     # Building

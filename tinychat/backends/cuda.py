@@ -32,7 +32,7 @@ from tinychat.kernels_cuda.modules import Modules
 from tinychat.kernels_cuda.program import Buffer, Program, program_sources
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 
 MAX_ROWS = 512
@@ -79,8 +79,9 @@ class CudaBackend:
         self._device = self._modules.device
         self.max_rows = MAX_ROWS
         self._blocks = 0
-        scale = c.attn_scale or c.head_dim**-0.5
-        self._shape = Shape(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, kv_bits, scale, c.attn_soft_cap)
+        a = c.layers[0].mixer  # the others differ in rope and window only
+        scale = a.scale or a.head_dim**-0.5
+        self._shape = Shape(c.n_layers, a.n_heads, a.n_kv_heads, a.head_dim, kv_bits, scale, a.soft_cap)
         self._program: Program | None = None
         with self._on_device():
             family = FAMILIES[c.family]
@@ -89,7 +90,7 @@ class CudaBackend:
             self._modules.prepare([*loader.sources, *program_sources(self._shape)])
             attention = Attention(self._modules, self._shape, WORKSPACE)
             program = Program(self._modules, attention, MAX_ROWS)
-            family.forward(_Recorder(program, c), c, weights)
+            family.forward(_Recorder(program), c, weights)
             program.build()
             self._program = program
 
@@ -177,7 +178,7 @@ class CudaBackend:
 
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
-        ropes = [self.cfg.rope_of(layer) for layer in range(self.cfg.n_layers)]
+        ropes = [layer.mixer.rope for layer in self.cfg.layers]
         with self._on_device():
             p = self._open()
             p.set_table(block_table)
@@ -292,15 +293,15 @@ class _Heads:
     """A part of a qkv value, and how it is to be rotated."""
 
     qkv: _Value
-    cfg: ModelConfig
+    attention: AttentionConfig
     rope: RopeConfig | None = None
 
 
 class _Recorder:
     """Implements `Ops` by writing down what to launch."""
 
-    def __init__(self, program: Program, cfg: ModelConfig):
-        self.program, self.cfg = program, cfg
+    def __init__(self, program: Program):
+        self.program = program
         self.tables: dict[RopeConfig, Buffer] = {}
 
     def embed(self, weight, scale=1.0):
@@ -322,11 +323,11 @@ class _Recorder:
             column += w.shape.n
         return _Value(cols, floats=out)
 
-    def split_heads(self, qkv, cfg):
-        return _Heads(qkv, cfg), _Heads(qkv, cfg), _Heads(qkv, cfg)
+    def split_heads(self, qkv, attention):
+        return _Heads(qkv, attention), _Heads(qkv, attention), _Heads(qkv, attention)
 
     def norm_heads(self, q, k, q_weight, k_weight, eps):
-        c, qkv = q.cfg, q.qkv
+        c, qkv = q.attention, q.qkv
         offset = 0
         for weight, heads in ((q_weight, c.n_heads), (k_weight, c.n_kv_heads)):
             n = weight.size // 4  # a head's, or all heads' as one
@@ -338,14 +339,13 @@ class _Recorder:
     def rope(self, q, k, rope):
         if rope not in self.tables:
             self.tables[rope] = self.program.rope_table(rope.frequencies(), rope.magnitude)
-        return _Heads(q.qkv, q.cfg, rope), _Heads(k.qkv, k.cfg, rope)
+        return _Heads(q.qkv, q.attention, rope), _Heads(k.qkv, k.attention, rope)
 
-    def attention(self, q, k, v, layer):
+    def attention(self, q, k, v, attention, layer):
         table = self.tables[q.rope] if q.rope else None
         pairs = len(q.rope.frequencies()) if q.rope else 0
-        window = self.cfg.window_of(layer) or 0
-        out = self.program.attend(q.qkv.floats, table, pairs, layer, window)
-        return _Value(q.cfg.n_heads * q.cfg.head_dim, halves=out)
+        out = self.program.attend(q.qkv.floats, table, pairs, layer, attention.window)
+        return _Value(attention.n_heads * attention.head_dim, halves=out)
 
     def silu_mul(self, gate_up):
         return self._gate("silu_mul", gate_up)
@@ -373,9 +373,9 @@ class _Recorder:
         experts.add(self.program, routes, x.floats, x.cols, add_to.floats)
         return _Value(x.cols, floats=add_to.floats)
 
-    def lm_head(self, x, weight, scale=1.0):
+    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
         (w,) = weight
-        self.program.head(w, self._input(x, w), scale, self.cfg.logit_soft_cap)
+        self.program.head(w, self._input(x, w), scale, soft_cap)
 
     def _gate(self, name, gate_up):
         n, each = gate_up.cols // 2, gate_up.each

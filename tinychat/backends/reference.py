@@ -154,7 +154,7 @@ class ReferenceBackend:
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
         slots = self._slots(block_table)[: delta.shape[2]]
         for layer in range(self.cfg.n_layers):
-            rope = self.cfg.rope_of(layer)
+            rope = self.cfg.layers[layer].mixer.rope
             if rope is None:
                 continue
             keys = self.kv[0, layer, slots]  # [slots, kv_heads, dim]
@@ -216,9 +216,10 @@ class ReferenceBackend:
         y = F.linear(x, *weight)
         return y if add_to is None else add_to + y
 
-    def split_heads(self, qkv, cfg):
-        q, k, v = qkv.split([n * cfg.head_dim for n in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)], dim=-1)
-        return tuple(t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
+    def split_heads(self, qkv, attention):
+        a = attention
+        q, k, v = qkv.split([n * a.head_dim for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads)], dim=-1)
+        return tuple(t.unflatten(-1, (-1, a.head_dim)) for t in (q, k, v))
 
     def norm_heads(self, q, k, q_weight, k_weight, eps):
         def norm(x, weight):
@@ -232,7 +233,7 @@ class ReferenceBackend:
         cos, sin = ((rope.magnitude * f(angle)).float()[:, None] for f in (torch.cos, torch.sin))
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
-    def attention(self, q, k, v, layer):
+    def attention(self, q, k, v, attention, layer):
         """Write the step's keys and values, attend to all that are visible: [rows, heads · head_dim]."""
         self.kv[0, layer, self.write_slots] = self._stored(k)
         self.kv[1, layer, self.write_slots] = self._stored(v)
@@ -240,30 +241,30 @@ class ReferenceBackend:
         t, end = q.shape[0], keys.shape[2]
         own = (end - t + torch.arange(t))[:, None]
         mask = torch.arange(end) <= own
-        if window := self.cfg.window_of(layer):
-            mask &= torch.arange(end) > own - window
-        self._score(q, keys[0], mask, layer)
-        if self.cfg.attn_soft_cap:
-            p = self._probabilities(q, keys[0], mask)  # [kv_heads, heads of each, rows, slots]
+        if attention.window:
+            mask &= torch.arange(end) > own - attention.window
+        self._score(q, keys[0], mask, attention, layer)
+        if attention.soft_cap:
+            p = self._probabilities(q, keys[0], mask, attention)  # [kv_heads, heads of each, rows, slots]
             return torch.einsum("gjrs,gsd->rgjd", p, values[0]).flatten(1)
         y = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=self.cfg.attn_scale, enable_gqa=True
+            q.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=attention.scale, enable_gqa=True
         )
         return y[0].transpose(0, 1).flatten(1)
 
-    def _score(self, q, keys, mask, layer):
+    def _score(self, q, keys, mask, attention, layer):
         """What the step's last rows attended to in one layer, for eviction."""
         slots = self.slots
         if slots.scores is None:
             return
         r = slots.scored_rows
-        p = self._probabilities(q[-r:], keys, mask[-r:]).sum(1)  # [kv_heads, rows, slots]
+        p = self._probabilities(q[-r:], keys, mask[-r:], attention).sum(1)  # [kv_heads, rows, slots]
         for i, row in enumerate(p.transpose(0, 1).numpy()):
             slots.scores[i if len(slots.scores) == r else 0, layer, :, : p.shape[2]] += row
 
-    def _probabilities(self, q, keys, mask):
+    def _probabilities(self, q, keys, mask, attention):
         """softmax(scale · q kᵀ) with soft cap, written out: [kv_heads, heads of each, rows, slots]."""
-        scale, cap = self.cfg.attn_scale or q.shape[-1] ** -0.5, self.cfg.attn_soft_cap
+        scale, cap = attention.scale or q.shape[-1] ** -0.5, attention.soft_cap
         groups = q.shape[1] // keys.shape[0]
         logits = torch.einsum("rgjd,gsd->gjrs", q.unflatten(1, (-1, groups)), keys) * scale
         if cap:
@@ -295,6 +296,6 @@ class ReferenceBackend:
     def expert_sum(self, x, routes, add_to):
         return add_to + (x * routes[1][..., None]).sum(1)
 
-    def lm_head(self, x, weight, scale=1.0):
-        y, cap = F.linear(x[self.current.logits_from :], *weight) * scale, self.cfg.logit_soft_cap
-        return cap * torch.tanh(y / cap) if cap else y
+    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
+        y = F.linear(x[self.current.logits_from :], *weight) * scale
+        return soft_cap * torch.tanh(y / soft_cap) if soft_cap else y

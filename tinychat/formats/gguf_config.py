@@ -11,7 +11,7 @@ import numpy as np
 
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf_file import GGUFFile
-from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.config import LAYERS, ModelConfig, RopeConfig, decoder_layers
 from tinychat.network.hf_rope import yarn_factors
 from tinychat.text.tokenizer import TURN_ENDS
 
@@ -268,15 +268,18 @@ def _config(file: GGUFFile, arch: Architecture, m: Metadata) -> ModelConfig:
     return ModelConfig(
         family=arch.family,
         hidden_size=hidden,
-        intermediate_size=m.number("feed_forward_length"),
-        n_layers=m.number("block_count"),
-        n_heads=heads,
-        n_kv_heads=m.number("attention.head_count_kv", heads),
-        head_dim=head_dim,
+        layers=decoder_layers(
+            m.number("block_count"),
+            intermediate_size=m.number("feed_forward_length"),
+            n_heads=heads,
+            n_kv_heads=m.number("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            rope=rope,
+            **{name: extra.pop(name) for name in LAYERS if name in extra},
+        ),
         vocab_size=embedding.shape[0],
         context_length=context,
         norm_eps=float(m.number("attention.layer_norm_rms_epsilon")),
-        rope=rope,
         tie_embeddings="output.weight" not in names,
         attention_bias="blk.0.attn_q.bias" in names and "blk.0.attn_output.bias" in names,
         mlp_bias="blk.0.ffn_down.bias" in names,

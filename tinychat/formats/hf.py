@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from tinychat.formats import experts
 from tinychat.formats.quantized import COMPANIONS, PARTS, SUPPORTED, read_linear, read_quantization
 from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_json
 from tinychat.models import FAMILIES
+from tinychat.network import hf_config
 from tinychat.network.config import ModelConfig
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
@@ -25,6 +27,15 @@ from tinychat.text.tokenizer import Tokenizer
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _BASE = "model."  # how the names of all tensors but the head's begin
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+
+
+def read_config(settings: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
+    """The config that config.json describes (and generation_config.json, whose stop tokens win).
+
+    Raises UnsupportedModelError for an architecture, option or rope scaling that is not understood, by name,
+    and CheckpointError where the file does not describe a model.
+    """
+    return hf_config.read(settings, generation)
 
 
 class HFCheckpoint:
@@ -42,7 +53,7 @@ class HFCheckpoint:
                 f"{self.path} has no config.json.", "Give a folder in Hugging Face layout, or a .gguf file."
             )
         generation = read_json(self.path / "generation_config.json")
-        self.config = ModelConfig.from_hf(self.json, generation)
+        self.config = read_config(self.json, generation)
         self.quantization = read_quantization(self.path, self.json)
         self._tensors = Tensors(
             self.path, lambda found: experts.by_module(_prefixed(found), self.config), self._wanted_file()

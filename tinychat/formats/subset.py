@@ -33,13 +33,8 @@ class LayerSubset:
             )
         self.whole, self.keep = checkpoint, tuple(keep)
         self.path: Path = checkpoint.path
-        self.config = replace(
-            checkpoint.config,
-            n_layers=len(self.keep),
-            unrotated_layers=self._kept(checkpoint.config.unrotated_layers),
-            windowed_layers=self._kept(checkpoint.config.windowed_layers),
-            dense_layers=self._kept(checkpoint.config.dense_layers),
-        )
+        layers = tuple(checkpoint.config.layers[i] for i in self.keep)
+        self.config = replace(checkpoint.config, layers=layers)
 
     def has(self, name: str) -> bool:
         """Whether the module exists."""
@@ -68,10 +63,6 @@ class LayerSubset:
     def check_unchanged(self) -> None:
         """Raises CheckpointError if the whole model was changed since it was opened."""
         self.whole.check_unchanged()
-
-    def _kept(self, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """Where those of `layers` that are kept stand now."""
-        return tuple(i for i, layer in enumerate(self.keep) if layer in layers)
 
     def _renamed(self, name: str) -> str:
         match = _LAYER.fullmatch(name)

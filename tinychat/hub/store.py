@@ -206,12 +206,15 @@ def show(name: str) -> dict[str, Any]:
     Raises ModelNotFoundError, CheckpointError, UnsupportedModelError.
     """
     from tinychat.formats import open_checkpoint
+    from tinychat.network.config import ExpertsConfig
 
     path = resolve(name, pull=False)
     manifest = _manifest_of(path) or {}
     folder = path if path.is_dir() else path.parent
     checkpoint = open_checkpoint(path)
     cfg, tokenizer = checkpoint.config, checkpoint.tokenizer()
+    mlps = [layer.mlp for layer in cfg.layers]
+    experts = [f"{m.taken} of {m.n}" for m in mlps if isinstance(m, ExpertsConfig)]
     facts: dict[str, Any] = {
         "name": name,
         "path": str(path),
@@ -226,15 +229,15 @@ def show(name: str) -> dict[str, Any]:
         "parameters": parameters(cfg),
         "layers": cfg.n_layers,
         "hidden_size": cfg.hidden_size,
-        "intermediate_size": cfg.intermediate_size,
+        "intermediate_size": max(layer.mlp.size for layer in cfg.layers),
         "heads": cfg.n_heads,
         "kv_heads": cfg.n_kv_heads,
         "head_dim": cfg.head_dim,
-        "experts": f"{cfg.n_experts_used} of {cfg.n_experts}" if cfg.n_experts else None,
+        "experts": next(iter(experts), None),
         "vocab_size": cfg.vocab_size,
         "context_length": cfg.context_length,
-        "rope_theta": cfg.rope.theta,
-        "rope_scaling": cfg.rope.kind,
+        "rope_theta": cfg.rope and cfg.rope.theta,
+        "rope_scaling": cfg.rope and cfg.rope.kind,
         "tied_embeddings": cfg.tie_embeddings,
         "chat_template": tokenizer.chat_template is not None,
         "stop_tokens": [

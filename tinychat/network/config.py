@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,189 +48,289 @@ class RopeConfig:
             return (1 - smooth) * inv / self.factor + smooth * inv
         return inv
 
+    def check(self, head_dim: int) -> None:
+        """Raises CheckpointError for a rope that heads of that size cannot have."""
+        if type(self.dim) is not int or self.dim % 2 or not 0 < self.dim <= head_dim:
+            raise _damaged(f"The checkpoint rotates {self.dim} of {head_dim} head dimensions.")
+        if not math.isfinite(self.theta) or self.theta <= 0:
+            raise _damaged(f"The checkpoint has rope theta {self.theta!r}.")
+        _check_scales(self.magnitude)
+        try:
+            with np.errstate(all="ignore"):
+                frequencies = self.frequencies()
+        except ValueError:  # stored factors of another number
+            frequencies = np.zeros(1)
+        if not (np.isfinite(frequencies) & (frequencies > 0)).all():
+            raise _damaged(
+                f"The checkpoint's rope scaling {self.kind!r} gives frequencies that are not positive."
+            )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The attention of one layer.
+
+    rope      how queries and keys are rotated; None: they are not
+    window    tokens that a token attends to, itself included; 0: all before it
+    scale     what scores are multiplied by; None: 1 / sqrt(head_dim)
+    soft_cap  c: scores become c·tanh(score / c); 0: they stay
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope: RopeConfig | None = None
+    window: int = 0
+    scale: float | None = None
+    soft_cap: float = 0.0
+
+    def __post_init__(self):
+        for name, limit in (("n_heads", 1024), ("n_kv_heads", 1024), ("head_dim", 1024)):
+            _check_number(name, getattr(self, name), limit)
+        if self.n_heads % self.n_kv_heads:
+            raise _damaged(f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.")
+        _check_scales(self.scale)
+        _check_caps(self.soft_cap)
+        if not isinstance(self.window, int) or self.window < 0:
+            raise _damaged(f"The checkpoint's sliding window is {self.window!r} tokens.")
+        if self.rope is not None:
+            self.rope.check(self.head_dim)
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """One gated MLP for all tokens, of an intermediate size."""
+
+    size: int
+
+    def __post_init__(self):
+        _check_number("intermediate_size", self.size, 1 << 19)
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Gated MLPs of which each token takes some.
+
+    n          experts in the layer
+    taken      how many of them a token takes
+    size       the intermediate size of each
+    normalize  the weights of those that a token takes are made to sum to one
+    """
+
+    n: int
+    taken: int
+    size: int
+    normalize: bool = True
+
+    def __post_init__(self):
+        whole = all(type(n) is int for n in (self.n, self.taken, self.size))
+        if not (whole and 1 <= self.taken <= min(self.n, 64) and 1 <= self.size <= 1 << 19):
+            raise _damaged(
+                f"The checkpoint has {self.n!r} experts of the size {self.size!r} in a layer, and a token"
+                f" takes {self.taken!r}."
+            )
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder block: what mixes tokens, and what follows it."""
+
+    mixer: AttentionConfig
+    mlp: DenseConfig | ExpertsConfig
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and constants of one model. Names follow Hugging Face's config.json where it has them.
 
-    attn_scale        what attention scores are multiplied by; None: 1 / sqrt(head_dim)
-    embed_scale       what embeddings are multiplied by
-    residual_scale    what a block adds to the residual is multiplied by
-    logit_scale       what logits are multiplied by
-    unrotated_layers  layers without rotary embedding
-    window            tokens that a token in `windowed_layers` attends to, itself included; None: all of them
-    local_rope        the rope of windowed layers, where it is another
-    long_context      a longer context that the model knows too, with `long_rope` (longrope's second factors)
-    attn_soft_cap     c: scores become c·tanh(score / c); 0: they stay
-    logit_soft_cap    likewise, for logits
-    n_experts         MLPs of which each token takes some; 0: one MLP for all tokens
-    n_experts_used    how many a token takes
-    expert_size       their intermediate size
-    norm_experts      the weights of those that a token takes are made to sum to one
-    dense_layers      layers that have one MLP all the same
+    layers          what each layer is, in their order
+    embed_scale     what embeddings are multiplied by
+    residual_scale  what a block adds to the residual is multiplied by
+    logit_scale     what logits are multiplied by
+    logit_soft_cap  c: logits become c·tanh(logit / c); 0: they stay
+    long_context    a longer context that the model knows too, with `long_rope` (longrope's second factors)
     """
 
     family: str
     hidden_size: int
-    intermediate_size: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerConfig, ...]
     vocab_size: int
     context_length: int
     norm_eps: float = 1e-5
-    rope: RopeConfig = field(default_factory=RopeConfig)
     tie_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-    attn_scale: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
-    unrotated_layers: tuple[int, ...] = ()
-    window: int | None = None
-    windowed_layers: tuple[int, ...] = ()
-    local_rope: RopeConfig | None = None
+    logit_soft_cap: float = 0.0
     long_context: int = 0
     long_rope: RopeConfig | None = None
-    attn_soft_cap: float = 0.0
-    logit_soft_cap: float = 0.0
-    n_experts: int = 0
-    n_experts_used: int = 0
-    expert_size: int = 0
-    norm_experts: bool = True
-    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        numbers = {"hidden_size": 1 << 17, "n_layers": 1024, "vocab_size": 1 << 22, "context_length": 1 << 25}
+        for name, limit in numbers.items():
+            _check_number(name, getattr(self, name), limit)
+        experts = sum(layer.mlp.n for layer in self.layers if isinstance(layer.mlp, ExpertsConfig))
+        if experts > 1 << 17:
+            raise _damaged(f"The checkpoint has {experts} experts in its layers.")
+        _check_scales(self.embed_scale, self.residual_scale, self.logit_scale)
+        _check_caps(self.logit_soft_cap)
+        if not 0 < self.norm_eps < 1:
+            raise _damaged(f"The checkpoint has norm epsilon {self.norm_eps!r}.")
+        if self.long_rope is not None:
+            self.long_rope.check(self.layers[0].mixer.head_dim)
+        for token_id in (self.bos_id, *self.eos_ids):
+            if token_id is not None and type(token_id) is not int:
+                raise _damaged(f"The checkpoint's token id {token_id!r} is not a number.")
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    @property
+    def rope(self) -> RopeConfig | None:
+        """The rope of the layers that see farthest; None where nothing is rotated."""
+        mixers = sorted((layer.mixer for layer in self.layers), key=lambda a: a.window > 0)
+        return next((a.rope for a in mixers if a.rope), None)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether there are layers in which a token does not attend to all before it."""
+        return any(layer.mixer.window for layer in self.layers)
 
     @property
     def may_evict(self) -> bool:
         """Whether cached tokens can be given up and renumbered: every layer sees all of them and turns keys
         alike, by an angle that depends on the distance alone.
         """
-        alike = not self.unrotated_layers and not self.windowed_layers and self.local_rope is None
-        return alike and self.rope.kind not in ("dynamic", "longrope")
-
-    def __post_init__(self):
-        limits = {
-            "hidden_size": 1 << 17,
-            "intermediate_size": 1 << 19,
-            "n_layers": 1024,
-            "n_heads": 1024,
-            "n_kv_heads": 1024,
-            "head_dim": 1024,
-            "vocab_size": 1 << 22,
-            "context_length": 1 << 25,
-        }
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-                raise CheckpointError(
-                    f"The checkpoint's {name} is {value!r}, outside 1…{limit}.",
-                    "The file is damaged or not a language model; pull it again.",
-                )
-        self._check_experts()
-        if self.n_heads % self.n_kv_heads:
-            raise CheckpointError(
-                f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.",
-                "The file is damaged; pull it again.",
-            )
-        scales = (
-            self.attn_scale,
-            self.embed_scale,
-            self.residual_scale,
-            self.logit_scale,
-            self.rope.magnitude,
-        )
-        if not all(scale is None or (math.isfinite(scale) and scale > 0) for scale in scales):
-            raise CheckpointError(
-                f"The checkpoint multiplies by {scales!r}, which are not all positive numbers.",
-                "The file is damaged; pull it again.",
-            )
-        if not (0 < self.norm_eps < 1) or not math.isfinite(self.rope.theta) or self.rope.theta <= 0:
-            raise CheckpointError(
-                f"The checkpoint has norm epsilon {self.norm_eps!r} and rope theta {self.rope.theta!r}.",
-                "The file is damaged; pull it again.",
-            )
-        caps = (self.attn_soft_cap, self.logit_soft_cap)
-        if not all(math.isfinite(cap) and cap >= 0 for cap in caps):
-            raise CheckpointError(
-                f"The checkpoint caps scores and logits at {caps!r}.", "The file is damaged; pull it again."
-            )
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
-            raise CheckpointError(
-                f"The checkpoint's sliding window is {self.window!r} tokens.",
-                "The file is damaged; pull it again.",
-            )
-        for rope in (self.rope, self.local_rope, self.long_rope):
-            if rope is not None:
-                self._check_rope(rope)
-        for token_id in (self.bos_id, *self.eos_ids):
-            if token_id is not None and (not isinstance(token_id, int) or isinstance(token_id, bool)):
-                raise CheckpointError(
-                    f"The checkpoint's token id {token_id!r} is not a number.",
-                    "The file is damaged; pull it again.",
-                )
-
-    def _check_experts(self) -> None:
-        counts = (self.n_experts, self.n_experts_used, self.expert_size)
-        if counts == (0, 0, 0):
-            return
-        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in counts)
-        if not (
-            whole
-            and 1 <= self.n_experts_used <= min(self.n_experts, 64)
-            and self.n_experts * self.n_layers <= 1 << 17
-            and 1 <= self.expert_size <= 1 << 19
-        ):
-            raise CheckpointError(
-                f"The checkpoint has {self.n_experts!r} experts of the size {self.expert_size!r} in each of"
-                f" {self.n_layers} layers, and a token takes {self.n_experts_used!r}.",
-                "The file is damaged; pull it again.",
-            )
-
-    def _check_rope(self, rope: RopeConfig) -> None:
-        if rope.dim % 2 or not 0 < rope.dim <= self.head_dim:
-            raise CheckpointError(
-                f"The checkpoint rotates {rope.dim} of {self.head_dim} head dimensions.",
-                "The file is damaged; pull it again.",
-            )
-        try:
-            with np.errstate(all="ignore"):
-                frequencies = rope.frequencies()
-        except ValueError:  # stored factors of another number
-            frequencies = np.zeros(1)
-        if not (np.isfinite(frequencies) & (frequencies > 0)).all():
-            raise CheckpointError(
-                f"The checkpoint's rope scaling {rope.kind!r} gives frequencies that are not positive.",
-                "The file is damaged; pull it again.",
-            )
+        ropes = {layer.mixer.rope for layer in self.layers}
+        alike = len(ropes) == 1 and not self.windowed
+        return alike and all(r is not None and r.kind not in ("dynamic", "longrope") for r in ropes)
 
     def for_context(self, n: int) -> ModelConfig:
         """The config that a context of n tokens needs: another one only where it is a long context."""
         if n <= self.context_length or self.long_rope is None:
             return self
-        longer = dict(context_length=self.long_context, rope=self.long_rope)
+        layers = tuple(
+            replace(layer, mixer=replace(layer.mixer, rope=self.long_rope)) for layer in self.layers
+        )
+        longer = dict(context_length=self.long_context, layers=layers)
         return replace(self, **longer, long_context=0, long_rope=None)
 
-    def experts_in(self, layer: int) -> bool:
-        """Whether the layer has experts in place of one MLP."""
-        return self.n_experts > 0 and layer not in self.dense_layers
+    # What all layers have in common, as long as families have it so.
 
-    def window_of(self, layer: int) -> int:
-        """Tokens that a token attends to in this layer; 0: all."""
-        return self.window if self.window and layer in self.windowed_layers else 0
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a layer."""
+        return self.layers[0].mixer.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key and value heads of a layer."""
+        return self.layers[0].mixer.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head."""
+        return self.layers[0].mixer.head_dim
+
+    @property
+    def n_experts(self) -> int:
+        """The most experts that a layer has."""
+        return max(layer.mlp.n if isinstance(layer.mlp, ExpertsConfig) else 0 for layer in self.layers)
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """The rope of this layer; None: it rotates nothing."""
-        if layer in self.unrotated_layers:
-            return None
-        return self.local_rope if self.local_rope and layer in self.windowed_layers else self.rope
+        return self.layers[layer].mixer.rope
 
-    @classmethod
-    def from_hf(cls, cfg: dict, generation: dict | None = None) -> ModelConfig:
-        """From config.json (`tinychat.network.hf_config.read`)."""
-        from tinychat.network import hf_config
+    def window_of(self, layer: int) -> int:
+        """Tokens that a token attends to in this layer; 0: all."""
+        return self.layers[layer].mixer.window
 
-        return hf_config.read(cfg, generation)
+
+LAYERS = (
+    "attn_scale",
+    "attn_soft_cap",
+    "window",
+    "windowed_layers",
+    "local_rope",
+    "unrotated_layers",
+    "n_experts",
+    "n_experts_used",
+    "expert_size",
+    "norm_experts",
+    "dense_layers",
+)
+
+
+def decoder_layers(
+    n_layers: int,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    intermediate_size: int,
+    rope: RopeConfig,
+    attn_scale: float | None = None,
+    attn_soft_cap: float = 0.0,
+    window: int | None = None,
+    windowed_layers: Container[int] = (),
+    local_rope: RopeConfig | None = None,
+    unrotated_layers: Container[int] = (),
+    n_experts: int | None = None,
+    n_experts_used: int = 0,
+    expert_size: int = 0,
+    norm_experts: bool = True,
+    dense_layers: Container[int] = (),
+) -> tuple[LayerConfig, ...]:
+    """The layers of a model that are alike but for what some of them have of their own."""
+    _check_number("n_layers", n_layers, 1024)
+    _check_number("intermediate_size", intermediate_size, 1 << 19)
+    layers = []
+    for i in range(n_layers):
+        here = local_rope if local_rope and i in windowed_layers else rope
+        mixer = AttentionConfig(
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            None if i in unrotated_layers else here,
+            (window or 0) if i in windowed_layers else 0,
+            attn_scale,
+            attn_soft_cap,
+        )
+        some = n_experts is not None and i not in dense_layers
+        layers.append(
+            LayerConfig(
+                mixer,
+                ExpertsConfig(n_experts, n_experts_used, expert_size, norm_experts)
+                if some
+                else DenseConfig(intermediate_size),
+            )
+        )
+    return tuple(layers)
+
+
+def _check_number(name: str, value: object, limit: int) -> None:
+    if type(value) is not int or not 1 <= value <= limit:
+        raise CheckpointError(
+            f"The checkpoint's {name} is {value!r}, outside 1…{limit}.",
+            "The file is damaged or not a language model; pull it again.",
+        )
+
+
+def _check_scales(*scales: float | None) -> None:
+    if not all(scale is None or (math.isfinite(scale) and scale > 0) for scale in scales):
+        raise _damaged(f"The checkpoint multiplies by {scales!r}, which are not all positive numbers.")
+
+
+def _check_caps(*caps: float) -> None:
+    if not all(math.isfinite(cap) and cap >= 0 for cap in caps):
+        raise _damaged(f"The checkpoint caps scores or logits at {caps!r}.")
+
+
+def _damaged(what: str) -> CheckpointError:
+    return CheckpointError(what, "The file is damaged; pull it again.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import LAYERS, ModelConfig, decoder_layers
 from tinychat.network.hf_rope import rope_config
 
 Settings = dict[str, Any]
@@ -218,31 +218,38 @@ def read(given: Settings, generation: Settings | None = None) -> ModelConfig:
         head_dim = cfg.get("head_dim") or hidden // heads
         eos = (generation or {}).get("eos_token_id")
         eos = cfg.get("eos_token_id") if eos is None else eos
+        flat = kind.extra(cfg)
+        ropes = _ropes(cfg, head_dim)
         config = ModelConfig(
             family=kind.family,
             hidden_size=hidden,
-            intermediate_size=cfg["intermediate_size"],
-            n_layers=cfg["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=cfg.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
+            layers=decoder_layers(
+                cfg["num_hidden_layers"],
+                intermediate_size=cfg["intermediate_size"],
+                n_heads=heads,
+                n_kv_heads=cfg.get("num_key_value_heads") or heads,
+                head_dim=head_dim,
+                rope=ropes.pop("rope"),
+                **_windows(kind, cfg),
+                **{name: flat.pop(name) for name in LAYERS if name in flat},
+            ),
             vocab_size=cfg["vocab_size"],
-            **_windows(kind, cfg),
             norm_eps=float(cfg.get("rms_norm_eps", 1e-6)),
-            **_ropes(cfg, head_dim),
+            **ropes,
             tie_embeddings=bool(cfg.get("tie_word_embeddings", False)),
             attention_bias=bool(cfg.get("attention_bias", False)),
             mlp_bias=bool(cfg.get("mlp_bias", False)),
             bos_id=cfg.get("bos_token_id"),
             eos_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
-            **kind.extra(cfg),
+            **flat,
         )
     except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise CheckpointError(
             f"config.json does not describe a {arch}: {type(e).__name__} {e}.",
             "The folder is damaged or incomplete; pull it again.",
         ) from e
-    if config.rope.dim != config.head_dim and kind.family != "phi3":
+    rope = config.rope
+    if rope and rope.dim != config.head_dim and kind.family != "phi3":
         raise UnsupportedModelError(
             f"The option partial_rotary_factor is not supported in a {arch}.",
             "A setting that is ignored gives garbage, so it is refused.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, RopeConfig
 
 Handle = Any
 
@@ -30,7 +30,7 @@ class Ops(Protocol):
         """x Wᵀ + bias (+ add_to, the residual; then the result replaces it)."""
         ...
 
-    def split_heads(self, qkv: Handle, cfg: ModelConfig) -> tuple[Handle, Handle, Handle]:
+    def split_heads(self, qkv: Handle, attention: AttentionConfig) -> tuple[Handle, Handle, Handle]:
         """[T, (heads + 2 kv_heads)·D] → q [T, heads, D], k and v [T, kv_heads, D]."""
         ...
 
@@ -44,11 +44,11 @@ class Ops(Protocol):
         """Rotate q and k at the step's positions; halves convention (x[i], x[i + D/2]) as in Hugging Face."""
         ...
 
-    def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
+    def attention(self, q: Handle, k: Handle, v: Handle, attention: AttentionConfig, layer: int) -> Handle:
         """Write k and v to the layer's cache slots; causal GQA attention over the cache: [T, heads·D].
 
-        As the config says, scores are multiplied by attn_scale and capped by attn_soft_cap, and in windowed
-        layers a token attends to the last `window` tokens only, itself included.
+        Scores are multiplied by the attention's scale and capped by its soft_cap; where it has a window, a
+        token attends to the last `window` tokens only, itself included.
         """
         ...
 
@@ -80,9 +80,9 @@ class Ops(Protocol):
         """add_to + Σ weight · x over the experts that each token takes; x: [T, taken, H]. Replaces add_to."""
         ...
 
-    def lm_head(self, x: Handle, weight: Handle, scale: float = 1.0) -> Handle:
+    def lm_head(self, x: Handle, weight: Handle, scale: float = 1.0, soft_cap: float = 0.0) -> Handle:
         """Logits of the rows that the step asked for: float32 [rows, vocab].
 
-        Multiplied by `scale`, and capped by the config's logit_soft_cap.
+        Multiplied by `scale`; then, where there is a soft_cap c, they become c·tanh(logit / c).
         """
         ...

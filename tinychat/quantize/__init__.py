@@ -230,8 +230,8 @@ def _check_memory(cfg: ModelConfig, n_tokens: int, method: str) -> None:
     """Raises MemoryBudgetError when one block and the calibration activations do not fit."""
     from tinychat.base.machine import available_memory, human_bytes
 
-    h, f = cfg.hidden_size, cfg.intermediate_size
-    block = 4 * (h * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 3 * h * f)
+    a, h, f = cfg.layers[0].mixer, cfg.hidden_size, max(layer.mlp.size for layer in cfg.layers)
+    block = 4 * (h * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads) + 3 * h * f)
     kept = 2 * h + f if method == "gptq" else 3 * h  # activations of a token
     need = 4 * block + 4 * kept * n_tokens + 8 * 4 * max(h, f) ** 2 + 4 * cfg.vocab_size * h
     free = available_memory()

@@ -153,7 +153,8 @@ class BlockQuantizer:
             m.add(inner[s], wide, self._gap(x_f[s], x_q[s]))
             x_f[s] = f.add_attention(x_f[s], f.linear(wide, float_w, O_PROJ), float_w)
         s = self._quantize((O_PROJ,), w, out, m, float_w, None, self._shared_by_heads)
-        self._fold_rows(w, out, QKV[2], s.view(f.cfg.n_kv_heads, -1, f.cfg.head_dim)[:, 0].flatten())
+        a = f.cfg.layers[w.layer].mixer
+        self._fold_rows(w, out, QKV[2], s.view(a.n_kv_heads, -1, a.head_dim)[:, 0].flatten())
         o = out.linear[O_PROJ].dequantize() / s  # `inner` was made before v was divided by s
         for b in self._batches(x_q):
             y = torch.nn.functional.linear(inner[b], o, w.bias.get(O_PROJ))
@@ -302,7 +303,7 @@ class BlockQuantizer:
 
     def _shared_by_heads(self, s: torch.Tensor) -> torch.Tensor:
         """One scale for each channel of a KV head: all query heads of its group read the same v."""
-        c = self.forward.cfg
+        c = self.forward.cfg.layers[0].mixer
         per_group = s.view(c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
         return per_group.log().mean(1, keepdim=True).exp().expand_as(per_group).flatten()
 

@@ -95,8 +95,11 @@ def apart(cfg: ModelConfig, name: str, rows: torch.Tensor) -> dict[str, torch.Te
     """The parts of a fused linear by their names; any other one as it is. rows: [out, …]."""
     if name not in FUSED:
         return {name: rows}
-    d, f = cfg.head_dim, cfg.intermediate_size
-    sizes = [f, f] if name == "mlp.gate_up_proj" else [n * d for n in (cfg.n_heads, *[cfg.n_kv_heads] * 2)]
+    if name == "mlp.gate_up_proj":
+        sizes = [len(rows) // 2] * 2
+    else:
+        a = cfg.layers[0].mixer
+        sizes = [n * a.head_dim for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads)]
     return dict(zip(FUSED[name], rows.split(sizes), strict=True))
 
 
@@ -153,11 +156,11 @@ class Forward:
         q, k, v = (self.linear(a, w, n) for n in QKV)
         if QK_NORMS[0] in w.norm:
             q, k = (self._norm_heads(x, w.norm[n]) for x, n in zip((q, k), QK_NORMS, strict=True))
-        q, k, v = (x.unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2) for x in (q, k, v))
-        rope = self.cfg.rope_of(w.layer)
-        if rope is not None:
-            q, k = self._rotate(q, rope), self._rotate(k, rope)
-        return self._attention(q, k, v, self.cfg.window_of(w.layer)).transpose(1, 2).flatten(2)
+        layer = self.cfg.layers[w.layer].mixer
+        q, k, v = (x.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for x in (q, k, v))
+        if layer.rope is not None:
+            q, k = self._rotate(q, layer.rope), self._rotate(k, layer.rope)
+        return self._attention(q, k, v, layer).transpose(1, 2).flatten(2)
 
     def middle(self, m: torch.Tensor, w: BlockWeights) -> torch.Tensor:
         """Input of gate and up [S, T, H] → input of the down projection [S, T, F]."""
@@ -205,10 +208,10 @@ class Forward:
         a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
-    def _attention(self, q, k, v, window):
+    def _attention(self, q, k, v, layer):
         import torch
 
-        t, cap, scale = q.shape[2], self.cfg.attn_soft_cap, self.cfg.attn_scale
+        t, cap, scale, window = q.shape[2], layer.soft_cap, layer.scale, layer.window
         sdpa = torch.nn.functional.scaled_dot_product_attention
         if not cap and not 0 < window < t:
             return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

@@ -21,24 +21,24 @@ def hf_config(c: ModelConfig) -> Settings:
             "Quantize its original Hugging Face checkpoint instead.",
         )
     architecture, own = _FAMILIES[c.family]
-    if c.family == "llama" and c.window:
+    if c.family == "llama" and c.windowed:
         architecture = "MistralForCausalLM"
-    rope = _rope_scaling(c.rope, c.long_rope)
+    a, rope = c.layers[0].mixer, c.rope or RopeConfig(dim=c.layers[0].mixer.head_dim)
     config = {
         "architectures": [architecture],
         "model_type": architecture.removesuffix("ForCausalLM").lower(),
         "hidden_act": "silu",
         "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
+        "intermediate_size": c.layers[0].mlp.size,
         "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_kv_heads,
-        "head_dim": c.head_dim,
+        "num_attention_heads": a.n_heads,
+        "num_key_value_heads": a.n_kv_heads,
+        "head_dim": a.head_dim,
         "vocab_size": c.vocab_size,
         "max_position_embeddings": c.long_context or c.context_length,
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope.theta,
-        "rope_scaling": rope,
+        "rope_theta": rope.theta,
+        "rope_scaling": _rope_scaling(rope, c.long_rope),
         "tie_word_embeddings": c.tie_embeddings,
         "attention_bias": c.attention_bias,
         "mlp_bias": c.mlp_bias,
@@ -46,10 +46,10 @@ def hf_config(c: ModelConfig) -> Settings:
         "eos_token_id": one_or_many(c.eos_ids),
         "use_cache": True,
     }
-    if c.rope.dim != c.head_dim:
-        config["partial_rotary_factor"] = c.rope.dim / c.head_dim
-    if c.window:
-        config["sliding_window"] = c.window
+    if rope.dim != a.head_dim:
+        config["partial_rotary_factor"] = rope.dim / a.head_dim
+    if c.windowed:
+        config["sliding_window"] = _window(c)
     return config | own(c)
 
 
@@ -60,28 +60,37 @@ def one_or_many(ids: Iterable[int]) -> int | list[int] | None:
 
 
 def _layer_types(c: ModelConfig) -> list[str]:
-    windowed = set(c.windowed_layers)
-    return ["sliding_attention" if i in windowed else "full_attention" for i in range(c.n_layers)]
+    return ["sliding_attention" if layer.mixer.window else "full_attention" for layer in c.layers]
+
+
+def _window(c: ModelConfig) -> int | None:
+    return next((layer.mixer.window for layer in c.layers if layer.mixer.window), None)
+
+
+def _scale(c: ModelConfig) -> float:
+    a = c.layers[0].mixer
+    return a.scale or a.head_dim**-0.5
 
 
 def _qwen(c: ModelConfig) -> Settings:
-    return {"use_sliding_window": bool(c.window)} | ({"layer_types": _layer_types(c)} if c.window else {})
+    return {"use_sliding_window": c.windowed} | ({"layer_types": _layer_types(c)} if c.windowed else {})
 
 
 def _smollm3(c: ModelConfig) -> Settings:
-    return _qwen(c) | {"no_rope_layers": [int(i not in c.unrotated_layers) for i in range(c.n_layers)]}
+    return _qwen(c) | {"no_rope_layers": [int(layer.mixer.rope is not None) for layer in c.layers]}
 
 
 def _phi3(c: ModelConfig) -> Settings:
-    original = c.rope.original_context if c.rope.kind == "longrope" else c.context_length
-    return {"original_max_position_embeddings": original, "sliding_window": c.window}
+    rope = c.layers[0].mixer.rope
+    original = rope.original_context if rope and rope.kind == "longrope" else c.context_length
+    return {"original_max_position_embeddings": original, "sliding_window": _window(c)}
 
 
 def _granite(c: ModelConfig) -> Settings:
     return {
         "embedding_multiplier": c.embed_scale,
         "residual_multiplier": c.residual_scale,
-        "attention_multiplier": c.attn_scale or c.head_dim**-0.5,
+        "attention_multiplier": _scale(c),
         "logits_scaling": 1 / c.logit_scale,
     }
 
@@ -90,17 +99,18 @@ def _gemma2(c: ModelConfig) -> Settings:
     return {
         "hidden_act": None,
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": round((c.attn_scale or c.head_dim**-0.5) ** -2),
-        "attn_logit_softcapping": c.attn_soft_cap or None,
+        "query_pre_attn_scalar": round(_scale(c) ** -2),
+        "attn_logit_softcapping": c.layers[0].mixer.soft_cap or None,
         "final_logit_softcapping": c.logit_soft_cap or None,
-        "sliding_window": c.window or c.context_length,
+        "sliding_window": _window(c) or c.context_length,
         "layer_types": _layer_types(c),
     }
 
 
 def _gemma3(c: ModelConfig) -> Settings:
     settings = _gemma2(c) | {"model_type": "gemma3_text"}
-    settings["rope_local_base_freq"] = c.local_rope.theta if c.local_rope else 1e4
+    local = [layer.mixer.rope for layer in c.layers if layer.mixer.rope != c.rope]
+    settings["rope_local_base_freq"] = local[0].theta if local and local[0] else 1e4
     del settings["attn_logit_softcapping"]
     return settings
 

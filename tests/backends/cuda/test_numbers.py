@@ -4,7 +4,6 @@ the device is emulated (emulation.py).
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -106,9 +105,7 @@ def test_experts_have_the_same_bits_however_the_tokens_are_cut(case):
 
 
 def test_too_many_experts_are_refused_by_name():
-    checkpoint = TinyCheckpoint()
-    many = dict(n_experts=2000, n_experts_used=2, expert_size=96)
-    checkpoint.config = dataclasses.replace(checkpoint.config, **many)
+    checkpoint = TinyCheckpoint(n_experts=2000, n_experts_used=2, expert_size=96)
     with pytest.raises(UnsupportedModelError, match="2000 experts in a layer; 1024 are the most"):
         cuda(checkpoint)
 
