@@ -175,7 +175,9 @@ def test_the_screens_engine_goes_on_after_any_number_of_escs():
     assert [json.loads(line)["ev"] for line in sink.getvalue().splitlines()] == ["loaded"]
 
 
-INTERRUPTED = ("engine.py", "kvcache.py", "eviction.py", "generation.py", "session.py")
+INTERRUPTED = tuple(
+    f"{name}.py" for name in ["engine", "scheduler", "step", "kvcache", "eviction", "generation", "session"]
+)
 
 
 def interrupted(n, action):

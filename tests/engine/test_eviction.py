@@ -150,7 +150,7 @@ def test_what_is_given_up_does_not_depend_on_drafts_chunks_or_threads(temperatur
             m.tokenizer.eos_ids = frozenset()
             m.draft_tokens = 7 if draft == "ngram" else None
             if chunk:
-                monkeypatch.setattr(m.engine, "chunk_size", lambda n=chunk: n)
+                monkeypatch.setattr(m.engine.scheduler, "chunk_size", lambda _, n=chunk: n)
             ids, done, notices = ids_of(m, prompt, draft=draft, **settings_)
             results.append(ids)
             assert done.stats.evicted_tokens > 300

@@ -6,27 +6,29 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK, Backend, Slots, Span, Step
+from tinychat.backends.interface import BLOCK, Backend, Slots, Span
 from tinychat.base.claims import Claim
 from tinychat.base.errors import MemoryBudgetError, UsageError
-from tinychat.base.events import Event
+from tinychat.base.events import Done, Event
 from tinychat.engine.eviction import EvictionPolicy, Ledger
-from tinychat.engine.generation import Generation
+from tinychat.engine.generation import Generation, Room
 from tinychat.engine.kvcache import BlockPool, Branch, PoolExhaustedError
-from tinychat.engine.sampling import SamplingParams, largest_suffice, total_temperature
+from tinychat.engine.owned import OwnedBranch
+from tinychat.engine.sampling import SamplingParams
+from tinychat.engine.scheduler import Rows, Scheduler
 from tinychat.engine.speculation.speculator import Speculator
+from tinychat.engine.step import Part, run_step
 from tinychat.text.reasoning import Splitter
 from tinychat.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-CHUNK_SECONDS = 0.4  # a prefill chunk aims at this, so that a cancel is felt at once
 POLL_SECONDS = 0.05  # an answer that waits for memory looks around this often
 YIELD_SECONDS = 0.005  # a step lets a fork go first
 FORK_SECONDS = 5.0  # a fork waits for the end of a step, at most so long
@@ -61,7 +63,8 @@ class Engine:
         self._branches: WeakSet[OwnedBranch] = WeakSet()
         self._process = os.getpid()
         _engines.add(self)
-        self._prefill_rate = 0.0
+        self.scheduler = Scheduler(backend, self.execute)
+        self._in_step: list[OwnedBranch] = []  # have room in the step that is being prepared
         self._clock = 0
         self.closed = False
 
@@ -69,7 +72,8 @@ class Engine:
         """A new, empty sequence. With a policy it may outgrow its budget; without, it ends where the context
         is full.
         """
-        return self._known(OwnedBranch(self, policy and Ledger(policy, *self.backend.kv_heads())))
+        ledger = policy and Ledger(policy, *self.backend.kv_heads())
+        return self._known(OwnedBranch(self.pool, self._known, ledger))
 
     def _known(self, branch: OwnedBranch) -> OwnedBranch:
         with self.lock:
@@ -103,10 +107,11 @@ class Engine:
     def forked(self) -> None:
         """This is a child process: of the threads only the present one is here."""
         self.lock, self.tokenizer.lock = threading.RLock(), threading.Lock()
+        self.scheduler.forked()
 
     def run(
         self,
-        branch: Branch,
+        branch: OwnedBranch,
         ids: Sequence[int],
         first_logit: int,
         params: SamplingParams | None = None,
@@ -114,59 +119,74 @@ class Engine:
         watched: int | None = None,
         held: int | None = None,
     ) -> Any:
-        """Append `ids` to the branch in one step; logits from row `first_logit` on.
+        """Append `ids` to the branch in a step of their own; logits from row `first_logit` on, which are
+        returned.
 
-        params: how tokens are chosen from the rows. Then they may be what suffices for that: ids where it is
-        greedy, or `LargestLogits`, which are to be used before the lock is given back.
-        accept: given that output, how many of `ids` stay in the cache; without it all of them do.
-        watched: how many of the last rows tell an eviction policy what they attend to; default: all.
-        held: tokens that the caller believes to be in the branch.
-        Raises PoolExhaustedError if there is no room even after others gave way, or if they are not there
-        because the branch gave way.
+        params, held: as in `Rows`. accept: given that output, how many of `ids` stay in the cache; without it
+        all of them do. watched: how many of the last rows tell an eviction policy what they attend to;
+        default: all. Raises what `Rows.error` would be.
         """
-        with self.changing():
-            self._check_open()
-            self._clock += 1
-            branch.last_used = self._clock
-            if held is not None and len(branch) != held:
-                raise PoolExhaustedError
-            self._make_room(branch, len(ids))
-            self.reserve(branch, len(ids))
-            stay = accept is None or len(ids) == 1  # the first is no draft
-            scores, rows = None, 0
-            if branch.ledger and branch.ledger.watches:
-                rows = len(ids) if watched is None else watched
-                if rows and stay:
-                    scores = branch.ledger.tally(len(ids))
-                elif rows:
-                    scores = np.zeros((rows, *self.backend.kv_heads(), branch.slots + len(ids)), np.float32)
-            tokens = np.asarray(ids, dtype=np.int32)
-            slots = Slots(branch.block_table(), branch.slots, scores, rows)
-            step = Step((Span(tokens, branch.position, first_logit, (slots,)),))
-            with branch.rewritten() if rows and stay else nullcontext():  # votes go where they stay
-                out = self._step(step, params)
-                n = len(ids) if accept is None else accept(out)
-                with branch.rewritten() if branch.ledger else nullcontext():
-                    branch.commit(ids[:n])
-                    if branch.ledger:
-                        branch.ledger.append(n, min(rows, n), None if stay else scores)
-            return out
+        out = []
 
-    def _step(self, step: Step, params: SamplingParams | None) -> Any:
-        if params is None:
-            return self.backend.step(step)
-        if params.greedy:
-            return self.backend.step_greedy(step)
-        step_largest = getattr(self.backend, "step_largest", None)
-        if step_largest and largest_suffice(params):
-            return step_largest(step, total_temperature(params))
-        return self.backend.step(step)
+        def take(rows: Any) -> int:
+            out.append(rows)
+            return len(ids) if accept is None else accept(rows)
 
-    def make_room(self, branch: Branch, n: int) -> None:
-        """Evict what n more tokens need, where the branch has a policy; without one, nothing happens."""
-        with self.changing():
-            self._check_open()
-            self._make_room(branch, n)
+        n = len(ids)
+        votes_from = 0 if watched is None else n - watched
+        rows = Rows(
+            branch, ids, first_logit, params, take, prompt=accept is None, votes_from=votes_from, held=held
+        )
+        self.execute([(rows, n)])
+        if rows.error is not None:
+            raise rows.error
+        return out[0]
+
+    def execute(self, parts: Sequence[tuple[Rows, int]]) -> None:
+        """One step over the first n rows of each; afterwards these are done. What concerns one of them alone
+        becomes its `error`. Raises what goes wrong with the step itself: then none of them is done.
+        """
+        with self.lock:
+            with self.changing():
+                self._check_open()
+                if ready := self._prepared(parts):
+                    run_step(self.backend, ready)
+            self._unfinished = any(rows.error is not None for rows, _ in parts)
+
+    def _prepared(self, parts: Sequence[tuple[Rows, int]]) -> list[Part]:
+        """Those that have room now, in their order. Who began first asks first: he may take the room of later
+        ones, and these find it out.
+        """
+        ready: dict[Rows, Part] = {}
+        self._in_step.clear()
+        for rows, n in sorted(parts, key=lambda part: part[0].branch.since):
+            try:
+                ready[rows] = self._prepare(rows, n)
+                self._in_step.append(rows.branch)
+            except Exception as e:
+                rows.finish(error=e)
+        self._in_step.clear()
+        return [ready[rows] for rows, _ in parts if rows in ready]
+
+    def _prepare(self, rows: Rows, n: int) -> Part:
+        branch, ledger = rows.branch, rows.branch.ledger
+        self._clock += 1
+        branch.last_used = self._clock
+        if rows.held is not None and len(branch) != rows.held:
+            raise PoolExhaustedError
+        for room in (rows.room or n, n):
+            self._make_room(branch, room)
+        self.reserve(branch, n)
+        stay, scores, voters = rows.prompt or n == 1, None, 0  # the first is no draft
+        if ledger and ledger.watches:
+            voters = min(n, max(0, n - rows.votes_from))
+            if voters and stay:
+                scores = ledger.tally(n)
+            elif voters:
+                scores = np.zeros((voters, *self.backend.kv_heads(), branch.slots + n), np.float32)
+        slots = Slots(branch.block_table(), branch.slots, scores, voters)
+        tokens = np.asarray(rows.ids[:n], dtype=np.int32)
+        return Part(rows, n, Span(tokens, branch.position, min(rows.logits_from, n), (slots,)), slots, stay)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -176,8 +196,8 @@ class Engine:
         ledger = branch.ledger
         if ledger is None:
             return
-        excess = branch.slots + n - ledger.policy.budget
-        if excess > 0:
+        excess = ledger.policy.excess(branch.slots, n)
+        if excess:
             self._take(branch, branch.own)
             table, value = branch.block_table(), None
             if ledger.watches:
@@ -185,7 +205,7 @@ class Engine:
                 with np.errstate(over="ignore", invalid="ignore"):  # a damaged model's values
                     value = votes * self.backend.value_spread(table, votes)
             with branch.rewritten():
-                moves = branch.give_up(-(-excess // BLOCK) * BLOCK, value)
+                moves = branch.give_up(excess, value)
                 self.backend.move_slots(table, *moves)
             branch.drop_empty_blocks()
         if branch.position + n > self.trained_context and branch.slots + n <= self.trained_context:
@@ -222,12 +242,49 @@ class Engine:
         splitter: tells reasoning from the answer; without it all is the answer.
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
+        generation = self.generation(branch, prompt, params, cancel, speculator, splitter)
+        return self._claimed(branch, self._served(generation))
+
+    def generation(
+        self,
+        branch: OwnedBranch,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        cancel: threading.Event | None = None,
+        speculator: Speculator | None = None,
+        splitter: Splitter | None = None,
+    ) -> Generation:
+        """The same, for a caller who sees to what it wants."""
         self._check_prompt(prompt, branch.ledger is not None)
         cancel = cancel or threading.Event()
-        generation = Generation(
-            self, branch, list(prompt), params, cancel, speculator or Speculator(), splitter
-        )
-        return self._claimed(branch, generation.events())
+        return Generation(self, branch, list(prompt), params, cancel, speculator or Speculator(), splitter)
+
+    def _served(self, generation: Generation) -> Generator[Event, None, None]:
+        """The events of a generation, while what it wants is done."""
+        going = generation.events()
+        try:
+            said = next(going)
+            while True:
+                if not isinstance(said, (Rows, Room)):
+                    if isinstance(said, Done):
+                        self.scheduler.leave(generation.branch)
+                    yield said
+                    said = next(going)
+                    continue
+                try:
+                    if isinstance(said, Rows):
+                        self.scheduler.run(said)
+                    else:
+                        self.wait_for_room(said.branch, said.n, said.cancel)
+                except BaseException as e:
+                    said = going.throw(e)
+                else:
+                    said = next(going)
+        except StopIteration:
+            pass
+        finally:
+            going.close()
+            self.scheduler.leave(generation.branch)
 
     def _claimed(self, branch: OwnedBranch, steps: Iterator[T]) -> Iterator[T]:
         """What `steps` yields. One user of a branch at a time; only older ones that find no room reclaim its
@@ -264,17 +321,6 @@ class Engine:
                 f"Shorten it{larger}.",
             )
 
-    def chunk_size(self) -> int:
-        """Rows of the next prefill chunk: about CHUNK_SECONDS of work, a whole number of blocks."""
-        if not self._prefill_rate:
-            return min(64, self.backend.max_rows)
-        rows = int(self._prefill_rate * CHUNK_SECONDS) // BLOCK * BLOCK
-        return max(BLOCK, min(rows, self.backend.max_rows))
-
-    def note_prefill(self, rows: int, seconds: float) -> None:
-        """What a chunk took, for the next one's size."""
-        self._prefill_rate = rows / max(seconds, 1e-6)
-
     def kv_bytes(self) -> int:
         """Bytes of the KV pool that hold something."""
         with self.changing():
@@ -299,7 +345,7 @@ class Engine:
         """More blocks for the branch, if possible: from memory while that is plentiful, from the conversation
         that waited longest, from what memory is left, from the answer that began last, if that was later.
         """
-        others = [b for b in self._branches if b is not branch and b.table]
+        others = [b for b in self._branches if b is not branch and b.table and b not in self._in_step]
         idle = [b for b in others if not b.busy]
         if self._grow(2 if idle else 1):
             return True
@@ -344,29 +390,6 @@ class Engine:
                     continue
             cancel.wait(POLL_SECONDS)
         return False
-
-
-class OwnedBranch(Branch):
-    """A branch that gives its blocks back when its owner is gone."""
-
-    def __init__(self, engine: Engine, ledger: Ledger | None = None):
-        super().__init__(engine.pool, ledger=ledger)
-        self._engine = engine
-        self.last_used = 0
-        self.claim = Claim()  # of the answer that is being made
-        self.since = 0  # when it began, by the engine's clock
-
-    @property
-    def busy(self) -> bool:
-        """Whether an answer is being made."""
-        return self.claim.generator is not None
-
-    def _empty(self) -> OwnedBranch:
-        return self._engine._known(OwnedBranch(self._engine))
-
-    def __del__(self):
-        if self.table:
-            self.pool.abandon(self.table)
 
 
 _engines: WeakSet[Engine] = WeakSet()

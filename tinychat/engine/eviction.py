@@ -67,6 +67,10 @@ class EvictionPolicy:
         """
         return max(BLOCK, min(CHUNK, (self.budget - self.pinned - self.recent) // 2 // BLOCK * BLOCK))
 
+    def excess(self, slots: int, n: int) -> int:
+        """Slots to give up of so many in use before n more are: a multiple of BLOCK."""
+        return max(0, -(-(slots + n - self.budget) // BLOCK) * BLOCK)
+
     # Every query of an answer votes: without the early votes, what was told early is forgotten
     # (docs/long-chats.md). Of a prompt the last ones do, and the last ones of a chunk that an eviction
     # follows. The prompt alone decides them: a prefix found in the cache that ends before them changes

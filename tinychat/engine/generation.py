@@ -1,4 +1,7 @@
-"""One answer: match the prefix, prefill in chunks, decode draft by draft, and say what happens meanwhile."""
+"""One answer: match the prefix, prefill in chunks, decode draft by draft, and say what happens meanwhile.
+
+It runs nothing itself: it says which rows it wants next, and goes on with what came.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,58 @@ import io
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK
+from tinychat.backends.interface import BLOCK, Backend
 from tinychat.base.events import Completion, Done, Event, FinishReason, Notice, Reading, Stats, TextDelta
 from tinychat.base.machine import peak_rss
 from tinychat.engine.eviction import Votes
-from tinychat.engine.kvcache import Branch, PoolExhaustedError
+from tinychat.engine.kvcache import PoolExhaustedError
+from tinychat.engine.owned import OwnedBranch
 from tinychat.engine.sampling import SamplingParams, choose_seed, greedy, sample
+from tinychat.engine.scheduler import Rows
 from tinychat.engine.speculation import Draft
 from tinychat.engine.speculation.acceptance import rejection
 from tinychat.engine.speculation.speculator import Speculator
 from tinychat.text.reasoning import Splitter
 from tinychat.text.stopping import Outlet, Said, cut_ids
-from tinychat.text.tokenizer import StreamDecoder
+from tinychat.text.tokenizer import StreamDecoder, Tokenizer
 
-if TYPE_CHECKING:
-    from tinychat.engine.engine import Engine
+
+class Home(Protocol):
+    """What a generation has to know of the engine that it lives in."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+    n_ctx: int
+    trained_context: int
+
+    def changing(self) -> AbstractContextManager[None]:
+        """For one change of branches."""
+        ...
+
+    def kv_bytes(self) -> int:
+        """Bytes of the KV pool that hold something."""
+        ...
+
+
+@dataclass(frozen=True)
+class Room:
+    """A sequence wants room for n tokens: others hold all the memory, or took what it had."""
+
+    branch: OwnedBranch
+    n: int
+    cancel: threading.Event
+
+
+Wish = Rows | Room
 
 
 class Generation:
@@ -34,8 +68,8 @@ class Generation:
 
     def __init__(
         self,
-        engine: Engine,
-        branch: Branch,
+        engine: Home,
+        branch: OwnedBranch,
         prompt: list[int],
         params: SamplingParams,
         cancel: threading.Event,
@@ -57,13 +91,16 @@ class Generation:
         self.began_evicted = self.evicted_before = branch.evicted
         self.notices: list[str] = []
         self.ids = array("i")
+        self._decided: list[int] = []  # by the last step
         self.steps = self.decided = 0  # decode steps, and the tokens that they decided
         self.chosen = 0  # the stop token counts as a step too
         self.text, self.reasoning, self.written = io.StringIO(), io.StringIO(), io.StringIO()
         self.stats = Stats(prompt_tokens=len(prompt))
 
-    def events(self) -> Iterator[Event]:
-        """Prefill, then a TextDelta a token, then Done."""
+    def events(self) -> Generator[Event | Wish, None, None]:
+        """Prefill, then a TextDelta a token, then Done. In between, what is needed for the next one: `Rows`
+        to run, whose error is thrown in, or `Room` to wait for.
+        """
         began = time.perf_counter()
         first_token = yield from self._prefill()
         yield from self._take_notices()
@@ -73,19 +110,24 @@ class Generation:
         first = last = time.perf_counter()
         self.stats.ttft_s = first - began
         reason: FinishReason = "length"
-        tokens = self._tokens(first_token)
+        if self._may_continue():
+            self.speculator.begin(self.context)
+        decided = deque([first_token])
         while self._may_continue():
-            token = next(tokens, None)
+            if not decided:
+                decided.extend((yield from self._decide()))
             yield from self._take_notices()
-            if token is None:
+            if not decided:
                 reason = "cancelled" if self.cancel.is_set() else "context_full"
                 break
+            token = decided.popleft()
             self.chosen += 1
             last = time.perf_counter()
             if token in self.engine.tokenizer.eos_ids:
                 reason = "stop"
                 break
             self.ids.append(token)
+            self.context.append(token)
             thinking = self.outlet.thinking
             yield self._delta(self.outlet.push(self.decoder.push(token)), token)
             if thinking or self.outlet.thinking:
@@ -109,45 +151,34 @@ class Generation:
         self.written.write(said.written)
         return TextDelta(said.text, token, said.reasoning, said.written)
 
-    def _tokens(self, first: int) -> Iterator[int]:
-        """The answer's tokens; ends when the context is full, or when it is cancelled while others hold the
-        memory that it needs.
-
-        The next step runs when the next token is asked for.
+    def _decide(self) -> Generator[Wish, None, list[int]]:
+        """A step and the tokens that it decides: none when the context is full, or when it is cancelled while
+        others hold the memory that it needs.
         """
-        decided = [first]
-        self.speculator.begin(self.context)
-        while True:
-            for token in decided:
-                yield token
-                self.context.append(token)
-            room = self._room()
-            if room < 0:
-                return
+        while (room := self._room()) >= 0:
             if self.params.max_tokens is not None:
                 room = min(room, self.params.max_tokens - len(self.ids) - 1)
             room = min(room, self.engine.backend.max_rows - 1)
             draft = self.speculator.propose(self.context, room, self.params, self.seed)
-            began = time.perf_counter()
-            decided = []
-
-            def accept(out, draft=draft, decided=decided) -> int:
-                decided += self._verify(out, draft)
-                return len(decided)
-
-            rows = [self.context[-1], *draft.tokens]
+            window = [self.context[-1], *draft.tokens]
+            held = len(self.context) - 1
+            rows = Rows(self.branch, window, 0, self.params, partial(self._verify, draft), held=held)
             try:
-                self.engine.run(self.branch, rows, 0, self.params, accept, held=len(self.context) - 1)
+                yield rows
             except PoolExhaustedError:
-                if not self._read_again():
-                    return
+                if not (yield from self._read_again()):
+                    break
                 continue
+            decided = self._decided
             kept = len(decided) - 1
-            self.speculator.note(kept, time.perf_counter() - began)
+            if not rows.shared:  # with a prompt's chunk: its time says nothing of what drafts cost
+                self.speculator.note(kept, rows.seconds)
             self.stats.drafted_tokens += len(draft.tokens)
             self.stats.accepted_tokens += kept
             self.steps += 1
             self.decided += len(decided)
+            return decided
+        return []
 
     def _take_notices(self) -> Iterator[Notice]:
         if self.branch.evicted and not self.evicted_before:
@@ -173,9 +204,9 @@ class Generation:
         left = self.engine.trained_context - branch.position
         return min(room, left - 1) if left > 0 else room
 
-    def _verify(self, out: np.ndarray, draft: Draft) -> list[int]:
+    def _verify(self, draft: Draft, out: Sequence[Any]) -> int:
         """What a window decides: the accepted drafts, then the first that differs, or one more after them
-        all.
+        all. Returns how many that are: as many of its rows stay.
         """
         decided: list[int] = []
         for i, row in enumerate(out):
@@ -184,26 +215,27 @@ class Generation:
             decided.append(self._choose(row, drafted, q, decided))
             if decided[-1] != drafted or drafted in self.engine.tokenizer.eos_ids:
                 break
-        return decided
+        self._decided = decided
+        return len(decided)
 
     def _may_continue(self) -> bool:
         return self.params.max_tokens is None or len(self.ids) < self.params.max_tokens
 
-    def _prefill(self) -> Generator[Event, None, int | None]:
+    def _prefill(self) -> Generator[Event | Wish, None, int | None]:
         """Fill the cache with the prompt; the token that follows it, or None if cancelled."""
         while not self.cancel.is_set():
             try:
                 return (yield from self._fill())
             except PoolExhaustedError:
-                self._wait_for_room()
+                yield self._needed()
         return None
 
-    def _wait_for_room(self) -> None:
+    def _needed(self) -> Room:
         """Others hold all the memory, or took what this answer had."""
         n, ledger = len(self.context) + 1, self.branch.ledger
-        self.engine.wait_for_room(self.branch, min(n, ledger.policy.budget) if ledger else n, self.cancel)
+        return Room(self.branch, min(n, ledger.policy.budget) if ledger else n, self.cancel)
 
-    def _read_again(self) -> bool:
+    def _read_again(self) -> Generator[Wish, None, bool]:
         """Have what the branch held before it gave way: the prompt, then the answer so far as it was made,
         with the same votes. False if it was cancelled.
         """
@@ -211,39 +243,31 @@ class Generation:
         if self.began_evicted:
             self.notices.append("Memory was short, and this conversation gave way; it is read again.")
         while not self.cancel.is_set():
-            self._wait_for_room()
+            yield self._needed()
             try:
                 if branch.ledger is None:
                     with engine.changing():
                         at = branch.match(self.context[:end])
-                elif self._fill_unheard() is None:
+                elif (yield from self._fill(heard=False)) is None:
                     break
                 else:
                     at = len(self.prompt)
                 while at < end and not self.cancel.is_set():
-                    n = 1 + min(self._room(at + 1), engine.chunk_size() - 1)
-                    rows = self.context[at : min(at + n, end)]
-                    engine.run(branch, rows, len(rows), held=at)
-                    at += len(rows)
+                    n = 1 + min(self._room(at + 1), engine.backend.max_rows - 1)
+                    ids = self.context[at : min(at + n, end)]
+                    rows = Rows(branch, ids, len(ids), prompt=True, held=at, cancel=self.cancel)
+                    yield rows
+                    at += rows.ran
                 self.stats = stats
                 return at == end
             except PoolExhaustedError:
                 pass  # it had to give way once more
         return False
 
-    def _fill_unheard(self) -> int | None:
-        """As `_fill`, in the middle of an answer, where nobody asks how far it is."""
-        work = self._fill()
-        while True:
-            try:
-                event = next(work)
-            except StopIteration as e:
-                return e.value
-            if isinstance(event, Notice):
-                self.notices.append(event.message)
-
-    def _fill(self) -> Generator[Event, None, int | None]:
-        """Once over the prompt. Raises PoolExhaustedError."""
+    def _fill(self, heard: bool = True) -> Generator[Event | Wish, None, int | None]:
+        """Once over the prompt. Raises PoolExhaustedError. heard: somebody asks how far it is; not in the
+        middle of an answer.
+        """
         engine, branch = self.engine, self.branch
         with engine.changing():
             # The last token always runs: its logits are what comes next.
@@ -261,56 +285,61 @@ class Generation:
                 f"{n:,} tokens are being read and the context holds {engine.n_ctx:,}: "
                 "much of them is given up meanwhile."
             )
-            yield from self._take_notices()
+            if heard:
+                yield from self._take_notices()
         if not again:
-            return (yield from self._read(cached))
+            return (yield from self._read(cached, heard))
         try:
-            return (yield from self._read(cached, again))
+            return (yield from self._read(cached, heard, again))
         except BaseException:
             with engine.changing():
                 branch.free()  # until `recall` it holds what the answer before voted
             raise
 
-    def _read(self, at: int, again: Votes | None = None) -> Generator[Event, None, int | None]:
+    def _read(
+        self, at: int, heard: bool, again: Votes | None = None
+    ) -> Generator[Event | Wish, None, int | None]:
         """The prompt from token `at` on; `again`: its last token, which has voted already."""
-        engine, branch = self.engine, self.branch
-        began, cached = time.perf_counter(), at
-        while True:
-            if self.cancel.is_set() and not again:
-                return None
-            size, watched = engine.chunk_size(), None
-            start = time.perf_counter()
-            if branch.ledger:
-                size, watched = self._part_of_chunk(at, size)
-                watched = 0 if again else watched
-            chunk = self.prompt[at : at + size]
-            last = at + len(chunk) == len(self.prompt)
-            with engine.lock:
-                first = len(chunk) - last
-                out = engine.run(branch, chunk, first, self.params, watched=watched, held=at)
-                token = self._choose(out[0], None) if last else None
-                if last and branch.ledger:
-                    branch.ledger.recall(again) if again else branch.ledger.remember()
-            if len(chunk) >= BLOCK:
-                engine.note_prefill(len(chunk), time.perf_counter() - start)
-            at += len(chunk)
-            if last:
-                self.stats.prefill_tps = (at - cached) / max(time.perf_counter() - began, 1e-9)
-                return token
-            yield Reading(at, len(self.prompt), (at - cached) / max(time.perf_counter() - began, 1e-9))
+        began, cached, n = time.perf_counter(), at, len(self.prompt)
+        while not self.cancel.is_set() or again:
+            rows = self._rest(at, again)
+            yield rows
+            at += rows.ran
+            rate = (at - cached) / max(time.perf_counter() - began, 1e-9)
+            if at == n:
+                self.stats.prefill_tps = rate
+                return self._decided[0]
+            if heard and rows.ran:
+                yield Reading(at, n, rate)
+        return None
 
-    def _part_of_chunk(self, at: int, size: int) -> tuple[int, int]:
-        """Where eviction may come, prompts have chunks of a constant size, and fixed queries vote.
+    def _rest(self, at: int, again: Votes | None) -> Rows:
+        """The prompt from token `at` on, as far as a step may read.
 
-        Makes room for the rest of the chunk that token `at` lies in. Returns how many tokens to run now,
-        `size` at most, and how many of them vote.
+        Where eviction may come, prompts have chunks of a constant size, and fixed queries vote: room is made
+        for the whole chunk that token `at` lies in, however many tokens of it a step reads.
         """
-        policy, n = self.branch.ledger.policy, len(self.prompt)
-        end = policy.chunk_end(at, n)
-        self.engine.make_room(self.branch, end - at)
-        voters = policy.voters(end, self.branch.slots + end - at, n)
-        size = min(size, end - at)
-        return size, max(0, min(size, at + size - (end - voters)))
+        branch, ledger, n = self.branch, self.branch.ledger, len(self.prompt)
+        end, votes_from = n, at
+        if ledger:
+            end = ledger.policy.chunk_end(at, n)
+            slots = branch.slots - ledger.policy.excess(branch.slots, end - at)
+            votes_from = n if again else end - ledger.policy.voters(end, slots + end - at, n)
+        ids = self.prompt[at : min(end, at + self.engine.backend.max_rows)]
+        last = at + len(ids) == n
+        rows = Rows(self.branch, ids, len(ids) - last, self.params, prompt=True, held=at, room=end - at)
+        rows.votes_from = votes_from - at
+        if last:
+            rows.take = partial(self._begin, len(ids))
+            rows.then = ledger and (partial(ledger.recall, again) if again else ledger.remember)
+        if not again:
+            rows.cancel = self.cancel
+        return rows
+
+    def _begin(self, n: int, out: Sequence[Any]) -> int:
+        """The first token, from the logits of the prompt's last. All n rows stay."""
+        self._decided = [self._choose(out[0], None)]
+        return n
 
     def _choose(self, row, drafted: int | None, q=None, before: Sequence[int] = ()) -> int:
         """The token that follows the context and `before`, from its row of logits (or its argmax)."""

@@ -241,6 +241,17 @@ def greedy(best: int) -> int:
     return int(best)
 
 
+def best_of(row: np.ndarray | LargestLogits) -> int:
+    """The argmax of a row of logits as `Backend.step_greedy` gives it: the lowest id on a tie, -1 where there
+    is nothing to choose.
+    """
+    if isinstance(row, LargestLogits):
+        if len(row.ids):
+            return int(row.ids[0]) if np.isfinite(row.values[0]) else -1
+        row = row.whole()
+    return int(np.argmax(row)) if np.isfinite(row).all() else -1
+
+
 def no_finite_logit() -> CheckpointError:
     """The network computed NaN: its weights are damaged."""
     return CheckpointError(

@@ -112,7 +112,7 @@ def test_drafts_chunks_and_eviction_leave_the_answer_as_it_is(temperature, monke
             m.tokenizer.eos_ids = frozenset()
             speculator = Speculator()
             if chunk:
-                monkeypatch.setattr(m.engine, "chunk_size", lambda n=chunk: n)
+                monkeypatch.setattr(m.engine.scheduler, "chunk_size", lambda _, n=chunk: n)
                 speculator = Speculator(Foresight(answers[0]), Controller(7))
             branch = m.engine.branch(EvictionPolicy.of("h2o", 112))
             *_, done = m.engine.generate(branch, prompt, params, speculator=speculator)

@@ -1,0 +1,35 @@
+"""A branch and whose it is: which answer is being made on it, and since when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tinychat.base.claims import Claim
+from tinychat.engine.eviction import Ledger
+from tinychat.engine.kvcache import BlockPool, Branch
+
+
+class OwnedBranch(Branch):
+    """A branch that gives its blocks back when its owner is gone."""
+
+    def __init__(
+        self, pool: BlockPool, known: Callable[[OwnedBranch], OwnedBranch], ledger: Ledger | None = None
+    ):
+        """known: is told of this branch's forks, and gives them back."""
+        super().__init__(pool, ledger=ledger)
+        self._known = known
+        self.last_used = 0
+        self.claim = Claim()  # of the answer that is being made
+        self.since = 0  # when it began, by the engine's clock
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is being made."""
+        return self.claim.generator is not None
+
+    def _empty(self) -> OwnedBranch:
+        return self._known(OwnedBranch(self.pool, self._known))
+
+    def __del__(self):
+        if self.table:
+            self.pool.abandon(self.table)
