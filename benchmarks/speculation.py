@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from tinychat.backends.interface import BLOCK, Step
+from tinychat.base.load_options import LoadOptions
 from tinychat.bench import SyntheticCheckpoint
 from tinychat.loading import make_backend
-from tinychat.network.weight_policy import WeightPolicy
 
 ALPHAS, WINDOWS = (0.5, 0.7, 0.8, 0.9), (1, 2, 3, 4, 5, 6, 8)
 
@@ -34,7 +34,7 @@ class Runner:
     def __init__(self, shape: str, threads: int | None, n_ctx: int):
         checkpoint = SyntheticCheckpoint(shape)
         self.vocab = checkpoint.config.vocab_size
-        self.backend = make_backend(checkpoint, WeightPolicy(), "cpu", threads, None)
+        self.backend = make_backend(checkpoint, LoadOptions(device="cpu", threads=threads))
         n_blocks = -(-n_ctx // BLOCK)
         self.backend.allocate_kv(n_blocks)
         self.table = np.arange(n_blocks, dtype=np.int32)

@@ -13,6 +13,7 @@ from tiny import TinyCheckpoint, byte_tokenizer, tiny_folder, tiny_model
 
 import tinychat
 from tinychat.base.errors import CheckpointError, MemoryBudgetError, ModelNotFoundError, UsageError
+from tinychat.base.load_options import LoadOptions
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear, Int8Linear, QuantizedLinear, quantize_int8, quantize_rtn
 
@@ -110,7 +111,9 @@ def test_a_beginning_of_text_token_goes_first_once():
     from tinychat.backends.reference import ReferenceBackend
     from tinychat.model import Model
 
-    with Model(checkpoint, ReferenceBackend(checkpoint, WeightPolicy("none", 16)), "tiny", 256) as m:
+    with Model(
+        checkpoint, ReferenceBackend(checkpoint, WeightPolicy("none", 16)), "tiny", LoadOptions(ctx=256)
+    ) as m:
         assert m.encode_prompt("a") == [256, *tokenizer.encode("a")]
         # The template writes it itself: not a second time.
         one = m.chat([{"role": "user", "content": "hi"}], temperature=0, max_tokens=1)

@@ -40,7 +40,8 @@ _EXPORTS = {
     "load": "tinychat.loading",
     "Model": "tinychat.model",
     "Session": "tinychat.session",
-    "SamplingParams": "tinychat.engine.sampling",
+    "LoadOptions": "tinychat.base.load_options",
+    "SamplingParams": "tinychat.base.sampling_params",
     "TextDelta": "tinychat.base.events",
     "Notice": "tinychat.base.events",
     "Reading": "tinychat.base.events",
@@ -62,6 +63,7 @@ __all__ = [
     "Completion",
     "Done",
     "DownloadError",
+    "LoadOptions",
     "MemoryBudgetError",
     "Model",
     "ModelNotFoundError",
@@ -90,7 +92,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from tinychat.base.events import Completion, Done, Notice, Reading, Stats, TextDelta
-    from tinychat.engine.sampling import SamplingParams
+    from tinychat.base.load_options import LoadOptions
+    from tinychat.base.sampling_params import SamplingParams
     from tinychat.loading import load
     from tinychat.model import Model
     from tinychat.session import Session

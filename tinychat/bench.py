@@ -13,6 +13,7 @@ import numpy as np
 
 from tinychat.backends.interface import BLOCK, Backend, Step
 from tinychat.base.errors import MemoryBudgetError, UsageError
+from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import available_memory, cache_bytes, human_bytes
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
@@ -258,13 +259,7 @@ def run(
     model: str | None,
     synthetic: str | None,
     *,
-    device: str = "auto",
-    threads: int | None = None,
-    act_bits: int | None = None,
-    head_bits: int = 8,
-    kv_bits: int = 16,
-    quantize: str = "auto",
-    offline: bool = False,
+    options: LoadOptions,
     progress: Callable[[str], None] | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
@@ -275,17 +270,17 @@ def run(
     from tinychat.kernels_cpu import _native
     from tinychat.loading import make_backend
 
-    policy = WeightPolicy(quantize, head_bits)
+    policy = WeightPolicy(options.quantize, options.head_bits)
     if synthetic is not None:
         checkpoint: Checkpoint = SyntheticCheckpoint(synthetic)
     else:
-        checkpoint = open_checkpoint(store.resolve(model, offline=offline))
+        checkpoint = open_checkpoint(store.resolve(model, offline=options.offline))
     began = time.perf_counter()
-    backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits, progress)
+    backend = make_backend(checkpoint, options, progress)
     load_s = time.perf_counter() - began
     try:
         weight_bytes = weight_bytes_per_token(checkpoint, policy)
-        n_threads = threads or cpu_count()
+        n_threads = options.threads or cpu_count()
         result = measure(
             backend,
             checkpoint.config,

@@ -2,68 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tinychat.backends.interface import Backend
 from tinychat.base import arguments
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.base.extras import import_torch
+from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import HEADROOM, available_memory, has_gpu, human_bytes
 from tinychat.engine.speculation.draft_model import check_vocabulary
 from tinychat.formats import open_checkpoint
-from tinychat.model import Model, check_policy
+from tinychat.model import Model
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.text import rendering
 
-DEVICES = ("auto", "cpu", "cuda", "reference")
 AUTO_GPU = False  # until the CUDA engine has been run on a GPU: docs/performance.md lists what was not
 
 
 def load(
     model: str | Path,
+    options: LoadOptions | None = None,
     *,
-    device: str = "auto",
-    threads: int | None = None,
-    act_bits: int | None = None,
-    head_bits: int = 8,
-    ctx: int | None = None,
-    quantize: str = "auto",
-    kv_bits: int = 16,
-    kv_budget: int | None = None,
-    kv_policy: str | None = None,
-    kv_disk_budget: int | None = None,
-    draft: str | None = None,
-    draft_tokens: int | None = None,
-    think: bool | None = None,
-    offline: bool = False,
     progress: Callable[[str], None] | None = None,
+    **changes: Any,
 ) -> Model:
     """Load a model: an alias (downloaded if need be), a Hugging Face repo id, a local folder or a .gguf file.
 
-    device     "auto" (the CPU, until the CUDA engine has been run on a GPU) | "cpu" | "cuda" | "reference"
-               (torch, fp32: slow, the truth)
-    threads    CPU threads; default: the cores this process may use
-    act_bits   8 or 16: activation precision of the CPU kernels
-    head_bits  8 or 16: how an embedding and output head stored in 16 bits run
-    ctx        tokens the context holds; default: the smaller of the trained context, 8192 and what fits in
-               memory
-    quantize   "auto" | "rtn" | "none": how weights stored in 16 or 32 bits run (`prepare.WeightPolicy`)
-    kv_bits    16 or 8: how keys and values are cached
-    kv_budget  tokens that a conversation keeps in the cache; beyond it the policy gives some up
-    kv_policy  "h2o" (those that the model attends to least), "window" (the oldest) or "none" (the answer
-               ends). Default: "h2o" where there is a budget, and for conversations when their context is full
-    kv_disk_budget  bytes that the KV caches of stored chats may take on disk together (default 4 GB; 0: none)
-    draft      "ngram" | "none" | a smaller model of the same family: who drafts tokens for verification; the
-               text is
-               the same. Default: "ngram" where the backend's rows are independent of each other
-    draft_tokens  how many to draft, always; default: as many as pay
-    think      whether the model reasons before it answers, where its chat template has a switch for that
-
+    options    how; each of them may be given by keyword instead, as in `load("smollm2-135m", ctx=4096)`
     progress   hears in words what takes long: kernels that are compiled the first time a GPU is used
 
     Raises ModelNotFoundError, CheckpointError, UnsupportedModelError, MemoryBudgetError, DownloadError,
@@ -71,89 +43,48 @@ def load(
     """
     from tinychat.hub import store
 
-    arguments.path("The model", model)
-    policy = WeightPolicy(quantize, arguments.integer("head_bits", head_bits))
-    kv_bits = arguments.integer("kv_bits", kv_bits)
-    threads, act_bits, ctx, kv_budget, kv_disk_budget, draft_tokens = (
-        None if value is None else arguments.integer(name, value, low, high)
-        for name, value, low, high in (
-            ("threads", threads, 1, 1024),
-            ("act_bits", act_bits, 0, None),
-            ("ctx", ctx, 1, None),
-            ("kv_budget", kv_budget, 0, None),
-            ("kv_disk_budget", kv_disk_budget, 0, None),
-            ("draft_tokens", draft_tokens, 0, 15),
-        )
-    )
-    _check_settings(device, act_bits, kv_bits, kv_policy, kv_budget, draft, think, offline, progress)
-    path = store.resolve(str(model), offline=offline)
+    options = LoadOptions() if options is None else options
+    if not isinstance(options, LoadOptions):
+        raise UsageError(f"The options are {arguments.shown(options)}.", "Give a tinychat.LoadOptions.")
+    options = LoadOptions.made({**vars(options), **changes})
+    if progress is not None and not callable(progress):
+        raise UsageError(f"progress is {arguments.shown(progress)}.", "Give a function of one text.")
+    name = str(arguments.path("The model", model))
+    path = store.resolve(name, offline=options.offline)
     rendering.prepare()  # beside the weights
     checkpoint = open_checkpoint(path)
-    cfg = checkpoint.config
+    checkpoint.config = _for_context(checkpoint.config, options.ctx)
+    checkpoint.tokenizer()  # one that is refused is refused before weights are read
+    loaded = Model(checkpoint, make_backend(checkpoint, options, progress), name, options, Drafts(options))
+    loaded.eviction(options.kv_budget, options.kv_policy)  # refuse what cannot work now, not in mid-chat
+    if options.think is not None:
+        loaded.think(options.think)
+    return loaded
+
+
+if load.__doc__:  # python -OO has none
+    load.__doc__ = f"{inspect.cleandoc(load.__doc__)}\n\nOptions:\n\n{LoadOptions.table()}"
+
+
+def _for_context(cfg: ModelConfig, ctx: int | None) -> ModelConfig:
     longest = max(cfg.context_length, cfg.long_context)
-    if ctx is not None and not 1 <= ctx <= longest:
+    if ctx is not None and ctx > longest:
         raise UsageError(
             f"A context of {ctx} tokens is outside what the model was trained for.",
             f"Use --ctx 1 to {longest}.",
         )
-    checkpoint.config = cfg.for_context(ctx or 1)
-    checkpoint.tokenizer()  # one that is refused is refused before weights are read
-    backend = make_backend(checkpoint, policy, device, threads, act_bits, kv_bits, progress)
-    loaded = Model(checkpoint, backend, str(model), ctx, policy, Drafts())
-    loaded.draft_tokens = draft_tokens
-    loaded.kv_budget, loaded.kv_policy = kv_budget, kv_policy
-    if kv_disk_budget is not None:
-        loaded.kv_disk_budget = kv_disk_budget
-    loaded.eviction(kv_budget, kv_policy)  # refuse what cannot work now, not in the middle of a chat
-    if draft is not None:
-        loaded.draft = draft
-    if think is not None:
-        loaded.think(think)
-    return loaded
-
-
-def _check_settings(
-    device: str,
-    act_bits: int | None,
-    kv_bits: int,
-    kv_policy: str | None,
-    kv_budget: int | None,
-    draft: str | None,
-    think: bool | None,
-    offline: bool,
-    progress: Callable[[str], None] | None,
-) -> None:
-    """Raises UsageError for what no model could run with."""
-    arguments.choice("device", device, DEVICES, f"Use {', '.join(DEVICES)}.")
-    if act_bits not in (None, 8, 16):
-        raise UsageError(f"act_bits is {act_bits}.", "Use 8 or 16.")
-    if kv_bits not in (8, 16):
-        raise UsageError(f"kv_bits is {kv_bits}.", "Use 8 or 16.")
-    if draft is not None:
-        arguments.text("draft", draft)
-    if think is not None:
-        arguments.flag("think", think)
-    arguments.flag("offline", offline)
-    if progress is not None and not callable(progress):
-        raise UsageError(f"progress is {arguments.shown(progress)}.", "Give a function of one text.")
-    check_policy(kv_policy)
-    if kv_budget is not None and kv_policy == "none":
-        raise UsageError("A KV budget needs a policy that keeps it.", "Leave out --kv-policy none.")
+    return cfg.for_context(ctx or 1)
 
 
 def make_backend(
-    checkpoint: Checkpoint,
-    policy: WeightPolicy,
-    device: str,
-    threads: int | None,
-    act_bits: int | None,
-    kv_bits: int = 16,
-    progress: Callable[[str], None] | None = None,
+    checkpoint: Checkpoint, options: LoadOptions, progress: Callable[[str], None] | None = None
 ) -> Backend:
-    """The backend for a device, loaded; progress as in `load`.
+    """The backend that the options name, loaded; progress as in `load`.
 
     Raises MemoryBudgetError before anything is read if it cannot fit.
     """
+    device, kv_bits = options.device, options.kv_bits
+    policy = WeightPolicy(options.quantize, options.head_bits)
     if device == "cuda":
         return _cuda(checkpoint, policy, kv_bits, progress)
     if device == "auto" and AUTO_GPU and has_gpu():
@@ -167,10 +98,17 @@ def make_backend(
         import_torch("The reference device")
         from tinychat.backends.reference import ReferenceBackend
 
-        return ReferenceBackend(checkpoint, policy, threads, kv_bits=8 if kv_bits == 8 else 32)
+        return ReferenceBackend(checkpoint, policy, options.threads, kv_bits=8 if kv_bits == 8 else 32)
     from tinychat.backends.cpu import CpuBackend
 
-    return CpuBackend(checkpoint, policy, threads=threads, act_bits=act_bits, kv_bits=kv_bits, tell=progress)
+    return CpuBackend(
+        checkpoint,
+        policy,
+        threads=options.threads,
+        act_bits=options.act_bits,
+        kv_bits=kv_bits,
+        tell=progress,
+    )
 
 
 def _cuda(
@@ -202,9 +140,10 @@ def count_weights(cfg: ModelConfig) -> int:
 
 
 class Drafts:
-    """The draft models of one model, each loaded once."""
+    """The draft models of one model, each loaded once, with the options that its own loading was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: LoadOptions):
+        self._options = options.inherited()
         self._loaded: dict[str, Model] = {}
         self._refused: dict[str, UsageError] = {}
 
@@ -237,15 +176,14 @@ class Drafts:
         return self._loaded[draft]
 
     def _load(self, model: Model, draft: str) -> Model:
-        facts = model.backend.describe()
+        facts = model.backend.describe()  # what "auto" came to: drafts must be computed by the same kernels
+        options = self._options.but(device=facts["backend"], threads=facts["threads"])
         if not draft.startswith("layers:"):
-            return load(draft, device=facts["backend"], threads=facts["threads"], draft="none")
+            return load(draft, options)
         from tinychat.formats.subset import LayerSubset, parse_layers
 
-        act_bits = facts["act_bits"] if facts["backend"] == "cpu" else None
         part = LayerSubset(model.checkpoint, parse_layers(draft.removeprefix("layers:")))
-        backend = make_backend(part, model.policy, facts["backend"], facts["threads"], act_bits)
-        return Model(part, backend, draft, policy=model.policy)
+        return Model(part, make_backend(part, options), draft, options)
 
     def close(self) -> None:
         """Close them all."""

@@ -12,10 +12,11 @@ from tinychat.backends.interface import BLOCK, Backend
 from tinychat.base import arguments
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.base.events import Completion, Done, Event
+from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import HEADROOM, available_memory, human_bytes
+from tinychat.base.sampling_params import SamplingParams
 from tinychat.engine.engine import Engine
-from tinychat.engine.eviction import POLICIES, SINKS, SMALLEST, EvictionPolicy
-from tinychat.engine.sampling import SamplingParams
+from tinychat.engine.eviction import SINKS, SMALLEST, EvictionPolicy
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.session import Session
@@ -26,13 +27,6 @@ if TYPE_CHECKING:
     from tinychat.engine.speculation.speculator import Speculator
 
 DEFAULT_CTX = 8192
-KV_DISK_BUDGET = 4_000_000_000  # bytes for all chats together
-
-
-def check_policy(name: str | None) -> None:
-    """Raises UsageError for an eviction policy that is not known; None is the default one."""
-    if name is not None:
-        arguments.choice("kv_policy", name, ("none", *POLICIES), "Use h2o, window or none.")
 
 
 def free_memory(backend: Backend) -> int:
@@ -69,14 +63,12 @@ class Model:
         checkpoint: Checkpoint,
         backend: Backend,
         name: str,
-        ctx: int | None = None,
-        policy: WeightPolicy | None = None,
+        options: LoadOptions | None = None,
         drafts: Drafts | None = None,
     ):
-        """ctx: tokens of the context, as in `tinychat.load`. policy: the one that the backend was loaded by.
-        drafts: where draft models come from.
-        """
-        self.checkpoint, self.policy = checkpoint, policy or WeightPolicy()
+        """options: those that the backend was loaded with. drafts: where draft models come from."""
+        options = options or LoadOptions()
+        self.checkpoint, self.policy = checkpoint, WeightPolicy(options.quantize, options.head_bits)
         self.name, self.path, self.config = name, checkpoint.path, checkpoint.config
         self.backend = backend
         self.tokenizer = checkpoint.tokenizer()
@@ -90,13 +82,12 @@ class Model:
         self.default_sampling = SamplingParams().but(**defaults)
         room = partial(room_for_tokens, backend)
         self.engine = Engine(
-            backend, self.tokenizer, self._fit_context(ctx), self.config.context_length, room
+            backend, self.tokenizer, self._fit_context(options.ctx), self.config.context_length, room
         )
-        self.kv_budget: int | None = None
-        self.kv_policy: str | None = None
-        self.kv_disk_budget = KV_DISK_BUDGET
-        self.draft = "ngram" if backend.row_independent else "none"
-        self.draft_tokens: int | None = None
+        self.kv_budget, self.kv_policy = options.kv_budget, options.kv_policy
+        self.kv_disk_budget = options.kv_disk_budget
+        self.draft = options.draft or ("ngram" if backend.row_independent else "none")
+        self.draft_tokens = options.draft_tokens
         self.drafts = drafts
 
     def _fit_context(self, asked: int | None) -> int:
@@ -158,8 +149,9 @@ class Model:
         Raises UsageError for a budget outside the context, or too small to work with.
         """
         if budget is not None:
-            budget = arguments.integer("kv_budget", budget)
-        check_policy(name)
+            LoadOptions.SETTINGS["kv_budget"].check("kv_budget", budget)
+        if name is not None:
+            LoadOptions.SETTINGS["kv_policy"].check("kv_policy", name)
         budget, name = budget or self.kv_budget, name or self.kv_policy
         asked = bool(budget or name)
         if name is None:

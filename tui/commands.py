@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tinychat.base.sampling_params import SamplingParams
+
 
 @dataclass(frozen=True)
 class Command:
@@ -19,9 +21,7 @@ COMMANDS = (
     Command("help", "", "keys and commands"),
     Command("model", "[NAME]", "choose the model"),
     Command("system", "[TEXT]", "set the system prompt; nothing shows it; - removes it"),
-    Command(
-        "set", "[NAME VALUE]", "sampling: temperature, top_k, top_p, min_p, repeat_penalty, max_tokens, seed"
-    ),
+    Command("set", "[NAME VALUE]", f"sampling: {', '.join(SamplingParams.numbers())}"),
     Command("regen", "", "answer again, as a new branch"),
     Command("edit", "[TEXT]", "change your last message, as a new branch"),
     Command("branch", "[N]", "go to branch N of the last answer; without N, the next one"),

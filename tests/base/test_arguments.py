@@ -205,5 +205,5 @@ def test_load_takes_numbers_of_other_libraries():
         tinychat.load(
             "no-such-model", offline=True, threads=np.int64(1), ctx=np.int32(512), kv_bits=np.int8(8)
         )
-    with pytest.raises(TypeError):
+    with pytest.raises(UsageError, match="contxt"):
         tinychat.load("no-such-model", contxt=5)

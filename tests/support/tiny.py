@@ -110,6 +110,7 @@ def tiny_model(
     TINYCHAT_TEST_BACKEND=cuda puts all of them on that one, but for those that say "reference": what holds
     for sessions, eviction and speculation holds there too.
     """
+    from tinychat.base.load_options import LoadOptions
     from tinychat.loading import Drafts
     from tinychat.model import Model
     from tinychat.network.weight_policy import WeightPolicy
@@ -132,7 +133,8 @@ def tiny_model(
         from tinychat.backends.reference import ReferenceBackend
 
         on = ReferenceBackend(checkpoint, policy, threads=1)
-    model = Model(checkpoint, on, "tiny", ctx, drafts=Drafts())
+    options = LoadOptions(ctx=ctx, quantize="none", head_bits=16)
+    model = Model(checkpoint, on, "tiny", options, Drafts(options))
     if not grows:
         model.engine.more_tokens = lambda: 0
     return model

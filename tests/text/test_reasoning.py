@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.events import Done, TextDelta, event_to_json
+from tinychat.base.load_options import LoadOptions
 from tinychat.chats import export
 from tinychat.chats.chat_store import ChatStore
 from tinychat.cli.output import Printer
@@ -160,7 +161,9 @@ def model(request, monkeypatch):
     """A model that says what `model.script` spells, whatever it computes."""
     checkpoint = Checkpoint(request.param)
     policy = WeightPolicy("none", 16)
-    with Model(checkpoint, ReferenceBackend(checkpoint, policy, threads=1), "tiny", 256) as m:
+    with Model(
+        checkpoint, ReferenceBackend(checkpoint, policy, threads=1), "tiny", LoadOptions(ctx=256)
+    ) as m:
         m.script = "[THINK]hm stop[/THINK]Yes, stop.</s>"
 
         def choose(generation, row, drafted, q=None, before=()):

@@ -7,7 +7,6 @@ field that makes no sense is empty, a message without its parent goes on where t
 from __future__ import annotations
 
 import json
-import math
 import sqlite3
 import sys
 from array import array
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinychat.base.characters import whole
+from tinychat.base.sampling_params import SamplingParams
 from tinychat.text.attachments import are_sound, as_read
 
 TITLE_LENGTH = 60
@@ -26,16 +26,6 @@ MESSAGE = (
     "attachments"
 )
 REASONS = ("stop", "length", "cancelled", "context_full", "error")
-INTEGERS = ("top_k", "max_tokens", "seed")
-RANGES = {  # of sampling parameters; what lies outside is refused when it is set, and forgotten when read
-    "temperature": (0, 100),
-    "top_k": (0, 1 << 31),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repeat_penalty": (0.01, 100),
-    "max_tokens": (0, 1 << 31),
-    "seed": (0, 1 << 63),
-}
 
 
 @dataclass
@@ -97,7 +87,7 @@ def chat_of(row: tuple) -> Chat:
         text_of(title),
         text_of(model),
         None if system is None else text_of(system),
-        _params(params),
+        SamplingParams.sound(_object(params)),
         leaf if type(leaf) is int else None,
         _time(created),
         _time(updated),
@@ -161,7 +151,7 @@ def text_of(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1 << 63
+    return type(value) in (int, float) and abs(value) < 1 << 63  # which NaN and infinity are not
 
 
 def _time(value: Any) -> float:
@@ -182,18 +172,6 @@ def _attachments(value: Any) -> list[dict[str, str]]:
     except (ValueError, RecursionError):
         return []
     return read if are_sound(read) else []
-
-
-def _params(value: Any) -> dict[str, Any]:
-    out = {}
-    for name, v in _object(value).items():
-        if name == "stop" and isinstance(v, list) and all(isinstance(s, str) and s for s in v):
-            out[name] = v
-        elif name in RANGES and _is_number(v) and (name not in INTEGERS or type(v) is int):
-            low, high = RANGES[name]
-            if low <= v <= high:
-                out[name] = v
-    return out
 
 
 def _pack(ids: list[int]) -> bytes:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinychat.base.errors import UsageError
+from tinychat.base.load_options import LoadOptions
+from tinychat.base.sampling_params import SamplingParams
 from tinychat.cli.options import (
-    ANSWERING,
     CHAT_NUMBER,
     DEFAULT_MODEL,
-    SAMPLING,
     answering_options,
     complete_models,
     file_type,
@@ -94,17 +94,17 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         with first_frame():
             from tinychat.tui.app import make_app
 
-            options = pick(o, ANSWERING) | ({"keep_kv": False} if o["no_store"] else {})
-            app = make_app(model, store, chat, o["system"], pick(o, SAMPLING), options)
+            options = pick(o, LoadOptions.SETTINGS) | ({"keep_kv": False} if o["no_store"] else {})
+            app = make_app(model, store, chat, o["system"], pick(o, SamplingParams.SETTINGS), options)
         sys.exit(app.run_to_end())
     from tinychat.loading import load
 
-    loaded = load(model, **pick(o, ANSWERING), progress=partial(click.echo, err=True))
+    loaded = load(model, **pick(o, LoadOptions.SETTINGS), progress=partial(click.echo, err=True))
     with loaded:
         # One answer ends where its context does; a conversation goes on.
         once = "none" if text is not None and chat is None and not o["kv_budget"] else None
         policy = o["kv_policy"] or once
-        session = loaded.session(o["system"], kv_policy=policy, **pick(o, SAMPLING))
+        session = loaded.session(o["system"], kv_policy=policy, **pick(o, SamplingParams.SETTINGS))
         keeper = None
         if store is not None:
             from tinychat.chats.keeper import Keeper

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 
-DEFAULT_MODEL = "smollm2-135m"
+from tinychat.base.load_options import ANSWER, CONTEXT, ENGINE, LoadOptions
+from tinychat.base.sampling_params import SamplingParams
+from tinychat.base.settings import Choice, Flag, Number, Setting, Settings, Texts, Whole
 
-LOADING = (
-    "device",
-    "threads",
-    "act_bits",
-    "head_bits",
-    "ctx",
-    "kv_bits",
-    "kv_budget",
-    "kv_policy",
-    "kv_disk_budget",
-    "quantize",
-    "offline",
-)
-DRAFTING = ("draft", "draft_tokens")
-ANSWERING = (*LOADING, *DRAFTING, "think")
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "seed", "stop")
+DEFAULT_MODEL = "smollm2-135m"
 
 
 def _stack(options: list[Callable]) -> Callable:
@@ -99,68 +86,57 @@ def complete_models(_ctx, _param, incomplete: str) -> list[str]:
 
 model_argument = click.argument("model", shell_complete=complete_models)
 
-loading_options = _stack(
-    [
-        click.option("--ctx", type=click.IntRange(1), help="Tokens the context holds."),
-        click.option(
-            "--kv-budget", type=click.IntRange(1), help="Tokens kept in the cache; others are given up."
-        ),
-        click.option(
-            "--kv-policy",
-            type=click.Choice(["h2o", "window", "none"]),
-            help="What is given up: what is attended to least, the oldest, or nothing.",
-        ),
-        click.option(
-            "--kv-disk-budget",
-            type=Size(),
-            help="What the caches of stored chats may take on disk, such as 500MB; default 4GB, 0: nothing.",
-        ),
-        click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Bits of the KV cache."),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "reference"]), default="auto"),
-        click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
-        click.option(
-            "--act-bits", type=click.Choice(["16", "8"]), help="Activation bits of the CPU kernels."
-        ),
-        click.option("--head-bits", type=click.Choice(["8", "16"]), default="8", help="Output head bits."),
-        click.option(
-            "--quantize",
-            type=click.Choice(["auto", "rtn", "none"]),
-            default="auto",
-            help="How weights stored in 16 bits run.",
-        ),
-        click.option("--offline", is_flag=True, help="Never use the network."),
-    ]
-)
 
-sampling_options = _stack(
-    [
-        click.option("--temp", "temperature", type=float, help="Temperature; 0 is greedy."),
-        click.option("--top-p", type=float),
-        click.option("--top-k", type=int),
-        click.option("--min-p", type=float),
-        click.option("--repeat-penalty", type=float),
-        click.option("--max-tokens", type=click.IntRange(0)),
-        click.option("--seed", type=click.IntRange(0), help="Same seed, same text."),
-        click.option(
-            "--stop", multiple=True, help="End the answer at this text; may be given several times."
-        ),
-    ]
-)
+class Finite(click.FloatRange):
+    """A number in a range, and not NaN."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """As click.FloatRange's."""
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
 
 
-answering_options = _stack(
-    [
-        click.option("--draft", metavar="MODEL|ngram|auto|none", help="Who drafts; the text stays the same."),
-        click.option("--draft-tokens", type=click.IntRange(0, 15), help="Draft this many, always."),
-        click.option("--think/--no-think", default=None, help="Whether the model reasons before it answers."),
-    ]
-)
+class OneOf(click.Choice):
+    """One of some whole numbers."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """As click.Choice's, as a number."""
+        return int(super().convert(str(value), param, ctx))
 
 
-def pick(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The given keyword arguments among `names`, bits as numbers."""
-    out = {k: options[k] for k in names if options.get(k) is not None}
-    for bits in ("act_bits", "head_bits", "kv_bits"):
-        if bits in out:
-            out[bits] = int(out[bits])
-    return out
+def _option(name: str, s: Setting) -> Callable:
+    """The command line's option for a setting. It is None where it is not given."""
+    flag = s.flag or f"--{name.replace('_', '-')}"
+    words = {"help": s.sentence() or None, "metavar": s.metavar}
+    if isinstance(s, Flag) and s.default is None:
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", name, default=None, **words)
+    if isinstance(s, Flag):
+        return click.option(flag, name, is_flag=True, default=None, **words)
+    return click.option(flag, name, type=_type(s), multiple=isinstance(s, Texts), **words)
+
+
+def _type(s: Setting) -> click.ParamType:
+    if s.unit == "bytes":
+        return Size()
+    if isinstance(s, Number):
+        return (click.IntRange if isinstance(s, Whole) else Finite)(s.low, s.high)
+    if isinstance(s, Choice):
+        return (OneOf if s.numbers else click.Choice)([str(c) for c in s.choices])
+    return click.STRING
+
+
+def options_of(kind: type[Settings], names: Iterable[str]) -> Callable:
+    """A decorator that gives a command the options of these settings."""
+    return _stack([_option(name, kind.SETTINGS[name]) for name in names])
+
+
+sampling_options = options_of(SamplingParams, SamplingParams.SETTINGS)
+answering_options = options_of(LoadOptions, LoadOptions.group(ANSWER))
+loading_options = options_of(LoadOptions, LoadOptions.group(CONTEXT, ENGINE))
+
+
+def pick(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The keyword arguments among `names` that were given."""
+    return {k: options[k] for k in names if options.get(k) not in (None, ())}

@@ -5,24 +5,25 @@ from __future__ import annotations
 import os
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from tinychat.base import errors, locations
 from tinychat.base.errors import UsageError
+from tinychat.base.sampling_params import SamplingParams
 from tinychat.cli.output import Printer, cancel_on_interrupt, describe, show_events
-from tinychat.engine.sampling import SamplingParams
 from tinychat.session import Session
 
 if TYPE_CHECKING:
     from tinychat.chats.keeper import Keeper
 
 HISTORY = 1000  # messages
-HELP = """\
+HELP = f"""\
 /help                 this list
 /system [TEXT]        show or set the system prompt
-/set [NAME VALUE]     show or set temperature, top_k, top_p, min_p, repeat_penalty, max_tokens, seed
+/set [NAME VALUE]     show or set {", ".join(SamplingParams.numbers())}
 /regen                answer again
 /edit TEXT            replace your last message
 /stats                timings of the last answer, context used
@@ -155,14 +156,12 @@ class Repl:
         s = self.session
         words = rest.split()
         if len(words) == 2:
-            kind = {"top_k": int, "max_tokens": int, "seed": int}.get(words[0], float)
-            try:
-                s.params = s.params.but(**{words[0]: kind(words[1])})
-            except ValueError:
-                raise UsageError(f"{words[1]} is not a number.", "Use /set NAME VALUE.") from None
+            value = SamplingParams.parse(*words)
+            default = getattr(s.model.default_sampling, words[0])
+            s.params = replace(s.params, **{words[0]: default if value is None else value})
         elif words:
             raise UsageError("/set takes a name and a value.", "Use /set temperature 0.2.")
-        for name in SamplingParams.__dataclass_fields__:
+        for name in SamplingParams.SETTINGS:
             click.echo(f"{name} {getattr(s.params, name)}", err=True)
 
     def _read(self) -> str:

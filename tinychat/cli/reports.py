@@ -13,8 +13,9 @@ import click
 from tinychat.base import terminal
 from tinychat.base.errors import UsageError
 from tinychat.base.files import read_prose
+from tinychat.base.load_options import ENGINE, LoadOptions
 from tinychat.base.machine import human_bytes
-from tinychat.cli.options import LOADING, complete_models, file_type, loading_options, model_argument, pick
+from tinychat.cli.options import complete_models, file_type, loading_options, model_argument, pick
 
 MAX_SCORED = 16 << 20  # bytes of a text whose perplexity is asked for: hours on any machine
 TOKENS = click.IntRange(0, 1 << 24)  # that bench reads
@@ -31,7 +32,7 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
     from tinychat.perplexity import perplexity
 
     text = read_prose(file, MAX_SCORED)
-    with load(model, **pick(o, LOADING), progress=partial(click.echo, err=True)) as m:
+    with load(model, **pick(o, LoadOptions.SETTINGS), progress=partial(click.echo, err=True)) as m:
         window, ids = min(o["ctx"] or 512, m.n_ctx), m.tokenizer.encode(text)
         if sys.stderr.isatty():
             with terminal.bar("windows") as progress:
@@ -76,11 +77,7 @@ def bench(
         n_gen=o["n_gen"],
         contexts=contexts or (0,),
         rounds=o["rounds"],
-        **{
-            k: v
-            for k, v in pick(o, LOADING).items()
-            if k not in ("ctx", "kv_budget", "kv_policy", "kv_disk_budget")
-        },
+        options=LoadOptions(**pick(o, LoadOptions.group(ENGINE))),
         progress=partial(click.echo, err=True),
     )
     if as_json:

@@ -8,63 +8,13 @@ docs/design.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-
 import numpy as np
 
 from tinychat.backends.interface import LargestLogits
-from tinychat.base import arguments
 from tinychat.base.errors import CheckpointError, UsageError
+from tinychat.base.sampling_params import SamplingParams
 
 FEW = 1024  # of a row's largest logits: nearly always all that top-p and min-p leave
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen. temperature 0 is argmax (lowest id on a tie).
-
-    top_k 0 and top_p 1 and min_p 0 are off. repeat_penalty as in CTRL (Keskar et al. 2019), over the whole
-    context.
-    """
-
-    temperature: float = 0.7
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        checked = {
-            "stop": arguments.texts("stop", self.stop),
-            "top_k": arguments.integer("top_k", self.top_k, 0, 1 << 31),
-            "temperature": arguments.number("temperature", self.temperature, 0.0, 100.0),
-            "top_p": arguments.number("top_p", self.top_p, 0.0, 1.0),
-            "min_p": arguments.number("min_p", self.min_p, 0.0, 1.0),
-            "repeat_penalty": arguments.number("repeat_penalty", self.repeat_penalty, 0.01, 100.0),
-        }
-        for name in ("seed", "max_tokens"):
-            value = getattr(self, name)
-            checked[name] = None if value is None else arguments.integer(name, value)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the next token is a plain argmax of the logits."""
-        return self.temperature == 0 and self.repeat_penalty == 1.0
-
-    def but(self, **changes) -> SamplingParams:
-        """A copy with the given fields changed; unknown names raise UsageError, None values are left out."""
-        unknown = set(changes) - {f.name for f in fields(self)}
-        if unknown:
-            raise UsageError(
-                f"Unknown sampling parameter {', '.join(sorted(unknown))}.",
-                f"Known: {', '.join(f.name for f in fields(self))}.",
-            )
-        return replace(self, **{k: v for k, v in changes.items() if v is not None})
 
 
 _MASK = (1 << 64) - 1

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from tinychat.base import locations
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.base.files import read_bytes, write_atomically
+from tinychat.base.sampling_params import SamplingParams
 from tinychat.chats.chat_store import Chat, path_to
 from tinychat.chats.export import json_of, markdown_of
-from tinychat.chats.records import INTEGERS, RANGES
 from tinychat.text.reasoning import split_thought
 from tinychat.tui import clipboard, messages
 from tinychat.tui.commands import BY_NAME
@@ -28,22 +28,6 @@ from tinychat.tui.widgets.turn import Turn, human_size
 
 if TYPE_CHECKING:
     from tinychat.tui.screens.chat import ChatScreen
-
-
-def parse_setting(name: str, value: str) -> float | int | None:
-    """A sampling parameter's value; "-" or nothing is the model's default (None). Raises UsageError."""
-    if name not in RANGES:
-        raise UsageError(f"{name} is not a sampling parameter.", f"Known: {', '.join(RANGES)}.")
-    if value in ("", "-", "default"):
-        return None
-    try:
-        number = int(value) if name in INTEGERS else float(value)
-    except ValueError:
-        raise UsageError(f"{value} is not a number.", f"Use /set {name} NUMBER.") from None
-    low, high = RANGES[name]
-    if not low <= number <= high:
-        raise UsageError(f"{name} is {value}.", f"It must lie between {low} and {high}.")
-    return number
 
 
 class ChatActions:
@@ -84,7 +68,7 @@ class ChatActions:
     def command_set(self: ChatScreen, rest: str) -> None:
         name, _, value = rest.partition(" ")
         if name:
-            self.set_params({name: parse_setting(name, value.strip())})
+            self.set_params({name: SamplingParams.parse(name, value.strip())})
         else:
             self.action_sampling()
 

@@ -9,17 +9,8 @@ from textual.containers import Horizontal, Vertical
 from textual.widgets import Input, Label
 
 from tinychat.base.errors import UsageError
+from tinychat.base.sampling_params import SamplingParams
 from tinychat.tui.screens.panel import PanelScreen
-
-NAMES = {
-    "temperature": "0 is greedy; higher is bolder",
-    "top_k": "only the k likeliest; 0 is off",
-    "top_p": "the likeliest that make up p; 1 is off",
-    "min_p": "at least this share of the likeliest; 0 is off",
-    "repeat_penalty": "1 is off",
-    "max_tokens": "of an answer; empty: no limit",
-    "seed": "same seed, same text; empty: another each time",
-}
 
 
 class SamplingScreen(PanelScreen[dict]):
@@ -32,8 +23,8 @@ class SamplingScreen(PanelScreen[dict]):
     def compose(self) -> ComposeResult:
         with Vertical(id="panel"):
             yield Label("Sampling", classes="title")
-            for name, what in NAMES.items():
-                default = self.defaults.get(name)
+            for name, setting in SamplingParams.numbers().items():
+                default, what = self.defaults.get(name), setting.hint
                 hint = f"{default} (the model's) · {what}" if default is not None else what
                 value = self.params.get(name)
                 with Horizontal(classes="row"):
@@ -45,13 +36,11 @@ class SamplingScreen(PanelScreen[dict]):
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Check and hand over."""
-        from tinychat.tui.screens.actions import parse_setting
-
         changes = {}
-        for name in NAMES:
+        for name in SamplingParams.numbers():
             field = self.query_one(f"#{name}", Input)
             try:
-                changes[name] = parse_setting(name, field.value.strip())
+                changes[name] = SamplingParams.parse(name, field.value.strip())
             except UsageError as e:
                 self.query_one("#state", Label).update(f"{e.what} {e.todo}")
                 field.focus()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import byte_tokenizer, tiny_model
+from tiny import byte_tokenizer, tiny_folder, tiny_model
 
+import tinychat
 from tinychat.base.errors import UsageError
 from tinychat.base.events import Done, Notice, TextDelta
 from tinychat.engine.sampling import SamplingParams, candidates
@@ -288,6 +289,31 @@ def test_layers_of_the_model_itself_can_draft(model):
         events = list(model.session(draft=bad, temperature=0, max_tokens=3).send("hello"))
         assert isinstance(events[0], Notice)
         assert events[-1].stats.generated_tokens == 3
+
+
+def test_a_draft_runs_as_its_model_was_told_to(tmp_path, monkeypatch):
+    """Above all: offline means offline, for the draft too."""
+    from tinychat.hub import store
+
+    pulled = []
+    monkeypatch.setattr(store, "_pull", lambda name: pulled.append(name) or tiny_folder(tmp_path / "pulled"))
+    monkeypatch.setattr(store, "offline_by_environment", lambda: False)
+    folder, small = tiny_folder(tmp_path / "model"), tiny_folder(tmp_path / "small", seed=1, n_layers=1)
+    how = dict(device="cpu", kv_bits=8, act_bits=16, quantize="rtn", head_bits=16, threads=1)
+    with tinychat.load(folder, offline=True, draft="hf:some/draft", **how) as m:
+        notice = m.session().speculator.take_notice()
+        assert "No draft: hf:some/draft is not on this machine, and tinychat is offline" in notice
+        assert not pulled
+        for draft in (str(small), "layers:0"):
+            assert m.speculator(draft).take_notice() == ""
+            loaded = m.drafts.get(m, draft)
+            assert {k: v for k, v in loaded.describe().items() if k not in ("model", "ctx")} == {
+                k: v for k, v in m.describe().items() if k not in ("model", "ctx")
+            }
+            assert loaded.policy == m.policy
+    with tinychat.load(folder, draft="hf:some/draft", **how) as m:
+        m.session()
+        assert pulled == ["hf:some/draft"]
 
 
 def test_a_draft_of_other_words_is_refused_every_time_and_loaded_once(model, monkeypatch):
