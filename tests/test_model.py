@@ -15,7 +15,7 @@ import tinychat
 from tinychat.base.errors import CheckpointError, MemoryBudgetError, ModelNotFoundError, UsageError
 from tinychat.base.load_options import LoadOptions
 from tinychat.network.weight_policy import WeightPolicy
-from tinychat.network.weights import DenseLinear, Int8Linear, QuantizedLinear, quantize_int8, quantize_rtn
+from tinychat.network.weights import DenseLinear, QuantizedLinear, quantize_int8, quantize_rtn
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +138,18 @@ def test_wider_weights_run_in_the_bits_asked_for():
     checkpoint = TinyCheckpoint()
     q, embed = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
     w = checkpoint.weights[q]
-    kinds = {"auto": Int8Linear, "rtn": QuantizedLinear, "none": DenseLinear}
-    for quantize, kind in kinds.items():
+    forms = {
+        "auto": "8-bit, groups of 32, fp16 scale",
+        "rtn": "4-bit, one group a row, fp16 scale and zero point",
+        "none": "fp32",
+    }
+    for quantize, form in forms.items():
         linear = WeightPolicy(quantize).linear(checkpoint, q)
-        assert isinstance(linear, kind)
+        assert str(linear.form) == form
         step = {"auto": np.abs(w).max() / 127, "rtn": np.ptp(w) / 15, "none": 1e-9}[quantize]
         assert np.abs(linear.dequantize() - w).max() <= step * 1.01
-    assert isinstance(WeightPolicy().embedding(checkpoint, embed), Int8Linear)
-    assert isinstance(WeightPolicy(head_bits=16).embedding(checkpoint, embed), DenseLinear)
+    assert str(WeightPolicy().embedding(checkpoint, embed).form) == forms["auto"]
+    assert str(WeightPolicy(head_bits=16).embedding(checkpoint, embed).form) == "fp32"
     assert WeightPolicy().head(checkpoint, "lm_head") is None  # tied
 
 

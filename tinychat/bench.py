@@ -26,7 +26,7 @@ from tinychat.network.config import (
     RopeConfig,
 )
 from tinychat.network.weight_policy import WeightPolicy
-from tinychat.network.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
+from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
 
 
 def _shape(hidden, ffn, layers, heads, kv_heads, vocab, tied, bias=False, context=8192) -> ModelConfig:
@@ -120,7 +120,8 @@ class SyntheticCheckpoint:
         rng = np.random.default_rng(n * 31 + k)
         raw = np.frombuffer(rng.bytes(n * k), dtype=np.uint8).reshape(n, k)
         if not body:
-            return Int8Linear(raw.view(np.int8), np.full((n, k // 32), 0.01 / k**0.5, np.float16))
+            scales = np.full((n, k // 32), 0.01 / k**0.5, np.float16)
+            return QuantizedLinear(raw.view(np.int8), scales, bits=8)
         group = next(g for g in (128, 64, 32) if k % g == 0)
         return QuantizedLinear(
             raw & 15,
@@ -130,18 +131,9 @@ class SyntheticCheckpoint:
         )
 
 
-def linear_bytes(w: Linear) -> float:
-    """Bytes that one pass over a linear reads: codes, 16-bit scales, 4-bit zeros or 16-bit offsets; nothing
-    else.
-    """
-    n, k = w.shape
-    if isinstance(w, QuantizedLinear):
-        beside = 0.5 if w.offsets is None else 2
-        return n * k / 2 + n * (k // w.group) * (2 + beside)
-    if isinstance(w, Int8Linear):
-        return n * k + n * (k // w.group) * 2
-    assert isinstance(w, DenseLinear)
-    return n * k * w.weight.itemsize
+def linear_bytes(w: Linear) -> int:
+    """Bytes that one pass over a linear reads: codes, and what stands beside them."""
+    return w.form.n_bytes(*w.shape)
 
 
 def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:

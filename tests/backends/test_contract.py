@@ -146,7 +146,7 @@ def test_a_full_disk_is_a_warning_and_the_model_answers(backend, home, monkeypat
     def full(self, a):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packs._File, "put", full)
+    monkeypatch.setattr(packs.FileSink, "put", full)
     with pytest.warns(RuntimeWarning, match="No space left"):
         got = run(backend(TinyCheckpoint(1)), IDS, [9])
     np.testing.assert_array_equal(got, expected)

@@ -15,7 +15,9 @@ from tiny import TinyCheckpoint
 from tinychat.backends import pack_check
 from tinychat.backends import pack_file as packs
 from tinychat.backends.cpu import CpuBackend
+from tinychat.backends.cpu_pack import CpuLayout
 from tinychat.backends.interface import Step
+from tinychat.backends.pack_store import Packer
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.kernels_cpu import _native
@@ -146,7 +148,7 @@ def test_what_a_killed_process_left_is_removed(home):
 def test_packs_are_streamed_not_collected():
     checkpoint, alive, most = TinyCheckpoint(1), [0], [0]
 
-    class Counting(packs._File):
+    class Counting(packs.FileSink):
         def put(self, a):
             alive[0] = a.nbytes
             most[0] = max(most[0], alive[0])
@@ -154,7 +156,7 @@ def test_packs_are_streamed_not_collected():
 
     total = 0
     with open(os.devnull, "wb") as sink:
-        packer = packs.CpuPacker(checkpoint, WeightPolicy(), Counting(sink, "a.pack"))
+        packer = Packer(checkpoint, WeightPolicy(), CpuLayout(), Counting(sink, "a.pack"))
         FAMILIES["llama"].load(packer, checkpoint.config)
         total = packer.sink.at
     assert most[0] < total / 2

@@ -14,7 +14,7 @@ import pytest
 from expert_layers import EXPERTS, HIDDEN, TAKEN, layer
 from programs import FORMS, ISAS, Bench, quantize_rows
 
-from tinychat.backends import pack_file as packs
+from tinychat.backends.cpu_pack import pack
 from tinychat.network.weights import DenseLinear
 
 
@@ -22,7 +22,7 @@ def run(weights, x, scores, *, isa, threads=2, act_bits=16, normalize=True, resi
     """The experts of a layer, recorded as the backend records a model: float32 [rows, HIDDEN]."""
     from tinychat.backends.cpu_recorder import Buffer, Recorder, Value
 
-    packed = [[packs.pack(w) for w in expert] for expert in weights]
+    packed = [[pack(w) for w in expert] for expert in weights]
     r = Recorder(act_bits)
     b = Bench(isa, threads)
     value, columns = Value(HIDDEN, rows=Buffer(HIDDEN, rows=True)), Buffer(EXPERTS)
@@ -116,15 +116,15 @@ GUARDED = """
 import ctypes, json, sys
 from pathlib import Path
 import numpy as np
-from tinychat.backends import pack_file as packs
+from tinychat.backends import pack_store
 from tinychat.backends.interface import Step
 from tinychat.backends.cpu import CpuBackend
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.network.weight_policy import WeightPolicy
 
 loaded = []
-load = packs.load
-packs.load = lambda *a: loaded.append(load(*a)) or loaded[-1]
+opened = pack_store.opened
+pack_store.opened = lambda *a: loaded.append(opened(*a)) or loaded[-1]
 checkpoint = HFCheckpoint(Path(sys.argv[1]))
 cpu = CpuBackend(checkpoint, WeightPolicy("rtn"), threads=2, act_bits=16)
 ids, table = np.arange(30, 50, dtype=np.int32), np.arange(4, dtype=np.int32)

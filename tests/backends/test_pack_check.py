@@ -106,13 +106,13 @@ def test_rot_in_a_large_pack_is_found_in_the_background_and_ends_the_answer(larg
 
 def test_a_sound_large_pack_is_checked_once_in_a_while_and_goes_on_where_it_was(large, monkeypatch):
     checked = []
-    bad_parts = packs.Packs.bad_parts
+    bad_parts = packs.Pack.bad_parts
 
     def watching(self, first=0, last=None):
         checked.append(first)
         return bad_parts(self, first, last)
 
-    monkeypatch.setattr(packs.Packs, "bad_parts", watching)
+    monkeypatch.setattr(packs.Pack, "bad_parts", watching)
     cpu(TinyCheckpoint(1))
     assert not checked  # it was written a moment ago
     forget_when(large, done=3)

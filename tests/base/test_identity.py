@@ -13,7 +13,8 @@ from family_gguf import write as write_gguf
 from safetensors.numpy import load_file, save_file
 from tiny import byte_tokenizer
 
-from tinychat.backends import pack_file as packs
+from tinychat.backends import pack_store
+from tinychat.backends.cpu_pack import CpuLayout
 from tinychat.base import identity, locations
 from tinychat.base.errors import CheckpointError
 from tinychat.base.files import MappedFile
@@ -153,7 +154,7 @@ def test_a_file_that_changes_while_it_is_read_makes_no_pack(model, home):
     checkpoint.fingerprint()
     flip(weights_of(model))
     with pytest.raises(CheckpointError, match="changed while it was read"):
-        packs.load(checkpoint, WeightPolicy(), FAMILIES[checkpoint.config.family], 1)
+        pack_store.opened(checkpoint, WeightPolicy(), FAMILIES[checkpoint.config.family], CpuLayout())
     assert not list((home / "packs").glob("*.pack"))
 
 
@@ -182,7 +183,7 @@ def test_some_layers_are_another_model_and_go_with_the_whole(sound):
     part = LayerSubset(checkpoint, [0])
     assert part.fingerprint() != checkpoint.fingerprint()
     for c in (checkpoint, part):
-        path = packs.pack_path(c, WeightPolicy())
+        path = pack_store.pack_path(c, WeightPolicy(), CpuLayout())
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     assert len(locations.packs_of(checkpoint.fingerprint())) == 2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from programs import BEST, FORMS, ISAS, quantize_rows, random_dense, random_linear, run_linear
 
-from tinychat.backends.pack_file import pack
+from tinychat.backends.cpu_pack import pack
 
 # (out, in, group): tails of the 16-row tile, every group, whole rows, widths that are no power of two
 SHAPES = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from programs import ISAS, Bench, input_rows, random_dense, random_linear
 
-from tinychat.backends.pack_file import pack
+from tinychat.backends.cpu_pack import pack
 
 
 @pytest.mark.parametrize("isa", ISAS)

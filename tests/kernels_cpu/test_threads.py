@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from programs import Bench, random_linear, run_linear
 
-from tinychat.backends.pack_file import pack
+from tinychat.backends.cpu_pack import pack
 from tinychat.kernels_cpu import _native
 
 

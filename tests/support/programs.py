@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinychat.backends.pack_file import PackedLinear
+from tinychat.backends.cpu_pack import PackedLinear
 from tinychat.kernels_cpu import _native
-from tinychat.network.weights import DenseLinear, Int8Linear, QuantizedLinear
+from tinychat.network.weights import DenseLinear, QuantizedLinear
 
 ISAS = _native.isas()
 BEST = ISAS[0]
@@ -91,7 +91,7 @@ def random_linear(rng: np.random.Generator, form: str, n: int, k: int, group: in
         codes = rng.integers(-127, 128, (n, k), dtype=np.int8)
         if form == "int8-float":
             scales = scales.astype(np.float32) * np.float32(1.0001)
-        return Int8Linear(codes, scales, b)
+        return QuantizedLinear(codes, scales, bias=b, bits=8)
     codes = rng.integers(0, 16, (n, k), dtype=np.uint8)
     if form == "symmetric":
         return QuantizedLinear(codes, scales, zeros=np.full((n, groups), 8, np.uint8), bias=b)

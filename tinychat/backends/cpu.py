@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.backends import pack_file as packs
+from tinychat.backends import pack_store
+from tinychat.backends.cpu_pack import CpuLayout, CpuWeights
 from tinychat.backends.cpu_recorder import Recorder
 from tinychat.backends.interface import Span, Step, memories_of
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
@@ -70,8 +71,9 @@ class CpuBackend:
         self.kv_bits = kv_bits
         self.threads = threads or _native.cores()
         family = FAMILIES[self.cfg.family]
-        self._pack = packs.load(checkpoint, policy or WeightPolicy(), family, self.threads, tell)
-        weights = family.load(self._pack, self.cfg)
+        layout = CpuLayout(self.threads)
+        self._pack = pack_store.opened(checkpoint, policy or WeightPolicy(), family, layout, tell)
+        weights = family.load(CpuWeights(self._pack), self.cfg)
         recorder = Recorder(self.act_bits)
         family.forward(recorder, self.cfg, weights)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.backends.pack_file import PackedLinear
+from tinychat.backends.cpu_pack import PackedLinear
 from tinychat.network.config import AttentionConfig, RopeConfig
 
 

@@ -1,4 +1,4 @@
-"""Linears of `tinychat.network.weights` in the CUDA kernels' forms, and on the device."""
+"""Weights in the CUDA kernels' layout, and on the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.backends import pack_file as packs
+from tinychat.backends import pack_store
+from tinychat.backends.exact_form import ExactForm
+from tinychat.backends.pack_store import Put
 from tinychat.kernels_cuda import layout, linear
 from tinychat.kernels_cuda.driver import Memory
 from tinychat.kernels_cuda.layout import TILE, Form, Shape
@@ -17,9 +19,15 @@ from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
-from tinychat.network.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear, bf16_to_f32
+from tinychat.network.weights import Linear, bf16_to_f32
 
-LAYOUT = "cuda1"  # of kernels_cuda/layout.py, in the name of a pack
+# layout.cuh's words, by what `Form` says of scale and offset
+METAS = {
+    ("fp16", "none"): "SYMMETRIC",
+    ("fp16", "zero"): "ZERO",
+    ("fp16", "fp16"): "OFFSET",
+    ("fp32", "fp32"): "FLOAT",
+}
 PARTS = {"codes": np.uint8, "meta": np.uint8, "zeros": np.uint8, "bias": np.float32, "perm": np.int32}
 EXPERT = ".experts."  # in the name of a linear that is one of many
 PIECE, ALIGNED = 16 << 20, 256  # bytes
@@ -66,21 +74,14 @@ class Loader:
         modules: Modules,
         tell: Callable[[str], None] | None = None,
     ):
-        path = packs.pack_path(checkpoint, policy, LAYOUT, tell)
-        self.pack = packs.opened(
-            path,
-            lambda sink: CudaPacker(checkpoint, policy, sink).pack(family),
-            checkpoint,
-            tell,
-            at_once=True,
-        )
+        self.pack = pack_store.opened(checkpoint, policy, family, CudaLayout(), tell, at_once=True)
         self.modules = modules
         self.sources: list[tuple[str, dict[str, str]]] = []  # that the weights need, and how compiled
         self._piece = Memory(0, 0)
 
     def vector(self, name: str) -> Memory:
         """float32 [n]."""
-        v = self.pack.array(self.pack.index["vectors"][name], np.float32)
+        v = self.pack.vector(name)
         memory = self._allocate(v.nbytes)
         self.modules.device.upload(memory, v)
         return memory
@@ -126,84 +127,52 @@ class Loader:
         return Shape(Form(bits, meta), n, k, group), parts
 
 
-class CudaPacker(packs.Packer):
-    """For the CUDA kernels."""
+class CudaLayout:
+    """Implements `Layout`: kernels_cuda/layout.py."""
 
-    def entry(self, w: Linear) -> dict[str, Any]:
-        shape, parts = pack(w)
-        where = {part: self.put(parts[part]) for part in PARTS}
+    name = "cuda1"
+
+    def entry(self, w: ExactForm, put: Put) -> dict[str, Any]:
+        """Where each of PARTS lies, and what `Shape` says."""
+        shape, parts = packed(w)
+        where = {part: put(parts[part]) for part in PARTS}
         form = [shape.form.bits, shape.form.meta, shape.n, shape.k, shape.group]
         return {**where, "form": form, "data": where["codes"]}
 
 
 def pack(w: Linear) -> Packed:
-    """The smallest form that holds the weight, and its arrays: codes, meta, zeros, bias, perm."""
+    """One linear for the kernels: its shape, and its arrays codes, meta, zeros, bias, perm."""
+    return packed(ExactForm.of(w))
+
+
+def packed(w: ExactForm) -> Packed:
+    """The arrays of a weight in the kernels' layout, and its shape."""
     n, k = w.shape
-    parts: dict[str, np.ndarray | None] = dict.fromkeys(("meta", "zeros", "perm"))
-    parts["bias"] = None if w.bias is None else np.ascontiguousarray(w.bias, np.float32)
-    if isinstance(w, QuantizedLinear) and w.group % layout.CHUNK == 0:
-        form, scales, aux = _four_bits(w)
-        parts["codes"] = _banded(w.codes, lambda a: layout.pack_codes(a, 4))
-        parts["perm"] = None if w.perm is None else np.ascontiguousarray(w.perm, np.int32)
-        if form.meta == "ZERO":
-            parts["meta"], parts["zeros"] = layout.pack_meta(scales), layout.pack_zeros(aux)
-        else:
-            parts["meta"] = layout.pack_meta(scales, aux)
-        return Shape(form, n, k, w.group), parts
-    if isinstance(w, Int8Linear) and w.group % layout.CHUNK == 0:
-        scales = exact_halves(w.scales)
-        parts["codes"] = _banded(w.codes, lambda a: layout.pack_codes(a, 8))
-        if scales is not None:
-            parts["meta"] = layout.pack_meta(scales)
-            return Shape(Form(8, "SYMMETRIC"), n, k, w.group), parts
-        scales = w.scales.astype(np.float32)
-        parts["meta"] = layout.pack_meta(scales, np.zeros_like(scales))
-        return Shape(Form(8, "FLOAT"), n, k, w.group), parts
-    halves = _as_halves(w)
-    if halves is not None:
-        parts["codes"] = _banded(halves, lambda a: layout.pack_halves([a.view(np.uint16)]))
-        return Shape(Form(16), n, k, k), parts
-    parts["codes"] = _banded(w.dequantize(), lambda a: layout.pack_halves(layout.split_floats(a)))
-    return Shape(Form(32), n, k, k), parts
+    parts: dict[str, np.ndarray | None] = dict.fromkeys(("meta", "zeros"))
+    parts |= {"bias": w.bias, "perm": w.perm}
+    if w.scales is None:
+        form, parts["codes"] = _floats(w)
+        return Shape(form, n, k, k), parts
+    parts["codes"] = _banded(w.codes, lambda a: layout.pack_codes(a, w.form.bits))
+    if w.form.offset == "zero" and w.beside is not None:
+        parts["meta"], parts["zeros"] = layout.pack_meta(w.scales), layout.pack_zeros(w.beside)
+    else:
+        parts["meta"] = layout.pack_meta(w.scales, w.beside)
+    return Shape(Form(w.form.bits, METAS[w.form.scale, w.form.offset]), n, k, w.group), parts
 
 
-def _banded(a: np.ndarray, pack) -> np.ndarray:
-    return np.concatenate([pack(a[begin:end]) for begin, end in layout.bands(len(a))])
+def _floats(w: ExactForm) -> tuple[Form, np.ndarray]:
+    """Halves, or pairs of halves where one does not do.
 
-
-def _four_bits(w: QuantizedLinear) -> tuple[Form, np.ndarray, np.ndarray | None]:
-    scales = exact_halves(w.scales)
-    if scales is not None and w.zeros is not None and w.zeros.max() <= 15:
-        if (w.zeros == 8).all():
-            return Form(4, "SYMMETRIC"), scales, None
-        return Form(4, "ZERO"), scales, w.zeros.astype(np.uint8)
-    offsets = None if w.offsets is None else exact_halves(w.offsets)
-    if scales is not None and offsets is not None:
-        return Form(4, "OFFSET"), scales, offsets
-    scales = w.scales.astype(np.float32)
-    if w.offsets is not None:
-        return Form(4, "FLOAT"), scales, w.offsets.astype(np.float32)
-    return Form(4, "FLOAT"), scales, -w.zeros.astype(np.float32) * scales
-
-
-def exact_halves(a: np.ndarray) -> np.ndarray | None:
-    """float16 of `a`, or None if that does not hold it exactly."""
-    if a.dtype == np.float16:
-        return a
-    with np.errstate(over="ignore"):
-        half = a.astype(np.float16)
-    return half if (half.astype(a.dtype) == a).all() else None
-
-
-def _as_halves(w: Linear) -> np.ndarray | None:
-    """A 16-bit weight as float16. bfloat16's 8 significant bits fit; what is below the smallest halves is off
-    by 3·10⁻⁸ at most.
+    bfloat16's 8 significant bits fit a half; what is below the smallest halves is off by 3·10⁻⁸ at most.
     """
-    if not isinstance(w, DenseLinear):
-        return None
-    if w.weight.dtype == np.float16:
-        return w.weight
-    if not w.bf16:
-        return None
-    values = bf16_to_f32(w.weight)
-    return values.astype(np.float16) if np.abs(values).max(initial=0) <= layout.LARGEST_HALF else None
+    floats = bf16_to_f32(w.codes) if w.form.decoding == "bf16" else w.codes
+    small = w.form.decoding == "bf16" and np.abs(floats).max(initial=0) <= layout.LARGEST_HALF
+    if w.form.decoding == "fp16" or small:
+        halves = floats.astype(np.float16, copy=False)
+        return Form(16), _banded(halves, lambda a: layout.pack_halves([a.view(np.uint16)]))
+    return Form(32), _banded(floats, lambda a: layout.pack_halves(layout.split_floats(a)))
+
+
+def _banded(a: np.ndarray, pack: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return np.concatenate([pack(a[begin:end]) for begin, end in layout.bands(len(a))])

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 
-from tinychat.backends import pack_file as packs
-from tinychat.backends.pack_file import Packs
+from tinychat.backends import pack_file
+from tinychat.backends.pack_file import Pack
 from tinychat.base.errors import TinychatError
 from tinychat.base.files import Stamp, read_text, write_atomically
 from tinychat.base.machine import cpu_count, human_bytes
@@ -31,26 +31,28 @@ STORE_EVERY = 2.0  # seconds between two notes of how far it is
 Tell = Callable[[str], None]
 
 
-def sound(path: Path, tell: Tell | None = None, at_once: bool = False) -> Packs | None:
+def sound(path: Path, tell: Tell | None = None, at_once: bool = False) -> Pack | None:
     """The pack at `path`, checked as far as it is due; None where there is none, or it is damaged and will be
     made again. at_once: check all of it now.
     """
     if not path.exists():
         return None
-    pack = packs.read(path)
+    pack = pack_file.read(path)
     if pack is None:
-        return _discard(path, ["header"])
+        _give_up(path, ["header"])
+        return None
     with contextlib.suppress(OSError):
         size = path.stat().st_size
         stamp, when, done = _noted(path)
         due = time.time() - when > CHECK_DAYS * 86400
         touched = stamp != list(astuple(Stamp.of(path)))
-        if size <= packs.SMALL or at_once or touched:
+        if size <= pack_file.SMALL or at_once or touched:
             if tell is not None and size > 1 << 30:
                 tell(f"Checking the stored weights ({human_bytes(size)})")
             if bad := bad_parts(pack):
-                return _discard(path, bad)
-            if size > packs.SMALL and (due or touched):
+                _give_up(path, bad)
+                return None
+            if size > pack_file.SMALL and (due or touched):
                 note(path)
         elif due:
             threading.Thread(target=_watch, args=(path, pack, done), daemon=True).start()
@@ -59,17 +61,17 @@ def sound(path: Path, tell: Tell | None = None, at_once: bool = False) -> Packs 
 
 def verify(path: Path) -> list[str]:
     """Names of the modules whose bytes do not have the checksum that they were written with. Reads all."""
-    pack = packs.read(path)
+    pack = pack_file.read(path)
     if pack is None:
         return ["header"]
     bad = bad_parts(pack)
-    if not bad and path.stat().st_size > packs.SMALL:
+    if not bad and path.stat().st_size > pack_file.SMALL:
         note(path)
     return bad
 
 
-def bad_parts(pack: Packs) -> list[str]:
-    """`Packs.bad_parts` of all parts, by several threads."""
+def bad_parts(pack: Pack) -> list[str]:
+    """`Pack.bad_parts` of all parts, by several threads."""
     n = len(pack.index["parts"])
     size = max(1, -(-n // 64))
     with ThreadPoolExecutor(max(1, min(cpu_count(), 8))) as pool:
@@ -82,7 +84,7 @@ def note(path: Path, when: float | None = None, done: int = 0) -> None:
     again.
     """
     with contextlib.suppress(OSError, TinychatError):
-        if path.stat().st_size > packs.SMALL:
+        if path.stat().st_size > pack_file.SMALL:
             said = [list(astuple(Stamp.of(path))), time.time() if when is None else when, done]
             write_atomically(_note_of(path), json.dumps(said).encode())
 
@@ -94,7 +96,8 @@ def discard(path: Path) -> None:
             file.unlink()
 
 
-def _discard(path: Path, bad: list[str]) -> None:
+def _give_up(path: Path, bad: list[str]) -> None:
+    """Remove a damaged pack, and say so."""
     discard(path)
     warnings.warn(
         f"The stored weights were damaged ({', '.join(bad[:3])}); they are made again.",
@@ -116,7 +119,7 @@ def _noted(path: Path) -> tuple[list[int] | None, float, int]:
         return None, 0.0, 0
 
 
-def _watch(path: Path, pack: Packs, done: int) -> None:
+def _watch(path: Path, pack: Pack, done: int) -> None:
     """Check the pack slice by slice in SHARE of a core, beginning where an earlier process came to."""
     parts, (_, when, _) = pack.index["parts"], _noted(path)
     stored = time.monotonic()

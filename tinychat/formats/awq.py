@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinychat.network.weight_form import exact_halves
 from tinychat.network.weights import QuantizedLinear
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -49,14 +50,12 @@ def pack(weight: QuantizedLinear) -> dict[str, np.ndarray]:
     Raises ValueError for what the layout cannot hold: offsets, a permutation, zeros above 15, float32 scales
     that float16 does not represent, outputs that are not a multiple of 8.
     """
-    if weight.zeros is None or weight.perm is not None:
-        raise ValueError("AutoAWQ's gemm layout holds integer zero points and no permutation")
+    if weight.bits != 4 or weight.zeros is None or weight.perm is not None:
+        raise ValueError("AutoAWQ's gemm layout holds 4 bits, integer zero points and no permutation")
     if weight.zeros.size and weight.zeros.max() > 15:
         raise ValueError("AutoAWQ's gemm layout holds zero points up to 15")
-    scales = weight.scales.astype(np.float16)
-    if weight.scales.dtype != np.float16 and not np.array_equal(
-        scales.astype(weight.scales.dtype), weight.scales
-    ):
+    scales = exact_halves(weight.scales)
+    if scales is None:
         raise ValueError("the scales are not exact in float16")
     out = {
         "qweight": pack_nibbles(np.ascontiguousarray(weight.codes.T)),

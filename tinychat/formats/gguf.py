@@ -27,7 +27,7 @@ from tinychat.formats.gguf_file import (
     type_of,
 )
 from tinychat.models import FAMILIES
-from tinychat.network.weights import DenseLinear, Int8Linear, Linear, QuantizedLinear
+from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
 from tinychat.text.tokenizer import Tokenizer
 
 _EXPERT = re.compile(r"mlp\.experts\.(\d{1,6})\.")
@@ -51,7 +51,7 @@ class GGUFCheckpoint:
     def linear(self, name: str) -> Linear:
         """A linear module or the embedding, in Hugging Face's row order.
 
-        Q4_0, Q4_1, Q4_K → QuantizedLinear and Q8_0 → Int8Linear, all exactly; other types → DenseLinear.
+        Q4_0, Q4_1, Q4_K, Q8_0 → QuantizedLinear, exactly; other types → DenseLinear.
         """
         tensor = self._tensor(name)
         rows = self._row_order(name)
@@ -200,9 +200,9 @@ def _q4_1(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:
     return QuantizedLinear(codes, _fp16(blocks[..., :2]), offsets=_fp16(blocks[..., 2:4]), bias=bias)
 
 
-def _q8_0(blocks: np.ndarray, bias: np.ndarray | None) -> Int8Linear:
+def _q8_0(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:
     codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(len(blocks), -1)
-    return Int8Linear(codes, _fp16(blocks[..., :2]), bias)
+    return QuantizedLinear(codes, _fp16(blocks[..., :2]), bias=bias, bits=8)
 
 
 def _q4_k(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinychat.formats import nibbles
+from tinychat.network.weight_form import Coded
 from tinychat.network.weights import QuantizedLinear
 
 
@@ -25,9 +26,11 @@ def pack(weight: QuantizedLinear) -> dict[str, np.ndarray]:
     Raises ValueError for what they cannot hold: offsets, zero points outside 1…15 (0 is read as 16 by some),
     float32 scales, outputs or inputs that are not a multiple of 8.
     """
-    n, k = weight.shape
-    if weight.zeros is None or weight.scales.dtype != np.float16 or n % 8 or k % 8:
-        raise ValueError("GPTQ's layout holds integer zero points, float16 scales and whole words of 8")
+    (n, k), scales = weight.shape, weight.scales
+    if weight.bits != 4 or weight.zeros is None or n % 8 or k % 8:
+        raise ValueError("GPTQ's layout holds 4 bits, integer zero points and whole words of 8")
+    if isinstance(scales, Coded) or scales.dtype != np.float16:
+        raise ValueError("GPTQ's layout holds float16 scales")
     if weight.zeros.min() < 1 or weight.zeros.max() > 15:
         raise ValueError("GPTQ's layout holds zero points 1…15")
     order = np.arange(k) if weight.perm is None else weight.perm
@@ -37,7 +40,7 @@ def pack(weight: QuantizedLinear) -> dict[str, np.ndarray]:
     out = {
         "qweight": np.ascontiguousarray(nibbles.pack(codes).T),
         "qzeros": nibbles.pack(np.ascontiguousarray(weight.zeros.T) - 1),
-        "scales": np.ascontiguousarray(weight.scales.T),
+        "scales": np.ascontiguousarray(scales.T),
         "g_idx": g_idx,
     }
     if weight.bias is not None:

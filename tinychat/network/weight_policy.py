@@ -9,10 +9,10 @@ import numpy as np
 from tinychat.base import arguments
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.network.checkpoint import Checkpoint
+from tinychat.network.weight_form import Coded, floats
 from tinychat.network.weights import (
     Q8_GROUP,
     DenseLinear,
-    Int8Linear,
     Linear,
     QuantizedLinear,
     quantize_int8,
@@ -76,11 +76,9 @@ def _int8(w: DenseLinear) -> Linear:
 def _checked(w: Linear, name: str) -> Linear:
     """Refuse NaN and infinity: one bad scale turns every later token into garbage without a word."""
     if isinstance(w, QuantizedLinear):
-        arrays = (w.scales, w.offsets)
-    elif isinstance(w, Int8Linear):
-        arrays = (w.scales,)
+        arrays = [floats(a) if isinstance(a, Coded) else a for a in (w.scales, w.offsets)]
     else:
-        arrays = (w.dequantize() if w.bf16 else w.weight,)
+        arrays = [w.dequantize() if w.bf16 else w.weight]
     for a in (*arrays, w.bias):
         if a is not None and not np.isfinite(a).all():
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The three kinds of linear that readers make and backends run, wherever they came from."""
+"""The two kinds of linear that readers make and backends run: in codes, and in floats."""
 
 from __future__ import annotations
 
@@ -6,63 +6,91 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinychat.network.weight_form import ROW, TABLES, Form, Numbers, floats, kind_of
+
 Q8_GROUP = 32
 
 
-class _Grouped:
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A weight in codes: `w = (q - zero) · scale`, `w = value(q) · scale + offset` or `w = value(q) · scale`.
+
+    codes   uint8 [out, in], values 0…2^bits - 1; or int8, signed numbers of 8 bits
+    scales  [out, in/group] as stored: float16, float32 or coded
+    zeros   uint8 [out, in/group], 0…2^bits (symmetric formats: constant 2^(bits - 1)), or None
+    offsets [out, in/group] as stored, or None. Without zeros and offsets, uint8 codes that no table decodes
+            are off by 2^(bits - 1): symmetric
+    bias    float32 [out] or None
+    perm    int32 [in] or None: column j of `codes` multiplies input `perm[j]` (GPTQ desc_act)
+    bits    of a code
+    table   the name of what decodes codes (`weight_form.TABLES`), or None: they are numbers
+    rows    outputs that share a scale: scales have out/rows rows, rounded up
+
+    Raises ValueError where these do not fit each other.
+    """
+
     codes: np.ndarray
-    scales: np.ndarray
+    scales: Numbers
+    zeros: np.ndarray | None = None
+    offsets: Numbers | None = None
+    bias: np.ndarray | None = None
+    perm: np.ndarray | None = None
+    bits: int = 4
+    table: str | None = None
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        rows, groups = self.scales.shape
+        if rows != -(-n // self.rows) or groups == 0 or k % groups:
+            raise ValueError(f"scales {self.scales.shape} do not divide codes {self.codes.shape} into groups")
+        if self.zeros is not None and self.offsets is not None:
+            raise ValueError("a QuantizedLinear has either zeros or offsets")
+        for a in (self.zeros, self.offsets):
+            if a is not None and a.shape != self.scales.shape:
+                raise ValueError(f"zeros or offsets {a.shape} do not match scales {self.scales.shape}")
+        if self.codes.dtype != np.uint8 and (self.bits != 8 or self.zeros is not None or self.table):
+            raise ValueError(f"{self.bits}-bit codes are {self.codes.dtype}, not uint8")
+        _ = self.form  # refuses what the algebra does not know
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.codes.shape
+        return self.codes.shape[0], self.codes.shape[1]
 
     @property
     def group(self) -> int:
         """Inputs that share one scale."""
         return self.codes.shape[1] // self.scales.shape[1]
 
+    @property
+    def form(self) -> Form:
+        """What the arrays are."""
+        group = ROW if self.scales.shape[1] == 1 else self.group
+        offset = "zero" if self.zeros is not None else kind_of(self.offsets)
+        plain = "signed" if offset == "none" or self.codes.dtype == np.int8 else "unsigned"
+        rows = ROW if self.rows == self.shape[0] > 1 else self.rows
+        return Form(self.bits, self.table or plain, group, kind_of(self.scales), offset, rows)
 
-@dataclass(frozen=True)
-class QuantizedLinear(_Grouped):
-    """Canonical 4-bit weight: `w = (q - zero) * scale`, or `w = q * scale + offset`.
-
-    codes   uint8 [out, in], values 0…15
-    scales  float16 or float32 [out, in/group], as stored
-    zeros   uint8 [out, in/group], 0…16 (symmetric formats: constant 8); None when `offsets` is given
-    offsets float16 or float32 [out, in/group]; None when `zeros` is given
-    bias    float32 [out] or None
-    perm    int32 [in] or None: column j of `codes` multiplies input `perm[j]` (GPTQ desc_act)
-    """
-
-    codes: np.ndarray
-    scales: np.ndarray
-    zeros: np.ndarray | None = None
-    offsets: np.ndarray | None = None
-    bias: np.ndarray | None = None
-    perm: np.ndarray | None = None
-
-    def __post_init__(self):
-        n, k = self.codes.shape
-        groups = self.scales.shape[1]
-        if self.scales.shape[0] != n or groups == 0 or k % groups:
-            raise ValueError(f"scales {self.scales.shape} do not divide codes {self.codes.shape} into groups")
-        if (self.zeros is None) == (self.offsets is None):
-            raise ValueError("a QuantizedLinear has either zeros or offsets")
-        for a in (self.zeros, self.offsets):
-            if a is not None and a.shape != self.scales.shape:
-                raise ValueError(f"zeros or offsets {a.shape} do not match scales {self.scales.shape}")
+    def values(self) -> np.ndarray:
+        """float32 [out, in]: the codes decoded, before zeros, scales and offsets."""
+        if self.table is not None:
+            return TABLES[self.table][self.codes]
+        symmetric = self.codes.dtype == np.uint8 and self.zeros is None and self.offsets is None
+        q = self.codes.astype(np.float32)
+        return q - np.float32(1 << (self.bits - 1)) if symmetric else q
 
     def dequantize(self) -> np.ndarray:
         """float32 [out, in], in the order of the layer's inputs (`perm` undone)."""
         n, k = self.codes.shape
-        q = self.codes.reshape(n, -1, self.group).astype(np.float32)
-        s = self.scales.astype(np.float32)[..., None]
+        q = self.values().reshape(n, -1, self.group)
+        s = self._each_row(floats(self.scales))
         if self.zeros is not None:
-            w = (q - self.zeros.astype(np.float32)[..., None]) * s
+            w = (q - self._each_row(self.zeros.astype(np.float32))) * s
+        elif self.offsets is not None:
+            w = q * s + self._each_row(floats(self.offsets))
         else:
-            w = q * s + self.offsets.astype(np.float32)[..., None]
+            w = q * s
         w = w.reshape(n, k)
         if self.perm is None:
             return w
@@ -70,25 +98,11 @@ class QuantizedLinear(_Grouped):
         out[:, self.perm] = w
         return out
 
-
-@dataclass(frozen=True)
-class Int8Linear(_Grouped):
-    """Symmetric int8, `w = q * scale`. codes int8 [out, in]; scales float16 or float32 [out, in/32]."""
-
-    codes: np.ndarray
-    scales: np.ndarray
-    bias: np.ndarray | None = None
-
-    def __post_init__(self):
-        n, k = self.codes.shape
-        if self.scales.shape[0] != n or self.scales.shape[1] == 0 or k % self.scales.shape[1]:
-            raise ValueError(f"scales {self.scales.shape} do not divide codes {self.codes.shape} into groups")
-
-    def dequantize(self) -> np.ndarray:
-        """float32 [out, in]."""
-        n, k = self.codes.shape
-        q = self.codes.reshape(n, -1, self.group).astype(np.float32)
-        return (q * self.scales.astype(np.float32)[..., None]).reshape(n, k)
+    def _each_row(self, beside: np.ndarray) -> np.ndarray:
+        """[out, in/group, 1] of what stands beside groups."""
+        if self.rows > 1:
+            beside = np.repeat(beside, self.rows, axis=0)[: len(self.codes)]
+        return beside[..., None]
 
 
 @dataclass(frozen=True)
@@ -102,26 +116,21 @@ class DenseLinear:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.weight.shape
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def form(self) -> Form:
+        """What the weight is stored in."""
+        if self.bf16:
+            return Form(16, "bf16")
+        return Form(16, "fp16") if self.weight.dtype == np.float16 else Form(32, "fp32")
 
     def dequantize(self) -> np.ndarray:
         """float32 [out, in]."""
         return bf16_to_f32(self.weight) if self.bf16 else self.weight.astype(np.float32)
 
 
-Linear = QuantizedLinear | Int8Linear | DenseLinear
-
-
-@dataclass(frozen=True)
-class StackedLinear:
-    """Linears that share an input; their outputs are laid side by side (q, k, v; gate, up)."""
-
-    parts: tuple[Linear, ...]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(sum of out, in)."""
-        return sum(p.shape[0] for p in self.parts), self.parts[0].shape[1]
+Linear = QuantizedLinear | DenseLinear
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
@@ -129,7 +138,7 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def quantize_int8(weight: np.ndarray, bias: np.ndarray | None = None) -> Int8Linear:
+def quantize_int8(weight: np.ndarray, bias: np.ndarray | None = None) -> QuantizedLinear:
     """Round a float32 [out, in] weight to int8 with one fp16 scale for each 32 inputs (GGUF's Q8_0).
 
     Raises ValueError if `in` is not a multiple of 32 or the weight holds NaN or infinity.
@@ -144,7 +153,7 @@ def quantize_int8(weight: np.ndarray, bias: np.ndarray | None = None) -> Int8Lin
     s = scale.astype(np.float32)[..., None]
     inv = np.divide(1.0, s, out=np.zeros_like(s), where=s > 0)
     codes = np.clip(np.rint(w * inv), -127, 127).astype(np.int8).reshape(n, k)
-    return Int8Linear(codes, scale, bias)
+    return QuantizedLinear(codes, scale, bias=bias, bits=8)
 
 
 def quantize_rtn(weight: np.ndarray, group: int, bias: np.ndarray | None = None) -> QuantizedLinear:
