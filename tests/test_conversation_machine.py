@@ -140,10 +140,10 @@ class ConversationMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "crowd"):
             return
-        pool = self.crowd.engine.pool
         for t in self.all:
             t.branch.free()
-        assert pool.available() == pool.n_blocks  # nothing leaked
+        for pool in self.crowd.engine.memories.pools:
+            assert pool.available() == pool.n_blocks  # nothing leaked
         self.crowd.close()
         self.alone.close()
         shutil.rmtree(self.folder)
@@ -178,13 +178,14 @@ def test_a_wrong_block_table_is_seen(monkeypatch, wrong):
         crowd.engine.run(first, ids[:40], 40)
         other = first.fork()
         if wrong == "one off":
-            other.table[1] += 1
+            other.parts[0].table[1] += 1
         elif wrong == "swapped":
-            other.table[0], other.table[1] = other.table[1], other.table[0]
+            table = other.parts[0].table
+            table[0], table[1] = table[1], table[0]
         else:
-            monkeypatch.setattr(crowd.engine.pool, "copy_block", lambda src, dst: None)
+            monkeypatch.setattr(crowd.engine.memories.pools[0], "copy_block", lambda src, dst: None)
         twin = alone.engine.branch()
         alone.engine.run(twin, ids[:40], 40)
         ours, theirs = crowd.engine.run(other, ids[40:], 0), alone.engine.run(twin, ids[40:], 0)
         assert not np.array_equal(ours, theirs)
-        first.table.clear(), other.table.clear()  # the counts are wrong now on purpose
+        first.parts[0].table.clear(), other.parts[0].table.clear()  # the counts are wrong now on purpose

@@ -125,7 +125,7 @@ class CrowdMachine(RuleBasedStateMachine):
             assert done.finish_reason in ("stop", "length")
 
     def teardown(self):
-        pool = self.model.engine.pool
+        pool = self.model.engine.memories.pools[0]
         self.sessions.clear(), self.parked.clear()
         gc.collect()
         assert pool.available() == pool.n_blocks  # nothing leaked
@@ -175,8 +175,9 @@ def test_the_screens_engine_goes_on_after_any_number_of_escs():
     assert [json.loads(line)["ev"] for line in sink.getvalue().splitlines()] == ["loaded"]
 
 
-INTERRUPTED = tuple(
-    f"{name}.py" for name in ["engine", "scheduler", "step", "kvcache", "eviction", "generation", "session"]
+INTERRUPTED = (
+    *("engine.py", "scheduler.py", "step.py", "eviction.py", "generation.py", "session.py"),
+    *("memories.py", "branch.py", "paged.py", "pool.py", "window.py", "state.py"),
 )
 
 
@@ -221,9 +222,9 @@ def interrupt(model, policy, n):
         assert isinstance(list(events)[-1], Done)
     del first, second, events, act
     gc.collect()
-    assert not [b for b in model.engine._branches if b.table]
+    assert not [b for b in model.engine._branches if b.holds_blocks]
     with model.engine.changing():
-        assert model.engine.pool.available() == model.engine.pool.n_blocks
+        assert all(pool.available() == pool.n_blocks for pool in model.engine.memories.pools)
     return lines
 
 

@@ -87,7 +87,7 @@ def rewritten(path, change):
 
 
 def poisoned(about, tensors):
-    tensors["blocks"] = np.roll(tensors["blocks"], 1, axis=0)
+    tensors["memory0"] = np.roll(tensors["memory0"], 1, axis=0)
     about["crc32"] = kv_file.checksum(tensors)  # as the store would have it
 
 
@@ -103,7 +103,7 @@ DAMAGES = {
     "a stranger's": lambda p: rewritten(p, poisoned),
     "without a seal": lambda p: rewritten(p, lambda about, _: about.pop("seal")),
     "other facts": lambda p: rewritten(p, more_given_up),
-    "other names": lambda p: rewritten(p, lambda _, tensors: tensors.pop("blocks")),
+    "other names": lambda p: rewritten(p, lambda _, tensors: tensors.pop("memory0")),
 }
 
 

@@ -57,9 +57,9 @@ def test_each_conversation_fills_its_own_context(alone):
 
 def test_where_memory_is_full_an_answer_waits_for_another(alone):
     with tiny_model(ctx=96, backend="cpu", eos_ids=(), grows=False) as m:
-        n_blocks = m.engine.pool.n_blocks
+        n_blocks = m.engine.memories.pools[0].n_blocks
         assert at_once(3, lambda i: talk(m, i)) == alone
-        assert m.engine.pool.n_blocks == n_blocks
+        assert m.engine.memories.pools[0].n_blocks == n_blocks
 
 
 def test_a_waiting_answer_can_be_cancelled(monkeypatch):
@@ -110,16 +110,16 @@ def test_idle_conversations_keep_their_cache_while_memory_is_plentiful_and_give_
         sessions = [m.session(**TALK, max_tokens=20) for _ in range(6)]
         for i, s in enumerate(sessions):
             list(s.send(f"{i}" * 60))
-        grown = m.engine.pool.n_blocks
+        grown = m.engine.memories.pools[0].n_blocks
         assert grown > 10
         *_, done = sessions[0].send("m")
         assert done.stats.cached_tokens > 90  # its own, still there
-        assert done.stats.kv_bytes == m.engine.pool.used * m.backend.kv_bytes_per_block()
-        m.engine.more_tokens = lambda: 0
+        assert done.stats.kv_bytes == m.engine.memories.pools[0].used * m.backend.kv_bytes_per_block()
+        m.engine.memories.more_bytes = lambda: 0
         more = [m.session(**TALK, max_tokens=20) for _ in range(12)]
         for i, s in enumerate(more):
             list(s.send(f"{i + 10}" * 30))
-        assert m.engine.pool.n_blocks == grown
+        assert m.engine.memories.pools[0].n_blocks == grown
         *_, done = sessions[1].send("m")
         assert done.stats.cached_tokens < 64
         assert done.stats.generated_tokens > 0
@@ -127,13 +127,14 @@ def test_idle_conversations_keep_their_cache_while_memory_is_plentiful_and_give_
 
 def test_growing_takes_no_more_memory_than_there_is(alone):
     with tiny_model(ctx=96, backend="cpu", eos_ids=()) as m:
-        few = m.engine.pool.n_blocks
-        m.engine.more_tokens = lambda: 80 - (m.engine.pool.n_blocks - few) * 16
+        few = m.engine.memories.pools[0].n_blocks
+        size = m.backend.kv_bytes_per_block()
+        m.engine.memories.more_bytes = lambda: (5 - (m.engine.memories.pools[0].n_blocks - few)) * size
         streams = [m.session(**TALK).send(f"A story about whale number {i}.") for i in range(2)]
         pairs = list(zip_longest(*streams))
         done = [[e for e in events if e][-1] for events in zip(*pairs, strict=True)]
         assert [d.completion.text for d in done] == [text for *_, text in alone[:2]]
-        assert m.engine.pool.n_blocks == few + 5
+        assert m.engine.memories.pools[0].n_blocks == few + 5
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

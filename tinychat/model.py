@@ -17,6 +17,7 @@ from tinychat.base.machine import HEADROOM, available_memory, human_bytes
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.engine.engine import Engine
 from tinychat.engine.eviction import SINKS, SMALLEST, EvictionPolicy
+from tinychat.engine.memory.sizes import memory_bytes, tokens_within
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.session import Session
@@ -34,9 +35,9 @@ def free_memory(backend: Backend) -> int:
     return getattr(backend, "free_memory", available_memory)()
 
 
-def room_for_tokens(backend: Backend) -> int:
-    """Tokens for whose keys and values there is memory beside what is in use."""
-    return max(0, free_memory(backend) - HEADROOM) // backend.kv_bytes_per_block() * BLOCK
+def room_for_memories(backend: Backend) -> int:
+    """Bytes that a model's memories may take beside what is in use."""
+    return max(0, free_memory(backend) - HEADROOM)
 
 
 class Drafts(Protocol):
@@ -80,7 +81,7 @@ class Model:
         )
         defaults = getattr(checkpoint, "sampling_defaults", dict)()
         self.default_sampling = SamplingParams().but(**defaults)
-        room = partial(room_for_tokens, backend)
+        room = partial(room_for_memories, backend)
         self.engine = Engine(
             backend, self.tokenizer, self._fit_context(options.ctx), self.config.context_length, room
         )
@@ -91,8 +92,8 @@ class Model:
         self.drafts = drafts
 
     def _fit_context(self, asked: int | None) -> int:
-        per_block = self.backend.kv_bytes_per_block()
-        fits = room_for_tokens(self.backend)
+        most = max(self.config.context_length, asked or 0, BLOCK)
+        fits = tokens_within(self.backend, room_for_memories(self.backend), most)
         wanted = asked or min(self.config.context_length, DEFAULT_CTX)
         if asked is None:
             wanted = min(wanted, fits)
@@ -100,7 +101,7 @@ class Model:
             least = max(wanted, BLOCK)
             safe = round(0.97 * fits / BLOCK) * BLOCK  # what is free changes a little from run to run
             raise MemoryBudgetError(
-                f"A context of {least} tokens takes {human_bytes(least / BLOCK * per_block)} beside "
+                f"A context of {least} tokens takes {human_bytes(memory_bytes(self.backend, least))} beside "
                 f"{human_bytes(HEADROOM)} to work in, and {human_bytes(free_memory(self.backend))} are free.",
                 f"Use --ctx {safe} or less." if safe >= BLOCK else "Choose a smaller model.",
             )

@@ -21,7 +21,7 @@ from tinychat.base.errors import TinychatError, UsageError
 from tinychat.base.events import Done, Event, FinishReason, Notice, Reading, TextDelta
 from tinychat.base.files import MAX_TEXT, read_text, write_atomically
 from tinychat.engine.eviction import SMALLEST
-from tinychat.engine.kvcache import common_prefix
+from tinychat.engine.memory.branch import common_prefix
 from tinychat.engine.sampling import SamplingParams
 from tinychat.text.attachments import are_sound, as_read
 from tinychat.text.oversized import refuse_oversized

@@ -136,7 +136,7 @@ def tiny_model(
     options = LoadOptions(ctx=ctx, quantize="none", head_bits=16)
     model = Model(checkpoint, on, "tiny", options, Drafts(options))
     if not grows:
-        model.engine.more_tokens = lambda: 0
+        model.engine.memories.more_bytes = lambda: 0
     return model
 
 

@@ -1,4 +1,4 @@
-"""One backend and what lives in its KV pool: steps, room for them, and who has to give room up."""
+"""One backend and what lives in its memories: steps, room for them, and who has to give room up."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from weakref import WeakSet
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK, Backend, Slots, Span
+from tinychat.backends.interface import BLOCK, Backend, Span
 from tinychat.base.claims import Claim
-from tinychat.base.errors import MemoryBudgetError, UsageError
+from tinychat.base.errors import UsageError
 from tinychat.base.events import Done, Event
-from tinychat.engine.eviction import EvictionPolicy, Ledger
+from tinychat.engine.eviction import EvictionPolicy
 from tinychat.engine.generation import Generation, Room
-from tinychat.engine.kvcache import BlockPool, Branch, PoolExhaustedError
+from tinychat.engine.memory.branch import Branch
+from tinychat.engine.memory.memories import Memories
+from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
 from tinychat.engine.owned import OwnedBranch
 from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.scheduler import Rows, Scheduler
@@ -36,7 +38,7 @@ PATIENCE_SECONDS = 1.0  # an answer that nobody goes on with for so long gives w
 
 
 class Engine:
-    """One backend, its KV pool, and the branches that live there. Steps are serialised; calls may come from
+    """One backend, its memories, and the branches that live there. Steps are serialised; calls may come from
     any thread.
     """
 
@@ -46,18 +48,15 @@ class Engine:
         tokenizer: Tokenizer,
         n_ctx: int,
         trained_context: int | None = None,
-        more_tokens: Callable[[], int] = lambda: 0,
+        more_bytes: Callable[[], int] = lambda: 0,
     ):
-        """n_ctx: tokens that a conversation may hold; the pool begins with room for one that is full.
+        """n_ctx: tokens that a conversation may hold; the pools begin with room for one that is full.
         trained_context: positions that the model knows; a conversation that evicts never goes beyond them.
-        more_tokens: for how many tokens there is memory that the pool does not have yet.
+        more_bytes: how much memory there is that the pools do not have yet.
         """
         self.backend, self.tokenizer, self.n_ctx = backend, tokenizer, n_ctx
         self.trained_context = trained_context or n_ctx
-        self.more_tokens = more_tokens
-        n_blocks = -(-n_ctx // BLOCK) + 2  # copy-on-write of the last block never fails for want of one
-        backend.allocate_kv(n_blocks)
-        self.pool = BlockPool(n_blocks, backend.copy_block)
+        self.memories = Memories(backend, n_ctx, more_bytes)
         self.lock = threading.RLock()
         self._unfinished = False  # a change of branches: in the making, or interrupted by an exception
         self._branches: WeakSet[OwnedBranch] = WeakSet()
@@ -72,8 +71,8 @@ class Engine:
         """A new, empty sequence. With a policy it may outgrow its budget; without, it ends where the context
         is full.
         """
-        ledger = policy and Ledger(policy, *self.backend.kv_heads())
-        return self._known(OwnedBranch(self.pool, self._known, ledger))
+        ledger = policy and self.memories.ledger(policy)
+        return self._known(OwnedBranch(self.memories.parts(), self._known, ledger))
 
     def _known(self, branch: OwnedBranch) -> OwnedBranch:
         with self.lock:
@@ -102,7 +101,7 @@ class Engine:
         branches = list(self._branches)
         for branch in branches:
             branch.repair()
-        self.pool.rebuild(branch.table for branch in branches)
+        self.memories.rebuild(branches)
 
     def forked(self) -> None:
         """This is a child process: of the threads only the present one is here."""
@@ -176,17 +175,17 @@ class Engine:
             raise PoolExhaustedError
         for room in (rows.room or n, n):
             self._make_room(branch, room)
-        self.reserve(branch, n)
         stay, scores, voters = rows.prompt or n == 1, None, 0  # the first is no draft
+        self._take(branch, lambda: branch.reserve(n, each=not stay))
         if ledger and ledger.watches:
             voters = min(n, max(0, n - rows.votes_from))
             if voters and stay:
                 scores = ledger.tally(n)
             elif voters:
-                scores = np.zeros((voters, *self.backend.kv_heads(), branch.slots + n), np.float32)
-        slots = Slots(branch.block_table(), branch.slots, scores, voters)
+                scores = np.zeros((voters, *ledger.shape, branch.slots + n), np.float32)
         tokens = np.asarray(rows.ids[:n], dtype=np.int32)
-        return Part(rows, n, Span(tokens, branch.position, min(rows.logits_from, n), (slots,)), slots, stay)
+        span = Span(tokens, branch.position, min(rows.logits_from, n), branch.spans(scores, voters))
+        return Part(rows, n, span, stay, scores, voters)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -199,19 +198,10 @@ class Engine:
         excess = ledger.policy.excess(branch.slots, n)
         if excess:
             self._take(branch, branch.own)
-            table, value = branch.block_table(), None
-            if ledger.watches:
-                votes = ledger.votes()
-                with np.errstate(over="ignore", invalid="ignore"):  # a damaged model's values
-                    value = votes * self.backend.value_spread(table, votes)
-            with branch.rewritten():
-                moves = branch.give_up(excess, value)
-                self.backend.move_slots(table, *moves)
-            branch.drop_empty_blocks()
+            self.memories.give_up(branch, excess)
         if branch.position + n > self.trained_context and branch.slots + n <= self.trained_context:
-            self._take(branch, branch.own)
-            with branch.rewritten():
-                self.backend.turn_keys(branch.block_table(), branch.reindex())
+            self._take(branch, branch.own_all)
+            self.memories.renumber(branch)
 
     def logits(self, ids: Sequence[int], policy: EvictionPolicy | None = None) -> np.ndarray:
         """float32 [n_tokens, vocab] for every position of `ids`, computed from nothing cached.
@@ -322,32 +312,34 @@ class Engine:
             )
 
     def kv_bytes(self) -> int:
-        """Bytes of the KV pool that hold something."""
+        """Bytes of all memories that hold something."""
         with self.changing():
-            return self.pool.used * self.backend.kv_bytes_per_block()
+            return self.memories.used_bytes()
 
-    # Room in the pool
+    # Room in the pools
 
-    def reserve(self, branch: OwnedBranch, n: int) -> None:
-        """Have room for n more tokens. Raises PoolExhaustedError if others that are busy hold it all."""
-        self._take(branch, lambda: branch.reserve(n))
+    def make(self, branch: OwnedBranch, n: int, evicted: int) -> None:
+        """Have room in an empty branch for what was saved of n tokens. Raises PoolExhaustedError if others
+        that are busy hold it all.
+        """
+        self._take(branch, lambda: branch.make(n, evicted))
 
     def _take(self, branch: OwnedBranch, action: Callable[[], None]) -> None:
         """Do what needs blocks; where there are none, somebody makes way."""
         while True:
             try:
                 return action()
-            except PoolExhaustedError:
-                if not self._make_way(branch):
+            except PoolExhaustedError as e:
+                if not self._make_way(branch, e.pool):
                     raise
 
-    def _make_way(self, branch: OwnedBranch) -> bool:
+    def _make_way(self, branch: OwnedBranch, pool: BlockPool) -> bool:
         """More blocks for the branch, if possible: from memory while that is plentiful, from the conversation
         that waited longest, from what memory is left, from the answer that began last, if that was later.
         """
-        others = [b for b in self._branches if b is not branch and b.table and b not in self._in_step]
+        others = [b for b in self._branches if b is not branch and b.holds_blocks and b not in self._in_step]
         idle = [b for b in others if not b.busy]
-        if self._grow(2 if idle else 1):
+        if self.memories.grow(pool, 2 if idle else 1):
             return True
         if idle:
             min(idle, key=lambda b: b.last_used).free()  # recomputed when its owner speaks again
@@ -357,31 +349,18 @@ class Engine:
             max(younger, key=lambda b: b.since).free()  # recomputed when its next token is asked for
         return bool(younger)
 
-    def _grow(self, part: int) -> bool:
-        """Make the pool half as large again, in at most this part of the memory that is free."""
-        n = min(self.pool.n_blocks // 2 + 1, self.more_tokens() // BLOCK // part)
-        if n <= 0:
-            return False
-        try:
-            self.backend.allocate_kv(self.pool.n_blocks + n)
-        except MemoryBudgetError:
-            return False
-        self.pool.grow(n)
-        return True
-
     def wait_for_room(self, branch: OwnedBranch, n: int, cancel: threading.Event | None = None) -> bool:
         """After PoolExhaustedError: give everything back, and wait until there is room for n tokens because
         older answers have ended, or nobody goes on with them. False if it was cancelled meanwhile.
         """
         cancel = cancel or threading.Event()
-        needed = -(-min(n, self.n_ctx) // BLOCK) + 2  # the pool has as many
         clock, since = -1, 0.0
         with self.changing():
             branch.free()
         while not cancel.is_set():
             with self.changing():
-                others = [b for b in self._branches if b.busy and b.table and b is not branch]
-                if self.pool.n_blocks - len({block for b in others for block in b.table}) >= needed:
+                others = [b for b in self._branches if b.busy and b is not branch and b.holds_blocks]
+                if self.memories.would_fit(n, others):
                     return True
                 if clock != self._clock:
                     clock, since = self._clock, time.monotonic()

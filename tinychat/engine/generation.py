@@ -22,7 +22,7 @@ from tinychat.backends.interface import BLOCK, Backend
 from tinychat.base.events import Completion, Done, Event, FinishReason, Notice, Reading, Stats, TextDelta
 from tinychat.base.machine import peak_rss
 from tinychat.engine.eviction import Votes
-from tinychat.engine.kvcache import PoolExhaustedError
+from tinychat.engine.memory.pool import PoolExhaustedError
 from tinychat.engine.owned import OwnedBranch
 from tinychat.engine.sampling import SamplingParams, choose_seed, greedy, sample
 from tinychat.engine.scheduler import Rows
@@ -331,10 +331,16 @@ class Generation:
         rows.votes_from = votes_from - at
         if last:
             rows.take = partial(self._begin, len(ids))
-            rows.then = ledger and (partial(ledger.recall, again) if again else ledger.remember)
+            rows.then = partial(self._was_read, again)
         if not again:
             rows.cancel = self.cancel
         return rows
+
+    def _was_read(self, again: Votes | None) -> None:
+        """The prompt is in the branch: somebody may want to come back here."""
+        self.branch.keep()
+        if ledger := self.branch.ledger:
+            ledger.recall(again) if again else ledger.remember()
 
     def _begin(self, n: int, out: Sequence[Any]) -> int:
         """The first token, from the logits of the prompt's last. All n rows stay."""

@@ -23,17 +23,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tinychat.backends.interface import BLOCK
 from tinychat.base import locations
 from tinychat.base.errors import TinychatError
 from tinychat.base.files import read_bytes
-from tinychat.engine.kvcache import PoolExhaustedError
+from tinychat.engine.memory.pool import PoolExhaustedError
 
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.engine import OwnedBranch
 
-VERSION = 2
+VERSION = 3
 SECRET = 32  # bytes
 WORTH = 64  # tokens; fewer are read again as fast
 LEDGER = ("positions", "born", "scores")
@@ -111,13 +110,13 @@ def save(path: Path, model: ChatModel, branch: OwnedBranch, stored: bool = True)
     with engine.changing():
         if engine.closed:  # its keys and values are gone; those of an earlier save stay
             return False
-        size = len(branch.table) * engine.backend.kv_bytes_per_block()
-        if branch.slots < WORTH or size > disk_budget:
+        saved = [part.saved(branch.filled(part)) for part in branch.parts]
+        size = sum(len(s) * engine.backend.kv_bytes_per_block(memory) for memory, s in enumerate(saved))
+        if len(branch) < WORTH or size > disk_budget:
             return False
-        tensors = {
-            "ids": np.array(branch.ids, np.int32),
-            "blocks": engine.backend.read_blocks(branch.block_table()),
-        }
+        tensors = {"ids": np.array(branch.ids, np.int32)}
+        for memory, blocks in enumerate(saved):
+            tensors[f"memory{memory}"] = engine.backend.read_blocks(np.array(blocks, np.int32), memory)
         about = {"tinychat_kv": identity(model), "evicted": str(branch.evicted)}
         if ledger := branch.ledger:
             tensors |= {name: np.ascontiguousarray(getattr(ledger, name)) for name in LEDGER}
@@ -198,34 +197,45 @@ def load(path: Path, model: ChatModel, branch: OwnedBranch, stored: bool = True)
 
 
 def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: dict[str, np.ndarray]) -> int:
-    engine = model.engine
-    ids, blocks, evicted = read["ids"], read["blocks"], int(about["evicted"])
-    slots = len(ids) - evicted
-    expected = (-(-slots // BLOCK), engine.backend.kv_bytes_per_block())
-    if ids.dtype != np.int32 or blocks.dtype != np.uint8 or blocks.shape != expected:
+    engine, evicted = model.engine, int(about["evicted"])
+    ids, memories = read["ids"], [read[f"memory{i}"] for i in range(len(branch.parts))]
+    if ids.dtype != np.int32 or ids.ndim != 1 or not 0 <= evicted < len(ids):
         raise ValueError("shapes")
-    if not 0 <= evicted < len(ids) or (ids < 0).any() or (ids >= model.config.vocab_size).any():
+    if (ids < 0).any() or (ids >= model.config.vocab_size).any():
         raise ValueError("ids")
+    slots = len(ids) - evicted
+    for i, (part, blocks) in enumerate(zip(branch.parts, memories, strict=True)):
+        expected = (part.blocks_of(slots if part.thinned else len(ids)), engine.backend.kv_bytes_per_block(i))
+        if blocks.dtype != np.uint8 or blocks.shape != expected:
+            raise ValueError("shapes")
     if slots > engine.n_ctx or (evicted and (branch.ledger is None or slots > branch.ledger.policy.budget)):
         return 0  # made under other settings
     watched = "positions" in read and branch.ledger is not None
     if evicted and not watched:
         raise ValueError("positions")
     if watched:
-        shape = (*engine.backend.kv_heads(), slots)
-        for name, kind in zip(LEDGER, (np.int32, np.int32, np.float32), strict=True):
-            if read[name].shape != shape or read[name].dtype != kind:
-                raise ValueError(name)
-        positions, end = np.sort(read["positions"], axis=-1), int(about["next_position"])
-        if not (0 < end < 1 << 30 and 0 <= int(about["seen"]) < 1 << 30):
-            raise ValueError("counts")
-        if positions.min() < 0 or positions.max() >= end or (np.diff(positions) < 1).any():
-            raise ValueError("positions")
+        _check_ledger(branch.ledger.shape, slots, about, read)
     with engine.changing():
         branch.free()
-        engine.reserve(branch, slots)
-        engine.backend.write_blocks(branch.block_table(), blocks)
+        engine.make(branch, len(ids), evicted)
+        for i, (part, blocks) in enumerate(zip(branch.parts, memories, strict=True)):
+            engine.backend.write_blocks(np.array(part.held(), np.int32), blocks, i)
         branch.restore(ids, evicted)
         if watched:
             branch.ledger.restore(*(read[n] for n in LEDGER), int(about["next_position"]), int(about["seen"]))
     return len(ids)
+
+
+def _check_ledger(
+    heads: tuple[int, int], slots: int, about: dict[str, str], read: dict[str, np.ndarray]
+) -> None:
+    """Raises ValueError where what is known of the slots makes no sense."""
+    for name, kind in zip(LEDGER, (np.int32, np.int32, np.float32), strict=True):
+        if read[name].shape != (*heads, slots) or read[name].dtype != kind:
+            raise ValueError(name)
+    end = int(about["next_position"])
+    if not (0 < end < 1 << 30 and 0 <= int(about["seen"]) < 1 << 30):
+        raise ValueError("counts")
+    positions = np.sort(read["positions"], axis=-1)
+    if positions.size and (positions.min() < 0 or positions.max() >= end or (np.diff(positions) < 1).any()):
+        raise ValueError("positions")

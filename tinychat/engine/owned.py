@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tinychat.base.claims import Claim
 from tinychat.engine.eviction import Ledger
-from tinychat.engine.kvcache import BlockPool, Branch
+from tinychat.engine.memory.branch import Branch, Part
 
 
 class OwnedBranch(Branch):
     """A branch that gives its blocks back when its owner is gone."""
 
     def __init__(
-        self, pool: BlockPool, known: Callable[[OwnedBranch], OwnedBranch], ledger: Ledger | None = None
+        self,
+        parts: Sequence[Part],
+        known: Callable[[OwnedBranch], OwnedBranch],
+        ledger: Ledger | None = None,
     ):
         """known: is told of this branch's forks, and gives them back."""
-        super().__init__(pool, ledger=ledger)
+        super().__init__(parts, ledger=ledger)
         self._known = known
         self.last_used = 0
         self.claim = Claim()  # of the answer that is being made
@@ -27,9 +30,10 @@ class OwnedBranch(Branch):
         """Whether an answer is being made."""
         return self.claim.generator is not None
 
-    def _empty(self) -> OwnedBranch:
-        return self._known(OwnedBranch(self.pool, self._known))
+    def _empty(self, parts: Sequence[Part]) -> OwnedBranch:
+        return self._known(OwnedBranch(parts, self._known))
 
     def __del__(self):
-        if self.table:
-            self.pool.abandon(self.table)
+        for part in self.parts:
+            if held := part.held():
+                part.pool.abandon(held)

@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.backends.interface import LARGEST_ROWS, Backend, Slots, Span, Step
+import numpy as np
+
+from tinychat.backends.interface import LARGEST_ROWS, Backend, Span, Step
 from tinychat.engine.sampling import best_of, largest_suffice, total_temperature
 from tinychat.engine.scheduler import Rows
 
@@ -17,13 +19,15 @@ class Part:
     """One sequence's part of a step: its first n rows, for which there is room.
 
     stay: they are no drafts, so votes are added where they stay.
+    scores, voters: where the backend adds what the last so many rows attend to, if somebody wants to know.
     """
 
     rows: Rows
     n: int
     span: Span
-    slots: Slots
     stay: bool
+    scores: np.ndarray | None
+    voters: int
 
     @property
     def asked(self) -> int:
@@ -37,11 +41,11 @@ class Part:
 
     def voting(self) -> AbstractContextManager[None]:
         """While votes are added where they stay: where that fails, the branch is given up."""
-        return self.rows.branch.rewritten() if self.slots.scores is not None and self.stay else nullcontext()
+        return self.rows.branch.rewritten() if self.scores is not None and self.stay else nullcontext()
 
     def keep(self, out: Any) -> None:
         """The rows have run, and these are their logits."""
-        rows, branch, slots = self.rows, self.rows.branch, self.slots
+        rows, branch = self.rows, self.rows.branch
         last, n = self.n == len(rows.ids), self.n
         with self.voting():
             if last and rows.take is not None:
@@ -49,7 +53,7 @@ class Part:
             with branch.rewritten() if branch.ledger else nullcontext():
                 branch.commit(rows.ids[:n])
                 if branch.ledger:
-                    branch.ledger.append(n, min(slots.scored_rows, n), None if self.stay else slots.scores)
+                    branch.ledger.append(n, min(self.voters, n), None if self.stay else self.scores)
         if last and rows.then is not None:
             rows.then()
         rows.finish(self.n)

@@ -79,8 +79,8 @@ def test_a_pool_that_grows_keeps_what_it_holds():
         branch, ids = m.engine.branch(), [int(t) for t in IDS[:40]]
         m.engine.run(branch, ids, 40)
         expected = m.engine.run(branch.fork(), [5], 0)
-        m.backend.allocate_kv(m.engine.pool.n_blocks + 40)
-        m.engine.pool.grow(40)
+        m.backend.allocate_kv(m.engine.memories.pools[0].n_blocks + 40)
+        m.engine.memories.pools[0].grow(40)
         np.testing.assert_array_equal(m.engine.run(branch, [5], 0), expected)
         with pytest.raises(MemoryBudgetError):
             m.backend.allocate_kv(1 << 40)

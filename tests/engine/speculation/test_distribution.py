@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import byte_tokenizer
 
+from tinychat.backends.interface import MemorySpec
 from tinychat.base.events import TextDelta
 from tinychat.engine.engine import Engine
 from tinychat.engine.sampling import SamplingParams, candidates
@@ -23,6 +24,7 @@ class TableBackend:
     """A target whose logits depend on the last token only: its exact distribution can be written down."""
 
     name, row_independent, max_rows, max_spans = "table", True, 16, 8
+    memories = (MemorySpec("paged", (0,), 1, 1),)
 
     def __init__(self):
         self.table = np.random.default_rng(2).normal(0, 1.5, (VOCABULARY, VOCABULARY)).astype(np.float32)
@@ -30,13 +32,16 @@ class TableBackend:
     def describe(self):
         return {"backend": self.name}
 
-    def kv_bytes_per_block(self):
+    def kv_bytes_per_block(self, memory=0):
         return 1
 
-    def allocate_kv(self, n_blocks):
+    def kv_heads(self, memory=0):
+        return 1, 1
+
+    def allocate_kv(self, n_blocks, memory=0):
         pass
 
-    def copy_block(self, src, dst):
+    def copy_block(self, src, dst, memory=0):
         pass
 
     def step(self, step):

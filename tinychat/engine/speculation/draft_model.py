@@ -8,7 +8,8 @@ import numpy as np
 
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.engine.engine import Engine
-from tinychat.engine.kvcache import PoolExhaustedError, common_prefix
+from tinychat.engine.memory.branch import common_prefix
+from tinychat.engine.memory.pool import PoolExhaustedError
 from tinychat.engine.sampling import SamplingParams, candidates, greedy, gumbel, sample
 from tinychat.engine.speculation import Draft
 from tinychat.text.tokenizer import Tokenizer

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tinychat.backends.interface import BLOCK
-from tinychat.engine.kvcache import BlockPool, Branch, PoolExhaustedError, common_prefix
+from tinychat.engine.memory.branch import Branch, common_prefix
+from tinychat.engine.memory.paged import Paged
+from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
 
 N_BLOCKS = 12
+
+
+def new(pool):
+    """A branch of a model that has this paged memory and no other."""
+    return Branch([Paged(pool)])
 
 
 def history(ids):
@@ -35,7 +42,7 @@ class FakeBackend:
         self.slots[dst * BLOCK : (dst + 1) * BLOCK] = self.slots[src * BLOCK : (src + 1) * BLOCK]
 
     def slot(self, branch, i):
-        return branch.block_table()[i // BLOCK] * BLOCK + i % BLOCK
+        return branch.parts[0].table[i // BLOCK] * BLOCK + i % BLOCK
 
     def write(self, branch, ids):
         """What a step does: room, then numbers, then the commit."""
@@ -68,12 +75,12 @@ class CacheMachine(RuleBasedStateMachine):
         return data.draw(st.integers(0, len(self.branches) - 1), label="branch")
 
     def held(self):
-        return {block for b in self.branches for block in b.table}
+        return {block for b in self.branches for block in b.parts[0].table}
 
     @rule()
     def new(self):
         if len(self.branches) < 6:
-            self.branches.append(Branch(self.pool))
+            self.branches.append(new(self.pool))
             self.truth.append([])
 
     @precondition(lambda self: self.branches)
@@ -81,9 +88,10 @@ class CacheMachine(RuleBasedStateMachine):
     def append(self, data, ids):
         i = self.pick(data)
         b = self.branches[i]
-        copied = len(b) % BLOCK and not self.pool.is_private(b.table[-1])
-        shared = copied and self.pool.holders(b.table[-1]) > 1  # else the copy sets its original free
-        blocks_needed = -(-(len(b) + len(ids)) // BLOCK) - len(b.table) + bool(shared)
+        table = b.parts[0].table
+        copied = len(b) % BLOCK and not self.pool.is_private(table[-1])
+        shared = copied and self.pool.holders(table[-1]) > 1  # else the copy sets its original free
+        blocks_needed = -(-(len(b) + len(ids)) // BLOCK) - len(table) + bool(shared)
         room = N_BLOCKS - len(self.held())
         enough = blocks_needed <= room and not (copied and not room)
         try:
@@ -151,8 +159,8 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def at_most_15_slots_of_a_branch_are_wasted(self):
         for b in self.branches:
-            assert 0 <= len(b.table) * BLOCK - len(b) <= BLOCK - 1
-            assert len(set(b.table)) == len(b.table)
+            assert 0 <= len(b.parts[0].table) * BLOCK - len(b) <= BLOCK - 1
+            assert len(set(b.parts[0].table)) == len(b.parts[0].table)
 
     @invariant()
     def blocks_are_held_or_available(self):
@@ -164,7 +172,7 @@ class CacheMachine(RuleBasedStateMachine):
             b.free()
         # Nothing leaked: a new branch can have the whole pool, and not a slot more.
         assert self.pool.available() == N_BLOCKS
-        all_of_it = Branch(self.pool)
+        all_of_it = new(self.pool)
         self.backend.write(all_of_it, [2] * (N_BLOCKS * BLOCK))
         with pytest.raises(PoolExhaustedError):
             all_of_it.reserve(1)
@@ -186,41 +194,41 @@ def pool(backend):
 
 def test_freed_blocks_are_found_again_by_content(backend, pool):
     ids = list(range(40))
-    first = Branch(pool)
+    first = new(pool)
     backend.write(first, ids)
     first.free()
     assert pool.available() == N_BLOCKS
-    second = Branch(pool)
+    second = new(pool)
     assert second.match(ids) == 32
     assert backend.read(second) == history(ids[:32])
 
 
 def test_the_same_block_after_another_beginning_is_another_block(backend, pool):
-    one, two = Branch(pool), Branch(pool)
+    one, two = new(pool), new(pool)
     backend.write(one, [1] * BLOCK + [5] * BLOCK)
     backend.write(two, [2] * BLOCK)
     assert two.match([2] * BLOCK + [5] * BLOCK) == BLOCK
 
 
 def test_branches_with_other_roots_never_share(backend, pool):
-    one, two = Branch(pool, b"act8"), Branch(pool, b"act16")
+    one, two = Branch([Paged(pool)], b"act8"), Branch([Paged(pool)], b"act16")
     backend.write(one, [1] * BLOCK)
     assert two.match([1] * BLOCK) == 0
 
 
 def test_the_end_of_a_forgotten_sequence_goes_before_its_beginning(backend, pool):
-    old = Branch(pool)
+    old = new(pool)
     backend.write(old, list(range(4 * BLOCK)))
     old.free()
-    other = Branch(pool)
+    other = new(pool)
     backend.write(other, [7] * ((N_BLOCKS - 2) * BLOCK))  # needs two of the four idle blocks
     other.free()
-    assert Branch(pool).match(list(range(4 * BLOCK))) == 2 * BLOCK
+    assert new(pool).match(list(range(4 * BLOCK))) == 2 * BLOCK
 
 
 def test_exhaustion_leaves_the_branch_readable(backend, pool):
     ids = list(range(100))
-    branch = Branch(pool)
+    branch = new(pool)
     backend.write(branch, ids)
     with pytest.raises(PoolExhaustedError):
         branch.reserve(N_BLOCKS * BLOCK)
@@ -230,7 +238,7 @@ def test_exhaustion_leaves_the_branch_readable(backend, pool):
 
 
 def test_a_fork_copies_one_block_when_it_writes(backend, pool):
-    a = Branch(pool)
+    a = new(pool)
     backend.write(a, list(range(20)))
     b = a.fork()
     assert pool.used == 2
@@ -251,25 +259,25 @@ def test_common_prefix():
 
 def test_writing_after_a_rollback_leaves_findable_content_alone(backend, pool):
     first = list(range(20))
-    branch = Branch(pool)
+    branch = new(pool)
     backend.write(branch, first)
     branch.truncate(10)
     backend.write(branch, [50] * 10)
     assert backend.read(branch) == history(first[:10] + [50] * 10)
-    other = Branch(pool)
+    other = new(pool)
     assert other.match(first) == 16
     assert backend.read(other) == history(first[:16])
-    third = Branch(pool)
+    third = new(pool)
     assert third.match(first[:10] + [50] * 10) == 16
     assert backend.read(third) == history(first[:10] + [50] * 6)
 
 
 @pytest.mark.parametrize("method", ["reserve", "own"])
 def test_a_copy_that_fails_leaks_nothing(backend, pool, method):
-    first = Branch(pool)
+    first = new(pool)
     backend.write(first, list(range(10)))
     second = first.fork()
-    used, table = pool.used, list(second.table)
+    used, table = pool.used, list(second.parts[0].table)
 
     def lost(src, dst):
         raise RuntimeError("the GPU is lost")
@@ -277,7 +285,7 @@ def test_a_copy_that_fails_leaks_nothing(backend, pool, method):
     pool.copy_block = lost
     with pytest.raises(RuntimeError):
         second.reserve(1) if method == "reserve" else second.own()
-    assert (pool.used, second.table) == (used, table)
+    assert (pool.used, second.parts[0].table) == (used, table)
     pool.copy_block = backend.copy_block
     backend.write(second, [7])
     assert backend.read(second) == history([*range(10), 7])
@@ -286,14 +294,14 @@ def test_a_copy_that_fails_leaks_nothing(backend, pool, method):
 
 def test_a_content_is_kept_once_and_stays_findable_with_its_last_holder(backend, pool):
     ids = list(range(16))
-    first, second = Branch(pool), Branch(pool)
+    first, second = new(pool), new(pool)
     backend.write(first, ids[:10])
     backend.write(second, ids)
     backend.write(first, ids[10:])
-    assert first.table == second.table
+    assert first.parts[0].table == second.parts[0].table
     assert pool.used == 1
     first.truncate(0)
     backend.write(first, [7] * ((N_BLOCKS - 1) * BLOCK))  # takes every block that nobody holds
-    second_again = Branch(pool)
+    second_again = new(pool)
     assert second_again.match(ids) == 16
     assert backend.read(second_again) == history(ids)

@@ -1,0 +1,177 @@
+"""What a branch has in a state memory: the slot of its state, and one to go back to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tinychat.backends.interface import BLOCK, States
+from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
+
+ROWS = 16  # of a verification window: each keeps its state until it is known how many drafts were right
+SNAPSHOTS = 4  # that a pool has room for beside the branch in use and its fork
+
+
+class State:
+    """`current` holds the state behind the last token, `boundary` that behind the first `at` tokens, the last
+    whole block before it. A slot is written once: a step reads one and writes others, so a step that fails
+    has changed nothing.
+
+    A snapshot is a slot of the pool that is found by the key of the block that ends there.
+    """
+
+    thinned = False
+
+    def __init__(self, pool: BlockPool, spacing: int):
+        """spacing: tokens between two snapshots in a long text, a multiple of BLOCK."""
+        self.pool, self.spacing = pool, spacing
+        self.forget()
+
+    def held(self) -> list[int]:
+        """Slots that it has a reference to."""
+        return [slot for slot in (self.current, self.boundary, *self.kept.tolist()) if slot >= 0]
+
+    def reserve(self, length: int, n: int, each: bool = False) -> None:
+        """Have slots for the states behind n more tokens that somebody needs; behind each of them where the
+        step verifies drafts. Raises PoolExhaustedError.
+        """
+        self._drop_kept()
+        # Snapshots in an answer would drive the prompt's own out, so only a prompt has them on its way.
+        self._ends = self._snapshots(length, length + n) if n > 1 and not each else []
+        whole = (length + n - 1) // BLOCK * BLOCK
+        ends = {length + n, *self._ends, *([whole] if whole > length else [])}
+        rows = range(n) if each else sorted(end - length - 1 for end in ends)
+        if len(rows) > self.pool.available():
+            raise PoolExhaustedError(self.pool)
+        self.kept = np.full(n, -1, np.int32)
+        for row in rows:
+            self.kept[row] = self.pool.allocate()
+
+    def _snapshots(self, before: int, length: int) -> list[int]:
+        """Where on the way between these lengths snapshots are taken."""
+        return list(range((before // self.spacing + 1) * self.spacing, length + 1, self.spacing))
+
+    def span(self, length: int, scores: np.ndarray | None = None, scored_rows: int = 0) -> States:
+        """What a step reads and leaves."""
+        return States(self.current, self.kept)
+
+    def publish(self, i: int, key: bytes) -> None:
+        """Nothing: `commit` publishes what is worth it."""
+
+    def commit(self, before: int, length: int, keys: Sequence[bytes]) -> None:
+        """The step came as far as `length`."""
+        if length == before:
+            return self._drop_kept()
+        whole = (length - 1) // BLOCK * BLOCK
+        for n in self._ends:
+            if n <= length and n // BLOCK <= len(keys):
+                row = n - before - 1
+                self.kept[row] = self.pool.publish(int(self.kept[row]), keys[n // BLOCK - 1])
+        if whole > self.at:
+            slot = self.current if whole == before else int(self.kept[whole - before - 1])
+            self.pool.retain(slot)
+            old, self.boundary, self.at = self.boundary, slot, whole
+            if old >= 0:
+                self.pool.release(old)
+        last = length - before - 1
+        old, self.current, self.length = self.current, int(self.kept[last]), length
+        self.kept[last] = -1
+        if old >= 0:
+            self.pool.release(old)
+        self._drop_kept()
+
+    def _drop_kept(self) -> None:
+        kept, self.kept = self.kept, np.zeros(0, np.int32)
+        for slot in kept[kept >= 0].tolist():
+            self.pool.release(slot)
+
+    def keep(self, length: int, keys: Sequence[bytes]) -> None:
+        """Make the boundary a snapshot."""
+        if self.at and self.at // BLOCK <= len(keys):
+            self.boundary = self.pool.publish(self.boundary, keys[self.at // BLOCK - 1])
+
+    def finds(self, key: bytes) -> bool:
+        """Whether a prefix may go on over this block: only its end has to be there (`longest`)."""
+        return True
+
+    def _slot(self, n: int, own: int, keys: Sequence[bytes]) -> int | None:
+        """The slot of the state behind n tokens."""
+        if n == 0:
+            return -1
+        if n == self.length <= own:
+            return self.current
+        if n == self.at <= own:
+            return self.boundary
+        found = n % BLOCK == 0 and n // BLOCK <= len(keys)
+        return self.pool.find(keys[n // BLOCK - 1]) if found else None
+
+    def longest(self, n: int, own: int, keys: Sequence[bytes]) -> int:
+        """The longest beginning of n tokens whose state is there.
+
+        own: tokens that agree with its own. keys: of the full blocks of what is wanted.
+        """
+        while self._slot(n, own, keys) is None:
+            below = (n - 1) // BLOCK * BLOCK
+            n = own if below < own < n else below
+        return n
+
+    def take(self, n: int, own: int, keys: Sequence[bytes]) -> None:
+        """Hold the state behind n tokens, `longest` having allowed it."""
+        slot = self._slot(n, own, keys)
+        boundary, at = (self.boundary, self.at) if 0 < self.at < n and self.at <= own else (-1, 0)
+        for kept in (slot, boundary):
+            if kept >= 0:
+                self.pool.retain(kept)
+        self.free()
+        self.current, self.length, self.boundary, self.at = slot, n, boundary, at
+
+    def own(self) -> None:
+        """Nothing: no slot is ever written twice."""
+
+    def blocks_of(self, length: int) -> int:
+        """Slots that are saved of so many tokens."""
+        return int(length > 0)
+
+    def saved(self, length: int) -> list[int]:
+        """Slots that go on disk."""
+        return [self.current] if length else []
+
+    def make(self, length: int) -> None:
+        """Have a slot for the state of a branch that is going to be restored. Raises PoolExhaustedError."""
+        self.current, self.length = self.pool.allocate(), length
+
+    def fits(self, length: int) -> bool:
+        """Whether its state is the one behind so many tokens."""
+        return self.length == length and (self.current >= 0) == (length > 0) and self.at < max(length, 1)
+
+    def trim(self, length: int) -> None:
+        """Give back what a step was going to write."""
+        self._drop_kept()
+
+    def fork(self) -> State:
+        """The same, shared."""
+        other = State(self.pool, self.spacing)
+        other.current, other.length, other.boundary, other.at = (
+            self.current,
+            self.length,
+            self.boundary,
+            self.at,
+        )
+        for slot in other.held():
+            self.pool.retain(slot)
+        return other
+
+    def free(self) -> None:
+        """Give every slot back."""
+        held = self.held()
+        self.forget()
+        for slot in held:
+            self.pool.release(slot)
+
+    def forget(self) -> None:
+        """Hold nothing, and give nothing back: the pool is going to be counted anew."""
+        self.current = self.boundary = -1
+        self.length = self.at = 0
+        self.kept = np.zeros(0, np.int32)
+        self._ends: list[int] = []

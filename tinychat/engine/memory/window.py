@@ -1,0 +1,187 @@
+"""What a branch has in a window memory: the blocks of the last tokens, whatever the length of the branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tinychat.backends.interface import BLOCK, Slots
+from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
+
+SNAPSHOTS = 4  # windows that a pool has room for beside the one that is in use
+
+
+class Window:
+    """Blocks `first` to `end` of a table that is numbered like the tokens. What lies before is given back as
+    the branch grows: it can be found by content until its room is needed.
+
+    A snapshot is the blocks that the next token at some place would see, all of them full.
+    """
+
+    thinned = False
+
+    def __init__(self, pool: BlockPool, window: int, spacing: int):
+        """spacing: tokens between two snapshots in a long text, a multiple of BLOCK."""
+        self.pool, self.window, self.spacing = pool, window, spacing
+        self.first = self.end = 0
+        self._table = np.zeros(16, np.int32)  # what lies before `first` is of the past
+        self._reads = False  # whether the step is a part of a prompt
+
+    def held(self) -> list[int]:
+        """Blocks that it has a reference to."""
+        return self._table[self.first : self.end].tolist()
+
+    def seen_from(self, n: int) -> int:
+        """The first block that a token behind n others sees."""
+        return max(0, n - self.window + 1) // BLOCK
+
+    def reserve(self, length: int, n: int, each: bool = False) -> None:
+        """Have private room for n more. Raises PoolExhaustedError."""
+        self._reads = n > 1 and not each
+        last, offset = divmod(length, BLOCK)
+        if offset and n and not self.pool.is_private(block := int(self._table[last])):
+            self._table[last] = self.pool.duplicate(block)
+        self._extend(-(-(length + n) // BLOCK))
+
+    def _extend(self, end: int) -> None:
+        if end - self.end > self.pool.available():
+            raise PoolExhaustedError(self.pool)
+        if end > len(self._table):
+            table = np.zeros(max(end, 2 * len(self._table)), np.int32)
+            table[: self.end] = self._table[: self.end]
+            self._table = table
+        while self.end < end:
+            self._table[self.end] = self.pool.allocate()
+            self.end += 1
+
+    def span(self, length: int, scores: np.ndarray | None = None, scored_rows: int = 0) -> Slots:
+        """Where a step's rows go and what they see."""
+        return Slots(self._table[: self.end], length)
+
+    def publish(self, i: int, key: bytes) -> None:
+        """Block i is full, and this is what it holds."""
+        if i >= self.first:
+            self._table[i] = self.pool.publish(int(self._table[i]), key)
+
+    def commit(self, before: int, length: int, keys: Sequence[bytes]) -> None:
+        """So many are there now; room beyond them is given back, and what no token will see any more.
+
+        In a prompt snapshots are taken on the way (those in an answer would drive the prompt's own out),
+        where the branch can still be found by content.
+        """
+        self.trim(length)
+        end = length // self.spacing * self.spacing
+        if self._reads and end > before and len(keys) >= end // BLOCK:
+            self.keep(end + 1, keys)
+        # One block more stays: a drafting model takes a few tokens back.
+        seen = min(max(0, self.seen_from(length) - 1), self.end)
+        while self.first < seen:
+            self.first += 1
+            self.pool.release(int(self._table[self.first - 1]))
+
+    def keep(self, length: int, keys: Sequence[bytes]) -> None:
+        """Take a snapshot from which the token behind the last whole block before `length` can go on."""
+        full = min(length // BLOCK, len(keys))
+        start = self.seen_from(max(0, length - 1) // BLOCK * BLOCK)
+        # Where another branch's shorter memory was continued, less than a window may be there: no snapshot.
+        if start >= self.first:
+            self.pool.snapshot(keys[start:full])
+
+    def finds(self, key: bytes) -> bool:
+        """Whether a prefix may go on over this block: only its end has to be there (`longest`)."""
+        return True
+
+    def _has(self, i: int, n: int, own: int) -> bool:
+        """Whether it holds block i as far as n, when its first `own` tokens are what is wanted."""
+        return self.first <= i < self.end and min((i + 1) * BLOCK, n) <= own
+
+    def _missing(self, n: int, own: int, keys: Sequence[bytes]) -> int | None:
+        """The last block that a token behind n others would see and that is nowhere."""
+        for i in range(-(-n // BLOCK) - 1, self.seen_from(n) - 1, -1):
+            full = (i + 1) * BLOCK <= n and i < len(keys)
+            if not self._has(i, n, own) and not (full and self.pool.find(keys[i]) is not None):
+                return i
+        return None
+
+    def longest(self, n: int, own: int, keys: Sequence[bytes]) -> int:
+        """The longest beginning of n tokens behind which one can go on.
+
+        own: tokens that agree with its own. keys: of the full blocks of what is wanted.
+        """
+        while (i := self._missing(n, own, keys)) is not None:
+            n = own if i * BLOCK < own < min(n, (i + 1) * BLOCK) else i * BLOCK
+        return n
+
+    def take(self, n: int, own: int, keys: Sequence[bytes]) -> None:
+        """Hold what a token behind the first n sees, `longest` having allowed it."""
+        first, end = self.seen_from(n), -(-n // BLOCK)
+        if first and self._has(first - 1, n, own):
+            first -= 1
+        blocks = [
+            int(self._table[i]) if self._has(i, n, own) else self.pool.find(keys[i])
+            for i in range(first, end)
+        ]
+        for block in blocks:
+            self.pool.retain(block)
+        self.free()
+        self._hold(first, blocks)
+
+    def _hold(self, first: int, blocks: Sequence[int]) -> None:
+        end = first + len(blocks)
+        table = np.zeros(max(16, end), np.int32)
+        table[first:end] = blocks
+        self._table, self.first, self.end = table, first, end
+
+    def own(self) -> None:
+        """Make every block private. Raises PoolExhaustedError; what is done stays."""
+        for i in range(self.first, self.end):
+            block = int(self._table[i])
+            if self.pool.holders(block) == 1:
+                self.pool.withdraw(block)
+            else:
+                self._table[i] = self.pool.duplicate(block)
+
+    def blocks_of(self, length: int) -> int:
+        """Blocks that are saved of so many tokens."""
+        return -(-length // BLOCK) - self.seen_from(length)
+
+    def saved(self, length: int) -> list[int]:
+        """Blocks that go on disk."""
+        return self._table[self.seen_from(length) : self.end].tolist()
+
+    def make(self, length: int) -> None:
+        """Have the blocks of a branch that is going to be restored. Raises PoolExhaustedError."""
+        self.first = self.end = self.seen_from(length)
+        self._extend(-(-length // BLOCK))
+
+    def fits(self, length: int) -> bool:
+        """Whether it holds what the next token sees, or more."""
+        return self.first <= self.seen_from(length) and -(-length // BLOCK) <= self.end
+
+    def trim(self, length: int) -> None:
+        """Give back the blocks behind the last token."""
+        needed = -(-length // BLOCK)
+        while self.end > needed:
+            self.end -= 1
+            self.pool.release(int(self._table[self.end]))
+
+    def fork(self) -> Window:
+        """The same, shared until one of both writes."""
+        other = Window(self.pool, self.window, self.spacing)
+        blocks = self.held()
+        for block in blocks:
+            self.pool.retain(block)
+        other._hold(self.first, blocks)
+        return other
+
+    def free(self) -> None:
+        """Give every block back; the end of a sequence is reclaimed before its beginning."""
+        blocks = self.held()
+        self.forget()
+        for block in reversed(blocks):
+            self.pool.release(block)
+
+    def forget(self) -> None:
+        """Hold nothing, and give nothing back: the pool is going to be counted anew."""
+        self.first = self.end = 0
