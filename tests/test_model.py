@@ -88,7 +88,9 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(folder, monkeyp
 def test_the_context_shrinks_to_the_memory_unless_it_is_asked_for(monkeypatch):
     with tiny_model() as m:
         per_block = m.backend.kv_bytes_per_block()
-    monkeypatch.setattr("tinychat.model.available_memory", lambda: 300_000_000 + 5 * per_block)
+    monkeypatch.setattr(
+        "tinychat.model.available_memory", lambda: 300_000_000 + (5 + 2) * per_block
+    )  # two to spare
     checkpoint = TinyCheckpoint()
     from tinychat.backends.reference import ReferenceBackend
     from tinychat.model import Model

@@ -51,8 +51,10 @@ def memory_bytes(backend: Backend, n: int) -> int:
 
 
 def tokens_within(backend: Backend, room: int, most: int) -> int:
-    """The longest context, a multiple of BLOCK and at most `most` tokens, whose pools take `room` bytes."""
-    low, high = 0, most // BLOCK + 1  # blocks that fit, and that do not or are not wanted
+    """The longest context, in whole blocks and not a block longer than `most`, whose pools take `room`
+    bytes.
+    """
+    low, high = 0, -(-most // BLOCK) + 1  # blocks that fit, and that do not or are not wanted
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if memory_bytes(backend, middle * BLOCK) <= room else (low, middle)
