@@ -223,7 +223,8 @@ async def blocked(text: str) -> tuple[float, float]:
     long all of it took.
     """
     from tinychat.chats.chat_store import ChatStore
-    from tinychat.process.client import Began, Finished, Loaded, Text
+    from tinychat.conversation import Message
+    from tinychat.process.protocol import Began, Finished, Loaded, Text
     from tinychat.tui.app import ChatApp
     from tinychat.tui.conversation import Conversation
 
@@ -265,7 +266,7 @@ async def blocked(text: str) -> tuple[float, float]:
             engine.on_event(Text(text[i : i + batch], i // size + 16))
             await asyncio.sleep(0.002)
         stats = {"generated_tokens": 20000, "decode_tps": 400.0}
-        engine.on_event(Finished(text, list(range(20000)), [], "", "stop", stats))
+        engine.on_event(Finished(Message("assistant", text, None, "", [], list(range(20000)), "stop", stats)))
         while app.chat.answering:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
-import json
 import random
 import sys
 import threading
@@ -16,7 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tiny import tiny_model
 
 from tinychat.base.events import Done
-from tinychat.process.worker import Worker
+from tinychat.conversation import Message
+from tinychat.process.core import Core
+from tinychat.process.protocol import Answer, Failed, Finished, Load
 
 pytest.importorskip("torch", reason="needs torch: the sessions are on the reference backend")
 
@@ -144,35 +144,27 @@ def no_patience(monkeypatch):
 
 
 def test_the_screens_engine_goes_on_after_any_number_of_escs():
-    said, sink = [], io.BytesIO()
+    path, told = [], []
     rng = random.Random(3)
     with tiny_model(ctx=256, backend="cpu", grows=False) as model:
-        worker = Worker(io.BytesIO(), sink, lambda *_: model)
-        worker._load({"model": "tiny", "options": {"keep_kv": False}})
+        core = Core(told.append, lambda *_: model)
+        core._load(Load("tiny", {"keep_kv": False}))
         for turn in range(30):
-            said += [{"role": "user", "content": "hi"}]
-            stop, chat = rng.choice([1, 5, 40, 10**9]), str(turn % 2)
-            worker.cancelled.clear()
-            inner, count = worker._send, [0]
+            path += [Message("user", "hi")]
+            stop, chat, count = rng.choice([1, 5, 40, 10**9]), str(turn % 2), [0]
 
-            def send(stop=stop, worker=worker, count=count, **event):
+            def tell(said, stop=stop, core=core, count=count):
+                told.append(said)
                 count[0] += 1
-                if count[0] >= stop and worker.answering:
-                    worker.cancelled.set()
+                if count[0] >= stop and core.answering:
+                    core.cancelled.set()
 
-            worker._send = send
-            request = {
-                "chat": chat,
-                "path": said,
-                "system": None,
-                "params": {"seed": turn, "max_tokens": 120},
-            }
-            worker._answer(request)
-            worker._send = inner
-            node = worker.sessions[chat].nodes[-1]
-            said = [*said, {"role": "assistant", "content": node.content, "ids": node.ids}]
-            said[-1] |= {"prompt_ids": node.prompt_ids, "prompt_text": node.prompt_text}
-    assert [json.loads(line)["ev"] for line in sink.getvalue().splitlines()] == ["loaded"]
+            core.cancelled.clear()
+            core.tell = tell
+            core._answer(Answer(chat, path, None, {"seed": turn, "max_tokens": 120}))
+            path = list(core.sessions[chat].nodes)
+    assert not [said for said in told if isinstance(said, Failed)]
+    assert sum(isinstance(said, Finished) for said in told) == 30
 
 
 INTERRUPTED = (

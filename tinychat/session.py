@@ -4,77 +4,33 @@ parameters.
 
 from __future__ import annotations
 
-import io
 import json
 import threading
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat.answer import AnswerInTheMaking
 from tinychat.base import arguments
 from tinychat.base.characters import whole
 from tinychat.base.claims import Claim
 from tinychat.base.errors import TinychatError, UsageError
-from tinychat.base.events import Done, Event, FinishReason, Notice, Reading, TextDelta
+from tinychat.base.events import Event, FinishReason, Notice, Reading
 from tinychat.base.files import MAX_TEXT, read_text, write_atomically
+from tinychat.conversation import Message, Tree
 from tinychat.engine.eviction import SMALLEST
 from tinychat.engine.memory.branch import common_prefix
 from tinychat.engine.sampling import SamplingParams
-from tinychat.text.attachments import are_sound, as_read
+from tinychat.text.attachments import are_sound
 from tinychat.text.oversized import refuse_oversized
-from tinychat.text.reasoning import split_thought
-from tinychat.text.stopping import cut_ids
 
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.engine import OwnedBranch
 
-FORMAT = 1
-NoneType = type(None)
-
-
-@dataclass
-class Message:
-    """A node of the conversation's tree. An assistant's also keeps the ids of its prompt's new part and of
-    its answer. `content` is what it wrote, its reasoning included: `split` tells them apart.
-    """
-
-    role: str
-    content: str
-    parent: int | None = None
-    prompt_text: str = ""  # what the template added since the previous answer, guards included
-    prompt_ids: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    stats: dict[str, Any] = field(default_factory=dict)
-    attachments: list[dict[str, str]] = field(default_factory=list)  # name and text of files sent along
-
-    def as_read(self) -> str:
-        """What the model reads: the files, then what was said."""
-        return as_read(self.content, self.attachments) if self.attachments else self.content
-
-    def split(self) -> tuple[str | None, str]:
-        """The reasoning (None: there is none) and the text."""
-        if self.role != "assistant":
-            return None, self.as_read()
-        return split_thought(self.content, self.prompt_text)[:2]
-
-    def is_sound(self) -> bool:
-        """Whether the fields have their types: for what comes from a file."""
-        return (
-            self.role in ("user", "assistant")
-            and isinstance(self.content, str)
-            and isinstance(self.parent, (int, NoneType))
-            and isinstance(self.prompt_text, str)
-            and all(isinstance(ids, list) for ids in (self.prompt_ids, self.ids))
-            and all(type(i) is int for i in (*self.prompt_ids, *self.ids))
-            and isinstance(self.finish_reason, (str, NoneType))
-            and isinstance(self.stats, dict)
-            and are_sound(self.attachments)
-        )
+__all__ = ["Message", "Session"]
 
 
 class Session:
@@ -102,8 +58,7 @@ class Session:
         self._eviction = model.eviction(kv_budget, kv_policy, chat=True)
         self._strict = bool(kv_budget or model.kv_budget)  # a budget was asked for
         self.params = params
-        self.nodes: list[Message] = []
-        self.leaf: int | None = None
+        self.tree = Tree()
         self._branch = model.engine.branch(self._eviction)
         self._before: OwnedBranch | None = (
             None  # as it was before the last answer, for the next one in its place
@@ -135,14 +90,27 @@ class Session:
             raise UsageError(f"The parameters are {arguments.shown(params)}.", "Use session.params.but(…).")
         self._params = params
 
+    @property
+    def nodes(self) -> list[Message]:
+        """Every message of every branch, a parent before its children."""
+        return self.tree.nodes
+
+    @nodes.setter
+    def nodes(self, nodes: list[Message]) -> None:
+        self.tree.nodes = nodes
+
+    @property
+    def leaf(self) -> int | None:
+        """Index of the message at the end of the present branch."""
+        return self.tree.leaf
+
+    @leaf.setter
+    def leaf(self, node: int | None) -> None:
+        self.tree.leaf = node
+
     def path(self, leaf: int | None = None) -> list[int]:
         """Node indexes from the first message to `leaf` (default: the present one)."""
-        at = self.leaf if leaf is None else self._node(leaf)
-        out = []
-        while at is not None:
-            out.append(at)
-            at = self.nodes[at].parent
-        return out[::-1]
+        return self.tree.path(None if leaf is None else self._node(leaf))
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -150,7 +118,7 @@ class Session:
         answer thought before is its "reasoning".
         """
         out = [] if self._system is None else [{"role": "system", "content": self._system}]
-        for node in (self.nodes[i] for i in self.path()):
+        for node in self.tree.messages():
             reasoning, text = node.split()
             more = {} if reasoning is None else {"reasoning": reasoning}
             out.append({"role": node.role, "content": text, **more})
@@ -160,16 +128,11 @@ class Session:
         """The alternatives at a place (regenerated answers, edited messages), oldest first, `node` among
         them.
         """
-        asked = self.nodes[self._node(node)]
-        parent, role = asked.parent, asked.role
-        return [i for i, n in enumerate(self.nodes) if n.parent == parent and n.role == role]
+        return self.tree.siblings(self._node(node))
 
     def switch(self, node: int) -> None:
         """Make the branch through `node` the present one, down to its newest leaf."""
-        at = self._node(node)
-        while children := [i for i, n in enumerate(self.nodes) if n.parent == at]:
-            at = children[-1]
-        self.leaf = at
+        self.tree.switch(self._node(node))
 
     def _node(self, node: int) -> int:
         try:
@@ -205,19 +168,14 @@ class Session:
 
     def regenerate(self, **sampling: Any) -> Iterator[Event]:
         """Answer the last user message again, as a new branch beside the old answer."""
-        path = self.path()
-        users = [i for i in path if self.nodes[i].role == "user"]
-        if not users:
+        question, leaf = self.tree.last("user"), self.leaf
+        if question is None or leaf is None:
             raise UsageError("There is nothing to regenerate.", "Send a message first.")
         params = self.params.but(**sampling)
-        if (
-            params.seed is not None
-            and sampling.get("seed") is None
-            and self.nodes[self.leaf].role == "assistant"
-        ):
+        if params.seed is not None and sampling.get("seed") is None and self.nodes[leaf].role == "assistant":
             # The same seed would say the same again.
-            params = params.but(seed=params.seed + len(self.siblings(self.leaf)))
-        return self._answer(users[-1], params)
+            params = params.but(seed=params.seed + len(self.tree.siblings(leaf)))
+        return self._answer(question, params)
 
     def edit(
         self, node: int, text: str, *, attachments: Sequence[dict[str, str]] | None = None, **sampling: Any
@@ -271,46 +229,27 @@ class Session:
         with self._claiming:
             self._check_free()
             self._claim = claim
-        previous_leaf, n_nodes = self.leaf, len(self.nodes)
-        answer: Message | None = None
-        said, ids = io.StringIO(), array("i")
+        leaf, n_nodes = self.leaf, len(self.nodes)
+        answer: AnswerInTheMaking | None = None
         ended: FinishReason = "error"  # unless Done comes or the listener leaves
         try:
             if isinstance(question, Message):
                 if follows:
-                    question.parent = self.leaf
+                    question.parent = leaf
                 self.nodes.append(question)
                 question = n_nodes
-            asked = [self._system or "", self.nodes[question].as_read()]
-            evicts = self._branch.ledger is not None
-            refuse_oversized(self.model.tokenizer, asked, self.model.n_ctx, evicts)
-            segments = self._prompt(self.path(question), True)
-            prompt = [i for _, part in segments for i in part]
+            segments = self._asked(question)
             while self._notices:
                 yield Notice(self._notices.pop(0))
-            self._go_back(prompt)
-            template = self.model.template
-            splitter = template.splitter(segments[-1][0]) if template else None
-            for event in self.model.engine.generate(
-                self._branch, prompt, params, self._cancel, self.speculator, splitter
-            ):
+            for event in self._generate(segments, params):
                 if answer is None and isinstance(event, (Notice, Reading)):
                     yield event
                     continue
                 if answer is None:
                     # From here on the question stands, whatever happens.
-                    answer = Message("assistant", "", question)
-                    answer.prompt_text, answer.prompt_ids = segments[-1]
-                    self.nodes.append(answer)
-                    self.leaf = len(self.nodes) - 1
-                if isinstance(event, TextDelta):
-                    said.write(event.written)
-                    if event.token_id is not None:
-                        ids.append(event.token_id)
-                elif isinstance(event, Done):
-                    answer.finish_reason = event.finish_reason
-                    answer.stats = event.stats.as_dict()
-                    answer.content, answer.ids = said.getvalue(), event.completion.token_ids
+                    answer = AnswerInTheMaking(question, *segments[-1])
+                    self.tree.append(answer.message)
+                answer.hear(event)
                 yield event
         except (GeneratorExit, KeyboardInterrupt):
             ended = "cancelled"
@@ -318,12 +257,24 @@ class Session:
         finally:
             if answer is None:
                 del self.nodes[n_nodes:]
-                self.leaf = previous_leaf
-            elif answer.finish_reason is None:
-                answer.finish_reason = ended
-                # Tokens whose text was still held back were never said.
-                answer.content = said.getvalue()
-                answer.ids = cut_ids(self.model.tokenizer, ids.tolist(), answer.content)
+                self.leaf = leaf
+            else:
+                answer.end(ended, self.model.tokenizer)
+
+    def _asked(self, question: int) -> list[tuple[str, list[int]]]:
+        """The prompt for a question, in segments. Refuses what can never fit before it is tokenized."""
+        said = [self._system or "", self.nodes[question].as_read()]
+        refuse_oversized(self.model.tokenizer, said, self.model.n_ctx, self._branch.ledger is not None)
+        return self._prompt(self.path(question), True)
+
+    def _generate(self, segments: list[tuple[str, list[int]]], params: SamplingParams) -> Iterator[Event]:
+        prompt = [i for _, part in segments for i in part]
+        self._go_back(prompt)
+        template = self.model.template
+        splitter = template.splitter(segments[-1][0]) if template else None
+        return self.model.engine.generate(
+            self._branch, prompt, params, self._cancel, self.speculator, splitter
+        )
 
     def _go_back(self, prompt: list[int]) -> None:
         """Have the branch that continues into `prompt`, although eviction may have begun since."""
@@ -406,14 +357,7 @@ class Session:
         """
         arguments.flag("memory", memory)
         path = arguments.path("The path", path)
-        content = {
-            "tinychat_session": FORMAT,
-            "model": self.model.name,
-            "system": self._system,
-            "params": asdict(self.params),
-            "leaf": self.leaf,
-            "nodes": [{k: v for k, v in asdict(n).items() if v or k != "attachments"} for n in self.nodes],
-        }
+        content = self.tree.as_dict(self.model.name, self._system, asdict(self.params))
         write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace"))
         if memory:
             from tinychat.engine import kv_file
@@ -454,24 +398,13 @@ class Session:
         if model is not None and not hasattr(model, "engine"):
             raise UsageError(f"The model is {arguments.shown(model)}.", "Give what tinychat.load returned.")
         try:
-            content = json.loads(read_text(path, MAX_TEXT))
-            if content["tinychat_session"] != FORMAT:
-                raise ValueError(f"format {content['tinychat_session']}")
-            nodes = [Message(**n) for n in content["nodes"]]
-            for i, n in enumerate(nodes):
-                if not n.is_sound() or not (n.parent is None or 0 <= n.parent < i):
-                    raise ValueError(f"message {i}")
-            leaf, system, name = content["leaf"], content["system"], content["model"]
-            if leaf is not None and (type(leaf) is not int or not 0 <= leaf < len(nodes)):
-                raise ValueError("leaf")
-            if not isinstance(system, (str, NoneType)) or not isinstance(name, str):
-                raise ValueError("system or model")
-            params = SamplingParams(**content["params"])
+            saved = Tree.from_dict(json.loads(read_text(path, MAX_TEXT)))
+            params = SamplingParams(**saved.params)
         except OSError as e:
             raise TinychatError(
                 f"Cannot read {path}: {e.strerror}.", "Give the path of a saved conversation."
             ) from e
-        except (ValueError, KeyError, TypeError, RecursionError, UsageError) as e:
+        except (ValueError, TypeError, RecursionError, UsageError) as e:
             raise TinychatError(
                 f"{path} is not a conversation that tinychat saved ({_one_line(e)}).",
                 "Give a file that Session.save or /save wrote.",
@@ -479,11 +412,11 @@ class Session:
         if model is None:
             import tinychat
 
-            model = tinychat.load(name)  # what loads models stands above this file
-        session = cls(model, system)
-        session.params, session.nodes, session.leaf = params, nodes, leaf
-        known = range(model.config.vocab_size)
-        if name != model.name or any(i not in known for n in nodes for i in (*n.ids, *n.prompt_ids)):
+            model = tinychat.load(saved.model)  # what loads models stands above this file
+        session = cls(model, saved.system)
+        session.params, session.tree = params, saved.tree
+        known, nodes = range(model.config.vocab_size), saved.tree.nodes
+        if saved.model != model.name or any(i not in known for n in nodes for i in (*n.ids, *n.prompt_ids)):
             # Another model's ids mean nothing to this one; its texts are tokenized anew.
             for n in nodes:
                 n.ids, n.prompt_ids, n.prompt_text = [], [], ""

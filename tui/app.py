@@ -24,7 +24,8 @@ from tinychat.base import locations
 from tinychat.base.errors import TinychatError
 from tinychat.base.files import read_text
 from tinychat.chats.chat_store import Chat, ChatStore
-from tinychat.process.client import EngineClient, Loading, Text
+from tinychat.process.client import EngineClient
+from tinychat.process.protocol import ChatEngine, EngineEvent, Loading, Text
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.driver import TerminalDriver
@@ -37,7 +38,7 @@ PATIENCE = 1.0  # seconds that the screen may stand still because another progra
 
 
 class ChatApp(App[None]):
-    """`conversation`: what to open with. `engine`: an object like EngineClient, for tests."""
+    """`conversation`: what to open with. `engine`: who answers; if nobody, what `command` starts."""
 
     TITLE = "tinychat"
     CSS_PATH = "screens/chat.tcss"  # the default screen loads none of its own
@@ -54,7 +55,7 @@ class ChatApp(App[None]):
         conversation: Conversation,
         *,
         options: dict[str, Any] | None = None,
-        engine: Any = None,
+        engine: ChatEngine | None = None,
         command: Sequence[str] | None = None,
         settings: Path | None = None,
     ):
@@ -62,9 +63,8 @@ class ChatApp(App[None]):
         self.model, self.conversation, self.options = model, conversation, dict(options or {})
         self.store: ChatStore = conversation.store
         self.store.patience = PATIENCE
-        self.engine = engine or EngineClient(self._heard, command)
-        if engine is not None:
-            engine.on_event = self._heard
+        self.engine: ChatEngine = engine or EngineClient(self._heard, command)
+        self.engine.on_event = self._heard
         self.settings_path = settings or locations.home() / "settings.json"
         self._settings = _read_settings(self.settings_path)
         self._pace: list[tuple[float, int]] = []
@@ -173,7 +173,7 @@ class ChatApp(App[None]):
 
     # The engine
 
-    def _heard(self, event: Any) -> None:
+    def _heard(self, event: EngineEvent) -> None:
         if not self.screen_stack:
             return
         # Text comes many times a second; what it need not pass through is cheaper left out.

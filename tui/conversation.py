@@ -7,11 +7,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
 
-from tinychat.chats.chat_store import Chat, ChatStore, StoredMessage, path_to
+from tinychat.chats.chat_store import Chat, ChatStore
 from tinychat.chats.open_chat import OpenChat
-from tinychat.process.client import Finished
+from tinychat.conversation import Message, Tree
 
 SAVE_SECONDS = 0.7  # of an answer in the making, at most that much is not yet stored
 
@@ -32,8 +32,8 @@ class Conversation:
         return self
 
     def _hold(self, held: OpenChat) -> None:
-        self.held, self.store, self.by_id = held, held.store, held.by_id
-        self.answer: StoredMessage | None = None  # while it is being written
+        self.held, self.store = held, held.store
+        self.answer: int | None = None  # the place of the one that is being written
         self._saved = 0.0
 
     def close(self) -> None:
@@ -46,9 +46,9 @@ class Conversation:
         return self.held.chat
 
     @property
-    def leaf(self) -> int | None:
-        """The end of the present branch."""
-        return self.chat.leaf
+    def tree(self) -> Tree:
+        """Everything that was said."""
+        return self.held.tree
 
     @property
     def key(self) -> str:
@@ -57,28 +57,19 @@ class Conversation:
 
     # The tree
 
-    def path(self) -> list[StoredMessage]:
+    def path(self) -> list[Message]:
         """The present branch."""
-        return path_to(self.by_id, self.leaf)
+        return self.tree.messages()
 
-    def siblings(self, message_id: int) -> list[int]:
-        """The alternatives at a place, oldest first, this one among them."""
-        m = self.by_id[message_id]
-        return [i for i, n in self.by_id.items() if n.parent == m.parent and n.role == m.role]
-
-    def switch(self, message_id: int) -> None:
+    def switch(self, node: int) -> None:
         """Make the branch through that message the present one, down to its newest end."""
-        children: dict[int | None, int] = {}
-        for i, n in self.by_id.items():
-            children[n.parent] = i
-        while message_id in children:
-            message_id = children[message_id]
-        self.chat.leaf = message_id
+        self.tree.switch(node)
         self.keep()
 
-    def last(self, role: str) -> StoredMessage | None:
+    def last(self, role: str) -> Message | None:
         """The newest message of that role on the present branch."""
-        return next((m for m in reversed(self.path()) if m.role == role), None)
+        at = self.tree.last(role)
+        return None if at is None else self.tree.nodes[at]
 
     def tokens_used(self) -> int:
         """Tokens that the present branch took when it was last answered."""
@@ -89,28 +80,30 @@ class Conversation:
 
     # Saying something
 
-    def ask(self, text: str, parent: int | None, attachments: Sequence[dict[str, str]] = ()) -> StoredMessage:
-        """What the user says, and the files that go with it."""
-        m = self.held.add("user", text, parent, attachments=attachments)
-        self.keep(m)
-        return m
+    def ask(self, text: str, parent: int | None, attachments: Sequence[dict[str, str]] = ()) -> int:
+        """What the user says, and the files that go with it; its place."""
+        at = self.held.add(Message("user", text, parent, attachments=list(attachments)))
+        self.keep(at)
+        return at
 
-    def begin_answer(self, question: int, model: str) -> StoredMessage:
-        """Make room for an answer; what it says is stored as it comes."""
-        self.answer = self.held.add("assistant", "", question, model)
+    def begin_answer(self, question: int, model: str) -> int:
+        """Make room for an answer; what it says is stored as it comes. Its place."""
+        self.answer = self.held.add(Message("assistant", "", question, model=model))
         self.keep(self.answer)
         self._saved = time.monotonic()
         return self.answer
 
-    def keep(self, m: StoredMessage | None = None) -> None:
+    def keep(self, at: int | None = None) -> None:
         """Store a message that has changed, or the chat itself; later, if that does not work now."""
-        self.held.change(m)
+        self.held.change(at)
         if self.held.problem is None:
             self.held.flush()
 
     def hear(self, text: str, failed: Callable[[BaseException], None]) -> None:
         """More of the answer. Stored now and then, beside the caller; `failed` hears of mistakes."""
-        self.answer.content += text
+        if self.answer is None:
+            return
+        self.tree.nodes[self.answer].content += text
         if (now := time.monotonic()) - self._saved >= SAVE_SECONDS:
             self._saved = now
             self.held.change(self.answer)
@@ -124,43 +117,26 @@ class Conversation:
             self.held.change(self.answer)
         self.held.flush()
 
-    def finish(self, done: Finished) -> StoredMessage:
-        """The answer as the session has it."""
-        m = self.answer
-        m.content, m.ids, m.prompt_ids, m.prompt_text = (
-            done.content,
-            done.ids,
-            done.prompt_ids,
-            done.prompt_text,
-        )
-        m.finish_reason, m.stats = done.finish_reason, dict(done.stats)
-        if done.thought is not None:
-            m.stats["thought_tokens"] = done.thought
-        self.answer = None
-        self.keep(m)
-        return m
+    def finish(self, message: Message) -> Message | None:
+        """The answer as the engine has it, in place of the one that was being written."""
+        at, self.answer = self.answer, None
+        if at is None:
+            return None
+        nodes, old = self.tree.nodes, self.tree.nodes[at]
+        nodes[at] = replace(message, parent=old.parent, model=old.model, created=old.created)
+        self.keep(at)
+        return nodes[at]
 
-    def give_up(self, reason: str = "error") -> StoredMessage | None:
+    def give_up(self, reason: str = "error") -> Message | None:
         """The engine cannot go on: what was said stays, in words (its token ids are not certain)."""
-        m, self.answer = self.answer, None
-        if m is not None:
-            m.finish_reason = reason
-            self.keep(m)
+        at, self.answer = self.answer, None
+        if at is None:
+            return None
+        m = self.tree.nodes[at]
+        m.finish_reason = reason
+        self.keep(at)
         return m
 
-    def request(self, question: int, model: str) -> list[dict[str, Any]]:
+    def request(self, question: int, model: str) -> list[Message]:
         """The path to a question, as the engine wants it. Ids of another model mean nothing to this one."""
-        out = []
-        for m in path_to(self.by_id, question):
-            known = m.model == model
-            out.append(
-                {
-                    "role": m.role,
-                    "content": m.content,
-                    "attachments": m.attachments,
-                    "prompt_text": m.prompt_text if known else "",
-                    "prompt_ids": m.prompt_ids if known else [],
-                    "ids": m.ids if known else [],
-                }
-            )
-        return out
+        return [m.for_model(model) for m in self.tree.messages(question)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from textual.message import Message
 
-from tinychat.process.client import EngineEvent
+from tinychat.process.protocol import EngineEvent
 
 if TYPE_CHECKING:
     from tinychat.tui.widgets.turn import Turn

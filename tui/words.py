@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
+from tinychat.process.protocol import ChatEngine
 from tinychat.text.attachments import as_read
 
 
@@ -25,7 +25,7 @@ class Words:
         """Whether it may have more tokens than that, without counting them: a token has at least a byte."""
         return 0 < context < len(self.as_read) * 4 and context < len(self.as_read.encode()) + 64
 
-    async def beginning(self, tokens: int, engine: Any) -> Words:
+    async def beginning(self, tokens: int, engine: ChatEngine) -> Words:
         """As much of it as has that many tokens, with the question whole if it leaves room for the files."""
         text = self.text
         if not self.attachments:

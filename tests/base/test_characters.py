@@ -9,6 +9,8 @@ from tiny import tiny_model
 
 from tinychat.base.characters import ERRORS, is_unicode, make_printable, whole
 from tinychat.chats.chat_store import ChatStore
+from tinychat.chats.open_chat import OpenChat
+from tinychat.conversation import Message
 from tinychat.session import Session
 
 
@@ -51,10 +53,14 @@ def test_every_text_can_be_printed_and_takes_as_many_cells(encoding):
 def test_the_store_takes_every_text(tmp_path):
     store = ChatStore(tmp_path / "chats.db")
     chat = store.create("m\udce9", "s\ud800", title="t\udce9")
-    m = store.add(chat.id, "user", "caf\udce9", None, "m\ud800")
-    store.write_partial(m.id, "half \ud83d")
-    m.content = "whole \ud83d\ude00"
-    store.finish(m)
+    held = OpenChat(store, chat)
+    m = Message("user", "caf\udce9", prompt_text="p\ud800", model="m\ud800")
+    at = held.add(m)
+    for text in ("caf\udce9", "half \ud83d", "whole \ud83d\ude00"):
+        m.content = text
+        held.change(at)
+        assert held.flush()
+    held.close()
     store.update(chat.id, title="new \udce9", system="\udce9")
     assert store.messages(chat.id)[0].content == "whole 😀"
     assert (store.chat(chat.id).title, store.chat(chat.id).system) == ("new é", "é")

@@ -1,44 +1,53 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import stored
+from stored import add
 
 from tinychat.base.errors import TinychatError
-from tinychat.chats.chat_store import MARK, UNMARK, ChatLockedError, ChatStore, chosen, make_title
+from tinychat.chats.chat_store import MARK, UNMARK, ChatLockedError, ChatStore, chosen
 from tinychat.chats.export import to_json, to_markdown
+from tinychat.chats.open_chat import OpenChat
+from tinychat.conversation import Message
 
 
 def talk(store, *texts, model="demo"):
     chat = store.create(model)
     parent = None
     for i, text in enumerate(texts):
-        parent = store.add(chat.id, "assistant" if i % 2 else "user", text, parent, model).id
+        parent = add(store, chat.id, "assistant" if i % 2 else "user", text, parent, model)
     return store.chat(chat.id)
 
 
 def test_a_chat_survives_with_its_tree_and_its_token_ids(store, tmp_path):
     chat = store.create("demo", "Be brief.", {"temperature": 0.2})
-    question = store.add(chat.id, "user", "What is this?\nSecond line", None)
-    first = store.add(chat.id, "assistant", "", question.id, "demo")
-    first.content, first.ids, first.prompt_ids, first.prompt_text = "One.", [5, 70000], [1, 2, 3], "<u>"
-    first.finish_reason, first.stats = "stop", {"decode_tps": 3.5}
-    store.finish(first)
-    second = store.add(chat.id, "assistant", "Two.", question.id, "demo", finish_reason="length")
+    question = Message("user", "What is this?\nSecond line")
+    first = Message("assistant", "One.", 0, "<u>", [1, 2, 3], [5, 70000], "stop", {"decode_tps": 3.5})
+    second = Message("assistant", "Two.", 0, finish_reason="length")
+    held = OpenChat(store, chat)
+    for m in (question, first, second):
+        m.model = "demo" if m.role == "assistant" else None
+        held.add(m)
+    assert held.flush()
+    held.close()
     store.close()
 
     again = ChatStore(tmp_path / "chats.db")
-    read = again.chat(chat.id)
+    read, tree, rows = again.tree(chat.id)
     assert (read.title, read.system, read.params) == (
         "What is this? Second line",
         "Be brief.",
         {"temperature": 0.2},
     )
-    assert read.leaf == second.id
-    assert again.messages(chat.id) == [question, first, second]
+    assert (tree.leaf, read.leaf) == (2, rows[2])
+    assert tree.nodes == again.messages(chat.id) == [question, first, second]
     again.close()
 
 
@@ -46,10 +55,12 @@ def test_a_partial_answer_is_there_after_the_program_was_killed(tmp_path):
     code = (
         "import sys, os\n"
         "from pathlib import Path\n"
-        "from tinychat.chats.chat_store import ChatStore\n"
-        "s = ChatStore(Path(sys.argv[1])); c = s.create('demo'); release = s.lock(c.id)\n"
-        "q = s.add(c.id, 'user', 'q', None); a = s.add(c.id, 'assistant', '', q.id, 'demo')\n"
-        "s.write_partial(a.id, 'so far')\n"
+        "from tinychat.chats.chat_store import Chat, ChatStore\n"
+        "from tinychat.chats.open_chat import OpenChat\n"
+        "from tinychat.conversation import Message\n"
+        "held = OpenChat(ChatStore(Path(sys.argv[1])), Chat(0, '', 'demo'))\n"
+        "q = held.add(Message('user', 'q')); a = held.add(Message('assistant', '', q, model='demo'))\n"
+        "held.flush(); held.tree.nodes[a].content = 'so far'; held.change(a); held.flush()\n"
         "os.kill(os.getpid(), 9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "chats.db")]).returncode == -9
@@ -65,16 +76,20 @@ def test_two_programs_write_side_by_side_and_do_not_share_a_chat(store, tmp_path
     code = (
         "import sys\n"
         "from pathlib import Path\n"
+        "from stored import add\n"
         "from tinychat.chats.chat_store import ChatStore, ChatLockedError\n"
         "s = ChatStore(Path(sys.argv[1]))\n"
         "try:\n    s.lock(1)\nexcept ChatLockedError:\n    print('locked')\n"
         "c = s.create('demo'); parent = None\n"
-        "for i in range(200):\n    parent = s.add(c.id, 'user', f'their {i}', parent).id\n"
+        "for i in range(200):\n    parent = add(s, c.id, 'user', f'their {i}', parent)\n"
     )
-    other = subprocess.Popen([sys.executable, "-c", code, str(store.path)], stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "PYTHONPATH": str(Path(stored.__file__).parent)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(store.path)], stdout=subprocess.PIPE, text=True, env=env
+    )
     parent = chat.leaf
     for i in range(200):
-        parent = store.add(chat.id, "user", f"ours {i}", parent).id
+        parent = add(store, chat.id, "user", f"ours {i}", parent)
     assert other.communicate(timeout=60)[0] == "locked\n"
     assert other.returncode == 0
     assert len(store.messages(1)) == 201
@@ -211,7 +226,7 @@ def test_continue_means_the_chat_spoken_in_last(store):
     assert chosen(store, True, None) is None
     a, b = talk(store, "a"), talk(store, "b")
     assert chosen(store, True, None).id == b.id
-    store.add(a.id, "user", "again", a.leaf)
+    add(store, a.id, "user", "again", a.leaf)
     assert chosen(store, True, None).id == a.id
     assert chosen(store, False, b.id).id == b.id
     assert chosen(store, False, None) is None
@@ -220,8 +235,8 @@ def test_continue_means_the_chat_spoken_in_last(store):
 
 
 def test_titles_are_one_short_line():
-    assert make_title("a\n  b") == "a b"
-    assert len(make_title("word " * 100)) <= 60
+    assert Message("user", "a\n  b").title() == "a b"
+    assert len(Message("user", "word " * 100).title()) <= 60
 
 
 def test_a_thousand_chats_list_and_search_fast(tmp_path):

@@ -7,13 +7,14 @@ import sqlite3
 import numpy as np
 import pytest
 from fuzz.fuzz_store import damage_fields, do_everything, make_log, write_store
+from stored import add
 from tiny import tiny_model
 
-from tinychat.chats import chat_store as stores
 from tinychat.chats import database
 from tinychat.chats.chat_store import ChatStore
 from tinychat.chats.export import to_json
 from tinychat.chats.keeper import Keeper
+from tinychat.conversation import Tree
 from tinychat.session import Session
 
 PAGE = 4096
@@ -84,7 +85,7 @@ def test_what_lies_in_the_log_is_saved_too(tmp_path, sound):
     path = tmp_path / "chats.db"
     path.write_bytes(sound)
     store = ChatStore(path)
-    store.add(store.create("demo").id, "user", "only in the log", None)
+    add(store, store.create("demo").id, "user", "only in the log", None)
     main, log = bytearray(path.read_bytes()), (tmp_path / "chats.db-wal").read_bytes()
     store.close()
     overwrite(main, 100, PAGE)
@@ -158,9 +159,8 @@ def test_a_cycle_of_parents_ends_and_the_conversation_stays_one(tmp_path, sound)
     store = ChatStore(path)
     for chat in (1, 3):
         tree = store.messages(chat)
-        assert all(m.parent is None or m.parent < m.id for m in tree)
-        by_id = {m.id: m for m in tree}
-        assert len(stores.path_to(by_id, tree[7].id)) == 8
+        assert all(m.parent is None or m.parent < i for i, m in enumerate(tree))
+        assert len(Tree(tree).path(7)) == 8
     store.close()
 
 
@@ -170,9 +170,9 @@ def test_a_lost_parent_and_a_foreign_leaf_leave_the_conversation_whole(tmp_path,
     changed(path, "DELETE FROM messages WHERE chat = 1 AND id = 4")
     changed(path, "UPDATE chats SET leaf = (SELECT max(id) FROM messages WHERE chat = 3) WHERE id = 1")
     store = ChatStore(path)
-    chat, tree = store.tree(1)
-    assert chat.leaf == tree[-1].id
-    assert tree[3].parent == tree[1].id  # the answer before the one that is gone
+    _, tree, _ = store.tree(1)
+    assert tree.leaf == len(tree.nodes) - 1
+    assert tree.nodes[3].parent == 1  # the answer before the one that is gone
     store.close()
 
 
@@ -227,7 +227,7 @@ def test_numbers_that_leave_no_room_for_others_are_replaced(tmp_path, sound, num
 
 
 def test_a_search_of_any_length_finds_or_finds_nothing(store):
-    store.add(store.create("demo").id, "user", "a river", None)
+    add(store, store.create("demo").id, "user", "a river", None)
     for text in ("river " * 5000, "r" * 100_000, "\ud800 river", "a AND (b", '"' * 300, "river*", "\0river"):
         store.search(text)
     assert len(store.search("river")) == 1

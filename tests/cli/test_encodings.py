@@ -9,6 +9,7 @@ import subprocess
 from contextlib import suppress
 
 from cli_helpers import GREEDY, TINYCHAT, assert_two_lines, tinychat
+from stored import add
 from tiny import tiny_folder
 
 from tinychat.chats.chat_store import ChatStore
@@ -23,7 +24,7 @@ def run(*args, environment=ASCII, **kwargs):
 def test_chats_can_be_listed_and_exported_in_ascii(here):
     store = ChatStore()
     chat = store.create("demo")
-    store.add(chat.id, "user", "“cup” 漢字", None)
+    add(store, chat.id, "user", "“cup” 漢字", None)
     store.close()
     listed = run("chats", environment={"PYTHONIOENCODING": "latin-1"})
     assert (listed.returncode, listed.stderr) == (0, "")

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 from cli_helpers import GREEDY, TINYCHAT, on_terminal
+from stored import add
 from tiny import tiny_folder
 from tiny_gguf import write as write_gguf
 
@@ -43,7 +44,7 @@ def evil(here):
     (locations.home() / "aliases.json").write_text(json.dumps({EVIL: "file:/nowhere.gguf"}))
     store = ChatStore()
     chat = store.create(f"model{EVIL}", title=f"title{EVIL}")
-    store.add(chat.id, "user", f"glacier {EVIL}", None)
+    add(store, chat.id, "user", f"glacier {EVIL}", None)
     store.close()
     return folder
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from cli_helpers import GREEDY, TINYCHAT, tinychat
+from stored import add
 from terminal import Terminal
 
 from tinychat.chats.chat_store import ChatStore
@@ -107,7 +108,7 @@ def test_the_screen(folder, places):
 def test_what_an_earlier_version_kept_of_it_goes(folder, places):
     (places / "tiny" / "history").write_text(f"about {WORD}\n")
     store = ChatStore()
-    store.add(store.create("demo").id, "user", "said before", None)
+    add(store, store.create("demo").id, "user", "said before", None)
     store.close()
     with opened(folder, "--plain") as t:
         t.wait(prompts(1), 60)

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz.harness import Case, first_seed, minutes, run
+from stored import add
 
 from tinychat.base.errors import TinychatError
 from tinychat.chats import database, records
 from tinychat.chats.chat_store import Chat, ChatStore
 from tinychat.chats.export import to_json, to_markdown
 from tinychat.chats.open_chat import OpenChat
+from tinychat.conversation import Message
 
 PAGE = 4096
 JUNK = (
@@ -42,8 +44,8 @@ def write_store(path: Path) -> None:
             text = f"chat {c} message {i} about rivers " + "and so on " * (1500 if i == 5 else 20)
             whole = {"ids": [1, 2, 3] * 20, "prompt_ids": [4] * 10, "stats": {"prompt_tokens": 3}}
             rest = whole | {"finish_reason": "stop"} if i % 2 else {}
-            parent = store.add(chat.id, ("user", "assistant")[i % 2], text, parent, "demo", **rest).id
-        store.add(chat.id, "assistant", "a branch", parent - 1, "demo", finish_reason="cancelled")
+            parent = add(store, chat.id, ("user", "assistant")[i % 2], text, parent, "demo", **rest)
+        add(store, chat.id, "assistant", "a branch", parent - 1, "demo", finish_reason="cancelled")
     store.delete(2)
     store.close()
 
@@ -132,7 +134,7 @@ def make_log(sound: bytes):
         path.write_bytes(sound)
         store = ChatStore(path)
         for _ in range(3):
-            store.add(store.create("demo").id, "user", "in the log " * 50, None)
+            add(store, store.create("demo").id, "user", "in the log " * 50, None)
         kept = log.read_bytes()
         store.close()
         path.write_bytes(sound)
@@ -177,9 +179,8 @@ def do_everything(path: Path) -> None:
         store.restore(chat.id)
     for chat in (store.latest(), None):
         held = OpenChat(store, chat or Chat(0, "", "demo"))
-        question = held.add("user", "a new question", held.chat.leaf)
-        answer = held.add("assistant", "a new answer", question.id, "demo")
-        answer.finish_reason = "stop"
+        question = held.add(Message("user", "a new question", held.tree.leaf))
+        held.add(Message("assistant", "a new answer", question, finish_reason="stop", model="demo"))
         assert held.flush(), held.problem
         held.close()
         assert "a new answer" in to_markdown(store, held.chat.id)

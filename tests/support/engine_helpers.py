@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from tinychat.conversation import Message
+
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_worker.py")]
 
 
@@ -22,6 +24,5 @@ class Heard(list):
 
 
 def ask(client, text, *before):
-    path = [{"role": r, "content": c, "prompt_text": "", "prompt_ids": [], "ids": []} for r, c in before]
-    path.append({"role": "user", "content": text, "prompt_text": "", "prompt_ids": [], "ids": []})
+    path = [Message(role, content) for role, content in (*before, ("user", text))]
     client.answer("1", path, None, {"temperature": 0})

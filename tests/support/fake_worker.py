@@ -14,9 +14,9 @@ import time
 
 from tinychat.base.errors import DeviceLostError, UsageError
 from tinychat.base.events import Completion, Done, Notice, Stats, TextDelta
+from tinychat.conversation import Message, Tree
 from tinychat.engine.sampling import SamplingParams
 from tinychat.process.worker import serve
-from tinychat.session import Message
 from tinychat.text.reasoning import Splitter
 from tinychat.text.stopping import Outlet
 
@@ -41,7 +41,7 @@ class FakeTokenizer:
 class FakeSession:
     def __init__(self, model, system):
         self.model, self.system = model, system
-        self.nodes, self.leaf, self.params = [], None, None
+        self.tree, self.params = Tree(), None
         self._cancel = threading.Event()
 
     def cancel(self):
@@ -55,11 +55,11 @@ class FakeSession:
 
     def regenerate(self):
         self._cancel.clear()
-        question = self.nodes[self.leaf].as_read()
+        question = self.tree.messages()[-1].as_read()
         if question == "refuse":
             raise UsageError("This cannot be answered.", "Ask something else.")
-        self.nodes.append(Message("assistant", "", self.leaf, f"<{question}>", [1, 2, 3]))
-        self.leaf = len(self.nodes) - 1
+        node = Message("assistant", "", self.tree.leaf, f"<{question}>", [1, 2, 3])
+        self.tree.append(node)
         words = [f"echo: {question}"]
         delay = 0.0
         if question.startswith("slow"):
@@ -86,15 +86,15 @@ class FakeSession:
             if self._cancel.wait(delay):
                 reason = "cancelled"
                 break
-        node = self.nodes[self.leaf]
-        node.content, node.ids, node.finish_reason = "".join(said), list(range(len(said))), reason
         stats = Stats(
-            prompt_tokens=3 * len(self.nodes),
+            prompt_tokens=3 * len(self.tree.nodes),
             generated_tokens=len(said),
             decode_tps=50.0,
             ttft_s=0.1,
             reasoning_tokens=thought,
         )
+        node.content, node.ids, node.finish_reason = "".join(said), list(range(len(said))), reason
+        node.stats = stats.as_dict()
         yield Done(reason, stats, Completion(node.content, node.ids, reason, stats))
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinychat.process.client import Began, Died, Failed, Finished, Loaded, Text
+from tinychat.conversation import Message
+from tinychat.process.protocol import Answer, Began, Died, Failed, Finished, Loaded, Text
 
 FACTS = {
     "model": "demo",
@@ -36,14 +37,14 @@ class Script:
 
 
 class ScriptedEngine:
-    """Stands in for EngineClient. Answers come from `scripts`, then "Hello." for ever."""
+    """A ChatEngine of the test's own. Answers come from `scripts`, then "Hello." for ever."""
 
     def __init__(self, scripts: Iterable[Script | str] = (), loads: bool = True):
         self.scripts = [Script(s) if isinstance(s, str) else s for s in scripts]
         self.on_event: Callable[[Any], None] = lambda event: None
         self.loads = loads
         self.broken: set[str] = set()  # models that do not load
-        self.requests: list[dict] = []
+        self.requests: list[Answer] = []
         self.loaded: list[str] = []
         self.starts = 0
         self.pid: int | None = None
@@ -63,8 +64,8 @@ class ScriptedEngine:
         elif self.loads:
             self.on_event(Loaded({**FACTS, "model": model}, {"temperature": 0.7}))
 
-    def answer(self, chat: str, path: list[dict], system: str | None, params: dict) -> None:
-        self.requests.append({"chat": chat, "path": path, "system": system, "params": params})
+    def answer(self, chat: str, path: list[Message], system: str | None, params: dict) -> None:
+        self.requests.append(Answer(chat, path, system, params))
         script = self.scripts.pop(0) if self.scripts else Script()
         self.cancelled.clear()
         self._task = asyncio.create_task(self._say(script))
@@ -89,8 +90,9 @@ class ScriptedEngine:
             reason = "cancelled"
         n = len(said.split())
         stats = {"prompt_tokens": 10, "generated_tokens": n, "decode_tps": 20.0, "ttft_s": 0.25, **s.stats}
-        ids = list(range(n))
-        self.on_event(Finished(said, ids, [1, 2], s.prompt_text, reason, stats, thought))
+        answer = Message("assistant", said, None, s.prompt_text, [1, 2], list(range(n)), reason)
+        answer.stats = {"reasoning_tokens": thought or 0, **stats}
+        self.on_event(Finished(answer))
 
     def cancel(self) -> None:
         self.cancelled.set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from scripted import ScriptedEngine, wait_until
 
-from tinychat.text.attachments import as_read
 from tinychat.tui.app import ChatApp
 from tinychat.tui.conversation import Conversation
 
@@ -18,8 +17,7 @@ def make_app(store, *scripts, conversation=None, loads=True) -> ChatApp:
 
 def read_by_model(request) -> str:
     """The last message of a request as the model reads it."""
-    asked = request["path"][-1]
-    return as_read(asked["content"], asked["attachments"])
+    return request.path[-1].as_read()
 
 
 async def say(pilot, text) -> None:

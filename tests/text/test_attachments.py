@@ -7,6 +7,7 @@ import sqlite3
 
 import pytest
 from cli_helpers import GREEDY, tinychat
+from stored import add
 from tiny import tiny_folder, tiny_model
 
 from tinychat.base.errors import UsageError
@@ -73,7 +74,7 @@ def test_the_store_keeps_them_beside_the_question_which_names_the_chat(model, tm
     again = model.session(temperature=0, max_tokens=2)
     Keeper(store, again, chat).close()
     assert [n.as_read() for n in again.nodes] == [n.as_read() for n in session.nodes]
-    store.add(store.create("demo").id, "user", "", None, attachments=[FILE])
+    add(store, store.create("demo").id, "user", "", attachments=[FILE])
     assert store.chats()[0].title == "notes.md"
     store.close()
 
@@ -81,7 +82,7 @@ def test_the_store_keeps_them_beside_the_question_which_names_the_chat(model, tm
 def test_an_older_store_opens_and_takes_them(tmp_path):
     path = tmp_path / "chats.db"
     store = ChatStore(path)
-    store.add(store.create("demo").id, "user", "before", None)
+    add(store, store.create("demo").id, "user", "before")
     store.close()
     with sqlite3.connect(path) as db:  # as the version before had it
         db.execute("ALTER TABLE messages DROP COLUMN attachments")
@@ -90,14 +91,14 @@ def test_an_older_store_opens_and_takes_them(tmp_path):
     store = ChatStore(path)
     assert not store.notice
     chat = store.chats()[0]
-    m = store.add(chat.id, "user", "after", None, attachments=[FILE])
+    after = add(store, chat.id, "user", "after", chat.leaf, attachments=[FILE])
     assert [(n.content, n.attachments) for n in store.messages(chat.id)] == [
         ("before", []),
         ("after", [FILE]),
     ]
     store.close()
     with sqlite3.connect(path) as db:
-        db.execute("UPDATE messages SET attachments = '[{\"name\": 1}]' WHERE id = ?", (m.id,))
+        db.execute("UPDATE messages SET attachments = '[{\"name\": 1}]' WHERE id = ?", (after,))
     db.close()
     store = ChatStore(path)
     assert store.messages(chat.id)[1].attachments == []

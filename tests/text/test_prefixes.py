@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from tinychat.conversation import Tree
 from tinychat.formats.gguf_tokenizer import from_gguf
 from tinychat.session import Message, Session
 from tinychat.text.stopping import cut_ids
@@ -124,7 +125,7 @@ SAID = st.lists(st.tuples(st.text(st.sampled_from("ab .\n#é<"), min_size=1, max
 def test_a_session_has_the_ids_of_the_whole_conversation(tokenizer, template, said):
     t = ChatTemplate(TEMPLATES[template], tokenizer)
     session = Session.__new__(Session)
-    session._system, session.nodes = None, []
+    session._system, session.tree = None, Tree()
     session.model = SimpleNamespace(template=t, tokenizer=tokenizer, needs_bos=lambda text: False)
     at = None
     for question, text in [*said, ("a", "cc")]:

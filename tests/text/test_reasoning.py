@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import add
 from tiny import TEMPLATE, TinyCheckpoint
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -257,9 +258,8 @@ def test_markdown_folds_reasoning(model):
     answer = session.nodes[1]
     store = ChatStore(in_memory=True)
     chat = store.create("tiny")
-    question = store.add(chat.id, "user", "Well?", None)
-    m = store.add(chat.id, "assistant", answer.content, question.id, "tiny", finish_reason="stop")
-    store.update(chat.id, leaf=m.id)
+    question = add(store, chat.id, "user", "Well?")
+    add(store, chat.id, "assistant", answer.content, question, "tiny", finish_reason="stop")
     text = export.to_markdown(store, chat.id)
     assert text.endswith("<details><summary>Reasoning</summary>\n\nhm stop\n\n</details>\n\nYes, stop.\n")
     assert json.loads(export.to_json(store, chat.id))["nodes"][1]["content"] == answer.content

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.asyncio
 
 
 def files(app, n=-1):
-    return [a["name"] for a in app.engine.requests[n]["path"][-1]["attachments"]]
+    return [a["name"] for a in app.engine.requests[n].path[-1].attachments]
 
 
 async def test_the_question_is_shown_and_names_the_chat_and_an_edit_sends_the_file_once(
@@ -52,8 +52,8 @@ async def test_the_question_is_shown_and_names_the_chat_and_an_edit_sends_the_fi
         assert "+ notes.md" in screen_text(again)
         await say(pilot, "more")
         await wait_until(pilot, lambda: again.engine.requests)
-    first = again.engine.requests[0]["path"][0]
-    assert [a["name"] for a in first["attachments"]] == ["notes.md", "paste 1"]
+    first = again.engine.requests[0].path[0]
+    assert [a["name"] for a in first.attachments] == ["notes.md", "paste 1"]
 
 
 async def test_a_file_can_be_taken_out_while_editing(store, tmp_path, monkeypatch):

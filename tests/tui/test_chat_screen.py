@@ -4,6 +4,7 @@ import pytest
 from scripted import Script, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
+from tinychat.conversation import Message
 from tinychat.tui.screens.chat import ChatScreen
 
 pytestmark = pytest.mark.asyncio
@@ -60,10 +61,10 @@ async def test_the_next_question_carries_the_ids_of_the_last_answer(store):
         await answered(pilot)
         await say(pilot, "two")
         await answered(pilot, 2)
-    path = app.engine.requests[1]["path"]
-    assert [m["role"] for m in path] == ["user", "assistant", "user"]
-    assert path[1]["ids"] == [0, 1, 2]
-    assert path[1]["prompt_ids"] == [1, 2]
+    path = app.engine.requests[1].path
+    assert [m.role for m in path] == ["user", "assistant", "user"]
+    assert path[1].ids == [0, 1, 2]
+    assert path[1].prompt_ids == [1, 2]
 
 
 async def test_a_dead_engine_is_replaced_and_the_chat_goes_on(store):
@@ -81,10 +82,8 @@ async def test_a_dead_engine_is_replaced_and_the_chat_goes_on(store):
         await answered(pilot, 2)
         assert "Whole." in screen_text(app)
     # What was cut is said again in words: its ids are not certain.
-    assert app.engine.requests[1]["path"][1] == {
-        "role": "assistant", "content": "half an answer", "attachments": [],
-            "prompt_text": "", "prompt_ids": [], "ids": [],
-    }  # fmt: skip
+    cut = Message("assistant", "half an answer", 0, finish_reason="error")
+    assert app.engine.requests[1].path[1] == cut
 
 
 async def test_an_engine_that_keeps_dying_is_left_alone(store):

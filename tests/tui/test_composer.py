@@ -23,7 +23,7 @@ async def test_lines_history_and_completion(store):
     async with app.run_test(size=(100, 30)) as pilot:
         await pilot.press(*"one", "ctrl+j", *"two", "enter")
         await answered(pilot)
-        assert app.engine.requests[0]["path"][0]["content"] == "one\ntwo"
+        assert app.engine.requests[0].path[0].content == "one\ntwo"
         await pilot.press("up")
         assert app.chat.composer.text == "one\ntwo"
         await pilot.press("down")

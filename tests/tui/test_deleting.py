@@ -7,11 +7,13 @@ import sqlite3
 
 import pytest
 from scripted import Script, screen_text, wait_until
+from stored import add
 from tui_helpers import answered, make_app, say
 
 from tinychat.base import locations
 from tinychat.chats import database
 from tinychat.chats.chat_store import ChatStore
+from tinychat.chats.open_chat import OpenChat
 from tinychat.tui.widgets.sidebar import ChatList
 
 SECRET = "Zyzzogeton"
@@ -21,10 +23,8 @@ def talk(store, *lines):
     chat = store.create("demo", f"{SECRET} system" if SECRET in lines[0] else None)
     parent = None
     for i, text in enumerate(lines):
-        m = store.add(chat.id, ("user", "assistant")[i % 2], text, parent, "demo", prompt_text=f"<{text}>")
-        m.finish_reason = "stop"
-        store.finish(m)
-        parent = m.id
+        whole = {"prompt_text": f"<{text}>", "finish_reason": "stop"}
+        parent = add(store, chat.id, ("user", "assistant")[i % 2], text, parent, "demo", **whole)
     return store.chat(chat.id)
 
 
@@ -46,9 +46,12 @@ def test_a_wiped_chat_is_in_no_byte_of_any_file(tmp_path, monkeypatch, full_text
         talk(store, f"other chat {i}", "and its answer " * 30)
     gone = talk(store, f"{SECRET} and more", f"the {SECRET} is a weevil " * 300, f"{SECRET}?", "yes")
     kept = talk(store, "another", "answer")
-    for m in store.messages(gone.id):  # rows that grow leave copies behind
+    held = OpenChat(store, gone)
+    for i, m in enumerate(held.tree.nodes):  # rows that grow leave copies behind
         m.content += f" {SECRET} again" * 50
-        store.finish(m)
+        held.change(i)
+        assert held.flush()
+    held.close()
     store.lock(gone.id)()
     kv = locations.kv_file(str(gone.id))
     kv.parent.mkdir()

@@ -13,7 +13,9 @@ import pytest
 import pytest_asyncio
 from engine_helpers import FAKE, Heard, ask
 
-from tinychat.process.client import Began, Died, EngineClient, Failed, Finished, Loaded, Noticed, Text
+from tinychat.base.events import Notice
+from tinychat.process.client import EngineClient
+from tinychat.process.protocol import Began, Died, Failed, Finished, Loaded, Text
 
 pytestmark = pytest.mark.asyncio
 
@@ -32,7 +34,7 @@ async def engine():
 async def test_an_answer_arrives_in_batches_and_as_the_session_keeps_it(engine):
     client, heard = engine
     ask(client, "slow 40")
-    done = await heard.wait(Finished)
+    done = (await heard.wait(Finished)).message
     texts = [e for e in heard if isinstance(e, Text)]
     assert "".join(t.text for t in texts) == done.content == "".join(f"word{i} " for i in range(40))
     assert texts[-1].tokens == 40
@@ -50,7 +52,7 @@ async def test_cancel_is_felt_at_once_and_keeps_what_was_said(engine):
     loop = asyncio.get_running_loop()
     began = loop.time()
     client.cancel()
-    done = await heard.wait(Finished)
+    done = (await heard.wait(Finished)).message
     assert loop.time() - began < 1
     assert done.finish_reason == "cancelled"
     assert done.content.startswith("word0 ")
@@ -60,17 +62,17 @@ async def test_a_cancel_right_behind_the_question_is_not_lost(engine):
     client, heard = engine
     ask(client, "slow 10000")
     client.cancel()
-    assert (await heard.wait(Finished)).finish_reason == "cancelled"
+    assert (await heard.wait(Finished)).message.finish_reason == "cancelled"
     ask(client, "hello")
-    assert (await heard.wait(Finished, 2)).finish_reason == "stop"
+    assert (await heard.wait(Finished, 2)).message.finish_reason == "stop"
 
 
 async def test_thinking_is_counted_and_notices_pass(engine):
     client, heard = engine
     ask(client, "think")
-    assert (await heard.wait(Finished)).thought == 4
+    assert (await heard.wait(Finished)).message.stats["reasoning_tokens"] == 4
     ask(client, "notice")
-    assert (await heard.wait(Noticed)).message == "noted"
+    assert (await heard.wait(Notice)).message == "noted"
 
 
 async def test_a_refusal_says_what_to_do_and_the_next_question_is_answered(engine):
@@ -83,7 +85,7 @@ async def test_a_refusal_says_what_to_do_and_the_next_question_is_answered(engin
         "answer",
     )
     ask(client, "hello")
-    assert (await heard.wait(Finished)).content == "echo: hello"
+    assert (await heard.wait(Finished)).message.content == "echo: hello"
 
 
 async def test_the_screen_goes_before_the_engine(engine):
@@ -125,19 +127,19 @@ async def test_an_engine_that_is_gone_is_noticed_and_can_be_started_again(engine
     client.load("fake", {})
     await heard.wait(Loaded, 2)
     ask(client, "hello")
-    assert (await heard.wait(Finished)).content == "echo: hello"
+    assert (await heard.wait(Finished)).message.content == "echo: hello"
 
 
 async def test_the_engine_ends_when_its_parent_is_killed():
     code = (
         "import asyncio, sys\n"
+        "from tinychat.conversation import Message\n"
         "from tinychat.process.client import EngineClient\n"
         "async def main():\n"
         "    c = EngineClient(lambda e: print(type(e).__name__, flush=True), sys.argv[1:])\n"
         "    await c.start(); print(c.pid, flush=True)\n"
         "    c.load('fake', {})\n"
-        "    c.answer('1', [{'role': 'user', 'content': 'slow 100000', 'prompt_text': '',"
-        " 'prompt_ids': [], 'ids': []}], None, {})\n"
+        "    c.answer('1', [Message('user', 'slow 100000')], None, {})\n"
         "    await asyncio.sleep(1000)\n"
         "asyncio.run(main())\n"
     )

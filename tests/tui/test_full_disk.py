@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 from cli_helpers import GREEDY, TINYCHAT, tinychat
 from scripted import Script, screen_text, wait_until
+from stored import add
 from tiny import tiny_folder, tiny_model
 from tui_helpers import answered, make_app, say
 
@@ -20,6 +21,7 @@ from tinychat.base.errors import TinychatError
 from tinychat.chats import open_chat
 from tinychat.chats.chat_store import Chat, ChatStore, StoreError
 from tinychat.chats.keeper import Keeper
+from tinychat.conversation import Message
 from tinychat.tui import app as app_module
 
 HOLD = """
@@ -84,7 +86,7 @@ def test_what_cannot_be_written_is_said_for_what_it_is(store, cause):
     store.patience = 0.05
     with PROBLEMS[cause](store):
         for call in (
-            lambda: store.add(chat.id, "user", LONG_TEXT, None),
+            lambda: add(store, chat.id, "user", LONG_TEXT, None),
             lambda: store.create("demo", LONG_TEXT),
             lambda: store.update(chat.id, system=LONG_TEXT),
         ):
@@ -94,7 +96,7 @@ def test_what_cannot_be_written_is_said_for_what_it_is(store, cause):
             assert "move" not in e.value.todo.lower()
             assert str(store.path) in e.value.what
         assert store.chats() == []  # reading goes on
-    store.add(chat.id, "user", LONG_TEXT, None)
+    add(store, chat.id, "user", LONG_TEXT, None)
     assert store.chat(chat.id).messages == 1
 
 
@@ -102,10 +104,10 @@ def test_what_cannot_be_written_is_said_for_what_it_is(store, cause):
 def test_a_chat_is_stored_once_there_is_room(store, cause):
     chat = open_chat.OpenChat(store, Chat(0, "", "demo"))
     with PROBLEMS[cause](store):
-        question = chat.add("user", LONG_TEXT, None)
+        question = chat.add(Message("user", LONG_TEXT))
         assert not chat.flush()
-        answer = chat.add("assistant", "well", question.id, "demo")
-        answer.finish_reason = "stop"
+        answer = chat.add(Message("assistant", "well", question, model="demo"))
+        chat.tree.nodes[answer].finish_reason = "stop"
         chat.change(answer)
         assert not chat.flush()
         assert "kept in memory" in chat.news()
@@ -115,21 +117,21 @@ def test_a_chat_is_stored_once_there_is_room(store, cause):
     assert (chat.news(), chat.news(), chat.loss()) == ("The chat is stored again.", "", "")
     stored = store.messages(chat.chat.id)
     assert [(m.role, m.content) for m in stored] == [("user", LONG_TEXT), ("assistant", "well")]
-    assert stored[1].parent == stored[0].id
-    assert store.chat(chat.chat.id).leaf == stored[1].id
+    assert stored[1].parent == 0
+    assert store.tree(chat.chat.id)[1].leaf == 1
     assert not store.unsaved
     chat.close()
 
 
 def test_a_file_that_is_mended_meanwhile_is_said_once(store):
     chat = open_chat.OpenChat(store, Chat(0, "", "demo"))
-    chat.add("user", "mine", None)
+    chat.add(Message("user", "mine"))
     assert chat.flush()
     with store._database._lock:
         store._database._mend()
     assert "1 chats with 1 messages were saved" in chat.news()
     assert chat.news() == ""
-    chat.add("user", "more", None)
+    chat.add(Message("user", "more"))
     assert chat.flush()
     assert [m.content for m in store.messages(1)] == ["mine", "more"]
 
@@ -137,7 +139,7 @@ def test_a_file_that_is_mended_meanwhile_is_said_once(store):
 def test_it_is_stored_without_another_word_said(store):
     chat = open_chat.OpenChat(store, Chat(0, "", "demo"))
     with held(store.path):
-        chat.add("user", "hello", None)
+        chat.add(Message("user", "hello"))
         chat.close()  # another chat is opened: this one is not forgotten
         assert chat in store.unsaved
     for _ in range(200):
@@ -157,10 +159,10 @@ def test_a_store_that_vanishes_is_begun_anew_with_what_is_open(tmp_path, how):
     if how == "replaced":
         other = ChatStore(tmp_path / "other.db")
         for text in ("theirs", "theirs too"):
-            other.add(other.create("demo").id, "user", text, None)
+            add(other, other.create("demo").id, "user", text, None)
         other.close()
     chat = open_chat.OpenChat(store, Chat(0, "", "demo"))
-    question = chat.add("user", "mine", None)
+    question = chat.add(Message("user", "mine"))
     assert chat.flush()
     if how == "folder":
         shutil.rmtree(home)
@@ -173,7 +175,7 @@ def test_a_store_that_vanishes_is_begun_anew_with_what_is_open(tmp_path, how):
             path.unlink()
         if how == "replaced":
             os.rename(tmp_path / "other.db", store.path)
-    chat.add("assistant", "and yours", question.id, "demo")
+    chat.add(Message("assistant", "and yours", question, model="demo"))
     assert chat.flush()
     store.close()
     again = ChatStore(home / "chats.db")
@@ -197,10 +199,10 @@ def test_a_really_full_disk(tmp_path):
     try:
         store = ChatStore(mount / "chats.db")
         chat = open_chat.OpenChat(store, Chat(0, "", "demo"))
-        chat.add("user", "a small one", None)
+        chat.add(Message("user", "a small one"))
         assert chat.flush()
         (mount / "filler").write_bytes(bytes(os.statvfs(mount).f_bavail * os.statvfs(mount).f_bsize))
-        m = chat.add("user", LONG_TEXT * 3, None)
+        chat.add(Message("user", LONG_TEXT * 3))
         assert not chat.flush()
         assert chat.problem.cause == "full"
         assert [x.content for x in store.messages(1)] == ["a small one"]
@@ -208,7 +210,7 @@ def test_a_really_full_disk(tmp_path):
             ChatStore(mount / "another.db")
         (mount / "filler").unlink()
         assert chat.flush()
-        assert [x.content for x in store.messages(1)] == ["a small one", m.content]
+        assert [x.content for x in store.messages(1)] == ["a small one", LONG_TEXT * 3]
         store.close()
     finally:
         subprocess.run(["umount", "-l", mount], check=True)
@@ -224,7 +226,7 @@ def test_a_plain_conversation_goes_on_and_says_at_its_end_what_is_lost(store):
         for text in ("one", LONG_TEXT[:100] + "two"):
             assert list(keeper.follow(session, session.send(text)))[-1].completion
         if keeper.held.problem is None:  # there may be room in pages that are there
-            keeper.held.add("user", LONG_TEXT, None)
+            keeper.held.add(Message("user", LONG_TEXT))
             keeper.held.flush()
         assert "not stored" in keeper.close()
     assert keeper.close() == ""

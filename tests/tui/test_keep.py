@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from stored import add
 from tiny import tiny_folder, tiny_model
 
 from tinychat.chats.chat_store import ChatLockedError, ChatStore
@@ -105,7 +106,7 @@ def test_the_chats_command_finds_exports_and_deletes(tmp_path, monkeypatch):
     store = ChatStore(tmp_path / "chats.db")
     for text in ("glaciers and moraines", "a recipe", "rm"):
         chat = store.create("demo")
-        store.add(chat.id, "user", text, None)
+        add(store, chat.id, "user", text, None)
 
     def chats(*args):
         result = CliRunner().invoke(cli, ["chats", *args])

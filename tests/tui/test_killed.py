@@ -28,22 +28,22 @@ def words(turn):
         yield f"w{turn}.{i} "
 """
 SCREEN = """
-from tinychat.process.client import Finished
+from tinychat.conversation import Message
 from tinychat.chats.chat_store import ChatStore
 from tinychat.tui.conversation import Conversation
 
 store = ChatStore(Path(sys.argv[1]))
 c = Conversation.open(store, 1) if store.chats() else Conversation(store, "demo")
 for turn in range(10**6):
-    q = c.ask(f"{sys.argv[2]} {turn}", c.leaf)
-    tell("asked", q.content)
-    c.begin_answer(q.id, "demo")
+    q = c.ask(f"{sys.argv[2]} {turn}", c.tree.leaf)
+    tell("asked", c.tree.nodes[q].content)
+    c.begin_answer(q, "demo")
     text = ""
     for w in words(turn):
         text += w
         c.hear(w, lambda e: None)
         tell("said", text)
-    c.finish(Finished(text, [1], [2], "p", "stop", {}, None))
+    c.finish(Message("assistant", text, q, "p", [2], [1], "stop"))
     tell("finished", text)
 """
 PLAIN = """

@@ -15,7 +15,8 @@ from scripted import Script, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
 from tinychat.base.errors import TinychatError
-from tinychat.process.client import Died, EngineClient, Finished, Loaded, Loading, Text
+from tinychat.process.client import EngineClient
+from tinychat.process.protocol import Died, Finished, Loaded, Loading, Text
 from tinychat.tui.screens.models import ModelScreen
 
 pytestmark = pytest.mark.asyncio
@@ -39,7 +40,7 @@ async def test_escape_twice_replaces_an_engine_that_does_not_stop(store):
         await say(pilot, "again")
         await answered(pilot, 2)
         assert "Whole." in screen_text(app)
-    assert [m["content"] for m in app.engine.requests[1]["path"]] == ["go", "half an answer", "again"]
+    assert [m.content for m in app.engine.requests[1].path] == ["go", "half an answer", "again"]
     assert store.messages(1)[1].finish_reason == "cancelled"
 
 
@@ -143,7 +144,7 @@ async def test_a_stopped_process_is_ended_and_another_one_answers():
     client.load("fake", {})
     await heard.wait(Loaded, 2)
     ask(client, "hello")
-    assert (await heard.wait(Finished)).content == "echo: hello"
+    assert (await heard.wait(Finished)).message.content == "echo: hello"
     assert not any(isinstance(e, Died) for e in heard)
     os.kill(client.pid, signal.SIGSTOP)  # and one that hangs at the end is not waited for
     await asyncio.wait_for(client.close(), 10)

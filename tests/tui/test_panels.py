@@ -55,7 +55,7 @@ async def test_sampling_is_set_checked_and_sent(store):
         await wait_until(pilot, lambda: "Sampling: temperature 0.2" in screen_text(app))
         await say(pilot, "question")
         await answered(pilot)
-    assert app.engine.requests[0]["params"] == {"temperature": 0.2}
+    assert app.engine.requests[0].params == {"temperature": 0.2}
     assert store.chat(1).params == {"temperature": 0.2}
 
 

@@ -9,7 +9,7 @@ import pytest
 from scripted import Script, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
-from tinychat.process.client import Loaded, Loading
+from tinychat.process.protocol import Loaded, Loading
 from tinychat.tui.text import plain
 from tinychat.tui.widgets.status import StatusLine
 

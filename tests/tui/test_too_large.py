@@ -9,8 +9,9 @@ from tiny import tiny_model
 from tui_helpers import answered, make_app, read_by_model, say
 
 from tinychat.base.events import Done, Notice, Reading, TextDelta
-from tinychat.process.client import EngineClient, Loaded
-from tinychat.process.client import Reading as Read
+from tinychat.base.events import Reading as Read
+from tinychat.process.client import EngineClient
+from tinychat.process.protocol import Loaded
 from tinychat.tui.screens.too_large import TooLargeScreen
 from tinychat.tui.widgets.turn import duration
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from scripted import Script, screen_text, wait_until
+from stored import add
 from tui_helpers import answered, make_app, say
 
 from tinychat.chats.chat_store import ChatStore
@@ -41,7 +42,7 @@ async def test_regenerate_and_edit_make_branches_that_share_their_beginning(stor
         assert "‹ 2/2 ›" in screen_text(app)
     roots = [m for m in store.messages(1) if m.parent is None]
     assert [m.content for m in roots] == ["question", "other question"]
-    assert [m["content"] for m in app.engine.requests[2]["path"]] == ["other question"]
+    assert [m.content for m in app.engine.requests[2].path] == ["other question"]
 
 
 async def test_escape_leaves_editing_as_it_was(store):
@@ -63,7 +64,7 @@ async def test_another_seed_for_another_branch(store):
         await answered(pilot)
         await pilot.press("ctrl+r")
         await wait_until(pilot, lambda: len(app.engine.requests) == 2)
-        assert [r["params"]["seed"] for r in app.engine.requests] == [7, 8]
+        assert [r.params["seed"] for r in app.engine.requests] == [7, 8]
 
 
 # Reasoning
@@ -140,7 +141,7 @@ async def test_a_chat_goes_on_where_it_was_left(store, tmp_path):
         await wait_until(pilot, lambda: "one two three" in screen_text(app))
         await say(pilot, "go on")
         await answered(pilot, 2)
-    assert app.engine.requests[0]["path"][1]["ids"] == [0, 1, 2]
+    assert app.engine.requests[0].path[1].ids == [0, 1, 2]
     other.close()
 
 
@@ -148,7 +149,7 @@ async def test_a_long_chat_mounts_its_end_and_the_rest_on_the_way_up(store):
     chat = store.create("demo")
     parent = None
     for i in range(200):
-        parent = store.add(chat.id, "assistant" if i % 2 else "user", f"message {i}", parent, "demo").id
+        parent = add(store, chat.id, "assistant" if i % 2 else "user", f"message {i}", parent, "demo")
     app = make_app(store, conversation=Conversation.open(store, chat.id))
     async with app.run_test(size=(100, 30)) as pilot:
         await wait_until(pilot, lambda: "message 199" in screen_text(app))

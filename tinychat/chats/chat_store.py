@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,14 @@ from tinychat.chats.records import (
     CHAT,
     MESSAGE,
     Chat,
-    StoredMessage,
     chat_of,
     insert_chat,
-    leaf_of,
-    make_title,
     put_message,
     text_of,
     tree_of,
     update_chat,
 )
-from tinychat.text.attachments import title_of
+from tinychat.conversation import Message, Tree
 
 __all__ = [
     "Chat",
@@ -42,8 +39,6 @@ __all__ = [
     "Hit",
     "StoreChangedError",
     "StoreError",
-    "StoredMessage",
-    "make_title",
 ]
 
 KEEP_DELETED = 7 * 86400.0  # seconds until a deleted chat is really gone
@@ -222,31 +217,35 @@ class ChatStore:
 
     # Messages
 
-    def messages(self, chat_id: int) -> list[StoredMessage]:
+    def messages(self, chat_id: int) -> list[Message]:
         """The whole tree, oldest first: a parent comes before its children."""
-        rows = self._database.read(f"SELECT {MESSAGE} FROM messages WHERE chat = ? ORDER BY id", chat_id)
-        return tree_of(rows)
+        return self._read_tree(chat_id, None)[0].nodes
 
-    def tree(self, chat_id: int) -> tuple[Chat, list[StoredMessage]]:
-        """A chat and all its messages; its leaf is one of them."""
-        chat, messages = self.chat(chat_id), self.messages(chat_id)
-        chat.leaf = leaf_of(chat, messages)
-        return chat, messages
+    def tree(self, chat_id: int) -> tuple[Chat, Tree, list[int]]:
+        """A chat and all its messages, and the number of each one's row."""
+        chat = self.chat(chat_id)
+        return chat, *self._read_tree(chat_id, chat.leaf)
+
+    def _read_tree(self, chat_id: int, leaf: int | None) -> tuple[Tree, list[int]]:
+        sql = f"SELECT {MESSAGE} FROM messages WHERE chat = ? ORDER BY id"
+        return tree_of(self._database.read(sql, chat_id), leaf)
 
     def write(
         self,
         chat: Chat,
-        messages: Sequence[StoredMessage],
-        rows: dict[int, int],
+        leaf: int | None,
+        messages: Mapping[int, Message],
+        rows: Mapping[int, int],
         generation: int,
         patience: float | None = None,
     ) -> tuple[int, dict[int, int]]:
         """Store a chat and those of its messages that are new or changed, all of it or nothing; the number of
         the chat (a new one if it has none) and the rows of its messages.
 
-        rows: where messages that were stored before are, by their ids; the others are new, parents first. If
-        there are none, `messages` is the whole chat, and replaces what is stored of it. Raises
-        StoreChangedError if the store's `generation` is another one than that.
+        messages: by their places in the tree, of which `leaf` is one. rows: where messages that were stored
+        before are, by their places; the others are new, parents first. If there are none, `messages` is the
+        whole chat, and replaces what is stored of it. Raises StoreChangedError if the store's `generation` is
+        another one than that.
         """
 
         def work(db: Any) -> tuple[int, dict[int, int]]:
@@ -261,47 +260,13 @@ class ChatStore:
                     number = 0
             if not number or there is None:
                 number = insert_chat(db, replace(chat, id=number, leaf=None))
-            for m in messages:
+            for at, m in messages.items():
                 parent = None if m.parent is None else now[m.parent]
-                now[m.id] = put_message(db, number, m, now.get(m.id), parent, self.full_text)
-            leaf = None if chat.leaf is None else now[chat.leaf]
-            update_chat(db, replace(chat, id=number, leaf=leaf))
+                now[at] = put_message(db, number, m, now.get(at), parent, self.full_text)
+            update_chat(db, replace(chat, id=number, leaf=None if leaf is None else now[leaf]))
             return number, now
 
         return self._database.change(work, patience)
-
-    def add(
-        self, chat_id: int, role: str, content: str, parent: int | None, model: str | None = None, **rest: Any
-    ) -> StoredMessage:
-        """Append a message and make it the chat's present leaf. The first one names the chat."""
-        m = StoredMessage(0, parent, role, content, model, created=time.time(), **rest)
-
-        def work(db: Any) -> None:
-            m.id = put_message(db, chat_id, m, None, parent, self.full_text)
-            db.execute("UPDATE chats SET leaf = ?, updated = ? WHERE id = ?", (m.id, m.created, chat_id))
-            if role == "user":
-                db.execute(
-                    "UPDATE chats SET title = ? WHERE id = ? AND title = ''",
-                    (whole(make_title(title_of(content, m.attachments))), chat_id),
-                )
-
-        self._database.change(work)
-        return m
-
-    def write_partial(self, message_id: int, content: str) -> None:
-        """What an answer has said so far. Cheap: not yet searchable."""
-        sql = "UPDATE messages SET content = ? WHERE id = ?"
-        self._database.change(lambda db: db.execute(sql, (whole(content), message_id)))
-
-    def finish(self, m: StoredMessage) -> None:
-        """Write an answer whole and make it searchable."""
-
-        def work(db: Any) -> None:
-            for (chat,) in db.execute("SELECT chat FROM messages WHERE id = ?", (m.id,)).fetchall():
-                put_message(db, chat, m, m.id, m.parent, self.full_text)
-                db.execute("UPDATE chats SET updated = ? WHERE id = ?", (time.time(), chat))
-
-        self._database.change(work)
 
     def said(self, limit: int = 200, longest: int = 4000) -> list[str]:
         """What the user said lately, newest first, each text once."""
@@ -408,15 +373,6 @@ def chosen(store: ChatStore, latest: bool, number: int | None) -> Chat | None:
     if number is not None:
         return store.chat(number)
     return store.latest() if latest else None
-
-
-def path_to(by_id: dict[int, StoredMessage], leaf: int | None) -> list[StoredMessage]:
-    """Messages from the first one to `leaf`."""
-    out: list[StoredMessage] = []
-    while leaf is not None and leaf in by_id:
-        out.append(by_id[leaf])
-        leaf = by_id[leaf].parent
-    return out[::-1]
 
 
 def _excerpt(content: str, words: list[str]) -> str:

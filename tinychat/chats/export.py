@@ -3,57 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 
-from tinychat.chats.chat_store import Chat, ChatStore, StoredMessage, path_to
+from tinychat.chats.chat_store import Chat, ChatStore
+from tinychat.conversation import Tree
 from tinychat.text.reasoning import split_thought
 
 
 def to_json(store: ChatStore, chat_id: int, ensure_ascii: bool = False) -> str:
     """A stored chat's whole tree, as `tinychat.Session.load` and `/load` read it."""
-    return json_of(*store.tree(chat_id), ensure_ascii)
+    chat, tree, _ = store.tree(chat_id)
+    return json_of(chat, tree, ensure_ascii)
 
 
-def json_of(chat: Chat, messages: Sequence[StoredMessage], ensure_ascii: bool = False) -> str:
+def json_of(chat: Chat, tree: Tree, ensure_ascii: bool = False) -> str:
     """A conversation's whole tree, as `tinychat.Session.load` and `/load` read it."""
-    index = {m.id: i for i, m in enumerate(messages)}
-    nodes = [
-        {
-            "role": m.role,
-            "content": m.content,
-            "parent": None if m.parent is None else index[m.parent],
-            "prompt_text": m.prompt_text,
-            "prompt_ids": m.prompt_ids,
-            "ids": m.ids,
-            "finish_reason": m.finish_reason,
-            "stats": m.stats,
-            **({"attachments": m.attachments} if m.attachments else {}),
-        }
-        for m in messages
-    ]
-    content = {
-        "tinychat_session": 1,
-        "model": chat.model,
-        "system": chat.system,
-        "params": chat.params,
-        "leaf": index.get(chat.leaf),
-        "nodes": nodes,
-    }
+    known = Tree((m.for_model(chat.model) for m in tree.nodes), tree.leaf)
+    content = known.as_dict(chat.model, chat.system, chat.params)
     return json.dumps(content, ensure_ascii=ensure_ascii, indent=1)
 
 
 def to_markdown(store: ChatStore, chat_id: int) -> str:
     """The present branch of a stored chat, for reading."""
-    chat, messages = store.tree(chat_id)
-    return markdown_of(chat, path_to({m.id: m for m in messages}, chat.leaf))
+    chat, tree, _ = store.tree(chat_id)
+    return markdown_of(chat, tree)
 
 
-def markdown_of(chat: Chat, path: Iterable[StoredMessage]) -> str:
+def markdown_of(chat: Chat, tree: Tree) -> str:
     """A conversation for reading."""
     parts = [f"# {chat.title}", f"*{chat.model}*"]
     if chat.system:
         parts.append(f"**System**\n\n{chat.system}")
-    for m in path:
+    for m in tree.messages():
         if m.role == "user":
             parts.append(f"**You**\n\n{m.as_read()}")
             continue

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tinychat.base import locations
 from tinychat.base.errors import TinychatError
 from tinychat.chats.chat_store import Chat, ChatStore
 from tinychat.chats.open_chat import OpenChat
-from tinychat.session import Message
+from tinychat.conversation import Message, Tree
 
 if TYPE_CHECKING:
     from tinychat.base.events import Event
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 SAVE_SECONDS = 0.7  # of an answer in the making, at most that much is not yet stored
 WAIT = 30.0  # seconds that the end of the program waits for another program's lock
-_SHARED = [f.name for f in fields(Message) if f.name != "parent"]
 
 
 class Keeper:
@@ -37,21 +36,14 @@ class Keeper:
     def _attach(self, session: Session, chat: Chat | None = None) -> None:
         self.session = session
         self.held = OpenChat(self.store, chat or Chat(0, "", session.model.name, session.system))
-        self._ids: list[int] = []  # of the session's messages, in the chat
+        self._kept: list[Message] = []  # the session's messages that the chat has, at the same places
         self._open: int | None = None  # the message that is being written
         self._said = False
 
     def _restore(self) -> None:
-        session, chat, model = self.session, self.held.chat, self.session.model.name
-        messages = list(self.held.by_id.values())
-        index = {m.id: i for i, m in enumerate(messages)}
-        for m in messages:
-            known = {name: getattr(m, name) for name in _SHARED}
-            if m.model != model:  # another model's ids mean nothing to this one
-                known |= {"ids": [], "prompt_ids": [], "prompt_text": ""}
-            session.nodes.append(Message(parent=None if m.parent is None else index[m.parent], **known))
-        self._ids = [m.id for m in messages]
-        session.leaf = index.get(chat.leaf)
+        session, chat, tree = self.session, self.held.chat, self.held.tree
+        session.tree = Tree((m.for_model(session.model.name) for m in tree.nodes), tree.leaf)
+        self._kept = list(session.nodes)
         session.load_kv(locations.kv_file(str(chat.id)))
         session.system = chat.system if session.system is None else session.system
 
@@ -78,40 +70,45 @@ class Keeper:
         if session is not self.session:
             self.close(wait=0)
             self._attach(session)
+        self._take_back()
         if not session.nodes:
             return
         self._said = True
-        for node in session.nodes[len(self._ids) :]:
-            parent = None if node.parent is None else self._ids[node.parent]
-            if node.role == "user":
-                m = self.held.add("user", node.content, parent, attachments=node.attachments)
+        for node in session.nodes[len(self._kept) :]:
+            if node.role == "assistant":
+                self._open = self.held.add(replace(node, model=session.model.name))
             else:
-                m = self.held.add(node.role, "", parent, session.model.name)
-                self._open = len(self._ids)
-            self._ids.append(m.id)
+                self.held.add(replace(node))
+            self._kept.append(node)
             self._finish()
         self._finish()
         if self._open is not None:
-            m = self.held.by_id[self._ids[self._open]]
+            m = self.held.tree.nodes[self._open]
             m.content = so_far or m.content
-            self.held.change(m)
-        if session.leaf is not None:
-            chat, leaf = self.held.chat, self._ids[session.leaf]
-            if (chat.leaf, chat.system) != (leaf, session.system):
-                chat.leaf, chat.system = leaf, session.system
-                self.held.change()
+            self.held.change(self._open)
+        chat, tree = self.held.chat, self.held.tree
+        if session.leaf is not None and (tree.leaf, chat.system) != (session.leaf, session.system):
+            tree.leaf, chat.system = session.leaf, session.system
+            self.held.change()
         if self.held.problem is None:
             self.held.flush()
+
+    def _take_back(self) -> None:
+        """Follow the session where it took back a question whose answer failed before it began."""
+        n, nodes = len(self._kept), self.session.nodes
+        while n and (n > len(nodes) or nodes[n - 1] is not self._kept[n - 1]):
+            n -= 1
+        if n < len(self._kept):
+            del self._kept[n:]
+            self.held.forget(n)
 
     def _finish(self) -> None:
         """Take over the open message, once it is whole."""
         if self._open is None or (node := self.session.nodes[self._open]).finish_reason is None:
             return
-        m = self.held.by_id[self._ids[self._open]]
-        for name in _SHARED:
-            setattr(m, name, getattr(node, name))
-        m.model = self.session.model.name
-        self.held.change(m)
+        nodes = self.held.tree.nodes
+        nodes[self._open] = replace(node, model=self.session.model.name, created=nodes[self._open].created)
+        self.held.change(self._open)
         self._open = None
 
     def close(self, wait: float = WAIT, say: Callable[[str], None] = lambda text: None) -> str:

@@ -6,37 +6,33 @@ stays here, and a thread stores it as soon as that works.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
 from tinychat.base.errors import TinychatError
-from tinychat.chats.chat_store import Chat, ChatStore, StoreChangedError, StoredMessage, StoreError
-from tinychat.chats.records import make_title
-from tinychat.text.attachments import title_of
+from tinychat.chats.chat_store import Chat, ChatStore, StoreChangedError, StoreError
+from tinychat.conversation import Message, Tree
 
 PATIENCE = 0.25  # seconds that one attempt waits for another program's lock
 AGAIN = 1.0  # seconds between two attempts
-_numbers = itertools.count(1 << 53)  # of messages that were said in this program; no row has one as large
 LONG = 3.0  # seconds after which a lock is worth a word: programs that write side by side take less
 
 
 class OpenChat:
     """A chat, new or stored, claimed for this program once it is stored. Calls may come from any thread.
 
-    Ids of messages are this program's: only those that were stored when the chat was opened are their rows'.
     Raises ChatLockedError if another program has it, and StoreError if it cannot be read.
     """
 
     def __init__(self, store: ChatStore, chat: Chat):
         self.store, self.chat = store, chat
-        self.by_id: dict[int, StoredMessage] = {}
+        self.tree = Tree()
         self.problem: TinychatError | None = None  # why the last attempt failed
-        self._rows: dict[int, int] = {}
-        self._changed: dict[int, None] = {}  # messages to be stored, in order
+        self._rows: dict[int, int] = {}  # of stored messages, by their places in the tree
+        self._changed: dict[int, None] = {}  # places of messages to be stored, in order
         self._chat_changed = False
         self._generation = store.generation
         self._failing_since = 0.0
@@ -50,40 +46,41 @@ class OpenChat:
         if chat.id:
             self._release = store.lock(chat.id)
             try:
-                self.chat, messages = store.tree(chat.id)
+                self.chat, self.tree, rows = store.tree(chat.id)
             except BaseException:
                 self._release()
                 raise
-            self.by_id = {m.id: m for m in messages}
-            self._rows = {m.id: m.id for m in messages}
+            self._rows = dict(enumerate(rows))
 
     # Saying something
 
-    def add(
-        self,
-        role: str,
-        content: str,
-        parent: int | None,
-        model: str | None = None,
-        attachments: Sequence[dict[str, str]] = (),
-    ) -> StoredMessage:
-        """Append a message and make it the present leaf. The first one names the chat."""
+    def add(self, m: Message) -> int:
+        """Append a message and make it the present leaf; its place. The first one names the chat."""
         with self._lock:
-            m = StoredMessage(next(_numbers), parent, role, content, model, attachments=list(attachments))
             m.created = self.chat.updated = time.time()
             self.chat.created = self.chat.created or m.created
-            self.by_id[m.id] = m
-            self.chat.leaf = m.id
-            if role == "user" and not self.chat.title:
-                self.chat.title = make_title(title_of(content, attachments))
-            self.change(m)
-        return m
+            at = self.tree.append(m)
+            if m.role == "user" and not self.chat.title:
+                self.chat.title = m.title()
+            self.change(at)
+        return at
 
-    def change(self, m: StoredMessage | None = None) -> None:
+    def forget(self, places: int) -> None:
+        """Take back what was said in vain, but for that many messages. What is said next takes its place, in
+        the store too.
+        """
+        with self._lock:
+            leaf, nodes = self.tree.leaf, self.tree.nodes
+            if leaf is not None and leaf >= places:
+                self.tree.leaf = nodes[places].parent
+            del nodes[places:]
+            self.change()
+
+    def change(self, at: int | None = None) -> None:
         """Say that a message, or the chat itself, is no longer what is stored. `flush` stores it."""
         with self._lock:
-            if m is not None:
-                self._changed[m.id] = None
+            if at is not None:
+                self._changed[at] = None
             self._chat_changed = True
 
     # Storing it
@@ -105,15 +102,15 @@ class OpenChat:
                 with self._lock:
                     generation = self.store.generation
                     if anew := generation != self._generation:  # the file is not the one that we wrote to
-                        self._changed = dict.fromkeys(self.by_id)
+                        self._changed = dict.fromkeys(range(len(self.tree.nodes)))
                     changed, self._changed = self._changed, {}
-                    if not self.by_id or not (changed or self._chat_changed):
+                    if not self.tree.nodes or not (changed or self._chat_changed):
                         return True
                     self._chat_changed = False
-                    chat, messages = replace(self.chat), [replace(self.by_id[i]) for i in changed]
-                    rows = {} if anew else self._rows
+                    chat, leaf, rows = replace(self.chat), self.tree.leaf, {} if anew else self._rows
+                    messages = {i: replace(self.tree.nodes[i]) for i in changed if i < len(self.tree.nodes)}
                 try:
-                    number, rows = self.store.write(chat, messages, rows, generation, patience)
+                    number, rows = self.store.write(chat, leaf, messages, rows, generation, patience)
                 except StoreChangedError:
                     self._give_back(changed)
                     continue

@@ -10,22 +10,21 @@ import json
 import sqlite3
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinychat.base.characters import whole
 from tinychat.base.sampling_params import SamplingParams
-from tinychat.text.attachments import are_sound, as_read
+from tinychat.conversation import LATEST, Message, Tree, is_number, mend_parents
 
-TITLE_LENGTH = 60
-LATEST = 4102444800.0  # the year 2100: what a clock may say at most
 CHAT = "id, title, model, system, params, leaf, created, updated, deleted"
+# In the order of the table's columns; those behind the first three are fields of a message.
 MESSAGE = (
     "id, chat, parent, role, content, model, prompt_text, prompt_ids, ids, finish_reason, stats, created, "
     "attachments"
 )
-REASONS = ("stop", "length", "cancelled", "context_full", "error")
+FIELDS = tuple(MESSAGE.split(", ")[3:])
 
 
 @dataclass
@@ -42,38 +41,6 @@ class Chat:
     updated: float = 0.0
     deleted: float | None = None
     messages: int = 0
-
-
-@dataclass
-class StoredMessage:
-    """A node of a chat's tree; the fields of `tinychat.session.Message`, with ids that hold across restarts.
-
-    `model` is whose token ids these are. An answer without a finish_reason was being written when its program
-    ended.
-    """
-
-    id: int
-    parent: int | None
-    role: str
-    content: str
-    model: str | None = None
-    prompt_text: str = ""
-    prompt_ids: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    stats: dict[str, Any] = field(default_factory=dict)
-    created: float = 0.0
-    attachments: list[dict[str, str]] = field(default_factory=list)
-
-    def as_read(self) -> str:
-        """What the model reads: the files, then what was said."""
-        return as_read(self.content, self.attachments) if self.attachments else self.content
-
-
-def make_title(text: str) -> str:
-    """The first words of what was asked, on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= TITLE_LENGTH else line[: TITLE_LENGTH - 1].rstrip() + "…"
 
 
 # Reading
@@ -96,50 +63,27 @@ def chat_of(row: tuple) -> Chat:
     )
 
 
-def tree_of(rows: Iterable[tuple]) -> list[StoredMessage]:
-    """A chat's messages from rows of MESSAGE in the order of their ids: a parent comes before its children.
+def tree_of(rows: Iterable[tuple], leaf: int | None = None) -> tuple[Tree, list[int]]:
+    """A chat's messages from rows of MESSAGE in the order of their ids, and the number of each one's row.
 
-    A parent that is not there, or comes later, is replaced by the message after which this one makes sense.
+    leaf: the row at the end of the present branch; its newest message, where that is none of them. A parent
+    that is not there, or comes later, is replaced by the message after which this one makes sense.
     """
-    out: list[StoredMessage] = []
-    known: set[int] = set()
-    for row in rows:
-        m = _message(row)
-        if m.parent is not None and m.parent not in known:
-            m.parent = next((n.id for n in reversed(out) if n.role != m.role), None)
-        out.append(m)
-        known.add(m.id)
-    return out
+    rows = list(rows)
+    nodes = [_message(row) for row in rows]
+    numbers = [row[0] for row in rows]
+    parents = [(row[0], row[2] if type(row[2]) is int else None) for row in rows]
+    for m, parent in zip(nodes, mend_parents(parents, [m.role for m in nodes]), strict=True):
+        m.parent = parent
+    if leaf in numbers:
+        return Tree(nodes, numbers.index(leaf)), numbers
+    return Tree(nodes, len(nodes) - 1 if nodes else None), numbers
 
 
-def leaf_of(chat: Chat, messages: list[StoredMessage]) -> int | None:
-    """The end of the present branch: the chat's own, or its newest message where that is none of its."""
-    if any(m.id == chat.leaf for m in messages):
-        return chat.leaf
-    return messages[-1].id if messages else None
-
-
-def _message(row: tuple) -> StoredMessage:
-    number, _, parent, role, content, model, prompt_text, prompt_ids, ids, reason, stats, created = row[:12]
-    model = None if model is None else text_of(model)
-    ids, prompt_ids = _unpack(ids), _unpack(prompt_ids)
-    if role not in ("user", "assistant"):
-        role = "assistant" if model or ids or reason is not None else "user"
-    if reason is not None and reason not in REASONS:
-        reason = "error"
-    return StoredMessage(
-        number,
-        None if parent is None or type(parent) is not int else parent,
-        role,
-        text_of(content),
-        model,
-        text_of(prompt_text),
-        prompt_ids,
-        ids,
-        reason,
-        {k: v for k, v in _object(stats).items() if _is_number(v)},
-        _time(created),
-        _attachments(row[12]) if len(row) > 12 else [],
+def _message(row: tuple) -> Message:
+    """A message from a row of MESSAGE, of an older file too; its parent is not known yet."""
+    return Message.mended(
+        {name: _codec(name)[1](value) for name, value in zip(FIELDS, row[3:], strict=False)}
     )
 
 
@@ -150,28 +94,20 @@ def text_of(value: Any) -> str:
     return "" if value is None else whole(str(value))
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1 << 63  # which NaN and infinity are not
-
-
 def _time(value: Any) -> float:
-    return float(value) if _is_number(value) and 0 <= value <= LATEST else 0.0
+    return float(value) if is_number(value) and 0 <= value <= LATEST else 0.0
+
+
+def _json(value: Any) -> Any:
+    try:
+        return json.loads(text_of(value) or "null")
+    except (ValueError, RecursionError):
+        return None
 
 
 def _object(value: Any) -> dict[str, Any]:
-    try:
-        read = json.loads(text_of(value) or "{}")
-    except (ValueError, RecursionError):
-        return {}
+    read = _json(value)
     return read if isinstance(read, dict) else {}
-
-
-def _attachments(value: Any) -> list[dict[str, str]]:
-    try:
-        read = json.loads(text_of(value) or "[]")
-    except (ValueError, RecursionError):
-        return []
-    return read if are_sound(read) else []
 
 
 def _pack(ids: list[int]) -> bytes:
@@ -190,6 +126,34 @@ def _unpack(blob: Any) -> list[int]:
     if sys.byteorder == "big":
         numbers.byteswap()
     return [] if numbers and min(numbers) < 0 else numbers.tolist()
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _text(value: str | None) -> str | None:
+    return None if value is None else whole(value)
+
+
+def _optional(value: Any) -> str | None:
+    return None if value is None else text_of(value)
+
+
+# How a field becomes a column, and what a column says of the field; text where nothing is said.
+_CODECS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "model": (_text, _optional),
+    "prompt_ids": (_pack, _unpack),
+    "ids": (_pack, _unpack),
+    "finish_reason": (_same, _optional),
+    "stats": (json.dumps, _json),
+    "created": (_same, _same),
+    "attachments": (lambda files: json.dumps(files, ensure_ascii=False) if files else None, _json),
+}
+
+
+def _codec(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    return _CODECS.get(name, (_text, text_of))
 
 
 # Writing
@@ -218,32 +182,22 @@ def _chat_values(chat: Chat) -> tuple:
     return whole(chat.title), whole(chat.model), system, json.dumps(chat.params), chat.leaf
 
 
+_INSERT = f"INSERT INTO messages (chat, parent, {', '.join(FIELDS)}) VALUES (?, ?{', ?' * len(FIELDS)})"
+_UPDATE = f"UPDATE messages SET parent = ?, {', '.join(f'{f} = ?' for f in FIELDS)} WHERE id = ? AND chat = ?"
+
+
 def put_message(
-    db: sqlite3.Connection, chat: int, m: StoredMessage, row: int | None, parent: int | None, full_text: bool
+    db: sqlite3.Connection, chat: int, m: Message, row: int | None, parent: int | None, full_text: bool
 ) -> int:
     """A message as it is now, in its row or a new one (row None, or no longer there); the row's id.
 
     `parent` is the row of its parent. What is added to an answer is searchable once it is whole.
     """
-    values = (
-        parent, m.role, whole(m.content), None if m.model is None else whole(m.model), whole(m.prompt_text),
-        _pack(m.prompt_ids), _pack(m.ids), m.finish_reason, json.dumps(m.stats),
-        json.dumps(m.attachments, ensure_ascii=False) if m.attachments else None,
-    )  # fmt: skip
-    if row is not None:
-        changed = db.execute(
-            "UPDATE messages SET parent = ?, role = ?, content = ?, model = ?, prompt_text = ?, "
-            "prompt_ids = ?, ids = ?, finish_reason = ?, stats = ?, attachments = ? "
-            "WHERE id = ? AND chat = ?",
-            (*values, row, chat),
-        ).rowcount
-        row = row if changed else None
+    values = (parent, *(_codec(name)[0](getattr(m, name)) for name in FIELDS))
+    if row is not None and not db.execute(_UPDATE, (*values, row, chat)).rowcount:
+        row = None
     if row is None:
-        row = db.execute(
-            "INSERT INTO messages (chat, parent, role, content, model, prompt_text, prompt_ids, ids, "
-            "finish_reason, stats, attachments, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (chat, *values, m.created),
-        ).lastrowid
+        row = db.execute(_INSERT, (chat, *values)).lastrowid
     elif full_text and (m.role == "user" or m.finish_reason is not None):
         db.execute("DELETE FROM words WHERE rowid = ?", (row,))
     else:

@@ -20,8 +20,6 @@ from tinychat.chats.records import (
     MESSAGE,
     chat_of,
     insert_chat,
-    leaf_of,
-    make_title,
     put_message,
     tree_of,
 )
@@ -49,19 +47,20 @@ def save(path: Path, db: sqlite3.Connection, full_text: bool) -> tuple[int, int]
     saved = 0
     db.execute("BEGIN IMMEDIATE")
     for number in sorted(trees, key=lambda n: (not 0 < n < LARGEST, n)):  # new numbers after those that stay
-        tree = tree_of(trees[number])
-        when = tree[-1].created
-        chat = chats.get(number) or chat_of((number, "", "", None, None, None, when, when, None))
-        chat.leaf = leaf_of(chat, tree)
-        chat.title = chat.title or make_title(tree[0].content)
-        chat.model = chat.model or next((m.model for m in reversed(tree) if m.model), "")
+        chat = chats.get(number) or chat_of((number, "", "", *[None] * 6))
+        tree, _ = tree_of(trees[number], chat.leaf)
+        if number not in chats:
+            chat.created = chat.updated = tree.nodes[-1].created
+        chat.title = chat.title or tree.nodes[0].title()
+        chat.model = chat.model or next((m.model for m in reversed(tree.nodes) if m.model), "")
         chat.id = number if 0 < number < LARGEST else 0
         chat.id = insert_chat(db, chat)
-        rows: dict[int | None, int | None] = {None: None}
-        for m in tree:
-            rows[m.id] = put_message(db, chat.id, m, None, rows[m.parent], full_text)
+        now: list[int] = []
+        for m in tree.nodes:
+            parent = None if m.parent is None else now[m.parent]
+            now.append(put_message(db, chat.id, m, None, parent, full_text))
             saved += 1
-        db.execute("UPDATE chats SET leaf = ? WHERE id = ?", (rows[chat.leaf], chat.id))
+        db.execute("UPDATE chats SET leaf = ? WHERE id = ?", (now[tree.leaf], chat.id))
     db.execute("COMMIT")
     return len(trees), saved
 

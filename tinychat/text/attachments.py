@@ -28,8 +28,3 @@ def are_sound(value: Any) -> bool:
         isinstance(a, dict) and a.keys() == {"name", "text"} and all(isinstance(v, str) for v in a.values())
         for a in value
     )
-
-
-def title_of(said: str, attachments: Iterable[dict[str, str]]) -> str:
-    """Text from which the title of a chat that begins with this message is made."""
-    return said if said.strip() else ", ".join(a["name"] for a in attachments)

@@ -15,9 +15,8 @@ from tinychat.base import locations
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.base.files import read_bytes, write_atomically
 from tinychat.base.sampling_params import SamplingParams
-from tinychat.chats.chat_store import Chat, path_to
+from tinychat.chats.chat_store import Chat
 from tinychat.chats.export import json_of, markdown_of
-from tinychat.text.reasoning import split_thought
 from tinychat.tui import clipboard, messages
 from tinychat.tui.commands import BY_NAME
 from tinychat.tui.conversation import Conversation
@@ -89,47 +88,49 @@ class ChatActions:
         """Answer a question (default: the last one) again."""
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
-        last = self.conversation.last("user")
-        if question is None and last is None:
+        if question is None:
+            question = self.conversation.tree.last("user")
+        if question is None:
             raise UsageError("There is nothing to answer again.", "Say something first.")
-        await self.answer(last.id if question is None else question)
+        await self.answer(question)
 
     async def command_edit(self: ChatScreen, rest: str) -> None:
-        last = self.conversation.last("user")
+        tree = self.conversation.tree
+        last = tree.last("user")
         if last is None:
             raise UsageError("There is nothing to edit.", "Say something first.")
-        self.begin_edit(last.id)
+        self.begin_edit(last)
         if rest:
-            await self.on_submitted(messages.Submitted(rest, last.attachments))
+            await self.on_submitted(messages.Submitted(rest, tree.nodes[last].attachments))
 
-    def begin_edit(self: ChatScreen, message_id: int) -> None:
+    def begin_edit(self: ChatScreen, node: int) -> None:
         """Put a message of the user into the composer."""
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
-        self.editing = message_id
-        m = self.conversation.by_id[message_id]
+        self.editing = node
+        m = self.conversation.tree.nodes[node]
         self.composer.restore(m.content, m.attachments)
         self.composer.input.focus()
         self.say("Editing: enter sends it as a new branch, esc leaves it as it was.")
 
     def command_branch(self: ChatScreen, rest: str) -> Any:
-        last = self.conversation.last("assistant")
+        last = self.conversation.tree.last("assistant")
         if last is None:
             raise UsageError("There is no answer yet.", "Say something first.")
-        siblings = self.conversation.siblings(last.id)
+        siblings = self.conversation.tree.siblings(last)
         numbers = [str(n + 1) for n in range(len(siblings))]
         if rest and rest not in numbers:
             raise UsageError(f"There is no branch {rest}.", f"Use /branch 1 to {len(siblings)}.")
-        at = numbers.index(rest) if rest else (siblings.index(last.id) + 1) % len(siblings)
+        at = numbers.index(rest) if rest else (siblings.index(last) + 1) % len(siblings)
         return self.switch(siblings[at])
 
-    async def switch(self: ChatScreen, message_id: int) -> None:
+    async def switch(self: ChatScreen, node: int) -> None:
         """Show the branch through a message."""
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
-        self.conversation.switch(message_id)
+        self.conversation.switch(node)
         await self.show_conversation()
-        if turn := self.transcript.turn(message_id):
+        if turn := self.transcript.turn(node):
             turn.focus()
 
     def command_new(self: ChatScreen, rest: str = "") -> Any:
@@ -184,7 +185,7 @@ class ChatActions:
             raise UsageError("Nothing was deleted within a week.", "/resume lists the chats.")
         self.app.store.restore(deleted[0].id)
         self.refill()
-        if not self.conversation.by_id:
+        if not self.conversation.tree.nodes:
             await self.on_open_chat(messages.OpenChat(deleted[0].id))
         more = f" /undo again: “{deleted[1].title}”." if deleted[1:] else ""
         self.say(f"“{deleted[0].title}” is back.{more}")
@@ -196,15 +197,10 @@ class ChatActions:
     def export(self: ChatScreen, chat_id: int, path: Path) -> None:
         """A chat (0: this one, stored or not) as a file: JSON for a .json, else Markdown."""
         if chat_id in (0, self.conversation.chat.id):
-            chat, by_id = self.conversation.chat, self.conversation.by_id
+            chat, tree = self.conversation.chat, self.conversation.tree
         else:
-            chat, tree = self.app.store.tree(chat_id)
-            by_id = {m.id: m for m in tree}
-        if path.suffix == ".json":
-            text = json_of(chat, list(by_id.values()))
-        else:
-            text = markdown_of(chat, path_to(by_id, chat.leaf))
-        self.write_file(path, text)
+            chat, tree, _ = self.app.store.tree(chat_id)
+        self.write_file(path, (json_of if path.suffix == ".json" else markdown_of)(chat, tree))
 
     def write_file(self: ChatScreen, path: Path, text: str) -> None:
         """Write a new file; an existing one is not touched."""
@@ -215,15 +211,16 @@ class ChatActions:
         self.say(f"Wrote {path} ({human_size(len(content))}).")
 
     def command_copy(self: ChatScreen, rest: str) -> None:
-        last = self.conversation.last("assistant")
+        tree = self.conversation.tree
+        last = tree.last("assistant")
         if rest == "chat":
-            self._copy(markdown_of(self.conversation.chat, self.conversation.path()), "the chat")
+            self._copy(markdown_of(self.conversation.chat, tree), "the chat")
         elif last is None:
             raise UsageError("There is no answer yet.", "Say something first.")
         elif rest == "code":
-            self._copy_code(self.transcript.turn(last.id), -1)
+            self._copy_code(self.transcript.turn(last), -1)
         elif not rest:
-            self._copy(split_thought(last.content, last.prompt_text)[1], "the answer")
+            self._copy(tree.nodes[last].split()[1], "the answer")
         else:
             raise UsageError(f"/copy {rest} means nothing.", "Use /copy, /copy code or /copy chat.")
 
@@ -270,7 +267,7 @@ class ChatActions:
         self.app.leave()
 
     def _begun_chat(self: ChatScreen) -> Chat:
-        if not self.conversation.by_id:
+        if not self.conversation.tree.nodes:
             raise UsageError("This chat is still empty.", "Say something first.")
         return self.conversation.chat
 
@@ -279,6 +276,7 @@ class ChatActions:
     async def on_turn_action(self: ChatScreen, message: messages.TurnAction) -> None:
         """A key or a click on a message."""
         turn, m = message.turn, message.turn.message
+        question = turn.node if m.role == "user" else m.parent
         self.say("")
         try:
             if message.action == "leave":
@@ -286,10 +284,10 @@ class ChatActions:
             elif message.action == "move":
                 self._move(turn, message.argument)
             elif message.action == "switch":
-                at = (turn.branches.index(m.id) + message.argument) % len(turn.branches)
+                at = (turn.branches.index(turn.node) + message.argument) % len(turn.branches)
                 await self.switch(turn.branches[at])
             elif message.action == "copy":
-                text = split_thought(m.content, m.prompt_text)[1] if turn.is_answer else m.content
+                text = m.split()[1] if turn.is_answer else m.content
                 self._copy(text, "the message")
             elif message.action == "copy_code":
                 self._copy_code(turn, message.argument)
@@ -297,9 +295,9 @@ class ChatActions:
                 code = self._code(turn, message.argument)
                 self.app.ask_path("Save the code block as", lambda path: self.write_file(path, code))
             elif message.action == "edit":
-                self.begin_edit(m.id if m.role == "user" else m.parent)
+                self.begin_edit(question)
             elif message.action == "regenerate":
-                await self.regenerate(m.id if m.role == "user" else m.parent)
+                await self.regenerate(question)
                 self.composer.input.focus()
         except TinychatError as e:
             self.complain(e)
@@ -427,7 +425,7 @@ class ChatActions:
         self.model, self.ready, self.trouble, self._deaths = name, False, "", []
         self._load = ("", time.monotonic(), False)
         if self.conversation.answer is not None:
-            self.conversation.answer.model = name
+            self.conversation.tree.nodes[self.conversation.answer].model = name
         self.conversation.chat.model = name
         self.conversation.keep(self.conversation.answer)
         self.status.tell(state="loading", model=name, backend=None, isa=None)

@@ -165,11 +165,12 @@ class ChatScreen(ChatActions, Hearing, Surface, Screen[None]):
 
     async def show_conversation(self) -> None:
         """The present branch, or a welcome."""
-        path = self.conversation.path()
+        tree = self.conversation.tree
+        branch = [(i, tree.nodes[i], siblings) for i, siblings in tree.branches()]
         await self.query("#welcome").remove()
-        if not path:
+        if not branch:
             await self.transcript.mount(Static(WELCOME, id="welcome", markup=False), before=0)
-        await self.transcript.show([(m, self.conversation.siblings(m.id)) for m in path])
+        await self.transcript.show(branch)
         last = self.conversation.last("assistant")
         self.status.tell(used=self.conversation.tokens_used(), **status_of(last))
 
@@ -203,16 +204,17 @@ class ChatScreen(ChatActions, Hearing, Surface, Screen[None]):
 
     async def send(self, words: Words) -> None:
         """Say it, as a new message or in place of the one that is edited, and have it answered."""
-        parent = self.conversation.leaf
+        tree = self.conversation.tree
+        parent = tree.leaf
         if self.editing is not None:
-            parent = self.conversation.by_id[self.editing].parent
-        elif (last := self.conversation.path()[-1:]) and last[0].role == "user":
-            parent = last[0].parent  # it never got an answer: say it anew beside it
+            parent = tree.nodes[self.editing].parent
+        elif parent is not None and tree.nodes[parent].role == "user":
+            parent = tree.nodes[parent].parent  # it never got an answer: say it anew beside it
         question = self.conversation.ask(words.text, parent, words.attachments)
         self.editing = None
         self.composer.clear()
         self.say("")
-        await self.answer(question.id)
+        await self.answer(question)
 
     @property
     def context(self) -> int:
@@ -256,9 +258,9 @@ class ChatScreen(ChatActions, Hearing, Surface, Screen[None]):
 
     async def answer(self, question: int) -> None:
         """Have a question answered, as a new branch if it was before."""
-        m = self.conversation.begin_answer(question, self.model)
+        node = self.conversation.begin_answer(question, self.model)
         await self.show_conversation()
-        turn = self._turn = self.transcript.turn(m.id)
+        turn = self._turn = self.transcript.turn(node)
         turn.running = {}
         self.question, self._first, self._tokens, self._stopping = question, None, 0, False
         self._asked = time.monotonic()

@@ -6,8 +6,9 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from tinychat.chats.chat_store import StoredMessage
-from tinychat.process.client import Began, Died, Failed, Finished, Loaded, Loading, Noticed, Reading, Text
+from tinychat.base.events import Notice, Reading
+from tinychat.conversation import Message
+from tinychat.process.protocol import Began, Died, Failed, Finished, Loaded, Loading, Text
 from tinychat.tui import messages
 from tinychat.tui.widgets.turn import Turn, human_size, seconds
 from tinychat.tui.words import Words
@@ -46,7 +47,7 @@ class Hearing:
             self._loading(event)
         elif isinstance(event, Loaded):
             self._loaded(event)
-        elif isinstance(event, Noticed):
+        elif isinstance(event, Notice):
             self.say(event.message)
         elif isinstance(event, Failed):
             await self._failed(event)
@@ -110,17 +111,17 @@ class Hearing:
         turn, self._turn = self._turn, None
         if not self.answering:
             return
-        self._settle(turn, self.conversation.finish(event))
-        if event.finish_reason == "context_full":
+        self._settle(turn, self.conversation.finish(event.message))
+        if event.message.finish_reason == "context_full":
             self.say(f"The context of {self.facts.get('ctx')} tokens is full: /new starts over.", error=True)
 
-    def _settle(self: ChatScreen, turn: Turn | None, m: StoredMessage | None) -> None:
+    def _settle(self: ChatScreen, turn: Turn | None, m: Message | None) -> None:
         """An answer has ended, one way or another."""
         self._stopping, self.question = False, None
         if turn is not None and m is not None:
             turn.message, turn.running, turn.waiting = m, None, ""
             turn.prompt_text = m.prompt_text or turn.prompt_text
-            turn.thought_tokens = m.stats.get("thought_tokens", turn.thought_tokens)
+            turn.thought_tokens = m.stats.get("reasoning_tokens") or turn.thought_tokens
             turn.thinking = False
             turn.update()
         self.status.tell(
@@ -179,7 +180,7 @@ class Hearing:
         self.post_message(messages.Attached(self.composer.attachments))
         if self.question is None:
             return
-        asked = self.conversation.by_id[self.question]
+        asked = self.conversation.tree.nodes[self.question]
         words = Words(asked.content, asked.attachments)
         if words.may_exceed(self.context):
             self.run_worker(self.weigh(words, self._ask_again, self.action_stop), group="weigh")
@@ -191,14 +192,14 @@ class Hearing:
         """The question that waited for the model, as it is or a part of it in its place."""
         if self.question is None:
             return
-        asked = self.conversation.by_id[self.question]
+        asked = self.conversation.tree.nodes[self.question]
         if words.as_read == asked.as_read():
             self._ask()
             self._tick()
             return
         turn, self._turn = self._turn, None
         self._settle(turn, self.conversation.give_up("cancelled"))
-        await self.answer(self.conversation.ask(words.text, asked.parent, words.attachments).id)
+        await self.answer(self.conversation.ask(words.text, asked.parent, words.attachments))
 
     async def _failed(self: ChatScreen, event: Failed) -> None:
         if event.during == "load":
@@ -226,7 +227,7 @@ class Hearing:
         await self.app.start_engine()
 
 
-def status_of(m: StoredMessage | None) -> dict[str, Any]:
+def status_of(m: Message | None) -> dict[str, Any]:
     """What an answer's numbers say in the status line."""
     s = m.stats if m is not None else {}
     drafted = s.get("drafted_tokens")

@@ -7,7 +7,7 @@ from typing import Any
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 
-from tinychat.chats.chat_store import StoredMessage
+from tinychat.conversation import Message
 from tinychat.tui.screens.panel import PanelScreen
 from tinychat.tui.text import Line, wrap
 from tinychat.tui.widgets.lines import Lines
@@ -32,7 +32,7 @@ def plot(values: list[float], width: int, height: int = HEIGHT) -> list[Line]:
 class StatsLines(Lines):
     """Plot and numbers."""
 
-    def __init__(self, path: list[StoredMessage], facts: dict[str, Any]):
+    def __init__(self, path: list[Message], facts: dict[str, Any]):
         super().__init__()
         self.answers = [m for m in path if m.role == "assistant" and m.stats.get("generated_tokens")]
         self.facts = facts
@@ -93,7 +93,7 @@ class StatsLines(Lines):
 class StatsScreen(PanelScreen[None]):
     """Esc closes."""
 
-    def __init__(self, path: list[StoredMessage], facts: dict[str, Any]):
+    def __init__(self, path: list[Message], facts: dict[str, Any]):
         super().__init__()
         self.path_, self.facts = path, facts
 

@@ -11,7 +11,7 @@ from textual.containers import VerticalScroll
 from textual.geometry import Size
 from textual.reactive import var
 
-from tinychat.chats.chat_store import StoredMessage
+from tinychat.conversation import Message
 from tinychat.tui.widgets.surface import Surface
 from tinychat.tui.widgets.turn import Turn
 
@@ -27,7 +27,7 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
 
     def __init__(self) -> None:
         super().__init__(id="transcript")
-        self._older: list[tuple[StoredMessage, list[int]]] = []
+        self._older: list[tuple[int, Message, list[int]]] = []
 
     def on_mount(self) -> None:
         """Stay at the end."""
@@ -38,22 +38,17 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
         """The mounted messages, oldest first."""
         return [child for child in self.children if isinstance(child, Turn)]
 
-    def turn(self, message_id: int) -> Turn | None:
-        """The widget of a message, if it is mounted."""
-        return next((t for t in self.turns if t.message.id == message_id), None)
+    def turn(self, node: int) -> Turn | None:
+        """The widget of the message at a place of the tree, if it is mounted."""
+        return next((t for t in self.turns if t.node == node), None)
 
-    async def show(self, messages: list[tuple[StoredMessage, list[int]]]) -> None:
-        """Show a branch: (message, its siblings), oldest first. What is already on the screen stays."""
-        turns = self.turns
-        shown = [t.message.id for t in turns]
-        wanted = [m.id for m, _ in messages]
-        keep = 0
-        if shown and shown[0] in wanted and not self._older:
-            start = wanted.index(shown[0])
-            if start == 0:
-                while keep < min(len(shown), len(wanted)) and shown[keep] == wanted[keep]:
-                    keep += 1
-        for turn, (_, siblings) in zip(turns[:keep], messages[:keep], strict=True):
+    async def show(self, messages: list[tuple[int, Message, list[int]]]) -> None:
+        """Show a branch: (place, message, its siblings), oldest first. What is on the screen stays."""
+        turns, keep = self.turns, 0
+        if not self._older:
+            while keep < min(len(turns), len(messages)) and turns[keep].message is messages[keep][1]:
+                keep += 1
+        for turn, (_, _, siblings) in zip(turns[:keep], messages[:keep], strict=True):
             if turn.branches != siblings:
                 turn.branches = siblings
                 turn.changed()
@@ -61,15 +56,9 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
         with self.app.batch_update():
             await self.remove_children(turns[keep:])
             self._older = fresh[:-AT_ONCE] if keep == 0 else []
-            if new := [Turn(m, s) for m, s in (fresh[-AT_ONCE:] if keep == 0 else fresh)]:
+            if new := [Turn(*m) for m in (fresh[-AT_ONCE:] if keep == 0 else fresh)]:
                 await self.mount_all(new)
         self.anchor()
-
-    async def add(self, message: StoredMessage, siblings: list[int]) -> Turn:
-        """A new message at the end."""
-        turn = Turn(message, siblings)
-        await self.mount(turn)
-        return turn
 
     async def load_older(self) -> bool:
         """Mount some more at the top, without moving what is seen; False if there are none."""
@@ -79,7 +68,7 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
         first = self.turns[0] if self.turns else None
         before = self.virtual_size.height
         at = self.scroll_y
-        await self.mount_all([Turn(m, s) for m, s in older], before=first)
+        await self.mount_all([Turn(*m) for m in older], before=first)
 
         def keep_place() -> None:
             self.scroll_to(y=at + self.virtual_size.height - before, animate=False)

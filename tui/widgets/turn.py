@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
 
-from tinychat.chats.chat_store import StoredMessage
+from tinychat.conversation import Message
 from tinychat.text.reasoning import split_thought
 from tinychat.tui.markdown import Document
 from tinychat.tui.messages import TurnAction
@@ -43,16 +43,17 @@ class Turn(Lines, can_focus=True):
         Binding("escape,i", "act('leave')", "back to the composer"),
     ]
 
-    def __init__(self, message: StoredMessage, siblings: list[int]):
+    def __init__(self, node: int, message: Message, siblings: list[int]):
+        """node: its place in the tree; siblings: those of the alternatives, its own among them."""
         super().__init__(classes=message.role)
-        self.message, self.branches = message, siblings
+        self.node, self.message, self.branches = node, message, siblings
         self.open = False
         self.waiting = ""  # what an answer without text is waiting for
         self.running: dict[str, Any] | None = None  # tokens and rate of an answer in the making
         self.prompt_text = message.prompt_text
         self.document = Document()
         self.thought: str | None = None
-        self.thought_tokens: int | None = message.stats.get("thought_tokens")
+        self.thought_tokens: int | None = message.stats.get("reasoning_tokens") or None
         self.thinking = False
         self._fed = ""
         self._width = 0
@@ -190,7 +191,7 @@ class Turn(Lines, can_focus=True):
         return out
 
     def _count(self) -> str:
-        return f"{self.branches.index(self.message.id) + 1}/{len(self.branches)}"
+        return f"{self.branches.index(self.node) + 1}/{len(self.branches)}"
 
     def _branches(self) -> Line:
         if len(self.branches) < 2:

@@ -1,0 +1,43 @@
+"""The message of an answer while it is being made."""
+
+from __future__ import annotations
+
+import io
+from array import array
+from typing import TYPE_CHECKING
+
+from tinychat.base.events import Done, Event, FinishReason, TextDelta
+from tinychat.conversation import Message
+from tinychat.text.stopping import cut_ids
+
+if TYPE_CHECKING:
+    from tinychat.text.tokenizer import Tokenizer
+
+
+class AnswerInTheMaking:
+    """`message` is whole once it has ended; what was said before is kept here, token by token."""
+
+    def __init__(self, question: int, prompt_text: str, prompt_ids: list[int]):
+        self.message = Message("assistant", "", question, prompt_text, prompt_ids)
+        self._said, self._ids = io.StringIO(), array("i")
+
+    def hear(self, event: Event) -> None:
+        """What the generation says."""
+        if isinstance(event, TextDelta):
+            self._said.write(event.written)
+            if event.token_id is not None:
+                self._ids.append(event.token_id)
+        elif isinstance(event, Done):
+            m = self.message
+            m.content, m.ids = self._said.getvalue(), event.completion.token_ids
+            m.stats = event.stats.as_dict()
+            m.finish_reason = event.finish_reason  # last: whoever sees it takes the others as they are
+
+    def end(self, reason: FinishReason, tokenizer: Tokenizer) -> None:
+        """No more will come; `reason` holds unless it was said already."""
+        m = self.message
+        if m.finish_reason is None:
+            # Tokens whose text was still held back were never said.
+            m.content = self._said.getvalue()
+            m.ids = cut_ids(tokenizer, self._ids.tolist(), m.content)
+            m.finish_reason = reason
