@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stored import add
 from tiny import TEMPLATE, TinyCheckpoint
@@ -99,6 +99,7 @@ texts = st.lists(st.sampled_from(MARKS), max_size=14).map("".join)
 @given(
     texts, st.sampled_from(["", "<think>\n", "<|start|>assistant"]), st.lists(st.integers(1, 9), min_size=1)
 )
+@example("<think></think><response></response></response>", "", [1])
 @settings(max_examples=400)
 def test_what_is_heard_does_not_depend_on_how_it_arrives_and_nothing_is_lost(written, prompt, sizes):
     whole = in_parts(written, prompt, [len(written) + 1])

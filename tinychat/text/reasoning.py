@@ -207,6 +207,7 @@ class Splitter:
             self._step = self._plain
         elif self._until(out, "answer", self._now.answer_end) is not None:
             self._take(out, "marker", len(self._now.answer_end))
+            self._step = self._plain
 
     def _plain(self, out: list[Piece]) -> None:
         self._take(out, "answer", len(self._held))
