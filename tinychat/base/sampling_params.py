@@ -40,4 +40,18 @@ class SamplingParams(Settings):
     @property
     def greedy(self) -> bool:
         """Whether the next token is a plain argmax of the logits."""
-        return self.temperature == 0 and self.repeat_penalty == 1.0
+        return self.temperature == 0 and not self.penalizes
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the logits of tokens that occurred before change."""
+        return self.repeat_penalty != 1.0
+
+    @property
+    def may_raise(self) -> bool:
+        """Whether a penalty may raise a logit instead of lowering it."""
+        return self.repeat_penalty < 1.0
+
+    def without_penalties(self) -> SamplingParams:
+        """What is left to do with logits that are penalized already."""
+        return self.but(repeat_penalty=1.0)

@@ -353,7 +353,7 @@ class Generation:
             return greedy(row)
         position = len(self.context) + len(before)
         seen = None
-        if self.params.repeat_penalty != 1.0:
+        if self.params.penalizes:
             self.seen.update(self.context[self.n_seen :])
             self.n_seen = len(self.context)
             seen = np.sort(np.fromiter(self.seen.union(before), np.int64))

@@ -54,7 +54,7 @@ def candidates(
         logits = logits.whole()
     x, n = penalize(logits, params, seen), len(logits)
     if not params.top_k and n > FEW and largest_suffice(params):  # to sort them all takes milliseconds
-        ids, params = _order(x, FEW), params.but(repeat_penalty=1.0)
+        ids, params = _order(x, FEW), params.without_penalties()
         with np.errstate(over="ignore"):
             total = np.exp((x.astype(np.float64) - x[ids[0]]) / params.temperature).sum()
         decided = _of_largest(LargestLogits(ids, x[ids], n, float(total), lambda: x), params, None)
@@ -107,12 +107,12 @@ def _first(n: int, ids: np.ndarray, odds: np.ndarray) -> tuple[np.ndarray, np.nd
 def largest_suffice(params: SamplingParams) -> bool:
     """Whether a token hardly ever takes more of the row than its largest logits."""
     filtered = params.temperature == 0 or params.top_k or params.top_p < 1 or params.min_p > 0
-    return bool(filtered) and params.repeat_penalty >= 1.0
+    return bool(filtered) and not params.may_raise
 
 
 def total_temperature(params: SamplingParams) -> float:
     """The temperature of the total that `LargestLogits` should come with; 0: none is needed."""
-    needed = params.top_p < 1 and not params.top_k and params.repeat_penalty == 1.0
+    needed = params.top_p < 1 and not params.top_k and not params.penalizes
     return params.temperature if needed and params.temperature > 1e-6 else 0.0
 
 
@@ -147,9 +147,9 @@ def _order_of_largest(
     if not len(ids):
         return ids, x
     _check_finite(x[0])
-    if params.repeat_penalty == 1.0 or seen is None or len(seen) == 0:
+    if not params.penalizes or seen is None or len(seen) == 0:
         return ids, x
-    if params.repeat_penalty < 1:  # what is missing may rise
+    if params.may_raise:  # what is missing may come before
         return ids[:0], x[:0]
     edge, again = x[-1], np.isin(ids, seen)
     x = x.copy()
@@ -165,7 +165,7 @@ def penalize(logits: np.ndarray, params: SamplingParams, seen: np.ndarray | None
     CheckpointError.
     """
     _check_finite(logits.max())  # NaN wins every max
-    if params.repeat_penalty == 1.0 or seen is None or len(seen) == 0:
+    if not params.penalizes or seen is None or len(seen) == 0:
         return logits
     x = logits.copy()
     x[seen] = _penalized(x[seen], params)

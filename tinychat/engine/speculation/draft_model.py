@@ -72,7 +72,7 @@ class DraftModel:
         if params.greedy:
             return greedy(row)
         position, seen = len(context) + len(draft.tokens), None
-        if params.repeat_penalty != 1.0:
+        if params.penalizes:
             seen = np.unique(np.asarray([*context, *draft.tokens], dtype=np.int64))
         if params.temperature == 0 or not self.keep_distributions:
             return sample(row, params, seed, position, seen)
