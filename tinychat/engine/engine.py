@@ -17,7 +17,7 @@ from tinychat.base.claims import Claim
 from tinychat.base.errors import UsageError
 from tinychat.base.events import Done, Event
 from tinychat.engine.eviction import EvictionPolicy
-from tinychat.engine.generation import Generation, Room
+from tinychat.engine.generation import Generation, Room, Wish
 from tinychat.engine.memory.branch import Branch
 from tinychat.engine.memory.memories import Memories
 from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
@@ -232,10 +232,9 @@ class Engine:
         splitter: tells reasoning from the answer; without it all is the answer.
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
-        generation = self.generation(branch, prompt, params, cancel, speculator, splitter)
-        return self._claimed(branch, self._served(generation))
+        return self._served(branch, self.going(branch, prompt, params, cancel, speculator, splitter))
 
-    def generation(
+    def going(
         self,
         branch: OwnedBranch,
         prompt: Sequence[int],
@@ -243,29 +242,29 @@ class Engine:
         cancel: threading.Event | None = None,
         speculator: Speculator | None = None,
         splitter: Splitter | None = None,
-    ) -> Generation:
-        """The same, for a caller who sees to what it wants."""
+    ) -> Generator[Event | Wish, None, None]:
+        """The same, for a caller who sees to what it wants in between (`Generation.events`)."""
         self._check_prompt(prompt, branch.ledger is not None)
-        cancel = cancel or threading.Event()
-        return Generation(self, branch, list(prompt), params, cancel, speculator or Speculator(), splitter)
+        cancel, speculator = cancel or threading.Event(), speculator or Speculator()
+        generation = Generation(self, branch, list(prompt), params, cancel, speculator, splitter)
+        return self._claimed(branch, generation.events())
 
-    def _served(self, generation: Generation) -> Generator[Event, None, None]:
-        """The events of a generation, while what it wants is done."""
-        going = generation.events()
+    def _served(
+        self, branch: OwnedBranch, going: Generator[Event | Wish, None, None]
+    ) -> Generator[Event, None, None]:
+        """The events of an answer, while what it wants is done."""
         try:
             said = next(going)
             while True:
-                if not isinstance(said, (Rows, Room)):
-                    if isinstance(said, Done):
-                        self.scheduler.leave(generation.branch)
-                    yield said
-                    said = next(going)
-                    continue
                 try:
                     if isinstance(said, Rows):
                         self.scheduler.run(said)
-                    else:
+                    elif isinstance(said, Room):
                         self.wait_for_room(said.branch, said.n, said.cancel)
+                    else:
+                        if isinstance(said, Done):
+                            self.scheduler.leave(branch)
+                        yield said
                 except BaseException as e:
                     said = going.throw(e)
                 else:
@@ -274,9 +273,9 @@ class Engine:
             pass
         finally:
             going.close()
-            self.scheduler.leave(generation.branch)
+            self.scheduler.leave(branch)
 
-    def _claimed(self, branch: OwnedBranch, steps: Iterator[T]) -> Iterator[T]:
+    def _claimed(self, branch: OwnedBranch, steps: Iterator[T]) -> Generator[T, None, None]:
         """What `steps` yields. One user of a branch at a time; only older ones that find no room reclaim its
         blocks meanwhile.
         """
@@ -355,20 +354,27 @@ class Engine:
         """
         cancel = cancel or threading.Event()
         clock, since = -1, 0.0
-        with self.changing():
-            branch.free()
         while not cancel.is_set():
             with self.changing():
-                others = [b for b in self._branches if b.busy and b is not branch and b.holds_blocks]
-                if self.memories.would_fit(n, others):
+                if self.has_room(branch, n):
                     return True
                 if clock != self._clock:
                     clock, since = self._clock, time.monotonic()
                 elif time.monotonic() - since > PATIENCE_SECONDS:
-                    min(others, key=lambda b: b.last_used).free()
+                    min(self._holders(branch), key=lambda b: b.last_used).free()
                     continue
             cancel.wait(POLL_SECONDS)
         return False
+
+    def has_room(self, branch: OwnedBranch, n: int) -> bool:
+        """Whether n tokens find room beside the answers that are being made; the branch gives back what it
+        has. Only while `changing`.
+        """
+        branch.free()
+        return self.memories.would_fit(n, self._holders(branch))
+
+    def _holders(self, branch: OwnedBranch) -> list[OwnedBranch]:
+        return [b for b in self._branches if b.busy and b is not branch and b.holds_blocks]
 
 
 _engines: WeakSet[Engine] = WeakSet()
