@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinychat.backends.interface import BLOCK, Backend, Step
 from tinychat.base.errors import MemoryBudgetError, UsageError
+from tinychat.base.events import TextDelta
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import available_memory, cache_bytes, human_bytes
 from tinychat.models import FAMILIES
@@ -27,6 +30,9 @@ from tinychat.network.config import (
 )
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
+
+if TYPE_CHECKING:
+    from tinychat.text.tokenizer import Tokenizer
 
 
 def _shape(hidden, ffn, layers, heads, kv_heads, vocab, tied, bias=False, context=8192) -> ModelConfig:
@@ -111,9 +117,15 @@ class SyntheticCheckpoint:
     def check_unchanged(self) -> None:
         """Random numbers of a fixed seed do not change."""
 
-    def tokenizer(self):
-        """There is none."""
-        raise UsageError("A synthetic shape has no tokenizer.", "It can only be measured.")
+    def tokenizer(self) -> Tokenizer:
+        """One that knows no word: what is said has no text, and no end."""
+        import tokenizers
+
+        from tinychat.text.tokenizer import Tokenizer
+
+        words = tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
+        words.decoder = tokenizers.decoders.ByteLevel()
+        return Tokenizer(words, eos_ids=frozenset())
 
     @staticmethod
     def _random(n: int, k: int, body: bool, bias: bool) -> Linear:
@@ -247,12 +259,71 @@ def measure(
     return {"read_bandwidth_gb_s": best, "prefill": prefill, "decode": rows}
 
 
+def measure_together(
+    backend: Backend, tokenizer: Tokenizer, vocab_size: int, counts: tuple[int, ...], n_gen: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Decode rates of so many answers at once, each asked for by a thread of its own, as `Model.chat` from
+    several threads is: tokens a second of all of them together, and how many times those of one. One and
+    many are measured in turns; medians, with the spread (max/min − 1).
+    """
+    from tinychat.engine.engine import Engine
+    from tinychat.engine.sampling import SamplingParams
+
+    tokenizer.eos_ids = frozenset()
+    n_prompt = 32
+    engine = Engine(backend, tokenizer, n_prompt + n_gen + 2, more_tokens=lambda: 1 << 30)
+    rng = np.random.default_rng(0)
+
+    def rate(n: int, n_gen: int = n_gen) -> float:
+        """Of n answers, from when all of them have begun until all have ended."""
+        prompts = rng.integers(0, vocab_size, (n, n_prompt)).tolist()
+        params = SamplingParams(temperature=0, max_tokens=n_gen + 1)
+        began: list[float] = []
+        ready = threading.Barrier(n, lambda: began.append(time.perf_counter()))
+
+        def answer(prompt: list[int]) -> None:
+            said = (e for e in engine.generate(engine.branch(), prompt, params) if isinstance(e, TextDelta))
+            try:
+                next(said)
+                ready.wait()
+            except BaseException:
+                ready.abort()
+                raise
+            for _ in said:
+                pass
+
+        with ThreadPoolExecutor(n) as pool:
+            for done in [pool.submit(answer, prompt) for prompt in prompts]:
+                done.result()
+            return n * n_gen / (time.perf_counter() - began[0])
+
+    for n in (1, *counts):
+        rate(n, min(8, n_gen))
+    rates: dict[int, list[float]] = {n: [] for n in (1, *counts)}
+    for _ in range(rounds):
+        for n, seen in rates.items():
+            seen.append(rate(n))
+    one = statistics.median(rates[1])
+    return [
+        {
+            "sequences": n,
+            "tok_s": statistics.median(rates[n]),
+            "times_one": statistics.median(rates[n]) / one,
+            "spread": max(rates[n]) / min(rates[n]) - 1,
+        }
+        for n in (1, *counts)
+    ]
+
+
 def run(
     model: str | None,
     synthetic: str | None,
     *,
     options: LoadOptions,
     progress: Callable[[str], None] | None = None,
+    parallel: tuple[int, ...] = (),
+    n_gen: int = 128,
+    rounds: int = 3,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Load and measure; the JSON that `tinychat bench --json` prints (fields in docs/performance.md)."""
@@ -278,8 +349,15 @@ def run(
             checkpoint.config,
             weight_bytes,
             getattr(backend, "copy_bandwidth", lambda: _native.read_bandwidth(n_threads, 1 << 29, 3)),
+            n_gen=n_gen,
+            rounds=rounds,
             **sizes,
         )
+        if parallel:
+            tokenizer = checkpoint.tokenizer()
+            result["parallel"] = measure_together(
+                backend, tokenizer, checkpoint.config.vocab_size, parallel, n_gen, rounds
+            )
         facts = backend.describe()
     finally:
         backend.close()

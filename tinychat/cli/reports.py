@@ -60,10 +60,21 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
     help="Decode after this many tokens.",
 )
 @click.option("--rounds", type=click.IntRange(1, 1000), default=3, show_default=True)
+@click.option(
+    "--parallel",
+    type=click.IntRange(2, 256),
+    multiple=True,
+    help="Measure that many answers at once too; may be given several times.",
+)
 @loading_options
 @click.option("--json", "as_json", is_flag=True)
 def bench(
-    model: str | None, synthetic: str | None, contexts: tuple[int, ...], as_json: bool, **o: Any
+    model: str | None,
+    synthetic: str | None,
+    contexts: tuple[int, ...],
+    parallel: tuple[int, ...],
+    as_json: bool,
+    **o: Any,
 ) -> None:
     """Prefill and decode rates of MODEL, and the share of the memory's bandwidth that decoding reaches."""
     if (model is None) == (synthetic is None):
@@ -78,6 +89,7 @@ def bench(
         contexts=contexts or (0,),
         rounds=o["rounds"],
         options=LoadOptions(**pick(o, LoadOptions.group(ENGINE))),
+        parallel=parallel,
         progress=partial(click.echo, err=True),
     )
     if as_json:
@@ -98,6 +110,11 @@ def bench(
         click.echo(
             f"decode at {row['context']:>6}      {row['tok_s']:>8.1f} tok/s  ±{row['spread'] / 2:.0%}  "
             f"{row['gb_s']:.1f} GB/s, {share}"
+        )
+    for row in result.get("parallel", ()):
+        click.echo(
+            f"{row['sequences']:>3} answers at once    {row['tok_s']:>8.1f} tok/s  ±{row['spread'] / 2:.0%}  "
+            f"{row['times_one']:.2f} × one"
         )
 
 
