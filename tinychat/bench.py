@@ -271,7 +271,7 @@ def measure_together(
 
     tokenizer.eos_ids = frozenset()
     n_prompt = 32
-    engine = Engine(backend, tokenizer, n_prompt + n_gen + 2, more_tokens=lambda: 1 << 30)
+    engine = Engine(backend, tokenizer, n_prompt + n_gen + 2, more_bytes=available_memory)
     rng = np.random.default_rng(0)
 
     def rate(n: int, n_gen: int = n_gen) -> float:
