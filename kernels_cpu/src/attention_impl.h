@@ -53,13 +53,13 @@ void score_slots(const AttentionArgs& a, const PairBatch& b, int part, int s, in
     for (int c = 0; c < C; c++) {
         const int at = s + c * S::kLanes, later = at + C * S::kLanes, h = at % kBlockSlots;
         const int* block = a.blocks + part * (kPartSlots / kBlockSlots);
-        const uint8_t* head = a.kv->keys(block[at / kBlockSlots], a.layer, a.kv_head);
+        const uint8_t* head = a.kv->keys(block[at / kBlockSlots], a.at.layer, a.kv_head);
         keys[c] = reinterpret_cast<const E*>(head) + h;
         scales[c] = reinterpret_cast<const uint16_t*>(head + a.kv->code_bytes()) + h;
         // Blocks lie far apart, so the hardware does not see the next one coming: its keys into L1, this one's values
         // into L2, little by little.
-        ahead[c] = later < n ? a.kv->keys(block[later / kBlockSlots], a.layer, a.kv_head) : head;
-        behind[c] = a.kv->values(block[at / kBlockSlots], a.layer, a.kv_head);
+        ahead[c] = later < n ? a.kv->keys(block[later / kBlockSlots], a.at.layer, a.kv_head) : head;
+        behind[c] = a.kv->values(block[at / kBlockSlots], a.at.layer, a.kv_head);
     }
     F total[P][C];
     const float* q = b.q;
@@ -132,7 +132,7 @@ void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const f
     for (int p = 0; p < P; p++)
         for (int c = 0; c < C; c++) acc[p][c] = S::zero();
     for (int s = s0; s < n_slots; s += kBlockSlots) {
-        const uint8_t* head = a.kv->values(a.blocks[(part * kPartSlots + s) / kBlockSlots], a.layer, a.kv_head);
+        const uint8_t* head = a.kv->values(a.blocks[(part * kPartSlots + s) / kBlockSlots], a.at.layer, a.kv_head);
         const E* v = reinterpret_cast<const E*>(head) + d0;
         const int end = n_slots - s < kBlockSlots ? n_slots - s : kBlockSlots;
         float scaled[K::kGroup == kMaxHeadDim ? 1 : P][kBlockSlots];
@@ -148,7 +148,7 @@ void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const f
         }
         // Meanwhile the keys of the part behind this one come into L2: memory must not idle while values are weighed.
         const int ahead = ((part + 1) * kPartSlots + s) / kBlockSlots;
-        const uint8_t* keys = d0 == 0 && ahead <= last ? a.kv->keys(a.blocks[ahead], a.layer, a.kv_head) : head;
+        const uint8_t* keys = d0 == 0 && ahead <= last ? a.kv->keys(a.blocks[ahead], a.at.layer, a.kv_head) : head;
         for (int j = 0; j < end; j++, v += stride) {
             __builtin_prefetch(keys, 0, 2);
             __builtin_prefetch(keys + step / 2, 0, 2);
@@ -207,8 +207,8 @@ void attend_part(const AttentionArgs& a, const PairBatch& b, int part, float* sc
     float max[P], sum[P];
     for (int p = 0; p < P; p++) {
         float* s = scores + p * kPartSlots;
-        if (a.cap != 0.0f)
-            for (int i = s0; i < padded; i += 16) soft_cap<S>(V::load(s + i), a.cap).store(s + i);
+        if (a.at.cap != 0.0f)
+            for (int i = s0; i < padded; i += 16) soft_cap<S>(V::load(s + i), a.at.cap).store(s + i);
         for (int i = s0; i < b.from[p]; i++) s[i] = -INFINITY;
         for (int i = b.valid[p] > s0 ? b.valid[p] : s0; i < padded; i++) s[i] = -INFINITY;
         V top = V::set1(-INFINITY);
@@ -279,10 +279,10 @@ inline void interleave(const float* const* from, int d, float* to) {
 template <class S>
 inline void finish_pair(const AttentionArgs& a, const float* state, int row, int head) {
     using V = V16<S>;
-    const int d = a.kv->head_dim;
-    float* out = a.out + (static_cast<size_t>(row) * a.n_heads + head) * d;
-    if (a.score && row >= a.score->from) {
-        float* totals = a.score->totals + (static_cast<size_t>(row - a.score->from) * a.n_heads + head) * 2;
+    const int d = a.at.head_dim;
+    float* out = a.out + (static_cast<size_t>(row) * a.at.n_heads + head) * d;
+    if (a.score.weights && row >= a.score.from) {
+        float* totals = a.score.totals + (static_cast<size_t>(row - a.score.from) * a.at.n_heads + head) * 2;
         totals[0] = state[0], totals[1] = state[1];
     }
     const V inv = V::set1(1.0f / state[1]);
@@ -291,7 +291,8 @@ inline void finish_pair(const AttentionArgs& a, const float* state, int row, int
 
 template <class S, class K>
 void attention_over(const AttentionArgs& a) {
-    const int d = a.kv->head_dim, dim = a.kv->padded_dim(), per_kv = a.n_heads / a.kv->n_kv;
+    const int d = a.at.head_dim, dim = a.kv->padded_dim(), per_kv = a.at.per_kv();
+    const size_t ld = a.at.cols();
     const int head0 = a.kv_head * per_kv, rows = a.r1 - a.r0, pairs = rows * per_kv;
     float* scores = a.scratch;
     float* values = scores + kMaxPairs * kPartSlots;
@@ -300,7 +301,8 @@ void attention_over(const AttentionArgs& a) {
     auto state_of = [&](int pair, int part) {
         const int row = a.r0 + pair / per_kv, head = head0 + pair % per_kv;
         if (!a.partial) return states + static_cast<size_t>(pair) * (dim + kState);
-        return a.partial + ((static_cast<size_t>(row) * a.n_heads + head) * a.n_parts + part) * (dim + kState);
+        const size_t at = (static_cast<size_t>(row) * a.at.n_heads + head) * a.n_parts + part - a.part0;
+        return a.partial + at * (dim + kState);
     };
     if (!a.partial)
         for (int i = 0; i < pairs; i++) state_of(i, 0)[1] = 0.0f;
@@ -310,7 +312,7 @@ void attention_over(const AttentionArgs& a) {
         const float* q[kMaxPairs];
         for (int p = 0; p < n; p++) {
             const int row = a.r0 + (first + p) / per_kv, head = head0 + (first + p) % per_kv;
-            q[p] = a.q + row * a.ldq + static_cast<size_t>(head) * d;
+            q[p] = a.q + row * ld + static_cast<size_t>(head) * d;
         }
         if (n == S::kPairs)
             interleave<S::kPairs>(q, d, to);
@@ -325,17 +327,18 @@ void attention_over(const AttentionArgs& a) {
             b.q = queries + static_cast<size_t>(first) * d;
             for (int p = 0; p < b.count; p++) {
                 const int row = a.r0 + (first + p) / per_kv, head = head0 + (first + p) % per_kv;
-                const int valid = a.length + row + 1 - part * kPartSlots;
+                const int visible = a.length + row + 1, start = part * kPartSlots;
+                const int valid = visible - start, from = a.at.first_slot(visible) - start;
                 b.valid[p] = valid < 0 ? 0 : valid > kPartSlots ? kPartSlots : valid;
-                b.from[p] = a.window && valid > a.window ? valid - a.window : 0;
+                b.from[p] = from < 0 ? 0 : from;
                 if (b.from[p] >= b.valid[p]) b.from[p] = b.valid[p] = 0;
                 b.state[p] = state_of(first + p, part);
                 if (a.partial) b.state[p][1] = 0.0f;
                 b.weights[p] = b.peak[p] = nullptr;
-                if (a.score && row >= a.score->from) {
-                    const size_t at = static_cast<size_t>(row - a.score->from) * a.n_heads + head;
-                    b.weights[p] = a.score->weights + at * a.score->ld + part * kPartSlots;
-                    b.peak[p] = a.score->peaks + at * a.n_parts + part;
+                if (a.score.weights && row >= a.score.from) {
+                    const size_t at = static_cast<size_t>(row - a.score.from) * a.at.n_heads + head;
+                    b.weights[p] = a.score.weights + at * a.score.ld + part * kPartSlots;
+                    b.peak[p] = a.score.peaks + at * a.n_parts + part;
                 }
             }
             attend_batch<S, K>(a, b, part, scores, values);
@@ -356,10 +359,10 @@ void attention(const AttentionArgs& a) {
 // Rows r0…r1-1 of the query heads of one KV head: their parts merged in slot order.
 template <class S>
 void attention_merge(const AttentionArgs& a) {
-    const int dim = a.kv->padded_dim(), per_kv = a.n_heads / a.kv->n_kv;
+    const int dim = a.kv->padded_dim(), per_kv = a.at.per_kv();
     for (int row = a.r0; row < a.r1; row++)
         for (int head = a.kv_head * per_kv; head < (a.kv_head + 1) * per_kv; head++) {
-            float* first = a.partial + (static_cast<size_t>(row) * a.n_heads + head) * a.n_parts * (dim + kState);
+            float* first = a.partial + (static_cast<size_t>(row) * a.at.n_heads + head) * a.n_parts * (dim + kState);
             for (int part = 1; part < a.n_parts; part++) {
                 const float* s = first + static_cast<size_t>(part) * (dim + kState);
                 if (s[1] != 0.0f) merge_state<S>(first, s[0], s[1], s + kState, dim);
@@ -372,15 +375,15 @@ void attention_merge(const AttentionArgs& a) {
 template <class S>
 void attention_score(const ScoreArgs& a) {
     using V = V16<S>;
-    const ScoreScratch& s = *a.score;
+    const ScoreScratch& s = a.score;
     alignas(64) float got[kPartSlots];
     for (int row = 0; row < a.rows; row++) {
-        const size_t head0 = static_cast<size_t>(row) * a.n_heads + a.kv_head * a.per_kv;
+        const size_t head0 = static_cast<size_t>(row) * a.at.n_heads + a.kv_head * a.at.per_kv();
         const int visible = a.length + row + 1;
         for (int part = 0; part * kPartSlots < visible; part++) {
             const int first = part * kPartSlots, n = visible - first < kPartSlots ? visible - first : kPartSlots;
-            for (int p0 = 0; p0 < a.per_kv; p0 += 16) {
-                const int heads = a.per_kv - p0 < 16 ? a.per_kv - p0 : 16;
+            for (int p0 = 0; p0 < a.at.per_kv(); p0 += 16) {
+                const int heads = a.at.per_kv() - p0 < 16 ? a.at.per_kv() - p0 : 16;
                 float power[16] = {}, scale[16];
                 for (int p = 0; p < heads; p++) {
                     const size_t at = head0 + p0 + p;

@@ -1,4 +1,5 @@
-// Keys and values into the cache, attention over it, and what it leaves for eviction.
+// Keys and values into the cache, attention over it, and what it leaves for eviction: span after span of a step, the
+// work of all of them dealt out together.
 #pragma once
 
 #include "program_ops.h"
@@ -7,166 +8,173 @@ namespace tinychat {
 
 class RopeOp : public Op {
   public:
-    RopeOp(const KernelTable& k, float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim,
-           int layer, float q_scale)
-        : k_(k),
-          qkv_(qkv),
-          table_(table),
-          half_(half),
-          n_heads_(n_heads),
-          n_kv_(n_kv),
-          head_dim_(head_dim),
-          layer_(layer),
-          q_scale_(q_scale) {}
+    RopeOp(const KernelTable& k, const AttentionLayer& at, float* qkv, const float* table, int half)
+        : k_(k), at_(at), qkv_(qkv), table_(table), half_(half) {}
     const char* name() const override { return "rope_kv"; }
     int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
     void run(const StepState& s, int c, int) override {
-        RopeArgs a{qkv_,
-                   table_,
-                   half_,
-                   n_heads_,
-                   n_kv_,
-                   head_dim_,
-                   layer_,
-                   q_scale_,
-                   s.kv,
-                   s.blocks,
-                   s.length,
-                   c * piece(),
-                   std::min(s.rows, (c + 1) * piece())};
-        k_.rope_kv(a);
+        const int end = std::min(s.rows, (c + 1) * piece());
+        for (int row = c * piece(); row < end;) {
+            const size_t i = s.span_at(row);
+            const Span& span = s.spans[i];
+            const SpanSlots& slots = s.slots_of(i, at_.memory);
+            const int stop = std::min(end, span.first + span.rows);
+            k_.rope_kv({at_, qkv_ + static_cast<size_t>(span.first) * at_.cols(),
+                        table_ + static_cast<size_t>(span.first) * 2 * half_, half_, &s.pools[at_.memory], slots.blocks,
+                        slots.length, row - span.first, stop - span.first});
+            row = stop;
+        }
     }
 
   private:
-    int piece() const { return row_piece((n_heads_ + 2 * n_kv_) * head_dim_); }
+    int piece() const { return row_piece(at_.cols()); }
     const KernelTable& k_;
+    AttentionLayer at_;
     float* qkv_;
     const float* table_;
-    int half_, n_heads_, n_kv_, head_dim_, layer_;
-    float q_scale_;
+    int half_;
 };
 
-// Few rows: one piece is one KV head and one part of the context, merged by the op behind this one.
-// Many rows: one piece is one KV head and a few rows over the whole context, merged as it goes.
+// A span of few rows: one piece is one KV head and one part of the context, merged by the op behind this one.
+// A span of many rows: one piece is one KV head and a few rows over the whole context, merged as it goes.
 class AttentionOp : public Op {
   public:
-    AttentionOp(const KernelTable& k, const std::vector<float*>* scratch, ScoreBuffers* scores, const float* qkv,
-                int n_heads, int n_kv, int head_dim, int layer, float* out, int window, float cap)
-        : k_(k),
-          scratch_(scratch),
-          scores_(scores),
-          qkv_(qkv),
-          n_heads_(n_heads),
-          n_kv_(n_kv),
-          head_dim_(head_dim),
-          layer_(layer),
-          out_(out),
-          window_(window),
-          cap_(cap) {}
+    AttentionOp(const KernelTable& k, const std::vector<float*>* scratch, AttentionBuffers* buffers,
+                const AttentionLayer& at, const float* qkv, float* out)
+        : k_(k), scratch_(scratch), buffers_(buffers), at_(at), qkv_(qkv), out_(out) {}
     const char* name() const override { return "attention"; }
     void reserve(const StepState& s, int) override {
-        if (s.scored_rows) reserve_scores(s);
-        if (!split(s)) return;
-        const size_t n = static_cast<size_t>(s.rows) * n_heads_ * parts(s) * (round_up(head_dim_, 16) + 16);
-        if (partial_.size() < n) partial_.resize(n + n / 2);
-    }
-    int chunks(const StepState& s, int) override {
-        return split(s) ? n_kv_ * parts(s) : n_kv_ * pieces(s.rows, kAttentionRows);
-    }
-    void run(const StepState& s, int c, int thread) override {
-        AttentionArgs a = args(s);
-        a.scratch = (*scratch_)[thread];
-        if (split(s)) {
-            a.kv_head = c / a.n_parts;
-            a.p0 = c % a.n_parts, a.p1 = a.p0 + 1;
-            a.r0 = 0, a.r1 = s.rows;
-        } else {
-            const int groups = pieces(s.rows, kAttentionRows);
-            a.kv_head = c / groups;
-            a.r0 = c % groups * kAttentionRows, a.r1 = std::min(s.rows, a.r0 + kAttentionRows);
-            a.p1 = (s.length + a.r1 + kPartSlots - 1) / kPartSlots;
+        plans_.clear();
+        Plan next{};
+        size_t partial = 0, weights = 0, peaks = 0, totals = 0;
+        for (size_t i = 0; i < s.spans.size(); i++) {
+            const int rows = s.spans[i].rows;
+            const SpanSlots& slots = s.slots_of(i, at_.memory);
+            Plan p = next;
             // scored rows leave zeros where they do not look, so for them no part is skipped
-            a.p0 = window_ && !s.scored_rows ? std::max(0, s.length + a.r0 + 1 - window_) / kPartSlots : 0;
+            p.part0 = slots.scored_rows ? 0 : at_.first_slot(slots.length + 1) / kPartSlots;
+            p.parts = pieces(slots.length + rows, kPartSlots) - p.part0;
+            p.split = rows <= 2 * kAttentionRows && p.parts > 1;
+            // A piece takes several parts where a step would have more pieces than a program can count.
+            p.piece = p.split ? 1 + p.parts * at_.n_kv / (kMostPieces / static_cast<int>(s.spans.size())) : 1;
+            p.whole_heads = rows <= kAttentionRows && !p.split;
+            p.partial = partial, p.weights = weights, p.peaks = peaks, p.totals = totals;
+            const size_t heads = static_cast<size_t>(rows) * at_.n_heads;
+            const size_t scored = static_cast<size_t>(slots.scored_rows) * at_.n_heads;
+            if (p.split) partial += heads * p.parts * (round_up(at_.head_dim, 16) + 16);
+            weights += scored * p.parts * kPartSlots, peaks += scored * p.parts, totals += scored * 2;
+            plans_.push_back(p);
+            next.chunk += at_.n_kv * (p.split ? pieces(p.parts, p.piece) : pieces(rows, kAttentionRows));
+            if (!p.whole_heads && (p.split || slots.scored_rows)) next.merge += little(p, slots) ? 1 : at_.n_kv;
+        }
+        plans_.push_back(next);
+        grow(buffers_->partial, partial);
+        grow(buffers_->weights, weights), grow(buffers_->peaks, peaks), grow(buffers_->totals, totals);
+    }
+    int chunks(const StepState&, int) override { return plans_.back().chunk; }
+    void run(const StepState& s, int c, int thread) override {
+        const size_t i = planned(&Plan::chunk, c);
+        const Plan& p = plans_[i];
+        AttentionArgs a = args(s, i);
+        a.scratch = (*scratch_)[thread];
+        const int rows = a.r1, mine = c - p.chunk,
+                  each = p.split ? pieces(p.parts, p.piece) : pieces(rows, kAttentionRows);
+        a.kv_head = mine / each;
+        if (p.split) {
+            a.p0 = p.part0 + mine % each * p.piece, a.p1 = std::min(p.part0 + p.parts, a.p0 + p.piece);
+        } else {
+            a.r0 = mine % each * kAttentionRows, a.r1 = std::min(rows, a.r0 + kAttentionRows);
+            a.p1 = pieces(a.length + a.r1, kPartSlots);
+            a.p0 = a.score.weights ? 0 : at_.first_slot(a.length + a.r0 + 1) / kPartSlots;
         }
         k_.attention(a);
-        if (whole_heads(s)) score(s, c);
+        if (p.whole_heads) score(s, i, a);
     }
-    bool split(const StepState& s) const { return s.rows <= 2 * kAttentionRows && parts(s) > 1; }
-    // Whether a piece is one KV head, every row and the whole context.
-    bool whole_heads(const StepState& s) const { return s.rows <= kAttentionRows && !split(s); }
-    // What the scored rows attended to, once all of their parts are merged.
-    void score(const StepState& s, int kv_head) const {
-        if (!s.scored_rows) return;
-        const KvPool& kv = *s.kv;
-        ScoreArgs a{};
-        a.score = &scores_->view;
-        a.n_heads = n_heads_, a.per_kv = n_heads_ / kv.n_kv, a.kv_head = kv_head, a.n_parts = parts(s);
-        a.rows = s.scored_rows, a.length = s.length + s.rows - s.scored_rows;
-        a.row_stride = s.sum_scores ? 0 : static_cast<size_t>(kv.n_layers) * kv.n_kv * s.score_slots;
-        a.out = s.scores + (static_cast<size_t>(layer_) * kv.n_kv + kv_head) * s.score_slots;
-        k_.attention_score(a);
-    }
-    static int parts(const StepState& s) { return (s.length + s.rows + kPartSlots - 1) / kPartSlots; }
-    AttentionArgs args(const StepState& s) {
-        const size_t ld = static_cast<size_t>(n_heads_ + 2 * n_kv_) * head_dim_;
-        AttentionArgs a{};
-        a.q = qkv_, a.ldq = ld, a.n_heads = n_heads_, a.layer = layer_;
-        a.kv = s.kv, a.blocks = s.blocks, a.length = s.length, a.n_parts = parts(s), a.out = out_;
-        a.window = window_, a.cap = cap_;
-        a.partial = split(s) ? partial_.data() : nullptr;
-        a.score = s.scored_rows ? &scores_->view : nullptr;
-        return a;
+    int merge_chunks() const { return plans_.back().merge; }
+    // What is left once every part of the context was attended to: merging them, and what the scored rows attended to.
+    // One piece is one KV head of a span, or all of them where there is little to do.
+    void merge(const StepState& s, int c) const {
+        const size_t i = planned(&Plan::merge, c);
+        const Plan& p = plans_[i];
+        AttentionArgs a = args(s, i);
+        const bool all = little(p, s.slots_of(i, at_.memory));
+        const int first = all ? 0 : c - p.merge, end = all ? at_.n_kv : first + 1;
+        for (a.kv_head = first; a.kv_head < end; a.kv_head++) {
+            if (p.split) k_.attention_merge(a);
+            score(s, i, a);
+        }
     }
 
   private:
-    void reserve_scores(const StepState& s) {
-        const size_t pairs = static_cast<size_t>(s.scored_rows) * n_heads_;
-        ScoreScratch& view = scores_->view;
-        view.ld = static_cast<size_t>(parts(s)) * kPartSlots;
-        view.from = s.rows - s.scored_rows;
-        if (scores_->weights.size() < pairs * view.ld) scores_->weights.resize(pairs * (view.ld + 4 * kPartSlots));
-        if (scores_->peaks.size() < pairs * parts(s)) scores_->peaks.resize(pairs * (parts(s) + 4));
-        if (scores_->totals.size() < pairs * 2) scores_->totals.resize(pairs * 2);
-        view.weights = scores_->weights.data();
-        view.peaks = scores_->peaks.data();
-        view.totals = scores_->totals.data();
+    // How the work over one span is cut, and where in the buffers it keeps what it finds. The last one is behind all.
+    struct Plan {
+        int chunk, merge;         // its first piece of this op, and of the merge
+        int part0, parts;         // of the context, that any row attends to
+        int piece;                // parts of a piece
+        bool split, whole_heads;  // whether a piece is a part of the context; one KV head, every row and all of it
+        size_t partial, weights, peaks, totals;
+    };
+    static constexpr int kMostPieces = 1 << 18;  // of all spans; Program counts them in 20 bits
+
+    // The span whose pieces the c-th is among.
+    size_t planned(int Plan::* first, int c) const {
+        const auto behind =
+            std::upper_bound(plans_.begin(), plans_.end(), c, [&](int v, const Plan& p) { return v < p.*first; });
+        return behind - plans_.begin() - 1;
+    }
+    static bool little(const Plan& p, const SpanSlots& slots) { return p.parts <= 4 && slots.scored_rows <= 1; }
+    template <class T>
+    static void grow(std::vector<T>& v, size_t n) {
+        if (v.size() < n) v.resize(n + n / 2);
+    }
+    // Of all rows of a span.
+    AttentionArgs args(const StepState& s, size_t i) const {
+        const Span& span = s.spans[i];
+        const SpanSlots& slots = s.slots_of(i, at_.memory);
+        const Plan& p = plans_[i];
+        AttentionArgs a{};
+        a.at = at_;
+        a.q = qkv_ + static_cast<size_t>(span.first) * at_.cols();
+        a.kv = &s.pools[at_.memory], a.blocks = slots.blocks, a.length = slots.length;
+        a.part0 = p.part0, a.n_parts = p.parts, a.r1 = span.rows;
+        a.out = out_ + static_cast<size_t>(span.first) * at_.n_heads * at_.head_dim;
+        a.partial = p.split ? buffers_->partial.data() + p.partial : nullptr;
+        if (slots.scored_rows)
+            a.score = {buffers_->weights.data() + p.weights, buffers_->peaks.data() + p.peaks,
+                       buffers_->totals.data() + p.totals, static_cast<size_t>(p.parts) * kPartSlots,
+                       span.rows - slots.scored_rows};
+        return a;
+    }
+    // What the scored rows attended to, once all of their parts are merged.
+    void score(const StepState& s, size_t i, const AttentionArgs& of) const {
+        const SpanSlots& slots = s.slots_of(i, at_.memory);
+        if (!slots.scored_rows) return;
+        ScoreArgs a{at_, of.score, of.kv_head, of.n_parts};
+        a.rows = slots.scored_rows, a.length = slots.length + of.score.from;
+        const KvPool& kv = *of.kv;
+        a.row_stride = slots.sum_scores ? 0 : static_cast<size_t>(kv.n_layers) * kv.n_kv * slots.score_slots;
+        a.out = slots.scores + (static_cast<size_t>(at_.layer) * kv.n_kv + of.kv_head) * slots.score_slots;
+        k_.attention_score(a);
     }
 
     const KernelTable& k_;
     const std::vector<float*>* scratch_;
-    ScoreBuffers* scores_;
+    AttentionBuffers* buffers_;
+    AttentionLayer at_;
     const float* qkv_;
-    int n_heads_, n_kv_, head_dim_, layer_;
     float* out_;
-    int window_;
-    float cap_;
-    std::vector<float> partial_;
+    std::vector<Plan> plans_;  // [spans + 1]
 };
 
-// What is left once every part of the context was attended to: merging them, and what the scored rows attended to.
-// One piece is one KV head, or all of them where there is little to do.
 class AttentionMergeOp : public Op {
   public:
-    AttentionMergeOp(const KernelTable& k, AttentionOp* attention) : k_(k), attention_(attention) {}
+    explicit AttentionMergeOp(const AttentionOp* attention) : attention_(attention) {}
     const char* name() const override { return "attention_merge"; }
-    int chunks(const StepState& s, int) override {
-        if (attention_->whole_heads(s) || !(attention_->split(s) || s.scored_rows)) return 0;
-        return little(s) ? 1 : s.kv->n_kv;
-    }
-    void run(const StepState& s, int c, int) override {
-        AttentionArgs a = attention_->args(s);
-        a.r0 = 0, a.r1 = s.rows;
-        const bool all = little(s);
-        for (a.kv_head = all ? 0 : c; a.kv_head < (all ? s.kv->n_kv : c + 1); a.kv_head++) {
-            if (attention_->split(s)) k_.attention_merge(a);
-            attention_->score(s, a.kv_head);
-        }
-    }
+    int chunks(const StepState&, int) override { return attention_->merge_chunks(); }
+    void run(const StepState& s, int c, int) override { attention_->merge(s, c); }
 
   private:
-    static bool little(const StepState& s) { return AttentionOp::parts(s) <= 4 && s.scored_rows <= 1; }
-    const KernelTable& k_;
-    AttentionOp* attention_;
+    const AttentionOp* attention_;
 };
 
 }  // namespace tinychat

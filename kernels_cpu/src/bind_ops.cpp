@@ -178,26 +178,22 @@ void bind_ops(nb::class_<PyProgram>& program) {
             "parts"_a, "out"_a, "add_to"_a.none())
         .def(
             "rope_kv",
-            [](PyProgram& p, Floats qkv, Floats table, int n_heads, int n_kv, int head_dim, int layer, float q_scale) {
-                require(qkv.cols == (n_heads + 2 * n_kv) * head_dim && table.cols <= head_dim && head_dim <= 1024,
-                        "the heads do not fit");
-                p.program.rope_kv(qkv.p, table.p, table.cols / 2, n_heads, n_kv, head_dim, layer,
-                                  q_scale ? q_scale : 1.0f / std::sqrt(static_cast<float>(head_dim)));
+            [](PyProgram& p, Attention attention, Floats qkv, Floats table) {
+                const AttentionLayer& at = attention.at;
+                require(qkv.cols == at.cols() && table.cols <= at.head_dim, "the heads do not fit");
+                p.check_memory(at);
+                p.program.rope_kv(at, qkv.p, table.p, table.cols / 2);
             },
-            "qkv"_a, "table"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a, "q_scale"_a = 0.0f,
-            "q_scale 0: 1 / sqrt(head_dim)")
+            "attention"_a, "qkv"_a, "table"_a)
         .def(
             "attention",
-            [](PyProgram& p, Floats qkv, int n_heads, int n_kv, int head_dim, int layer, Floats out, int window,
-               float cap) {
-                require(window >= 0 && cap >= 0.0f, "a window and a cap are not negative");
-                require(n_kv > 0 && n_heads % n_kv == 0 && qkv.cols == (n_heads + 2 * n_kv) * head_dim &&
-                            out.cols == n_heads * head_dim,
-                        "the heads do not fit");
-                p.program.attention(qkv.p, n_heads, n_kv, head_dim, layer, out.p, window, cap);
+            [](PyProgram& p, Attention attention, Floats qkv, Floats out) {
+                const AttentionLayer& at = attention.at;
+                require(qkv.cols == at.cols() && out.cols == at.n_heads * at.head_dim, "the heads do not fit");
+                p.check_memory(at);
+                p.program.attention(at, qkv.p, out.p);
             },
-            "qkv"_a, "n_heads"_a, "n_kv"_a, "head_dim"_a, "layer"_a, "out"_a, "window"_a = 0, "cap"_a = 0.0f,
-            "window: the last so many slots are attended to, 0 all of them; cap: of the scores, 0 none")
+            "attention"_a, "qkv"_a, "out"_a)
         .def("silu_mul", gate_mul(false), "x"_a, "out"_a)
         .def("gelu_mul", gate_mul(true), "x"_a, "out"_a)
         .def(

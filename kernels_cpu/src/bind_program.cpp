@@ -1,47 +1,90 @@
 // Programs and their buffers, cache and steps, as Python sees them.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
 #include "bindings.h"
 
 namespace tinychat {
 namespace {
 
-// Positive step inputs, checked here once so that kernels need not: a wrong id or block is an exception, not a crash.
-void run_step(PyProgram& p, In<int32_t> ids, long long position, int length, In<int32_t> blocks, int logits_from,
-              nb::object logits, nb::object greedy, nb::object scores, int scored_rows) {
-    StepState s;
-    const KvPool& kv = p.program.kv();
-    s.rows = static_cast<int>(ids.size());
-    require(s.rows >= 1 && s.rows <= p.program.max_rows(), "a step has 1 to max_rows tokens");
-    require(position >= 0 && length >= 0, "position and length must not be negative");
-    require(logits_from >= 0 && logits_from <= s.rows, "logits_from is outside the step");
-    for (size_t i = 0; p.vocab_in && i < ids.size(); i++)
-        require(ids.data()[i] >= 0 && ids.data()[i] < p.vocab_in, "a token id is outside the vocabulary");
-    if (kv.n_layers) {
-        const size_t need = (static_cast<size_t>(length) + s.rows + kBlockSlots - 1) / kBlockSlots;
-        require(blocks.size() >= need, "the block table does not cover the step");
-        for (size_t i = 0; i < need; i++)
+constexpr int kMostMemories = 1 << 10;
+
+// An array as it is; another type or order of its elements is refused rather than copied, since the copy would be gone
+// before the step runs.
+template <class Array>
+Array exactly(nb::handle h, const char* what) {
+    Array a;
+    require(nb::try_cast<Array>(h, a, false), what);
+    return a;
+}
+
+// Numbers from Python fit an int or are refused.
+int number(nb::handle h) { return nb::cast<int>(h); }
+
+// What a span has in one memory, checked against what the recorded ops read of it.
+void add_slots(const PyProgram& p, nb::handle given, int memory, int rows, SpanSlots& slots) {
+    const auto fields = nb::cast<nb::tuple>(given);
+    require(fields.size() == 4, "a memory of a span is blocks, length, scores and scored rows");
+    const auto blocks = exactly<In<int32_t>>(fields[0], "a block table is int32");
+    const KvPool kv = p.program.kv(memory);
+    const MemoryUse use = p.program.use(memory);
+    slots.blocks = blocks.data(), slots.length = number(fields[1]);
+    require(slots.length >= 0, "position and length must not be negative");
+    const long long end = static_cast<long long>(slots.length) + rows;
+    if (use.layers) {
+        require(kv.n_layers >= use.layers && kv.n_kv == use.n_kv && kv.head_dim == use.head_dim,
+                "the KV pool does not fit the ops");
+        const long long need = (end + kBlockSlots - 1) / kBlockSlots;
+        require(static_cast<long long>(blocks.size()) >= need, "the block table does not cover the step");
+        for (long long i = std::max(0, slots.length + 1 - use.reach) / kBlockSlots; i < need; i++)
             require(blocks.data()[i] >= 0 && blocks.data()[i] < kv.n_blocks, "a block is outside the pool");
     }
-    s.position = position, s.length = length, s.logits_from = logits_from;
-    s.ids = ids.data(), s.blocks = blocks.data();
+    if (fields[2].is_none()) return;
+    const auto scores = exactly<Out<float>>(fields[2], "scores are float32");
+    slots.scored_rows = number(fields[3]);
+    require(slots.scored_rows >= 1 && slots.scored_rows <= rows, "scored rows are rows of the step");
+    require(scores.ndim() == 4 && (scores.shape(0) == 1 || static_cast<int>(scores.shape(0)) == slots.scored_rows) &&
+                static_cast<int>(scores.shape(1)) == kv.n_layers && static_cast<int>(scores.shape(2)) == kv.n_kv &&
+                static_cast<long long>(scores.shape(3)) >= end && scores.shape(3) <= INT32_MAX,
+            "scores have the wrong shape");
+    slots.scores = scores.data(), slots.sum_scores = scores.shape(0) == 1;
+    slots.score_slots = static_cast<int>(scores.shape(3));
+}
+
+// A span, behind those that the step has already: a wrong id or block is an exception, not a crash.
+void add_span(const PyProgram& p, nb::handle given, StepState& s) {
+    const auto fields = nb::cast<nb::tuple>(given);
+    require(fields.size() == 4, "a span is ids, position, logits_from and memories");
+    const auto ids = exactly<In<int32_t>>(fields[0], "token ids are int32");
+    const long long position = nb::cast<long long>(fields[1]);
+    const int rows = static_cast<int>(std::min<size_t>(ids.size(), INT32_MAX)), logits_from = number(fields[2]);
+    require(rows >= 1 && rows <= p.program.max_rows() - s.rows, "a step has 1 to max_rows tokens");
+    require(position >= 0 && position <= INT64_MAX - rows, "position and length must not be negative");
+    require(logits_from >= 0 && logits_from <= rows, "logits_from is outside the step");
+    for (int i = 0; p.vocab_in && i < rows; i++)
+        require(ids.data()[i] >= 0 && ids.data()[i] < p.vocab_in, "a token id is outside the vocabulary");
+    const auto memories = nb::cast<nb::tuple>(fields[3]);
+    require(static_cast<int>(memories.size()) == s.memories, "a span has its slots in each memory of the program");
+    s.add(ids.data(), rows, position, logits_from);
+    for (int m = 0; m < s.memories; m++) add_slots(p, memories[m], m, rows, s.slots_of(s.spans.size() - 1, m));
+}
+
+// All step inputs are checked here once, so that kernels need not.
+void run_step(PyProgram& p, nb::tuple spans, nb::object logits, nb::object greedy) {
+    thread_local StepState s;
+    s.clear(p.program.memories());
+    require(spans.size() > 0, "a step has 1 to max_rows tokens");
+    for (nb::handle span : spans) add_span(p, span, s);
     if (!logits.is_none()) {
-        auto out = nb::cast<Out<float>>(logits);
+        const auto out = exactly<Out<float>>(logits, "logits are float32");
         require(out.size() == static_cast<size_t>(s.logit_rows()) * p.vocab_out, "logits have the wrong size");
         s.logits = out.data();
     }
     if (!greedy.is_none()) {
-        auto out = nb::cast<Out<int32_t>>(greedy);
+        const auto out = exactly<Out<int32_t>>(greedy, "greedy ids are int32");
         require(out.size() == static_cast<size_t>(s.logit_rows()), "greedy ids have the wrong size");
         s.greedy = out.data();
-    }
-    if (!scores.is_none()) {
-        auto out = nb::cast<Out<float>>(scores);
-        require(scored_rows >= 1 && scored_rows <= s.rows, "scored rows are rows of the step");
-        require(out.ndim() == 4 && (out.shape(0) == 1 || static_cast<int>(out.shape(0)) == scored_rows) &&
-                    static_cast<int>(out.shape(1)) == kv.n_layers && static_cast<int>(out.shape(2)) == kv.n_kv &&
-                    static_cast<int>(out.shape(3)) >= length + s.rows,
-                "scores have the wrong shape");
-        s.scores = out.data(), s.scored_rows = scored_rows;
-        s.sum_scores = out.shape(0) == 1, s.score_slots = static_cast<int>(out.shape(3));
     }
     require(s.logit_rows() == 0 || s.logits || s.greedy, "the step asks for logits and gives no place for them");
     nb::gil_scoped_release release;
@@ -50,9 +93,11 @@ void run_step(PyProgram& p, In<int32_t> ids, long long position, int length, In<
 
 // n of an array [layers, kv_heads, n] that goes with a block table of the pool.
 template <class T>
-int slots_of_heads(const PyProgram& p, const In<int32_t>& blocks, const In<T>& a) {
-    const KvPool& kv = p.program.kv();
-    require(a.ndim() == 3 && static_cast<int>(a.shape(0)) == kv.n_layers && static_cast<int>(a.shape(1)) == kv.n_kv,
+int slots_of_heads(const PyProgram& p, int memory, const In<int32_t>& blocks, const In<T>& a) {
+    require(memory >= 0 && memory < p.program.memories(), "there is no such memory");
+    const KvPool kv = p.program.kv(memory);
+    require(kv.base && a.ndim() == 3 && static_cast<int>(a.shape(0)) == kv.n_layers &&
+                static_cast<int>(a.shape(1)) == kv.n_kv,
             "slots are given for each layer and KV head");
     for (size_t i = 0; i < blocks.size(); i++)
         require(blocks.data()[i] >= 0 && blocks.data()[i] < kv.n_blocks, "a block is outside the pool");
@@ -65,6 +110,23 @@ void bind_program(nb::module_& m) {
     nb::class_<Routes>(m, "Routes", "Which experts the rows of a step take.").def_prop_ro("slots", [](const Routes& r) {
         return r.slots();
     });
+    nb::class_<Attention>(m, "Attention", "A layer's attention: its heads, where its keys and values lie, its scores.")
+        .def(
+            "__init__",
+            [](Attention* self, int n_heads, int n_kv, int head_dim, int memory, int layer, float scale, int window,
+               float cap) {
+                require(n_kv > 0 && n_heads > 0 && n_heads <= 1024 && n_heads % n_kv == 0 && head_dim > 0 &&
+                            head_dim <= 1024 && layer >= 0 && layer < 1 << 20,
+                        "the heads do not fit");
+                require(memory >= 0 && memory < kMostMemories, "there is no such memory");
+                require(window >= 0 && cap >= 0.0f && scale >= 0.0f, "a scale, window and cap are not negative");
+                if (scale == 0.0f) scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+                new (self) Attention{{n_heads, n_kv, head_dim, memory, layer, scale, window, cap}};
+            },
+            "n_heads"_a, "n_kv"_a, "head_dim"_a, "memory"_a = 0, "layer"_a = 0, "scale"_a = 0.0f, "window"_a = 0,
+            "cap"_a = 0.0f,
+            "scale 0: 1 / sqrt(head_dim); window: a row attends to the last so many slots, 0 all; cap: of the scores, "
+            "0 none");
     nb::class_<Floats>(m, "Floats", "fp32 rows of a program.").def_ro("cols", &Floats::cols);
     nb::class_<Rows>(m, "Rows", "A value as linears read it: integers, fp32, or both.")
         .def_prop_ro("floats", [](const Rows& r) {
@@ -97,53 +159,57 @@ void bind_program(nb::module_& m) {
             "k"_a, "as_float"_a, "bits"_a, "group"_a, "rows"_a = 0)
         .def(
             "set_kv",
-            [](PyProgram& p, nb::object pool, int n_blocks, int n_layers, int n_kv, int head_dim, int bits) {
+            [](PyProgram& p, int memory, nb::object pool, int n_blocks, int n_layers, int n_kv, int head_dim,
+               int bits) {
+                require(memory >= 0 && memory < kMostMemories, "there is no such memory");
                 require(bits == 8 || bits == 16, "the cache has 8 or 16 bits");
                 KvPool kv;
                 kv.bits = bits;
-                auto bytes = nb::cast<Out<uint8_t>>(pool);
+                auto bytes = exactly<Out<uint8_t>>(pool, "a pool is uint8");
                 kv.base = bytes.data();
                 kv.n_blocks = n_blocks, kv.n_layers = n_layers, kv.n_kv = n_kv, kv.head_dim = head_dim;
                 require(n_blocks >= 0 && bytes.nbytes() >= kv.block_bytes() * n_blocks, "the pool is too small");
-                p.pool_owner = pool;
-                p.program.set_kv(kv);
+                p.program.set_kv(memory, kv);
+                p.pool_owners.resize(std::max(p.pool_owners.size(), static_cast<size_t>(memory) + 1));
+                p.pool_owners[memory] = pool;
             },
-            "pool"_a, "n_blocks"_a, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16)
+            "memory"_a, "pool"_a, "n_blocks"_a, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16)
         .def(
             "move_slots",
-            [](PyProgram& p, In<int32_t> blocks, In<int32_t> src, In<int32_t> dst) {
-                const int n = slots_of_heads(p, blocks, src);
-                require(slots_of_heads(p, blocks, dst) == n, "as many slots to as from");
+            [](PyProgram& p, int memory, In<int32_t> blocks, In<int32_t> src, In<int32_t> dst) {
+                const int n = slots_of_heads(p, memory, blocks, src);
+                require(slots_of_heads(p, memory, blocks, dst) == n, "as many slots to as from");
                 const int end = static_cast<int>(blocks.size()) * kBlockSlots;
                 for (size_t i = 0; i < src.size(); i++)
                     require(src.data()[i] < end && dst.data()[i] < end && (src.data()[i] < 0 || dst.data()[i] >= 0),
                             "a slot is outside the block table");
                 nb::gil_scoped_release release;
-                p.program.move_slots(blocks.data(), src.data(), dst.data(), n);
+                p.program.move_slots(memory, blocks.data(), src.data(), dst.data(), n);
             },
-            "blocks"_a, "src"_a, "dst"_a)
+            "memory"_a, "blocks"_a, "src"_a, "dst"_a)
         .def(
             "turn_keys",
-            [](PyProgram& p, In<int32_t> blocks, std::vector<double> frequencies, In<int32_t> delta) {
-                const int n = slots_of_heads(p, blocks, delta), half = static_cast<int>(frequencies.size());
-                require(2 * half <= p.program.kv().head_dim, "more frequencies than the head has pairs");
+            [](PyProgram& p, int memory, In<int32_t> blocks, std::vector<double> frequencies, In<int32_t> delta) {
+                const int n = slots_of_heads(p, memory, blocks, delta), half = static_cast<int>(frequencies.size());
+                require(2 * half <= p.program.kv(memory).head_dim, "more frequencies than the head has pairs");
                 require(static_cast<size_t>(n) <= blocks.size() * kBlockSlots, "a slot is outside the block table");
                 nb::gil_scoped_release release;
-                p.program.turn_keys(blocks.data(), frequencies.data(), half, delta.data(), n);
+                p.program.turn_keys(memory, blocks.data(), frequencies.data(), half, delta.data(), n);
             },
-            "blocks"_a, "frequencies"_a, "delta"_a)
+            "memory"_a, "blocks"_a, "frequencies"_a, "delta"_a)
         .def(
             "value_spread",
-            [](PyProgram& p, In<int32_t> blocks, In<float> weights, Out<float> out) {
-                const int n = slots_of_heads(p, blocks, weights);
+            [](PyProgram& p, int memory, In<int32_t> blocks, In<float> weights, Out<float> out) {
+                const int n = slots_of_heads(p, memory, blocks, weights);
                 require(static_cast<size_t>(n) <= blocks.size() * kBlockSlots, "a slot is outside the block table");
                 require(out.size() == weights.size(), "as many results as weights");
                 nb::gil_scoped_release release;
-                p.program.value_spread(blocks.data(), weights.data(), out.data(), n);
+                p.program.value_spread(memory, blocks.data(), weights.data(), out.data(), n);
             },
-            "blocks"_a, "weights"_a, "out"_a)
-        .def("run", &run_step, "ids"_a, "position"_a, "length"_a, "blocks"_a, "logits_from"_a, "logits"_a.none(),
-             "greedy"_a.none(), "scores"_a.none() = nb::none(), "scored_rows"_a = 0)
+            "memory"_a, "blocks"_a, "weights"_a, "out"_a)
+        .def("run", &run_step, "spans"_a, "logits"_a.none() = nb::none(), "greedy"_a.none() = nb::none(),
+             "spans: a tuple of (ids, position, logits_from, memories), and memories of (blocks, length, scores or "
+             "None, scored rows)")
         .def(
             "set_timing", [](PyProgram& p, bool on) { p.program.set_timing(on); }, "on"_a)
         .def(

@@ -81,6 +81,9 @@ struct Rows {
     Activations* a;
     int rows = 0;
 };
+struct Attention {
+    AttentionLayer at;
+};
 struct Routes {
     Routing* r;
     int slots() const { return static_cast<int>(r->row_of.size()); }
@@ -90,7 +93,7 @@ struct Routes {
 struct PyProgram {
     Program program;
     std::vector<nb::object> keep;
-    nb::object pool_owner;
+    std::vector<nb::object> pool_owners;
     std::vector<LinearWeights> heads;
     int vocab_in = 0, vocab_out = 0;
     bool closed = false;
@@ -105,6 +108,11 @@ struct PyProgram {
     }
     // With room behind the last row of a view, kernels would still write only what was asked for.
     void keep_alive(nb::handle h) { keep.push_back(nb::borrow(h)); }
+    // All layers of a memory have the same heads.
+    void check_memory(const AttentionLayer& at) const {
+        const MemoryUse use = program.use(at.memory);
+        require(!use.layers || (use.n_kv == at.n_kv && use.head_dim == at.head_dim), "a memory's layers differ");
+    }
     // The order of n inputs; null for None.
     const int32_t* permutation(const nb::object& perm, int n) {
         if (perm.is_none()) return nullptr;

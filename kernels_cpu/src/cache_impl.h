@@ -12,7 +12,7 @@ void rope_table(const RopeTableArgs& a) {
     for (int r = a.r0; r < a.r1; r++) {
         float* t = a.table + static_cast<size_t>(r) * 2 * a.half;
         for (int i = 0; i < a.half; i++) {
-            const double angle = static_cast<double>(a.position + r) * a.freq[i];
+            const double angle = static_cast<double>(a.positions[r]) * a.freq[i];
             t[i] = static_cast<float>(a.magnitude * std::cos(angle));
             t[a.half + i] = static_cast<float>(a.magnitude * std::sin(angle));
         }
@@ -140,22 +140,22 @@ void turn_keys(const TurnKeysArgs& a) {
 
 template <class S>
 void rope_kv(const RopeArgs& a) {
-    const int d = a.head_dim, dim = a.kv->padded_dim();
-    const size_t ld = static_cast<size_t>(a.n_heads + 2 * a.n_kv) * d;
+    const int d = a.at.head_dim, dim = a.kv->padded_dim();
+    const size_t ld = a.at.cols();
     float x[kMaxHeadDim + 16];
     for (int r = a.r0; r < a.r1; r++) {
         float* q = a.qkv + r * ld;
-        const float* k = q + static_cast<size_t>(a.n_heads) * d;
-        const float* v = k + static_cast<size_t>(a.n_kv) * d;
+        const float* k = q + static_cast<size_t>(a.at.n_heads) * d;
+        const float* v = k + static_cast<size_t>(a.at.n_kv) * d;
         const float* table = a.table + static_cast<size_t>(r) * 2 * a.half;
-        for (int h = 0; h < a.n_heads; h++) rotate_head<S>(q + h * d, table, a.half, d, a.q_scale, q + h * d);
+        for (int h = 0; h < a.at.n_heads; h++) rotate_head<S>(q + h * d, table, a.half, d, a.at.scale, q + h * d);
         const int slot = a.length + r, block = a.blocks[slot / kBlockSlots], in_block = slot % kBlockSlots;
         for (int i = d; i < dim; i++) x[i] = 0;
-        for (int h = 0; h < a.n_kv; h++) {
+        for (int h = 0; h < a.at.n_kv; h++) {
             rotate_head<S>(k + h * d, table, a.half, d, 1.0f, x);
-            store_slot<S>(*a.kv, x, a.kv->keys(block, a.layer, h), in_block, true);
+            store_slot<S>(*a.kv, x, a.kv->keys(block, a.at.layer, h), in_block, true);
             memcpy(x, v + h * d, d * sizeof(float));
-            store_slot<S>(*a.kv, x, a.kv->values(block, a.layer, h), in_block, false);
+            store_slot<S>(*a.kv, x, a.kv->values(block, a.at.layer, h), in_block, false);
         }
     }
 }

@@ -22,7 +22,8 @@ struct LinearArgs {
 };
 
 struct NormArgs {
-    const float* x;  // [rows, k]
+    const float* x;       // [rows, k]
+    const int32_t* rows;  // out row r takes input row rows[r]; or null: row r
     const float* weight;
     float eps;
     Activations out;   // .f and .q each optional
@@ -72,18 +73,31 @@ struct RopeTableArgs {
     const double* freq;
     int half;
     double magnitude;
-    long long position;  // of row 0
+    const long long* positions;  // [rows]
     float* table;
     int r0, r1;
 };
 
-// Rotates q in place (and scales it for the softmax), writes rotated k and v to the cache.
+// One layer's attention: its heads, where its keys and values lie, and how its scores become probabilities.
+struct AttentionLayer {
+    int n_heads, n_kv, head_dim;
+    int memory, layer;  // which KV memory of the program, and which of its layers
+    float scale;        // queries are multiplied by it
+    int window;         // a row attends to the last so many slots; 0: to all
+    float cap;          // scores become cap · tanh(score / cap); 0: they stay
+
+    int per_kv() const { return n_heads / n_kv; }
+    int cols() const { return (n_heads + 2 * n_kv) * head_dim; }
+    // First slot that a row attends to, where `visible` are there with its own.
+    int first_slot(int visible) const { return window && visible > window ? visible - window : 0; }
+};
+
+// Rotates q in place (and scales it for the softmax), writes rotated k and v to the cache. Rows of one span.
 struct RopeArgs {
+    AttentionLayer at;
     float* qkv;  // [rows, (heads + 2 kv_heads) · head_dim]
     const float* table;
     int half;  // rotated pairs; the head's other dimensions pass through
-    int n_heads, n_kv, head_dim, layer;
-    float q_scale;
     const KvPool* kv;
     const int32_t* blocks;
     int length;  // slots before row 0
@@ -94,37 +108,36 @@ struct RopeArgs {
 // leaves its exponentials behind, relative to the largest score of their part.
 struct ScoreScratch {
     float* weights = nullptr;  // [scored rows][heads][ld]
-    float* peaks = nullptr;    // [scored rows][heads][n_parts]
+    float* peaks = nullptr;    // [scored rows][heads][parts]
     float* totals = nullptr;   // [scored rows][heads][2]: largest score, sum of exponentials
     size_t ld = 0;
     int from = 0;  // first scored row
 };
 
-// Causal attention of rows r0…r1-1 for one KV head over the parts p0…p1-1 of the cache.
+// Causal attention of rows r0…r1-1 of one span for one KV head over the parts p0…p1-1 of the cache.
 // With partial == null the merged result goes to out; else each (row, head, part) leaves max, sum and the weighted
 // values there for attention_merge: partial [rows][heads][n_parts][padded_dim + 16] (the first 16 floats hold max and
-// sum).
+// sum). Blocks wholly behind the window of the span's first row are never read.
 struct AttentionArgs {
-    const float* q;  // rotated and scaled, row stride ldq
-    size_t ldq;
-    int n_heads, layer, kv_head;
+    AttentionLayer at;
+    const float* q;  // rotated and scaled: the queries of [rows, (heads + 2 kv_heads) · head_dim]
     const KvPool* kv;
     const int32_t* blocks;
-    int length;  // row r attends to slots 0 … length + r
-    int window;  // and of these to the last so many; 0: all
-    float cap;   // scores become cap · tanh(score / cap); 0: they stay
-    int r0, r1, p0, p1, n_parts;
+    int length;          // row r attends to slots 0 … length + r, or to the last of these
+    int part0, n_parts;  // what any row of the span attends to
     float* partial;
-    float* out;  // [rows, heads · head_dim]
+    float* out;          // [rows, heads · head_dim]
+    ScoreScratch score;  // of scored rows; without weights: there are none
+    int kv_head, r0, r1, p0, p1;
     float* scratch;
-    const ScoreScratch* score;  // or null
 };
 
 // Adds to out the attention probability that every slot gets in one KV head from each scored row, summed over the
 // row's query heads, in their order.
 struct ScoreArgs {
-    const ScoreScratch* score;
-    int n_heads, per_kv, kv_head, n_parts;
+    AttentionLayer at;
+    ScoreScratch score;
+    int kv_head, n_parts;
     int rows;           // scored rows
     int length;         // row i of them attends to slots 0 … length + i
     float* out;         // row 0, this layer and KV head
@@ -185,8 +198,8 @@ struct KernelTable {
 constexpr int kAttentionRows = 8;  // rows of one prefill attention item; few rows split over the context: up to twice
 constexpr int kMaxPairs = 12;      // of rows and heads that pass over keys and values together
 // Floats of scratch that `attention` needs: queries and running state of the item's pairs, scores of a batch.
-inline size_t attention_scratch(int n_heads, int n_kv, int head_dim) {
-    const size_t dim = round_up(head_dim, 16), pairs = static_cast<size_t>(2 * kAttentionRows) * (n_heads / n_kv);
+inline size_t attention_scratch(const AttentionLayer& at) {
+    const size_t dim = round_up(at.head_dim, 16), pairs = static_cast<size_t>(2 * kAttentionRows) * at.per_kv();
     return pairs * (2 * dim + 16) + kMaxPairs * (kPartSlots + dim) + 64;
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <stdexcept>
 
@@ -107,19 +108,30 @@ void Program::linear(std::vector<LinearPart> parts, float* y, int ldy, const flo
     add(std::move(op));
 }
 
-void Program::rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer,
-                      float q_scale) {
-    add(std::make_unique<RopeOp>(k_, qkv, table, half, n_heads, n_kv, head_dim, layer, q_scale));
+void Program::note_use(const AttentionLayer& at, int reach) {
+    if (at.memory >= static_cast<int>(uses_.size())) uses_.resize(at.memory + 1);
+    MemoryUse& use = uses_[at.memory];
+    use = {std::max(use.layers, at.layer + 1), at.n_kv, at.head_dim, std::max(use.reach, reach)};
 }
 
-void Program::attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out, int window,
-                        float cap) {
-    need_scratch(attention_scratch(n_heads, n_kv, head_dim));
-    auto op =
-        std::make_unique<AttentionOp>(k_, &scratch_, &scores_, qkv, n_heads, n_kv, head_dim, layer, out, window, cap);
-    AttentionOp* attention = op.get();
+void Program::rope_kv(const AttentionLayer& at, float* qkv, const float* table, int half) {
+    note_use(at, 1);
+    add(std::make_unique<RopeOp>(k_, at, qkv, table, half));
+}
+
+void Program::attention(const AttentionLayer& at, const float* qkv, float* out) {
+    note_use(at, at.window ? at.window : std::numeric_limits<int>::max());
+    need_scratch(attention_scratch(at));
+    auto op = std::make_unique<AttentionOp>(k_, &scratch_, &attention_, at, qkv, out);
+    const AttentionOp* attention = op.get();
     add(std::move(op));
-    add(std::make_unique<AttentionMergeOp>(k_, attention));
+    add(std::make_unique<AttentionMergeOp>(attention));
+}
+
+void Program::set_kv(int memory, const KvPool& kv) {
+    std::lock_guard<std::mutex> lock(turn_);
+    if (memory >= static_cast<int>(pools_.size())) pools_.resize(memory + 1);
+    pools_[memory] = kv;
 }
 
 void Program::gate_mul(const float* x, Activations* out, bool gelu, const Routing* routing) {
@@ -152,39 +164,41 @@ void Program::lm_head(const LinearWeights* w, const Activations* x, float scale,
     add(std::make_unique<GreedyOp>(head));
 }
 
-void Program::move_slots(const int32_t* blocks, const int32_t* src, const int32_t* dst, int n) {
+void Program::move_slots(int memory, const int32_t* blocks, const int32_t* src, const int32_t* dst, int n) {
     std::lock_guard<std::mutex> lock(turn_);
-    const size_t element = kv_.bits / 8, row = kv_.padded_dim() * element;
-    for (int layer = 0; layer < kv_.n_layers; layer++)
-        for (int head = 0; head < kv_.n_kv; head++)
+    const KvPool& kv = pools_[memory];
+    const size_t element = kv.bits / 8, row = kv.padded_dim() * element;
+    for (int layer = 0; layer < kv.n_layers; layer++)
+        for (int head = 0; head < kv.n_kv; head++)
             for (int i = 0; i < n; i++) {
-                const size_t at = (static_cast<size_t>(layer) * kv_.n_kv + head) * n + i;
+                const size_t at = (static_cast<size_t>(layer) * kv.n_kv + head) * n + i;
                 if (src[at] < 0) continue;
                 const int a = src[at] % kBlockSlots, b = dst[at] % kBlockSlots;
                 const int from = blocks[src[at] / kBlockSlots], to = blocks[dst[at] / kBlockSlots];
-                uint8_t *ka = kv_.keys(from, layer, head), *kb = kv_.keys(to, layer, head);
-                uint8_t *va = kv_.values(from, layer, head), *vb = kv_.values(to, layer, head);
-                for (int d = 0; d < kv_.padded_dim(); d++)
+                uint8_t *ka = kv.keys(from, layer, head), *kb = kv.keys(to, layer, head);
+                uint8_t *va = kv.values(from, layer, head), *vb = kv.values(to, layer, head);
+                for (int d = 0; d < kv.padded_dim(); d++)
                     memcpy(kb + (d * kBlockSlots + b) * element, ka + (d * kBlockSlots + a) * element, element);
                 memcpy(vb + b * row, va + a * row, row);
-                if (kv_.bits == 16) continue;
-                for (int g = 0; g < kv_.groups(); g++) {
-                    const size_t scales = kv_.code_bytes() + g * kBlockSlots * sizeof(uint16_t);
+                if (kv.bits == 16) continue;
+                for (int g = 0; g < kv.groups(); g++) {
+                    const size_t scales = kv.code_bytes() + g * kBlockSlots * sizeof(uint16_t);
                     memcpy(kb + scales + b * sizeof(uint16_t), ka + scales + a * sizeof(uint16_t), sizeof(uint16_t));
                     memcpy(vb + scales + b * sizeof(uint16_t), va + scales + a * sizeof(uint16_t), sizeof(uint16_t));
                 }
             }
 }
 
-void Program::turn_keys(const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n) {
+void Program::turn_keys(int memory, const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n) {
     std::lock_guard<std::mutex> lock(turn_);
-    for (int layer = 0; layer < kv_.n_layers; layer++)
-        for (int head = 0; head < kv_.n_kv; head++)
-            k_.turn_keys({&kv_, blocks, freq, half, layer, head, 0, n,
-                          delta + (static_cast<size_t>(layer) * kv_.n_kv + head) * n});
+    const KvPool& kv = pools_[memory];
+    for (int layer = 0; layer < kv.n_layers; layer++)
+        for (int head = 0; head < kv.n_kv; head++)
+            k_.turn_keys({&kv, blocks, freq, half, layer, head, 0, n,
+                          delta + (static_cast<size_t>(layer) * kv.n_kv + head) * n});
 }
 
-void Program::value_spread(const int32_t* blocks, const float* weights, float* out, int n) {
+void Program::value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n) {
     struct Heads final : Job {
         void work(int) override {
             for (int i = next++; i < kv->n_layers * kv->n_kv; i = next++) {
@@ -201,15 +215,16 @@ void Program::value_spread(const int32_t* blocks, const float* weights, float* o
         std::atomic<int> next{0};
     } job;
     std::lock_guard<std::mutex> lock(turn_);
-    job.spread = k_.value_spread, job.kv = &kv_, job.blocks = blocks, job.weights = weights, job.out = out, job.n = n;
+    job.spread = k_.value_spread, job.kv = &pools_[memory], job.blocks = blocks, job.weights = weights, job.out = out,
+    job.n = n;
     pool_.run(job);
 }
 
-void Program::run(StepState step) {
+void Program::run(StepState& step) {
     std::lock_guard<std::mutex> lock(turn_);
-    step.kv = &kv_;
-    step_ = step;
-    for (auto& op : ops_) op->reserve(step_, pool_.size());
+    step.pools = pools_.data();
+    step_ = &step;
+    for (auto& op : ops_) op->reserve(step, pool_.size());
     if (timing_) seconds_.assign(ops_.size(), 0.0);
     current_ = static_cast<size_t>(-1);
     finished_.store(false, std::memory_order_relaxed);
@@ -222,11 +237,11 @@ void Program::advance(int thread, uint32_t turn) {
     const int threads = pool_.size();
     while (++current_ < ops_.size()) {
         Op& op = *ops_[current_];
-        const int n = op.chunks(step_, threads);
+        const int n = op.chunks(*step_, threads);
         if (n == 0) continue;
         if (timing_) started_ = std::chrono::steady_clock::now();
         if (n == 1) {
-            op.run(step_, 0, thread);
+            op.run(*step_, 0, thread);
             note_time();
             continue;
         }
@@ -263,7 +278,7 @@ void Program::fetch_ahead(size_t after, int thread, uint32_t turn) {
     const uint8_t* p = nullptr;
     size_t n = 0;
     for (size_t i = after + 1; i < ops_.size() && !n; i++)
-        if (ops_[i]->weights_of(step_, thread, pool_.size(), &p, &n)) break;
+        if (ops_[i]->weights_of(*step_, thread, pool_.size(), &p, &n)) break;
     n = std::min(n, kAheadBytes);
     for (size_t i = 0; i < n && gate_.value() == turn; i += 512)
         for (size_t line = i; line < std::min(n, i + 512); line += 64) __builtin_prefetch(p + line, 0, 2);
@@ -273,7 +288,7 @@ void Program::fetch_ahead(size_t after, int thread, uint32_t turn) {
 // else is never waited for, unless it was stopped in the middle of a chunk.
 void Program::work(int thread) {
     const int threads = pool_.size();
-    const bool few_rows = step_.rows <= kAheadRows;
+    const bool few_rows = step_->rows <= kAheadRows;
     uint32_t turn = gate_.value();
     if (thread == 0) {  // while the others wake up
         advance(0, turn + 1);
@@ -286,7 +301,7 @@ void Program::work(int thread) {
             Range& range = ranges_[(thread + v) % threads];
             for (int chunk; claim(range, turn, &chunk); mine++) {
                 index = current_;
-                ops_[index]->run(step_, chunk, thread);
+                ops_[index]->run(*step_, chunk, thread);
             }
         }
         // total_ belongs to this op only until these chunks are counted: then another thread may deal out the next op.

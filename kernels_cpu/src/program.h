@@ -8,29 +8,10 @@
 #include <vector>
 
 #include "kernels.h"
+#include "step.h"
 #include "thread_pool.h"
 
 namespace tinychat {
-
-// Inputs of a step. Everything an op needs beside its own buffers.
-struct StepState {
-    int rows = 0;
-    long long position = 0;
-    int length = 0;
-    int logits_from = 0;
-    const int32_t* ids = nullptr;
-    const int32_t* blocks = nullptr;
-    float* logits = nullptr;    // [rows - logits_from, vocab] or null
-    int32_t* greedy = nullptr;  // [rows - logits_from] or null
-    // The attention that each slot gets from the last scored_rows rows is added to these, for eviction:
-    // [layers][kv_heads][score_slots], for each of those rows, or of all of them to the same.
-    float* scores = nullptr;
-    int scored_rows = 0, score_slots = 0;
-    bool sum_scores = false;
-    const KvPool* kv = nullptr;
-
-    int logit_rows() const { return rows - logits_from; }
-};
 
 // Memory of one program: rows of buffers, touched only as far as steps have rows.
 class Arena {
@@ -104,10 +85,16 @@ struct Routing {
     std::vector<float> weights;               // [rows, taken]
 };
 
-// Behind ScoreScratch; one layer at a time uses it.
-struct ScoreBuffers {
-    std::vector<float> weights, peaks, totals;
-    ScoreScratch view;
+// What attention keeps between its two ops: behind AttentionArgs::partial and ScoreScratch, span after span. One layer
+// at a time uses it.
+struct AttentionBuffers {
+    std::vector<float> partial, weights, peaks, totals;
+};
+
+// What the recorded ops expect of a KV memory.
+struct MemoryUse {
+    int layers = 0, n_kv = 0, head_dim = 0;
+    int reach = 0;  // slots back from a row, itself included, that are read
 };
 
 class Program : private Job {
@@ -132,10 +119,8 @@ class Program : private Job {
     void norm_heads(const HeadNormArgs& args);  // of all rows
     void quantize(const float* x, const int32_t* perm, Activations* out, bool tail);
     void linear(std::vector<LinearPart> parts, float* y, int ldy, const float* add);
-    void rope_kv(float* qkv, const float* table, int half, int n_heads, int n_kv, int head_dim, int layer,
-                 float q_scale);
-    void attention(const float* qkv, int n_heads, int n_kv, int head_dim, int layer, float* out, int window = 0,
-                   float cap = 0.0f);
+    void rope_kv(const AttentionLayer& at, float* qkv, const float* table, int half);
+    void attention(const AttentionLayer& at, const float* qkv, float* out);
     void gate_mul(const float* x, Activations* out, bool gelu, const Routing* routing = nullptr);
     void route(const float* scores, Routing* routing, bool normalize);
     void expert_input(const Routing* routing, const float* x, bool from_rows,
@@ -144,17 +129,21 @@ class Program : private Job {
     void expert_sum(const Routing* routing, const float* x, float* y, int cols);
     void lm_head(const LinearWeights* w, const Activations* x, float scale = 1.0f, float cap = 0.0f);
 
-    void set_kv(const KvPool& kv) { kv_ = kv; }
+    // KV memories: as many as pools were given, or ops ask for.
+    int memories() const { return static_cast<int>(std::max(pools_.size(), uses_.size())); }
+    // What ops expect of a memory; nothing of one that they do not know.
+    MemoryUse use(int memory) const { return memory < static_cast<int>(uses_.size()) ? uses_[memory] : MemoryUse{}; }
+    KvPool kv(int memory) const { return memory < static_cast<int>(pools_.size()) ? pools_[memory] : KvPool{}; }
+    void set_kv(int memory, const KvPool& kv);
     // Slots src of each layer and KV head over slots dst: [layers][kv_heads][n], those with src < 0 are skipped.
-    void move_slots(const int32_t* blocks, const int32_t* src, const int32_t* dst, int n);
+    void move_slots(int memory, const int32_t* blocks, const int32_t* src, const int32_t* dst, int n);
     // The first n slots' keys turned by delta [layers][kv_heads][n] positions.
-    void turn_keys(const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n);
+    void turn_keys(int memory, const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n);
     // How far each of the first n slots' values lies from their weighted mean: all [layers][kv_heads][n].
-    void value_spread(const int32_t* blocks, const float* weights, float* out, int n);
-    const KvPool& kv() const { return kv_; }
+    void value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n);
 
     // Runs the step. Callers on several threads take turns. The inputs have been checked.
-    void run(StepState step);
+    void run(StepState& step);
 
     // Seconds that each op took in its last run (thread 0's view, barriers included), when timing is on.
     void set_timing(bool on) { timing_ = on; }
@@ -184,11 +173,12 @@ class Program : private Job {
     std::vector<float*> scratch_;  // one for each thread
     LinearOp* last_linear_ = nullptr;
     size_t scratch_floats_ = 0;
-    ScoreBuffers scores_;
-    KvPool kv_;
+    AttentionBuffers attention_;
+    std::vector<MemoryUse> uses_;
+    std::vector<KvPool> pools_;
 
     std::mutex turn_;
-    StepState step_;
+    const StepState* step_ = nullptr;
     // Written by the thread that finished the last chunk of an op, read by threads that took a chunk of the next.
     size_t current_ = 0;
     int total_ = 0;  // chunks of the current op
@@ -201,6 +191,7 @@ class Program : private Job {
     std::vector<double> seconds_;
 
     void need_scratch(size_t floats);
+    void note_use(const AttentionLayer& at, int reach);
 };
 
 }  // namespace tinychat

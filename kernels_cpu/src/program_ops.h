@@ -25,7 +25,7 @@ class EmbedOp : public Op {
     const char* name() const override { return "embed"; }
     int chunks(const StepState& s, int) override { return pieces(s.rows, 8); }
     void run(const StepState& s, int c, int) override {
-        k_.embed({w_, s.ids, out_, scale_, c * 8, std::min(s.rows, c * 8 + 8)});
+        k_.embed({w_, s.ids.data(), out_, scale_, c * 8, std::min(s.rows, c * 8 + 8)});
     }
 
   private:
@@ -42,7 +42,7 @@ class RopeTableOp : public Op {
     const char* name() const override { return "rope_table"; }
     int chunks(const StepState& s, int) override { return pieces(s.rows, 16); }
     void run(const StepState& s, int c, int) override {
-        k_.rope_table({freq_.data(), static_cast<int>(freq_.size()), magnitude_, s.position, table_, c * 16,
+        k_.rope_table({freq_.data(), static_cast<int>(freq_.size()), magnitude_, s.positions.data(), table_, c * 16,
                        std::min(s.rows, c * 16 + 16)});
     }
 
@@ -62,8 +62,8 @@ class NormOp : public Op {
     int chunks(const StepState& s, int) override { return pieces(tail_ ? s.logit_rows() : s.rows, row_piece(out_->k)); }
     void run(const StepState& s, int c, int) override {
         const int piece = row_piece(out_->k), rows = tail_ ? s.logit_rows() : s.rows;
-        const float* x = x_ + (tail_ ? static_cast<size_t>(s.logits_from) * out_->k : 0);
-        k_.rms_norm({x, weight_, eps_, *out_, add_, c * piece, std::min(rows, (c + 1) * piece)});
+        const int32_t* from = tail_ ? s.asked.data() : nullptr;
+        k_.rms_norm({x_, from, weight_, eps_, *out_, add_, c * piece, std::min(rows, (c + 1) * piece)});
     }
 
   private:
@@ -100,8 +100,7 @@ class QuantizeOp : public Op {
     int chunks(const StepState& s, int) override { return pieces(tail_ ? s.logit_rows() : s.rows, row_piece(out_->k)); }
     void run(const StepState& s, int c, int) override {
         const int piece = row_piece(out_->k), rows = tail_ ? s.logit_rows() : s.rows;
-        const float* x = x_ + (tail_ ? static_cast<size_t>(s.logits_from) * out_->k : 0);
-        k_.quantize({x, nullptr, perm_, *out_, c * piece, std::min(rows, (c + 1) * piece)});
+        k_.quantize({x_, tail_ ? s.asked.data() : nullptr, perm_, *out_, c * piece, std::min(rows, (c + 1) * piece)});
     }
 
   private:

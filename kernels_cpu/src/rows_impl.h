@@ -223,7 +223,7 @@ void rms_norm(const NormArgs& a) {
     using V = V16<S>;
     const int k = a.out.k;
     for (int r = a.r0; r < a.r1; r++) {
-        const float* x = a.x + static_cast<size_t>(r) * k;
+        const float* x = a.x + static_cast<size_t>(a.rows ? a.rows[r] : r) * k;
         const V inv = V::set1(inverse_rms<S>(x, k, a.eps));
         float y[kSpan];
         RowQuantizer<S> quantizer(a.out, r);

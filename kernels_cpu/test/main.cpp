@@ -172,8 +172,8 @@ void test_rows(const KernelTable& t, const KernelTable& scalar) {
         Input a(rows, k, bits, group), b(rows, k, bits, group), c(rows, k, bits * 2, group),
             d(rows, k, bits * 2, group);
         for (const float* add : {static_cast<const float*>(nullptr), x.data() + k}) {
-            t.rms_norm({x.data(), weight.data(), 1e-5f, a.a, add, 0, rows});
-            scalar.rms_norm({x.data(), weight.data(), 1e-5f, b.a, add, 0, rows});
+            t.rms_norm({x.data(), nullptr, weight.data(), 1e-5f, a.a, add, 0, rows});
+            scalar.rms_norm({x.data(), nullptr, weight.data(), 1e-5f, b.a, add, 0, rows});
             expect(same(a.f.copy(), b.f.copy()), std::string(t.name) + " rms_norm added");
         }
         const std::string what = std::string(t.name) + " k " + std::to_string(k);
@@ -212,22 +212,23 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     std::vector<double> freq;
     for (int i = 0; i < half; i++) freq.push_back(std::pow(10000.0, -2.0 * i / dim));
     Aligned<float> table(static_cast<size_t>(total) * 2 * half);
-    t.rope_table({freq.data(), half, 1.2, 0, table.data(), 0, total});
+    std::vector<long long> positions;
+    for (int i = 0; i < total; i++) positions.push_back(i);
+    t.rope_table({freq.data(), half, 1.2, positions.data(), table.data(), 0, total});
+    const AttentionLayer at{heads, kv, dim, 0, 1, 0.3f, bits == 8 ? length / 2 : 0, length == 5 ? 4.0f : 0.0f};
     // The last `rows` rows are the step's; the ones before only fill the cache.
-    t.rope_kv({qkv.data(), table.data(), half, heads, kv, dim, 1, 0.3f, &pool, blocks.data(), 0, 0, total});
-    const size_t ld = static_cast<size_t>(heads + 2 * kv) * dim;
+    t.rope_kv({at, qkv.data(), table.data(), half, &pool, blocks.data(), 0, 0, total});
     const int parts = (total + kPartSlots - 1) / kPartSlots;
-    Aligned<float> out(static_cast<size_t>(rows) * heads * dim), scratch(attention_scratch(heads, kv, dim));
+    Aligned<float> out(static_cast<size_t>(rows) * heads * dim), scratch(attention_scratch(at));
     Aligned<float> partial(split ? static_cast<size_t>(rows) * heads * parts * (pool.padded_dim() + 16) : 1);
     AttentionArgs a{};
-    a.q = qkv.data() + length * ld, a.ldq = ld, a.n_heads = heads, a.layer = 1, a.kv = &pool, a.blocks = blocks.data();
+    a.at = at, a.q = qkv.data() + static_cast<size_t>(length) * at.cols(), a.kv = &pool, a.blocks = blocks.data();
     a.length = length, a.n_parts = parts, a.out = out.data(), a.scratch = scratch.data();
     a.partial = split ? partial.data() : nullptr;
-    a.window = bits == 8 ? length / 2 : 0, a.cap = length == 5 ? 4.0f : 0.0f;
     const size_t pairs = static_cast<size_t>(rows) * heads;
     Aligned<float> weights(pairs * parts * kPartSlots), peaks(pairs * parts), totals(pairs * 2);
     const ScoreScratch score{weights.data(), peaks.data(), totals.data(), static_cast<size_t>(parts) * kPartSlots, 0};
-    a.score = &score;
+    a.score = score;
     for (int h = 0; h < kv; h++) {
         a.kv_head = h;
         if (split) {
@@ -244,7 +245,7 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     Aligned<float> scores(static_cast<size_t>(kv) * (rows + 1) * total);
     for (int h = 0; h < kv; h++)
         for (bool sum : {false, true})
-            t.attention_score({&score, heads, heads / kv, h, parts, rows, length,
+            t.attention_score({at, score, h, parts, rows, length,
                                scores.data() + (static_cast<size_t>(h) * (rows + 1) + (sum ? rows : 0)) * total,
                                sum ? 0 : static_cast<size_t>(total)});
     std::vector<int32_t> delta(total);
@@ -299,7 +300,7 @@ void test_threads() {
                 for (int i = 0; i < 40; i++) {
                     std::vector<int32_t> ids(8), zero(8), best(8);
                     StepState s;
-                    s.rows = 8, s.ids = zero.data(), s.greedy = best.data();
+                    s.add(zero.data(), 8, 0, 0), s.greedy = best.data();
                     p.run(s);
                     if (expected.empty()) expected = best;
                     expect(best == expected, "greedy ids on " + std::to_string(threads) + " threads");
@@ -310,6 +311,79 @@ void test_threads() {
             for (int c = 0; c < 3; c++) callers.emplace_back(call);
             for (auto& c : callers) c.join();
         }
+    }
+}
+
+// Spans of different sequences, some of them scored, in one step or in a step each: outputs of two attention layers,
+// the second of which has a window and a memory of its own, and scores.
+std::vector<float> run_spans(const std::vector<float>& qkv, const std::vector<std::pair<int, int>>& spans, int threads,
+                             bool together) {
+    const AttentionLayer layers[] = {{6, 2, 24, 0, 0, 0.2f, 0, 0.0f}, {6, 2, 24, 1, 0, 0.2f, 40, 3.0f}};
+    const int cols = layers[0].cols(), heads = 6 * 24, blocks_each = 70;
+    const int n_blocks = blocks_each * static_cast<int>(spans.size());
+    int rows = 0;
+    for (auto [length, n] : spans) rows += n;
+    Program p(supported_isas().front(), threads, rows);
+    float* table = p.rope_table({1.0, 0.1, 0.01}, 1.0);
+    float *in = p.floats(cols), *out[2];
+    std::vector<std::unique_ptr<Aligned<uint8_t>>> memory;
+    for (const AttentionLayer& at : layers) {
+        out[at.memory] = p.floats(heads);
+        KvPool pool;
+        pool.n_blocks = n_blocks, pool.n_layers = 1, pool.n_kv = 2, pool.head_dim = 24;
+        memory.push_back(std::make_unique<Aligned<uint8_t>>(pool.block_bytes() * n_blocks));
+        pool.base = memory.back()->data();
+        p.set_kv(at.memory, pool);
+    }
+    float* copy = p.floats(cols);  // rope_kv turns the queries in place
+    p.rope_kv(layers[0], in, table, 3), p.attention(layers[0], in, out[0]);
+    p.rope_kv(layers[1], copy, table, 3), p.attention(layers[1], copy, out[1]);
+    std::vector<int32_t> zero(rows), blocks(n_blocks);
+    for (int i = 0; i < n_blocks; i++) blocks[i] = i * 11 % n_blocks;  // the spans' blocks lie among each other's
+    std::vector<int32_t> behind = blocks;
+    std::vector<std::vector<float>> scores;
+    for (auto [length, n] : spans) scores.emplace_back(2 * (length + n));
+    std::vector<float> result(static_cast<size_t>(rows) * heads * 2);
+    StepState step(2);
+    int first = 0;
+    auto run = [&] {
+        for (float* to : {in, copy})
+            std::memcpy(to, qkv.data() + static_cast<size_t>(first) * cols, sizeof(float) * step.rows * cols);
+        p.run(step);
+        for (int o = 0; o < 2; o++)
+            std::memcpy(result.data() + (static_cast<size_t>(o) * rows + first) * heads, out[o],
+                        sizeof(float) * step.rows * heads);
+        first += step.rows;
+        step.clear(2);
+    };
+    for (size_t i = 0; i < spans.size(); i++) {
+        const auto [length, n] = spans[i];
+        for (int b = 0; b < (length + 1 - 40) / kBlockSlots; b++) behind[i * blocks_each + b] = -1;  // never read
+        step.add(zero.data(), n, length, n);
+        SpanSlots* slots = &step.slots_of(step.spans.size() - 1, 0);
+        slots[0].blocks = blocks.data() + i * blocks_each, slots[0].length = length;
+        slots[1].blocks = behind.data() + i * blocks_each, slots[1].length = length;
+        if (i % 2) {
+            slots->scores = scores[i].data(), slots->score_slots = length + n, slots->sum_scores = true;
+            slots->scored_rows = std::min(n, 2);
+        }
+        if (!together) run();
+    }
+    if (together) run();
+    for (const auto& s : scores) result.insert(result.end(), s.begin(), s.end());
+    return result;
+}
+
+void test_spans() {
+    const std::vector<std::pair<int, int>> spans = {{0, 1}, {700, 1}, {5, 40}, {300, 3}, {900, 1}, {520, 20}, {31, 1}};
+    int rows = 0;
+    for (auto [length, n] : spans) rows += n;
+    const auto qkv = random_rows(rows, (6 + 4) * 24);
+    const auto apart = run_spans(qkv, spans, 1, false);
+    for (float v : apart) expect(std::isfinite(v), "spans finite");
+    for (int threads : {1, 3}) {
+        expect(same(run_spans(qkv, spans, threads, true), apart), "spans together");
+        expect(same(run_spans(qkv, spans, threads, false), apart), "spans apart");
     }
 }
 
@@ -345,7 +419,7 @@ std::vector<float> run_experts(std::vector<std::unique_ptr<Weights>>& w, const s
         std::memcpy(s, scores.data(), rows * experts * sizeof(float));
         std::memset(y, 0, rows * k * sizeof(float));
         StepState step;
-        step.rows = rows, step.logits_from = rows, step.ids = zero.data();
+        step.add(zero.data(), rows, 0, rows);
         p.run(step);
     }
     return {y, y + rows * k};
@@ -375,9 +449,11 @@ int main(int argc, char** argv) {
     if (what == "threads") {
         test_threads();
         test_experts();
+        test_spans();
     } else {
         const KernelTable& scalar = kernels_for(IsaKind::kScalar);
         test_experts();
+        test_spans();
         for (IsaKind isa : supported_isas()) {
             const KernelTable& t = kernels_for(isa);
             std::printf("%s\n", t.name);

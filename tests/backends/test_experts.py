@@ -23,7 +23,7 @@ def run(weights, x, scores, *, isa, threads=2, act_bits=16, normalize=True, resi
     from tinychat.backends.cpu_recorder import Buffer, Recorder, Value
 
     packed = [[pack(w) for w in expert] for expert in weights]
-    r = Recorder(act_bits)
+    r = Recorder((), act_bits)
     b = Bench(isa, threads)
     value, columns = Value(HIDDEN, rows=Buffer(HIDDEN, rows=True)), Buffer(EXPERTS)
     out = Buffer(HIDDEN)

@@ -293,7 +293,7 @@ def test_stats_add_up(model):
     assert s.tpot_s > 0
     assert s.prefill_tps >= 31 / s.ttft_s
     assert s.decode_tps == pytest.approx(1 / s.tpot_s)
-    assert 0 < s.kv_bytes <= model.backend.kv.nbytes
+    assert 0 < s.kv_bytes <= model.backend.pools[0].kv.nbytes
     assert s.kv_bytes % model.backend.kv_bytes_per_block() == 0
     assert s.peak_rss_bytes > 50_000_000
     assert s.as_dict()["generated_tokens"] == 12

@@ -9,7 +9,7 @@ import pytest
 import torch
 from programs import ISAS, Bench
 
-from tinychat.backends.reference import quantize_kv
+from tinychat.backends.reference_memory import quantize_kv
 from tinychat.kernels_cpu import _native
 
 
@@ -39,13 +39,14 @@ class Attention:
         table = self.b.p.rope_table(list(self.freq))
         self.qkv = self.b.p.floats((heads + 2 * kv) * dim)
         self.out = self.b.p.floats(heads * dim)
-        self.b.p.rope_kv(self.qkv, table, heads, kv, dim, 1)
-        self.b.p.attention(self.qkv, heads, kv, dim, 1, self.out, window, cap)
+        at = _native.Attention(heads, kv, dim, layer=1, window=window, cap=cap)
+        self.b.p.rope_kv(at, self.qkv, table)
+        self.b.p.attention(at, self.qkv, self.out)
         size = _native.kv_block_bytes(2, kv, dim, bits)
         pool = np.frombuffer(mmap.mmap(-1, size * blocks), np.uint8)
         if poison:
             pool[:] = 0xFF  # fp16 NaN everywhere: slots that were never written must not be felt
-        self.b.p.set_kv(pool, blocks, 2, kv, dim, bits)
+        self.b.p.set_kv(0, pool, blocks, 2, kv, dim, bits)
         self.table = np.random.default_rng(5).permutation(blocks).astype(np.int32)
 
     def run(self, qkv, length, position=None):
@@ -64,7 +65,7 @@ class Attention:
         before[..., -3:] = np.nan  # slots behind the step's last are not touched
         scores = before.copy()
         ids = np.zeros(len(qkv), np.int32)
-        self.b.p.run(ids, length, length, self.table, len(qkv), None, None, scores, rows)
+        self.b.p.run(((ids, length, len(qkv), ((self.table, length, scores, rows),)),))
         assert np.isnan(scores[..., -3:]).all()
         np.testing.assert_array_equal(scores[:, 0], before[:, 0])  # nor are other layers
         return self.b.view(self.out, len(qkv)), (scores - before)[:, 1, :, :-3]
@@ -254,7 +255,7 @@ def test_attention_does_not_care_which_slot_holds_a_token(isa, bits):
     a.run(qkv[:n], 0)
     src, dst = np.full((2, 2, 3), -1, np.int32), np.zeros((2, 2, 3), np.int32)
     src[1], dst[1] = [47, 48, 49], [3, 20, 45]
-    a.b.p.move_slots(a.table, src, dst)
+    a.b.p.move_slots(0, a.table, src, dst)
     # The truth: the same query over the tokens that are left, at their own positions (the step's is n).
     a.b.p.array(a.qkv)[:1] = qkv[n:]
     a.b.run(1, n, n - 3, a.table)
@@ -286,7 +287,7 @@ def test_turned_keys_are_those_of_the_new_positions(isa, bits, rotated):
     b = Attention(isa, 4, 2, 48, rotated=rotated, bits=bits)
     qkv = rows(rng, 41, a)
     a.run(qkv[:40], 0, position=900)
-    a.b.p.turn_keys(a.table, [float(f) for f in a.freq], np.full((2, 2, 40), -900, np.int32))
+    a.b.p.turn_keys(0, a.table, [float(f) for f in a.freq], np.full((2, 2, 40), -900, np.int32))
     b.run(qkv[:40], 0)
     tolerance = 4e-3 if bits == 16 else 0.15  # rounded to 8 bits twice; a wrong angle is off by 1 and more
     np.testing.assert_allclose(a.run(qkv[40:], 40), b.run(qkv[40:], 40), atol=tolerance)
@@ -303,7 +304,7 @@ def test_how_far_values_lie_from_their_mean(isa, bits, dim, n):
     weights = rng.exponential(size=(2, 2, n)).astype(np.float32)
     weights[1, 0] = 0  # they count alike
     out = np.empty((2, 2, n), np.float32)
-    a.b.p.value_spread(a.table, weights, out)
+    a.b.p.value_spread(0, a.table, weights, out)
     v = a.stored(torch.from_numpy(qkv).double()[:, 6 * dim :].reshape(n, 2, dim)).numpy()
     weights[1, 0] = 1
     w = (weights / weights.sum(2, keepdims=True))[1]  # the layer that the step wrote
@@ -315,18 +316,18 @@ def test_slots_outside_the_table_are_refused():
     a = Attention(ISAS[0], 2, 1, 32, blocks=4)
     here = np.zeros((2, 1, 1), np.int32)
     with pytest.raises(ValueError, match="slot"):
-        a.b.p.move_slots(a.table, here + 64, here)
+        a.b.p.move_slots(0, a.table, here + 64, here)
     with pytest.raises(ValueError, match="slot"):
-        a.b.p.move_slots(a.table, here, here - 1)
+        a.b.p.move_slots(0, a.table, here, here - 1)
     with pytest.raises(ValueError, match="layer"):
-        a.b.p.move_slots(a.table, here[:1], here[:1])
+        a.b.p.move_slots(0, a.table, here[:1], here[:1])
     with pytest.raises(ValueError, match="slot"):
-        a.b.p.turn_keys(a.table, [1.0], np.zeros((2, 1, 65), np.int32))
+        a.b.p.turn_keys(0, a.table, [1.0], np.zeros((2, 1, 65), np.int32))
     weights = np.zeros((2, 1, 65), np.float32)
     with pytest.raises(ValueError, match="slot"):
-        a.b.p.value_spread(a.table, weights, weights.copy())
+        a.b.p.value_spread(0, a.table, weights, weights.copy())
     with pytest.raises(ValueError, match="results"):
-        a.b.p.value_spread(a.table, weights[:, :, :9].copy(), weights)
+        a.b.p.value_spread(0, a.table, weights[:, :, :9].copy(), weights)
 
 
 def test_an_8_bit_cache_takes_little_more_than_half():

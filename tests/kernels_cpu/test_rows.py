@@ -136,7 +136,7 @@ def head_program(w, x, isa="scalar", tail=True, threads=2):
 def run_head(b, rows, start, vocab, greedy):
     logits = None if greedy else np.empty((rows - start, vocab), np.float32)
     ids = np.empty(rows - start, np.int32) if greedy else None
-    b.p.run(np.zeros(rows, np.int32), 0, 0, np.zeros(1, np.int32), start, logits, ids)
+    b.p.run(((np.zeros(rows, np.int32), 0, start, ()),), logits, ids)
     return ids if greedy else logits
 
 
@@ -192,7 +192,7 @@ def test_embedding_rows_are_the_dequantized_rows(isa):
         out = b.p.floats(96)
         b.p.embed(pack(w).native, out)
         ids = np.array([0, 99, 17, 16, 15, 17, 64, 3, 50], np.int32)
-        b.p.run(ids, 0, 0, np.zeros(1, np.int32), len(ids), None, None)
+        b.p.run(((ids, 0, len(ids), ()),))
         np.testing.assert_allclose(b.view(out, 9), w.dequantize()[ids], rtol=1e-6, atol=1e-9, err_msg=form)
 
 
@@ -200,11 +200,10 @@ def test_wrong_inputs_are_exceptions():
     rng = np.random.default_rng(3)
     b = Bench()
     b.p.embed(pack(random_linear(rng, "int8", 10, 32, 32)).native, b.p.floats(32))
-    table = np.zeros(1, np.int32)
     for ids in ([10], [-1], [], [0] * 65):
         with pytest.raises(ValueError, match=r"token|step"):
-            b.p.run(np.array(ids, np.int32), 0, 0, table, len(ids), None, None)
+            b.p.run(((np.array(ids, np.int32), 0, len(ids), ()),))
     with pytest.raises(ValueError, match="no place"):
-        b.p.run(np.zeros(1, np.int32), 0, 0, table, 0, None, None)
+        b.p.run(((np.zeros(1, np.int32), 0, 0, ()),))
     with pytest.raises(ValueError, match="negative"):
-        b.p.run(np.zeros(1, np.int32), 0, -1, table, 1, None, None)
+        b.p.run(((np.zeros(1, np.int32), -1, 1, ()),))

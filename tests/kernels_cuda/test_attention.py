@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulation import bench, needs_device
 
-from tinychat.backends.reference import quantize_kv
+from tinychat.backends.reference_memory import quantize_kv
 from tinychat.kernels_cuda import attention
 from tinychat.kernels_cuda.linear import row_length
 

@@ -29,9 +29,9 @@ class Bench:
         return self.p.array(floats)[:rows].copy()
 
     def run(self, rows: int, position: int = 0, length: int = 0, table: np.ndarray | None = None) -> None:
-        """Run the recorded ops; no logits."""
-        table = np.zeros(1, np.int32) if table is None else table
-        self.p.run(np.zeros(rows, np.int32), position, length, table, rows, None, None)
+        """Run the recorded ops on one span; no logits. table: of the one memory, where the ops have one."""
+        memories = () if table is None else ((table, length, None, 0),)
+        self.p.run(((np.zeros(rows, np.int32), position, rows, memories),))
 
 
 def input_rows(program, w: PackedLinear, act_bits: int):

@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,28 @@ def _anonymous(size: int) -> mmap.mmap:
     return memory
 
 
+@dataclass
+class _Pool:
+    """The KV blocks of one memory."""
+
+    map: mmap.mmap | None = None
+    blocks: int = 0
+    bytes: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.bytes = np.empty(0, np.uint8) if self.map is None else np.frombuffer(self.map, np.uint8)
+
+    def rows(self) -> np.ndarray:
+        """uint8 [blocks, bytes of each]"""
+        return self.bytes.reshape(max(1, self.blocks), -1)
+
+
 class CpuBackend:
     """Implements `Backend`. Rows do not depend on each other: any chunking gives the same bits."""
 
     name = "cpu"
     row_independent = True
-    max_spans = 1
+    max_spans = MAX_ROWS
     survives_fork = True  # its threads are started anew
 
     def __init__(
@@ -74,13 +91,11 @@ class CpuBackend:
         layout = CpuLayout(self.threads)
         self._pack = pack_store.opened(checkpoint, policy or WeightPolicy(), family, layout, tell)
         weights = family.load(CpuWeights(self._pack), self.cfg)
-        recorder = Recorder(self.act_bits)
+        recorder = Recorder(self.memories, self.act_bits)
         family.forward(recorder, self.cfg, weights)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))
         self.max_rows = MAX_ROWS
-        self._memory: mmap.mmap | None = None
-        self._pool = np.empty(0, np.uint8)
-        self._blocks = 0
+        self._pools = [_Pool() for _ in self.memories]
 
     def describe(self) -> dict[str, Any]:
         """What runs: backend, isa, act_bits, kv_bits, threads."""
@@ -98,21 +113,21 @@ class CpuBackend:
         return len(spec.layers), spec.kv_heads
 
     def kv_bytes_per_block(self, memory: int = 0) -> int:
-        """Bytes of one block of BLOCK slots: keys and values of all layers."""
-        c = self.cfg
-        return _native.kv_block_bytes(c.n_layers, c.n_kv_heads, c.head_dim, self.kv_bits)
+        """Bytes of one block of BLOCK slots: keys and values of all layers of that memory."""
+        spec = self.memories[memory]
+        return _native.kv_block_bytes(len(spec.layers), spec.kv_heads, spec.head_dim, self.kv_bits)
 
     def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
         """Have a KV pool of so many blocks; memory is touched only as blocks are used."""
-        size = max(1, n_blocks) * self.kv_bytes_per_block()
-        memory, blocks = self._memory, self._blocks
-        if grows := memory is not None and n_blocks > blocks:
-            self._use_pool(None, 0)  # nothing may point into it while the system moves it
+        size = max(1, n_blocks) * self.kv_bytes_per_block(memory)
+        pool, blocks = self._pools[memory].map, self._pools[memory].blocks
+        if grows := pool is not None and n_blocks > blocks:
+            self._use_pool(memory, _Pool())  # nothing may point into it while the system moves it
         try:
             if grows:
-                memory.resize(size)
+                pool.resize(size)
             else:
-                memory, blocks = _anonymous(size), n_blocks
+                pool = _anonymous(size)
             blocks = n_blocks
         except (OSError, MemoryError) as e:
             raise MemoryBudgetError(
@@ -120,63 +135,59 @@ class CpuBackend:
                 "Ask for a smaller --ctx.",
             ) from e
         finally:
-            if memory is not None:
-                self._use_pool(memory, blocks)
+            if pool is not None:
+                self._use_pool(memory, _Pool(pool, blocks))
 
-    def _use_pool(self, memory: mmap.mmap | None, n_blocks: int) -> None:
-        c = self.cfg
-        self._pool = np.empty(0, np.uint8) if memory is None else np.frombuffer(memory, np.uint8)
-        self._program.set_kv(self._pool, n_blocks, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_bits)
-        self._memory, self._blocks = memory, n_blocks
+    def _use_pool(self, memory: int, pool: _Pool) -> None:
+        spec = self.memories[memory]
+        shape = len(spec.layers), spec.kv_heads, spec.head_dim, self.kv_bits
+        self._pools[memory] = pool
+        self._program.set_kv(memory, pool.bytes, pool.blocks, *shape)
 
     def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
         """Copy a pool block, all layers (copy-on-write)."""
-        blocks = self._pool.reshape(max(1, self._blocks), -1)
-        blocks[dst] = blocks[src]
+        rows = self._pools[memory].rows()
+        rows[dst] = rows[src]
 
     def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
         """What the blocks hold: uint8 [n blocks, kv_bytes_per_block]."""
-        return self._pool.reshape(max(1, self._blocks), -1)[block_table]
+        return self._pools[memory].rows()[block_table]
 
     def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
         """What `read_blocks` gave, into these blocks."""
-        self._pool.reshape(max(1, self._blocks), -1)[block_table] = data
+        self._pools[memory].rows()[block_table] = data
 
     def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
-        self._program.move_slots(*(np.ascontiguousarray(a, np.int32) for a in (block_table, src, dst)))
+        arrays = (np.ascontiguousarray(a, np.int32) for a in (block_table, src, dst))
+        self._program.move_slots(memory, *arrays)
 
     def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
         """How far values lie from their weighted mean, float32 [layers, kv_heads, n]."""
-        out = np.empty(weights.shape, np.float32)
-        self._program.value_spread(
-            np.ascontiguousarray(block_table, np.int32), np.ascontiguousarray(weights, np.float32), out
-        )
+        table = np.ascontiguousarray(block_table, np.int32)
+        weights, out = np.ascontiguousarray(weights, np.float32), np.empty(weights.shape, np.float32)
+        self._program.value_spread(memory, table, weights, out)
         return out
 
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
-        ropes = [layer.mixer.rope for layer in self.cfg.layers]
+        ropes = [self.cfg.rope_of(layer) for layer in self.memories[memory].layers]
         for rope in {*ropes} - {None}:
             here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
-            frequencies = [float(f) for f in rope.frequencies()]
-            self._program.turn_keys(
-                table, frequencies, np.ascontiguousarray(np.where(here, delta, 0), np.int32)
-            )
+            turned = np.ascontiguousarray(np.where(here, delta, 0), np.int32)
+            self._program.turn_keys(memory, table, [float(f) for f in rope.frequencies()], turned)
 
     def step(self, step: Step) -> np.ndarray:
-        """Run the network. float32 [T - logits_from, vocab]."""
-        (span,) = step.spans
-        out = np.empty((len(span.token_ids) - span.logits_from, self.cfg.vocab_size), np.float32)
-        self._run(span, out, None)
+        """Run the network. float32 [asked rows, vocab]."""
+        out = np.empty((step.asked_rows, self.cfg.vocab_size), np.float32)
+        self._run(step, out, None)
         return out
 
     def step_greedy(self, step: Step) -> np.ndarray:
         """What `Backend.step_greedy` says; no logits are written."""
-        (span,) = step.spans
-        out = np.empty(len(span.token_ids) - span.logits_from, np.int32)
-        self._run(span, None, out)
+        out = np.empty(step.asked_rows, np.int32)
+        self._run(step, None, out)
         return out
 
     def timings(self, step: Step) -> list[tuple[str, float]]:
@@ -190,22 +201,20 @@ class CpuBackend:
 
     def close(self) -> None:
         """Release threads and memory. Idempotent."""
-        self._program = self._memory = None
-        self._pool = np.empty(0, np.uint8)
+        self._program = None
+        self._pools = [_Pool() for _ in self.memories]
 
-    def _run(self, span: Span, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
+    def _run(self, step: Step, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
         if self._program is None:
             raise TinychatError("The model is closed.", "Load it again.")
         self._pack.check_usable()
-        (slots,) = span.memories
-        self._program.run(
-            np.ascontiguousarray(span.token_ids, np.int32),
-            span.position,
-            slots.length,
-            np.ascontiguousarray(slots.table, np.int32),
-            span.logits_from,
-            logits,
-            greedy,
-            slots.scores,
-            slots.scored_rows,
-        )
+        self._program.run(tuple([_native_span(span) for span in step.spans]), logits, greedy)
+
+
+def _native_span(span: Span) -> tuple:
+    """A span as the program takes it."""
+    memories = [
+        (np.ascontiguousarray(m.table, np.int32), m.length, m.scores, m.scored_rows) for m in span.memories
+    ]
+    ids = np.ascontiguousarray(span.token_ids, np.int32)
+    return ids, span.position, span.logits_from, tuple(memories)

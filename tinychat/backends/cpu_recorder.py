@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends.cpu_pack import PackedLinear
+from tinychat.backends.interface import MemorySpec, place_of
+from tinychat.kernels_cpu import _native
 from tinychat.network.config import AttentionConfig, RopeConfig
 
 
@@ -88,6 +90,7 @@ class Record:
 class Recorder:
     """Implements `Ops` by writing down what to run. Norms and activations take the form that is read."""
 
+    memories: tuple[MemorySpec, ...]
     act_bits: int
     records: list[Record] = field(default_factory=list)
     tables: dict[RopeConfig, Buffer] = field(default_factory=dict)
@@ -149,10 +152,17 @@ class Recorder:
         c, qkv = attention, q.qkv.floats
         table = self.tables[q.rope] if q.rope else Buffer(0)  # nothing is rotated
         out = Buffer(c.n_heads * c.head_dim)
-        heads = c.n_heads, c.n_kv_heads, c.head_dim, layer
-        self._record([qkv, table], lambda p: p.rope_kv(qkv.native, table.native, *heads, c.scale or 0.0))
-        window, cap = c.window, c.soft_cap
-        self._record([qkv, out], lambda p: p.attention(qkv.native, *heads, out.native, window, cap))
+        at = _native.Attention(
+            c.n_heads,
+            c.n_kv_heads,
+            c.head_dim,
+            *place_of(self.memories, layer),
+            scale=c.scale or 0.0,
+            window=c.window,
+            cap=c.soft_cap,
+        )
+        self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
+        self._record([qkv, out], lambda p: p.attention(at, qkv.native, out.native))
         return Value(out.cols, floats=out)
 
     def silu_mul(self, gate_up):

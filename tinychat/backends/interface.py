@@ -104,6 +104,11 @@ class Step:
 
     spans: tuple[Span, ...]
 
+    @property
+    def asked_rows(self) -> int:
+        """Rows that get logits, of all spans."""
+        return sum([len(span.token_ids) - span.logits_from for span in self.spans])
+
     @staticmethod
     def of(
         token_ids: np.ndarray,

@@ -10,32 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tinychat.backends.interface import BLOCK, Span, Step, memories_of
-from tinychat.base.errors import MemoryBudgetError
+from tinychat.backends.interface import Slots, Step, memories_of, place_of
+from tinychat.backends.reference_memory import KvPool, StatePool, pool_slots, rotate
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.config import ModelConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear
-
-
-def quantize_kv(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values [..., head_dim] as an 8-bit cache gives them back: int8 with an fp16 scale for each 32
-    channels.
-    """
-    parts = []
-    for g in x.split(32, dim=-1):
-        scale = (g.abs().amax(-1, keepdim=True) * np.float32(1 / 127)).half().float()
-        inverse = torch.where(scale == 0, 0.0, 1 / scale)
-        parts.append((g * inverse).round().clamp(-128, 127) * scale)
-    return torch.cat(parts, dim=-1)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Halves convention, over the first dimensions that cos and sin have pairs for."""
-    n = cos.shape[-1]
-    a, b, rest = x.split([n, n, x.shape[-1] - 2 * n], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 class _Loader:
@@ -78,7 +59,7 @@ class ReferenceBackend:
     name = "reference"
     row_independent = False  # torch chooses another matmul for another row count
     max_rows = 512
-    max_spans = 1
+    max_spans = 512
 
     def __init__(
         self,
@@ -95,7 +76,9 @@ class ReferenceBackend:
         self.family = FAMILIES[self.cfg.family]
         self.weights = self.family.load(_Loader(checkpoint, policy or WeightPolicy()), self.cfg)
         self.kv_bits = kv_bits
-        self.kv = torch.empty(0)
+        self.pools: list[Any] = [
+            StatePool(spec) if spec.kind == "state" else KvPool(spec, kv_bits) for spec in self.memories
+        ]
         self._rope: dict[RopeConfig, torch.Tensor] = {}
 
     # Backend
@@ -114,58 +97,33 @@ class ReferenceBackend:
         return len(spec.layers), spec.kv_heads
 
     def kv_bytes_per_block(self, memory: int = 0) -> int:
-        return self.cfg.n_layers * 2 * BLOCK * self.cfg.n_kv_heads * self.cfg.head_dim * 4
+        return self.pools[memory].bytes_per_block
 
     def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
-        c, before = self.cfg, self.kv
-        try:
-            self.kv = torch.empty((2, c.n_layers, n_blocks * BLOCK, c.n_kv_heads, c.head_dim))
-        except RuntimeError as e:  # what torch says where memory ends
-            raise MemoryBudgetError("There is no memory for the KV cache.", "Ask for a smaller --ctx.") from e
-        if before.numel() and before.shape[2] < self.kv.shape[2]:
-            self.kv[:, :, : before.shape[2]] = before
+        self.pools[memory].allocate(n_blocks)
 
     def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
-        self.kv[:, :, dst * BLOCK : (dst + 1) * BLOCK] = self.kv[:, :, src * BLOCK : (src + 1) * BLOCK]
+        self.pools[memory].copy(src, dst)
 
     def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
-        blocks = self.kv.unflatten(2, (-1, BLOCK)).permute(2, 0, 1, 3, 4, 5)[block_table.tolist()]
-        return blocks.contiguous().numpy().reshape(len(block_table), -1).view(np.uint8)
+        return self.pools[memory].read(block_table)
 
     def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
-        c = self.cfg
-        shape = (len(block_table), 2, c.n_layers, BLOCK, c.n_kv_heads, c.head_dim)
-        blocks = torch.from_numpy(data.view(np.float32).reshape(shape).copy())
-        self.kv.unflatten(2, (-1, BLOCK))[:, :, block_table.tolist()] = blocks.permute(1, 2, 0, 3, 4, 5)
+        self.pools[memory].write(block_table, data)
 
     def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
-        layer, head, i = np.nonzero(src >= 0)
-        to, from_ = (self._slots(block_table)[a[layer, head, i]] for a in (dst, src))
-        self.kv[:, layer, to, head] = self.kv[:, layer, from_, head]
+        self.pools[memory].move_slots(block_table, src, dst)
 
     def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
-        n = weights.shape[2]
-        values = self.kv[1, :, self._slots(block_table)[:n]].transpose(1, 2)  # [layers, kv_heads, n, dim]
-        w = torch.from_numpy(weights)
-        w = torch.where(w.sum(2, keepdim=True) > 0, w, 1.0)
-        mean = (w[..., None] * values).sum(2, keepdim=True) / w.sum(2)[..., None, None]
-        return (values - mean).norm(dim=3).numpy()
+        return self.pools[memory].value_spread(block_table, weights)
 
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
-        slots = self._slots(block_table)[: delta.shape[2]]
-        for layer in range(self.cfg.n_layers):
-            rope = self.cfg.layers[layer].mixer.rope
-            if rope is None:
-                continue
-            keys = self.kv[0, layer, slots]  # [slots, kv_heads, dim]
-            angle = torch.from_numpy(delta[layer]).double().T[..., None] * self._frequencies(rope)
-            turned = _rotate(keys, angle.cos().float(), angle.sin().float())
-            self.kv[0, layer, slots] = self._stored(turned)
+        ropes = [self.cfg.rope_of(layer) for layer in self.memories[memory].layers]
+        self.pools[memory].turn_keys(block_table, delta, ropes)
 
     @torch.inference_mode()
     def step(self, step: Step) -> np.ndarray:
-        (span,) = step.spans
-        self._begin(span)
+        self._begin(step)
         return self.family.forward(self, self.cfg, self.weights).numpy()
 
     def step_greedy(self, step: Step) -> np.ndarray:
@@ -176,32 +134,22 @@ class ReferenceBackend:
         return np.where(chosen, best, -1).astype(np.int32)
 
     def close(self) -> None:
-        self.weights, self.kv = None, torch.empty(0)
+        self.weights, self.pools = None, []
 
-    def _begin(self, span: Span) -> None:
-        self.current, (self.slots,) = span, span.memories
-        slots = self._slots(self.slots.table)[: self.slots.length + len(span.token_ids)]
-        self.read_slots, self.write_slots = slots, slots[self.slots.length :]
-        self.ids = torch.from_numpy(span.token_ids.astype(np.int64))
-        self.positions = span.position + torch.arange(len(span.token_ids), dtype=torch.float64)
-
-    @staticmethod
-    def _slots(block_table: np.ndarray) -> torch.Tensor:
-        """Pool slots of the logical ones."""
-        table = torch.from_numpy(block_table.astype(np.int64))
-        return (table[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+    def _begin(self, step: Step) -> None:
+        ends = np.cumsum([len(span.token_ids) for span in step.spans])
+        self.rows = [slice(end - len(s.token_ids), end) for s, end in zip(step.spans, ends, strict=True)]
+        self.spans = step.spans
+        self.ids = torch.from_numpy(np.concatenate([s.token_ids for s in step.spans]).astype(np.int64))
+        positions = [s.position + np.arange(len(s.token_ids)) for s in step.spans]
+        self.positions = torch.from_numpy(np.concatenate(positions).astype(np.float64))
+        spans = zip(self.rows, step.spans, strict=True)
+        self.asked = np.concatenate([np.arange(r.start + s.logits_from, r.stop) for r, s in spans])
 
     def _frequencies(self, rope: RopeConfig) -> torch.Tensor:
         if rope not in self._rope:
             self._rope[rope] = torch.from_numpy(rope.frequencies())
         return self._rope[rope]
-
-    def _stored(self, x: torch.Tensor) -> torch.Tensor:
-        """What the cache gives back of keys or values [..., head_dim]."""
-        if self.kv_bits == 32:
-            return x
-        x = x.clamp(-65504, 65504).half().float()
-        return x if self.kv_bits == 16 else quantize_kv(x)
 
     # Ops
 
@@ -231,19 +179,30 @@ class ReferenceBackend:
     def rope(self, q, k, rope):
         angle = self.positions[:, None] * self._frequencies(rope)  # float64: exact enough at any position
         cos, sin = ((rope.magnitude * f(angle)).float()[:, None] for f in (torch.cos, torch.sin))
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def attention(self, q, k, v, attention, layer):
         """Write the step's keys and values, attend to all that are visible: [rows, heads · head_dim]."""
-        self.kv[0, layer, self.write_slots] = self._stored(k)
-        self.kv[1, layer, self.write_slots] = self._stored(v)
-        keys, values = (self.kv[i, layer, self.read_slots].transpose(0, 1)[None] for i in (0, 1))
-        t, end = q.shape[0], keys.shape[2]
-        own = (end - t + torch.arange(t))[:, None]
-        mask = torch.arange(end) <= own
-        if attention.window:
-            mask &= torch.arange(end) > own - attention.window
-        self._score(q, keys[0], mask, attention, layer)
+        memory, index = place_of(self.memories, layer)
+        parts = []
+        for rows, span in zip(self.rows, self.spans, strict=True):
+            where = span.memories[memory], self.pools[memory], index
+            parts.append(self._attend(q[rows], k[rows], v[rows], attention, *where))
+        return torch.cat(parts)
+
+    def _attend(self, q, k, v, attention: AttentionConfig, slots: Slots, pool: KvPool, layer: int):
+        """One span's attention. Slots that none of its rows sees are not read."""
+        t, end, window = q.shape[0], slots.length + q.shape[0], attention.window
+        first = max(0, slots.length + 1 - window) if window else 0
+        where = pool_slots(slots.table)[first:end]
+        pool.kv[0, layer, where[-t:]] = pool.stored(k)
+        pool.kv[1, layer, where[-t:]] = pool.stored(v)
+        keys, values = (pool.kv[i, layer, where].transpose(0, 1)[None] for i in (0, 1))
+        own, there = torch.arange(slots.length, end)[:, None], torch.arange(first, end)
+        mask = there <= own
+        if window:
+            mask &= there > own - window
+        self._score(q, keys[0], mask, attention, slots, layer, first)
         if attention.soft_cap:
             p = self._probabilities(q, keys[0], mask, attention)  # [kv_heads, heads of each, rows, slots]
             return torch.einsum("gjrs,gsd->rgjd", p, values[0]).flatten(1)
@@ -252,15 +211,14 @@ class ReferenceBackend:
         )
         return y[0].transpose(0, 1).flatten(1)
 
-    def _score(self, q, keys, mask, attention, layer):
-        """What the step's last rows attended to in one layer, for eviction."""
-        slots = self.slots
+    def _score(self, q, keys, mask, attention, slots: Slots, layer: int, first: int):
+        """What a span's last rows attended to in one layer, for eviction. first: slot of the first key."""
         if slots.scores is None:
             return
         r = slots.scored_rows
         p = self._probabilities(q[-r:], keys, mask[-r:], attention).sum(1)  # [kv_heads, rows, slots]
         for i, row in enumerate(p.transpose(0, 1).numpy()):
-            slots.scores[i if len(slots.scores) == r else 0, layer, :, : p.shape[2]] += row
+            slots.scores[i if len(slots.scores) == r else 0, layer, :, first : first + p.shape[2]] += row
 
     def _probabilities(self, q, keys, mask, attention):
         """softmax(scale · q kᵀ) with soft cap, written out: [kv_heads, heads of each, rows, slots]."""
@@ -270,6 +228,27 @@ class ReferenceBackend:
         if cap:
             logits = cap * torch.tanh(logits / cap)
         return logits.masked_fill(~mask, -torch.inf).softmax(-1)
+
+    def recur(self, x, layer, update):
+        """The rows of each span through a layer's state: [rows, …]. Beside `Ops`: a verb of this backend
+        alone, for families that show what recurrent ones need.
+
+        update(state float32 [n], row of x) → what the state becomes, and the row's result. It is called row
+        by row, so that no result depends on how the rows are cut into steps.
+        """
+        recurrent = ((m, spec) for m, spec in enumerate(self.memories) if spec.kind == "state")
+        memory, index = next((m, s.layers.index(layer)) for m, s in recurrent if layer in s.layers)
+        pool = self.pools[memory].states
+        out = []
+        for rows, span in zip(self.rows, self.spans, strict=True):
+            states = span.memories[memory]
+            state = pool[states.source, index].clone() if states.source >= 0 else torch.zeros(pool.shape[2])
+            for row, kept in zip(x[rows], states.kept.tolist(), strict=True):
+                state, result = update(state, row)
+                out.append(result)
+                if kept >= 0:
+                    pool[kept, index] = state
+        return torch.stack(out)
 
     def silu_mul(self, gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
@@ -297,5 +276,5 @@ class ReferenceBackend:
         return add_to + (x * routes[1][..., None]).sum(1)
 
     def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
-        y = F.linear(x[self.current.logits_from :], *weight) * scale
+        y = F.linear(x[self.asked], *weight) * scale
         return soft_cap * torch.tanh(y / soft_cap) if soft_cap else y
