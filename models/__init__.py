@@ -1,8 +1,8 @@
-"""Networks: one short file an architecture family, written in the verbs of `tinychat.network.ops`."""
+"""Networks: one file a family, written in the verbs of `tinychat.network.ops`, with all that is particular to
+the family: how its files read, what its tensors are called (`tinychat.network.family`).
+"""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 from tinychat.models import (
     gemma2,
@@ -17,8 +17,9 @@ from tinychat.models import (
     qwen3_moe,
     smollm3,
 )
+from tinychat.network.family import Family
 
-FAMILIES: dict[str, ModuleType] = {
+FAMILIES: dict[str, Family] = {
     "gemma2": gemma2,
     "gemma3": gemma3,
     "granite": granite,
@@ -31,4 +32,4 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_moe": qwen3_moe,
     "smollm3": smollm3,
 }
-"""Each has `load` and `forward` (the network), `linears`, `norms` and `biases` (what its files hold)."""
+"""By `ModelConfig.family`."""

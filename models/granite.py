@@ -3,12 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from tinychat.models.llama import Weights, biases, block, linears, load, norms
-from tinychat.network.config import ModelConfig
+from tinychat.models.llama import NAMES, NORM_OFFSET, Weights, biases, block, linears, load, norms
+from tinychat.network.config import LayerConfig, ModelConfig
+from tinychat.network.family import FromGGUF, FromHF, Metadata, Settings, Stack
 from tinychat.network.ops import Handle, Ops
 
-__all__ = ["biases", "forward", "linears", "load", "norms"]
+__all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
+
+
+def _scaled(stack: Stack, scale: float | None) -> tuple[LayerConfig, ...]:
+    attention = replace(stack.attention, scale=scale)
+    return stack.layers(lambda i: attention)
+
+
+def _from_hf(c: Settings) -> dict[str, Any]:
+    return {
+        "embed_scale": float(c["embedding_multiplier"]),
+        "residual_scale": float(c["residual_multiplier"]),
+        "logit_scale": 1 / float(c["logits_scaling"]),
+    }
+
+
+def _from_gguf(m: Metadata) -> dict[str, Any]:
+    return {
+        "embed_scale": float(m.number("embedding_scale", 0) or 1),
+        "residual_scale": float(m.number("residual_scale", 0) or 1),
+        "logit_scale": 1 / float(m.number("logit_scale", 0) or 1),
+    }
+
+
+MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
+HF = {
+    "GraniteForCausalLM": FromHF(
+        dict.fromkeys(MULTIPLIERS, 1.0),
+        MULTIPLIERS,
+        layers=lambda c, stack: _scaled(stack, float(c["attention_multiplier"])),
+        constants=_from_hf,
+    )
+}
+GGUF = {
+    "granite": FromGGUF(
+        NAMES,
+        interleaved=True,
+        options=("attention.scale", "embedding_scale", "logit_scale", "residual_scale"),
+        layers=lambda m, stack: _scaled(stack, float(m.number("attention.scale", 0)) or None),
+        constants=_from_gguf,
+    )
+}
 
 
 def forward(ops: Ops, cfg: ModelConfig, w: Weights) -> Handle:
@@ -23,3 +66,15 @@ def forward(ops: Ops, cfg: ModelConfig, w: Weights) -> Handle:
     for layer, weights in enumerate(w.blocks):
         y = block(ops, cfg, weights, y, layer)
     return ops.lm_head(ops.rms_norm(y, w.norm, cfg.norm_eps), w.head, cfg.logit_scale)
+
+
+def settings(cfg: ModelConfig) -> Settings:
+    """What config.json says of such a model."""
+    a = cfg.layers[0].mixer
+    return {
+        "architectures": ["GraniteForCausalLM"],
+        "embedding_multiplier": cfg.embed_scale,
+        "residual_multiplier": cfg.residual_scale,
+        "attention_multiplier": a.scale or a.head_dim**-0.5,
+        "logits_scaling": 1 / cfg.logit_scale,
+    }

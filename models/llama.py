@@ -8,8 +8,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.network.config import LayerConfig, ModelConfig
+from tinychat.network.config import AttentionConfig, LayerConfig, ModelConfig
+from tinychat.network.family import FromGGUF, FromHF, Settings, WeightSource
 from tinychat.network.ops import Handle, Ops
+
+HF = {
+    "LlamaForCausalLM": FromHF(),
+    "MistralForCausalLM": FromHF({"sliding_window": 4096}, windows=True),
+    "MinistralForCausalLM": FromHF({"sliding_window": 4096}, windows=True),
+}
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+GGUF = {"llama": FromGGUF(NAMES, interleaved=True)}
+NORM_OFFSET = 0.0
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -37,7 +57,7 @@ class Weights:
     head: Handle
 
 
-def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
+def load_block(w: WeightSource, p: str, layer: LayerConfig) -> Block:
     """The block whose modules' names begin with `p`."""
     return Block(
         attn_norm=w.vector(p + "input_layernorm"),
@@ -49,28 +69,30 @@ def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
     )
 
 
-def load(
-    w: Any, cfg: ModelConfig, load_block: Callable[[Any, str, LayerConfig], Any] = load_block
-) -> Weights:
+LoadBlock = Callable[[WeightSource, str, LayerConfig], Any]
+
+
+def load(w: WeightSource, cfg: ModelConfig, load_block: LoadBlock = load_block) -> Weights:
     """Ask the backend's loader `w` for every weight by its Hugging Face name, in the order of use."""
     embed = w.embedding("model.embed_tokens")
     blocks = [load_block(w, f"model.layers.{i}.", layer) for i, layer in enumerate(cfg.layers)]
     return Weights(embed, blocks, norm=w.vector("model.norm"), head=w.head("lm_head", tied_to=embed))
 
 
-def mlp(ops: Ops, w: Block, x: Handle) -> Handle:
-    """What the down projection reads. x: [T, hidden], normed."""
-    return ops.silu_mul(ops.linear(x, w.gate_up))
+def attend(ops: Ops, a: AttentionConfig, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
+    """Attention with queries and keys rotated, where the layer rotates them: [T, heads·D]."""
+    if a.rope:
+        q, k = ops.rope(q, k, a.rope)
+    return ops.attention(q, k, v, a, layer)
 
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One pre-norm decoder block. x: [T, hidden]."""
     a = cfg.layers[layer].mixer
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
-    if a.rope:
-        q, k = ops.rope(q, k, a.rope)
-    x = ops.linear(ops.attention(q, k, v, a, layer), w.o, add_to=x)
-    return ops.linear(mlp(ops, w, ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)), w.down, add_to=x)
+    x = ops.linear(attend(ops, a, q, k, v, layer), w.o, add_to=x)
+    m = ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)
+    return ops.linear(ops.silu_mul(ops.linear(m, w.gate_up)), w.down, add_to=x)
 
 
 def forward(ops: Ops, cfg: ModelConfig, w: Weights, block: Callable[..., Handle] = block) -> Handle:
@@ -105,3 +127,8 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 def biases(cfg: ModelConfig) -> tuple[str, ...]:
     """Linears that must have a bias, by their names inside a block."""
     return (ATTENTION if cfg.attention_bias else ()) + (MLP if cfg.mlp_bias else ())
+
+
+def settings(cfg: ModelConfig) -> Settings:
+    """What config.json says of such a model: with windows it is a Mistral."""
+    return {"architectures": ["MistralForCausalLM" if cfg.windowed else "LlamaForCausalLM"]}

@@ -1,22 +1,71 @@
 """Mixtral: Llama with a choice of MLPs, the experts, in place of one; a router sends each token through the
 few that it gives the largest weights (Jiang et al. 2024).
 
-Names are those of transformers' modules; readers know what else files call them.
+Names are those of transformers' modules, which its files call otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from tinychat.models import llama
-from tinychat.models.llama import norms
+from tinychat.models.llama import NAMES, NORM_OFFSET, norms
+from tinychat.network import hf_config
 from tinychat.network.config import ExpertsConfig, LayerConfig, ModelConfig
+from tinychat.network.family import FromGGUF, FromHF, Metadata, Settings, Stack, WeightSource
 from tinychat.network.ops import Handle, Ops
 
-__all__ = ["biases", "forward", "linears", "load", "norms"]
+__all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
 
 ROUTER = "mlp.gate"
+EXPERT_NAMES = NAMES | {
+    ROUTER: "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+
+
+def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
+    mlp = hf_config.experts(c, c["intermediate_size"], 8)
+    return tuple(replace(layer, mlp=mlp) for layer in hf_config.windowed(c, stack))
+
+
+def experts_from_gguf(m: Metadata, size: int) -> ExpertsConfig:
+    """The experts of a layer, each of the intermediate size `size`."""
+    # llama.cpp makes the weights sum to one, whatever the model was trained with
+    normalize = bool(m.get("expert_weights_norm", True))
+    return ExpertsConfig(m.number("expert_count"), m.number("expert_used_count"), size, normalize)
+
+
+def _from_gguf(m: Metadata, stack: Stack) -> tuple[LayerConfig, ...]:
+    mlp = experts_from_gguf(m, m.number("feed_forward_length"))
+    return stack.layers(mlp=lambda i: mlp)
+
+
+HF = {
+    "MixtralForCausalLM": FromHF(
+        {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2},
+        hf_config.EXPERTS,
+        windows=True,
+        layers=_from_hf,
+        tensors=(
+            (r"block_sparse_moe\.gate\.", "mlp.gate."),
+            (r"block_sparse_moe\.experts\.(\d+)\.w1\.", r"mlp.experts.\1.gate_proj."),
+            (r"block_sparse_moe\.experts\.(\d+)\.w2\.", r"mlp.experts.\1.down_proj."),
+            (r"block_sparse_moe\.experts\.(\d+)\.w3\.", r"mlp.experts.\1.up_proj."),
+        ),
+    )
+}
+GGUF = {
+    "llama": FromGGUF(
+        EXPERT_NAMES,
+        when=lambda m: bool(m.get("expert_count")),
+        interleaved=True,
+        options=("expert_count",),
+        layers=_from_gguf,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +88,13 @@ class Block:
     experts: Experts
 
 
-def load_experts(w: Any, p: str, mlp: ExpertsConfig) -> Experts:
+def experts_of(layer: LayerConfig) -> ExpertsConfig:
+    """The experts of a layer that has them."""
+    assert isinstance(layer.mlp, ExpertsConfig)
+    return layer.mlp
+
+
+def load_experts(w: WeightSource, p: str, mlp: ExpertsConfig) -> Experts:
     """The experts of the block whose modules' names begin with `p`."""
     names = [f"{p}mlp.experts.{e}." for e in range(mlp.n)]
     return Experts(
@@ -49,18 +104,18 @@ def load_experts(w: Any, p: str, mlp: ExpertsConfig) -> Experts:
     )
 
 
-def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
+def load_block(w: WeightSource, p: str, layer: LayerConfig) -> Block:
     """The block whose modules' names begin with `p`."""
     return Block(
         attn_norm=w.vector(p + "input_layernorm"),
         qkv=w.linear(*(p + name for name in llama.ATTENTION[:3])),
         o=w.linear(p + "self_attn.o_proj"),
         mlp_norm=w.vector(p + "post_attention_layernorm"),
-        experts=load_experts(w, p, layer.mlp),
+        experts=load_experts(w, p, experts_of(layer)),
     )
 
 
-def load(w: Any, cfg: ModelConfig) -> llama.Weights:
+def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
     """Ask the backend's loader `w` for every weight."""
     return llama.load(w, cfg, load_block)
 
@@ -76,8 +131,9 @@ def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle
     """One pre-norm decoder block. x: [T, hidden]."""
     a = cfg.layers[layer].mixer
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
-    x = ops.linear(ops.attention(*ops.rope(q, k, a.rope), v, a, layer), w.o, add_to=x)
-    return experts(ops, cfg.layers[layer].mlp, w.experts, ops.rms_norm(x, w.mlp_norm, cfg.norm_eps), add_to=x)
+    x = ops.linear(llama.attend(ops, a, q, k, v, layer), w.o, add_to=x)
+    m = ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)
+    return experts(ops, experts_of(cfg.layers[layer]), w.experts, m, add_to=x)
 
 
 def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
@@ -87,7 +143,7 @@ def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
 
 def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Names and [out, in] of a block's linears, the router among them."""
-    mlp, p, h = cfg.layers[layer].mlp, f"model.layers.{layer}.", cfg.hidden_size
+    mlp, p, h = experts_of(cfg.layers[layer]), f"model.layers.{layer}.", cfg.hidden_size
     shapes = {name: s for name, s in llama.linears(cfg, layer).items() if "self_attn" in name}
     shapes[p + ROUTER] = (mlp.n, h)
     f = mlp.size
@@ -100,3 +156,13 @@ def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
 def biases(cfg: ModelConfig) -> tuple[str, ...]:
     """Linears that must have a bias: none."""
     return ()
+
+
+def settings(cfg: ModelConfig) -> Settings:
+    """What config.json says of such a model."""
+    mlp = experts_of(cfg.layers[0])
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": mlp.n,
+        "num_experts_per_tok": mlp.taken,
+    }

@@ -5,14 +5,21 @@ together (OLMo et al. 2024).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from tinychat.models import llama
-from tinychat.models.llama import ATTENTION, biases, linears, mlp
+from tinychat.models import llama, qwen3
+from tinychat.models.llama import ATTENTION, NAMES, NORM_OFFSET, biases, linears
 from tinychat.network.config import LayerConfig, ModelConfig
+from tinychat.network.family import FromGGUF, FromHF, Settings, WeightSource
 from tinychat.network.ops import Handle, Ops
 
-__all__ = ["biases", "forward", "linears", "load", "norms"]
+__all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
+
+HF = {"Olmo2ForCausalLM": FromHF({"rms_norm_eps": 1e-5})}
+POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+GGUF = {"olmo2": FromGGUF(NAMES | qwen3.HEAD_NORMS | POST_NORMS)}
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Block:
     mlp_norm: Handle
 
 
-def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
+def load_block(w: WeightSource, p: str, layer: LayerConfig) -> Block:
     """The block whose modules' names begin with `p`."""
     return Block(
         qkv=w.linear(*(p + name for name in ATTENTION[:3])),
@@ -43,7 +50,7 @@ def load_block(w: Any, p: str, layer: LayerConfig) -> Block:
     )
 
 
-def load(w: Any, cfg: ModelConfig) -> llama.Weights:
+def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
     """Ask the backend's loader `w` for every weight."""
     return llama.load(w, cfg, load_block)
 
@@ -53,9 +60,10 @@ def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle
     a = cfg.layers[layer].mixer
     q, k, v = ops.split_heads(ops.linear(x, w.qkv), a)
     q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
-    y = ops.linear(ops.attention(*ops.rope(q, k, a.rope), v, a, layer), w.o)
+    y = ops.linear(llama.attend(ops, a, q, k, v, layer), w.o)
     x = ops.rms_norm(y, w.attn_norm, cfg.norm_eps, add_to=x)
-    return ops.rms_norm(ops.linear(mlp(ops, w, x), w.down), w.mlp_norm, cfg.norm_eps, add_to=x)
+    y = ops.linear(ops.silu_mul(ops.linear(x, w.gate_up)), w.down)
+    return ops.rms_norm(y, w.mlp_norm, cfg.norm_eps, add_to=x)
 
 
 def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
@@ -72,3 +80,8 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
         p + "post_attention_layernorm": (cfg.hidden_size,),
         p + "post_feedforward_layernorm": (cfg.hidden_size,),
     }
+
+
+def settings(cfg: ModelConfig) -> Settings:
+    """What config.json says of such a model."""
+    return {"architectures": ["Olmo2ForCausalLM"]}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tinychat.models import llama
-from tinychat.models.llama import forward, norms
+from tinychat.models.llama import NAMES, NORM_OFFSET, forward, norms
 from tinychat.network.config import LayerConfig, ModelConfig
+from tinychat.network.family import FromGGUF, FromHF, Settings, WeightSource
 
-__all__ = ["biases", "forward", "linears", "load", "norms"]
+__all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
+
+HF = {
+    "Phi3ForCausalLM": FromHF(
+        {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}, windows=True, partial_rope=True
+    )
+}
+GGUF = {"phi3": FromGGUF(NAMES | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"})}
 
 
-def load_block(w: Any, p: str, layer: LayerConfig) -> llama.Block:
+def load_block(w: WeightSource, p: str, layer: LayerConfig) -> llama.Block:
     """The block whose modules' names begin with `p`."""
     return llama.Block(
         attn_norm=w.vector(p + "input_layernorm"),
@@ -23,7 +29,7 @@ def load_block(w: Any, p: str, layer: LayerConfig) -> llama.Block:
     )
 
 
-def load(w: Any, cfg: ModelConfig) -> llama.Weights:
+def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
     """Ask the backend's loader `w` for every weight."""
     return llama.load(w, cfg, load_block)
 
@@ -43,3 +49,15 @@ def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
 def biases(cfg: ModelConfig) -> tuple[str, ...]:
     """Linears that must have a bias: none."""
     return ()
+
+
+def settings(cfg: ModelConfig) -> Settings:
+    """What config.json says of such a model."""
+    rope = cfg.rope
+    original = rope.original_context if rope and rope.kind == "longrope" else cfg.context_length
+    window = max(layer.mixer.window for layer in cfg.layers) or None
+    return {
+        "architectures": ["Phi3ForCausalLM"],
+        "original_max_position_embeddings": original,
+        "sliding_window": window,
+    }

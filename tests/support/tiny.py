@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from pathlib import Path
 
 import numpy as np
 
 from tinychat.models import llama
-from tinychat.network.config import ModelConfig, RopeConfig, decoder_layers
+from tinychat.network.config import (
+    AttentionConfig,
+    DenseConfig,
+    LayerConfig,
+    ModelConfig,
+    RopeConfig,
+)
 from tinychat.network.weights import DenseLinear
 
 TEMPLATE = (
@@ -33,6 +38,23 @@ def byte_tokenizer(template: str | None = TEMPLATE):
     return Tokenizer(t, eos_ids={257}, chat_template=template)
 
 
+def layers_of(shape: dict) -> tuple[LayerConfig, ...]:
+    """The layers that these settings describe, which are taken out of `shape`."""
+    sizes = [shape.pop(name) for name in ("n_heads", "n_kv_heads", "head_dim")]
+    rope, size, window = shape.pop("rope"), shape.pop("intermediate_size"), shape.pop("window", 0)
+    windowed, local = shape.pop("windowed_layers", ()), shape.pop("local_rope", None)
+    unrotated, experts = shape.pop("unrotated_layers", ()), shape.pop("experts", None)
+
+    def layer(i: int) -> LayerConfig:
+        turned = local if local and i in windowed else rope
+        attention = AttentionConfig(
+            *sizes, None if i in unrotated else turned, window if i in windowed else 0
+        )
+        return LayerConfig(attention, experts or DenseConfig(size))
+
+    return tuple(layer(i) for i in range(shape.pop("n_layers")))
+
+
 class TinyCheckpoint:
     """Random fp32 weights from a seed; implements the Checkpoint protocol."""
 
@@ -52,9 +74,7 @@ class TinyCheckpoint:
             eos_ids=(257,),
         )
         shape.update(changes)
-        names = inspect.signature(decoder_layers).parameters
-        layers = decoder_layers(**{k: shape.pop(k) for k in names if k in shape})
-        self.config = ModelConfig(layers=layers, **shape)
+        self.config = ModelConfig(layers=layers_of(shape), **shape)
         self.path = Path(f"tiny-{seed}")
         self.template = template
         rng = np.random.default_rng(seed)

@@ -1,36 +1,29 @@
-"""Experts of a folder by the names of transformers' modules, one linear each, whatever the file calls them.
+"""Experts of a folder by the names of transformers' modules, one linear each.
 
-Mixtral's files say `block_sparse_moe.experts.3.w1` for `mlp.experts.3.gate_proj`. What transformers 5 saves
-with `save_original_format=False` has all experts in one tensor, `mlp.experts.gate_up_proj` [experts,
-2 · size, hidden].
+What transformers 5 saves with `save_original_format=False` has all experts in one tensor,
+`mlp.experts.gate_up_proj` [experts, 2 · size, hidden].
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from tinychat.formats.tensors import Tensor
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import ExpertsConfig, ModelConfig
 
-_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_EXPERT = re.compile(r"(model\.layers\.\d+\.)block_sparse_moe\.(?:gate|experts\.(\d+)\.(w[123]))\.(\w+)")
 _FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)")
 
 
 def by_module(tensors: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """The tensors with every expert's under its own module's name; a model without experts stays as it is."""
-    if not cfg.n_experts:
-        return tensors
+    counts = {layer.mlp.n for layer in cfg.layers if isinstance(layer.mlp, ExpertsConfig)}
     out: dict[str, Tensor] = {}
     for name, t in tensors.items():
-        if match := _EXPERT.fullmatch(name):
-            layer, expert, linear, part = match.groups()
-            module = f"experts.{expert}.{_MIXTRAL[linear]}" if linear else "gate"
-            out[f"{layer}mlp.{module}.{part}"] = t
-        elif (match := _FUSED.fullmatch(name)) and len(t.shape) == 3 and t.shape[0] == cfg.n_experts:
+        if (match := _FUSED.fullmatch(name)) and len(t.shape) == 3 and t.shape[0] in counts:
             out |= _apart(match[1], match[2], t)
         else:
             out[name] = t
@@ -48,7 +41,7 @@ def _apart(prefix: str, linear: str, t: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _rows(t: Tensor, expert: int, start: int, end: int):
+def _rows(t: Tensor, expert: int, start: int, end: int) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         return t.read()[expert, start:end]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tinychat.formats.gguf_file import (
     type_of,
 )
 from tinychat.models import FAMILIES
+from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig
 from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
 from tinychat.text.tokenizer import Tokenizer
 
@@ -40,7 +42,7 @@ class GGUFCheckpoint:
         self.path = Path(path)
         self.file = GGUFFile(self.path)
         self.fields = self.file.fields
-        self.arch, self.config = read_config(self.file)
+        self.form, self.config = read_config(self.file)
         self._hash: str | None = None
         self._check_tensors()
 
@@ -117,7 +119,8 @@ class GGUFCheckpoint:
         if not cfg.tie_embeddings:
             needed["lm_head"] = table
         for i in range(cfg.n_layers):
-            needed |= family.linears(cfg, i) | family.norms(cfg, i)
+            needed.update(family.linears(cfg, i))
+            needed.update(family.norms(cfg, i))
         allowed = set(ROPE_TENSORS)
         for name, shape in needed.items():
             tensor = self._tensor(name)
@@ -145,18 +148,18 @@ class GGUFCheckpoint:
         if name in TOP:
             return TOP[name]
         layer, dot, module = _EXPERT.sub("mlp.experts.", name.removeprefix("model.layers.")).partition(".")
-        return f"blk.{layer}.{self.arch.names[module]}" if dot and module in self.arch.names else name
+        return f"blk.{layer}.{self.form.names[module]}" if dot and module in self.form.names else name
 
     def _tensor(self, name: str, suffix: str = ".weight") -> Tensor:
         tensor = self.file.tensors.get(self._name(name) + suffix)
         if tensor is None:
             raise self.file.damaged(f"the tensor {self._name(name) + suffix!r} is missing")
         expert = _EXPERT.search(name)
-        return self._one_of(tensor, int(expert[1])) if expert else tensor
+        return self._one_of(tensor, self._layer(name).mlp, int(expert[1])) if expert else tensor
 
-    def _one_of(self, tensor: Tensor, expert: int) -> Tensor:
+    def _one_of(self, tensor: Tensor, mlp: DenseConfig | ExpertsConfig, expert: int) -> Tensor:
         """One expert's part of a tensor [experts, out, in]."""
-        n = self.config.n_experts
+        n = mlp.n if isinstance(mlp, ExpertsConfig) else 0
         if len(tensor.shape) != 3 or tensor.shape[0] != n:
             raise self.file.damaged(
                 f"the tensor {tensor.name!r} has the shape {list(tensor.shape)} for {n} experts"
@@ -172,11 +175,15 @@ class GGUFCheckpoint:
     def _row_order(self, name: str) -> np.ndarray | None:
         """Undo llama.cpp's interleaving of q and k heads (its row 2i is ours i, its 2i + 1 ours i + d/2)."""
         module = name.rpartition(".")[2]
-        heads = {"q_proj": self.config.n_heads, "k_proj": self.config.n_kv_heads}.get(module)
-        if heads is None or not self.arch.interleaved:
+        if module not in ("q_proj", "k_proj") or not self.form.interleaved:
             return None
-        d = self.config.head_dim
+        a = self._layer(name).mixer
+        heads, d = a.n_heads if module == "q_proj" else a.n_kv_heads, a.head_dim
         return np.arange(heads * d).reshape(heads, d // 2, 2).swapaxes(1, 2).reshape(-1)
+
+    def _layer(self, name: str) -> LayerConfig:
+        """The layer that a module belongs to."""
+        return self.config.layers[int(name.split(".")[2])]
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
@@ -218,4 +225,9 @@ def _q4_k(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:
     return QuantizedLinear(codes, scales.reshape(n, -1), offsets=offsets.reshape(n, -1), bias=bias)
 
 
-_UNPACK = {Q4_0: _q4_0, Q4_1: _q4_1, Q8_0: _q8_0, Q4_K: _q4_k}
+_UNPACK: dict[int, Callable[[np.ndarray, np.ndarray | None], Linear]] = {
+    Q4_0: _q4_0,
+    Q4_1: _q4_1,
+    Q8_0: _q8_0,
+    Q4_K: _q4_k,
+}

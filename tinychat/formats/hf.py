@@ -26,6 +26,7 @@ from tinychat.text.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _BASE = "model."  # how the names of all tensors but the head's begin
+ARCHITECTURES = {arch: (name, form) for name, family in FAMILIES.items() for arch, form in family.HF.items()}
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -35,7 +36,7 @@ def read_config(settings: dict[str, Any], generation: dict[str, Any] | None = No
     Raises UnsupportedModelError for an architecture, option or rope scaling that is not understood, by name,
     and CheckpointError where the file does not describe a model.
     """
-    return hf_config.read(settings, generation)
+    return hf_config.read(settings, generation, ARCHITECTURES)
 
 
 class HFCheckpoint:
@@ -47,17 +48,16 @@ class HFCheckpoint:
 
     def __init__(self, folder: Path):
         self.path = Path(folder)
-        self.json = read_json(self.path / "config.json")
-        if self.json is None:
+        settings = read_json(self.path / "config.json")
+        if settings is None:
             raise ModelNotFoundError(
                 f"{self.path} has no config.json.", "Give a folder in Hugging Face layout, or a .gguf file."
             )
+        self.json: dict[str, Any] = settings
         generation = read_json(self.path / "generation_config.json")
         self.config = read_config(self.json, generation)
         self.quantization = read_quantization(self.path, self.json)
-        self._tensors = Tensors(
-            self.path, lambda found: experts.by_module(_prefixed(found), self.config), self._wanted_file()
-        )
+        self._tensors = Tensors(self.path, self._by_module, self._wanted_file())
         self._shapes = _expected_shapes(self.config)
         self._refuse_unknown()
         self._tie()
@@ -85,7 +85,7 @@ class HFCheckpoint:
         values = self._tensors.float32(f"{name}.weight")
         if not np.isfinite(values).all():
             raise CheckpointError(f"The weights of {name} hold NaN or infinity.", PULL_AGAIN)
-        return values + getattr(FAMILIES[self.config.family], "NORM_OFFSET", np.float32(0))
+        return values + np.float32(FAMILIES[self.config.family].NORM_OFFSET)
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -108,6 +108,15 @@ class HFCheckpoint:
         """Raises CheckpointError if a file with weights was written since it was opened."""
         for f in self._tensors.files:
             f.check_unchanged()
+
+    def _by_module(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by the names of the family's modules, where its files have others."""
+        renamed = {}
+        for name, tensor in _prefixed(found).items():
+            for pattern, module in ARCHITECTURES[hf_config.architecture(self.json)][1].tensors:
+                name = re.sub(pattern, module, name)
+            renamed[name] = tensor
+        return experts.by_module(renamed, self.config)
 
     def _wanted_file(self) -> str | None:
         """The file of weights that the folder's settings name, if they do (transformers; AutoGPTQ)."""
@@ -218,5 +227,6 @@ def _expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     family = FAMILIES[cfg.family]
     for layer in range(cfg.n_layers):
-        shapes |= family.linears(cfg, layer) | family.norms(cfg, layer)
+        shapes.update(family.linears(cfg, layer))
+        shapes.update(family.norms(cfg, layer))
     return shapes

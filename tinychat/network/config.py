@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tinychat.base.errors import CheckpointError
+
+MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class AttentionConfig:
 
     def __post_init__(self):
         for name, limit in (("n_heads", 1024), ("n_kv_heads", 1024), ("head_dim", 1024)):
-            _check_number(name, getattr(self, name), limit)
+            check_number(name, getattr(self, name), limit)
         if self.n_heads % self.n_kv_heads:
             raise _damaged(f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.")
         _check_scales(self.scale)
@@ -104,7 +105,7 @@ class DenseConfig:
     size: int
 
     def __post_init__(self):
-        _check_number("intermediate_size", self.size, 1 << 19)
+        check_number("intermediate_size", self.size, 1 << 19)
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,14 @@ class ModelConfig:
     long_rope: RopeConfig | None = None
 
     def __post_init__(self):
-        numbers = {"hidden_size": 1 << 17, "n_layers": 1024, "vocab_size": 1 << 22, "context_length": 1 << 25}
+        numbers = {
+            "hidden_size": 1 << 17,
+            "n_layers": MOST_LAYERS,
+            "vocab_size": 1 << 22,
+            "context_length": 1 << 25,
+        }
         for name, limit in numbers.items():
-            _check_number(name, getattr(self, name), limit)
+            check_number(name, getattr(self, name), limit)
         experts = sum(layer.mlp.n for layer in self.layers if isinstance(layer.mlp, ExpertsConfig))
         if experts > 1 << 17:
             raise _damaged(f"The checkpoint has {experts} experts in its layers.")
@@ -218,8 +224,8 @@ class ModelConfig:
         layers = tuple(
             replace(layer, mixer=replace(layer.mixer, rope=self.long_rope)) for layer in self.layers
         )
-        longer = dict(context_length=self.long_context, layers=layers)
-        return replace(self, **longer, long_context=0, long_rope=None)
+        longer = replace(self, context_length=self.long_context, layers=layers)
+        return replace(longer, long_context=0, long_rope=None)
 
     # What all layers have in common, as long as families have it so.
 
@@ -252,69 +258,8 @@ class ModelConfig:
         return self.layers[layer].mixer.window
 
 
-LAYERS = (
-    "attn_scale",
-    "attn_soft_cap",
-    "window",
-    "windowed_layers",
-    "local_rope",
-    "unrotated_layers",
-    "n_experts",
-    "n_experts_used",
-    "expert_size",
-    "norm_experts",
-    "dense_layers",
-)
-
-
-def decoder_layers(
-    n_layers: int,
-    *,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
-    intermediate_size: int,
-    rope: RopeConfig,
-    attn_scale: float | None = None,
-    attn_soft_cap: float = 0.0,
-    window: int | None = None,
-    windowed_layers: Container[int] = (),
-    local_rope: RopeConfig | None = None,
-    unrotated_layers: Container[int] = (),
-    n_experts: int | None = None,
-    n_experts_used: int = 0,
-    expert_size: int = 0,
-    norm_experts: bool = True,
-    dense_layers: Container[int] = (),
-) -> tuple[LayerConfig, ...]:
-    """The layers of a model that are alike but for what some of them have of their own."""
-    _check_number("n_layers", n_layers, 1024)
-    _check_number("intermediate_size", intermediate_size, 1 << 19)
-    layers = []
-    for i in range(n_layers):
-        here = local_rope if local_rope and i in windowed_layers else rope
-        mixer = AttentionConfig(
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            None if i in unrotated_layers else here,
-            (window or 0) if i in windowed_layers else 0,
-            attn_scale,
-            attn_soft_cap,
-        )
-        some = n_experts is not None and i not in dense_layers
-        layers.append(
-            LayerConfig(
-                mixer,
-                ExpertsConfig(n_experts, n_experts_used, expert_size, norm_experts)
-                if some
-                else DenseConfig(intermediate_size),
-            )
-        )
-    return tuple(layers)
-
-
-def _check_number(name: str, value: object, limit: int) -> None:
+def check_number(name: str, value: object, limit: int) -> None:
+    """Raises CheckpointError unless `value` is a whole number from 1 to `limit`."""
     if type(value) is not int or not 1 <= value <= limit:
         raise CheckpointError(
             f"The checkpoint's {name} is {value!r}, outside 1…{limit}.",

@@ -20,7 +20,7 @@ from tinychat.backends.interface import BLOCK, Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats import open_checkpoint
-from tinychat.network.config import RopeConfig
+from tinychat.network.config import ExpertsConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import QuantizedLinear
 
@@ -105,7 +105,7 @@ def test_experts_have_the_same_bits_however_the_tokens_are_cut(case):
 
 
 def test_too_many_experts_are_refused_by_name():
-    checkpoint = TinyCheckpoint(n_experts=2000, n_experts_used=2, expert_size=96)
+    checkpoint = TinyCheckpoint(experts=ExpertsConfig(2000, 2, 96))
     with pytest.raises(UnsupportedModelError, match="2000 experts in a layer; 1024 are the most"):
         cuda(checkpoint)
 

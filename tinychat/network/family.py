@@ -1,0 +1,163 @@
+"""What a family's file in `models/` says, and the small classes that it says it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tinychat.network.config import (
+    MOST_LAYERS,
+    AttentionConfig,
+    DenseConfig,
+    ExpertsConfig,
+    LayerConfig,
+    ModelConfig,
+    check_number,
+)
+from tinychat.network.ops import Handle, Ops
+
+Settings = dict[str, Any]
+"""config.json."""
+
+
+class Metadata(Protocol):
+    """The fields of a GGUF that belong to its architecture: `arch.key` is asked for as `key`."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value. Raises CheckpointError for a list."""
+        ...
+
+    def number(self, key: str, default: Any = None) -> Any:
+        """The value. Raises CheckpointError where it is no number, or missing without a default."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a file says of its layers that any family's file says; the family makes its layers of it.
+
+    n          how many layers
+    attention  a layer's heads, with the rope and the window that the file names (0: none, or one that holds
+               the whole context)
+    mlp        a layer's MLP
+    """
+
+    n: int
+    attention: AttentionConfig
+    mlp: DenseConfig
+
+    def __post_init__(self) -> None:
+        check_number("n_layers", self.n, MOST_LAYERS)
+
+    def layers(
+        self,
+        mixer: Callable[[int], AttentionConfig] | None = None,
+        mlp: Callable[[int], DenseConfig | ExpertsConfig] | None = None,
+    ) -> tuple[LayerConfig, ...]:
+        """All layers; `mixer` and `mlp` say what layer i has where they are not all alike."""
+        return tuple(
+            LayerConfig(mixer(i) if mixer else self.attention, mlp(i) if mlp else self.mlp)
+            for i in range(self.n)
+        )
+
+
+@dataclass(frozen=True)
+class FromHF:
+    """How config.json reads for one entry of `architectures`, and what its tensors are called.
+
+    defaults      what transformers' config class takes where the file is silent
+    options       settings of `hf_config.OPTIONS` that it has; `layers` and `constants` read them
+    windows       whether it may have layers of the type sliding_attention
+    partial_rope  whether a part of a head may be rotated
+    activation    the setting that names it, and what it must be
+    layers        the layers of a model
+    constants     what ModelConfig has besides
+    tensors       how its files call modules, as pairs of a regular expression and what is put in its place to
+                  get the names of `linears` and `norms`
+    """
+
+    defaults: Settings = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    windows: bool = False
+    partial_rope: bool = False
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    layers: Callable[[Settings, Stack], tuple[LayerConfig, ...]] | None = None
+    constants: Callable[[Settings], dict[str, Any]] = lambda settings: {}
+    tensors: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class FromGGUF:
+    """How the metadata reads for one `general.architecture`, and what its tensors are called.
+
+    names        a block's modules: the names of `linears` and `norms` → GGUF's
+    when         what tells it from another family of the same architecture
+    interleaved  whether rows of q and k are stored for rotating neighbours (x[2i], x[2i + 1])
+    options      those of `gguf_config.OPTIONS` that it has; `layers` and `constants` read them
+    layers       the layers of a model
+    constants    what ModelConfig has besides
+    """
+
+    names: Mapping[str, str]
+    when: Callable[[Metadata], bool] | None = None
+    interleaved: bool = False
+    options: tuple[str, ...] = ()
+    layers: Callable[[Metadata, Stack], tuple[LayerConfig, ...]] = lambda metadata, stack: stack.layers()
+    constants: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}
+
+
+class WeightSource(Protocol):
+    """A backend's loader: gives the handle of each weight by its name, `model.layers.0.mlp.up_proj`."""
+
+    def embedding(self, name: str) -> Handle:
+        """The embedding: rows are token ids."""
+        ...
+
+    def vector(self, name: str) -> Handle:
+        """A norm's weight: [n]."""
+        ...
+
+    def linear(self, *names: str) -> Handle:
+        """Linears that share an input, as one: their outputs follow each other."""
+        ...
+
+    def router(self, name: str) -> Handle:
+        """The linear that chooses experts."""
+        ...
+
+    def head(self, name: str, tied_to: Handle) -> Handle:
+        """The output head, or the embedding where they are one."""
+        ...
+
+
+class Family(Protocol):
+    """A module of `models/`."""
+
+    HF: dict[str, FromHF]  # by the name in `architectures`
+    GGUF: dict[str, FromGGUF]  # by `general.architecture`
+    NORM_OFFSET: float  # what Hugging Face's files hold norms less
+
+    def linears(self, cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
+        """Names and [out, in] of a block's linears: what readers check and quantizers quantize."""
+        ...
+
+    def norms(self, cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
+        """Names and [n] of a block's vectors."""
+        ...
+
+    def biases(self, cfg: ModelConfig) -> tuple[str, ...]:
+        """Linears that must have a bias, by their names inside a block."""
+        ...
+
+    def load(self, w: WeightSource, cfg: ModelConfig) -> Any:
+        """Ask for every weight, in the order of use."""
+        ...
+
+    def forward(self, ops: Ops, cfg: ModelConfig, w: Any) -> Handle:
+        """Token ids (the step's input) to logits; `w` is what `load` returned."""
+        ...
+
+    def settings(self, cfg: ModelConfig) -> Settings:
+        """What config.json says of such a model beside what `settings.hf_config` writes for all."""
+        ...
