@@ -173,7 +173,7 @@ def _check_config(repo: str, revision: str, files: list[str], staging: Path) -> 
         return
     import huggingface_hub as hub
 
-    from tinychat.network.config import ModelConfig
+    from tinychat.formats.hf import read_config
 
     with _errors(repo), _no_bars():
         path = Path(hub.hf_hub_download(repo, "config.json", revision=revision, local_dir=staging))
@@ -183,7 +183,7 @@ def _check_config(repo: str, revision: str, files: list[str], staging: Path) -> 
             raise ValueError("not an object")
     except (OSError, ValueError) as e:
         raise CheckpointError(f"config.json of {repo} is damaged: {e}.", "Choose another repository.") from e
-    ModelConfig.from_hf(config)
+    read_config(config)
 
 
 @contextmanager
