@@ -101,6 +101,11 @@ class SyntheticCheckpoint:
             self._made[key] = self._random(n, k, body, has_bias)
         return self._made[key]
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """The form of the random numbers, and their bytes."""
+        w = self.linear(name)
+        return str(w.form), w.form.n_bytes(*w.shape)
+
     def vector(self, name: str) -> np.ndarray:
         """Ones."""
         c = self.config

@@ -197,7 +197,7 @@ def test_a_name_in_an_advice_can_be_typed(place, monkeypatch):
     locations.home().mkdir(parents=True)
     (locations.home() / "aliases.json").write_text(json.dumps({name: "hf:a/b"}))
     pulled = []
-    monkeypatch.setattr(store, "_pull", lambda n: pulled.append(n) or place / "m")
+    monkeypatch.setattr(store, "install", lambda n: pulled.append(n) or place / "m")
     _, _, err = in_process("show", name)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert in_process(*follow([], err.splitlines()[1]))[0] == 0

@@ -17,7 +17,7 @@ READ_AS = {
     Kind.F32: "fp32",
     Kind.F16: "fp16",
     Kind.BF16: "bf16",
-    Kind.Q4_0: "4-bit, groups of 32, fp16 scale and zero point",
+    Kind.Q4_0: "4-bit, groups of 32, fp16 scale",
     Kind.Q4_1: "4-bit, groups of 32, fp16 scale and offset",
     Kind.Q5_0: "fp32",
     Kind.Q5_1: "fp32",

@@ -85,7 +85,11 @@ def show(model: str, as_json: bool) -> None:
     if as_json:
         _echo_json(facts)
         return
-    tables.show((name, _as_text(value)) for name, value in facts.items())
+    kinds = facts.pop("modules", {})
+    rows = [(name, _as_text(value)) for name, value in facts.items()]
+    for kind, forms in kinds.items():
+        rows.append((kind, "; ".join(f"{form}: {human_bytes(size)}" for form, size in forms.items())))
+    tables.show(rows)
 
 
 def _as_text(value: Any) -> str:

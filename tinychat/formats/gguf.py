@@ -18,6 +18,7 @@ from tinychat.formats.gguf_file import (
     BF16,
     F16,
     F32,
+    FORMS,
     Q4_0,
     Q4_1,
     Q4_K,
@@ -70,6 +71,12 @@ class GGUFCheckpoint:
             blocks = self.file.data(tensor).reshape(n, k // block, block_bytes)
             return _UNPACK[tensor.kind](blocks[rows] if rows is not None else blocks, bias)
         return DenseLinear(self._dense(tensor, rows), bias)
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """How a linear or the embedding is stored, in words, and its bytes. Reads no weights."""
+        tensor = self._tensor(name)
+        type_name = type_of(tensor.kind)[0]
+        return str(FORMS.get(type_name, type_name)), tensor.n_bytes
 
     def vector(self, name: str) -> np.ndarray:
         """A norm's weight: float32 [n]."""
@@ -199,7 +206,7 @@ def _fp16(two_bytes: np.ndarray) -> np.ndarray:
 def _q4_0(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:
     scales = _fp16(blocks[..., :2])
     codes = _nibbles(blocks[..., 2:]).reshape(len(blocks), -1)
-    return QuantizedLinear(codes, scales, zeros=np.full(scales.shape, 8, np.uint8), bias=bias)
+    return QuantizedLinear(codes, scales, bias=bias)
 
 
 def _q4_1(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:

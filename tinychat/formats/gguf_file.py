@@ -17,6 +17,7 @@ import numpy as np
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.base.files import open_mapped
+from tinychat.network.weight_form import Form
 
 MAGIC = b"GGUF"
 # ggml type number → name, weights in a block, bytes in a block; the gguf package knows the others
@@ -29,6 +30,25 @@ TYPES = {
     Q4_1: ("Q4_1", 32, 20),
     Q8_0: ("Q8_0", 32, 34),
     Q4_K: ("Q4_K", 256, 144),
+}
+FORMS = {  # what the numbers of a tensor are, as far as our words go
+    "F32": Form(32, "fp32"),
+    "F16": Form(16, "fp16"),
+    "BF16": Form(16, "bf16"),
+    "Q4_0": Form(4, "signed", 32, "fp16"),
+    "Q4_1": Form(4, "unsigned", 32, "fp16", "fp16"),
+    "Q5_0": Form(5, "signed", 32, "fp16"),
+    "Q5_1": Form(5, "unsigned", 32, "fp16", "fp16"),
+    "Q8_0": Form(8, "signed", 32, "fp16"),
+    "Q2_K": Form(2, "unsigned", 16, "int4", "int4"),
+    "Q3_K": Form(3, "signed", 16, "int6"),
+    "Q4_K": Form(4, "unsigned", 32, "int6", "int6"),
+    "Q5_K": Form(5, "unsigned", 32, "int6", "int6"),
+    "Q6_K": Form(6, "signed", 16, "int8"),
+    "IQ4_NL": Form(4, "iq4_nl", 32, "fp16"),
+    "IQ4_XS": Form(4, "iq4_nl", 32, "int6"),
+    "MXFP4": Form(4, "e2m1", 32, "e8m0"),
+    "NVFP4": Form(4, "e2m1", 16, "e4m3"),
 }
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

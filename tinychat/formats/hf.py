@@ -16,7 +16,14 @@ from tinychat.base.errors import CheckpointError, ModelNotFoundError, Unsupporte
 from tinychat.base.files import MappedFile
 from tinychat.base.identity import Tell, content_hash
 from tinychat.formats import experts
-from tinychat.formats.quantized import COMPANIONS, PARTS, SUPPORTED, read_linear, read_quantization
+from tinychat.formats.quantized import (
+    COMPANIONS,
+    PARTS,
+    SUPPORTED,
+    quantized_form,
+    read_linear,
+    read_quantization,
+)
 from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_json
 from tinychat.models import FAMILIES
 from tinychat.network import hf_config
@@ -79,6 +86,17 @@ class HFCheckpoint:
         self._tensors.check(f"{name}.weight", self._shapes.get(name, weight.shape))
         array = self._tensors.array(f"{name}.weight")
         return DenseLinear(array, self._bias(name, weight.shape[0]), bf16=weight.dtype == "BF16")
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """How a linear or the embedding is stored, in words, and its bytes. Reads no weights."""
+        if not self._quantized(name):
+            dtype = self._tensors[f"{name}.weight"].dtype
+            words = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}.get(dtype, dtype)
+        elif self.quantization is None:
+            words = "codes that config.json does not describe"
+        else:
+            words = str(quantized_form(self._tensors, self.quantization, name, self._shapes[name][-1]))
+        return words, self._tensors.n_bytes(name)
 
     def vector(self, name: str) -> np.ndarray:
         self._tensors.check(f"{name}.weight", self._shapes.get(name, (self.config.hidden_size,)))

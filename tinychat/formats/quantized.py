@@ -16,6 +16,7 @@ import numpy as np
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats import awq, gemv, gptq
 from tinychat.formats.tensors import FLOATS, LLM_AWQ, PULL_AGAIN, Tensors, llm_awq_file, read_json
+from tinychat.network.weight_form import ROW, Form
 from tinychat.network.weights import QuantizedLinear
 
 # what a module's codes cannot be read without, in any layout
@@ -154,6 +155,15 @@ def _group(group: Any) -> int:
     if not isinstance(group, int) or isinstance(group, bool) or not (group == -1 or 1 <= group <= 1 << 20):
         raise CheckpointError(f"The quantization group size {group!r} makes no sense.", PULL_AGAIN)
     return group
+
+
+def quantized_form(tensors: Tensors, q: Quantization, name: str, k: int) -> Form:
+    """The form of the quantized module `name` of k inputs, by its settings and the names of its tensors."""
+    parts = [part for part in ("qzeros", "scaled_zeros", "weight_zero_point") if f"{name}.{part}" in tensors]
+    scales = next(s for s in ("scales", "weight_scale") if f"{name}.{s}" in tensors)
+    scale = "fp16" if tensors[f"{name}.{scales}"].dtype == "F16" else "fp32"
+    group = ROW if q.group_size in (-1, k) else q.group_size
+    return Form(4, "unsigned", group, scale, "zero") if parts else Form(4, "signed", group, scale)
 
 
 def read_linear(

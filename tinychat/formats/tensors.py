@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -27,6 +28,11 @@ DTYPES = {
     "I32": "<i4",
     "I64": "<i8",
 }  # BF16: its bits
+# what a module may be stored in, whatever the format
+MODULE_PARTS = (
+    *("weight", "qweight", "qzeros", "scales", "scaled_zeros", "g_idx"),
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
+)
 FLOATS = ("F32", "F16", "BF16")
 MAX_HEADER = 32 << 20  # bytes of a safetensors header or an index; the largest known have ten million
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -92,6 +98,12 @@ class Tensors:
                 f"{name} is stored as {t.dtype}, which is not supported there.",
                 f"Supported: {', '.join(dtypes)}.",
             )
+
+    def n_bytes(self, module: str) -> int:
+        """Bytes of all tensors of a module but its bias."""
+        names = [n for n in (f"{module}.{part}" for part in MODULE_PARTS) if n in self._tensors]
+        held = [self._tensors[n] for n in names]
+        return sum(math.prod(t.shape) * np.dtype(DTYPES.get(t.dtype, "u1")).itemsize for t in held)
 
     def array(self, name: str) -> np.ndarray:
         """A read-only view of the mapped file; bfloat16 as its bits."""

@@ -1,4 +1,4 @@
-"""What a model's files say of it, in a word or two."""
+"""What a model's files say of it: what `show` prints, and what a listing says in a word or two."""
 
 from __future__ import annotations
 
@@ -7,6 +7,68 @@ from pathlib import Path
 from typing import Any
 
 from tinychat.base.files import open_regular, read_text
+
+
+def described(path: Path, checkpoint: Any) -> dict[str, Any]:
+    """Facts of the network, its weights and its tokenizer, by the names that `show` prints."""
+    from tinychat.network.config import ExpertsConfig
+
+    cfg, tokenizer = checkpoint.config, checkpoint.tokenizer()
+    mlps = [layer.mlp for layer in cfg.layers]
+    experts = [f"{m.taken} of {m.n}" for m in mlps if isinstance(m, ExpertsConfig)]
+    return {
+        "family": cfg.family,
+        "quantization": quantization(path, checkpoint),
+        "weights": checkpoint.tensor_bytes() if hasattr(checkpoint, "tensor_bytes") else None,
+        "modules": modules(checkpoint),
+        "parameters": parameters(cfg),
+        "layers": cfg.n_layers,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": max(layer.mlp.size for layer in cfg.layers),
+        "heads": cfg.n_heads,
+        "kv_heads": cfg.n_kv_heads,
+        "head_dim": cfg.head_dim,
+        "experts": next(iter(experts), None),
+        "vocab_size": cfg.vocab_size,
+        "context_length": cfg.context_length,
+        "rope_theta": cfg.rope and cfg.rope.theta,
+        "rope_scaling": cfg.rope and cfg.rope.kind,
+        "tied_embeddings": cfg.tie_embeddings,
+        "chat_template": tokenizer.chat_template is not None,
+        "stop_tokens": [
+            tokenizer.token_bytes(i).decode("utf-8", "replace") for i in sorted(tokenizer.eos_ids)
+        ],
+    }
+
+
+def modules(checkpoint: Any) -> dict[str, dict[str, int]]:
+    """Bytes of each kind of module in each form: {"attention": {"4-bit, groups of 32, …": 1234}}."""
+    from tinychat.models import FAMILIES
+
+    cfg = checkpoint.config
+    found: dict[str, dict[str, int]] = {}
+    names = ["model.embed_tokens"] + ([] if cfg.tie_embeddings else ["lm_head"])
+    for layer in range(cfg.n_layers):
+        names += FAMILIES[cfg.family].linears(cfg, layer)
+    for name in names:
+        form, size = checkpoint.stored(name)
+        sizes = found.setdefault(_kind(name), {})
+        sizes[form] = sizes.get(form, 0) + size
+    return found
+
+
+def _kind(name: str) -> str:
+    """Which kind of module a name is of."""
+    where = {
+        "embed_tokens": "embedding",
+        "lm_head": "head",
+        "self_attn.": "attention",
+        "mlp.experts.": "experts",
+        "mlp.gate": "router",
+    }
+    if name.endswith("mlp.gate_proj"):
+        return "mlp"
+    return next((kind for part, kind in where.items() if part in name), "mlp")
 
 
 def quantization(path: Path, checkpoint: Any) -> str | None:

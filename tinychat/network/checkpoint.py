@@ -32,6 +32,12 @@ class Checkpoint(Protocol):
         """A linear module, or the embedding (rows are token ids), in the kind it is stored in."""
         ...
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """How a linear or the embedding is stored, in words ("4-bit, groups of 32, fp16 scale and offset"),
+        and its bytes. Reads no weights.
+        """
+        ...
+
     def vector(self, name: str) -> np.ndarray:
         """A norm's weight or another vector: float32 [n]."""
         ...

@@ -181,7 +181,7 @@ class Coded:
     def floats(self) -> np.ndarray:
         """float32 [rows, columns]."""
         if self.kind == "e8m0":
-            powers = np.ldexp(np.float32(1), self.codes.astype(np.int32) - 127)
+            powers = np.ldexp(np.float32(1), np.minimum(self.codes, 254).astype(np.int32) - 127)
             return np.where(self.codes == 255, np.float32(np.nan), powers).astype(np.float32)
         values = TABLES["e4m3"][self.codes] if self.kind == "e4m3" else self.codes.astype(np.float32)
         assert self.times is not None

@@ -296,7 +296,9 @@ def test_a_draft_runs_as_its_model_was_told_to(tmp_path, monkeypatch):
     from tinychat.hub import store
 
     pulled = []
-    monkeypatch.setattr(store, "_pull", lambda name: pulled.append(name) or tiny_folder(tmp_path / "pulled"))
+    monkeypatch.setattr(
+        store, "install", lambda name: pulled.append(name) or tiny_folder(tmp_path / "pulled")
+    )
     monkeypatch.setattr(store, "offline_by_environment", lambda: False)
     folder, small = tiny_folder(tmp_path / "model"), tiny_folder(tmp_path / "small", seed=1, n_layers=1)
     how = dict(device="cpu", kv_bits=8, act_bits=16, quantize="rtn", head_bits=16, threads=1)
