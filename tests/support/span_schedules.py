@@ -12,6 +12,12 @@ BLOCKS = 96
 LENGTH = 300  # tokens of the longest sequence: more than one part of the attention kernels
 
 
+def poison(backend, blocks: np.ndarray, memory: int) -> None:
+    """Fill blocks with NaN, in 8 bits as well: whoever reads them, shows it."""
+    shape = len(blocks), backend.kv_bytes_per_block(memory)
+    backend.write_blocks(blocks, np.full(shape, 0xFF, np.uint8), memory)
+
+
 @dataclass
 class Sequence:
     """Its ids, how far it has come, and its blocks in each KV memory, which lie among those of the others."""
@@ -27,7 +33,9 @@ class Sequence:
         for m, (spec, table) in enumerate(zip(backend.memories, self.tables, strict=True)):
             seen = table.copy()
             if spec.kind == "window":  # what lies behind the window is never read
-                seen[: max(0, self.at + 1 - spec.window) // BLOCK] = -1
+                behind = max(0, self.at + 1 - spec.window) // BLOCK
+                poison(backend, table[:behind], m)
+                seen[:behind] = -1
             scores = None
             if scored_rows and spec.kind == "paged":
                 scores = np.zeros((scored_rows, *backend.kv_heads(m), self.at + rows), np.float32)
@@ -37,13 +45,16 @@ class Sequence:
         return Span(ids, self.at + 7, logits_from, tuple(memories))  # as after an eviction of seven tokens
 
 
-def sequences(rng: np.random.Generator, n: int, vocab: int, memories: int) -> list[Sequence]:
+def sequences(backend, rng: np.random.Generator, n: int) -> list[Sequence]:
     """n sequences whose blocks share the pools of each memory."""
     each = BLOCKS // n
-    pools = [rng.permutation(BLOCKS).astype(np.int32) for _ in range(memories)]
+    pools = [
+        np.random.default_rng(m).permutation(BLOCKS).astype(np.int32) for m in range(len(backend.memories))
+    ]
+    length = min(LENGTH, each * BLOCK)
     return [
         Sequence(
-            rng.integers(0, vocab, min(LENGTH, each * BLOCK)).astype(np.int32),
+            rng.integers(0, backend.cfg.vocab_size, length).astype(np.int32),
             [pool[i * each : (i + 1) * each] for pool in pools],
         )
         for i in range(n)
@@ -71,7 +82,7 @@ def rounds(rng: np.random.Generator, n: int, length: int, most: int) -> list[lis
 def run(backend, rng_seed: int, n: int, together: bool, greedy: bool = False, most: int = 12):
     """What the sequences get of a schedule: for each the list of its logits (or ids) and scores."""
     rng = np.random.default_rng(rng_seed)
-    these = sequences(rng, n, backend.cfg.vocab_size, len(backend.memories))
+    these = sequences(backend, rng, n)
     got: list[list[np.ndarray]] = [[] for _ in these]
     take = backend.step_greedy if greedy else backend.step
     for step in rounds(rng, n, len(these[0].ids), most):

@@ -44,12 +44,12 @@ def layers_of(shape: dict) -> tuple[LayerConfig, ...]:
     rope, size, window = shape.pop("rope"), shape.pop("intermediate_size"), shape.pop("window", 0)
     windowed, local = shape.pop("windowed_layers", ()), shape.pop("local_rope", None)
     unrotated, experts = shape.pop("unrotated_layers", ()), shape.pop("experts", None)
+    cap = shape.pop("attn_soft_cap", 0.0)
 
     def layer(i: int) -> LayerConfig:
         turned = local if local and i in windowed else rope
-        attention = AttentionConfig(
-            *sizes, None if i in unrotated else turned, window if i in windowed else 0
-        )
+        here = window if i in windowed else 0
+        attention = AttentionConfig(*sizes, None if i in unrotated else turned, here, soft_cap=cap)
         return LayerConfig(attention, experts or DenseConfig(size))
 
     return tuple(layer(i) for i in range(shape.pop("n_layers")))
