@@ -131,11 +131,11 @@ def measure(
     if device.overlaps:
         try:
             device.overlaps = False
-            backend._program._graphs.clear()
+            backend._steps.graphs.clear()
             apart = 1e3 * steps(contexts[0], 1)
         finally:
             device.overlaps = True
-            backend._program._graphs.clear()
+            backend._steps.graphs.clear()
     several = {str(rows): 1e3 * steps(contexts[0], rows) for rows in (2, 3, 4, 5, 8, 9, 16)}
     bandwidth.append(backend.copy_bandwidth())
     best = max(bandwidth)
@@ -164,7 +164,7 @@ def linears(backend: Any) -> list[dict[str, Any]]:
     read in turn, so that no cache holds it. Many rows: in both variants.
     """
     found: dict[Any, list[Any]] = {}
-    for w in backend._program.weights:
+    for w in backend._steps.program.weights:
         found.setdefault(w.shape, []).append(w)
     rows_out, device = [], backend._device
     for shape, weights in found.items():

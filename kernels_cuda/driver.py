@@ -195,7 +195,8 @@ class Device:
         return Kernel(function, name, module)
 
     def launch(self, kernel: Kernel, grid: Sequence[int], threads: int, *arguments: Any) -> None:
-        """Arguments by their Python type: Memory (or None) is a pointer, int an int, float a float.
+        """Arguments by their Python type: Memory (or None) is a pointer, int an int, float a float, a
+        ctypes structure itself.
 
         With `overlaps`, a kernel that follows a kernel may start before that one has ended; it waits for it
         itself (device.cuh).
@@ -296,4 +297,6 @@ def _argument(value: Any) -> Any:
         return c_uint64(value.address)
     if value is None:
         return c_uint64(0)
+    if isinstance(value, ctypes.Structure):
+        return value
     return c_float(value) if isinstance(value, float) else c_int(value)

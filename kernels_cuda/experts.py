@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinychat.kernels_cuda.inputs import GRAPH_ROWS
 from tinychat.kernels_cuda.linear import THREADS, DeviceLinear, row_length
-from tinychat.kernels_cuda.program import GRAPH_ROWS, Buffer, Program
+from tinychat.kernels_cuda.program import Buffer, Program
 
 MOST = 1024  # experts: src/routes.cu
 FEW, MANY = 8, 32  # rows of an expert in one block

@@ -1,49 +1,25 @@
-"""A model's kernels in their order, recorded once and replayed for every step.
+"""A model's kernels in their order, recorded once and launched for every step.
 
 Buffers have room for the largest step; what is no longer read is written again. What changes from step to
-step (ids, position, length, block table) lies in one fixed piece of device memory, so a step of up to 16
-rows is a CUDA graph: one copy in, one call, one copy out. A graph is made for each size of step, the second
-time that it occurs: by then every kernel has been loaded.
+step lies where kernels look it up (inputs.py), so what a launch is told depends on a step's `Size` alone.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from tinychat.kernels_cuda import head, linear
-from tinychat.kernels_cuda.attention import SPAN, Attention, Call, Shape
-from tinychat.kernels_cuda.driver import Graph, Kernel, Memory
+from tinychat.kernels_cuda import linear
+from tinychat.kernels_cuda.attention import STRETCH, Shape
+from tinychat.kernels_cuda.driver import Kernel, Memory
 from tinychat.kernels_cuda.head import Head
+from tinychat.kernels_cuda.inputs import Inputs, Size
 from tinychat.kernels_cuda.linear import DeviceLinear, row_length
 from tinychat.kernels_cuda.modules import Modules
-
-GRAPH_ROWS = 16
-SPREAD_ROWS = 32  # attention of more rows has enough to do without splitting the context
-GRAPHS = 64  # kept; the one that waited longest goes first
-HEADER = 16  # of 4 bytes: src/step.cuh
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a step's launches depend on.
-
-    tail     last rows, which get logits
-    spans    of attention, for all that is cached
-    watched  last rows whose attention is scored, apart from each other or summed
-    wanted   of the logits: head.LOGITS, ARGMAX or TOP
-    """
-
-    rows: int
-    tail: int
-    spans: int
-    watched: int = 0
-    apart: bool = False
-    wanted: str = head.LOGITS
+from tinychat.kernels_cuda.pool import Pool
 
 
 @dataclass(eq=False)
@@ -63,50 +39,20 @@ class _Record:
 
 
 @dataclass
-class Inputs:
-    """Where a step's inputs lie: on the device, and pinned on the host."""
-
-    device: Memory
-    host: np.ndarray
-    max_rows: int
-
-    @property
-    def step(self) -> Memory:
-        """`struct Step`."""
-        return self.device[: 4 * HEADER]
-
-    @property
-    def ids(self) -> Memory:
-        """int32 [rows]."""
-        return self.device[4 * HEADER : 4 * (HEADER + self.max_rows)]
-
-    @property
-    def blocks(self) -> Memory:
-        """int32, the block table."""
-        return self.device[4 * (HEADER + self.max_rows) :]
-
-
-@dataclass
 class Program:
-    """Record with the verbs below, `build`, `set_cache`; then `run`."""
+    """Record with the verbs below, then `build`; `launch` then does all of it, for a step's inputs."""
 
     modules: Modules
-    attention: Attention
     max_rows: int
+    pools: list[Pool] = field(default_factory=list)  # of each memory
     records: list[_Record] = field(default_factory=list)
     weights: list[DeviceLinear] = field(default_factory=list)
     experts: list[DeviceLinear] = field(default_factory=list)  # of which a step reads some
 
     def __post_init__(self):
         self.device = self.modules.device
-        self.inputs: Inputs | None = None
-        self.pool: Memory | None = None
-        self._scores: Memory | None = None
-        self._head: Head | None = None
-        self._graphs: OrderedDict[Size, Graph | None] = OrderedDict()
-        self.steps = 0  # so far
-
-    # Recording
+        self.inputs = Inputs(self.device, [p.shape.group for p in self.pools])
+        self.output: Head | None = None
 
     def floats(self, cols: int) -> Buffer:
         """A float a column."""
@@ -131,8 +77,8 @@ class Program:
         self.record(
             [out],
             lambda z: self.device.launch(
-                kernel, (-(-s.k // 256), z.rows), 256, w.codes, w.meta, w.zeros, self.inputs.ids, out.memory,
-                s.k, s.stages, s.group, s.groups, float(scale),
+                kernel, (-(-s.k // 256), z.rows), 256, w.codes, w.meta, w.zeros, self.inputs.ids(z),
+                out.memory, s.k, s.stages, s.group, s.groups, float(scale),
             ),
         )  # fmt: skip
         return out
@@ -156,15 +102,15 @@ class Program:
             lambda z: self.device.launch(kernel, (z.rows,), 256, x.memory, weight, to.memory, n, float(eps)),
         )
 
-    def norm_spans(
-        self, x: Buffer, weight: Memory, n: int, offset: int, spans: int, cols: int, eps: float
+    def norm_heads(
+        self, x: Buffer, weight: Memory, n: int, offset: int, heads: int, cols: int, eps: float
     ) -> None:
-        """In place: `spans` of n columns each, from column `offset` on."""
-        kernel = self.rows_kernel("norm_spans")
+        """In place: `heads` of n columns each, from column `offset` on."""
+        kernel = self.rows_kernel("norm_heads")
         self.record(
             [x],
             lambda z: self.device.launch(
-                kernel, (z.rows, spans), 256, x.memory, weight, n, offset, cols, float(eps)
+                kernel, (z.rows, heads), 256, x.memory, weight, n, offset, cols, float(eps)
             ),
         )
 
@@ -202,35 +148,50 @@ class Program:
         """Turns of the step's rows: [rows, pairs, 2]."""
         pairs = len(frequencies)
         table, f = self.floats(2 * pairs), self.upload(frequencies.astype(np.float64))
+        attention = self.pools[0].attention
         self.record(
             [table],
-            lambda z: self.attention.turns(self.inputs.step, f, table.memory, z.rows, pairs, magnitude),
+            lambda z: attention.turns(self.inputs.positions(z), f, table.memory, z.rows, pairs, magnitude),
         )
         return table
 
-    def attend(self, qkv: Buffer, table: Buffer | None, pairs: int, layer: int, window: int) -> Buffer:
-        """Turn, append, attend, score: as halves."""
-        a, s = self.attention, self.attention.shape
+    def attend(
+        self,
+        qkv: Buffer,
+        table: Buffer | None,
+        pairs: int,
+        memory: int,
+        layer: int,
+        window: int,
+        scale: float,
+        cap: float,
+    ) -> Buffer:
+        """Turn, append, attend, score: as halves. layer: of the memory."""
+        pool = self.pools[memory]
+        a, s = pool.attention, pool.shape
         q, totals, out = Buffer(s.query_bytes), Buffer(8 * s.heads), self.halves(s.heads * s.size)
 
         def launch(z: Size) -> None:
-            inputs = self.inputs
-            call = Call(inputs.step, q.memory, self.pool, inputs.blocks, totals.memory, layer, z.rows, window)
+            extent = z.extents[memory]
+            call = a.call(
+                q=q.memory, totals=totals.memory, pool=pool.blocks, facts=self.inputs.facts(z, memory),
+                rows=z.rows, layer=layer, window=window, scale=scale, cap=cap,
+            )  # fmt: skip
             a.append(call, qkv.memory, table.memory if table else None, pairs)
-            if z.rows <= SPREAD_ROWS:
-                a.spread(call, out.memory, z.spans)
-            else:
-                a.walk(call, out.memory)
-            if z.watched:
-                a.score(call, self._scores, z.watched, z.apart, z.spans * SPAN)
+            if z.few:
+                a.spread(call, out.memory, z.few, extent.few, extent.stretches)
+            if z.few < z.rows:
+                a.walk(call, out.memory, extent.few, extent.pieces - extent.few)
+            if extent.watches:
+                a.score(call, pool.scores, extent.watches, extent.stretches * STRETCH)
 
         self.record([qkv, q, totals, out, *([table] if table else [])], launch)
         return out
 
     def head(self, w: DeviceLinear, x: Buffer, scale: float, cap: float) -> None:
-        """The last op: logits of the tail."""
+        """The last op: logits of the rows that are asked for."""
         self.weights.append(w)
-        self._head = Head(self.modules, w, x, scale, cap)
+        self.output = Head(self.modules, w, x, scale, cap)
         self.record([x], lambda z: None)  # x lives to the end
 
     def build(self) -> None:
@@ -248,7 +209,7 @@ class Program:
             for b in {id(b): b for b in r.uses}.values():
                 if b.last == i:
                     free.setdefault(b.row_bytes, []).append(b.memory)
-        self._head.build()
+        self.output.build()
 
     def upload(self, a: np.ndarray) -> Memory:
         """An array that stays."""
@@ -256,151 +217,14 @@ class Program:
         self.device.upload(memory, np.ascontiguousarray(a))
         return memory
 
-    # Running
-
-    def set_cache(self, n_blocks: int) -> None:
-        """A pool of so many blocks, zeroed; if it grows, what it held stays."""
-        size, before = n_blocks * self.attention.shape.block_bytes, self.pool
-        if before is not None and before.size >= size:
-            self.pool = self.inputs = before = None
-        pool = self.device.allocate(size)
-        n = HEADER + self.max_rows + n_blocks
-        inputs = Inputs(self.device.allocate(4 * n), self.device.pinned((n,), np.int32), self.max_rows)
-        self.device.clear(pool)
-        if before is not None:
-            self.device.copy(pool[: before.size], before)
-        self.device.synchronize()
-        self._graphs.clear()  # they have the addresses in them
-        self.pool, self.inputs = pool, inputs
-
-    def set_table(self, block_table: np.ndarray) -> None:
-        """The block table alone, for what happens between steps."""
-        at = HEADER + self.max_rows
-        self.inputs.host[at : at + len(block_table)] = block_table
-        self.device.upload(self.inputs.blocks, self.inputs.host[at : at + len(block_table)])
-
-    def run(
-        self,
-        ids: np.ndarray,
-        position: int,
-        length: int,
-        block_table: np.ndarray,
-        wanted: str,
-        out: np.ndarray,
-        scores: np.ndarray | None = None,
-        watched: int = 0,
-        inverse_temperature: float = 0.0,
-    ) -> None:
-        """One step. Fills `out` [last rows, head.columns] with what is wanted of their logits, and adds to
-        scores. inverse_temperature: of head.TOP's total.
-        """
-        self.steps += 1
-        rows, tail = len(ids), len(out)
-        self._put_inputs(ids, position, length, block_table, inverse_temperature)
-        watched = watched if scores is not None else 0
-        apart = scores is not None and len(scores) == watched
-        size = Size(rows, tail, spans_for(length + rows), watched, apart, wanted)
-        if size.watched:
-            self._reserve_scores(size)
-            if not apart:
-                self._put_scores(size, scores)
-        if rows <= GRAPH_ROWS:
-            self._replay(size)
-            if tail:
-                self._head.fetch(wanted, out)
-        else:
-            self._launch_body(size)
-            for first in range(0, tail, head.ROWS):
-                part = out[first : first + head.ROWS]
-                self._launch_head(size, first, len(part))
-                self._head.fetch(wanted, part)
-        if size.watched:
-            self._fetch_scores(size, scores)
-        self.device.synchronize()
-
-    def logits(self, row: int) -> np.ndarray:
-        """The logits of one of the last step's last rows, whatever was wanted of them: float32 [vocab]."""
-        return self._head.logits(row)
-
-    def _put_inputs(
-        self,
-        ids: np.ndarray,
-        position: int,
-        length: int,
-        block_table: np.ndarray,
-        inverse_temperature: float,
-    ) -> None:
-        host, table = self.inputs.host, HEADER + self.max_rows
-        host[:2] = position, length
-        host[2:3].view(np.float32)[0] = inverse_temperature
-        host[HEADER : HEADER + len(ids)] = ids
-        host[table : table + len(block_table)] = block_table
-        if len(ids) <= GRAPH_ROWS:  # one copy: what lies between is small
-            self.device.upload(self.inputs.device, host[: table + len(block_table)])
-        else:
-            self.device.upload(self.inputs.device, host[: HEADER + len(ids)])
-            self.device.upload(self.inputs.blocks, host[table : table + len(block_table)])
-
-    def _replay(self, size: Size) -> None:
-        def launches() -> None:
-            self._launch_body(size)
-            if size.tail:
-                self._launch_head(size, 0, size.tail)
-
-        if size not in self._graphs:
-            launches()
-            self._graphs[size] = None
-        else:
-            if self._graphs[size] is None:
-                self._graphs[size] = self.device.capture(launches)
-            self._graphs[size].replay()
-        self._graphs.move_to_end(size)
-        if len(self._graphs) > GRAPHS:
-            self._graphs.popitem(last=False)
-
-    def _launch_body(self, size: Size) -> None:
+    def launch(self, size: Size) -> None:
+        """Everything but the head."""
         for r in self.records:
             r.launch(size)
 
-    def _launch_head(self, size: Size, first: int, n: int) -> None:
-        self._head.launch(self.inputs.step, size.wanted, size.rows - size.tail + first, n)
 
-    def _score_shape(self, size: Size) -> tuple[int, ...]:
-        s = self.attention.shape
-        return (size.watched if size.apart else 1), s.layers, s.kv_heads, size.spans * SPAN
-
-    def _reserve_scores(self, size: Size) -> None:
-        need = 4 * int(np.prod(self._score_shape(size)))
-        if self._scores is None or self._scores.size < need:
-            self._graphs.clear()  # they know where the old ones were
-            self._scores = None
-            self._scores = self.device.allocate(need)
-
-    def _put_scores(self, size: Size, scores: np.ndarray) -> None:
-        """What the rows' are added to, one after the other."""
-        put = np.zeros(self._score_shape(size), np.float32)
-        n = min(scores.shape[-1], put.shape[-1])
-        put[..., :n] = scores[..., :n]
-        self.device.upload(self._scores, put)
-
-    def _fetch_scores(self, size: Size, scores: np.ndarray) -> None:
-        got = np.empty(self._score_shape(size), np.float32)
-        self.device.download(got, self._scores)
-        self.device.synchronize()
-        n = min(scores.shape[-1], got.shape[-1])
-        if size.apart:
-            scores[..., :n] += got[..., :n]
-        else:
-            scores[..., :n] = got[..., :n]
-
-
-def program_sources(shape: Shape) -> list[tuple[str, dict[str, str]]]:
-    """What a program is compiled from, apart from what its weights need."""
-    return [(f"{name}.cu", shape.defines) for name in ("cache", "attention")] + [
+def program_sources(shapes: Sequence[Shape]) -> list[tuple[str, dict[str, str]]]:
+    """What a program is compiled from, apart from what its weights need. shapes: of its attentions."""
+    return [(f"{name}.cu", shape.defines) for shape in shapes for name in ("cache", "attention")] + [
         (f"{name}.cu", {}) for name in ("rows", "logits")
     ]
-
-
-def spans_for(slots: int) -> int:
-    """A power of two of spans that covers them: few sizes of graph, as a conversation grows."""
-    return 1 << max(2, (-(-slots // SPAN) - 1).bit_length())

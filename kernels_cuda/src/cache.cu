@@ -4,10 +4,11 @@
 // cos and sin of each row's angles, times magnitude: float2 [rows, pairs]. grid: rows. The angle is reduced in
 // doubles: at position 100000 a float is off by a hundredth of a turn.
 extern "C" __global__ void __launch_bounds__(128)
-    rope_table(const Step* step, const double* frequencies, float2* table, int pairs, float magnitude) {
+    rope_table(const int* positions, const double* frequencies, float2* table, int pairs, float magnitude) {
     start();
+    double position = positions[blockIdx.x];
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-        double turns = static_cast<double>(step->position + static_cast<int>(blockIdx.x)) * frequencies[i] / TURN;
+        double turns = position * frequencies[i] / TURN;
         float angle = static_cast<float>((turns - rint(turns)) * TURN);
         table[static_cast<size_t>(blockIdx.x) * pairs + i] = {magnitude * cosf(angle), magnitude * sinf(angle)};
     }
@@ -23,28 +24,28 @@ DEVICE float turned(const float* x, const float2* turns, int i, int head, int pa
     return i < pairs ? x[i] * r.x - x[i + pairs] * r.y : x[i] * r.x + x[i - pairs] * r.y;
 }
 
-// Queries are turned and become halves, q [rows, heads, HEAD]; keys are turned and, like values, written to the cache
-// at slot length + row. qkv: float [rows, (heads + 2 kv_heads) · head]. pairs 0: nothing is turned.
+// Queries are turned and become halves, a.q; keys are turned and, like values, written to the cache where their rows'
+// places are. qkv: float [rows, (heads + 2 kv_heads) · size]. pairs 0: nothing is turned.
 // grid (rows, heads + 2 kv_heads), one warp.
 extern "C" __global__ void __launch_bounds__(WARP)
-    rope_append(const Step* step, const float* qkv, const float2* table, u16* q, u8* pool, const int* blocks, int layer,
-                int layers, int heads, int kv_heads, int head, int pairs) {
+    rope_append(const Attention a, const float* qkv, const float2* table, int pairs) {
     start();
-    int row = blockIdx.x, which = blockIdx.y;
-    const float* x = qkv + (static_cast<size_t>(row) * (heads + 2 * kv_heads) + which) * head;
+    int row = blockIdx.x, which = blockIdx.y, size = a.size;
+    const float* x = qkv + (static_cast<size_t>(row) * (a.heads + 2 * a.kv_heads) + which) * size;
     const float2* turns = table + static_cast<size_t>(row) * pairs;
-    int slot = step->length + row;
-    Cache cache{pool, blocks, layer, layers, kv_heads};
+    Place place = a.places[row];
+    int slot = place.slot;
+    Cache cache = a.cache(place.table);
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         int i = part * 32 + lane_id();
-        if (which < heads) {
-            float y = turned(x, turns, i, head, pairs);
-            q[(static_cast<size_t>(row) * heads + which) * HEAD + i] = to_half(y);
-        } else if (which < heads + kv_heads) {
-            store_key(cache.unit(slot, which - heads), slot % SLOTS, part, turned(x, turns, i, head, pairs));
+        if (which < a.heads) {
+            float y = turned(x, turns, i, size, pairs);
+            a.q[(static_cast<size_t>(row) * a.heads + which) * HEAD + i] = to_half(y);
+        } else if (which < a.heads + a.kv_heads) {
+            store_key(cache.unit(slot, which - a.heads), slot % SLOTS, part, turned(x, turns, i, size, pairs));
         } else {
-            store_value(cache.unit(slot, which - heads - kv_heads), slot % SLOTS, part, i < head ? x[i] : 0);
+            store_value(cache.unit(slot, which - a.heads - a.kv_heads), slot % SLOTS, part, i < size ? x[i] : 0);
         }
     }
 }
@@ -54,13 +55,13 @@ EXPORT(rope_append)
 // Keys and values of slots src over those of slots dst, nothing where src is negative: int [layers, kv_heads, n].
 // What moves comes from behind everything that is written. grid (n, kv_heads, layers), 128 threads.
 extern "C" __global__ void __launch_bounds__(128)
-    move_slots(u8* pool, const int* blocks, const int* src, const int* dst, int layers, int kv_heads, int n) {
+    move_slots(u8* pool, const int* table, const int* src, const int* dst, int layers, int kv_heads, int n) {
     start();
     int layer = blockIdx.z, head = blockIdx.y;
     size_t at = (static_cast<size_t>(layer) * kv_heads + head) * n + blockIdx.x;
     int from = src[at], to = dst[at];
     if (from < 0) return;
-    Cache cache{pool, blocks, layer, layers, kv_heads};
+    Cache cache{pool, table, 0, layer, layers, kv_heads};
     u8 *a = cache.unit(from, head), *b = cache.unit(to, head);
     from %= SLOTS, to %= SLOTS;
     for (int i = threadIdx.x; i < HEAD; i += blockDim.x) {
@@ -81,17 +82,18 @@ EXPORT(move_slots)
 // resources move_slots: registers 48, spills 0, shared 0
 
 // Keys of the first n slots, turned by delta positions: int [layers, kv_heads, n]; layers of another rope have zeros.
+// A negative block is one that a window has left behind.
 // grid (n, kv_heads, layers), one warp.
 extern "C" __global__ void __launch_bounds__(WARP)
-    turn_keys(u8* pool, const int* blocks, const int* delta, const double* frequencies, int layers, int kv_heads, int n,
+    turn_keys(u8* pool, const int* table, const int* delta, const double* frequencies, int layers, int kv_heads, int n,
               int pairs) {
     start();
     __shared__ float key[HEAD];
     __shared__ float2 turns[HEAD / 2];
     int layer = blockIdx.z, head = blockIdx.y, slot = blockIdx.x;
     int by = delta[(static_cast<size_t>(layer) * kv_heads + head) * n + slot];
-    if (by == 0) return;
-    u8* unit = Cache{pool, blocks, layer, layers, kv_heads}.unit(slot, head);
+    if (by == 0 || table[slot / SLOTS] < 0) return;
+    u8* unit = Cache{pool, table, 0, layer, layers, kv_heads}.unit(slot, head);
     for (int i = lane_id(); i < HEAD; i += WARP) key[i] = load_key(unit, slot % SLOTS, i);
     for (int i = lane_id(); i < pairs; i += WARP) {
         double t = static_cast<double>(by) * frequencies[i] / TURN;
@@ -113,14 +115,14 @@ constexpr int SPREAD_WARPS = SPREAD_THREADS / WARP;
 // lane 4g + t of them the slots 4t … 4t + 3 and the channels g, g + 8, …: for the mean, then for the distances. Values
 // are what attention sees, sums have one order. grid (kv_heads, layers).
 extern "C" __global__ void __launch_bounds__(SPREAD_THREADS)
-    value_spread(u8* pool, const int* blocks, const float* weights, float* to, int layers, int kv_heads, int n) {
+    value_spread(u8* pool, const int* table, const float* weights, float* to, int layers, int kv_heads, int n) {
     start();
     __shared__ float sums[SPREAD_WARPS];
     __shared__ float means[SPREAD_WARPS][HEAD];
     int layer = blockIdx.y, head = blockIdx.x, g = lane_id() / 4, t = lane_id() % 4;
     size_t at = (static_cast<size_t>(layer) * kv_heads + head) * n;
     weights += at, to += at;
-    Cache cache{pool, blocks, layer, layers, kv_heads};
+    Cache cache{pool, table, 0, layer, layers, kv_heads};
 
     float total = 0;
     for (int i = threadIdx.x; i < n; i += SPREAD_THREADS) total += weights[i];

@@ -21,16 +21,35 @@ constexpr int KEYS = SLOTS * HEAD * CODE;  // bytes
 constexpr int SCALES = KV_BITS == 8 ? SLOTS * PARTS * 2 : 0;
 constexpr int UNIT = 2 * (KEYS + SCALES);
 
-// One layer of the pool, behind a sequence's block table.
+// One layer of the pool, behind a sequence's block table, which begins at tables[table].
 struct Cache {
     u8* pool;
-    const int* table;
-    int layer, layers, kv_heads;
+    const int* tables;
+    int table, layer, layers, kv_heads;
 
     DEVICE_MEMBER u8* unit(int slot, int head) const {
-        size_t block = static_cast<size_t>(table[slot / SLOTS]);
+        size_t block = static_cast<size_t>(tables[table + slot / SLOTS]);
         return pool + ((block * layers + layer) * kv_heads + head) * UNIT;
     }
+};
+
+// What attention of one layer in one step is told: `Call` of kernels_cuda/attention.py, field by field.
+struct Attention {
+    u16* q;                // halves [rows, heads, HEAD], turned
+    u8* pool;              // of the layer's memory
+    const int* tables;     // of the step
+    const Place* places;   // [rows]
+    const Piece* pieces;   // of every sequence's queries
+    const Watch* watches;  // sequences whose attention is scored
+    float2* totals;        // (m, l) of every row's softmax, [rows, heads]
+    int rows;
+    int layer, layers;  // of the memory
+    int heads, kv_heads;
+    int size, ld;      // channels of a head; halves from one row of the result to the next
+    int window;        // slots that a row sees, 0: all
+    float scale, cap;  // of scores; cap 0: none
+
+    DEVICE_MEMBER Cache cache(int table) const { return {pool, tables, table, layer, layers, kv_heads}; }
 };
 
 DEVICE u16* halves(u8* p) { return reinterpret_cast<u16*>(p); }

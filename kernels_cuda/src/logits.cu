@@ -1,7 +1,6 @@
 // What of a row of logits goes back to the host: the id of the largest, or the largest few. A block of 1024 threads a
 // row of n floats, which lies in L2; argmax reads it once, largest twice.
 #include "keys.cuh"
-#include "step.cuh"
 
 constexpr int THREADS = 1024;
 constexpr int LARGEST = 256;
@@ -49,18 +48,21 @@ DEVICE void sort(u64* keys) {
     __syncthreads();
 }
 
-// The LARGEST largest of a row, in the order of key_of, and the sum of exp((x - largest) · inverse_temperature).
+// The LARGEST largest of a row, in the order of key_of, and the sum of exp((x - largest) · inverse temperature), 0
+// where that is 0: a number for each row.
 //   to  int32 [rows, 2 LARGEST + 2]: ids, bits of their values, how many there are, bits of the sum (or 0). grid: rows.
 // Each thread finds the best of its n / 1024 logits. The LARGEST-th of those 1024 is not before the row's LARGEST-th,
 // so what comes after it is not needed. About 300 logits are left where they lie at random; they are sorted. Should
 // more than 1024 be left, there are none (0), and the host reads the row.
-extern "C" __global__ void __launch_bounds__(THREADS) largest(const Step* step, const float* x, int* to, int n) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    largest(const float* inverse_temperatures, const float* x, int* to, int n) {
     start();
     __shared__ u64 keys[THREADS];
     __shared__ float sums[THREADS / WARP];
     __shared__ int left;
     x += static_cast<size_t>(blockIdx.x) * n;
     to += static_cast<size_t>(blockIdx.x) * (2 * LARGEST + 2);
+    float factor = inverse_temperatures[blockIdx.x];
     int thread = threadIdx.x;
     u64 best = 0;
     for (int i = thread; i < n; i += THREADS) {
@@ -71,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) largest(const Step* step, 
     if (thread == 0) left = 0;
     sort(keys);
     u64 edge = keys[LARGEST - 1];
-    float most = value_of(keys[0]), factor = step->inverse_temperature, sum = 0;
+    float most = value_of(keys[0]), sum = 0;
     __syncthreads();
     keys[thread] = 0;
     __syncthreads();

@@ -54,17 +54,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 EXPORT(rms_norm_add)
 // resources rms_norm_add: registers 40, spills 0, shared 64
 
-// Spans of n floats of x, the first at `offset` of each row, normed in place. grid (rows, spans).
+// Heads of n floats of x, the first at `offset` of each row, normed in place. grid (rows, heads).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    norm_spans(float* x, const float* weight, int n, int offset, int ldx, float eps) {
+    norm_heads(float* x, const float* weight, int n, int offset, int ldx, float eps) {
     start();
     __shared__ float scratch[THREADS / WARP];
     x += static_cast<size_t>(blockIdx.x) * ldx + offset + blockIdx.y * n;
     float factor = norm_factor(x, n, eps, scratch);
     for (int i = threadIdx.x; i < n; i += THREADS) x[i] = x[i] * factor * weight[i];
 }
-EXPORT(norm_spans)
-// resources norm_spans: registers 40, spills 0, shared 64
+EXPORT(norm_heads)
+// resources norm_heads: registers 40, spills 0, shared 64
 
 // to = f(first half of x) · second half, as halves, zero from n to ld. x: float [rows, 2n]. grid (⌈ld / 256⌉, rows).
 template <class F>
@@ -110,3 +110,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) reorder(const u16* x, cons
 }
 EXPORT(reorder)
 // resources reorder: registers 32, spills 0, shared 0
+
+// Rows of halves, picked: to[i] = x[rows[i]], all of them ld long. grid (⌈ld / 256⌉, picked rows).
+extern "C" __global__ void __launch_bounds__(THREADS) pick_rows(const u16* x, const int* rows, u16* to, int ld) {
+    start();
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= ld) return;
+    to[static_cast<size_t>(blockIdx.y) * ld + i] = x[static_cast<size_t>(rows[blockIdx.y]) * ld + i];
+}
+EXPORT(pick_rows)
+// resources pick_rows: registers 32, spills 0, shared 0

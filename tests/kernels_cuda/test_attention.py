@@ -11,6 +11,8 @@ from emulation import bench, needs_device
 
 from tinychat.backends.reference_memory import quantize_kv
 from tinychat.kernels_cuda import attention
+from tinychat.kernels_cuda.head import LOGITS
+from tinychat.kernels_cuda.inputs import Inputs, Sequence
 from tinychat.kernels_cuda.linear import row_length
 
 pytestmark = needs_device
@@ -33,13 +35,11 @@ class Case:
     pairs: int = 0
 
     def __post_init__(self):
-        self.shape = attention.Shape(
-            self.layers, self.heads, self.kv_heads, self.size, self.bits, self.size**-0.5, self.cap
-        )
-        self.kernels = attention.Attention(bench().modules, self.shape, workspace=1 << 20)
+        self.shape = attention.Shape(self.layers, self.heads, self.kv_heads, self.size, self.bits)
+        self.kernels = attention.Attention(bench().modules, self.shape, bench().device.allocate(1 << 20))
+        self.inputs = Inputs(bench().device, [self.shape.group])
         self.pool = bench().device.allocate(BLOCKS * self.shape.block_bytes)
         bench().device.clear(self.pool)
-        self.blocks = bench().put(TABLE)
         self.keys = np.zeros((0, self.kv_heads, self.size), np.float32)
         self.values = np.zeros((0, self.kv_heads, self.size), np.float32)
 
@@ -48,17 +48,29 @@ class Case:
         x = torch.from_numpy(x).half().float()
         return (x if self.bits == 16 else quantize_kv(x)).numpy()
 
-    def call(self, rows, position=None):
+    def call(self, rows, position=0, scores=None, watched=0):
         """Attention of as many rows behind what is there, in layer 1."""
-        d, n = bench().device, len(self.keys)
-        step = bench().put(np.array([n if position is None else position, n], np.int32))
-        q, totals = d.allocate(rows * self.shape.query_bytes), d.allocate(rows * self.heads * 8)
-        return attention.Call(step, q, self.pool, self.blocks, totals, 1, rows, self.window)
+        own = Sequence(0, rows, len(self.keys), TABLE, scores=scores, watched=watched)
+        return self.call_of([own], position)
 
-    def append(self, qkv):
+    def call_of(self, sequences, position=0):
+        """Attention of these sequences' rows, in layer 1."""
+        d, rows, none = bench().device, sum(s.rows for s in sequences), []
+        z = self.step = self.inputs.size([sequences], none, LOGITS)
+        self.inputs.reserve(z, [sequences])
+        positions = list(range(position, position + rows))
+        self.inputs.put(z, [sequences], np.zeros(rows, np.int32), positions, none, 0.0)
+        self.q = d.allocate(rows * self.shape.query_bytes)
+        self.totals = d.allocate(rows * self.heads * 8)
+        return self.kernels.call(
+            q=self.q, totals=self.totals, pool=self.pool, facts=self.inputs.facts(z, 0), rows=rows, layer=1,
+            window=self.window, scale=self.size**-0.5, cap=self.cap,
+        )  # fmt: skip
+
+    def append(self, qkv, **watch):
         """Rows behind what is there; their attention is yet to come."""
         rows = len(qkv)
-        call = self.call(rows)
+        call = self.call(rows, **watch)
         self.kernels.append(call, bench().put(qkv), None, 0)
         parts = qkv.reshape(rows, -1, self.size)
         self.keys = np.concatenate([self.keys, parts[:, self.heads : self.heads + self.kv_heads]])
@@ -85,13 +97,13 @@ class Case:
         return np.einsum("rhs,shd->rhd", self.probabilities(q), values).reshape(len(q), -1)
 
     def attend(self, call, spread=True):
-        """float16 [rows, heads · size]; spread: by spans, else walked by rows."""
-        b, ld = bench(), row_length(self.heads * self.size)
+        """float16 [rows, heads · size]; spread: by stretches, else walked by rows."""
+        b, ld, (extent,) = bench(), row_length(self.heads * self.size), self.step.extents
         to = b.device.allocate(call.rows * ld * 2)
         if spread:
-            self.kernels.spread(call, to, 8)
+            self.kernels.spread(call, to, call.rows, extent.pieces, extent.stretches)
         else:
-            self.kernels.walk(call, to)
+            self.kernels.walk(call, to, 0, extent.pieces)
         out = b.get(to, (call.rows, ld), np.float16)
         assert not out[:, self.heads * self.size :].any()
         return out[:, : self.heads * self.size]
@@ -155,7 +167,8 @@ def test_a_small_workspace_is_used_several_times():
     case = Case()
     call = case.append(random_rows(case, 12))
     expected = case.attend(call)
-    case.kernels = attention.Attention(bench().modules, case.shape, workspace=case.kernels.row_bytes(8) * 5)
+    small = bench().device.allocate(case.kernels.row_bytes(4) * 5)
+    case.kernels = attention.Attention(bench().modules, case.shape, small)
     np.testing.assert_array_equal(case.attend(call), expected)
 
 
@@ -168,17 +181,18 @@ def test_scores_are_the_probabilities_that_slots_got(name, apart):
     case.append(random_rows(case, 70))
     for rows, watched in ((1, 1), (7, 5), (16, 16)):
         qkv = random_rows(case, rows)
-        call = case.append(qkv)
+        call = case.append(qkv, scores=np.empty(watched if apart else 1), watched=watched)
         case.attend(call)
         n = len(case.keys) + 3  # the caller's array may be wider
         b, shape = bench(), (watched if apart else 1, case.layers, case.kv_heads, n)
         scores = b.put(np.full(shape, 7, np.float32))
-        case.kernels.score(call, scores, watched, apart, n)
+        case.kernels.score(call, scores, 1, n)
+        alone = apart or watched == 1
         p = case.probabilities(queries(case, qkv))[-watched:]
         p = p.reshape(watched, case.kv_heads, -1, p.shape[-1]).sum(2)
         got = b.get(scores, shape)[:, 1]
-        np.testing.assert_allclose(got[..., :-3], p if apart else 7 + p.sum(0)[None], atol=2e-3)
-        np.testing.assert_array_equal(got[..., -3:], 0 if apart else 7)
+        np.testing.assert_allclose(got[..., :-3], p if alone else 7 + p.sum(0)[None], atol=2e-3)
+        np.testing.assert_array_equal(got[..., -3:], 0 if alone else 7)
 
 
 @pytest.mark.parametrize("pairs", [10, 16, 5])
@@ -190,7 +204,7 @@ def test_queries_and_keys_are_turned(bits, pairs):
     qkv = random_rows(case, 9)
     b = bench()
     call, table = case.call(9, position), b.device.allocate(9 * pairs * 8)
-    case.kernels.turns(call.step, b.put(frequencies), table, 9, pairs, 1.5)
+    case.kernels.turns(case.inputs.positions(case.step), b.put(frequencies), table, 9, pairs, 1.5)
     case.kernels.append(call, b.put(qkv), table, pairs)
 
     angle = (position + np.arange(9))[:, None, None] * frequencies
@@ -198,7 +212,7 @@ def test_queries_and_keys_are_turned(bits, pairs):
     one, two, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     cos, sin = 1.5 * np.cos(angle), 1.5 * np.sin(angle)
     turned = np.concatenate([one * cos - two * sin, two * cos + one * sin, rest], axis=-1)
-    got = b.get(call.q, (9, case.heads, 32), np.float16)
+    got = b.get(case.q, (9, case.heads, 32), np.float16)
     np.testing.assert_allclose(got, turned[:, : case.heads], atol=4e-3)
     case.keys = turned[:, case.heads : case.heads + case.kv_heads].astype(np.float32)
     case.values = qkv.reshape(9, -1, 32)[:, case.heads + case.kv_heads :]
@@ -220,7 +234,7 @@ def test_moved_slots_hold_what_they_were_given(bits):
         dst[1, head, :moved] = rng.permutation(64)[:moved]
         case.keys[dst[1, head, :moved], head] = case.keys[src[1, head, :moved], head]
         case.values[dst[1, head, :moved], head] = case.values[src[1, head, :moved], head]
-    case.kernels.move(case.pool, case.blocks, b.put(src), b.put(dst), n)
+    case.kernels.move(case.pool, b.put(TABLE), b.put(src), b.put(dst), n)
     case.keys, case.values = case.keys[:64], case.values[:64]
     qkv = random_rows(case, 3)
     got = case.attend(case.append(qkv))
@@ -234,7 +248,7 @@ def test_keys_are_turned_in_place(bits):
     b, pairs, n = bench(), 16, 40
     frequencies = 10000.0 ** -(np.arange(pairs) / pairs)
     delta = np.random.default_rng(0).integers(-90, 1, (2, 2, n)).astype(np.int32)
-    case.kernels.turn(case.pool, case.blocks, b.put(delta), b.put(frequencies), n, pairs)
+    case.kernels.turn(case.pool, b.put(TABLE), b.put(delta), b.put(frequencies), n, pairs)
     angle = delta[1].T[..., None] * frequencies
     x = case.stored(case.keys[:n]).astype(np.float64)
     one, two = x[..., :pairs], x[..., pairs:]
@@ -263,7 +277,7 @@ def test_the_spread_of_values_is_how_far_they_lie_from_their_mean(size, n, bits)
     weights, to = b.put(w), b.put(np.full((2, 3, n + 1), 7, np.float32))
 
     def spread():
-        case.kernels.value_spread(case.pool, case.blocks, weights, to, n)
+        case.kernels.value_spread(case.pool, b.put(TABLE), weights, to, n)
         return b.get(to, 6 * n + 1)
 
     got = spread()

@@ -11,7 +11,8 @@ from programs import FORMS
 from tinychat.backends.cuda import _Recorder, _Value
 from tinychat.backends.cuda_pack import _joined, pack
 from tinychat.kernels_cuda import experts, linear
-from tinychat.kernels_cuda.program import Buffer, Program, Size
+from tinychat.kernels_cuda.inputs import Size
+from tinychat.kernels_cuda.program import Buffer, Program
 
 pytestmark = needs_device
 
@@ -27,8 +28,8 @@ def uploaded(names):
 def run(weights, x, scores, *, normalize=True, residual=None):
     """float32 [rows, HIDDEN]."""
     b, rows = bench(), len(x)
-    p = Program(b.modules, None, ROWS)
-    r = _Recorder(p, None)
+    p = Program(b.modules, ROWS)
+    r = _Recorder(p, ())
     values, columns, out = p.floats(HIDDEN), p.floats(scores.shape[1]), p.floats(HIDDEN)
     p.record([values, columns, out], lambda z: None)  # what ops before this layer would write
     value = _Value(HIDDEN, halves=p.halve(values, HIDDEN, None))
@@ -43,7 +44,7 @@ def run(weights, x, scores, *, normalize=True, residual=None):
     b.device.upload(columns.memory, scores)
     b.device.upload(out.memory, np.zeros_like(x) if residual is None else residual)
     for record in p.records:
-        record.launch(Size(rows, 0, 1))
+        record.launch(Size(rows))
     return b.get(out.memory, (rows, HIDDEN))
 
 
@@ -105,7 +106,7 @@ def test_experts_that_nobody_takes_are_not_read():
 def routed(scores, taken, normalize=True):
     """(chosen, weights, pairs, work, routes), as the kernel leaves them."""
     b, (rows, n) = bench(), scores.shape
-    p = Program(b.modules, None, rows)
+    p = Program(b.modules, rows)
     source = p.floats(n)
     r = experts.route(p, source, n, taken, normalize)
     place_of: dict[str, Buffer] = dict(
@@ -115,7 +116,7 @@ def routed(scores, taken, normalize=True):
         buffer.memory = b.put(np.full(rows * buffer.row_bytes, 0xFF, np.uint8))
     b.device.upload(source.memory, scores)
     for record in p.records:
-        record.launch(Size(rows, 0, 1))
+        record.launch(Size(rows))
     pairs = rows * taken
     chosen = b.get(r.chosen.memory, (rows, taken), np.int32)
     weights = b.get(r.weights.memory, (rows, taken))

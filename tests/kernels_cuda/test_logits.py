@@ -29,8 +29,8 @@ def largest(x, inverse_temperature=0.0):
     b, (rows, n) = bench(), x.shape
     columns = head.columns(head.TOP, n)
     to = b.put(np.full((rows, columns), -7, np.int32))
-    step = b.put(np.array([0, 0, np.float32(inverse_temperature).view(np.int32)], np.int32))
-    b.run("logits.cu", "largest", (rows,), 1024, step, b.put(x), to, n)
+    factors = b.put(np.broadcast_to(np.float32(inverse_temperature), rows))
+    b.run("logits.cu", "largest", (rows,), 1024, factors, b.put(x), to, n)
     got = b.get(to, (rows, columns), np.int32)
     counts, totals = got[:, -2], got[:, -1].view(np.float32)
     values = got[:, head.LARGEST :].view(np.float32)

@@ -50,13 +50,13 @@ def test_norms(n):
     np.testing.assert_allclose(out, to + normed(x, weight), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "spans"), [(16, 4), (96, 1), (20, 3)])
-def test_spans_are_normed_where_they_are(n, spans):
+@pytest.mark.parametrize(("n", "heads"), [(16, 4), (96, 1), (20, 3)])
+def test_heads_are_normed_where_they_are(n, heads):
     x, weight = floats(3, 130), floats(n)
-    out = run("norm_spans", (3, spans), ..., weight, n, 7, 130, 1e-5, out=x)
+    out = run("norm_heads", (3, heads), ..., weight, n, 7, 130, 1e-5, out=x)
     expected = x.astype(np.float64)
-    part = expected[:, 7 : 7 + n * spans].reshape(3, spans, n)
-    expected[:, 7 : 7 + n * spans] = normed(part, weight).reshape(3, -1)
+    part = expected[:, 7 : 7 + n * heads].reshape(3, heads, n)
+    expected[:, 7 : 7 + n * heads] = normed(part, weight).reshape(3, -1)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 

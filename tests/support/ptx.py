@@ -220,8 +220,11 @@ class Kernel:
         registers = [self.value(r) for r in split(what.strip("{}"))]
         if space == "param":
             name, _, offset = where.strip("[]").partition("+")
-            index = [p for p, _ in self.parameters].index(name)
-            return f"set<{kind}>({registers[0]}, parameter<{kind}>(arguments[{index}], {offset or 0}));"
+            index, width = [p for p, _ in self.parameters].index(name), int(kind[1:]) // 8
+            return " ".join(
+                f"set<{kind}>({r}, parameter<{kind}>(arguments[{index}], {int(offset or 0) + width * i}));"
+                for i, r in enumerate(registers)
+            )
         if space is None:  # generic: no kernel takes the address of shared memory
             space = "global"
         at = self.address(where)

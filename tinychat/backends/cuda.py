@@ -15,7 +15,7 @@ import numpy as np
 
 from tinychat.backends.cuda_device import free_memory, open_modules
 from tinychat.backends.cuda_pack import Loader
-from tinychat.backends.interface import BLOCK, LargestLogits, Step, memories_of
+from tinychat.backends.interface import BLOCK, LargestLogits, MemorySpec, Step, memories_of, place_of
 from tinychat.base.errors import (
     DeviceLostError,
     MemoryBudgetError,
@@ -25,18 +25,21 @@ from tinychat.base.errors import (
 )
 from tinychat.base.machine import human_bytes
 from tinychat.kernels_cuda import experts, head, layout
-from tinychat.kernels_cuda.attention import MAX_HEAD, Attention, Shape
-from tinychat.kernels_cuda.driver import DeviceError, OutOfMemoryError
+from tinychat.kernels_cuda.attention import MAX_HEAD, Shape
+from tinychat.kernels_cuda.driver import DeviceError, Memory, OutOfMemoryError
+from tinychat.kernels_cuda.inputs import Sequence
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
+from tinychat.kernels_cuda.pool import Pool
 from tinychat.kernels_cuda.program import Buffer, Program, program_sources
+from tinychat.kernels_cuda.steps import Steps
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 
 MAX_ROWS = 512
-WORKSPACE = 64 << 20  # for attention's spans: 16 rows of 32 heads at 16,000 tokens of context
+WORKSPACE = 64 << 20  # for attention's stretches: 16 rows of 32 heads at 16,000 tokens of context
 
 
 class CudaBackend:
@@ -44,7 +47,7 @@ class CudaBackend:
 
     name = "cuda"
     row_independent = True
-    max_spans = 1
+    max_spans = MAX_ROWS
 
     def __init__(
         self,
@@ -65,11 +68,8 @@ class CudaBackend:
         self.memories = memories_of(self.cfg)
         self.kv_bits = kv_bits
         c = self.cfg
-        if c.head_dim > MAX_HEAD:
-            raise UnsupportedModelError(
-                f"{checkpoint.path.name} has heads of {c.head_dim} channels; {MAX_HEAD} is the most.",
-                "Use --device cpu.",
-            )
+        for spec in self.memories:
+            _check_memory(spec, checkpoint.path.name)
         if c.n_experts > experts.MOST:
             raise UnsupportedModelError(
                 f"{checkpoint.path.name} has {c.n_experts} experts in a layer; {experts.MOST} are the most.",
@@ -78,21 +78,22 @@ class CudaBackend:
         self._modules = modules or open_modules()
         self._device = self._modules.device
         self.max_rows = MAX_ROWS
-        self._blocks = 0
-        a = c.layers[0].mixer  # the others differ in rope and window only
-        scale = a.scale or a.head_dim**-0.5
-        self._shape = Shape(c.n_layers, a.n_heads, a.n_kv_heads, a.head_dim, kv_bits, scale, a.soft_cap)
-        self._program: Program | None = None
+        shapes = [  # the layers of a memory are alike, but for rope and window
+            Shape(len(m.layers), c.layers[m.layers[0]].mixer.n_heads, m.kv_heads, m.head_dim, kv_bits)
+            for m in self.memories
+        ]
+        self._steps: Steps | None = None
         with self._on_device():
             family = FAMILIES[c.family]
             loader = Loader(checkpoint, policy or WeightPolicy(), family, self._modules, tell)
             weights = family.load(loader, c)
-            self._modules.prepare([*loader.sources, *program_sources(self._shape)])
-            attention = Attention(self._modules, self._shape, WORKSPACE)
-            program = Program(self._modules, attention, MAX_ROWS)
-            family.forward(_Recorder(program), c, weights)
+            self._modules.prepare([*loader.sources, *program_sources(shapes)])
+            workspace = self._device.allocate(WORKSPACE)
+            pools = [Pool(self._modules, shape, workspace) for shape in shapes]
+            program = Program(self._modules, MAX_ROWS, pools)
+            family.forward(_Recorder(program, self.memories), c, weights)
             program.build()
-            self._program = program
+            self._steps = Steps(program)
 
     def describe(self) -> dict[str, Any]:
         """What runs: backend, isa, act_bits, kv_bits, threads."""
@@ -126,87 +127,93 @@ class CudaBackend:
 
     def kv_bytes_per_block(self, memory: int = 0) -> int:
         """Bytes of one block of BLOCK slots: keys and values of all layers."""
-        return self._shape.block_bytes
+        return self._pool(memory).shape.block_bytes
 
     def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
         """Have a KV pool of so many blocks, in device memory; if it grows, it is copied."""
         with self._on_device():
-            self._open().set_cache(n_blocks)
-        self._blocks = n_blocks
+            self._open().resize(memory, n_blocks)
 
     def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
         """Copy a pool block, all layers (copy-on-write)."""
+        pool = self._pool(memory)
         with self._on_device():
-            self._device.copy(self._block(dst), self._block(src))
+            self._device.copy(pool.block(dst), pool.block(src))
 
     def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
         """What the blocks hold: uint8 [n blocks, kv_bytes_per_block]."""
-        out = np.empty((len(block_table), self.kv_bytes_per_block()), np.uint8)
+        pool, out = (
+            self._pool(memory),
+            np.empty((len(block_table), self.kv_bytes_per_block(memory)), np.uint8),
+        )
         with self._on_device():
             for to, block in zip(out, block_table, strict=True):
-                self._device.download(to, self._block(int(block)))
+                self._device.download(to, pool.block(int(block)))
             self._device.synchronize()
         return out
 
     def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
         """What `read_blocks` gave, into these blocks."""
+        pool = self._pool(memory)
         with self._on_device():
             for row, block in zip(data, block_table, strict=True):
-                self._device.upload(self._block(int(block)), np.ascontiguousarray(row))
+                self._device.upload(pool.block(int(block)), np.ascontiguousarray(row))
             self._device.synchronize()
 
     def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
+        pool = self._pool(memory)
         with self._on_device():
-            p = self._open()
-            p.set_table(block_table)
-            a, b = (p.upload(np.ascontiguousarray(x, np.int32)) for x in (src, dst))
-            p.attention.move(p.pool, p.inputs.blocks, a, b, src.shape[2])
+            table = self._open().table(block_table)
+            a, b = (self._upload(np.ascontiguousarray(x, np.int32)) for x in (src, dst))
+            pool.attention.move(pool.blocks, table, a, b, src.shape[2])
             self._device.synchronize()
 
     def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
         """How far each slot's value lies from the weighted mean: float32 [layers, kv_heads, n]."""
-        out = np.empty(weights.shape, np.float32)
+        pool, out = self._pool(memory), np.empty(weights.shape, np.float32)
         with self._on_device():
-            p = self._open()
-            p.set_table(block_table)
-            w, to = p.upload(np.ascontiguousarray(weights, np.float32)), self._device.allocate(out.nbytes)
-            p.attention.value_spread(p.pool, p.inputs.blocks, w, to, out.shape[2])
+            table = self._open().table(block_table)
+            w, to = self._upload(np.ascontiguousarray(weights, np.float32)), self._device.allocate(out.nbytes)
+            pool.attention.value_spread(pool.blocks, table, w, to, out.shape[2])
             self._device.download(out, to)
             self._device.synchronize()
         return out
 
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
-        """Rotate the cached keys of the first slots by `delta` positions."""
-        ropes = [layer.mixer.rope for layer in self.cfg.layers]
+        """Rotate the cached keys of the first slots by `delta` positions; blocks that a window has left
+        behind may be -1.
+        """
+        pool = self._pool(memory)
+        ropes = [self.cfg.layers[i].mixer.rope for i in self.memories[memory].layers]
         with self._on_device():
-            p = self._open()
-            p.set_table(block_table)
+            table = self._open().table(block_table)
             for rope in {*ropes} - {None}:
                 here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
-                turns = p.upload(np.ascontiguousarray(np.where(here, delta, 0), np.int32))
+                turns = self._upload(np.ascontiguousarray(np.where(here, delta, 0), np.int32))
                 f = rope.frequencies().astype(np.float64)
-                p.attention.turn(p.pool, p.inputs.blocks, turns, p.upload(f), delta.shape[2], len(f))
+                pool.attention.turn(pool.blocks, table, turns, self._upload(f), delta.shape[2], len(f))
                 self._device.synchronize()
 
     def step(self, step: Step) -> np.ndarray:
-        """Run the network. float32 [T - logits_from, vocab]."""
+        """Run the network. float32 [asked rows, vocab], span after span."""
         return self._run(step, head.LOGITS)
 
     def step_greedy(self, step: Step) -> np.ndarray:
-        """The argmax of each asked row, lowest id on a tie, or -1: int32 [T - logits_from]."""
+        """The argmax of each asked row, lowest id on a tie, or -1: int32 [asked rows]."""
         return self._run(step, head.ARGMAX)[:, 0]
 
     def step_largest(self, step: Step, temperature: float) -> list[LargestLogits]:
         """The largest logits of each asked row, of which there may be head.ROWS."""
         rows = self._run(step, head.TOP, 1 / temperature if temperature else 0.0)
-        of = self._open().steps
+        of = self._open().count
 
         def whole(row: int) -> np.ndarray:
             with self._on_device():
-                if self._open().steps != of:
+                steps = self._open()
+                if steps.count != of:
                     raise RuntimeError("another step has written over these logits")
-                return self._program.logits(row)
+                return steps.logits(row)
 
         return [self._largest(row, partial(whole, i)) for i, row in enumerate(rows)]
 
@@ -217,41 +224,67 @@ class CudaBackend:
 
     def close(self) -> None:
         """Release memory. Idempotent."""
-        self._program = None
+        self._steps = None
 
     def _run(self, step: Step, wanted: str, inverse_temperature: float = 0.0) -> np.ndarray:
-        (span,) = step.spans
-        (slots,) = span.memories
-        ids, rows = span.token_ids, len(span.token_ids)
-        kind = np.float32 if wanted == head.LOGITS else np.int32
-        out = np.empty((rows - span.logits_from, head.columns(wanted, self.cfg.vocab_size)), kind)
         with self._on_device():
-            program = self._open()
-            if not 1 <= rows <= MAX_ROWS:
-                raise ValueError(f"a step has 1 to {MAX_ROWS} rows, not {rows}")
-            if wanted == head.TOP and len(out) > head.ROWS:
-                raise ValueError(f"the largest logits of {head.ROWS} rows are had, not of {len(out)}")
-            if ids.min() < 0 or ids.max() >= self.cfg.vocab_size:
-                raise ValueError("a token id is outside the vocabulary")
-            table = slots.table
-            if len(table) * BLOCK < slots.length + rows:
-                raise ValueError("the block table does not cover the step")
-            if len(table) > self._blocks or table.min() < 0 or table.max() >= self._blocks:
-                raise ValueError("the block table names blocks that are not there")
-            program.run(
-                ids, span.position, slots.length, table, wanted, out, slots.scores, slots.scored_rows,
-                inverse_temperature,
-            )  # fmt: skip
+            steps = self._open()
+            ids, positions, asked = self._rows(step)
+            if wanted == head.TOP and len(asked) > head.ROWS:
+                raise ValueError(f"the largest logits of {head.ROWS} rows are had, not of {len(asked)}")
+            memories = [self._sequences(step, memory) for memory in range(len(self.memories))]
+            columns = head.columns(wanted, self.cfg.vocab_size)
+            out = np.empty((len(asked), columns), np.float32 if wanted == head.LOGITS else np.int32)
+            steps.run(memories, ids, positions, asked, wanted, out, inverse_temperature)
         return out
 
-    def _open(self) -> Program:
-        if self._program is None:
-            raise TinychatError("The model is closed.", "Load it again.")
-        return self._program
+    def _rows(self, step: Step) -> tuple[np.ndarray, list[int], list[int]]:
+        """Ids and positions of the rows, and which of them get logits."""
+        positions: list[int] = []
+        asked: list[int] = []
+        for span in step.spans:
+            row, n = len(positions), len(span.token_ids)
+            if n == 0:
+                raise ValueError("a span without rows")
+            positions += range(span.position, span.position + n)
+            asked += range(row + span.logits_from, row + n)
+        if not 1 <= len(positions) <= MAX_ROWS:
+            raise ValueError(f"a step has 1 to {MAX_ROWS} rows, not {len(positions)}")
+        all_ids = [span.token_ids for span in step.spans]
+        ids = all_ids[0] if len(all_ids) == 1 else np.concatenate(all_ids)
+        if ids.min() < 0 or ids.max() >= self.cfg.vocab_size:
+            raise ValueError("a token id is outside the vocabulary")
+        return ids, positions, asked
 
-    def _block(self, i: int) -> Any:
-        size = self.kv_bytes_per_block()
-        return self._open().pool[i * size : (i + 1) * size]
+    def _sequences(self, step: Step, memory: int) -> list[Sequence]:
+        """The rows as one memory has them. Of a window's table, what lies behind the window is left out."""
+        spec, there = self.memories[memory], self._pool(memory).n_blocks
+        sequences, row = [], 0
+        for span in step.spans:
+            slots, n = span.memories[memory], len(span.token_ids)
+            table = slots.table
+            if len(table) * BLOCK < slots.length + n:
+                raise ValueError("the block table does not cover the step")
+            skipped = max(0, slots.length + 1 - spec.window) // BLOCK if spec.kind == "window" else 0
+            table = table[skipped:]
+            if table.min() < 0 or table.max() >= there:
+                raise ValueError("the block table names blocks that are not there")
+            sequences.append(Sequence(row, n, slots.length, table, skipped, slots.scores, slots.scored_rows))
+            row += n
+        return sequences
+
+    def _open(self) -> Steps:
+        if self._steps is None:
+            raise TinychatError("The model is closed.", "Load it again.")
+        return self._steps
+
+    def _pool(self, memory: int) -> Pool:
+        return self._open().pools[memory]
+
+    def _upload(self, a: np.ndarray) -> Memory:
+        memory = self._device.allocate(a.nbytes)
+        self._device.upload(memory, a)
+        return memory
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -273,6 +306,20 @@ class CudaBackend:
         return DeviceLostError(
             f"{name} failed ({e}).",
             "What was said is kept. Start again; if it happens again, use --device cpu.",
+        )
+
+
+def _check_memory(spec: MemorySpec, name: str) -> None:
+    """Raises UnsupportedModelError for a memory that there are no kernels for."""
+    if spec.kind not in ("paged", "window"):
+        raise UnsupportedModelError(
+            f"{name} has layers with {spec.kind} memory, which the GPU's kernels do not know.",
+            "Use --device cpu.",
+        )
+    if spec.head_dim > MAX_HEAD:
+        raise UnsupportedModelError(
+            f"{name} has heads of {spec.head_dim} channels; {MAX_HEAD} is the most.",
+            "Use --device cpu.",
         )
 
 
@@ -300,8 +347,8 @@ class _Heads:
 class _Recorder:
     """Implements `Ops` by writing down what to launch."""
 
-    def __init__(self, program: Program):
-        self.program = program
+    def __init__(self, program: Program, memories: tuple[MemorySpec, ...]):
+        self.program, self.memories = program, memories
         self.tables: dict[RopeConfig, Buffer] = {}
 
     def embed(self, weight, scale=1.0):
@@ -331,8 +378,7 @@ class _Recorder:
         offset = 0
         for weight, heads in ((q_weight, c.n_heads), (k_weight, c.n_kv_heads)):
             n = weight.size // 4  # a head's, or all heads' as one
-            spans = heads * c.head_dim // n
-            self.program.norm_spans(qkv.floats, weight, n, offset, spans, qkv.cols, eps)
+            self.program.norm_heads(qkv.floats, weight, n, offset, heads * c.head_dim // n, qkv.cols, eps)
             offset += heads * c.head_dim
         return q, k
 
@@ -344,8 +390,12 @@ class _Recorder:
     def attention(self, q, k, v, attention, layer):
         table = self.tables[q.rope] if q.rope else None
         pairs = len(q.rope.frequencies()) if q.rope else 0
-        out = self.program.attend(q.qkv.floats, table, pairs, layer, attention.window)
-        return _Value(attention.n_heads * attention.head_dim, halves=out)
+        memory, place = place_of(self.memories, layer)
+        a = attention
+        out = self.program.attend(
+            q.qkv.floats, table, pairs, memory, place, a.window, a.scale or a.head_dim**-0.5, a.soft_cap
+        )
+        return _Value(a.n_heads * a.head_dim, halves=out)
 
     def silu_mul(self, gate_up):
         return self._gate("silu_mul", gate_up)

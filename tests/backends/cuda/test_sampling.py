@@ -65,10 +65,8 @@ def test_a_seed_gives_the_same_text_from_few_logits_as_from_all(setting, monkeyp
     wanted: list[str] = []
     with tiny_model(ctx=256, backend="cuda") as m:
         m.tokenizer.eos_ids = frozenset()
-        inner = type(m.backend._program).run
-        monkeypatch.setattr(
-            type(m.backend._program), "run", lambda p, *a: wanted.append(a[4]) or inner(p, *a)
-        )
+        inner = type(m.backend._steps).run
+        monkeypatch.setattr(type(m.backend._steps), "run", lambda p, *a: wanted.append(a[4]) or inner(p, *a))
 
         def text():
             events = m.engine.generate(
