@@ -1,0 +1,189 @@
+"""Threads that ask for answers of one model share its steps, and nobody waits for one who does not come."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from tiny import tiny_model
+
+from tinychat.base.events import Done, Reading, TextDelta
+from tinychat.engine import scheduler as module
+from tinychat.engine.sampling import SamplingParams
+from tinychat.engine.scheduler import Rows
+
+PARAMS = SamplingParams(temperature=0, max_tokens=40)
+PROMPTS = [[i, *range(40)] for i in range(4)]
+
+
+@pytest.fixture
+def model():
+    with tiny_model(ctx=256, backend="cpu", eos_ids=()) as m:
+        yield m
+
+
+@pytest.fixture
+def ready(monkeypatch):
+    """Where four threads wait for each other. From then on, those who come back are waited for, however busy
+    the machine is.
+    """
+    return threading.Barrier(4, lambda: monkeypatch.setattr(module, "RETURN_SECONDS", 5.0))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with tiny_model(ctx=256, backend="cpu", eos_ids=()) as m:
+        return [list(m.engine.generate(m.engine.branch(), p, PARAMS))[-1].completion for p in PROMPTS]
+
+
+def spans_of(model, monkeypatch):
+    """How many sequences each step has had."""
+    seen, inner = [], model.engine.scheduler._execute
+
+    def execute(parts):
+        seen.append(len(parts))
+        inner(parts)
+
+    monkeypatch.setattr(model.engine.scheduler, "_execute", execute)
+    return seen
+
+
+def at_once(work, n):
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(n)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not any(t.is_alive() for t in threads)
+
+
+def test_answers_of_several_threads_share_steps(model, ready, alone, monkeypatch):
+    seen, got = spans_of(model, monkeypatch), {}
+
+    def work(i):
+        stream = model.engine.generate(model.engine.branch(), PROMPTS[i], PARAMS)
+        next(e for e in stream if isinstance(e, TextDelta))
+        ready.wait(60)
+        *_, got[i] = stream
+
+    at_once(work, 4)
+    assert [got[i].completion.token_ids for i in range(4)] == [c.token_ids for c in alone]
+    # The first token comes with the prompt; the other 39 take 39 steps of all four, and a few in which they
+    # find together.
+    assert seen.count(4) >= 30
+    assert sum(seen) == 4 * 40
+
+
+def test_chats_of_several_threads_say_what_they_say_alone(model):
+    messages = [[{"role": "user", "content": text}] for text in ("hi", "who are you?", "x" * 50, "bye")]
+    settings = dict(seed=5, max_tokens=25)
+    expected, got = [model.chat(m, **settings).text for m in messages], {}
+
+    def work(i):
+        got[i] = model.chat(messages[i], **settings).text
+
+    at_once(work, 4)
+    assert [got[i] for i in range(4)] == expected
+
+
+def test_a_thread_that_is_interrupted_while_it_leads_leaves_the_others_their_answers(model, ready, alone):
+    inner, got, interrupted = model.backend.step_greedy, {}, []
+
+    def step_greedy(step):
+        if len(step.spans) == 4 and not interrupted:
+            interrupted.append(threading.get_ident())
+            raise KeyboardInterrupt
+        return inner(step)
+
+    model.backend.step_greedy = step_greedy
+    def work(i):
+        stream = model.engine.generate(model.engine.branch(), PROMPTS[i], PARAMS)
+        next(e for e in stream if isinstance(e, TextDelta))
+        ready.wait(60)
+        try:
+            *_, got[i] = stream
+        except KeyboardInterrupt:
+            got[i] = threading.get_ident()
+
+    at_once(work, 4)
+    (stopped,) = [i for i in range(4) if got[i] in interrupted]
+    for i in {0, 1, 2, 3} - {stopped}:
+        assert got[i].completion.token_ids == alone[i].token_ids
+
+
+def test_an_answer_that_nobody_reads_on_holds_nobody_up(model, alone, monkeypatch):
+    """In one thread, which is never waited for by itself, and of a thread that does something else."""
+    streams = [model.engine.generate(model.engine.branch(), p, PARAMS) for p in PROMPTS[:2]]
+    waits = []
+    inner = threading.Event.wait
+
+    def wait(event, timeout=None):
+        waits.append(timeout)
+        return inner(event, 0 if event is model.engine.scheduler._arrived else timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    done = [None, None]
+    while not all(done):
+        for i, stream in enumerate(streams):
+            event = next(stream, None)
+            done[i] = event if isinstance(event, Done) else done[i]
+    assert [d.completion.token_ids for d in done] == [c.token_ids for c in alone[:2]]
+    assert waits == []
+    parked = model.engine.generate(model.engine.branch(), PROMPTS[2], PARAMS)
+    at_once(lambda _: [next(parked) for _ in range(3)], 1)
+    waits.clear()
+    *_, last = model.engine.generate(model.engine.branch(), PROMPTS[3], PARAMS)
+    assert last.completion.token_ids == alone[3].token_ids
+    assert waits == [module.RETURN_SECONDS]  # once: then it is not expected any more
+    *_, last = parked
+    assert last.completion.token_ids == alone[2].token_ids
+
+
+def test_an_answer_that_ends_is_not_waited_for(model):
+    streams = [model.engine.generate(model.engine.branch(), p, PARAMS) for p in PROMPTS]
+    for stream in streams:  # each of which is kept, in a thread of its own
+        at_once(lambda _, s=stream: next(e for e in s if isinstance(e, Done)), 1)
+        assert not model.engine.scheduler._due
+
+
+def test_a_prompt_that_waits_for_others_can_be_cancelled(model, monkeypatch):
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.001)
+    inner, reading, go_on = model.backend.step_greedy, threading.Event(), threading.Event()
+
+    def step_greedy(step):
+        reading.set()
+        assert go_on.wait(60)
+        return inner(step)
+
+    model.backend.step_greedy = step_greedy
+    cancel, got = threading.Event(), {}
+
+    def work(i):
+        if i:
+            reading.wait(60)
+        stream = model.engine.generate(model.engine.branch(), PROMPTS[i], PARAMS, cancel if i else None)
+        got[i] = [e for e in stream if not isinstance(e, Reading)]
+        go_on.set()
+
+    threading.Thread(target=lambda: (reading.wait(60), cancel.set()), daemon=True).start()
+    at_once(work, 2)
+    assert [e.finish_reason for e in got[1]] == ["cancelled"]
+    assert got[0][-1].finish_reason == "length"
+
+
+def test_a_step_that_was_missed_is_led_by_who_waits(model, monkeypatch):
+    """However the thread that led has ended, those who wait look for themselves."""
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.001)
+    scheduler = model.engine.scheduler
+    branch = model.engine.branch()
+    rows = Rows(branch, PROMPTS[0], len(PROMPTS[0]), prompt=True)
+    with scheduler._leading:
+        waiting = threading.Thread(target=scheduler.run, args=(rows,), daemon=True)
+        waiting.start()
+        while rows not in scheduler._wanted:
+            time.sleep(0)
+        assert not rows.done
+    waiting.join(60)  # nobody has woken it
+    assert rows.done
+    assert len(branch) == len(PROMPTS[0])
