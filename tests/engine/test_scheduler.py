@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from tinychat.backends.interface import LargestLogits, Step
+from tinychat.backends.interface import LargestLogits
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.base.events import Done, TextDelta
 from tinychat.engine.eviction import EvictionPolicy
@@ -199,7 +199,6 @@ def play(model, rng, n):
 def play_many(seeds, n, grows):
     """grows: there is memory for all of them; else they take it from each other, and wait."""
     with tiny_model(ctx=256, backend="cpu", eos_ids=(7,), grows=grows) as m:
-        several(m.backend)
         seen: Counter[str] = Counter()
         for seed in seeds:
             rng = random.Random(seed)
@@ -208,20 +207,6 @@ def play_many(seeds, n, grows):
             seen += play(m, rng, n)
         assert all(seen[what] > len(seeds) for what in ("shared", "accepted", "rejected", "evicted")), seen
         assert grows or seen["waited"] > len(seeds)
-
-
-def several(backend):
-    """Takes the spans one by one, where the backend takes no more yet."""
-    if backend.max_spans > 1:
-        return
-    backend.max_spans = 8
-    for name in ("step", "step_greedy"):
-        inner = getattr(backend, name)
-        setattr(
-            backend,
-            name,
-            lambda step, inner=inner: np.concatenate([inner(Step((span,))) for span in step.spans]),
-        )
 
 
 @pytest.mark.parametrize("grows", [True, False])
@@ -242,7 +227,6 @@ def test_conversations_in_one_batch_in_many_schedules(n, grows):
 
 def crowd(m, n, **sampling):
     """n answers that have said their first word, in the order in which they began."""
-    several(m.backend)
     params = SamplingParams(**{"temperature": 0, "max_tokens": 12, **sampling})
     running = [Running(Conversation(tuple(range(i, i + 30)), params), m.engine) for i in range(n)]
     while not all(r.text or r.wish is None for r in running):
@@ -380,7 +364,6 @@ def test_a_chunk_beside_running_answers_is_short(model):
 
 @pytest.mark.parametrize("largest", [False, True])
 def test_each_answer_of_a_step_chooses_in_its_own_way(model, largest):
-    several(model.backend)
     asked = []
     if largest:
 
