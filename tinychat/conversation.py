@@ -7,8 +7,9 @@ A new field of a message is a line in `Message`; the store needs a column for it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
 from tinychat.base import shapes
@@ -62,15 +63,17 @@ class Message:
 
     def for_model(self, name: str) -> Message:
         """The message as a conversation with that model has it: ids of another one mean nothing to it."""
-        known = {} if self.model == name else {"ids": [], "prompt_ids": [], "prompt_text": ""}
-        return replace(self, model=None, created=0.0, **known)
+        known = replace(self, model=None, created=0.0)
+        if self.model != name:
+            known.ids, known.prompt_ids, known.prompt_text = [], [], ""
+        return known
 
     # As JSON
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that are written, for JSON; lists are not copied."""
         out = {}
-        for name, how in _WRITTEN:
+        for name, how in _written(type(self)):
             value = getattr(self, name)
             if value or how != "sometimes":
                 out[name] = value
@@ -111,11 +114,11 @@ class Message:
         return m
 
 
-_WRITTEN = tuple(
-    (f.name, f.metadata.get("written", "always"))
-    for f in fields(Message)
-    if f.metadata.get("written") != "never"
-)
+@cache
+def _written(cls: Hashable) -> tuple[tuple[str, str], ...]:
+    """Names of the fields of a message that are written, and when."""
+    how = ((f.name, f.metadata.get("written", "always")) for f in fields(cls))  # type: ignore[arg-type]
+    return tuple((name, when) for name, when in how if when != "never")
 
 
 def is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from textual import events
-from textual.app import App, SystemCommand
+from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.driver import Driver
 from textual.screen import Screen
@@ -29,6 +29,7 @@ from tinychat.process.protocol import ChatEngine, EngineEvent, Loading, Text
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.driver import TerminalDriver
+from tinychat.tui.host import Host
 from tinychat.tui.output import Terminal, paintable
 from tinychat.tui.screens.chat import ChatScreen
 from tinychat.tui.theme import DARK, THEMES
@@ -37,7 +38,7 @@ POLL_SECONDS = 1.0  # how often memory and load are looked at while an answer ru
 PATIENCE = 1.0  # seconds that the screen may stand still because another program holds the store's lock
 
 
-class ChatApp(App[None]):
+class ChatApp(Host):
     """`conversation`: what to open with. `engine`: who answers; if nobody, what `command` starts."""
 
     TITLE = "tinychat"
@@ -61,9 +62,9 @@ class ChatApp(App[None]):
     ):
         super().__init__()
         self.model, self.conversation, self.options = model, conversation, dict(options or {})
-        self.store: ChatStore = conversation.store
+        self.store = conversation.store
         self.store.patience = PATIENCE
-        self.engine: ChatEngine = engine or EngineClient(self._heard, command)
+        self.engine = engine or EngineClient(self._heard, command)
         self.engine.on_event = self._heard
         self.settings_path = settings or locations.home() / "settings.json"
         self._settings = _read_settings(self.settings_path)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from textual.message import Message
 
 from tinychat.process.protocol import EngineEvent
-
-if TYPE_CHECKING:
-    from tinychat.tui.widgets.turn import Turn
 
 
 class Engine(Message):
@@ -28,16 +24,6 @@ class Submitted(Message):
     def __init__(self, text: str, attachments: Sequence[dict[str, str]] = ()):
         super().__init__()
         self.text, self.attachments = text, list(attachments)
-
-
-class TurnAction(Message):
-    """Something is to be done with a message: edit, regenerate, copy, copy_code, save_code, switch, leave,
-    move.
-    """
-
-    def __init__(self, turn: Turn, action: str, argument: int = 0):
-        super().__init__()
-        self.turn, self.action, self.argument = turn, action, argument
 
 
 class OpenChat(Message):

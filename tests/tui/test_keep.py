@@ -10,6 +10,8 @@ import pytest
 from stored import add
 from tiny import tiny_folder, tiny_model
 
+from tinychat.base.errors import UsageError
+from tinychat.base.events import Reading
 from tinychat.chats.chat_store import ChatLockedError, ChatStore
 from tinychat.chats.keeper import Keeper
 
@@ -122,3 +124,24 @@ def test_the_chats_command_finds_exports_and_deletes(tmp_path, monkeypatch):
     assert "glaciers" in chats()[1]  # all of them, or none
     assert json.loads(chats("rm", "1", "2", "--json")[1]) == {"deleted": [1, 2]}
     assert json.loads(chats("--json", "rm", "the", "recipe")[1]) == []  # words are a search
+
+
+def test_a_question_whose_answer_fails_before_it_begins_gives_its_place_to_the_next(store, model):
+    session = model.session(max_tokens=3)
+    keeper = Keeper(store, session)
+    listen(keeper.follow(session, session.send("one")))
+
+    def fails(*_):
+        yield Reading(1, 2, 1.0)  # by now the question is stored
+        raise UsageError("Something is wrong.", "Ask again.")
+
+    generate, session._generate = session._generate, fails
+    with pytest.raises(UsageError):
+        listen(keeper.follow(session, session.send("two")))
+    session._generate = generate
+    listen(keeper.follow(session, session.send("three")))
+    keeper.close()
+    assert [m.content for m in store.messages(1)] == [m.content for m in session.nodes]
+    again = model.session(max_tokens=3)
+    Keeper(store, again, store.latest()).close()
+    assert again.messages == session.messages

@@ -23,7 +23,7 @@ async def test_help_lists_every_binding_and_command(store):
         await wait_until(pilot, lambda: "keys and commands" in screen_text(app))
         from tinychat.tui.screens.help import groups
 
-        names = [row for _, rows in groups() for row, _ in rows]
+        names = [row for _, rows in groups(app) for row, _ in rows]
         assert "ctrl+j, shift+enter, alt+enter" in names
         assert all(any(name.startswith(f"/{c.name}") for name in names) for c in commands.COMMANDS)
         await pilot.press("escape")

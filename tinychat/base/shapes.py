@@ -6,7 +6,7 @@ Types are read from the annotations: adding a field to a dataclass is enough. Lo
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -38,9 +38,9 @@ def read(cls: type[T], given: Any, *, strangers: bool = False) -> T:
 
 
 @lru_cache(maxsize=64)
-def hints(cls: type) -> dict[str, tuple[Any, bool]]:
+def hints(cls: Hashable) -> dict[str, tuple[Any, bool]]:
     """Type of each field of a dataclass, and whether it must be given."""
-    found = get_type_hints(cls)
+    found = get_type_hints(cls)  # type: ignore[arg-type]
     return {
         f.name: (found[f.name], f.default is MISSING and f.default_factory is MISSING)
         for f in fields(cls)  # type: ignore[arg-type]

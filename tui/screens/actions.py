@@ -6,10 +6,9 @@ import os
 import shlex
 import subprocess
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinychat.base import locations
 from tinychat.base.errors import TinychatError, UsageError
@@ -17,24 +16,38 @@ from tinychat.base.files import read_bytes, write_atomically
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.chats.chat_store import Chat
 from tinychat.chats.export import json_of, markdown_of
-from tinychat.tui import clipboard, messages
-from tinychat.tui.commands import BY_NAME
+from tinychat.tui import clipboard, commands, messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.markdown import Document
+from tinychat.tui.screens.hearing import Hearing
 from tinychat.tui.theme import SHORT_NAMES, THEMES
 from tinychat.tui.widgets.surface import Row
 from tinychat.tui.widgets.turn import Turn, human_size
-
-if TYPE_CHECKING:
-    from tinychat.tui.screens.chat import ChatScreen
+from tinychat.tui.words import Words
 
 
-class ChatActions:
-    """Mixed into ChatScreen."""
+class ChatActions(Hearing):
+    """A method for each command, for what is done with a message or a chat, and for each key."""
 
-    async def run_command(self: ChatScreen, name: str, rest: str) -> None:
+    async def on_submitted(self, message: messages.Submitted) -> None:
+        """Enter: a command, a new message, or an edited one."""
+        if command := commands.split(message.text):
+            self.composer.clear()
+            self.say("")
+            await self.run_command(*command)
+            return
+        if self.answering:
+            self.say("Still answering: esc stops it.")
+            return
+        words = Words(message.text, message.attachments)
+        if self.ready and words.may_exceed(self.context):
+            self.run_worker(self.weigh(words, self.send), group="weigh", exclusive=True)
+        else:
+            await self.send(words)
+
+    async def run_command(self, name: str, rest: str) -> None:
         """A slash command."""
-        command = BY_NAME.get(name)
+        command = commands.BY_NAME.get(name)
         try:
             if command is None:
                 raise UsageError(f"/{name} is not a command.", "/help lists them.")
@@ -49,13 +62,13 @@ class ChatActions:
     def command_help(self, rest: str) -> None:
         self.action_help()
 
-    def command_model(self: ChatScreen, rest: str) -> Any:
+    def command_model(self, rest: str) -> Any:
         if rest:
             return self.choose_model(rest)
         self.action_model()
         return None
 
-    def command_system(self: ChatScreen, rest: str) -> None:
+    def command_system(self, rest: str) -> None:
         chat = self.conversation.chat
         if rest:
             chat.system = None if rest == "-" else rest
@@ -64,14 +77,14 @@ class ChatActions:
             f"System prompt: {chat.system}" if chat.system else "No system prompt: the template's own holds."
         )
 
-    def command_set(self: ChatScreen, rest: str) -> None:
+    def command_set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
         if name:
             self.set_params({name: SamplingParams.parse(name, value.strip())})
         else:
             self.action_sampling()
 
-    def set_params(self: ChatScreen, changes: dict[str, Any]) -> None:
+    def set_params(self, changes: dict[str, Any]) -> None:
         """Sampling parameters of this chat; None is the model's default."""
         chat = self.conversation.chat
         merged = {**chat.params, **changes}
@@ -81,10 +94,10 @@ class ChatActions:
             "Sampling: " + (", ".join(f"{k} {v}" for k, v in chat.params.items()) or "the model's defaults")
         )
 
-    def command_regen(self: ChatScreen, rest: str) -> Any:
+    def command_regen(self, rest: str) -> Any:
         return self.regenerate()
 
-    async def regenerate(self: ChatScreen, question: int | None = None) -> None:
+    async def regenerate(self, question: int | None = None) -> None:
         """Answer a question (default: the last one) again."""
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
@@ -94,7 +107,7 @@ class ChatActions:
             raise UsageError("There is nothing to answer again.", "Say something first.")
         await self.answer(question)
 
-    async def command_edit(self: ChatScreen, rest: str) -> None:
+    async def command_edit(self, rest: str) -> None:
         tree = self.conversation.tree
         last = tree.last("user")
         if last is None:
@@ -103,7 +116,7 @@ class ChatActions:
         if rest:
             await self.on_submitted(messages.Submitted(rest, tree.nodes[last].attachments))
 
-    def begin_edit(self: ChatScreen, node: int) -> None:
+    def begin_edit(self, node: int) -> None:
         """Put a message of the user into the composer."""
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
@@ -113,7 +126,7 @@ class ChatActions:
         self.composer.input.focus()
         self.say("Editing: enter sends it as a new branch, esc leaves it as it was.")
 
-    def command_branch(self: ChatScreen, rest: str) -> Any:
+    def command_branch(self, rest: str) -> Any:
         last = self.conversation.tree.last("assistant")
         if last is None:
             raise UsageError("There is no answer yet.", "Say something first.")
@@ -124,7 +137,7 @@ class ChatActions:
         at = numbers.index(rest) if rest else (siblings.index(last) + 1) % len(siblings)
         return self.switch(siblings[at])
 
-    async def switch(self: ChatScreen, node: int) -> None:
+    async def switch(self, node: int) -> None:
         """Show the branch through a message."""
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
@@ -133,12 +146,12 @@ class ChatActions:
         if turn := self.transcript.turn(node):
             turn.focus()
 
-    def command_new(self: ChatScreen, rest: str = "") -> Any:
+    def command_new(self, rest: str = "") -> Any:
         return self.action_new_chat()
 
     command_clear = command_new
 
-    async def action_new_chat(self: ChatScreen) -> None:
+    async def action_new_chat(self) -> None:
         """An empty conversation with the same model and settings."""
         if self.answering:
             self.say("Still answering: esc stops it.")
@@ -146,17 +159,17 @@ class ChatActions:
         chat = self.conversation.chat
         await self.open(Conversation(self.app.store, self.model, chat.system, chat.params))
 
-    async def command_resume(self: ChatScreen, rest: str) -> None:
+    async def command_resume(self, rest: str) -> None:
         if self.sidebar is None or not self.sidebar.display:
             await self.action_toggle_sidebar()
         self.sidebar.find(rest)
 
-    def command_rename(self: ChatScreen, rest: str) -> None:
+    def command_rename(self, rest: str) -> None:
         self._begun_chat().title = rest
         self.conversation.keep()
         self.refill()
 
-    async def command_delete(self: ChatScreen, rest: str) -> None:
+    async def command_delete(self, rest: str) -> None:
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
         chat = self._begun_chat()
@@ -166,7 +179,7 @@ class ChatActions:
         await self.action_new_chat()
         self._deleted(chat.title)
 
-    def delete_chat(self: ChatScreen, chat_id: int) -> None:
+    def delete_chat(self, chat_id: int) -> None:
         """Out of the list; /undo brings it back. The open chat is not hit by a key too many."""
         if chat_id == self.conversation.chat.id:
             raise UsageError("This chat is open.", "/delete deletes it.")
@@ -175,11 +188,11 @@ class ChatActions:
         self.app.store.delete(chat_id)
         self._deleted(title)
 
-    def _deleted(self: ChatScreen, title: str) -> None:
+    def _deleted(self, title: str) -> None:
         self.refill()
         self.say(f"Deleted “{title}”. /undo brings it back, for a week.")
 
-    async def command_undo(self: ChatScreen, rest: str = "") -> None:
+    async def command_undo(self, rest: str = "") -> None:
         deleted = self.app.store.deleted()
         if not deleted:
             raise UsageError("Nothing was deleted within a week.", "/resume lists the chats.")
@@ -190,11 +203,11 @@ class ChatActions:
         more = f" /undo again: “{deleted[1].title}”." if deleted[1:] else ""
         self.say(f"“{deleted[0].title}” is back.{more}")
 
-    def command_save(self: ChatScreen, rest: str) -> None:
+    def command_save(self, rest: str) -> None:
         self._begun_chat()
         self.export(0, locations.written(rest))
 
-    def export(self: ChatScreen, chat_id: int, path: Path) -> None:
+    def export(self, chat_id: int, path: Path) -> None:
         """A chat (0: this one, stored or not) as a file: JSON for a .json, else Markdown."""
         if chat_id in (0, self.conversation.chat.id):
             chat, tree = self.conversation.chat, self.conversation.tree
@@ -202,7 +215,7 @@ class ChatActions:
             chat, tree, _ = self.app.store.tree(chat_id)
         self.write_file(path, (json_of if path.suffix == ".json" else markdown_of)(chat, tree))
 
-    def write_file(self: ChatScreen, path: Path, text: str) -> None:
+    def write_file(self, path: Path, text: str) -> None:
         """Write a new file; an existing one is not touched."""
         if os.path.lexists(path):  # which takes every name
             raise UsageError(f"{path} exists.", "Give another name.")
@@ -210,7 +223,7 @@ class ChatActions:
         write_atomically(path, content)
         self.say(f"Wrote {path} ({human_size(len(content))}).")
 
-    def command_copy(self: ChatScreen, rest: str) -> None:
+    def command_copy(self, rest: str) -> None:
         tree = self.conversation.tree
         last = tree.last("assistant")
         if rest == "chat":
@@ -224,7 +237,7 @@ class ChatActions:
         else:
             raise UsageError(f"/copy {rest} means nothing.", "Use /copy, /copy code or /copy chat.")
 
-    def _copy(self: ChatScreen, text: str, what: str) -> None:
+    def _copy(self, text: str, what: str) -> None:
         clipboard.copy(self.app, text)
         self.say(f"Copied {what} ({human_size(len(text.encode('utf-8', 'replace')))}).")
 
@@ -241,19 +254,19 @@ class ChatActions:
             raise UsageError("There is no code block in that message.", "Choose another one.")
         return code
 
-    def _copy_code(self: ChatScreen, turn: Turn | None, index: int) -> None:
+    def _copy_code(self, turn: Turn | None, index: int) -> None:
         self._copy(self._code(turn, index), "the code block")
 
-    def command_think(self: ChatScreen, rest: str) -> None:
+    def command_think(self, rest: str) -> None:
         turns = [t for t in self.transcript.turns if t.thought is not None]
         if not turns:
             raise UsageError("There is no reasoning here.", "This model may not show any.")
         turns[-1].action_unfold()
 
-    def command_stats(self: ChatScreen, rest: str) -> None:
+    def command_stats(self, rest: str) -> None:
         self.action_stats()
 
-    def command_theme(self: ChatScreen, rest: str) -> None:
+    def command_theme(self, rest: str) -> None:
         names = {**SHORT_NAMES, **{name: name for name in self.app.available_themes}}
         if rest and rest not in names:
             raise UsageError(f"There is no theme {rest}.", f"Use {', '.join(SHORT_NAMES)}.")
@@ -263,17 +276,17 @@ class ChatActions:
             names[rest] = ours[(at + 1) % len(ours)]
         self.app.theme = names[rest]
 
-    def command_exit(self: ChatScreen, rest: str) -> None:
+    def command_exit(self, rest: str) -> None:
         self.app.leave()
 
-    def _begun_chat(self: ChatScreen) -> Chat:
+    def _begun_chat(self) -> Chat:
         if not self.conversation.tree.nodes:
             raise UsageError("This chat is still empty.", "Say something first.")
         return self.conversation.chat
 
     # Messages
 
-    async def on_turn_action(self: ChatScreen, message: messages.TurnAction) -> None:
+    async def on_turn_action(self, message: Turn.Action) -> None:
         """A key or a click on a message."""
         turn, m = message.turn, message.turn.message
         question = turn.node if m.role == "user" else m.parent
@@ -302,7 +315,7 @@ class ChatActions:
         except TinychatError as e:
             self.complain(e)
 
-    def _move(self: ChatScreen, turn: Turn, step: int) -> None:
+    def _move(self, turn: Turn, step: int) -> None:
         turns = self.transcript.turns
         at = turns.index(turn) + step
         if at >= len(turns):
@@ -312,12 +325,12 @@ class ChatActions:
         else:
             self.transcript.scroll_home(animate=False)
 
-    def action_focus_last(self: ChatScreen) -> None:
+    def action_focus_last(self) -> None:
         """From the composer to the last message."""
         if turns := self.transcript.turns:
             turns[-1].focus()
 
-    async def on_chat_action(self: ChatScreen, message: messages.ChatAction) -> None:
+    async def on_chat_action(self, message: messages.ChatAction) -> None:
         """A key in the list of chats."""
         try:
             if message.action == "delete":
@@ -332,7 +345,7 @@ class ChatActions:
         except TinychatError as e:
             self.complain(e)
 
-    def rename(self: ChatScreen, chat_id: int, title: str) -> None:
+    def rename(self, chat_id: int, title: str) -> None:
         """Give a chat another title."""
         if title.strip():
             if chat_id == self.conversation.chat.id:
@@ -342,23 +355,41 @@ class ChatActions:
                 self.app.store.update(chat_id, title=title.strip())
             self.refill()
 
-    async def on_attached(self: ChatScreen, message: messages.Attached) -> None:
+    async def on_open_chat(self, message: messages.OpenChat) -> None:
+        """From the sidebar."""
+        if message.chat_id == self.conversation.chat.id:
+            self.composer.input.focus()
+            return
+        if self.answering:
+            self.say("Still answering: esc stops it.")
+            return
+        try:
+            conversation = Conversation.open(self.app.store, message.chat_id)
+        except TinychatError as e:
+            self.complain(e)
+            return
+        finally:
+            if self.has_class("narrow"):
+                await self.action_toggle_sidebar()
+        await self.open(conversation)
+
+    async def on_attached(self, message: messages.Attached) -> None:
         """Count the tokens of what is attached, as soon as the engine can."""
         for attachment in self.composer.attachments:
             if not attachment.problem and attachment.tokens is None:
                 self.run_worker(self._count(attachment), group="count")
 
-    async def _count(self: ChatScreen, attachment: Any) -> None:
+    async def _count(self, attachment: Any) -> None:
         attachment.tokens = await self.app.engine.count(attachment.text)
         self.composer.chips.show(self.composer.attachments)
 
     # Keys
 
-    async def action_regenerate(self: ChatScreen) -> None:
+    async def action_regenerate(self) -> None:
         """ctrl+r."""
         await self.run_command("regen", "")
 
-    async def action_toggle_sidebar(self: ChatScreen) -> None:
+    async def action_toggle_sidebar(self) -> None:
         """ctrl+b."""
         from tinychat.tui.widgets.sidebar import Sidebar
 
@@ -376,27 +407,27 @@ class ChatActions:
         else:
             self.composer.input.focus()
 
-    def action_follow(self: ChatScreen) -> None:
+    def action_follow(self) -> None:
         """ctrl+end."""
         self.transcript.follow()
 
-    def action_page(self: ChatScreen, step: int) -> None:
+    def action_page(self, step: int) -> None:
         """The page keys scroll the conversation, wherever the cursor is."""
         (self.transcript.scroll_page_up if step < 0 else self.transcript.scroll_page_down)(animate=False)
 
-    def action_help(self: ChatScreen) -> None:
+    def action_help(self) -> None:
         """f1."""
         from tinychat.tui.screens.help import HelpScreen
 
         self.app.push_screen(HelpScreen())
 
-    def action_stats(self: ChatScreen) -> None:
+    def action_stats(self) -> None:
         """f2."""
         from tinychat.tui.screens.stats import StatsScreen
 
         self.app.push_screen(StatsScreen(self.conversation.path(), self.facts))
 
-    def action_sampling(self: ChatScreen) -> None:
+    def action_sampling(self) -> None:
         """ctrl+t."""
         from tinychat.tui.screens.sampling import SamplingScreen
 
@@ -406,33 +437,7 @@ class ChatActions:
 
         self.app.push_screen(SamplingScreen(self.conversation.chat.params, self.defaults), done)
 
-    def action_model(self: ChatScreen) -> None:
-        """ctrl+o."""
-        from tinychat.tui.screens.models import ModelScreen
-
-        def done(name: str | None) -> None:
-            if name:
-                self.run_worker(self.choose_model(name))
-
-        self.app.push_screen(ModelScreen(self.model, self.trouble), done)
-
-    async def choose_model(self: ChatScreen, name: str) -> None:
-        """Load another model; the conversation goes on with it."""
-        if self.answering and self.question is None:
-            self.say("Still answering: esc stops it.")
-            return
-        busy = not self.ready and not self.trouble  # with another model: that process is ended
-        self.model, self.ready, self.trouble, self._deaths = name, False, "", []
-        self._load = ("", time.monotonic(), False)
-        if self.conversation.answer is not None:
-            self.conversation.tree.nodes[self.conversation.answer].model = name
-        self.conversation.chat.model = name
-        self.conversation.keep(self.conversation.answer)
-        self.status.tell(state="loading", model=name, backend=None, isa=None)
-        self.say("")
-        await self.app.load_model(name, afresh=busy)
-
-    async def action_editor(self: ChatScreen) -> None:
+    async def action_editor(self) -> None:
         """ctrl+g: write in $EDITOR."""
         editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
         try:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
 
 from tinychat.base.events import Notice, Reading
-from tinychat.conversation import Message
 from tinychat.process.protocol import Began, Died, Failed, Finished, Loaded, Loading, Text
 from tinychat.tui import messages
-from tinychat.tui.widgets.turn import Turn, human_size, seconds
+from tinychat.tui.screens.answering import Answering
+from tinychat.tui.widgets.turn import human_size, seconds
 from tinychat.tui.words import Words
-
-if TYPE_CHECKING:
-    from tinychat.tui.screens.chat import ChatScreen
 
 FRAME = 0.08  # seconds between two paintings of a running answer, at least
 SLOWEST = 0.4  # at most
@@ -22,10 +18,10 @@ SHARE = 0.03  # of one core's time, at most, goes into painting a running answer
 RESTARTS = 3  # deaths of the engine within a minute after which it is left alone
 
 
-class Hearing:
-    """Mixed into ChatScreen."""
+class Hearing(Answering):
+    """Takes the engine's events, in their order."""
 
-    async def on_engine(self: ChatScreen, message: messages.Engine) -> None:
+    async def on_engine(self, message: messages.Engine) -> None:
         """Its events, in order."""
         event = message.event
         self.unheard -= 1
@@ -54,7 +50,7 @@ class Hearing:
         elif isinstance(event, Died):
             await self._died(event)
 
-    def hear(self: ChatScreen, event: Text) -> None:
+    def hear(self, event: Text) -> None:
         """More of the answer."""
         if self._turn is None or not self.answering:
             return
@@ -68,7 +64,7 @@ class Hearing:
             self._painting = True
             self._paint()
 
-    def _not_kept(self: ChatScreen, e: BaseException) -> None:
+    def _not_kept(self, e: BaseException) -> None:
         """Storing, in its own thread, has met a mistake of ours: it ends the program as it would here."""
 
         def fail() -> None:
@@ -76,7 +72,7 @@ class Hearing:
 
         self.app.call_from_thread(self.app.guarded, fail)
 
-    def _paint(self: ChatScreen) -> None:
+    def _paint(self) -> None:
         """Show what has come, then leave the machine to the engine for a while."""
         turn = self._turn
         if turn is None:
@@ -90,11 +86,11 @@ class Hearing:
         self._painting = True
         self._come_back(FRAME)
 
-    def _come_back(self: ChatScreen, seconds: float) -> None:
+    def _come_back(self, seconds: float) -> None:
         # The loop's own timer: Textual's cost a task and a message each, as much as a line of text.
         asyncio.get_running_loop().call_later(seconds, self.app.guarded, self._paint_if_new)
 
-    def _paint_if_new(self: ChatScreen) -> None:
+    def _paint_if_new(self) -> None:
         if not self.is_attached:
             return
         turn = self._turn
@@ -107,7 +103,7 @@ class Hearing:
         if self._heard:
             self._paint()
 
-    async def _finished(self: ChatScreen, event: Finished) -> None:
+    async def _finished(self, event: Finished) -> None:
         turn, self._turn = self._turn, None
         if not self.answering:
             return
@@ -115,40 +111,14 @@ class Hearing:
         if event.message.finish_reason == "context_full":
             self.say(f"The context of {self.facts.get('ctx')} tokens is full: /new starts over.", error=True)
 
-    def _settle(self: ChatScreen, turn: Turn | None, m: Message | None) -> None:
-        """An answer has ended, one way or another."""
-        self._stopping, self.question = False, None
-        if turn is not None and m is not None:
-            turn.message, turn.running, turn.waiting = m, None, ""
-            turn.prompt_text = m.prompt_text or turn.prompt_text
-            turn.thought_tokens = m.stats.get("reasoning_tokens") or turn.thought_tokens
-            turn.thinking = False
-            turn.update()
-        self.status.tell(
-            state="ready" if self.ready else "no model" if self.trouble else "loading",
-            used=self.conversation.tokens_used(),
-            **status_of(m),
-        )
-        self.refill()
-
-    def lack_model(self: ChatScreen, reason: str) -> None:
-        """There is no model, and a question that waits needs one: choose it."""
-        self.ready, self.trouble = False, reason
-        self.say(reason, error=True)
-        self.status.tell(state="no model", rate=None)
-        if self.question is not None:
-            self._tick()
-            if self.app.screen is self:
-                self.action_model()
-
-    def show_loading(self: ChatScreen) -> None:
+    def show_loading(self) -> None:
         """How long a load that does not tell how far it is has taken."""
         what, since, counts = self._load
         waited = time.monotonic() - since
         if not (self.ready or self.trouble or counts) and what and waited > 3:
             self.status.tell(state=f"{what}, {waited:.0f} s")
 
-    def _loading(self: ChatScreen, event: Loading) -> None:
+    def _loading(self, event: Loading) -> None:
         text = event.what
         if self.ready or self.trouble:
             return  # said before another decision
@@ -165,7 +135,7 @@ class Hearing:
                 )
         self.status.tell(state=text)
 
-    def _loaded(self: ChatScreen, event: Loaded) -> None:
+    def _loaded(self, event: Loaded) -> None:
         if event.facts.get("model", self.model) != self.model:
             return  # another one was chosen meanwhile, and is next
         self.ready, self.facts, self.defaults = True, event.facts, event.sampling
@@ -188,7 +158,7 @@ class Hearing:
             self._ask()
             self._tick()
 
-    async def _ask_again(self: ChatScreen, words: Words) -> None:
+    async def _ask_again(self, words: Words) -> None:
         """The question that waited for the model, as it is or a part of it in its place."""
         if self.question is None:
             return
@@ -201,7 +171,7 @@ class Hearing:
         self._settle(turn, self.conversation.give_up("cancelled"))
         await self.answer(self.conversation.ask(words.text, asked.parent, words.attachments))
 
-    async def _failed(self: ChatScreen, event: Failed) -> None:
+    async def _failed(self, event: Failed) -> None:
         if event.during == "load":
             self.lack_model(f"{event.what} {event.todo}")
             return
@@ -209,7 +179,7 @@ class Hearing:
         turn, self._turn = self._turn, None
         self._settle(turn, self.conversation.give_up())
 
-    async def _died(self: ChatScreen, event: Died) -> None:
+    async def _died(self, event: Died) -> None:
         """The engine is gone: keep what it said, say why, start another one."""
         self.ready = False
         turn, self._turn = self._turn, None
@@ -225,16 +195,3 @@ class Hearing:
         self.say(f"The engine failed: {event.reason}. Restarting it; what was said is kept.", error=True)
         self.status.tell(state="restarting", rate=None)
         await self.app.start_engine()
-
-
-def status_of(m: Message | None) -> dict[str, Any]:
-    """What an answer's numbers say in the status line."""
-    s = m.stats if m is not None else {}
-    drafted = s.get("drafted_tokens")
-    return {
-        "rate": s.get("decode_tps") or None,
-        "ttft": s.get("ttft_s") or None,
-        "kv_bytes": s.get("kv_bytes") or None,
-        "evicted": s.get("evicted_tokens") or None,
-        "accepted": s.get("accepted_tokens", 0) / drafted if drafted else None,
-    }

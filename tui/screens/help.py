@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from textual.app import ComposeResult
+from textual.app import App, ComposeResult
 from textual.binding import Binding
 from textual.containers import VerticalScroll
 
@@ -16,17 +17,16 @@ from tinychat.tui.widgets.lines import Lines
 KEY_COLUMN = 20
 
 
-def groups() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(heading, [(keys, what they do)])."""
-    from tinychat.tui.app import ChatApp
-    from tinychat.tui.screens.chat import ChatScreen
+def groups(app: App[Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """(heading, [(keys, what they do)]) of an app and the screen under everything."""
     from tinychat.tui.widgets.composer import Input
     from tinychat.tui.widgets.sidebar import ChatList
     from tinychat.tui.widgets.turn import Turn
 
+    screen = type(app.screen_stack[0])
     for title, owners in (
         (Input.BINDING_GROUP_TITLE, (Input,)),
-        (ChatScreen.BINDING_GROUP_TITLE, (ChatScreen, ChatApp)),
+        (screen.BINDING_GROUP_TITLE, (screen, type(app))),
         (Turn.BINDING_GROUP_TITLE, (Turn,)),
         (ChatList.BINDING_GROUP_TITLE, (ChatList,)),
     ):
@@ -46,7 +46,7 @@ class HelpLines(Lines):
     def layout_lines(self, width: int) -> list[Line]:
         """Each group of keys under its title, laid out for a width."""
         out: list[Line] = []
-        for title, rows in groups():
+        for title, rows in groups(self.app):
             if out:
                 out.append([])
             out.append([(title, "heading")])

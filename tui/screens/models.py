@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from textual.app import ComposeResult
 from textual.containers import Vertical
@@ -13,13 +12,10 @@ from textual.widgets import Input, Label, OptionList
 from textual.widgets.option_list import Option
 
 from tinychat.base.errors import TinychatError
+from tinychat.tui.host import Host
 from tinychat.tui.screens.panel import PanelScreen
 from tinychat.tui.text import clean, shorten
 from tinychat.tui.widgets.turn import human_size
-
-if TYPE_CHECKING:
-    from tinychat.tui.app import ChatApp
-
 
 PATIENCE = 5.0  # seconds that an engine which is busy with something else may take to answer
 
@@ -27,7 +23,7 @@ PATIENCE = 5.0  # seconds that an engine which is busy with something else may t
 class ModelScreen(PanelScreen[str]):
     """Gives a name, or None. A repository, a folder or a file may be typed."""
 
-    app: ChatApp
+    app: Host
 
     def __init__(self, current: str, trouble: str = ""):
         """trouble: why one has to choose."""

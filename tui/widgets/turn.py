@@ -6,11 +6,11 @@ import time
 from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
+from textual.message import Message as TextualMessage
 
 from tinychat.conversation import Message
 from tinychat.text.reasoning import split_thought
 from tinychat.tui.markdown import Document
-from tinychat.tui.messages import TurnAction
 from tinychat.tui.text import Line, Span, clean, fold, line_width, shorten, width_of, wrap
 from tinychat.tui.widgets.lines import Lines
 
@@ -42,6 +42,15 @@ class Turn(Lines, can_focus=True):
         Binding("t,enter", "unfold", "open or fold"),
         Binding("escape,i", "act('leave')", "back to the composer"),
     ]
+
+    class Action(TextualMessage):
+        """What is to be done with a message: edit, regenerate, copy, copy_code, save_code, switch, leave or
+        move.
+        """
+
+        def __init__(self, turn: Turn, action: str, argument: int = 0):
+            super().__init__()
+            self.turn, self.action, self.argument = turn, action, argument
 
     def __init__(self, node: int, message: Message, siblings: list[int]):
         """node: its place in the tree; siblings: those of the alternatives, its own among them."""
@@ -250,24 +259,24 @@ class Turn(Lines, can_focus=True):
 
     def action_act(self, action: str, argument: int = 0) -> None:
         """Leave it to the screen."""
-        self.post_message(TurnAction(self, action, argument))
+        self.post_message(self.Action(self, action, argument))
 
     def action_move(self, step: int) -> None:
         """Focus a neighbour."""
-        self.post_message(TurnAction(self, "move", step))
+        self.post_message(self.Action(self, "move", step))
 
     def action_switch(self, step: int) -> None:
         """To a neighbouring branch."""
         if len(self.branches) > 1:
-            self.post_message(TurnAction(self, "switch", step))
+            self.post_message(self.Action(self, "switch", step))
 
     def action_copy_code(self, index: int) -> None:
         """A click on a code block's heading."""
-        self.post_message(TurnAction(self, "copy_code", index))
+        self.post_message(self.Action(self, "copy_code", index))
 
     def action_save_code(self, index: int) -> None:
         """A click on a code block's heading."""
-        self.post_message(TurnAction(self, "save_code", index))
+        self.post_message(self.Action(self, "save_code", index))
 
 
 def describe(stats: dict[str, Any]) -> str:

@@ -1,0 +1,48 @@
+"""The application as its screens know it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from textual.app import App
+
+from tinychat.chats.chat_store import ChatStore
+from tinychat.process.protocol import ChatEngine, Loading
+
+
+class Host(App[None]):
+    """Has the store, and who answers; `tinychat.tui.app.ChatApp` is the one there is."""
+
+    store: ChatStore
+    engine: ChatEngine
+    options: dict[str, Any]  # of loading a model
+
+    async def start_engine(self) -> None:
+        """A new engine in place of the present one, and the model into it."""
+        raise NotImplementedError
+
+    async def load_model(self, name: str, afresh: bool = False) -> None:
+        """Into the present engine, or a new one if that is gone."""
+        raise NotImplementedError
+
+    def download_pace(self, event: Loading) -> tuple[float, float]:
+        """Bytes a second over the last few seconds, and seconds that are left; 0 while unknown."""
+        raise NotImplementedError
+
+    def guarded(self, call: Callable[..., None], *args: Any) -> None:
+        """Call outside of Textual's messages: what goes wrong ends the program as it would inside them."""
+        raise NotImplementedError
+
+    def leave(self, code: int = 0) -> None:
+        """End; not at once if something would be lost."""
+        raise NotImplementedError
+
+    def ask_text(self, question: str, value: str, then: Callable[[str], None]) -> None:
+        """Ask for a line of text; `then` gets it."""
+        raise NotImplementedError
+
+    def ask_path(self, question: str, then: Callable[[Path], None]) -> None:
+        """Ask for the name of a file to write."""
+        raise NotImplementedError

@@ -1,0 +1,248 @@
+"""An answer from its question to its end: sent, waited for, stopped; and the model that gives it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from tinychat.conversation import Message
+from tinychat.tui.screens.parts import ChatParts, status_of
+from tinychat.tui.screens.too_large import TooLargeScreen
+from tinychat.tui.widgets.turn import Turn, duration
+from tinychat.tui.words import Words
+
+TICK = 0.5  # seconds between two looks at what is shown beside the text
+MARGIN = 64  # tokens that a template may write around a message
+PATIENCE = 10.0  # seconds that an engine may take to count tokens
+
+
+class Answering(ChatParts):
+    """One answer at a time."""
+
+    # Saying something
+
+    async def send(self, words: Words) -> None:
+        """Say it, as a new message or in place of the one that is edited, and have it answered."""
+        tree = self.conversation.tree
+        parent = tree.leaf
+        if self.editing is not None:
+            parent = tree.nodes[self.editing].parent
+        elif parent is not None and tree.nodes[parent].role == "user":
+            parent = tree.nodes[parent].parent  # it never got an answer: say it anew beside it
+        question = self.conversation.ask(words.text, parent, words.attachments)
+        self.editing = None
+        self.composer.clear()
+        self.say("")
+        await self.answer(question)
+
+    async def weigh(
+        self,
+        words: Words,
+        send: Callable[[Words], Awaitable[None]],
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Send words that may have more tokens than the context; if they do, ask before: all of them, the
+        first ones, none.
+        """
+        self.say("Counting its tokens…")
+        tokens = None
+        with suppress(asyncio.TimeoutError):
+            tokens = await asyncio.wait_for(self.app.engine.count(words.as_read), PATIENCE)
+        self.say("")
+        if self.answering and self.question is None:
+            return  # something else was said meanwhile
+        if tokens is None or tokens + MARGIN <= self.context:
+            await send(words)
+            return
+        room = self.context * 3 // 4  # an answer, and what was said before, need some, too
+
+        async def decided(choice: str | None) -> None:
+            if choice == "first":
+                await send(await words.beginning(room, self.app.engine))
+            elif choice == "all":
+                await send(words)
+            else:
+                leave()
+
+        rate = next(
+            (r for m in reversed(self.conversation.path()) if (r := m.stats.get("prefill_tps"))), None
+        )
+        evicts = self.app.options.get("kv_policy") != "none"
+        self.app.push_screen(TooLargeScreen(tokens, self.context, room, rate, evicts), decided)
+
+    async def answer(self, question: int) -> None:
+        """Have a question answered, as a new branch if it was before."""
+        node = self.conversation.begin_answer(question, self.model)
+        await self.show_conversation()
+        turn = self._turn = self.transcript.turn(node)
+        turn.running = {}
+        self.question, self._first, self._tokens, self._stopping = question, None, 0, False
+        self._asked = time.monotonic()
+        self._watch()
+        if self.ready:
+            self._ask()
+        elif self.trouble:
+            self.lack_model(self.trouble)
+        self.refill()
+
+    def _ask(self) -> None:
+        c = self.conversation
+        params = {**c.chat.params}
+        if params.get("seed") is not None and self._turn is not None:
+            params["seed"] += len(self._turn.branches) - 1  # the same seed would say the same again
+        self._asked, self._progress = time.monotonic(), None
+        self.app.engine.answer(c.key, c.request(self.question, self.model), c.chat.system, params)
+        self.question = None
+
+    # Waiting for it
+
+    def _watch(self) -> None:
+        """Say what the answer is waiting for, now and twice a second."""
+        if self._clock is None:
+            self._clock = self.set_interval(TICK, self._tick)
+        self._tick()
+
+    def _tick(self) -> None:
+        turn = self._turn
+        if turn is None or not self.answering:
+            if self._clock is not None:
+                self._clock.stop()
+                self._clock = None
+            return
+        waited = time.monotonic() - self._asked
+        if self._stopping:
+            state = "stopping"
+        elif self.trouble:
+            state = "no model"
+        elif not self.ready:
+            state = "loading"
+        elif self._first is None:
+            state = "reading"
+        else:
+            state = "answering"
+        text = ""
+        if state == "loading":
+            text = "waiting for the model"
+        elif state == "no model":
+            text = "waiting for a model: ctrl+o chooses one, esc leaves it"
+        elif state == "stopping" and time.monotonic() - self._stopped > 1:
+            text = "stopping; esc again ends the engine and starts another"
+        elif state == "reading" and self._progress is not None:
+            tokens, total, left = self._progress
+            left = duration(max(1.0, left - time.monotonic()))
+            text = f"reading the prompt: {tokens:,} of {total:,} tokens, {left} left"
+        elif state == "reading" and waited > 0.2:
+            text = f"reading the prompt, {waited:.0f} s"
+        if turn.waiting != text:
+            turn.waiting = text
+            turn.changed()
+        if self._first is not None:
+            began, n = self._first
+            took = time.monotonic() - began
+            rate = (self._tokens - n) / took if took > 0.3 and self._tokens > n else None
+            turn.running = {"tokens": self._tokens, "rate": rate}
+            used = self._read + self._tokens
+            self.status.tell(rate=rate, ttft=self._first[0] - self._asked, used=used)
+        if state != "loading":  # which tells how far it is
+            self.status.tell(state=state)
+
+    def _settle(self, turn: Turn | None, m: Message | None) -> None:
+        """An answer has ended, one way or another."""
+        self._stopping, self.question = False, None
+        if turn is not None and m is not None:
+            turn.message, turn.running, turn.waiting = m, None, ""
+            turn.prompt_text = m.prompt_text or turn.prompt_text
+            turn.thought_tokens = m.stats.get("reasoning_tokens") or turn.thought_tokens
+            turn.thinking = False
+            turn.update()
+        self.status.tell(
+            state="ready" if self.ready else "no model" if self.trouble else "loading",
+            used=self.conversation.tokens_used(),
+            **status_of(m),
+        )
+        self.refill()
+
+    # Stopping it
+
+    def action_stop(self) -> None:
+        """Esc: close the completions, leave editing, or stop the answer."""
+        if self.composer.close_completion():
+            return
+        if self.answering:
+            if self.question is not None:  # the engine never got it
+                turn, self._turn = self._turn, None
+                self._settle(turn, self.conversation.give_up("cancelled"))
+                return
+            if self._stopping:
+                self.run_worker(self._replace_engine())
+                return
+            self._stopping, self._stopped = True, time.monotonic()
+            self.app.engine.cancel()
+            self._tick()
+        elif self.editing is not None:
+            self.editing = None
+            self.composer.clear()
+            self.say("")
+        elif not self.ready and not self.trouble:
+            self._escape_loading()
+        else:
+            self.say("")
+            self.composer.input.focus()
+
+    async def _replace_engine(self) -> None:
+        """The engine does not stop: end it and start another one, with the conversation as it is."""
+        turn, self._turn = self._turn, None
+        self.ready = False
+        self._settle(turn, self.conversation.give_up("cancelled"))
+        self.say("The engine did not stop; another one takes its place. What was said is kept.")
+        self.status.tell(state="restarting", rate=None)
+        await self.app.start_engine()
+
+    def _escape_loading(self) -> None:
+        now = time.monotonic()
+        if now - self._escaped > 5:
+            self.say("The model is on its way: esc again stops that.")
+        else:
+            self.lack_model(f"Loading {self.model} was stopped. /model chooses a model.")
+            self.run_worker(self.app.engine.start())  # what it was doing ends with the process before
+        self._escaped = now
+
+    # The model
+
+    def lack_model(self, reason: str) -> None:
+        """There is no model, and a question that waits needs one: choose it."""
+        self.ready, self.trouble = False, reason
+        self.say(reason, error=True)
+        self.status.tell(state="no model", rate=None)
+        if self.question is not None:
+            self._tick()
+            if self.app.screen is self:
+                self.action_model()
+
+    def action_model(self) -> None:
+        """ctrl+o."""
+        from tinychat.tui.screens.models import ModelScreen
+
+        def done(name: str | None) -> None:
+            if name:
+                self.run_worker(self.choose_model(name))
+
+        self.app.push_screen(ModelScreen(self.model, self.trouble), done)
+
+    async def choose_model(self, name: str) -> None:
+        """Load another model; the conversation goes on with it."""
+        if self.answering and self.question is None:
+            self.say("Still answering: esc stops it.")
+            return
+        busy = not self.ready and not self.trouble  # with another model: that process is ended
+        self.model, self.ready, self.trouble, self._deaths = name, False, "", []
+        self._load = ("", time.monotonic(), False)
+        if self.conversation.answer is not None:
+            self.conversation.tree.nodes[self.conversation.answer].model = name
+        self.conversation.chat.model = name
+        self.conversation.keep(self.conversation.answer)
+        self.status.tell(state="loading", model=name, backend=None, isa=None)
+        self.say("")
+        await self.app.load_model(name, afresh=busy)

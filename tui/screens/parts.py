@@ -1,0 +1,148 @@
+"""Pieces of the chat screen, and what it knows of the conversation, the model and the running answer."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from typing import Any
+
+from textual.screen import Screen
+from textual.timer import Timer
+from textual.widgets import Static
+
+from tinychat.base.errors import TinychatError
+from tinychat.conversation import Message
+from tinychat.tui.conversation import Conversation
+from tinychat.tui.host import Host
+from tinychat.tui.text import clean
+from tinychat.tui.widgets.composer import Composer
+from tinychat.tui.widgets.sidebar import Sidebar
+from tinychat.tui.widgets.status import StatusLine
+from tinychat.tui.widgets.surface import Surface
+from tinychat.tui.widgets.transcript import Transcript
+from tinychat.tui.widgets.turn import Turn
+
+WELCOME = """\
+Ask something. Everything you say is kept on this machine.
+
+enter send · ctrl+j new line · / commands · @file attach · esc stop
+ctrl+b chats · ctrl+p everything else · f1 keys · ctrl+q leave"""
+
+
+class ChatParts(Surface, Screen[None]):
+    """The lowest floor of the chat screen: `answering`, `hearing` and `actions` follow above it."""
+
+    app: Host
+
+    def __init__(self, model: str, conversation: Conversation):
+        super().__init__()
+        self.model = model
+        self.conversation = conversation
+        self.facts: dict[str, Any] = {}
+        self.defaults: dict[str, Any] = {}
+        self.ready = False
+        self.trouble = ""  # why there is no model and none on its way
+        self._load = (
+            "",
+            time.monotonic(),
+            False,
+        )  # what loading does, since when, whether that tells how far
+        self._escaped = 0.0  # when esc was last pressed beside a load
+        self.question: int | None = None  # a question that the engine has not got yet
+        self.editing: int | None = None  # the user message that the composer's text will replace
+        self._turn: Turn | None = None  # the answer in the making
+        self.unheard = 0  # events of the engine that wait for their turn
+        self._asked = 0.0
+        self._first: tuple[float, int] | None = None
+        self._progress: tuple[int, int, float] | None = None  # tokens read, of how many, when all will be
+        self._read = 0  # tokens of the conversation before the answer
+        self._tokens = 0
+        self._painting = self._heard = False
+        self._painted = self._cpu = 0.0
+        self._stopping = False
+        self._stopped = 0.0
+        self._deaths: list[float] = []
+        self._clock: Timer | None = None
+
+    # Pieces
+
+    @cached_property
+    def transcript(self) -> Transcript:
+        """The messages."""
+        return self.query_one(Transcript)
+
+    @cached_property
+    def composer(self) -> Composer:
+        """Where the user writes."""
+        return self.query_one(Composer)
+
+    @cached_property
+    def status(self) -> StatusLine:
+        """The line at the bottom."""
+        return self.query_one(StatusLine)
+
+    @property
+    def sidebar(self) -> Sidebar | None:
+        """The list of chats, once it was opened."""
+        return next(iter(self.query(Sidebar)), None)
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is being made or waited for."""
+        return self.conversation.answer is not None
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can read; 0 while unknown."""
+        return self.facts.get("ctx") or 0
+
+    def say(self, text: str, error: bool = False) -> None:
+        """A line above the composer; empty takes it away."""
+        notice = self.query_one("#notice", Static)
+        notice.update(clean(text))
+        notice.set_class(error, "error")
+        notice.display = bool(text)
+
+    def complain(self, e: TinychatError) -> None:
+        """Say what is wrong and what to do."""
+        self.say(f"{e.what} {e.todo}", error=True)
+
+    def refill(self) -> None:
+        """Show the list of chats as it is now, if it is open."""
+        if self.sidebar is not None and self.sidebar.display:
+            self.sidebar.current = self.conversation.chat.id
+            self.sidebar.fill()
+
+    async def show_conversation(self) -> None:
+        """The present branch, or a welcome."""
+        tree = self.conversation.tree
+        branch = [(i, tree.nodes[i], siblings) for i, siblings in tree.branches()]
+        await self.query("#welcome").remove()
+        if not branch:
+            await self.transcript.mount(Static(WELCOME, id="welcome", markup=False), before=0)
+        await self.transcript.show(branch)
+        last = self.conversation.last("assistant")
+        self.status.tell(used=self.conversation.tokens_used(), **status_of(last))
+
+    async def open(self, conversation: Conversation) -> None:
+        """Another conversation."""
+        self.conversation.close()
+        self.conversation = conversation
+        self.editing = self.question = None
+        self.say("")
+        await self.show_conversation()
+        self.refill()
+        self.composer.input.focus()
+
+
+def status_of(m: Message | None) -> dict[str, Any]:
+    """What an answer's numbers say in the status line."""
+    s = m.stats if m is not None else {}
+    drafted = s.get("drafted_tokens")
+    return {
+        "rate": s.get("decode_tps") or None,
+        "ttft": s.get("ttft_s") or None,
+        "kv_bytes": s.get("kv_bytes") or None,
+        "evicted": s.get("evicted_tokens") or None,
+        "accepted": s.get("accepted_tokens", 0) / drafted if drafted else None,
+    }
