@@ -89,7 +89,7 @@ def measure(
     table = np.arange(n_blocks, dtype=np.int32)
     ids = np.random.default_rng(0).integers(0, c.vocab_size, reach, dtype=np.int32)
     kv_bytes = backend.kv_bytes_per_block() / BLOCK
-    bandwidth = [backend.copy_bandwidth()]
+    bandwidth = [backend.bandwidth()]
 
     ways = {
         "argmax": backend.step_greedy,
@@ -137,7 +137,7 @@ def measure(
             device.overlaps = True
             backend._steps.graphs.clear()
     several = {str(rows): 1e3 * steps(contexts[0], rows) for rows in (2, 3, 4, 5, 8, 9, 16)}
-    bandwidth.append(backend.copy_bandwidth())
+    bandwidth.append(backend.bandwidth())
     best = max(bandwidth)
     for row in decode:
         row["fraction_of_bandwidth"] = row["gb_s"] / best

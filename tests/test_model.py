@@ -89,7 +89,7 @@ def test_the_context_shrinks_to_the_memory_unless_it_is_asked_for(monkeypatch):
     with tiny_model() as m:
         per_block = m.backend.kv_bytes_per_block()
     monkeypatch.setattr(
-        "tinychat.model.available_memory", lambda: 300_000_000 + (5 + 2) * per_block
+        "tinychat.base.machine.available_memory", lambda: 300_000_000 + (5 + 2) * per_block
     )  # two to spare
     checkpoint = TinyCheckpoint()
     from tinychat.backends.reference import ReferenceBackend
@@ -99,7 +99,7 @@ def test_the_context_shrinks_to_the_memory_unless_it_is_asked_for(monkeypatch):
         assert m.n_ctx == 80
     with pytest.raises(MemoryBudgetError, match="--ctx 80"):
         tiny_model(ctx=96)
-    monkeypatch.setattr("tinychat.model.available_memory", lambda: 1000)
+    monkeypatch.setattr("tinychat.base.machine.available_memory", lambda: 1000)
     with pytest.raises(MemoryBudgetError, match="smaller model"):
         tiny_model(ctx=None)
 

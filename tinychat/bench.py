@@ -17,7 +17,7 @@ from tinychat.backends.interface import BLOCK, Backend, Step
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import TextDelta
 from tinychat.base.load_options import LoadOptions
-from tinychat.base.machine import available_memory, cache_bytes, human_bytes
+from tinychat.base.machine import cache_bytes, human_bytes
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import (
@@ -201,7 +201,7 @@ def measure(
     """
     reach = max(n_prompt, max(contexts) + n_gen)
     n_blocks = -(-reach // BLOCK)
-    need, free = n_blocks * backend.kv_bytes_per_block(), getattr(backend, "free_memory", available_memory)()
+    need, free = n_blocks * backend.kv_bytes_per_block(), backend.free_memory()
     if need > free:
         raise MemoryBudgetError(
             f"A cache of {reach} tokens takes {human_bytes(need)} and {human_bytes(free)} are free.",
@@ -276,7 +276,7 @@ def measure_together(
 
     tokenizer.eos_ids = frozenset()
     n_prompt = 32
-    engine = Engine(backend, tokenizer, n_prompt + n_gen + 2, more_bytes=available_memory)
+    engine = Engine(backend, tokenizer, n_prompt + n_gen + 2, more_bytes=backend.free_memory)
     rng = np.random.default_rng(0)
 
     def rate(n: int, n_gen: int = n_gen) -> float:
@@ -332,10 +332,9 @@ def run(
     **sizes: Any,
 ) -> dict[str, Any]:
     """Load and measure; the JSON that `tinychat bench --json` prints (fields in docs/performance.md)."""
-    from tinychat.base.machine import cpu_count, peak_rss
+    from tinychat.base.machine import peak_rss
     from tinychat.formats import open_checkpoint
     from tinychat.hub import store
-    from tinychat.kernels_cpu import _native
     from tinychat.loading import make_backend
 
     policy = WeightPolicy(options.quantize, options.head_bits)
@@ -348,12 +347,11 @@ def run(
     load_s = time.perf_counter() - began
     try:
         weight_bytes = weight_bytes_per_token(checkpoint, policy)
-        n_threads = options.threads or cpu_count()
         result = measure(
             backend,
             checkpoint.config,
             weight_bytes,
-            getattr(backend, "copy_bandwidth", lambda: _native.read_bandwidth(n_threads, 1 << 29, 3)),
+            backend.bandwidth,
             n_gen=n_gen,
             rounds=rounds,
             **sizes,

@@ -13,7 +13,7 @@ from tinychat.base import arguments
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.base.events import Completion, Done, Event
 from tinychat.base.load_options import LoadOptions
-from tinychat.base.machine import HEADROOM, available_memory, human_bytes
+from tinychat.base.machine import HEADROOM, human_bytes
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.engine.engine import Engine
 from tinychat.engine.eviction import SINKS, SMALLEST, EvictionPolicy
@@ -30,14 +30,9 @@ if TYPE_CHECKING:
 DEFAULT_CTX = 8192
 
 
-def free_memory(backend: Backend) -> int:
-    """Bytes free where the backend keeps its cache."""
-    return getattr(backend, "free_memory", available_memory)()
-
-
 def room_for_memories(backend: Backend) -> int:
     """Bytes that a model's memories may take beside what is in use."""
-    return max(0, free_memory(backend) - HEADROOM)
+    return max(0, backend.free_memory() - HEADROOM)
 
 
 class Drafts(Protocol):
@@ -101,8 +96,9 @@ class Model:
             least = max(wanted, BLOCK)
             safe = round(0.97 * fits / BLOCK) * BLOCK  # what is free changes a little from run to run
             raise MemoryBudgetError(
-                f"A context of {least} tokens takes {human_bytes(memory_bytes(self.backend, least))} beside "
-                f"{human_bytes(HEADROOM)} to work in, and {human_bytes(free_memory(self.backend))} are free.",
+                f"A context of {least} tokens takes {human_bytes(memory_bytes(self.backend, least))} beside"
+                f" {human_bytes(HEADROOM)} to work in, and {human_bytes(self.backend.free_memory())}"
+                " are free.",
                 f"Use --ctx {safe} or less." if safe >= BLOCK else "Choose a smaller model.",
             )
         return wanted

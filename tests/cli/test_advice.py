@@ -178,11 +178,11 @@ def test_an_advice_that_is_followed_helps(place, args):
 
 
 def test_a_context_that_fits_is_named(place, monkeypatch):
-    from tinychat import model
+    from tinychat.base import machine
 
     args = ["run", "m", "hi", "--ctx", "256"]
-    free = [model.HEADROOM + 60_000]
-    monkeypatch.setattr(model, "available_memory", lambda: free[0])
+    free = [machine.HEADROOM + 60_000]
+    monkeypatch.setattr(machine, "available_memory", lambda: free[0])
     code, _, err = in_process(*args, *GREEDY)
     assert code == 4
     code, _, err = in_process(*follow(args, err.splitlines()[1]), *GREEDY)

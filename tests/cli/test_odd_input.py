@@ -190,7 +190,7 @@ def test_no_number_is_an_internal_error(full, flag):
 
 
 def test_a_benchmark_larger_than_the_memory_is_refused_before_it_begins(full, monkeypatch):
-    monkeypatch.setattr("tinychat.bench.available_memory", lambda: 100_000)
+    monkeypatch.setattr("tinychat.base.machine.available_memory", lambda: 100_000)
     code, out, err = in_process("bench", "m", "-p", 4096, "-n", 1)
     assert (code, out) == (4, "")
     assert err.startswith("Error: A cache of 4096 tokens takes ")

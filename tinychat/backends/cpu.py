@@ -19,6 +19,7 @@ from tinychat.backends import pack_store
 from tinychat.backends.cpu_pack import CpuLayout, CpuWeights
 from tinychat.backends.cpu_recorder import Recorder
 from tinychat.backends.interface import Span, Step, memories_of
+from tinychat.base import machine
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.kernels_cpu import _native
 from tinychat.models import FAMILIES
@@ -59,6 +60,7 @@ class CpuBackend:
     row_independent = True
     max_spans = MAX_ROWS
     survives_fork = True  # its threads are started anew
+    step_largest = None
 
     def __init__(
         self,
@@ -189,6 +191,14 @@ class CpuBackend:
         out = np.empty(step.asked_rows, np.int32)
         self._run(step, None, out)
         return out
+
+    def free_memory(self) -> int:
+        """Bytes that the machine can still give."""
+        return machine.available_memory()
+
+    def bandwidth(self) -> float:
+        """GB/s of a plain read by as many threads."""
+        return _native.read_bandwidth(self.threads, 1 << 29, 3)
 
     def timings(self, step: Step) -> list[tuple[str, float]]:
         """(op, seconds) of one greedy step: what `docs/performance.md` breaks a token down with."""

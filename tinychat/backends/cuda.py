@@ -48,6 +48,7 @@ class CudaBackend:
     name = "cuda"
     row_independent = True
     max_spans = MAX_ROWS
+    survives_fork = False  # a GPU's context is lost in a fork
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class CudaBackend:
         with self._on_device():
             return free_memory(self._device)
 
-    def copy_bandwidth(self) -> float:
+    def bandwidth(self) -> float:
         """GB/s of a plain copy within the device, bytes read and written: the measure for decoding."""
         size = min(1 << 30, self.free_memory() // 4)
         with self._on_device():

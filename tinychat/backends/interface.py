@@ -146,18 +146,13 @@ class LargestLogits:
 
 
 class Backend(Protocol):
-    """One loaded model on one device. Not thread-safe; the engine serialises.
-
-    A backend far from the host may have `step_largest(step, temperature) -> list[LargestLogits]` too: a few
-    kilobytes in place of each row of logits, of which LARGEST_ROWS may be asked for. temperature: of the
-    total, or 0 for none. One that can go on in a forked process says so by `survives_fork`; one whose memory
-    is not the machine's has `free_memory()`.
-    """
+    """One loaded model on one device. Not thread-safe; the engine serialises."""
 
     name: str
     row_independent: bool  # whether a row's result is bitwise the same whatever runs with it
     max_rows: int  # rows a step may have; longer prompts are prefilled in chunks
     max_spans: int  # spans a step may have
+    survives_fork: bool  # whether it can go on in a forked process
 
     def describe(self) -> dict[str, Any]:
         """What runs: backend, isa, act_bits, kv_bits, threads."""
@@ -216,6 +211,24 @@ class Backend(Protocol):
     def step_greedy(self, step: Step) -> np.ndarray:
         """Like `step`, but the argmax of each asked row (lowest id on a tie): int32 [asked rows]. -1:
         a logit is NaN or infinite, and there is nothing to choose.
+        """
+        ...
+
+    @property
+    def step_largest(self) -> Callable[[Step, float], list[LargestLogits]] | None:
+        """Like `step`, of a backend far from the host: a few kilobytes in place of each row, of which there
+        may be LARGEST_ROWS; the number is the temperature of their totals, or 0 for none. None where rows
+        are at hand.
+        """
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes that can still be had where its memories lie."""
+        ...
+
+    def bandwidth(self) -> float:
+        """GB/s at which that memory is read (on a GPU: copied, bytes read and written): the measure for
+        decoding.
         """
         ...
 

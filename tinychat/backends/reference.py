@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from tinychat.backends.interface import Slots, Step, memories_of, place_of
 from tinychat.backends.reference_memory import KvPool, StatePool, pool_slots, rotate
+from tinychat.base import machine
+from tinychat.kernels_cpu import _native
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig
@@ -60,6 +62,8 @@ class ReferenceBackend:
     row_independent = False  # torch chooses another matmul for another row count
     max_rows = 512
     max_spans = 512
+    survives_fork = False  # torch's threads are lost in a fork
+    step_largest = None
 
     def __init__(
         self,
@@ -132,6 +136,12 @@ class ReferenceBackend:
         best = logits.argmax(axis=1)  # NaN wins it
         chosen = np.isfinite(logits[np.arange(len(best)), best])
         return np.where(chosen, best, -1).astype(np.int32)
+
+    def free_memory(self) -> int:
+        return machine.available_memory()
+
+    def bandwidth(self) -> float:
+        return _native.read_bandwidth(machine.cpu_count(), 1 << 29, 3)
 
     def close(self) -> None:
         self.weights, self.pools = None, []

@@ -84,7 +84,7 @@ class Engine:
         """The lock, for one change of branches. If an exception comes in the middle (Ctrl+C may come
         anywhere), everything is put in order before the next change. Does not nest.
         """
-        if self._process != os.getpid() and not getattr(self.backend, "survives_fork", False):
+        if self._process != os.getpid() and not self.backend.survives_fork:
             raise UsageError(
                 f"The {self.backend.name} backend does not work in a forked process.", "Load the model there."
             )

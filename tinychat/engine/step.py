@@ -80,8 +80,8 @@ def _outputs(backend: Backend, parts: Sequence[Part]) -> list[Any]:
     greedy = all(part.greedy for part in asking)
     if greedy:
         out = backend.step_greedy(step)
-    elif (step_largest := getattr(backend, "step_largest", None)) and _largest_suffice(asking):
-        out = step_largest(step, _temperature(asking))
+    elif backend.step_largest is not None and _largest_suffice(asking):
+        out = backend.step_largest(step, _temperature(asking))
     else:
         out = backend.step(step)
     if len(parts) == 1:

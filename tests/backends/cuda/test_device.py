@@ -112,7 +112,7 @@ def test_the_benchmark_measures_everything_that_it_promises():
     gpu.ROUNDS = gpu.WARM_UP = gpu.REPEAT = 1
     gpu.LINEAR_ROWS = (1, 5)
     b = CudaBackend(TinyCheckpoint(0, n_layers=1), WeightPolicy("rtn"), modules=bench().modules)
-    b.copy_bandwidth = lambda: 100.0
+    b.bandwidth = lambda: 100.0
     result = gpu.measure(b, 1000, [0, 20], 40, 1)
     assert (result["gpu"], result["driver"]) == ("Emulated GPU", "CUDA 12.6")
     assert [d["context"] for d in result["decode"]] == [0, 20]
@@ -137,4 +137,4 @@ def test_the_benchmark_measures_everything_that_it_promises():
 def test_the_bandwidth_is_that_of_a_copy():
     b = cuda(TinyCheckpoint(0, n_layers=1))
     b.free_memory = lambda: 64 << 20
-    assert 0.1 < b.copy_bandwidth() < 10_000
+    assert 0.1 < b.bandwidth() < 10_000

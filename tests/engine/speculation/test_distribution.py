@@ -25,6 +25,7 @@ class TableBackend:
 
     name, row_independent, max_rows, max_spans = "table", True, 16, 8
     memories = (MemorySpec("paged", (0,), 1, 1),)
+    step_largest = None
 
     def __init__(self):
         self.table = np.random.default_rng(2).normal(0, 1.5, (VOCABULARY, VOCABULARY)).astype(np.float32)
