@@ -74,7 +74,7 @@ class Model:
             if self.tokenizer.chat_template
             else None
         )
-        defaults = getattr(checkpoint, "sampling_defaults", dict)()
+        defaults: dict[str, Any] = getattr(checkpoint, "sampling_defaults", dict)()
         self.default_sampling = SamplingParams().but(**defaults)
         room = partial(room_for_memories, backend)
         self.engine = Engine(
@@ -119,21 +119,20 @@ class Model:
         """What runs: backend, isa, act_bits, kv_bits, threads, ctx."""
         return {"model": self.name, **self.backend.describe(), "ctx": self.n_ctx}
 
-    def needs_bos(self, text: str) -> bool:
-        """Whether a beginning-of-text token goes before `text`: asked for by the tokenizer, not yet in the
-        text.
+    def bos(self, text: str) -> list[int]:
+        """The ids that go before a prompt: the beginning-of-text token, where the tokenizer asks for one and
+        the text does not begin with it; else none.
         """
         t = self.tokenizer
         if not t.add_bos or t.bos_id is None:
-            return False
+            return []
         spelled = t.special_tokens.get("bos_token")
-        return not (spelled and text.startswith(spelled))
+        return [] if spelled and text.startswith(spelled) else [t.bos_id]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a bare prompt, with the beginning-of-text token where the model wants one."""
         arguments.text("The prompt", text, empty=True)
-        head = [self.tokenizer.bos_id] if self.needs_bos(text) else []
-        return head + self.tokenizer.encode(text)
+        return self.bos(text) + self.tokenizer.encode(text)
 
     def eviction(
         self, budget: int | None = None, name: str | None = None, chat: bool = False
@@ -208,7 +207,7 @@ class Model:
             ids, splitter = self.encode_prompt(text), None
         else:
             text = self.template.render(messages)
-            ids = ([self.tokenizer.bos_id] if self.needs_bos(text) else []) + self.template.encode(text)
+            ids = self.bos(text) + self.template.encode(text)
             splitter = self.template.splitter(text)
         branch = self.engine.branch(self.eviction())
         for event in self.engine.generate(branch, ids, params, speculator=speculator, splitter=splitter):

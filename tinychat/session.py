@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -225,7 +225,7 @@ class Session:
 
     def _events(
         self, question: Message | int, params: SamplingParams, claim: Claim, follows: bool
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         with self._claiming:
             self._check_free()
             self._claim = claim
@@ -295,6 +295,7 @@ class Session:
                 and common_prefix(before.ids, prompt) == len(before.ids)
             ):
                 branch = before.fork()
+            assert branch.ledger is not None  # it was made with a policy
             branch.ledger.policy = policy
             self._branch, self._before = branch, branch.fork()
 
@@ -306,7 +307,7 @@ class Session:
             text = self.model.template.render([{"role": "system", "content": self._system}], False)
         except TinychatError:  # some templates want a user's message
             return 0
-        bos = 1 if self.model.needs_bos(text) else 0
+        bos = len(self.model.bos(text))
         return bos + common_prefix(self.model.template.encode(text), prompt[bos:])
 
     def _prompt(self, path: list[int], generating: bool) -> list[tuple[str, list[int]]]:
@@ -323,13 +324,14 @@ class Session:
                 messages.append({"role": node.role, "content": node.as_read()})
             else:
                 messages.append(template.answer(node.content, node.prompt_text))
+        encode: Callable[..., list[int]]
         if template is None:
             text, encode = "".join(m["content"] for m in messages), self.model.tokenizer.encode
         else:
             text, encode = template.render(messages, generating), template.encode
         segments: list[tuple[str, list[int]]] = []
-        if self.model.needs_bos(text):
-            segments.append(("", [self.model.tokenizer.bos_id]))
+        if bos := self.model.bos(text):
+            segments.append(("", bos))
         at = 0
         for node in (self.nodes[i] for i in path):
             if node.role != "assistant" or not node.ids:

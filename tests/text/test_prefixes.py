@@ -126,7 +126,7 @@ def test_a_session_has_the_ids_of_the_whole_conversation(tokenizer, template, sa
     t = ChatTemplate(TEMPLATES[template], tokenizer)
     session = Session.__new__(Session)
     session._system, session.tree = None, Tree()
-    session.model = SimpleNamespace(template=t, tokenizer=tokenizer, needs_bos=lambda text: False)
+    session.model = SimpleNamespace(template=t, tokenizer=tokenizer, bos=lambda text: [])
     at = None
     for question, text in [*said, ("a", "cc")]:
         session.nodes.append(Message("user", question, at))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ from tinychat.cli.words import attached, gather, model_or_prompt
 
 if TYPE_CHECKING:
     from tinychat.base.events import Event
+    from tinychat.chats.chat_store import ChatStore
+    from tinychat.chats.keeper import Keeper
+    from tinychat.chats.records import Chat
     from tinychat.session import Session
 
 
@@ -75,61 +79,107 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
         raise UsageError(
             "There is nothing to answer.", 'Give a prompt: tinychat run MODEL "…", or pipe text into it.'
         )
-    from tinychat.chats.chat_store import ChatStore, chosen
-
     if resumed and o["no_store"]:
         raise UsageError("--no-store knows no earlier chats.", "Leave it out to go on with one.")
     # One answer alone is not kept.
-    store = ChatStore(in_memory=o["no_store"]) if resumed or text is None else None
-    if store is not None and store.notice:
-        click.echo(store.notice, err=True)
-    chat = chosen(store, o["latest"], o["resume"]) if resumed else None
-    if resumed and chat is None:
-        click.echo("There is no chat to go on with yet: this begins one.", err=True)
+    kept = _open_store(o) if resumed or text is None else None
+    chat = _earlier(kept, o) if kept is not None and resumed else None
     if chat is not None and not named:
         model = chat.model
-    if text is None and not o["plain"] and os.environ.get("TERM") not in ("dumb", "unknown"):
-        from tinychat.tui.first_frame import first_frame
+    if text is not None:
+        sys.exit(_answer(model, text, attachments, kept, chat, o))
+    assert kept is not None  # a conversation is
+    if o["plain"] or os.environ.get("TERM") in ("dumb", "unknown"):
+        _converse(model, kept, chat, o)
+    else:
+        sys.exit(_show(model, kept, chat, o))
 
-        with first_frame():
-            from tinychat.tui.app import make_app
 
-            options = pick(o, LoadOptions.SETTINGS) | ({"keep_kv": False} if o["no_store"] else {})
-            app = make_app(model, store, chat, o["system"], pick(o, SamplingParams.SETTINGS), options)
-        sys.exit(app.run_to_end())
-    from tinychat.loading import load
+def _open_store(o: dict[str, Any]) -> ChatStore:
+    from tinychat.chats.chat_store import ChatStore
 
-    loaded = load(model, **pick(o, LoadOptions.SETTINGS), progress=partial(click.echo, err=True))
-    with loaded:
-        # One answer ends where its context does; a conversation goes on.
-        once = "none" if text is not None and chat is None and not o["kv_budget"] else None
-        policy = o["kv_policy"] or once
-        session = loaded.session(o["system"], kv_policy=policy, **pick(o, SamplingParams.SETTINGS))
+    store = ChatStore(in_memory=o["no_store"])
+    if store.notice:
+        click.echo(store.notice, err=True)
+    return store
+
+
+def _earlier(store: ChatStore, o: dict[str, Any]) -> Chat | None:
+    """The chat to go on with, if there is one."""
+    from tinychat.chats.chat_store import chosen
+
+    chat = chosen(store, o["latest"], o["resume"])
+    if chat is None:
+        click.echo("There is no chat to go on with yet: this begins one.", err=True)
+    return chat
+
+
+def _show(model: str, store: ChatStore, chat: Chat | None, o: dict[str, Any]) -> int:
+    """A conversation on the screen; the exit code."""
+    from tinychat.tui.first_frame import first_frame
+
+    with first_frame():
+        from tinychat.tui.app import make_app
+
+        options = pick(o, LoadOptions.SETTINGS) | ({"keep_kv": False} if o["no_store"] else {})
+        app = make_app(model, store, chat, o["system"], pick(o, SamplingParams.SETTINGS), options)
+    return app.run_to_end()
+
+
+def _converse(model: str, store: ChatStore, chat: Chat | None, o: dict[str, Any]) -> None:
+    """A conversation line by line."""
+    with _session(model, o, o["kv_policy"]) as session:
+        from tinychat.chats.keeper import Keeper
+        from tinychat.cli.repl import Repl
+
+        keeper = Keeper(store, session, chat)
+        try:
+            Repl(session, keeper, o["verbose"]).run()
+        finally:
+            _close(keeper)
+
+
+def _answer(
+    model: str,
+    text: str,
+    attachments: list[dict[str, str]],
+    store: ChatStore | None,
+    chat: Chat | None,
+    o: dict[str, Any],
+) -> int:
+    """One answer on stdout, kept in the store if there is one; the exit code."""
+    # It ends where its context does; a conversation goes on.
+    once = "none" if chat is None and not o["kv_budget"] else None
+    with _session(model, o, o["kv_policy"] or once) as session:
         keeper = None
         if store is not None:
             from tinychat.chats.keeper import Keeper
 
             keeper = Keeper(store, session, chat)
+        events = session.send(text, attachments=attachments)
+        code = _print(session, keeper.follow(session, events) if keeper else events, o)
+        return code or int(keeper is not None and _close(keeper))
+
+
+@contextmanager
+def _session(model: str, o: dict[str, Any], kv_policy: str | None) -> Iterator[Session]:
+    from tinychat.loading import load
+
+    with load(model, **pick(o, LoadOptions.SETTINGS), progress=partial(click.echo, err=True)) as loaded:
+        session = loaded.session(o["system"], kv_policy=kv_policy, **pick(o, SamplingParams.SETTINGS))
         if loaded.template is None:
             click.echo(
                 "This model has no chat template: it continues your text instead of answering.", err=True
             )
-        if text is None:
-            from tinychat.cli.repl import Repl
+        yield session
 
-            try:
-                Repl(session, keeper, o["verbose"]).run()
-            finally:
-                lost = keeper.close(say=partial(click.echo, err=True))
-                if lost:
-                    click.echo(lost, err=True)
-            return
-        events = session.send(text, attachments=attachments)
-        code = _answer_once(session, keeper.follow(session, events) if keeper else events, o)
-        if keeper is not None and (lost := keeper.close(say=partial(click.echo, err=True))):
-            click.echo(lost, err=True)
-            code = code or 1
-    sys.exit(code)
+
+def _close(keeper: Keeper) -> bool:
+    """Whether something of the chat is lost, which has been said then."""
+    lost = keeper.close(say=partial(click.echo, err=True))
+    if lost:
+        click.echo(lost, err=True)
+    return bool(lost)
 
 
 def given(name: str) -> bool:
@@ -137,11 +187,11 @@ def given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -> int:
+def _print(session: Session, events: Iterator[Event], o: dict[str, Any]) -> int:
     from tinychat.base.events import Done, Notice, event_to_json
 
     out = Printer()
-    done = None
+    done: Done | None = None
     with cancel_on_interrupt(session) as interrupted:
         for event in events:
             if o["stream_json"]:
@@ -152,6 +202,8 @@ def _answer_once(session: Session, events: Iterator[Event], o: dict[str, Any]) -
                 click.echo(event.message, err=True)
             if isinstance(event, Done):
                 done = event
+    if done is None:
+        raise AssertionError("an answer ends with Done")
     if o["as_json"]:
         answer = {
             "model": session.model.name,

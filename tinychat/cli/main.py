@@ -81,10 +81,10 @@ def report(e: BaseException) -> int:
         traceback.print_exception(e)
     if isinstance(e, click.exceptions.Exit):
         return e.exit_code
-    if isinstance(e, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # since click 8.2
-        e.show()
-        return e.exit_code
     if isinstance(e, click.ClickException):
+        if isinstance(e, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # since click 8.2
+            e.show()
+            return e.exit_code
         where = getattr(e, "ctx", None)
         what, code = " ".join(e.format_message().split()).rstrip(".") + ".", e.exit_code
         todo = f"See {where.command_path if where else 'tinychat'} --help."

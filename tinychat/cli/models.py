@@ -47,7 +47,7 @@ def list_models(everything: bool, as_json: bool) -> None:
     """Models on this machine."""
     from tinychat.hub import aliases, store
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": m.name,
             "size": m.size,
@@ -68,8 +68,8 @@ def list_models(everything: bool, as_json: bool) -> None:
         return
     cells = [[r["name"], human_bytes(r["size"]), r["quantization"] or "", r["source"] or ""] for r in rows]
     for a in available:
-        what = [a["license"], a["draft"] and f"--draft {a['draft']}", None if a["verified"] else "unverified"]
-        what = " · ".join(filter(None, [*what, a["source"]]))
+        draft, doubt = a["draft"] and f"--draft {a['draft']}", None if a["verified"] else "unverified"
+        what = " · ".join(filter(None, [a["license"], draft, doubt, a["source"]]))
         cells.append([a["name"], human_bytes(a["size"]), "not pulled", what])
     tables.show(cells, ("model", "size", "weights", "source"), dim=range(len(rows), len(cells)))
 

@@ -109,7 +109,7 @@ class OneOf(click.Choice):
 def _option(name: str, s: Setting) -> Callable:
     """The command line's option for a setting. It is None where it is not given."""
     flag = s.flag or f"--{name.replace('_', '-')}"
-    words = {"help": s.sentence() or None, "metavar": s.metavar}
+    words: dict[str, Any] = {"help": s.sentence() or None, "metavar": s.metavar}
     if isinstance(s, Flag) and s.default is None:
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", name, default=None, **words)
     if isinstance(s, Flag):
@@ -120,8 +120,10 @@ def _option(name: str, s: Setting) -> Callable:
 def _type(s: Setting) -> click.ParamType:
     if s.unit == "bytes":
         return Size()
+    if isinstance(s, Whole):
+        return click.IntRange(int(s.low), None if s.high is None else int(s.high))
     if isinstance(s, Number):
-        return (click.IntRange if isinstance(s, Whole) else Finite)(s.low, s.high)
+        return Finite(s.low, s.high)
     if isinstance(s, Choice):
         return (OneOf if s.numbers else click.Choice)([str(c) for c in s.choices])
     return click.STRING

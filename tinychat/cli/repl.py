@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import traceback
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -136,7 +135,7 @@ class Repl:
             for m in self.session.messages:
                 click.echo(f"{m['role']}: {m['content']}", err=True)
         elif name in ("new", "clear"):
-            self.session = s.model.session(s.system)
+            self.session = Session(s.model, s.system)
             self.session.params, self.last = s.params, None
             click.echo("(a new conversation)", err=True)
         else:
@@ -156,9 +155,11 @@ class Repl:
         s = self.session
         words = rest.split()
         if len(words) == 2:
-            value = SamplingParams.parse(*words)
-            default = getattr(s.model.default_sampling, words[0])
-            s.params = replace(s.params, **{words[0]: default if value is None else value})
+            name, text = words
+            value = SamplingParams.parse(name, text)
+            if value is None:
+                value = getattr(s.model.default_sampling, name)
+            s.params = SamplingParams.made({**vars(s.params), name: value})
         elif words:
             raise UsageError("/set takes a name and a value.", "Use /set temperature 0.2.")
         for name in SamplingParams.SETTINGS:

@@ -122,10 +122,11 @@ def bench(
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print a completion script for SHELL, for its start-up file."""
-    from click.shell_completion import get_completion_class
+    from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
     cli = click.get_current_context().find_root().command
-    click.echo(get_completion_class(shell)(cli, {}, "tinychat", "_TINYCHAT_COMPLETE").source())
+    kind = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}[shell]
+    click.echo(kind(cli, {}, "tinychat", "_TINYCHAT_COMPLETE").source())
 
 
 commands = [ppl, bench, completion]

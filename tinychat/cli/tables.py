@@ -15,17 +15,17 @@ SHORT = 12  # cells up to this wide are never folded
 
 def show(rows: Iterable[Sequence[str]], header: Sequence[str] = (), dim: Iterable[int] = ()) -> None:
     """Print rows of cells to stdout. dim: numbers of rows that are shown less bright."""
-    rows = [[" ".join(str(cell).splitlines()) for cell in row] for row in rows]
-    if not rows:
+    lines = [[" ".join(str(cell).splitlines()) for cell in row] for row in rows]
+    if not lines:
         return
     if sys.stdout.isatty():
-        _on_terminal(rows, header, set(dim))
+        _on_terminal(lines, header, set(dim))
         return
     from rich.cells import cell_len
 
-    rows = [list(header), *rows] if header else rows
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    lines = [list(header), *lines] if header else lines
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for row in lines:
         cells = (cell + " " * (w - cell_len(cell)) for cell, w in zip(row, widths, strict=True))
         click.echo("  ".join(cells).rstrip(" "))
 

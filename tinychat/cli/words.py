@@ -66,7 +66,8 @@ def _piped() -> bytes:
         fd = sys.stdin.fileno()
     except (OSError, ValueError):  # a stand-in for stdin, which does not wait
         return sys.stdin.buffer.read()
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     speak_at: float | None = time.monotonic() + PATIENCE
     while True:
         if speak_at is not None and time.monotonic() >= speak_at:

@@ -33,6 +33,12 @@ class OwnedBranch(Branch):
     def _empty(self, parts: Sequence[Part]) -> OwnedBranch:
         return self._known(OwnedBranch(parts, self._known))
 
+    def fork(self) -> OwnedBranch:
+        """As a branch's; the second one gives its blocks back by itself, too."""
+        other = super().fork()
+        assert isinstance(other, OwnedBranch)  # as `_empty` makes them
+        return other
+
     def __del__(self):
         for part in self.parts:
             if held := part.held():
