@@ -115,7 +115,7 @@ def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int], pre: Any) -> t
         # a merge of or into what is no token: llama.cpp never applies it, or undoes it
         merges = [(a, b) for a, b in merges if a in vocab and b in vocab and a + b in vocab]
         backend = tk.Tokenizer(_bpe(merges=merges, **settings))
-    splits = [tk.pre_tokenizers.Split(tk.Regex(pattern), "isolated") for pattern in SPLITS[name]]
+    splits: list[Any] = [tk.pre_tokenizers.Split(tk.Regex(pattern), "isolated") for pattern in SPLITS[name]]
     splits.append(tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     missing = "".join(c for c in char_of_byte().values() if c not in vocab)
     if missing:  # bytes without a token (SmolLM2 lacks 0xF2) vanish; nothing merges across the gap
@@ -261,8 +261,9 @@ def _numbers(fields: Mapping[str, Any], key: str, n: int, kinds: str) -> list:
     if value is None and kinds == "iu":
         return [1] * n
     short = key.rpartition(".")[2]
-    numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
-    if not numbers and not isinstance(value, np.ndarray):
+    if not isinstance(value, list | np.ndarray):
+        raise _damaged(f"has no list of numbers {short}")
+    if isinstance(value, list) and not all(type(v) in (int, float) for v in value):
         raise _damaged(f"has no list of numbers {short}")
     array = np.asarray(value, None if len(value) else "i4")
     if array.ndim != 1 or array.dtype.kind not in kinds:

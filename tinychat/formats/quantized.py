@@ -57,7 +57,8 @@ def read_quantization(folder: Path, config: dict[str, Any]) -> Quantization | No
         return _auto_gptq(old)
     if q is None:
         file = llm_awq_file(folder)
-        return Quantization("awq", int(LLM_AWQ.search(file.name)[1])) if file else None
+        said = file and LLM_AWQ.search(file.name)
+        return Quantization("awq", int(said[1])) if said else None
     if not isinstance(q, dict):
         raise CheckpointError(f"quantization_config is {q!r}, not an object.", PULL_AGAIN)
     method = str(q.get("quant_method", "(none)")).lower()

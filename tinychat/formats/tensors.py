@@ -159,7 +159,7 @@ class Tensors:
                     "The folder may be hostile; pull it from a source that you trust.",
                 )
         tensors: dict[str, Tensor] = {}
-        for file in sorted(set(weight_map.values())):
+        for file in sorted({str(f) for f in weight_map.values()}):
             if not (self.folder / file).exists():
                 raise CheckpointError(f"The shard {file} is missing.", PULL_AGAIN)
             held = self._safetensors(self.folder / file)

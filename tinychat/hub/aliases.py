@@ -44,9 +44,6 @@ class Alias:
     verified: bool = False
 
 
-DEFAULT_MODEL = "smollm2-135m"
-
-
 def _hf(where: str) -> Source:
     return Source("hf", where)
 

@@ -196,7 +196,10 @@ def _context(cert: str | None, client_cert: str | None) -> ssl.SSLContext:
     try:
         if cert:
             path = locations.written(cert)
-            context.load_verify_locations(**({"capath": path} if path.is_dir() else {"cafile": path}))
+            if path.is_dir():
+                context.load_verify_locations(capath=path)
+            else:
+                context.load_verify_locations(cafile=path)
         elif not context.cert_store_stats()["x509_ca"]:  # a Python without the system's certificates
             import certifi
 

@@ -167,7 +167,7 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
-def _check_config(repo: str, revision: str, files: list[str], staging: Path) -> None:
+def _check_config(repo: str, revision: str | None, files: list[str], staging: Path) -> None:
     """Refuse what cannot run before gigabytes are fetched."""
     if "config.json" not in files:
         return

@@ -52,12 +52,12 @@ def verify(path: Path, manifest: dict[str, Any] | None = None, tell: Tell | None
     except TinychatError as e:
         out.bad_files.setdefault(path.name, e.what)
         return out
-    for file in checkpoint.weight_files():
-        if file.path.name not in promised:
-            out.files.append(file.path.name)
-            with_size(file.path, tell)
-            if not _as_remembered(file):
-                out.bad_files[file.path.name] = "its content changed, and nobody wrote to it"
+    for held in checkpoint.weight_files():
+        if held.path.name not in promised:
+            out.files.append(held.path.name)
+            with_size(held.path, tell)
+            if not _as_remembered(held):
+                out.bad_files[held.path.name] = "its content changed, and nobody wrote to it"
     if not out.bad_files:
         _verify_packs(checkpoint.fingerprint(), out, tell)
     return out
