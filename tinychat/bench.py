@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinychat.backends.exact_form import ExactForm
 from tinychat.backends.interface import BLOCK, Backend, Step
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import TextDelta
@@ -149,8 +150,9 @@ class SyntheticCheckpoint:
 
 
 def linear_bytes(w: Linear) -> int:
-    """Bytes that one pass over a linear reads: codes, and what stands beside them."""
-    return w.form.n_bytes(*w.shape)
+    """Bytes that one pass over a linear reads, in the form in which backends store it."""
+    exact = ExactForm.of(w)
+    return exact.form.n_bytes(*exact.shape)
 
 
 def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:

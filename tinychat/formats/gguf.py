@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,24 +12,12 @@ import numpy as np
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.base.files import MappedFile
 from tinychat.base.identity import Tell, content_hash
+from tinychat.formats.gguf_blocks import UNPACK
 from tinychat.formats.gguf_config import ROPE_TENSORS, TOP, read_config
-from tinychat.formats.gguf_file import (
-    BF16,
-    F16,
-    F32,
-    FORMS,
-    Q4_0,
-    Q4_1,
-    Q4_K,
-    Q8_0,
-    TYPES,
-    GGUFFile,
-    Tensor,
-    type_of,
-)
+from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, GGUFFile, Tensor, type_of
 from tinychat.models import FAMILIES
 from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig
-from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
+from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
 
 _EXPERT = re.compile(r"mlp\.experts\.(\d{1,6})\.")
@@ -54,7 +41,7 @@ class GGUFCheckpoint:
     def linear(self, name: str) -> Linear:
         """A linear module or the embedding, in Hugging Face's row order.
 
-        Q4_0, Q4_1, Q4_K, Q8_0 → QuantizedLinear, exactly; other types → DenseLinear.
+        Types with a function in `gguf_blocks` → QuantizedLinear, exactly; others → DenseLinear.
         """
         tensor = self._tensor(name)
         rows = self._row_order(name)
@@ -66,10 +53,10 @@ class GGUFCheckpoint:
             dtype = {F32: "<f4", F16: "<f2", BF16: "<u2"}[tensor.kind]
             weight = self.file.data(tensor, dtype).reshape(n, k)
             return DenseLinear(weight[rows] if rows is not None else weight, bias, bf16=tensor.kind == BF16)
-        if tensor.kind in (Q4_0, Q4_1, Q8_0, Q4_K):
-            _, block, block_bytes = TYPES[tensor.kind]
+        type_name, block, block_bytes = type_of(tensor.kind)
+        if type_name in UNPACK:
             blocks = self.file.data(tensor).reshape(n, k // block, block_bytes)
-            return _UNPACK[tensor.kind](blocks[rows] if rows is not None else blocks, bias)
+            return replace(UNPACK[type_name](blocks[rows] if rows is not None else blocks), bias=bias)
         return DenseLinear(self._dense(tensor, rows), bias)
 
     def stored(self, name: str) -> tuple[str, int]:
@@ -191,50 +178,3 @@ class GGUFCheckpoint:
     def _layer(self, name: str) -> LayerConfig:
         """The layer that a module belongs to."""
         return self.config.layers[int(name.split(".")[2])]
-
-
-def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """uint8 [..., b] to [..., 2b]: all low nibbles, then all high nibbles."""
-    return np.concatenate([packed & 0x0F, packed >> 4], axis=-1)
-
-
-def _fp16(two_bytes: np.ndarray) -> np.ndarray:
-    """uint8 [n, blocks, 2] to float16 [n, blocks]."""
-    return np.ascontiguousarray(two_bytes).view("<f2")[..., 0]
-
-
-def _q4_0(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:
-    scales = _fp16(blocks[..., :2])
-    codes = _nibbles(blocks[..., 2:]).reshape(len(blocks), -1)
-    return QuantizedLinear(codes, scales, bias=bias)
-
-
-def _q4_1(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:
-    codes = _nibbles(blocks[..., 4:]).reshape(len(blocks), -1)
-    return QuantizedLinear(codes, _fp16(blocks[..., :2]), offsets=_fp16(blocks[..., 2:4]), bias=bias)
-
-
-def _q8_0(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:
-    codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(len(blocks), -1)
-    return QuantizedLinear(codes, _fp16(blocks[..., :2]), bias=bias, bits=8)
-
-
-def _q4_k(blocks: np.ndarray, bias: np.ndarray | None) -> QuantizedLinear:
-    """A block: fp16 d and dmin, eight 6-bit s and m in 12 bytes, 256 codes q; w = d·s·q - dmin·m."""
-    n = len(blocks)
-    low, middle, high = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
-    # groups 0…3 are the low 6 bits of the first bytes; groups 4…7 have their upper 2 bits in the top of those
-    s = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=-1).astype(np.float32)
-    m = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=-1).astype(np.float32)
-    scales = _fp16(blocks[..., 0:2]).astype(np.float32)[..., None] * s
-    offsets = -(_fp16(blocks[..., 2:4]).astype(np.float32)[..., None] * m)
-    codes = _nibbles(blocks[..., 16:].reshape(n, -1, 4, 32)).reshape(n, -1)
-    return QuantizedLinear(codes, scales.reshape(n, -1), offsets=offsets.reshape(n, -1), bias=bias)
-
-
-_UNPACK: dict[int, Callable[[np.ndarray, np.ndarray | None], Linear]] = {
-    Q4_0: _q4_0,
-    Q4_1: _q4_1,
-    Q8_0: _q8_0,
-    Q4_K: _q4_k,
-}

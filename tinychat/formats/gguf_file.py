@@ -21,15 +21,15 @@ from tinychat.network.weight_form import Form
 
 MAGIC = b"GGUF"
 # ggml type number → name, weights in a block, bytes in a block; the gguf package knows the others
-F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, BF16 = 0, 1, 2, 3, 8, 12, 30
+F32, F16, BF16 = 0, 1, 30
 TYPES = {
     F32: ("F32", 1, 4),
     F16: ("F16", 1, 2),
     BF16: ("BF16", 1, 2),
-    Q4_0: ("Q4_0", 32, 18),
-    Q4_1: ("Q4_1", 32, 20),
-    Q8_0: ("Q8_0", 32, 34),
-    Q4_K: ("Q4_K", 256, 144),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    8: ("Q8_0", 32, 34),
+    12: ("Q4_K", 256, 144),
 }
 FORMS = {  # what the numbers of a tensor are, as far as our words go
     "F32": Form(32, "fp32"),
