@@ -72,13 +72,13 @@ def held_out_text(work: Path) -> str:
 def hidden(checkpoint: Checkpoint, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Final hidden states that predict each window's second half [W, L/2, H], and the head [vocab, H]."""
     embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
-    f = Forward(checkpoint.config, windows.shape[1])
+    f = Forward(checkpoint.config)
     x = f.embed(embedding, windows)
     for layer in range(checkpoint.config.n_layers):
         w = read_block(checkpoint, layer)
         for i in range(0, len(x), 4):
             x[i : i + 4] = f.block(x[i : i + 4], w)
-    x = f.norm(x[:, windows.shape[1] // 2 - 1 : -1], torch.from_numpy(checkpoint.vector("model.norm")))
+    x = f.normed(x[:, windows.shape[1] // 2 - 1 : -1], torch.from_numpy(checkpoint.vector("model.norm")))
     tied = checkpoint.config.tie_embeddings
     return x, embedding if tied else torch.from_numpy(checkpoint.linear("lm_head").dequantize())
 

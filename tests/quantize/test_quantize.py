@@ -14,7 +14,8 @@ from tinychat.base.errors import CheckpointError, TinychatError, UsageError
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.network.weights import QuantizedLinear, quantize_rtn
 from tinychat.quantize import choose_group, folder, quantize, settings
-from tinychat.quantize.forward import BlockWeights, Forward, read_block
+from tinychat.quantize.forward import Forward, read_block
+from tinychat.quantize.nodes import BlockWeights
 
 SUPPORT = Path(__file__).parents[1] / "support"
 HEADS = {"grouped": {}, "one to one": {"n_kv_heads": 4}, "untied": {"tie_embeddings": False}}
@@ -92,8 +93,8 @@ def test_folded_scales_leave_the_float_function_as_it_is(tmp_path, text, monkeyp
 
     norms = {}
 
-    def no_fp16(self, names, w, s):
-        norms[names] = s
+    def no_fp16(self, group, w, s):
+        norms[group.names] = s
         return s
 
     monkeypatch.setattr(block, "compensated", lambda w, metric, group, search=True: Unrounded(w))
@@ -101,7 +102,7 @@ def test_folded_scales_leave_the_float_function_as_it_is(tmp_path, text, monkeyp
     monkeypatch.setattr(block.Metric, "loss", lambda self, w, r: -float(self.u.diagonal().prod()))
     source = TinyCheckpoint(**changes)
     options = block.Options(group=32, target="local", alphas=(0.0, 0.7))
-    f = Forward(source.config, 64)
+    f = Forward(source.config)
     x = torch.randn(4, 64, source.config.hidden_size)
     quantizer = block.BlockQuantizer(f, options)
     # Judges see no difference between scales here; make them take the second.
@@ -213,7 +214,7 @@ def test_awq_loses_less_than_rtn_on_held_out_activations():
 
     torch.manual_seed(0)
     source = TinyCheckpoint(hidden_size=128, intermediate_size=256, head_dim=32)
-    f = Forward(source.config, 128)
+    f = Forward(source.config)
     w = read_block(source, 0)
     loud = torch.where(torch.rand(128) < 0.05, 12.0, 1.0)  # a few loud channels, as language models have
     mix = torch.randn(128, 128) / 12
@@ -237,7 +238,7 @@ def test_biases_are_carried_through_the_folding(tmp_path, text):
     from tinychat.quantize.block import BlockQuantizer, Options, round_to_nearest
 
     source = TinyCheckpoint()
-    f = Forward(source.config, 64)
+    f = Forward(source.config)
     w = read_block(source, 0)
     torch.manual_seed(0)
     w.bias = {n: torch.randn(t.shape[0]) for n, t in w.linear.items()}
@@ -399,14 +400,14 @@ def test_awq_recovers_most_of_what_rounding_to_nearest_loses(demo_gguf, tmp_path
 @torch.inference_mode()
 def _perplexity(checkpoint, windows: torch.Tensor) -> float:
     """Of the second half of each window, dequantized weights in float32."""
-    f = Forward(checkpoint.config, windows.shape[1])
+    f = Forward(checkpoint.config)
     embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
     x = embedding[windows]
     for layer in range(checkpoint.config.n_layers):
         w = read_block(checkpoint, layer)
         x = torch.cat([f.block(part, w) for part in x.split(4)])
     half = windows.shape[1] // 2
-    x = f.norm(x[:, half - 1 : -1], torch.from_numpy(checkpoint.vector("model.norm")))
+    x = f.normed(x[:, half - 1 : -1], torch.from_numpy(checkpoint.vector("model.norm")))
     losses = [
         torch.nn.functional.cross_entropy(x[i] @ embedding.T, windows[i, half:]) for i in range(len(windows))
     ]

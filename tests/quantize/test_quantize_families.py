@@ -76,7 +76,7 @@ def text(tmp_path) -> Path:
 
 def forward(checkpoint, ids, weights=read_block) -> np.ndarray:
     """Logits [T, vocab] by the quantizer's forward pass."""
-    f = Forward(checkpoint.config, len(ids))
+    f = Forward(checkpoint.config)
     embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
     tied = checkpoint.config.tie_embeddings
     head = embedding if tied else torch.from_numpy(checkpoint.linear("lm_head").dequantize())
@@ -117,9 +117,9 @@ def test_folding_leaves_the_function_as_it_is(source, monkeypatch):
     scales = {}
     quantize_group = block.BlockQuantizer._quantize
 
-    def watched(self, names, *args):
-        scales[names] = quantize_group(self, names, *args)
-        return scales[names]
+    def watched(self, group, *args):
+        scales[group.names] = quantize_group(self, group, *args)
+        return scales[group.names]
 
     monkeypatch.setattr(block, "compensated", lambda w, metric, group, search=True: Unrounded(w))
     monkeypatch.setattr(block, "refine", lambda w, metric, r, rounds: r)
@@ -127,9 +127,7 @@ def test_folding_leaves_the_function_as_it_is(source, monkeypatch):
     monkeypatch.setattr(block, "_better", lambda error, best: True)
     monkeypatch.setattr(block.BlockQuantizer, "_quantize", watched)
     cfg = checkpoint.config
-    quantizer = block.BlockQuantizer(
-        Forward(cfg, 128), block.Options(group=32, target="local", alphas=(0.0, 0.7))
-    )
+    quantizer = block.BlockQuantizer(Forward(cfg), block.Options(group=32, target="local", alphas=(0.0, 0.7)))
     x = torch.randn(4, 128, cfg.hidden_size)
     folded = []
     for layer in range(cfg.n_layers):

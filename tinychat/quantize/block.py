@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
-from tinychat.quantize.forward import DOWN, GATE_UP, O_PROJ, QKV, BlockWeights, Forward
+from tinychat.quantize.forward import Forward, Group, Half
+from tinychat.quantize.nodes import BlockWeights
 from tinychat.quantize.rounding import Metric, Rounded, compensated, nearest, refine
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class QuantizedBlock:
 
 def norm16(v: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
     """A norm's weight as a file in fp16 gives it back."""
-    offset = getattr(FAMILIES[cfg.family], "NORM_OFFSET", 0.0)
+    offset = FAMILIES[cfg.family].NORM_OFFSET
     return (v - offset).half().float() + offset if offset else v.half().float()
 
 
@@ -106,95 +107,81 @@ class BlockQuantizer:
         """w: the float block (not changed). x_f, x_q [S, T, H]: its input in the float and the quantized
         network, overwritten. Returns the quantized block and its outputs in both.
         """
-        f, float_w, w = self.forward, w, w.copy()
+        float_w, w = w, w.copy()
         out, start = QuantizedBlock({}, {}, {}, w.layer), x_q.clone()
-        self._attention(w, out, float_w, x_f, x_q)
-        self._mlp(w, out, float_w, x_f, x_q)
+        halves = self.forward.halves(w.layer)
+        for half in halves:
+            for group in half.groups[:-1]:
+                self._early(half, group, w, out, float_w, x_f, x_q)
+            self._last(half, w, out, float_w, x_f, x_q, goes_on=half is not halves[-1])
 
         # What goes on is what the stored block computes, so that a resumed run sees the same numbers.
-        out.norm = {k: norm16(v, f.cfg) for k, v in w.norm.items()}
+        out.norm = {k: norm16(v, self.forward.cfg) for k, v in w.norm.items()}
         out.bias = {k: v.half().float() for k, v in w.bias.items()}
         return out, x_f, self._run(start, out.weights())
 
-    def _attention(
+    def _early(
         self,
+        half: Half,
+        group: Group,
         w: BlockWeights,
         out: QuantizedBlock,
         float_w: BlockWeights,
         x_f: torch.Tensor,
         x_q: torch.Tensor,
     ) -> None:
-        """Quantizes q, k, v and o into `out`; w, x_f and x_q then are what follows."""
-        import torch
-
-        f = self.forward
-
-        # q, k, v
-        m = _Moments()
-        for s in self._batches(x_q):
-            m.add(f.attention_input(x_q[s], float_w), f.attention_input(x_f[s], float_w))
-        few = f.attention_input(x_q[: self.options.judge], float_w)
-        ideal = few if self.options.target == "local" else f.attention_input(x_f[: len(few)], float_w)
-        wanted = f.linear(f.attend(ideal, float_w), float_w, O_PROJ)
-
-        def attention_error(trial: BlockWeights) -> float:
-            return float((f.linear(f.attend(few, trial), trial, O_PROJ) - wanted).pow(2).mean())
-
-        s = self._quantize(QKV, w, out, m, float_w, attention_error)
-        self._fold_norm(w, f.norms.attn_in, s)
-        quantized = self._now(w, out, float_w)
-
-        # o
-        m = _Moments()
-        inner = torch.empty(*x_q.shape[:2], w.linear[O_PROJ].shape[1])
-        for s in self._batches(x_q):
-            inner[s] = f.attend(f.attention_input(x_q[s], w), quantized)
-            wide = f.attend(f.attention_input(x_f[s], float_w), float_w)
-            m.add(inner[s], wide, self._gap(x_f[s], x_q[s]))
-            x_f[s] = f.add_attention(x_f[s], f.linear(wide, float_w, O_PROJ), float_w)
-        s = self._quantize((O_PROJ,), w, out, m, float_w, None, self._shared_by_heads)
-        a = f.cfg.layers[w.layer].mixer
-        self._fold_rows(w, out, QKV[2], s.view(a.n_kv_heads, -1, a.head_dim)[:, 0].flatten())
-        o = out.linear[O_PROJ].dequantize() / s  # `inner` was made before v was divided by s
+        """Quantizes linears that others of the half come after, into `out`; those judge the scales."""
+        f, m, now = self.forward, _Moments(), self._now(half, w, out, float_w)
+        last = half.groups[-1]
         for b in self._batches(x_q):
-            y = torch.nn.functional.linear(inner[b], o, w.bias.get(O_PROJ))
-            x_q[b] = f.add_attention(x_q[b], y, w)
+            m.add(
+                f.value(group.input, now, {half.start: x_q[b]}),
+                f.value(group.input, float_w, {half.start: x_f[b]}),
+            )
+        few_q = x_q[: self.options.judge]
+        few = f.value(group.input, now, {half.start: few_q})
+        few_f = few_q if self.options.target == "local" else x_f[: len(few_q)]
+        ideal = few if self.options.target == "local" else f.value(group.input, float_w, {half.start: few_f})
+        wanted = f.product(last, float_w, {half.start: few_f, group.input: ideal})
 
-    def _mlp(
+        def error(trial: BlockWeights) -> float:
+            got = f.product(last, trial, {half.start: few_q, group.input: few})
+            return float((got - wanted).pow(2).mean())
+
+        self._fold(group, w, out, self._quantize(group, w, out, m, float_w, error))
+
+    def _last(
         self,
+        half: Half,
         w: BlockWeights,
         out: QuantizedBlock,
         float_w: BlockWeights,
         x_f: torch.Tensor,
         x_q: torch.Tensor,
+        goes_on: bool,
     ) -> None:
-        """Quantizes gate, up and down into `out`; of x_q the last product is left to the stored block."""
-        f = self.forward
-
-        # gate, up
-        m = _Moments()
-        for s in self._batches(x_q):
-            m.add(f.mlp_input(x_q[s], float_w), f.mlp_input(x_f[s], float_w))
-        few = f.mlp_input(x_q[: self.options.judge], float_w)
-        ideal = few if self.options.target == "local" else f.mlp_input(x_f[: len(few)], float_w)
-        wanted = f.linear(f.middle(ideal, float_w), float_w, DOWN)
-
-        def mlp_error(trial: BlockWeights) -> float:
-            return float((f.linear(f.middle(few, trial), trial, DOWN) - wanted).pow(2).mean())
-
-        s = self._quantize(GATE_UP, w, out, m, float_w, mlp_error)
-        self._fold_norm(w, f.norms.mlp_in, s)
-        quantized = self._now(w, out, float_w)
-
-        # down
-        m = _Moments()
-        for s in self._batches(x_q):
-            wide = f.middle(f.mlp_input(x_f[s], float_w), float_w)
-            narrow = f.middle(f.mlp_input(x_q[s], w), quantized)
-            m.add(narrow, wide, self._gap(x_f[s], x_q[s]))
-            x_f[s] = f.add_mlp(x_f[s], f.linear(wide, float_w, DOWN), float_w)
-        s = self._quantize((DOWN,), w, out, m, float_w, None)
-        self._fold_rows(w, out, GATE_UP[1], s)
+        """Quantizes the linears that end the half, into `out`; x_f is then what follows, and x_q where it
+        goes on: behind the last half of a block the stored block says what follows.
+        """
+        f, m, group = self.forward, _Moments(), half.groups[-1]
+        quantized = self._now(half, w, out, float_w)
+        inner = _room(x_q, float_w.linear[group.names[0]].shape[1]) if goes_on else None
+        for b in self._batches(x_q):
+            narrow = f.value(group.input, quantized, {half.start: x_q[b]})
+            wide = f.value(group.input, float_w, {half.start: x_f[b]})
+            m.add(narrow, wide, self._gap(x_f[b], x_q[b]))
+            x_f[b] = f.value(half.end, float_w, {half.start: x_f[b], group.input: wide})
+            if inner is not None:
+                inner[b] = narrow
+        s = self._quantize(group, w, out, m, float_w, None)
+        self._fold(group, w, out, s)
+        if inner is None:
+            return
+        # `inner` was made before what comes before the linears was divided by s
+        linear = quantized.linear | {n: out.linear[n].dequantize() / s for n in group.names}
+        now = BlockWeights(linear, w.bias, w.norm, w.layer)
+        for b in self._batches(x_q):
+            x_q[b] = f.value(half.end, now, {half.start: x_q[b], group.input: inner[b]})
 
     def advance(
         self, w: BlockWeights, quantized: BlockWeights, x_f: torch.Tensor, x_q: torch.Tensor
@@ -215,36 +202,35 @@ class BlockQuantizer:
         for start in range(0, len(x), self.options.batch):
             yield slice(start, start + self.options.batch)
 
-    def _now(self, w: BlockWeights, out: QuantizedBlock, float_w: BlockWeights) -> BlockWeights:
-        """Quantized where that is done already, float elsewhere."""
-        linear = {k: out.linear[k].dequantize() if k in out.linear else v for k, v in float_w.linear.items()}
+    def _now(self, half: Half, w: BlockWeights, out: QuantizedBlock, float_w: BlockWeights) -> BlockWeights:
+        """The half's linears quantized where that is done already, float elsewhere."""
+        done = [n for group in half.groups for n in group.names if n in out.linear]
+        linear = float_w.linear | {n: out.linear[n].dequantize() for n in done}
         return BlockWeights(linear, w.bias, w.norm, w.layer)
 
     def _quantize(
         self,
-        names: tuple[str, ...],
+        group: Group,
         w: BlockWeights,
         out: QuantizedBlock,
         m: _Moments,
         float_w: BlockWeights,
         judge: Callable[[BlockWeights], float] | None,
-        share: Callable[[torch.Tensor], torch.Tensor] = lambda s: s,
     ) -> torch.Tensor:
-        """Round the linears `names`, which share an input, into `out`; returns their scales s [in].
+        """Round the linears of a group into `out`; returns their scales s [in].
 
-        `judge` tells the error of a trial; without one it is the metric's own. `share` ties channels
-        together.
+        `judge` tells the error of a trial; without one it is the metric's own.
         """
         import torch
 
-        o = self.options
+        o, names = self.options, group.names
         metric = Metric.of(m.h / m.n, o.group, o.damp)
         targets = {n: self._target(w.linear[n], m, metric) for n in names}
         mean_x = (m.x / m.n).clamp_min(1e-5)
         best, best_error = torch.ones_like(mean_x), float("inf")
-        for alpha in o.alphas if self._foldable(names) and len(o.alphas) > 1 else ():
+        for alpha in o.alphas if (group.norm or group.rows) and len(o.alphas) > 1 else ():
             s = mean_x.pow(alpha)
-            s = share((s / (s.max() * s.min()).sqrt()).clamp(1 / SCALE_LIMIT, SCALE_LIMIT))
+            s = _shared((s / (s.max() * s.min()).sqrt()).clamp(1 / SCALE_LIMIT, SCALE_LIMIT), group)
             scaled = metric.scaled(s)
             trial = {n: compensated(targets[n] * s, scaled, o.group, search=False) for n in names}
             if judge is None:
@@ -254,7 +240,7 @@ class BlockQuantizer:
                 error = judge(BlockWeights(linear, float_w.bias, float_w.norm, w.layer))
             if _better(error, best_error):
                 best, best_error, self.last_alpha = s, error, alpha
-        s = self._exact_in_norm(names, w, best)
+        s = self._exact_in_norm(group, w, best)
         metric = metric.scaled(s)
         for n in names:
             target = targets[n] * s
@@ -274,38 +260,40 @@ class BlockQuantizer:
             wanted = wanted + m.r / m.n
         return w + o.trust * torch.linalg.solve(metric.h.double(), wanted.double().T).T.float()
 
-    def _norm_before(self, names: tuple[str, ...]) -> str | None:
-        return {QKV: self.forward.norms.attn_in, GATE_UP: self.forward.norms.mlp_in}.get(names)
-
-    def _foldable(self, names: tuple[str, ...]) -> bool:
-        """Whether something before the linears `names` can be divided by their scales: a norm, or the rows of
-        v (for o) and of up (for down). OLMo 2's q, k, v and gate, up read the residual itself.
-        """
-        return names not in (QKV, GATE_UP) or self._norm_before(names) is not None
-
-    def _exact_in_norm(self, names: tuple[str, ...], w: BlockWeights, s: torch.Tensor) -> torch.Tensor:
+    def _exact_in_norm(self, group: Group, w: BlockWeights, s: torch.Tensor) -> torch.Tensor:
         """`s` moved by what fp16 rounds off the folded norm, so that the folding is exact."""
-        norm = self._norm_before(names)
-        if norm is None:
+        if group.norm is None:
             return s
-        folded = norm16(w.norm[norm] / s, self.forward.cfg)
-        usable = (folded != 0) & (w.norm[norm] != 0)
-        return (w.norm[norm] / folded).where(usable, s)
+        norm = w.norm[group.norm]
+        folded = norm16(norm / s, self.forward.cfg)
+        usable = (folded != 0) & (norm != 0)
+        return (norm / folded).where(usable, s)
 
-    def _fold_norm(self, w: BlockWeights, norm: str | None, s: torch.Tensor) -> None:
-        if norm is not None:
-            w.norm[norm] = norm16(w.norm[norm] / s, self.forward.cfg)
+    def _fold(self, group: Group, w: BlockWeights, out: QuantizedBlock, s: torch.Tensor) -> None:
+        """Divide what comes before the linears of a group by their scales."""
+        if group.norm is not None:
+            w.norm[group.norm] = norm16(w.norm[group.norm] / s, self.forward.cfg)
+        if group.rows is None:
+            return
+        if group.heads is not None:  # one scale for all heads that read the same values
+            s = s.view(group.heads.n_kv_heads, -1, group.heads.head_dim)[:, 0].flatten()
+        out.linear[group.rows].divide_rows(s)
+        if group.rows in w.bias:
+            w.bias[group.rows] = w.bias[group.rows] / s
 
-    def _fold_rows(self, w: BlockWeights, out: QuantizedBlock, name: str, s: torch.Tensor) -> None:
-        out.linear[name].divide_rows(s)
-        if name in w.bias:
-            w.bias[name] = w.bias[name] / s
 
-    def _shared_by_heads(self, s: torch.Tensor) -> torch.Tensor:
-        """One scale for each channel of a KV head: all query heads of its group read the same v."""
-        c = self.forward.cfg.layers[0].mixer
-        per_group = s.view(c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
-        return per_group.log().mean(1, keepdim=True).exp().expand_as(per_group).flatten()
+def _shared(s: torch.Tensor, group: Group) -> torch.Tensor:
+    """One scale for each channel of a KV head: all query heads of its group read the same v."""
+    a = group.heads
+    if a is None:
+        return s
+    per_group = s.view(a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim)
+    return per_group.log().mean(1, keepdim=True).exp().expand_as(per_group).flatten()
+
+
+def _room(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Room for as many windows and tokens as x [S, T, …] has, of another width."""
+    return x.new_empty(*x.shape[:2], width)
 
 
 def _better(error: float, best: float) -> bool:

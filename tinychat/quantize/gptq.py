@@ -10,12 +10,13 @@ be computed at each step: what is read of it are the rows of the upper Cholesky 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinychat.quantize.block import QuantizedBlock, norm16
-from tinychat.quantize.forward import DOWN, GATE_UP, O_PROJ, QKV, BlockWeights, Forward
+from tinychat.quantize.forward import Forward, Group, Half
+from tinychat.quantize.nodes import BlockWeights
 from tinychat.quantize.rounding import CHUNK, Rounded, inverse_factor, one_thread, rounded_columns
 
 if TYPE_CHECKING:
@@ -67,23 +68,18 @@ class GPTQQuantizer:
         """w: the float block (not changed). x [S, T, H]: its input in the quantized network, overwritten.
         Returns the quantized block and its output.
         """
-        import torch
-
         f, now = self.forward, w.copy()
         now.norm = {k: norm16(v, f.cfg) for k, v in w.norm.items()}
         now.bias = {k: v.half().float() for k, v in w.bias.items()}
         out = QuantizedBlock({}, now.bias, now.norm, w.layer)
-
-        self._round(QKV, now, out, (f.attention_input(x[s], now) for s in self._batches(x)))
-        inner = torch.empty(*x.shape[:2], now.linear[O_PROJ].shape[1])
-        self._round((O_PROJ,), now, out, self._kept(inner, x, self._attended(now)))
-        for s in self._batches(x):
-            x[s] = f.add_attention(x[s], f.linear(inner[s], now, O_PROJ), now)
-        self._round(GATE_UP, now, out, (f.mlp_input(x[s], now) for s in self._batches(x)))
-        inner = torch.empty(*x.shape[:2], now.linear[DOWN].shape[1])
-        self._round((DOWN,), now, out, self._kept(inner, x, self._middle(now)))
-        for s in self._batches(x):
-            x[s] = f.add_mlp(x[s], f.linear(inner[s], now, DOWN), now)
+        for half in f.halves(w.layer):
+            for group in half.groups[:-1]:
+                self._round(group, now, out, self._inputs(half, group, now, x))
+            last = half.groups[-1]
+            inner = x.new_empty(*x.shape[:2], now.linear[last.names[0]].shape[1])
+            self._round(last, now, out, self._inputs(half, last, now, x, inner))
+            for b in self._batches(x):
+                x[b] = f.value(half.end, now, {half.start: x[b], last.input: inner[b]})
         return out, x
 
     def advance(self, quantized: BlockWeights, x: torch.Tensor) -> torch.Tensor:
@@ -92,30 +88,28 @@ class GPTQQuantizer:
             x[s] = self.forward.block(x[s], quantized)
         return x
 
-    def _attended(self, now: BlockWeights) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: self.forward.attend(self.forward.attention_input(x, now), now)
-
-    def _middle(self, now: BlockWeights) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: self.forward.middle(self.forward.mlp_input(x, now), now)
-
-    def _kept(
-        self, inner: torch.Tensor, x: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]
+    def _inputs(
+        self, half: Half, group: Group, now: BlockWeights, x: torch.Tensor, kept: torch.Tensor | None = None
     ) -> Iterator[torch.Tensor]:
-        """`read` of x, batch by batch, which stays in `inner`."""
-        for s in self._batches(x):
-            inner[s] = read(x[s])
-            yield inner[s]
+        """What the linears of a group read, batch by batch; it stays in `kept`."""
+        for b in self._batches(x):
+            read = self.forward.value(group.input, now, {half.start: x[b]})
+            if kept is not None:
+                kept[b] = read
+            yield read
 
     def _round(
-        self, names: tuple[str, ...], now: BlockWeights, out: QuantizedBlock, inputs: Iterable[torch.Tensor]
+        self, group: Group, now: BlockWeights, out: QuantizedBlock, inputs: Iterable[torch.Tensor]
     ) -> None:
-        """Round the linears `names`, which read `inputs`; `now` and `out` get them."""
-        h, n = 0, 0
+        """Round the linears of a group, which read `inputs`; `now` and `out` get them."""
+        h: torch.Tensor | int = 0
+        n = 0
         for batch in inputs:
             rows = batch.flatten(0, 1)
             h, n = h + rows.T @ rows, n + len(rows)
-        for name in names:
-            out.linear[name] = gptq(now.linear[name], h / n, self.group, self.damp, self.act_order)
+        mean = h / n
+        for name in group.names:
+            out.linear[name] = gptq(now.linear[name], mean, self.group, self.damp, self.act_order)
             now.linear[name] = out.linear[name].dequantize()
 
     def _batches(self, x: torch.Tensor) -> Iterator[slice]:

@@ -10,7 +10,8 @@ from tinychat.formats import awq, gptq
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
 from tinychat.network.weights import QuantizedLinear
-from tinychat.quantize.forward import BlockWeights, apart, stored
+from tinychat.quantize.forward import apart, network
+from tinychat.quantize.nodes import BlockWeights
 
 if TYPE_CHECKING:
     from tinychat.quantize.block import QuantizedBlock
@@ -46,9 +47,11 @@ def packed(block: QuantizedBlock, cfg: ModelConfig, method: str) -> Tensors:
     import torch
 
     pack = gptq.pack if method == "gptq" else awq.pack
-    prefix, out = f"model.layers.{block.layer}.", {}
-    names = (name.removeprefix(prefix) for name in FAMILIES[cfg.family].linears(cfg, block.layer))
-    for name, parts in stored(names).items():
+    prefix = f"model.layers.{block.layer}."
+    out: Tensors = {}
+    of = network(cfg).parts(block.layer)
+    for name in (whole.removeprefix(prefix) for whole in FAMILIES[cfg.family].linears(cfg, block.layer)):
+        parts = tuple(of[name]) or (name,)
         rounded = block.linear[parts[0]].stacked([block.linear[p] for p in parts[1:]])
         bias = torch.cat([block.bias[p] for p in parts]) if parts[0] in block.bias else None
         out |= {f"{prefix}{name}.{part}": a for part, a in pack(rounded.canonical(bias)).items()}
@@ -60,7 +63,7 @@ def packed(block: QuantizedBlock, cfg: ModelConfig, method: str) -> Tensors:
 def as_stored(norm: np.ndarray, cfg: ModelConfig) -> np.ndarray:
     """A norm in float16, less what its family adds to what files hold."""
     with np.errstate(over="ignore"):
-        return (norm - np.float32(getattr(FAMILIES[cfg.family], "NORM_OFFSET", 0.0))).astype(np.float16)
+        return (norm - np.float32(FAMILIES[cfg.family].NORM_OFFSET)).astype(np.float16)
 
 
 def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, method: str) -> BlockWeights:
@@ -72,11 +75,11 @@ def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, method: str) -> Blo
         name, _, part = key.removeprefix(prefix).rpartition(".")
         if part == "qweight":
             linear = _unpack({p: tensors.get(f"{prefix}{name}.{p}") for p in _PARTS}, method)
-            w.linear |= apart(cfg, name, torch.from_numpy(linear.dequantize()))
+            w.linear |= apart(cfg, layer, name, torch.from_numpy(linear.dequantize()))
             if linear.bias is not None:
-                w.bias |= apart(cfg, name, torch.from_numpy(linear.bias))
+                w.bias |= apart(cfg, layer, name, torch.from_numpy(linear.bias))
         elif part == "weight":
-            offset = np.float32(getattr(FAMILIES[cfg.family], "NORM_OFFSET", 0.0))
+            offset = np.float32(FAMILIES[cfg.family].NORM_OFFSET)
             w.norm[name] = torch.from_numpy(a.astype(np.float32) + offset)
     return w
 

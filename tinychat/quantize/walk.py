@@ -48,7 +48,7 @@ class AWQWalk:
 
     def __init__(self, checkpoint: Checkpoint, group: int, tokens: np.ndarray):
         self.checkpoint = checkpoint
-        forward = Forward(checkpoint.config, tokens.shape[1])
+        forward = Forward(checkpoint.config)
         self.quantizer = BlockQuantizer(forward, Options(group=group))
         self.x_q = _embedded(checkpoint, forward, tokens)
         self.x_f = self.x_q.clone()
@@ -69,7 +69,7 @@ class GPTQWalk:
 
     def __init__(self, checkpoint: Checkpoint, group: int, tokens: np.ndarray, act_order: bool):
         self.checkpoint = checkpoint
-        forward = Forward(checkpoint.config, tokens.shape[1])
+        forward = Forward(checkpoint.config)
         self.quantizer = GPTQQuantizer(forward, group, act_order)
         self.x = _embedded(checkpoint, forward, tokens)
 
