@@ -6,7 +6,7 @@ import json
 
 import pytest
 from session_helpers import GREEDY, say
-from tiny import tiny_model
+from tiny import tiny_folder, tiny_model
 
 import tinychat
 from tinychat.base.errors import TinychatError
@@ -39,6 +39,17 @@ def test_save_and_load(model, tmp_path):
     with tiny_model(ctx=256) as fresh:
         back = tinychat.Session.load(tmp_path / "deep" / "chat.json", fresh)
         assert say(back, "three").completion.token_ids == session.nodes[session.leaf].ids
+
+
+def test_without_a_model_the_one_it_was_held_with_is_loaded(tmp_path):
+    with tinychat.load(tiny_folder(tmp_path / "model"), device="cpu", threads=1) as model:
+        session = model.session(**GREEDY)
+        say(session, "hello")
+        session.save(tmp_path / "chat.json")
+    back = tinychat.Session.load(tmp_path / "chat.json")
+    with back.model:
+        assert (back.model.name, back.messages) == (str(tmp_path / "model"), session.messages)
+        assert say(back, "again").completion.text
 
 
 def test_another_models_ids_are_not_believed(model, tmp_path):

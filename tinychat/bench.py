@@ -342,8 +342,10 @@ def run(
     policy = WeightPolicy(options.quantize, options.head_bits)
     if synthetic is not None:
         checkpoint: Checkpoint = SyntheticCheckpoint(synthetic)
-    else:
+    elif model is not None:
         checkpoint = open_checkpoint(store.resolve(model, offline=options.offline))
+    else:
+        raise UsageError("Nothing is named to be measured.", "Give a model or a shape.")
     began = time.perf_counter()
     backend = make_backend(checkpoint, options, progress)
     load_s = time.perf_counter() - began

@@ -118,6 +118,8 @@ def test_a_conversation_line_by_line(folder, here):
         t.expect(PROMPT)
         t.type("/set temperature 0.5\r")
         assert "temperature 0.5" in t.expect(PROMPT)
+        t.type("/set temperature -\r")
+        assert "temperature 0.7" in t.expect(PROMPT)
         t.type("/set temperature hot\r")
         assert "not a number" in t.expect(PROMPT)
         t.type("/system Be kind.\r")
