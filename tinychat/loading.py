@@ -49,7 +49,8 @@ def load(
     options = LoadOptions.made({**vars(options), **changes})
     if progress is not None and not callable(progress):
         raise UsageError(f"progress is {arguments.shown(progress)}.", "Give a function of one text.")
-    name = str(arguments.path("The model", model))
+    arguments.path("The model", model)
+    name = str(model)  # as it was given: a path would lose a doubled slash
     path = store.resolve(name, offline=options.offline)
     rendering.prepare()  # beside the weights
     checkpoint = open_checkpoint(path)

@@ -57,16 +57,16 @@ def test_ctrl_c_while_loading(folder, here):
 
 
 def test_ctrl_c_while_prefilling(folder, here):
-    out = interrupted(folder, "tinychat.engine.engine:Engine.run", 1)
+    out = interrupted(folder, "tinychat.engine.engine:Engine.execute", 1)
     assert (out.returncode, out.stderr) == (130, b"")
     assert len(out.stdout) <= 5  # at most the token that was under way
 
 
 def test_ctrl_c_while_decoding_keeps_what_was_said(folder, here):
     whole = interrupted(
-        folder, "tinychat.engine.engine:Engine.run", 10**9, "--max-tokens", "40"
+        folder, "tinychat.engine.engine:Engine.execute", 10**9, "--max-tokens", "40"
     ).stdout.decode()
-    out = interrupted(folder, "tinychat.engine.engine:Engine.run", 12, "--max-tokens", "40")
+    out = interrupted(folder, "tinychat.engine.engine:Engine.execute", 12, "--max-tokens", "40")
     assert out.returncode == 130
     assert out.stderr == b""
     said = out.stdout.decode().removesuffix("\n").rstrip("\ufffd")
@@ -76,7 +76,7 @@ def test_ctrl_c_while_decoding_keeps_what_was_said(folder, here):
 
 
 def test_ctrl_c_still_gives_whole_json(folder, here):
-    out = interrupted(folder, "tinychat.engine.engine:Engine.run", 12, "--json")
+    out = interrupted(folder, "tinychat.engine.engine:Engine.execute", 12, "--json")
     assert out.returncode == 130
     answer = json.loads(out.stdout)
     assert answer["finish_reason"] == "cancelled"
@@ -87,15 +87,15 @@ def test_a_second_ctrl_c_does_not_wait(folder, here):
     # The step after the first one hangs; the second interrupt must get through.
     code = """
 import os, signal, sys, tinychat.engine.engine as e
-inner, calls = e.Engine.run, []
-def run(*args, **kwargs):
+inner, calls = e.Engine.execute, []
+def execute(*args, **kwargs):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGINT)
         print("hanging", file=sys.stderr, flush=True)
         signal.pause()
     return inner(*args, **kwargs)
-e.Engine.run = run
+e.Engine.execute = execute
 from tinychat.cli.main import main
 main(sys.argv[1:])
 """
