@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
-from programs import random_dense, random_linear
+from programs import FORMS, random_dense, random_linear
 
 from tinychat.backends import cpu_pack, cuda_pack
 from tinychat.backends.exact_form import ExactForm
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.network.weight_form import Coded
-from tinychat.network.weights import Linear, QuantizedLinear
+from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
 
 N, K, GROUP = 5, 128, 32
 STORED = {
@@ -27,10 +30,14 @@ STORED = {
 }
 
 
+DENSE = ("fp32", "fp16", "bf16")
+
+
 def made(kind: str, group: int = GROUP) -> Linear:
     rng = np.random.default_rng(list(STORED).index(kind))
-    dense = kind in ("fp32", "fp16", "bf16")
-    return random_dense(rng, kind, N, K, True) if dense else random_linear(rng, kind, N, K, group, True)
+    return (
+        random_dense(rng, kind, N, K, True) if kind in DENSE else random_linear(rng, kind, N, K, group, True)
+    )
 
 
 def values(w: ExactForm) -> np.ndarray:
@@ -59,6 +66,10 @@ def test_the_form_is_the_smallest_that_is_exact(kind):
     np.testing.assert_array_equal(exact.bias, w.bias)
     difference = np.abs(values(exact) - w.dequantize())
     assert difference.max() <= np.abs(w.dequantize()).max() * 2.0**-22  # one fp32 product and one sum apart
+
+
+def test_every_form_of_the_kernels_tests_is_here():
+    assert set(STORED) == {*FORMS, *DENSE}
 
 
 def test_scales_in_fp32_that_halves_hold_are_stored_in_halves():
@@ -112,3 +123,64 @@ def test_both_layouts_take_every_form(kind):
     shape, parts = cuda_pack.pack(w)
     assert (shape.n, shape.k) == (N, K)
     assert (parts["codes"].nbytes, 0 if parts["meta"] is None else parts["meta"].nbytes) == shape.sizes[:2]
+
+
+# What the first build with packs of version 3 wrote, by layout: a change that moves a byte changes its name.
+WRITTEN = {
+    "symmetric": ("cf4449cdbd4e", "f73986ebcc8f"),
+    "zeros": ("4994b106c5ca", "8b72420a804c"),
+    "zeros16": ("f574c964ef4e", "151676950cc9"),
+    "offsets": ("887190a8deb8", "223b7aeb3f87"),
+    "float": ("bfe8824c7ea0", "f048f737d636"),
+    "int8": ("4fceb844d94f", "5d63938d8eb5"),
+    "int8-float": ("65158a84c951", "9600d4678e2b"),
+    "fp32": ("5236ff25dfc0", "c974dc17ac12"),
+    "fp16": ("1a8949d0808f", "04703d5cdcf5"),
+    "bf16": ("113533730514", "b71e2cd625f9"),
+}
+
+
+def by_hand(kind: str) -> Linear:
+    """A weight without random numbers."""
+
+    def counted(k: int, modulo: int) -> np.ndarray:
+        return (np.arange(21 * k) * 7 % modulo).reshape(21, k)
+
+    codes, zeros = counted(128, 16).astype(np.uint8), counted(4, 16).astype(np.uint8)
+    scales, offsets = (
+        ((1 + counted(4, 11)) / 64).astype(np.float16),
+        (-counted(4, 13) / 32).astype(np.float16),
+    )
+    wide, int8 = scales.astype(np.float32) * np.float32(1.0001), (counted(128, 255) - 127).astype(np.int8)
+    floats = (counted(128, 251) / np.float32(7)).astype(np.float32)
+    bias, perm = np.arange(21, dtype=np.float32), np.roll(np.arange(128), 5).astype(np.int32)
+    return {
+        "symmetric": lambda: QuantizedLinear(codes, scales, zeros=np.full_like(zeros, 8), bias=bias),
+        "zeros": lambda: QuantizedLinear(codes, scales, zeros=zeros, perm=perm),
+        "zeros16": lambda: QuantizedLinear(codes, scales, zeros=zeros + np.uint8(1)),
+        "offsets": lambda: QuantizedLinear(codes, scales, offsets=offsets),
+        "float": lambda: QuantizedLinear(codes, wide, offsets=offsets),
+        "int8": lambda: QuantizedLinear(int8, scales, bias=bias, bits=8),
+        "int8-float": lambda: QuantizedLinear(int8, wide, bits=8),
+        "fp32": lambda: DenseLinear(floats, bias),
+        "fp16": lambda: DenseLinear(floats.astype(np.float16)),
+        "bf16": lambda: DenseLinear((floats.view(np.uint32) >> 16).astype(np.uint16), bf16=True),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_packs_hold_the_bytes_that_packs_of_that_name_always_held(kind):
+    """Else packs of an earlier build would be read as something else."""
+    for layout, written in zip((cpu_pack.CpuLayout(), cuda_pack.CudaLayout()), WRITTEN[kind], strict=True):
+        digest, sizes = hashlib.sha256(), []
+
+        def put(a, digest=digest, sizes=sizes):
+            if a is None:
+                return None
+            digest.update(np.ascontiguousarray(a).tobytes())
+            sizes.append(a.nbytes)
+            return [len(sizes) - 1, a.nbytes]
+
+        entry = layout.entry(ExactForm.of(by_hand(kind)), put)
+        digest.update(json.dumps(entry, sort_keys=True).encode())
+        assert digest.hexdigest()[:12] == written
