@@ -147,7 +147,7 @@ def test_an_answer_that_nobody_reads_on_holds_nobody_up(model, alone, monkeypatc
     waits.clear()
     *_, last = model.engine.generate(model.engine.branch(), PROMPTS[3], PARAMS)
     assert last.completion.token_ids == alone[3].token_ids
-    assert waits == [module.RETURN_SECONDS]  # once: then it is not expected any more
+    assert len(waits) == 1  # then it is not expected any more
     *_, last = parked
     assert last.completion.token_ids == alone[2].token_ids
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK_SECONDS = 0.4  # a step that reads a prompt aims at this, so that a cancel is felt at once
 BESIDE_SECONDS = 0.12  # and at this where running answers wait for its end
-RETURN_SECONDS = 0.002  # a step waits so long for the next of the answers that were in the last one
+RETURN_SECONDS = 0.002  # a step waits so long for the next of the answers that were in the last one,
+RETURN_SHARE = 0.125  # or for this part of a step: who misses one waits for all of it
 LOOK_SECONDS = 0.05  # who waits for a step looks around this often
 
 
@@ -103,6 +104,7 @@ class Scheduler:
         """
         self.backend, self._execute = backend, execute
         self._rate = 0.0  # rows a second of steps that read prompts
+        self._seconds = 0.0  # of the last step in which nobody read a prompt
         self.forked()
 
     def forked(self) -> None:
@@ -176,7 +178,9 @@ class Scheduler:
         n, prompt = sum(n for _, n in parts), any(rows.prompt for rows, _ in parts)
         for rows, _ in parts:
             rows.seconds, rows.shared = seconds, prompt
-        if prompt and n >= BLOCK:
+        if not prompt:
+            self._seconds = seconds
+        elif n >= BLOCK:
             self._rate = n / max(seconds, 1e-6)
 
     # Who runs it
@@ -214,7 +218,7 @@ class Scheduler:
         rows.wake.acquire(blocking=False)
         due = self._due.get(rows.branch.claim)
         if due is not None:
-            soon = time.monotonic() - due.since <= RETURN_SECONDS
+            soon = time.monotonic() - due.since <= self.patience
             rows.in_time = soon or due.may_come
         self._wanted.append(rows)
         self.leave(rows.branch)
@@ -240,6 +244,11 @@ class Scheduler:
                     self._withdraw(rows)
                     _wake(rows)
 
+    @property
+    def patience(self) -> float:
+        """Seconds that a step waits for the next one who is on his way back."""
+        return max(RETURN_SECONDS, RETURN_SHARE * self._seconds)
+
     def _gather(self) -> None:
         """Wait for those that were in the last step, as long as one after the other comes: together they cost
         little more than one. Nobody waits for an answer of his own thread, nor for one that was late.
@@ -255,7 +264,7 @@ class Scheduler:
             ]
             if not missing:
                 return
-            if not self._arrived.wait(RETURN_SECONDS):
+            if not self._arrived.wait(self.patience):
                 for due in missing:
                     due.given_up = True
 
