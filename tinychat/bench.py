@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinychat.backends.exact_form import ExactForm
-from tinychat.backends.interface import BLOCK, Backend, Step
+from tinychat.backends.interface import BLOCK, Backend, Slots, Span, Step
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import TextDelta
 from tinychat.base.load_options import LoadOptions
@@ -185,6 +185,54 @@ def _why_more(bytes_per_token: float) -> str:
     return "other programs kept memory busy while its speed was measured: bench again when they rest"
 
 
+class Passes:
+    """Steps of one made-up sequence of n tokens, without an engine."""
+
+    def __init__(self, backend: Backend, vocab_size: int, n: int):
+        """Raises MemoryBudgetError if its keys and values have no room."""
+        self.backend, n_blocks = backend, -(-n // BLOCK)
+        memories = range(len(backend.memories))
+        need, free = n_blocks * sum(map(backend.kv_bytes_per_block, memories)), backend.free_memory()
+        if need > free:
+            raise MemoryBudgetError(
+                f"A cache of {n} tokens takes {human_bytes(need)} and {human_bytes(free)} are free.",
+                "Use smaller -p, -n and --context.",
+            )
+        for memory in memories:
+            backend.allocate_kv(n_blocks, memory)
+        self.table = np.arange(n_blocks, dtype=np.int32)
+        self.ids = np.random.default_rng(0).integers(0, vocab_size, n, dtype=np.int32)
+
+    def step(self, at: int, end: int) -> None:
+        """Tokens `at` … end − 1; the last one gets logits."""
+        memories = tuple(Slots(self.table, at) for _ in self.backend.memories)
+        self.backend.step_greedy(Step((Span(self.ids[at:end], at, end - at - 1, memories),)))
+
+    def fill(self, n: int) -> float:
+        """Prefill n tokens from the beginning. Returns tokens a second."""
+        began = time.perf_counter()
+        for at in range(0, n, self.backend.max_rows):
+            self.step(at, min(at + self.backend.max_rows, n))
+        return n / (time.perf_counter() - began)
+
+    def decode(self, start: int, n: int) -> float:
+        """Decode n tokens behind `start` others. Returns tokens a second."""
+        began = time.perf_counter()
+        for at in range(start, start + n):
+            self.step(at, at + 1)
+        return n / (time.perf_counter() - began)
+
+    def kv_bytes(self, n: int) -> float:
+        """Bytes of keys and values that attention reads behind n tokens."""
+        seen = (min(n, spec.window or n) for spec in self.backend.memories)
+        blocks = map(self.backend.kv_bytes_per_block, range(len(self.backend.memories)))
+        return sum(size / BLOCK * slots for size, slots in zip(blocks, seen, strict=True))
+
+
+def _spread(rates: list[float]) -> float:
+    return max(rates) / min(rates) - 1
+
+
 def measure(
     backend: Backend,
     config: ModelConfig,
@@ -201,58 +249,25 @@ def measure(
     bandwidth: a plain multi-threaded read (on a GPU: a copy), GB/s; taken before, between and after, and the
     best one counts.
     """
-    reach = max(n_prompt, max(contexts) + n_gen)
-    n_blocks = -(-reach // BLOCK)
-    need, free = n_blocks * backend.kv_bytes_per_block(), backend.free_memory()
-    if need > free:
-        raise MemoryBudgetError(
-            f"A cache of {reach} tokens takes {human_bytes(need)} and {human_bytes(free)} are free.",
-            "Use smaller -p, -n and --context.",
-        )
-    backend.allocate_kv(n_blocks)
-    table = np.arange(n_blocks, dtype=np.int32)
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, config.vocab_size, reach, dtype=np.int32)
-    kv_bytes = backend.kv_bytes_per_block() / BLOCK
+    passes = Passes(backend, config.vocab_size, max(n_prompt, max(contexts) + n_gen))
     reads = [bandwidth()]
-
-    def fill(start: int, end: int) -> None:
-        for at in range(start, end, backend.max_rows):
-            part = ids[at : min(at + backend.max_rows, end)]
-            backend.step_greedy(Step.of(part, at, at, table, len(part) - 1))
-
-    def decode(start: int, n: int) -> float:
-        began = time.perf_counter()
-        for at in range(start, start + n):
-            backend.step_greedy(Step.of(ids[at : at + 1], at, at, table, 0))
-        return n / (time.perf_counter() - began)
-
-    def timed_fill() -> float:
-        began = time.perf_counter()
-        fill(0, n_prompt)
-        return n_prompt / (time.perf_counter() - began)
-
-    fill(0, min(64, n_prompt))
-    decode(0, min(8, n_gen))
+    passes.fill(min(64, n_prompt))
+    passes.decode(0, min(8, n_gen))
     prefill = []
     if n_prompt:
-        rates = [timed_fill() for _ in range(rounds)]
-        prefill = [
-            {"n_tokens": n_prompt, "tok_s": statistics.median(rates), "spread": max(rates) / min(rates) - 1}
-        ]
+        rates = [passes.fill(n_prompt) for _ in range(rounds)]
+        prefill = [{"n_tokens": n_prompt, "tok_s": statistics.median(rates), "spread": _spread(rates)}]
     reads.append(bandwidth())
     results = []
     for context in contexts:
-        fill(0, context)
-        rates = [decode(context, n_gen) for _ in range(rounds)]
+        passes.fill(context)
+        results.append((context, [passes.decode(context, n_gen) for _ in range(rounds)]))
         reads.append(bandwidth())
-        results.append((context, rates))
-    best = max(reads)
     rows = []
     for context, rates in results:
         rate = statistics.median(rates)
-        bytes_per_token = weight_bytes + kv_bytes * (context + n_gen / 2)
-        share = rate * bytes_per_token / 1e9 / best
+        bytes_per_token = weight_bytes + passes.kv_bytes(context + n_gen // 2)
+        share = rate * bytes_per_token / 1e9 / max(reads)
         rows.append(
             {
                 "context": context,
@@ -260,10 +275,10 @@ def measure(
                 "gb_s": rate * bytes_per_token / 1e9,
                 "fraction_of_bandwidth": share,
                 "more_than_memory": _why_more(bytes_per_token) if share > 1 else None,
-                "spread": max(rates) / min(rates) - 1,
+                "spread": _spread(rates),
             }
         )
-    return {"read_bandwidth_gb_s": best, "prefill": prefill, "decode": rows}
+    return {"read_bandwidth_gb_s": max(reads), "prefill": prefill, "decode": rows}
 
 
 def measure_together(
@@ -316,7 +331,7 @@ def measure_together(
             "sequences": n,
             "tok_s": statistics.median(rates[n]),
             "times_one": statistics.median(rates[n]) / one,
-            "spread": max(rates[n]) / min(rates[n]) - 1,
+            "spread": _spread(rates[n]),
         }
         for n in (1, *counts)
     ]
