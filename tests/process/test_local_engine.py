@@ -84,3 +84,16 @@ async def test_a_model_answers_as_its_session_does():
         session.nodes[1].ids,
         session.nodes[1].prompt_ids,
     )
+
+
+async def test_options_that_are_none_are_refused_before_anything_is_loaded():
+    heard = Heard()
+    engine = LocalEngine(heard.append)
+    await engine.start()
+    for options in ({"progress": 1}, {"model": "x"}, {"ctx": "many"}, {"keep_kv": False, "kv_bits": 9}):
+        heard.clear()
+        engine.load("no-such-model", options)
+        failed = await heard.wait(Failed)
+        assert next(iter(sorted(set(options) - {"keep_kv"}))) in failed.what
+        assert "bug" not in failed.todo
+    await engine.close()

@@ -44,6 +44,10 @@ class LayerSubset:
         """The module of the layer that stands in this one's place."""
         return self.whole.linear(self._renamed(name))
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """Likewise."""
+        return self.whole.stored(self._renamed(name))
+
     def vector(self, name: str) -> np.ndarray:
         """Likewise."""
         return self.whole.vector(self._renamed(name))

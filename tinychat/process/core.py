@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tinychat.base import errors
 from tinychat.base.errors import DeviceLostError, UsageError
 from tinychat.base.events import Done, Event, Notice, Reading, TextDelta
+from tinychat.base.load_options import LoadOptions
 from tinychat.conversation import Tree
 from tinychat.process.protocol import (
     Answer,
@@ -328,11 +329,12 @@ def list_models() -> dict[str, Any]:
 
 
 def load_model(name: str, options: dict[str, Any], progress: Callable[[str, int, int], None]) -> Any:
-    """A Model, downloaded first if need be."""
+    """A Model, downloaded first if need be; options: those of LoadOptions."""
+    how = LoadOptions.made(options)
     progress("Starting the engine", 0, 0)
     from tinychat.hub import transfer
     from tinychat.loading import load
 
     transfer.listener = lambda label, done, total: progress(f"Downloading {label}", done, total)
     progress(f"Loading {name}", 0, 0)
-    return load(name, **options, progress=lambda what: progress(what, 0, 0))
+    return load(name, how, progress=lambda what: progress(what, 0, 0))

@@ -24,7 +24,7 @@ LINE_LIMIT = 1 << 26  # bytes that one of them may take
 
 @dataclass(frozen=True)
 class Load:
-    """A model in place of the present one. `options`: what `tinychat.load` takes, and `keep_kv`: whether KV
+    """A model in place of the present one. `options`: those of LoadOptions, and `keep_kv`: whether KV
     caches are kept on disk. → Loading…, then Loaded or Failed.
     """
 
