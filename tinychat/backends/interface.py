@@ -51,7 +51,8 @@ class Slots:
     """Where a span lies in a paged or a window memory.
 
     table        int32 [n]: logical slot s is slot `s % BLOCK` of pool block `table[s // BLOCK]`; covers
-                 length + T slots. In a window memory the entries of blocks behind the window are never read
+                 length + T slots. In a window memory the entries of blocks wholly behind the window of the
+                 first row are never read and may be anything
     length       tokens that are there already: row i is written to logical slot `length + i` and attends to
                  the logical slots 0 … length + i, in a window memory to the last `window` of these
     scores       float32 [R or 1, layers, kv_heads, n ≥ length + T], or None: to these is added the attention
@@ -72,6 +73,8 @@ class States:
     source  the slot that holds the state before the first row; -1: the sequence begins, its state is zero
     kept    int32 [T]: the slot that gets the state behind each row, -1 where nobody needs it. Rolling back a
             draft means to go on from an earlier row's slot; `source` may be among them
+
+    Rows go through a state one by one in their order, so a sequence has the same states however it is cut.
     """
 
     source: int
@@ -146,7 +149,11 @@ class LargestLogits:
 
 
 class Backend(Protocol):
-    """One loaded model on one device. Not thread-safe; the engine serialises."""
+    """One loaded model on one device. Not thread-safe; the engine serialises.
+
+    Every memory is a pool of blocks: of BLOCK slots, or of one state each in a state memory, where slots and
+    the calls about them do not exist. `memory` is an index of `memories`.
+    """
 
     name: str
     row_independent: bool  # whether a row's result is bitwise the same whatever runs with it
@@ -158,18 +165,18 @@ class Backend(Protocol):
         """What runs: backend, isa, act_bits, kv_bits, threads."""
         ...
 
-    memories: tuple[MemorySpec, ...]  # what each sequence needs; `memory` below is an index of these
+    memories: tuple[MemorySpec, ...]  # what each sequence needs
 
     def kv_heads(self, memory: int = 0) -> tuple[int, int]:
         """Layers of that memory, and KV heads of each."""
         ...
 
     def kv_bytes_per_block(self, memory: int = 0) -> int:
-        """Bytes that one block of BLOCK slots takes, all layers, keys and values."""
+        """Bytes that one block takes, all layers: keys and values of BLOCK slots, or a state."""
         ...
 
     def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
-        """Have a KV pool of so many blocks. If it grows, the blocks that were there stay as they are. Raises
+        """Have a pool of so many blocks. If it grows, the blocks that were there stay as they are. Raises
         MemoryBudgetError; then the pool is what it was.
         """
         ...
