@@ -126,6 +126,7 @@ def test_help_and_version(here):
 @pytest.mark.parametrize("bits", ["16", "8"])
 def test_bench_measures_what_it_says(folder, here, bits):
     sizes = ("-p", 32, "-n", 2, "--context", 0, "--context", 40, "--rounds", 1)
+    sizes += ("--parallel", 2, "--parallel", 3) if bits == "8" else ()
     out = tinychat("bench", folder, *sizes, "--kv-bits", bits, "--json")
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout)
@@ -136,6 +137,13 @@ def test_bench_measures_what_it_says(folder, here, bits):
         assert row["tok_s"] > 0
         assert row["fraction_of_bandwidth"] == pytest.approx(row["gb_s"] / result["read_bandwidth_gb_s"])
     assert result["weight_bytes_per_token"] > 0
+    assert ("parallel" in result) == (bits == "8")
+    if bits == "8":
+        one, *others = result["parallel"]
+        assert (one["sequences"], one["times_one"]) == (1, 1.0)
+        assert [row["sequences"] for row in others] == [2, 3]
+        for row in others:
+            assert row["times_one"] == pytest.approx(row["tok_s"] / one["tok_s"])
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 from tiny import tiny_model
 
 from tinychat.base.events import Done, TextDelta
+from tinychat.bench import measure_together
 from tinychat.engine import scheduler as module
 from tinychat.engine.sampling import SamplingParams
-from tinychat.engine.scheduler import Rows
+from tinychat.engine.scheduler import Rows, Scheduler
 
 PARAMS = SamplingParams(temperature=0, max_tokens=40)
 PROMPTS = [[i, *range(40)] for i in range(4)]
@@ -50,15 +51,15 @@ def alone():
         return [list(m.engine.generate(m.engine.branch(), p, PARAMS))[-1].completion for p in PROMPTS]
 
 
-def spans_of(model, monkeypatch):
+def spans_of(monkeypatch):
     """How many sequences each step has had."""
-    seen, inner = [], model.engine.scheduler._execute
+    seen, inner = [], Scheduler._timed
 
-    def execute(parts):
+    def timed(self, parts):
         seen.append(len(parts))
-        inner(parts)
+        inner(self, parts)
 
-    monkeypatch.setattr(model.engine.scheduler, "_execute", execute)
+    monkeypatch.setattr(Scheduler, "_timed", timed)
     return seen
 
 
@@ -72,7 +73,7 @@ def at_once(work, n):
 
 
 def test_answers_of_several_threads_share_steps(model, ready, alone, monkeypatch):
-    seen, got = spans_of(model, monkeypatch), {}
+    seen, got = spans_of(monkeypatch), {}
 
     def work(i):
         stream = model.engine.generate(model.engine.branch(), PROMPTS[i], PARAMS)
@@ -96,6 +97,27 @@ def test_chats_of_several_threads_say_what_they_say_alone(model):
 
     at_once(work, 4)
     assert [got[i] for i in range(4)] == expected
+
+
+def test_draft_models_draft_for_several_threads(model, alone):
+    got, speculators = {}, [model.speculator("layers:0") for _ in PROMPTS]
+
+    def work(i):
+        s = speculators[i]
+        s.controller.fixed = 3
+        *_, got[i] = model.engine.generate(model.engine.branch(), PROMPTS[i], PARAMS, speculator=s)
+
+    at_once(work, 4)
+    assert [got[i].completion.token_ids for i in range(4)] == [c.token_ids for c in alone]
+    assert all(d.stats.drafted_tokens > 20 for d in got.values())
+
+
+def test_bench_has_all_answers_decode_together(model, monkeypatch):
+    seen = spans_of(monkeypatch)
+    rows = measure_together(model.backend, model.tokenizer, 258, (4,), 30, 1)
+    assert [row["sequences"] for row in rows] == [1, 4]
+    assert all(row["tok_s"] > 0 for row in rows)
+    assert max(seen) == 4
 
 
 def test_a_thread_that_is_interrupted_while_it_leads_leaves_the_others_their_answers(model, ready, alone):
