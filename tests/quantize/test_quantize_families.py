@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 import transformers
 from families import CASES, logits_of, random_model, relative_error
 from family_gguf import write as write_gguf
-from tiny import byte_tokenizer
+from tiny import TinyCheckpoint, byte_tokenizer
 
 from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf import GGUFCheckpoint
 from tinychat.formats.hf import HFCheckpoint, read_config
+from tinychat.models import llama
 from tinychat.network.config import ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import QuantizedLinear
@@ -53,6 +55,8 @@ GGUF_CASES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3",
     "granite": "granite",
+    "mixtral": "llama",
+    "qwen3moe": "qwen3moe",
 }
 IDS = np.random.default_rng(1).integers(32, 127, 128).astype(np.int32)
 
@@ -171,6 +175,22 @@ def facts(c: ModelConfig) -> dict:
 def turns(rope: RopeConfig | None) -> list[float] | None:
     """What a rope multiplies by, and what it turns by."""
     return rope and [rope.magnitude, *rope.frequencies().tolist()]
+
+
+def test_a_block_that_passes_on_more_than_its_sum_is_refused_before_anything_is_read(monkeypatch, tmp_path):
+    """Attention and MLP beside each other: what the MLP reads is not the sum behind attention."""
+
+    def parallel(ops, cfg, w, x, layer):
+        a, x_in = cfg.layers[layer].mixer, x
+        n = ops.rms_norm(x, w.attn_norm, cfg.norm_eps)
+        x = ops.linear(llama.attend(ops, a, *ops.split_heads(ops.linear(n, w.qkv), a), layer), w.o, add_to=x)
+        m = ops.rms_norm(x_in, w.mlp_norm, cfg.norm_eps)
+        return ops.linear(ops.silu_mul(ops.linear(m, w.gate_up)), w.down, add_to=x)
+
+    monkeypatch.setattr(llama, "forward", partial(llama.forward, block=parallel))
+    with pytest.raises(UnsupportedModelError, match="more than their sum"):
+        quantize(TinyCheckpoint(hidden_size=96), tmp_path / "out", method="rtn")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", GGUF_CASES)

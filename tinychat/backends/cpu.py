@@ -174,7 +174,7 @@ class CpuBackend:
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
-        ropes = [self.cfg.rope_of(layer) for layer in self.memories[memory].layers]
+        ropes = [self.cfg.layers[layer].mixer.rope for layer in self.memories[memory].layers]
         for rope in {*ropes} - {None}:
             here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
             turned = np.ascontiguousarray(np.where(here, delta, 0), np.int32)

@@ -122,7 +122,7 @@ class ReferenceBackend:
         return self.pools[memory].value_spread(block_table, weights)
 
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
-        ropes = [self.cfg.rope_of(layer) for layer in self.memories[memory].layers]
+        ropes = [self.cfg.layers[layer].mixer.rope for layer in self.memories[memory].layers]
         self.pools[memory].turn_keys(block_table, delta, ropes)
 
     @torch.inference_mode()

@@ -227,35 +227,25 @@ class ModelConfig:
         longer = replace(self, context_length=self.long_context, layers=layers)
         return replace(longer, long_context=0, long_rope=None)
 
-    # What all layers have in common, as long as families have it so.
-
     @property
     def n_heads(self) -> int:
-        """Query heads of a layer."""
+        """Query heads of the first layer."""
         return self.layers[0].mixer.n_heads
 
     @property
     def n_kv_heads(self) -> int:
-        """Key and value heads of a layer."""
+        """Key and value heads of the first layer."""
         return self.layers[0].mixer.n_kv_heads
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of a head."""
+        """Dimensions of a head in the first layer."""
         return self.layers[0].mixer.head_dim
 
     @property
     def n_experts(self) -> int:
         """The most experts that a layer has."""
         return max(layer.mlp.n if isinstance(layer.mlp, ExpertsConfig) else 0 for layer in self.layers)
-
-    def rope_of(self, layer: int) -> RopeConfig | None:
-        """The rope of this layer; None: it rotates nothing."""
-        return self.layers[layer].mixer.rope
-
-    def window_of(self, layer: int) -> int:
-        """Tokens that a token attends to in this layer; 0: all."""
-        return self.layers[layer].mixer.window
 
 
 def check_number(name: str, value: object, limit: int) -> None:

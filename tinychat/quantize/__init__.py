@@ -1,8 +1,9 @@
 """Quantization: a float checkpoint in, a 4-bit AutoAWQ or GPTQ checkpoint out.
 
-`calibration` gives the text, `forward` runs a block, `block` scales and fits its linears, `rounding` rounds
-one of them; `gptq` does both as its paper says; `walk` goes from block to block; `layouts` packs a block,
-`settings` names what config.json says, `folder` writes the result.
+`calibration` gives the text, `nodes` writes a family's forward pass down, `forward` runs a block of it,
+`block` scales and fits its linears, `rounding` rounds one of them; `gptq` does both as its paper says; `walk`
+goes from block to block; `layouts` packs a block, `settings` names what config.json says, `folder` writes the
+result.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,14 +105,8 @@ def quantize(
         length = min(calibration.LENGTH, cfg.context_length)
         tokens = calibration.windows(checkpoint.tokenizer(), file=calib_file, length=length, seed=seed)
         _check_memory(cfg, tokens.size, method)
-    job = {
-        "recipe": RECIPE,
-        "source": checkpoint.fingerprint(),
-        "method": method,
-        "group_size": group,
-        "calibration": None if tokens is None else hashlib.sha256(tokens.tobytes()).hexdigest(),
-    } | ({"act_order": act_order} if method == "gptq" else {})
     rest = _rest(checkpoint)
+    job = _job(checkpoint, method, group, tokens, act_order)
     with folder.OutputFolder(out_dir, job) as target, torch.inference_mode():
         walk = _walk(checkpoint, method, group, tokens, act_order)
         for layer in range(cfg.n_layers):
@@ -134,9 +130,23 @@ def quantize(
         }
 
 
+def _job(
+    checkpoint: Checkpoint, method: str, group: int, tokens: np.ndarray | None, act_order: bool
+) -> dict[str, Any]:
+    """What decides the result: a run that was killed goes on if it is the same."""
+    return {
+        "recipe": RECIPE,
+        "source": checkpoint.fingerprint(),
+        "method": method,
+        "group_size": group,
+        "calibration": None if tokens is None else hashlib.sha256(tokens.tobytes()).hexdigest(),
+    } | ({"act_order": act_order} if method == "gptq" else {})
+
+
 def _check(checkpoint: Checkpoint, method: str, group_size: int | None, act_order: bool) -> int:
     """The group size; raises for what cannot be done, before anything is read."""
     from tinychat.quantize import settings
+    from tinychat.quantize.forward import network
 
     cfg = checkpoint.config
     if method not in METHODS:
@@ -148,6 +158,7 @@ def _check(checkpoint: Checkpoint, method: str, group_size: int | None, act_orde
             f"{checkpoint.path.name} is a mixture of experts, which cannot be quantized yet.",
             'It runs with quantize="rtn", or as someone quantized it.',
         )
+    network(cfg)  # refuses a family whose blocks cannot be quantized one by one
     if cfg.tie_embeddings is False and not checkpoint.has("lm_head"):
         raise CheckpointError(f"{checkpoint.path} has no output head.", "Pull the model again.")
     if getattr(checkpoint, "json", None) is None:
@@ -205,9 +216,9 @@ def _rest(checkpoint: Checkpoint) -> list:
     from tinychat.quantize.forward import finite
     from tinychat.quantize.layouts import as_stored
 
-    def half(name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    def half(name: str) -> np.ndarray:
         with np.errstate(over="ignore"):
-            return finite(np.asarray(read()).astype(np.float16), name)
+            return finite(checkpoint.linear(name).dequantize().astype(np.float16), name)
 
     cfg = checkpoint.config
     names = ["model.embed_tokens"] + ([] if cfg.tie_embeddings else ["lm_head"])
@@ -219,7 +230,7 @@ def _rest(checkpoint: Checkpoint) -> list:
                 name + ".weight",
                 "F16",
                 shape,
-                lambda n=name: half(n, lambda: checkpoint.linear(n).dequantize()),
+                partial(half, name),
             )
         )
     norm = finite(as_stored(checkpoint.vector("model.norm"), cfg), "model.norm")

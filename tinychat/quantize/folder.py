@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class OutputFolder:
             with safe_open(path, framework="numpy") as f:
                 for name in f.keys():  # noqa: SIM118 (not a mapping)
                     s = f.get_slice(name)
-                    yield Entry(name, s.get_dtype(), tuple(s.get_shape()), lambda p=path, n=name: _read(p, n))
+                    yield Entry(name, s.get_dtype(), tuple(s.get_shape()), partial(_read, path, name))
 
     def _check_replaceable(self) -> None:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
@@ -185,7 +186,7 @@ def write_weights(folder: Path, entries: list[Entry], shard_bytes: int = SHARD_B
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", entries)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / name, shard)

@@ -102,12 +102,13 @@ class GPTQQuantizer:
         self, group: Group, now: BlockWeights, out: QuantizedBlock, inputs: Iterable[torch.Tensor]
     ) -> None:
         """Round the linears of a group, which read `inputs`; `now` and `out` get them."""
-        h: torch.Tensor | int = 0
-        n = 0
+        products, n = None, 0
         for batch in inputs:
             rows = batch.flatten(0, 1)
-            h, n = h + rows.T @ rows, n + len(rows)
-        mean = h / n
+            products = rows.T @ rows if products is None else products + rows.T @ rows
+            n += len(rows)
+        assert products is not None  # there is a window
+        mean = products / n
         for name in group.names:
             out.linear[name] = gptq(now.linear[name], mean, self.group, self.damp, self.act_order)
             now.linear[name] = out.linear[name].dequantize()

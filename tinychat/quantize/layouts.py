@@ -74,7 +74,9 @@ def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, method: str) -> Blo
     for key, a in tensors.items():
         name, _, part = key.removeprefix(prefix).rpartition(".")
         if part == "qweight":
-            linear = _unpack({p: tensors.get(f"{prefix}{name}.{p}") for p in _PARTS}, method)
+            own = f"{prefix}{name}."
+            parts = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
+            linear = _unpack(parts, method)
             w.linear |= apart(cfg, layer, name, torch.from_numpy(linear.dequantize()))
             if linear.bias is not None:
                 w.bias |= apart(cfg, layer, name, torch.from_numpy(linear.bias))
@@ -84,12 +86,9 @@ def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, method: str) -> Blo
     return w
 
 
-_PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
-
-
-def _unpack(parts: dict[str, np.ndarray | None], method: str) -> QuantizedLinear:
+def _unpack(parts: Tensors, method: str) -> QuantizedLinear:
+    bias, codes = parts.get("bias"), (parts["qweight"], parts["qzeros"], parts["scales"])
     if method != "gptq":
-        return awq.unpack(*(parts[p] for p in ("qweight", "qzeros", "scales", "bias")))
-    bias = parts["bias"]
+        return awq.unpack(*codes, bias)
     bias = None if bias is None else bias.astype(np.float32)
-    return gptq.unpack(*(parts[p] for p in ("qweight", "qzeros", "scales", "g_idx")), version=1, bias=bias)
+    return gptq.unpack(*codes, parts["g_idx"], version=1, bias=bias)
