@@ -1,6 +1,7 @@
 """Everything that may happen to conversations at once, against the same conversations held alone.
 
-Branches of one crowded engine are appended to, forked, rolled back, thinned out, freed, saved and loaded;
+Branches of one crowded engine are appended to, forked, rolled back, thinned out, freed, saved and loaded,
+drafts are verified on them, prefixes found;
 each must go on exactly like a twin that lives in an engine with room for all, shares nothing and is computed
 from its own beginning. Bit for bit, so a block that is shared, copied, moved or read wrongly is seen.
 """
@@ -16,10 +17,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from recurrent import recurrent_model
 from tiny import tiny_model
 
 from tinychat.engine import kv_file
 from tinychat.engine.eviction import EvictionPolicy
+from tinychat.network.config import RopeConfig
 
 BUDGET = 112
 MOST = 4
@@ -35,12 +38,14 @@ class Twins:
 
 
 class ConversationMachine(RuleBasedStateMachine):
-    kv_bits = 16
+    @staticmethod
+    def model(**options):
+        return tiny_model(backend="cpu", **options)
 
     @initialize()
     def open(self):
-        self.crowd = tiny_model(ctx=MOST * 112, backend="cpu", grows=False, kv_bits=self.kv_bits)
-        self.alone = tiny_model(ctx=512, backend="cpu", kv_bits=self.kv_bits)
+        self.crowd = self.model(ctx=MOST * 112, grows=False)
+        self.alone = self.model(ctx=512)
         for m in (self.crowd, self.alone):
             m.engine.trained_context = 256  # positions run out now and then
         self.folder = Path(tempfile.mkdtemp())
@@ -73,11 +78,7 @@ class ConversationMachine(RuleBasedStateMachine):
         self.say(self.pick(data), [token + i % 2 for i in range(n)])
 
     def say(self, t, ids):
-        held = sum(len(part) for part in t.parts)
-        if len(t.branch) < held:  # others needed its blocks; it reads itself again, as a session does
-            t.branch.free()
-            for part in t.parts:
-                self.crowd.engine.run(t.branch, part, len(part))
+        held = self.read_again(t)
         if t.policy is None and held + len(ids) > 200:
             return
         alone = self.twin(t)
@@ -89,6 +90,49 @@ class ConversationMachine(RuleBasedStateMachine):
                 t.parts.append(part)
                 np.testing.assert_array_equal(ours, theirs)
         alone.free()
+
+    def read_again(self, t):
+        """Others may have needed its blocks; then it reads itself again, as a session does. Its length."""
+        held = sum(len(part) for part in t.parts)
+        if len(t.branch) < held:
+            t.branch.free()
+            for part in t.parts:
+                self.crowd.engine.run(t.branch, part, len(part))
+        return held
+
+    @precondition(lambda self: any(t.policy is None for t in self.all))
+    @rule(data=st.data(), ids=st.lists(st.integers(1, 3), min_size=2, max_size=16))
+    def verify(self, data, ids):
+        """Drafts, of which some are right."""
+        t = self.pick_without_policy(data)
+        if self.read_again(t) + len(ids) > 200:
+            return
+        right = data.draw(st.integers(1, len(ids)), label="right")
+        ours = self.crowd.engine.run(t.branch, ids, 0, accept=lambda out: right)
+        alone = self.twin(t)
+        theirs = self.alone.engine.run(alone, ids[:right], 0)
+        alone.free()
+        np.testing.assert_array_equal(ours[:right], theirs)
+        t.parts.append(ids[:right])
+
+    def pick_without_policy(self, data):
+        free = [t for t in self.all if t.policy is None]
+        return free[data.draw(st.integers(0, len(free) - 1), label="branch")]
+
+    @precondition(lambda self: any(t.policy is None for t in self.all))
+    @rule(data=st.data(), token=st.integers(1, 3), asked=st.booleans())
+    def go_back(self, data, token, asked):
+        """To a prefix of what one of them holds, whoever computed it, and on from there."""
+        t, like = self.pick_without_policy(data), self.pick(data)
+        said = [i for part in like.parts for i in part]
+        said = said[: data.draw(st.integers(0, min(len(said), 180)), label="prefix")]
+        if asked:
+            t.branch.keep()
+        with self.crowd.engine.changing():
+            n = t.branch.match(said)
+        assert n <= len(said)
+        t.parts = [said[:n]] if n else []
+        self.say(t, [*said[n:], token])
 
     @precondition(lambda self: 0 < len(self.all) < MOST)
     @rule(data=st.data())
@@ -110,7 +154,11 @@ class ConversationMachine(RuleBasedStateMachine):
             or held - len(t.parts[-1]) < t.branch._floor
         ):
             return
-        t.branch.truncate(held - len(t.parts.pop()))
+        n = held - len(t.parts.pop())
+        with self.crowd.engine.changing():
+            left = t.branch.truncate(n)  # or further back, where windows and states end
+        if said := [i for part in t.parts for i in part][left:n]:
+            self.crowd.engine.run(t.branch, said, len(said))
 
     @precondition(lambda self: self.all)
     @rule(data=st.data())
@@ -150,13 +198,34 @@ class ConversationMachine(RuleBasedStateMachine):
 
 
 class ConversationMachine8(ConversationMachine):
-    kv_bits = 8
+    @staticmethod
+    def model(**options):
+        return tiny_model(backend="cpu", kv_bits=8, **options)
+
+
+class WindowMachine(ConversationMachine):
+    """Two layers of three forget what is behind their window."""
+
+    @staticmethod
+    def model(**options):
+        windows = dict(n_layers=3, window=24, windowed_layers=(0, 2))
+        return tiny_model(backend="cpu", local_rope=RopeConfig(dim=16, theta=500.0), **windows, **options)
+
+
+class RecurrentMachine(ConversationMachine):
+    """Full attention, a window and a state."""
+
+    model = staticmethod(recurrent_model)
 
 
 ConversationMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 ConversationMachine8.TestCase.settings = settings(max_examples=10, stateful_step_count=40, deadline=None)
+WindowMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
+RecurrentMachine.TestCase.settings = settings(max_examples=4, stateful_step_count=20, deadline=None)
 TestConversations = ConversationMachine.TestCase
 TestConversations8 = ConversationMachine8.TestCase
+TestWindows = WindowMachine.TestCase
+TestRecurrent = RecurrentMachine.TestCase
 
 
 @pytest.mark.slow

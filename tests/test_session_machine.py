@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from recurrent import recurrent_model
 from session_helpers import conversation_ids, opening, turn
 from tiny import tiny_model
 
@@ -14,9 +15,12 @@ from tinychat.base.errors import UsageError
 class SessionMachine(RuleBasedStateMachine):
     """Random walks over the tree of a conversation; the last answer is always what its exact ids lead to."""
 
+    make = staticmethod(tiny_model)
+
     def __init__(self):
         super().__init__()
-        self.model = tiny_model(ctx=256, grows=False)
+        self.model = self.make(ctx=256, grows=False)
+        self.alone = self.make(ctx=256)  # shares nothing with the conversation
         self.session = self.model.session(kv_policy="none", temperature=0, max_tokens=5)
         self.finished = []
 
@@ -36,7 +40,7 @@ class SessionMachine(RuleBasedStateMachine):
         node = s.nodes[s.leaf]
         ids = conversation_ids(s)
         prompt = ids[: len(ids) - len(turn("assistant", node.ids))] + opening()
-        *_, done = self.model.generate(prompt, temperature=0, max_tokens=5)
+        *_, done = self.alone.generate(prompt, temperature=0, max_tokens=5)
         assert done.completion.token_ids[: len(node.ids)] == node.ids
         if cut is None:
             assert len(done.completion.token_ids) == len(node.ids)
@@ -75,9 +79,20 @@ class SessionMachine(RuleBasedStateMachine):
 
     def teardown(self):
         self.model.close()
+        self.alone.close()
+
+
+class RecurrentSessionMachine(SessionMachine):
+    """Layers with full attention, with a window and with a state."""
+
+    make = staticmethod(recurrent_model)
 
 
 SessionMachine.TestCase.settings = settings(
     max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
+RecurrentSessionMachine.TestCase.settings = settings(
+    max_examples=4, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)
+)
 TestSession = SessionMachine.TestCase
+TestRecurrentSession = RecurrentSessionMachine.TestCase

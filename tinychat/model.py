@@ -154,25 +154,25 @@ class Model:
             name = "h2o" if budget or chat else "none"
         if name == "none":
             return None
-        if self.config.windowed:
-            if asked:
-                raise UsageError(
-                    f"{self.name} attends to sliding windows, in which nothing can be given up yet.",
-                    "Leave out --kv-budget and --kv-policy.",
-                )
-            return None
         if budget is not None and budget > self.n_ctx:
             raise UsageError(
                 f"A KV budget of {budget} tokens is larger than the context of {self.n_ctx}.",
                 "Use a smaller --kv-budget or a larger --ctx.",
             )
-        if not self.config.may_evict and (budget or self.kv_policy):
+        n_paged = sum(spec.kind == "paged" for spec in self.backend.memories)
+        keeps_all = None
+        if not self.config.may_evict:
+            keeps_all = "turns its keys by more than their distance"
+        elif n_paged > 1:
+            keeps_all = "has layers of different KV heads"
+        if keeps_all and asked:
             raise UsageError(
-                f"{self.name} has sliding windows or layers of their own positions: it keeps all tokens.",
-                "Leave out --kv-budget and --kv-policy.",
+                f"{self.name} {keeps_all}: it keeps all tokens.", "Leave out --kv-budget and --kv-policy."
             )
-        if not self.config.may_evict or (budget is None and self.n_ctx // BLOCK * BLOCK < SINKS + SMALLEST):
+        if keeps_all or (budget is None and self.n_ctx // BLOCK * BLOCK < SINKS + SMALLEST):
             return None
+        if n_paged == 0:  # windows and states forget by themselves; positions are counted anew now and then
+            name = "window"
         return EvictionPolicy.of(name, budget or self.n_ctx)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:

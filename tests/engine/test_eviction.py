@@ -343,18 +343,58 @@ def test_what_is_given_up_does_not_depend_on_what_the_cache_has(n):
         assert (done.stats.cached_tokens > 0) == (n > 48)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"window": 32, "windowed_layers": (0,)},
-        {"unrotated_layers": (1,)},
-        {"windowed_layers": (0,), "local_rope": RopeConfig(dim=16, theta=500.0)},
-    ],
-)
-def test_models_whose_layers_differ_keep_everything(changes):
-    with tiny_model(ctx=256, backend="cpu", **changes) as m:
-        with pytest.raises(UsageError, match="sliding windows"):
-            m.session(kv_budget=128)
+LAYERS = {
+    "a window": {"window": 32, "windowed_layers": (0,)},
+    "windows only": {"window": 48, "windowed_layers": (0, 1)},
+    "without positions": {"unrotated_layers": (1,)},
+    "the others without positions": {
+        "window": 40,
+        "windowed_layers": (0,),
+        "unrotated_layers": (1,),
+        "local_rope": RopeConfig(dim=16, theta=500.0),
+    },
+    "a local rope": {"window": 40, "windowed_layers": (0,), "local_rope": RopeConfig(dim=16, theta=500.0)},
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_a_chat_never_ends_whatever_its_layers_see(layers):
+    texts = []
+    for draft in ("none", "ngram"):
+        with tiny_model(ctx=256, backend="cpu", **LAYERS[layers]) as m:
+            m.tokenizer.eos_ids = frozenset()
+            s = m.session(temperature=0, draft=draft, kv_budget=128, max_tokens=300)
+            text, done, notices = said(s, "hello")
+            texts.append(text)
+            assert done.finish_reason == "length"
+            assert s._branch.position <= 256 < len(s._branch)
+            assert bool(notices) == (done.stats.evicted_tokens > 0) == (layers != "windows only")
+            _, again, _ = said(s, "and then?")
+            assert again.finish_reason == "length"
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("layers", ["windows only", "the others without positions"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_numbering_positions_anew_changes_no_distance_within_a_window(layers, backend):
+    ids = np.random.default_rng(3).integers(0, 256, 500).tolist()
+    outs = []
+    for trained in (256, 4096):
+        with tiny_model(ctx=256, backend=backend, **LAYERS[layers]) as m:
+            m.engine.trained_context = trained
+            branch = m.engine.branch(EvictionPolicy.of("window", 128))
+            rows = [m.engine.run(branch, ids[i : i + 16], 0) for i in range(0, len(ids), 16)]
+            assert (branch.position == len(ids)) == (trained == 4096)
+            outs.append(np.concatenate(rows))
+    error = np.abs(outs[0] - outs[1]).max() / np.abs(outs[1]).max()
+    assert 0 < error < (1e-4 if backend == "reference" else 2e-2)
+
+
+def test_keys_that_turn_by_more_than_their_distance_are_all_kept():
+    with tiny_model(ctx=256, backend="cpu", rope=RopeConfig(dim=16, kind="dynamic", factor=2.0)) as m:
+        for asked in (dict(kv_budget=128), dict(kv_policy="h2o")):
+            with pytest.raises(UsageError, match="keeps all tokens"):
+                m.session(**asked)
         m.tokenizer.eos_ids = frozenset()
         _, done, _ = said(m.session(temperature=0, draft="none"), "hello")
         assert done.finish_reason == "context_full"

@@ -7,9 +7,9 @@ import pytest
 from families import CASES, logits_of, random_model, relative_error
 from family_gguf import write
 from gguf import ExpertGatingFuncType, GGUFWriter
+from memories import allocate, step_of
 
 import tinychat
-from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
 from tinychat.formats.gguf import GGUFCheckpoint
@@ -49,9 +49,9 @@ def test_logits_equal_transformers(case, tmp_path):
     checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
     assert checkpoint.config.context_length >= len(IDS)
     backend = ReferenceBackend(checkpoint, WeightPolicy("none", 16))
-    backend.allocate_kv(8)
+    allocate(backend, 8)
     steps = [(0, 70), (70, 71), (71, 120)]
-    ours = np.concatenate([backend.step(Step.of(IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
+    ours = np.concatenate([backend.step(step_of(backend, IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
     assert relative_error(ours, logits_of(hf, IDS)) < 1e-4
     assert checkpoint.tokenizer().vocab_size == 258
 

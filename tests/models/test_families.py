@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from families import CASES, FromTransformers, logits_of, random_model, relative_error, usual_error
+from memories import allocate, step_of
 
 from tinychat.backends.cpu import CpuBackend
-from tinychat.backends.interface import Step
+from tinychat.backends.interface import memories_of
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
+from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats.hf import read_config
 from tinychat.formats.subset import LayerSubset
 from tinychat.network.config import DenseConfig, ExpertsConfig
@@ -28,10 +29,10 @@ def home(tmp_path, monkeypatch):
 
 def run(backend, cuts=CUTS):
     """Logits of IDS, fed in pieces of these sizes: later ones see earlier ones only through the cache."""
-    backend.allocate_kv(BLOCKS)
+    allocate(backend, BLOCKS)
     at, out = 0, []
     for n in cuts:
-        out.append(backend.step(Step.of(IDS[at : at + n], at, at, TABLE, 0)))
+        out.append(backend.step(step_of(backend, IDS[at : at + n], at, at, TABLE, 0)))
         at += n
     return np.concatenate(out)
 
@@ -74,14 +75,16 @@ def test_turned_keys_are_those_of_later_positions_in_every_layer(case, backend):
     # layers without rope stay, windowed layers turn by their own rope, magnitudes are not applied twice
     cls, changes = CASES[case]
     checkpoint = FromTransformers(random_model(cls, **changes))
-    c, outs = checkpoint.config, []
+    outs = []
     for turned in (True, False):
         b = backend(checkpoint, WeightPolicy("none", 16))
-        b.allocate_kv(BLOCKS)
-        b.step(Step.of(IDS[:50], 0 if turned else 9, 0, TABLE, 50))
+        allocate(b, BLOCKS)
+        b.step(step_of(b, IDS[:50], 0 if turned else 9, 0, TABLE, 50))
         if turned:
-            b.turn_keys(TABLE, np.full((c.n_layers, c.n_kv_heads, 50), 9, np.int32))
-        outs.append(b.step(Step.of(IDS[50:60], 59, 50, TABLE, 0)))
+            for memory, spec in enumerate(b.memories):
+                by = np.full((len(spec.layers), spec.kv_heads, 50), 9, np.int32)
+                b.turn_keys(TABLE, by, memory)
+        outs.append(b.step(step_of(b, IDS[50:60], 59, 50, TABLE, 0)))
     assert relative_error(*outs) < (1e-5 if backend is ReferenceBackend else 3e-3)
 
 
@@ -110,15 +113,15 @@ def test_a_subset_of_layers_keeps_what_each_of_them_is():
     ]
 
 
-def test_eviction_in_sliding_windows_is_refused():
-    from tinychat.model import Model
+def test_layers_that_are_alike_share_a_memory():
+    def kinds(case):
+        checkpoint = FromTransformers(random_model(CASES[case][0], **CASES[case][1]))
+        return [(spec.kind, spec.layers, spec.window) for spec in memories_of(checkpoint.config)]
 
-    checkpoint = FromTransformers(random_model(CASES["gemma3"][0], **CASES["gemma3"][1]))
-    with Model(checkpoint, ReferenceBackend(checkpoint, WeightPolicy("none", 16)), "gemma") as m:
-        assert m.eviction(chat=True) is None  # a chat ends with context_full
-        for asked in (dict(budget=128), dict(name="h2o"), dict(name="window", chat=True)):
-            with pytest.raises(UsageError, match="sliding windows"):
-                m.eviction(**asked)
+    assert kinds("gemma3") == [("paged", (5,), 0), ("window", (0, 1, 2, 3, 4, 6), 64)]
+    assert kinds("mistral window")[0][0] == "window"
+    assert len(kinds("mistral window")) == 1
+    assert [kind for kind, _, _ in kinds("smollm3")] == ["paged"]
 
 
 @pytest.mark.parametrize("backend", [ReferenceBackend, CpuBackend])

@@ -17,11 +17,11 @@ from families import (
     set_weight,
     usual_error,
 )
+from memories import allocate, step_of
 from safetensors.numpy import save_file
 from tiny import byte_tokenizer
 
 from tinychat.backends.cpu import CpuBackend
-from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats import awq
@@ -110,9 +110,9 @@ def write(hf, folder, format_name):
 
 
 def run(backend):
-    backend.allocate_kv(BLOCKS)
+    allocate(backend, BLOCKS)
     steps = [(0, 61), (61, 62), (62, 63), (63, N)]
-    return np.concatenate([backend.step(Step.of(IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
+    return np.concatenate([backend.step(step_of(backend, IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

@@ -12,9 +12,9 @@ import torch
 import transformers
 from families import CASES, logits_of, random_model, relative_error
 from family_gguf import write as write_gguf
+from memories import allocate, step_of
 from tiny import TinyCheckpoint, byte_tokenizer
 
-from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf import GGUFCheckpoint
@@ -93,8 +93,8 @@ def forward(checkpoint, ids, weights=read_block) -> np.ndarray:
 
 def logits(folder: Path) -> np.ndarray:
     backend = ReferenceBackend(HFCheckpoint(folder), WeightPolicy("none", 16))
-    backend.allocate_kv(8)
-    return backend.step(Step.of(IDS, 0, 0, np.arange(8, dtype=np.int32), 0))
+    allocate(backend, 8)
+    return backend.step(step_of(backend, IDS, 0, 0, np.arange(8, dtype=np.int32), 0))
 
 
 @pytest.mark.parametrize("source", FAMILIES, indirect=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from emulation import bench
+from memories import allocate, step_of
 
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.cuda import CudaBackend
-from tinychat.backends.interface import Step
 from tinychat.backends.reference import ReferenceBackend
 
 BLOCKS = 24
@@ -16,28 +16,22 @@ IDS = np.random.default_rng(1).integers(0, 258, 300).astype(np.int32)
 
 
 def cpu(checkpoint, policy=None, **options) -> CpuBackend:
-    b = CpuBackend(checkpoint, policy, **options)
-    b.allocate_kv(BLOCKS)
-    return b
+    return allocate(CpuBackend(checkpoint, policy, **options), BLOCKS)
 
 
 def cuda(checkpoint, policy=None, **options) -> CudaBackend:
-    b = CudaBackend(checkpoint, policy, modules=bench().modules, **options)
-    b.allocate_kv(BLOCKS)
-    return b
+    return allocate(CudaBackend(checkpoint, policy, modules=bench().modules, **options), BLOCKS)
 
 
 def truth(checkpoint, policy=None, **options) -> ReferenceBackend:
-    b = ReferenceBackend(checkpoint, policy, **options)
-    b.allocate_kv(BLOCKS)
-    return b
+    return allocate(ReferenceBackend(checkpoint, policy, **options), BLOCKS)
 
 
 def run(backend, ids, cuts, greedy=False):
     """All logits (or ids), the rows fed in pieces of these sizes."""
     at, out = 0, []
     for n in cuts:
-        step = Step.of(ids[at : at + n], at, at, TABLE, 0)
+        step = step_of(backend, ids[at : at + n], at, at, TABLE, 0)
         out.append(backend.step_greedy(step) if greedy else backend.step(step))
         at += n
     return np.concatenate(out)

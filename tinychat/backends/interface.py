@@ -37,7 +37,14 @@ class MemorySpec:
 
 def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
     """What a sequence needs beside its token ids, in the order in which a span names it."""
-    return (MemorySpec("paged", tuple(range(cfg.n_layers)), cfg.n_kv_heads, cfg.head_dim),)
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for i, layer in enumerate(cfg.layers):
+        a = layer.mixer
+        alike.setdefault((a.window, a.n_kv_heads, a.head_dim), []).append(i)
+    return tuple(
+        MemorySpec("window" if window else "paged", tuple(alike[window, heads, dim]), heads, dim, window)
+        for window, heads, dim in sorted(alike)  # those that see everything come first
+    )
 
 
 def place_of(memories: tuple[MemorySpec, ...], layer: int) -> tuple[int, int]:
@@ -121,10 +128,11 @@ class Step:
         logits_from: int,
         scores: np.ndarray | None = None,
         scored_rows: int = 0,
+        memories: int = 1,
     ) -> Step:
-        """One span of a model that has one paged memory and no other."""
-        slots = Slots(table, length, scores, scored_rows)
-        return Step((Span(token_ids, position, logits_from, (slots,)),))
+        """One span, in paged and window memories that have the same blocks; scores: in the first."""
+        slots = (Slots(table, length, scores, scored_rows), *[Slots(table, length)] * (memories - 1))
+        return Step((Span(token_ids, position, logits_from, slots),))
 
 
 @dataclass(frozen=True)

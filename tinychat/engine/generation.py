@@ -181,7 +181,7 @@ class Generation:
         return []
 
     def _take_notices(self) -> Iterator[Notice]:
-        if self.branch.evicted and not self.evicted_before:
+        if self._given_up and not self.evicted_before:
             self.evicted_before = self.branch.evicted
             policy = self.branch.ledger.policy
             who = "what the model attends to least is" if policy.name == "h2o" else "the oldest are"
@@ -190,6 +190,12 @@ class Generation:
             yield Notice(notice)
         while self.notices:
             yield Notice(self.notices.pop(0))
+
+    @property
+    def _given_up(self) -> int:
+        """Tokens without a slot in the layers that would see all of them, if there are any."""
+        layers, _ = self.branch.ledger.shape if self.branch.ledger else (0, 0)
+        return self.branch.evicted if layers else 0
 
     def _room(self, n: int | None = None) -> int:
         """Tokens that fit behind the one of the next step, of n that were said (default: all); negative when
@@ -374,7 +380,7 @@ class Generation:
             s.tokens_per_step = self.decided / self.steps
             s.draft_speedup = self.speculator.speed_up()
         s.kv_bytes = self.engine.kv_bytes()
-        s.evicted_tokens = self.branch.evicted
+        s.evicted_tokens = self._given_up
         s.peak_rss_bytes = peak_rss()
         completion = Completion(self.text.getvalue(), ids, reason, s, self.reasoning.getvalue())
         return Done(reason, s, completion)

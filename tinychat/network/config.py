@@ -210,12 +210,11 @@ class ModelConfig:
 
     @property
     def may_evict(self) -> bool:
-        """Whether cached tokens can be given up and renumbered: every layer sees all of them and turns keys
-        alike, by an angle that depends on the distance alone.
+        """Whether cached tokens can be given up and renumbered: every layer turns its keys by angles that
+        depend on the distance alone, or not at all.
         """
-        ropes = {layer.mixer.rope for layer in self.layers}
-        alike = len(ropes) == 1 and not self.windowed
-        return alike and all(r is not None and r.kind not in ("dynamic", "longrope") for r in ropes)
+        ropes = {layer.mixer.rope for layer in self.layers} - {None}
+        return all(rope.kind not in ("dynamic", "longrope") for rope in ropes)
 
     def for_context(self, n: int) -> ModelConfig:
         """The config that a context of n tokens needs: another one only where it is a long context."""
