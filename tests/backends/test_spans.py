@@ -7,6 +7,7 @@ import pytest
 import span_schedules
 from backend_steps import TABLE
 from families import CASES, FromTransformers, random_model
+from memories import allocate
 from tiny import TinyCheckpoint
 
 from tinychat.backends.cpu import CpuBackend
@@ -44,7 +45,7 @@ MODELS = {
 def cpu(model: str, threads: int = 2) -> CpuBackend:
     make, options = MODELS[model]
     b = CpuBackend(make(), WeightPolicy("rtn"), threads=threads, **options)
-    b.allocate_kv(span_schedules.BLOCKS)
+    allocate(b, span_schedules.BLOCKS)
     return b
 
 
@@ -66,11 +67,11 @@ def test_spans_together_give_the_bits_of_each_alone(model, isa, monkeypatch):
 def test_the_reference_takes_several_spans(model):
     policy = WeightPolicy("none", 16)
     b = ReferenceBackend(MODELS[model][0](), policy)
-    b.allocate_kv(span_schedules.BLOCKS)
+    allocate(b, span_schedules.BLOCKS)
     apart = span_schedules.run(b, 1, 4, together=False)
     span_schedules.assert_same(span_schedules.run(b, 1, 4, together=True), apart, rtol=1e-3, atol=1e-3)
     fast = CpuBackend(MODELS[model][0](), policy, act_bits=16)
-    fast.allocate_kv(span_schedules.BLOCKS)
+    allocate(fast, span_schedules.BLOCKS)
     span_schedules.assert_same(span_schedules.run(fast, 1, 4, together=True), apart, rtol=0.05, atol=0.05)
 
 

@@ -22,7 +22,7 @@ MISTRAL = (MemorySpec("window", tuple(range(32)), 8, 128, 4096),)
 class Idle:
     """A backend of these memories that computes nothing and remembers what it was told."""
 
-    name, row_independent, max_rows, max_spans = "idle", True, 512, 1
+    name, row_independent, max_rows, max_spans, step_largest = "idle", True, 512, 1, None
 
     def __init__(self, memories):
         self.memories, self.blocks, self.turned = memories, {}, []
