@@ -160,14 +160,13 @@ class Model:
                 "Use a smaller --kv-budget or a larger --ctx.",
             )
         n_paged = sum(spec.kind == "paged" for spec in self.backend.memories)
-        keeps_all = None
-        if not self.config.may_evict:
-            keeps_all = "turns its keys by more than their distance"
-        elif n_paged > 1:
-            keeps_all = "has layers of different KV heads"
+        keeps_all = not self.config.may_evict or n_paged > 1
         if keeps_all and asked:
+            what = "has sliding windows or layers of their own positions"
+            if n_paged > 1:
+                what = "has layers of different KV heads"
             raise UsageError(
-                f"{self.name} {keeps_all}: it keeps all tokens.", "Leave out --kv-budget and --kv-policy."
+                f"{self.name} {what}: it keeps all tokens.", "Leave out --kv-budget and --kv-policy."
             )
         if keeps_all or (budget is None and self.n_ctx // BLOCK * BLOCK < SINKS + SMALLEST):
             return None

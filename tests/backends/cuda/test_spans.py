@@ -39,11 +39,15 @@ def split(cfg) -> tuple[MemorySpec, ...]:
     )
 
 
+def whole(cfg) -> tuple[MemorySpec, ...]:
+    """All layers in one memory."""
+    return (MemorySpec("paged", tuple(range(len(cfg.layers))), 2, 16),)
+
+
 def backend(monkeypatch, several=False, **changes) -> CudaBackend:
     """A model with one memory, or with one for its windowed layers too."""
     with monkeypatch.context() as m:
-        if several:
-            m.setattr("tinychat.backends.cuda.memories_of", split)
+        m.setattr("tinychat.backends.cuda.memories_of", split if several else whole)
         b = CudaBackend(TinyCheckpoint(5, context_length=512, **changes), modules=bench().modules)
     for memory in range(len(b.memories)):
         b.allocate_kv(BLOCKS, memory)
