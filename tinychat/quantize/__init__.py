@@ -94,17 +94,13 @@ def quantize(
     is full.
     """
     torch = import_torch("Quantizing")
-    from tinychat.quantize import calibration, folder, layouts
+    from tinychat.quantize import folder, layouts
 
     started, cfg = time.monotonic(), checkpoint.config
     group = _check(checkpoint, method, group_size, act_order)
     report = progress or (lambda done, total, what: None)
     report(0, cfg.n_layers, "reading")
-    tokens = None
-    if method != "rtn":
-        length = min(calibration.LENGTH, cfg.context_length)
-        tokens = calibration.windows(checkpoint.tokenizer(), file=calib_file, length=length, seed=seed)
-        _check_memory(cfg, tokens.size, method)
+    tokens = None if method == "rtn" else _calibration(checkpoint, method, calib_file, seed)
     rest = _rest(checkpoint)
     job = _job(checkpoint, method, group, tokens, act_order)
     with folder.OutputFolder(out_dir, job) as target, torch.inference_mode():
@@ -128,6 +124,16 @@ def quantize(
             "seconds": round(time.monotonic() - started, 1),
             "size_bytes": sum(f.stat().st_size for f in target.out.iterdir()),
         }
+
+
+def _calibration(checkpoint: Checkpoint, method: str, file: Path | None, seed: int) -> np.ndarray:
+    """Token ids to calibrate on: int32 [windows, length]."""
+    from tinychat.quantize import calibration
+
+    length = min(calibration.LENGTH, checkpoint.config.context_length)
+    tokens = calibration.windows(checkpoint.tokenizer(), file=file, length=length, seed=seed)
+    _check_memory(checkpoint.config, tokens.size, method)
+    return tokens
 
 
 def _job(
