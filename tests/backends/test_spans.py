@@ -54,10 +54,10 @@ def cpu(model: str, threads: int = 2) -> CpuBackend:
 def test_spans_together_give_the_bits_of_each_alone(model, isa, monkeypatch):
     monkeypatch.setenv("TINYCHAT_ISA", isa)
     one, many = cpu(model, threads=1), cpu(model, threads=3)
-    for seed, n in enumerate((2, 4, 8)):
+    for seed, n in enumerate((2, 4, 8) if isa == _native.isas()[0] else (8,)):
         apart = span_schedules.run(one, seed, n, together=False)
         span_schedules.assert_same(span_schedules.run(many, seed, n, together=True), apart)
-    greedy = span_schedules.run(many, 2, 8, together=True, greedy=True)
+    greedy = span_schedules.run(many, seed, n, together=True, greedy=True)
     for ids, logits in zip(greedy[0], apart[0], strict=True):
         for a, b in zip(ids, logits, strict=True):
             np.testing.assert_array_equal(a, b.argmax(axis=1))
