@@ -7,9 +7,8 @@ A new field of a message is a line in `Message`; the store needs a column for it
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from typing import Any
 
 from tinychat.base import shapes
@@ -114,11 +113,16 @@ class Message:
         return m
 
 
-@cache
-def _written(cls: Hashable) -> tuple[tuple[str, str], ...]:
+_WRITTEN: dict[type, tuple[tuple[str, str], ...]] = {}
+
+
+def _written(cls: type[Message]) -> tuple[tuple[str, str], ...]:
     """Names of the fields of a message that are written, and when."""
-    how = ((f.name, f.metadata.get("written", "always")) for f in fields(cls))  # type: ignore[arg-type]
-    return tuple((name, when) for name, when in how if when != "never")
+    if (known := _WRITTEN.get(cls)) is not None:
+        return known
+    how = ((f.name, f.metadata.get("written", "always")) for f in fields(cls))
+    _WRITTEN[cls] = tuple((name, when) for name, when in how if when != "never")
+    return _WRITTEN[cls]
 
 
 def is_number(value: Any) -> bool:

@@ -146,7 +146,7 @@ class Session:
 
     def send(
         self, text: str, *, attachments: Sequence[dict[str, str]] = (), **sampling: Any
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Say something and stream the answer. Sampling parameters given here hold for this answer only.
 
         attachments: files that go with it, each `{"name", "text"}`; with some, the text may be empty.
@@ -166,7 +166,7 @@ class Session:
         files = [{k: whole(v) for k, v in a.items()} for a in files]
         return Message("user", text, parent, attachments=files)
 
-    def regenerate(self, **sampling: Any) -> Iterator[Event]:
+    def regenerate(self, **sampling: Any) -> Generator[Event, None, None]:
         """Answer the last user message again, as a new branch beside the old answer."""
         question, leaf = self.tree.last("user"), self.leaf
         if question is None or leaf is None:
@@ -179,7 +179,7 @@ class Session:
 
     def edit(
         self, node: int, text: str, *, attachments: Sequence[dict[str, str]] | None = None, **sampling: Any
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Say `text` in place of the user message `node`, as a new branch, and stream the answer. The files
         that went with it stay, unless others are given.
         """
@@ -203,7 +203,7 @@ class Session:
 
     def _answer(
         self, question: Message | int, params: SamplingParams, follows: bool = False
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """follows: the question goes behind what was said last when its answer begins."""
         self._check_free()
         self._cancel.clear()  # a cancel from here on counts, even before the first event is asked for

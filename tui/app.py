@@ -76,8 +76,8 @@ class ChatApp(Host):
         self._early: list[events.Event] | None = []  # keys from before there was a place for them
         for theme in THEMES:
             self.register_theme(theme)
-        theme = self._settings.get("theme")
-        self.theme = theme if isinstance(theme, str) and theme in self.available_themes else DARK.name
+        name = self._settings.get("theme")
+        self.theme = name if isinstance(name, str) and name in self.available_themes else DARK.name
 
     def get_default_screen(self) -> Screen:
         return ChatScreen(self.model, self.conversation)
@@ -85,7 +85,9 @@ class ChatApp(Host):
     @property
     def chat(self) -> ChatScreen:
         """The screen under everything."""
-        return self.screen_stack[0]
+        chat = self.screen_stack[0]
+        assert isinstance(chat, ChatScreen)
+        return chat
 
     def on_mount(self) -> None:
         """Paint first; everything else comes after."""
@@ -100,7 +102,7 @@ class ChatApp(Host):
 
     async def _type_early_keys(self) -> None:
         """What was typed while the program started. An enter of that time may have come as a line feed."""
-        early, self._early = self._early, None
+        early, self._early = self._early or [], None
         for event in early:
             if isinstance(event, events.Key) and event.key == "ctrl+j":
                 event = events.Key("enter", "\r")
@@ -147,11 +149,12 @@ class ChatApp(Host):
 
     def run_to_end(self) -> int:
         """Run until the user leaves; the exit code. Raises what went wrong, if something did."""
-        before, sys.__stderr__ = sys.__stderr__, Terminal(paintable())  # where Textual paints
+        before = sys.__stderr__
+        sys.__stderr__ = Terminal(paintable())  # type: ignore[misc, assignment]  # where Textual paints
         try:
             self.run()
         finally:
-            sys.__stderr__ = before
+            sys.__stderr__ = before  # type: ignore[misc]
             if lost := self.store.loss():
                 print(lost, file=sys.stderr)
             self.store.close()

@@ -109,7 +109,7 @@ class Conversation:
             self.held.change(self.answer)
             if self.held.problem is None:
                 future = _writer.submit(self.held.flush)
-                future.add_done_callback(lambda f: failed(f.exception()) if f.exception() else None)
+                future.add_done_callback(lambda f: failed(e) if (e := f.exception()) is not None else None)
 
     def flush(self) -> None:
         """Store what was said so far."""

@@ -31,7 +31,7 @@ class TerminalDriver(LinuxDriver):
     def _get_terminal_size(self) -> tuple[int, int]:
         """As the terminal says; some have none (0 × 0), and some claim more than anybody can see."""
         try:
-            width, height = os.get_terminal_size(self._file.fileno())
+            width, height = os.get_terminal_size(self._file.fileno())  # type: ignore[union-attr]
         except (OSError, ValueError, AttributeError):
             width = height = 0
         if width <= 0 or height <= 0:
@@ -77,7 +77,8 @@ class TerminalDriver(LinuxDriver):
             time.sleep(0.01)
 
     def _waiting(self) -> int:
-        waiting = self._app._message_queue.qsize()
+        waiting: int = self._app._message_queue.qsize()
         with suppress(Exception):  # there may be no screen yet, or no longer
-            waiting += self._app.focused._message_queue.qsize()
+            if self._app.focused is not None:
+                waiting += self._app.focused._message_queue.qsize()
         return waiting

@@ -22,7 +22,7 @@ def first_frame() -> Iterator[None]:
     """Show the frame. Afterwards the terminal's modes are as before; its picture stays, unless something
     failed: then it is as before, too.
     """
-    out, tty = Terminal(paintable()), sys.__stdin__.fileno()
+    out, tty = Terminal(paintable()), 0 if sys.__stdin__ is None else sys.__stdin__.fileno()
     before = None
     try:
         with suppress(termios.error):  # a terminal that is gone, or is none

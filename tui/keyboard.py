@@ -94,7 +94,8 @@ class Keyboard:
             yield events.Paste(data.decode("utf-8", ERRORS).replace("\0", ""))
 
     def _keep(self, pasted: bytes) -> None:
-        self._paste += pasted[: max(0, MOST_PASTE - len(self._paste))]
+        if self._paste is not None:
+            self._paste += pasted[: max(0, MOST_PASTE - len(self._paste))]
 
     def _old_mouse(self, numbers: bytes) -> Iterator[Message]:
         """The report in the form that Textual asked for and reads."""

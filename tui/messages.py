@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from textual.message import Message
 
+from tinychat.base.errors import TinychatError
 from tinychat.process.protocol import EngineEvent
 
 
@@ -45,6 +45,10 @@ class ChatAction(Message):
 class Attached(Message):
     """Files named with @ in the composer changed."""
 
-    def __init__(self, paths: list[Path]):
+
+class Trouble(Message):
+    """Something went wrong that the user should hear of."""
+
+    def __init__(self, error: TinychatError):
         super().__init__()
-        self.paths = paths
+        self.error = error

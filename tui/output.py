@@ -11,9 +11,9 @@ from tinychat.base.characters import make_printable
 
 def paintable() -> IO[str]:
     """The stream that leads to the terminal: stderr, or stdout where stderr goes to a file."""
-    stream = sys.__stderr__
+    stream: IO[str] | None = sys.__stderr__
     if stream is None or not stream.isatty():
-        stream = sys.__stdout__
+        stream = sys.__stdout__ or sys.stdout
     make_printable(stream)
     return stream
 

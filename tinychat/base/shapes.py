@@ -6,9 +6,8 @@ Types are read from the annotations: adding a field to a dataclass is enough. Lo
 from __future__ import annotations
 
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -37,15 +36,20 @@ def read(cls: type[T], given: Any, *, strangers: bool = False) -> T:
     return cls(**out)
 
 
-@lru_cache(maxsize=64)
-def hints(cls: Hashable) -> dict[str, tuple[Any, bool]]:
+def hints(cls: type) -> dict[str, tuple[Any, bool]]:
     """Type of each field of a dataclass, and whether it must be given."""
-    found = get_type_hints(cls)  # type: ignore[arg-type]
-    return {
+    if (known := _HINTS.get(cls)) is not None:
+        return known
+    found = get_type_hints(cls)
+    _HINTS[cls] = {
         f.name: (found[f.name], f.default is MISSING and f.default_factory is MISSING)
         for f in fields(cls)  # type: ignore[arg-type]
         if f.init
     }
+    return _HINTS[cls]
+
+
+_HINTS: dict[type, dict[str, tuple[Any, bool]]] = {}
 
 
 def converted(value: Any, hint: Any, strangers: bool = False) -> Any:

@@ -113,7 +113,7 @@ def translated(path: Path) -> Iterator[None]:
     ) as e:  # of names that are quoted, of numbers that are no counts
         raise StoreError("damaged", path, type(e).__name__) from e
     except OSError as e:
-        raise StoreError(_ERRNOS.get(e.errno, "failing"), path, e.strerror or e) from e
+        raise StoreError(_ERRNOS.get(e.errno or 0, "failing"), path, e.strerror or e) from e
 
 
 class Database:
@@ -140,7 +140,7 @@ class Database:
 
     def read(self, sql: str, *args: object) -> list[tuple]:
         """All rows of a query."""
-        return self._run(lambda: self._db.execute(sql, args).fetchall(), self.patience)
+        return self._run(lambda: self._connection.execute(sql, args).fetchall(), self.patience)
 
     def change(self, work: Callable[[sqlite3.Connection], T], patience: float | None = None) -> T:
         """Do `work` in a transaction, wholly or not at all. It is done again if the file had to be mended.
@@ -149,14 +149,15 @@ class Database:
         """
 
         def transaction() -> T:
-            self._db.execute("BEGIN IMMEDIATE")
+            db = self._connection
+            db.execute("BEGIN IMMEDIATE")
             try:
-                out = work(self._db)
-                self._db.execute("COMMIT")
+                out = work(db)
+                db.execute("COMMIT")
                 return out
             except BaseException:
                 with suppress(sqlite3.Error):  # a full disk may have ended the transaction already
-                    self._db.execute("ROLLBACK")
+                    db.execute("ROLLBACK")
                 raise
 
         return self._run(transaction, self.patience if patience is None else patience)
@@ -167,10 +168,11 @@ class Database:
         """
 
         def work() -> None:
+            db = self._connection
             if self.full_text:
-                self._db.execute("INSERT INTO words (words) VALUES ('optimize')")
-            self._db.execute("VACUUM")
-            (busy, *_) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                db.execute("INSERT INTO words (words) VALUES ('optimize')")
+            db.execute("VACUUM")
+            (busy, *_) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             if busy and not self.in_memory:
                 raise StoreError("locked", self.path)
 
@@ -208,7 +210,7 @@ class Database:
             disk = os.statvfs(self.path.parent)
             if e.cause == "full":
                 room = disk.f_bavail * disk.f_frsize > 4 * self.path.stat().st_size + (1 << 26)
-                return room and self._db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",)
+                return room and self._connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",)
             if os.access(self.path, os.W_OK) and not disk.f_flag & os.ST_RDONLY:
                 self._forget()  # closing a file takes the locks of all who have it open in this process
                 with self.path.open("rb") as f:
@@ -217,11 +219,17 @@ class Database:
 
     # The file
 
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        if self._db is None:  # what failed to open was never used
+            raise StoreError("closed", self.path)
+        return self._db
+
     def _be_open(self, patience: float) -> None:
         if self._db is None or (self._file is not None and self._file != _identity(self.path)):
             self._open(patience)
         else:
-            self._db.execute(f"PRAGMA busy_timeout = {int(patience * 1000)}")
+            self._connection.execute(f"PRAGMA busy_timeout = {int(patience * 1000)}")
 
     def _open(self, patience: float) -> None:
         self._forget()

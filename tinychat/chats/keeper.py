@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ class Keeper:
         session.load_kv(locations.kv_file(str(chat.id)))
         session.system = chat.system if session.system is None else session.system
 
-    def follow(self, session: Session, events: Iterator[Event]) -> Iterator[Event]:
+    def follow(self, session: Session, events: Generator[Event, None, None]) -> Iterator[Event]:
         """An answer's events as they are; what is said is stored as it comes, so that a program that is
         killed loses a second of it.
         """
@@ -125,7 +125,8 @@ class Keeper:
         self.held.close()
         until = time.monotonic() + wait
         while self.held.locked and time.monotonic() < until:
-            say(f"{self.held.problem.what} Waiting for it, {wait:.0f} s at most.")
+            problem = self.held.problem
+            say(f"{'' if problem is None else problem.what} Waiting for it, {wait:.0f} s at most.")
             say = _silence
             self.held.flush()
         return self.store.loss()

@@ -162,11 +162,12 @@ def _codec(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
 def insert_chat(db: sqlite3.Connection, chat: Chat) -> int:
     """A new row, under the chat's own number if it has one; the number."""
     values = (chat.id or None, *_chat_values(chat), chat.created, chat.updated, chat.deleted)
-    return db.execute(
+    cursor = db.execute(
         "INSERT INTO chats (id, title, model, system, params, leaf, created, updated, deleted) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         values,
-    ).lastrowid
+    )
+    return cursor.lastrowid or 0
 
 
 def update_chat(db: sqlite3.Connection, chat: Chat) -> None:
@@ -197,7 +198,7 @@ def put_message(
     if row is not None and not db.execute(_UPDATE, (*values, row, chat)).rowcount:
         row = None
     if row is None:
-        row = db.execute(_INSERT, (chat, *values)).lastrowid
+        row = db.execute(_INSERT, (chat, *values)).lastrowid or 0
     elif full_text and (m.role == "user" or m.finish_reason is not None):
         db.execute("DELETE FROM words WHERE rowid = ?", (row,))
     else:

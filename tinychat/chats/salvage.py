@@ -60,7 +60,8 @@ def save(path: Path, db: sqlite3.Connection, full_text: bool) -> tuple[int, int]
             parent = None if m.parent is None else now[m.parent]
             now.append(put_message(db, chat.id, m, None, parent, full_text))
             saved += 1
-        db.execute("UPDATE chats SET leaf = ? WHERE id = ?", (now[tree.leaf], chat.id))
+        leaf = None if tree.leaf is None else now[tree.leaf]
+        db.execute("UPDATE chats SET leaf = ? WHERE id = ?", (leaf, chat.id))
     db.execute("COMMIT")
     return len(trees), saved
 

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from tinychat.base.children import python_command
 from tinychat.base.errors import TinychatError
@@ -65,7 +66,8 @@ class EngineClient(Asking):
         if p is None:
             return
         with suppress(OSError, RuntimeError):
-            p.stdin.close()
+            if p.stdin is not None:
+                p.stdin.close()
         await _ended(p, PATIENCE)
         await self._end(p)
 
@@ -89,7 +91,8 @@ class EngineClient(Asking):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own; also a stopped one ends
         await _ended(process, PATIENCE)
-        process._transport.close()  # asyncio's way to close pipes that nobody reads any more
+        # asyncio's way to close pipes that nobody reads any more.
+        process._transport.close()  # type: ignore[attr-defined]
 
     def _put(self, request: Request) -> bool:
         p = self._process
@@ -100,8 +103,12 @@ class EngineClient(Asking):
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Tell what the process says, and its end."""
-        listening = asyncio.gather(self._read(process.stdout), self._read_complaints(process.stderr))
-        ending = asyncio.ensure_future(_ended(process))
+        assert process.stdout is not None  # both are pipes
+        assert process.stderr is not None
+        listening: asyncio.Future[Any] = asyncio.gather(
+            self._read(process.stdout), self._read_complaints(process.stderr)
+        )
+        ending: asyncio.Future[Any] = asyncio.ensure_future(_ended(process))
         try:
             await asyncio.wait({listening, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not (listening.done() and listening.exception()):

@@ -232,14 +232,12 @@ class Core:
     def _head(self, text: str, tokens: int) -> str | None:
         """The longest beginning, nearly, that has at most that many tokens; it ends with a line or a word."""
         n = self._count(text)
-        if n is None:
-            return None
-        while n > tokens:
+        while n is not None and n > tokens:
             text = text[: min(len(text) - 1, int(len(text) * tokens / n * 0.99))]
             cut = max(text.rfind("\n"), text.rfind(" "))
             text = text[:cut] if cut > len(text) // 2 else text
             n = self._count(text)
-        return text
+        return None if n is None else text
 
     def _limits(self) -> dict[str, float] | None:
         """Measured once a model, and never beside an answer: both would be wrong."""

@@ -86,6 +86,8 @@ class Document:
         self._dirty = bool(self._waiting) or (bool(self._tail) and (final or len(self._tail) != before))
 
     def _advance_fence(self, final: bool) -> None:
+        if self._fence is None:
+            return
         mark, indent, language, block, pieces = self._fence
         lines = self._tail.split("\n")
         close = None

@@ -126,11 +126,11 @@ class Table(Leaf):
                     joined += [*cell, (" | ", "faint")]
                 out += wrap(joined[:-1], width)
                 continue
-            cells = [wrap(cell, w) for cell, w in zip(row, widths, strict=True)]
-            for y in range(max(map(len, cells))):
+            wrapped = [wrap(cell, w) for cell, w in zip(row, widths, strict=True)]
+            for y in range(max(map(len, wrapped))):
                 line: Line = []
-                for x, (cell, w) in enumerate(zip(cells, widths, strict=True)):
-                    part = cell[y] if y < len(cell) else []
+                for x, (lines, w) in enumerate(zip(wrapped, widths, strict=True)):
+                    part = lines[y] if y < len(lines) else []
                     if i == 0:
                         part = [(t, f"{s} strong") for t, s in part]
                     space = w - line_width(part)

@@ -162,7 +162,8 @@ class ChatActions(Hearing):
     async def command_resume(self, rest: str) -> None:
         if self.sidebar is None or not self.sidebar.display:
             await self.action_toggle_sidebar()
-        self.sidebar.find(rest)
+        if self.sidebar is not None:
+            self.sidebar.find(rest)
 
     def command_rename(self, rest: str) -> None:
         self._begun_chat().title = rest
@@ -307,7 +308,7 @@ class ChatActions(Hearing):
             elif message.action == "save_code":
                 code = self._code(turn, message.argument)
                 self.app.ask_path("Save the code block as", lambda path: self.write_file(path, code))
-            elif message.action == "edit":
+            elif message.action == "edit" and question is not None:
                 self.begin_edit(question)
             elif message.action == "regenerate":
                 await self.regenerate(question)
@@ -393,17 +394,17 @@ class ChatActions(Hearing):
         """ctrl+b."""
         from tinychat.tui.widgets.sidebar import Sidebar
 
-        if self.sidebar is None:
+        if (sidebar := self.sidebar) is None:
             sidebar = Sidebar(self.app.store)
             sidebar.current = self.conversation.chat.id
             await self.query_one(Row).mount(sidebar, before=0)
             shown = True
         else:
-            shown = self.sidebar.display = not self.sidebar.display
+            shown = sidebar.display = not sidebar.display
         self.set_class(shown, "with-sidebar")
         if shown:
             self.refill()
-            self.sidebar.query_one("#search").focus()
+            sidebar.query_one("#search").focus()
         else:
             self.composer.input.focus()
 

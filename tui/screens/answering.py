@@ -76,8 +76,9 @@ class Answering(ChatParts):
         """Have a question answered, as a new branch if it was before."""
         node = self.conversation.begin_answer(question, self.model)
         await self.show_conversation()
-        turn = self._turn = self.transcript.turn(node)
-        turn.running = {}
+        self._turn = self.transcript.turn(node)
+        if self._turn is not None:
+            self._turn.running = {}
         self.question, self._first, self._tokens, self._stopping = question, None, 0, False
         self._asked = time.monotonic()
         self._watch()
@@ -88,12 +89,14 @@ class Answering(ChatParts):
         self.refill()
 
     def _ask(self) -> None:
-        c = self.conversation
+        c, question = self.conversation, self.question
+        if question is None:
+            return
         params = {**c.chat.params}
         if params.get("seed") is not None and self._turn is not None:
             params["seed"] += len(self._turn.branches) - 1  # the same seed would say the same again
         self._asked, self._progress = time.monotonic(), None
-        self.app.engine.answer(c.key, c.request(self.question, self.model), c.chat.system, params)
+        self.app.engine.answer(c.key, c.request(question, self.model), c.chat.system, params)
         self.question = None
 
     # Waiting for it
@@ -130,8 +133,8 @@ class Answering(ChatParts):
         elif state == "stopping" and time.monotonic() - self._stopped > 1:
             text = "stopping; esc again ends the engine and starts another"
         elif state == "reading" and self._progress is not None:
-            tokens, total, left = self._progress
-            left = duration(max(1.0, left - time.monotonic()))
+            tokens, total, done = self._progress
+            left = duration(max(1.0, done - time.monotonic()))
             text = f"reading the prompt: {tokens:,} of {total:,} tokens, {left} left"
         elif state == "reading" and waited > 0.2:
             text = f"reading the prompt, {waited:.0f} s"

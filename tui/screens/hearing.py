@@ -147,7 +147,7 @@ class Hearing(Answering):
         if not event.has_template:
             self.say("This model has no chat template: it continues your text instead of answering.")
         self.composer.chips.context = self.context or None
-        self.post_message(messages.Attached(self.composer.attachments))
+        self.post_message(messages.Attached())
         if self.question is None:
             return
         asked = self.conversation.tree.nodes[self.question]

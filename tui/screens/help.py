@@ -36,7 +36,7 @@ def groups(app: App[Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
             for b in owner.__dict__["BINDINGS"]
             if isinstance(b, Binding)
         ]
-        yield title, rows
+        yield title or "", rows
     yield "Commands", [(f"/{c.name} {c.argument}".strip(), c.help) for c in COMMANDS]
 
 

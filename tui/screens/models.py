@@ -62,7 +62,7 @@ class ModelScreen(PanelScreen[str]):
             # Weights, and some room for the cache and everything else.
             fits = m["size"] * 1.2 + 3e8 < found["memory"] or m["name"] == self.current
             mark = "●" if m["name"] == self.current else " "
-            line = [
+            line: list[str | tuple[str, str]] = [
                 f"{mark} {shorten(clean(m['name']), name_width):<{name_width}} {human_size(m['size']):>8}  ",
                 f"{clean(m['quantization']):<10}",
                 ("" if fits else " does not fit", "$error"),

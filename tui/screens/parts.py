@@ -12,6 +12,7 @@ from textual.widgets import Static
 
 from tinychat.base.errors import TinychatError
 from tinychat.conversation import Message
+from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.host import Host
 from tinychat.tui.text import clean
@@ -106,6 +107,10 @@ class ChatParts(Surface, Screen[None]):
     def complain(self, e: TinychatError) -> None:
         """Say what is wrong and what to do."""
         self.say(f"{e.what} {e.todo}", error=True)
+
+    def on_trouble(self, message: messages.Trouble) -> None:
+        """From a widget."""
+        self.complain(message.error)
 
     def refill(self) -> None:
         """Show the list of chats as it is now, if it is open."""

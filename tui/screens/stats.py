@@ -8,6 +8,7 @@ from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 
 from tinychat.conversation import Message
+from tinychat.tui.host import Host
 from tinychat.tui.screens.panel import PanelScreen
 from tinychat.tui.text import Line, wrap
 from tinychat.tui.widgets.lines import Lines
@@ -92,6 +93,8 @@ class StatsLines(Lines):
 
 class StatsScreen(PanelScreen[None]):
     """Esc closes."""
+
+    app: Host
 
     def __init__(self, path: list[Message], facts: dict[str, Any]):
         super().__init__()

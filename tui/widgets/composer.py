@@ -236,7 +236,7 @@ class Composer(Vertical):
 
     def _attached(self) -> None:
         self.chips.show(self.attachments)
-        self.post_message(Attached(self.attachments))
+        self.post_message(Attached())
 
     # Completion
 
@@ -313,7 +313,7 @@ class Composer(Vertical):
         each = self._open_list
         if each is None or each.highlighted is None:
             return False
-        chosen = each.get_option_at_index(each.highlighted).id
+        chosen = each.get_option_at_index(each.highlighted).id or ""
         each.display = False
         if self._kind == "command":
             command = commands.BY_NAME[chosen]

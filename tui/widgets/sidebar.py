@@ -14,7 +14,7 @@ from textual.widgets.option_list import Option
 
 from tinychat.base.errors import TinychatError
 from tinychat.chats.chat_store import MARK, UNMARK, ChatStore, Hit
-from tinychat.tui.messages import ChatAction, OpenChat
+from tinychat.tui.messages import ChatAction, OpenChat, Trouble
 from tinychat.tui.text import clean, shorten
 
 
@@ -35,7 +35,7 @@ class ChatList(OptionList):
         """Leave it to the screen."""
         option = self.highlighted_option
         if option is not None or action == "undo":
-            self.post_message(ChatAction(int(option.id) if option is not None else 0, action))
+            self.post_message(ChatAction(int(option.id or 0) if option is not None else 0, action))
 
 
 class Sidebar(Vertical):
@@ -67,7 +67,7 @@ class Sidebar(Vertical):
             found = self.store.search(text, 200) if text.strip() else None
             hits = [Hit(c, "") for c in self.store.chats(300)] if found is None else found
         except TinychatError as e:
-            self.screen.complain(e)
+            self.post_message(Trouble(e))
             hits = []
         chats = self.query_one(ChatList)
         option, place = chats.highlighted_option, chats.highlighted or 0
@@ -120,7 +120,7 @@ class Sidebar(Vertical):
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """A chat is chosen."""
         event.stop()
-        self.post_message(OpenChat(int(event.option_id)))
+        self.post_message(OpenChat(int(event.option_id or 0)))
 
 
 def ago(seconds: float) -> str:

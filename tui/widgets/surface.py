@@ -10,7 +10,10 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 # Not a Widget where it runs: Textual finds default styles and bindings through the first base that is one.
-Mixin = Widget if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    Mixin = Widget
+else:
+    Mixin = object
 
 
 class Surface(Mixin):

@@ -306,7 +306,7 @@ def duration(s: float) -> str:
     return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
 
-def human_size(n: int) -> str:
+def human_size(n: float) -> str:
     """12345 → '12.3 kB'."""
     for unit in ("B", "kB", "MB"):
         if n < 1000:
