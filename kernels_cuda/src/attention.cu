@@ -292,15 +292,14 @@ extern "C" __global__ void __launch_bounds__(WARP) score_slots(const Attention a
     int first = of.rows - watch.watched;
     bool there = begin < of.length + of.rows && begin + SLOTS > first_slot(of.length + first, a.window);
     bool mine = lane < SLOTS && begin + lane < slots;
-    auto place = [&](int row) {
-        size_t plane = watch.plane + row;
-        return scores + ((plane * a.layers + a.layer) * a.kv_heads + head) * slots + begin + lane;
-    };
-    float sum = 0, total = mine && !watch.apart ? *place(0) : 0;
+    size_t plane = static_cast<size_t>(a.layers) * a.kv_heads * slots;
+    scores += watch.plane * plane + (static_cast<size_t>(a.layer) * a.kv_heads + head) * slots + begin + lane;
+    u8* unit = there ? a.cache(of.table).unit(begin, head) : nullptr;
+    float sum = 0, total = mine && !watch.apart ? *scores : 0;
     for (int query = first * group; query < of.rows * group; query += QUERIES) {
         Tile tile = tile_of(a, of, query, head);
         float s[2][4];
-        if (there) score(s, tile, a.cache(of.table).unit(begin, head), begin, a);
+        if (there) score(s, tile, unit, begin, a);
         for (int r = 0; r < 2; ++r) {
             int at = lane / 4 + 8 * r, index = query + at;
             float2 whole = {0, 1};
@@ -314,13 +313,13 @@ extern "C" __global__ void __launch_bounds__(WARP) score_slots(const Attention a
         for (int i = 0; i < QUERIES && query + i < of.rows * group; ++i) {
             if (mine) sum += shared[i][lane];
             if ((query + i) % group < group - 1) continue;
-            if (mine && watch.apart) *place((query + i) / group - first) = sum;
+            if (mine && watch.apart) scores[((query + i) / group - first) * plane] = sum;
             total += sum;
             sum = 0;
         }
         __syncwarp();
     }
-    if (mine && !watch.apart) *place(0) = total;
+    if (mine && !watch.apart) *scores = total;
 }
 EXPORT(score_slots)
 // resources score_slots: registers 128, spills 0, shared 1024
