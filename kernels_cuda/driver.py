@@ -146,7 +146,7 @@ class Device:
         """Host memory that the device reads and writes itself."""
         address, size = c_void_p(), int(np.prod(shape)) * np.dtype(dtype).itemsize
         self._call("cuMemHostAlloc", byref(address), c_size_t(max(size, 16)), c_uint(0))
-        raw = (ctypes.c_uint8 * max(size, 16)).from_address(address.value)
+        raw: Any = (ctypes.c_uint8 * max(size, 16)).from_address(address.value or 0)
         raw._owner = _Freed(self, "cuMemFreeHost", address)
         return np.frombuffer(raw, np.uint8)[:size].view(dtype).reshape(shape)
 

@@ -136,14 +136,15 @@ class Inputs:
         ids: np.ndarray,
         positions: list[int],
         asked: list[int],
-        inverse_temperatures: np.ndarray | float,
+        inverse_temperature: float,
     ) -> None:
         """Write a step's inputs, and copy them. There has to be room."""
         host, at = self._host, offsets(size)
         host[: at[1]] = ids
         if size.wanted == head.TOP:
-            host[at[1] : at[2]].view(np.float32)[:] = inverse_temperatures
-        numbers, tables, begin = positions + asked, [], 0
+            host[at[1] : at[2]].view(np.float32)[:] = inverse_temperature
+        numbers, begin = positions + asked, 0
+        tables: list[np.ndarray] = []
         for sequences, extent, group in zip(memories, size.extents, self._groups, strict=True):
             numbers += _facts(sequences, group, PIECE * extent.pieces, begin)
             tables += [s.table for s in sequences]

@@ -91,14 +91,14 @@ def upload(
     allocate: Callable[[int], Memory] | None = None,
 ) -> DeviceLinear:
     """Packed arrays (codes, meta, zeros, bias, perm) to the device."""
-    memory = {}
+    memory: dict[str, Memory] = {}
     for name, a in parts.items():
         if a is not None:
             a = np.ascontiguousarray(a)
             memory[name] = (allocate or modules.device.allocate)(a.nbytes)
             modules.device.upload(memory[name], a)
-    names = ("codes", "meta", "zeros", "bias", "perm")
-    return DeviceLinear(shape, *(memory.get(name) for name in names))
+    rest = (memory.get(name) for name in ("meta", "zeros", "bias", "perm"))
+    return DeviceLinear(shape, memory["codes"], *rest)
 
 
 __all__ = ["ROW_STEP", "TILE", "DeviceLinear", "launch", "row_length", "upload", "variant"]

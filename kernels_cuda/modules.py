@@ -25,7 +25,10 @@ Unit = tuple[str, tuple[tuple[str, str], ...]]  # a source and how it is compile
 class Compiler(Protocol):
     """NVRTC, or what stands for it where there is no GPU."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """It, its version, and whatever else changes what it makes."""
+        ...
 
     def target(self, capability: int) -> str:
         """What to compile for on a GPU of this compute capability."""

@@ -11,27 +11,28 @@ from tinychat.kernels_cuda.driver import Memory
 from tinychat.kernels_cuda.inputs import Extent, Sequence
 from tinychat.kernels_cuda.modules import Modules
 
+NOTHING = Memory(0, 0)
+
 
 class Pool:
-    """Blocks of 16 slots for the layers that share a memory. `blocks` is None until `resize`."""
+    """Blocks of 16 slots for the layers that share a memory. There are none until `resize`."""
 
     def __init__(self, modules: Modules, shape: Shape, workspace: Memory):
         """workspace: as attention takes it."""
         self.shape, self._device = shape, modules.device
         self.attention = Attention(modules, shape, workspace)
-        self.blocks: Memory | None = None
+        self.blocks = self.scores = NOTHING
         self.n_blocks = 0
-        self.scores: Memory | None = None
 
     def resize(self, n_blocks: int) -> None:
         """A pool of so many blocks, zeroed; if it grows, what it held stays."""
         size, before = n_blocks * self.shape.block_bytes, self.blocks
-        if before is not None and before.size >= size:
-            self.blocks = before = None
+        if before.size >= size:
+            self.blocks = before = NOTHING
             self.n_blocks = 0
         blocks = self._device.allocate(size)
         self._device.clear(blocks)
-        if before is not None:
+        if before.size:
             self._device.copy(blocks[: before.size], before)
         self._device.synchronize()
         self.blocks, self.n_blocks = blocks, n_blocks
@@ -46,20 +47,20 @@ class Pool:
     def reserve_scores(self, extent: Extent, sequences: list[Sequence]) -> bool:
         """Room for a step's; whether they lie elsewhere now."""
         need = 4 * int(np.prod(self._score_shape(extent, sequences)))
-        if self.scores is not None and self.scores.size >= need:
+        if self.scores.size >= need:
             return False
-        self.scores = None
+        self.scores = NOTHING
         self.scores = self._device.allocate(need)
         return True
 
     def put_scores(self, extent: Extent, sequences: list[Sequence]) -> None:
         """What the rows' are added to, one after the other, where all of a sequence's are in one plane."""
         _, *shape = self._score_shape(extent, sequences)
-        for plane, s in _watched(sequences):
+        for plane, s, scores in _watched(sequences):
             if not s.apart:
                 put = np.zeros(shape, np.float32)
-                n = min(s.scores.shape[-1], put.shape[-1])
-                put[..., :n] = s.scores[0, ..., :n]
+                n = min(scores.shape[-1], put.shape[-1])
+                put[..., :n] = scores[0, ..., :n]
                 self._device.upload(self.scores[plane * put.nbytes :], put)
 
     def fetch_scores(self, extent: Extent, sequences: list[Sequence]) -> None:
@@ -67,22 +68,22 @@ class Pool:
         got = np.empty(self._score_shape(extent, sequences), np.float32)
         self._device.download(got, self.scores)
         self._device.synchronize()
-        for plane, s in _watched(sequences):
-            n, own = min(s.scores.shape[-1], got.shape[-1]), got[plane : plane + s.planes]
+        for plane, s, scores in _watched(sequences):
+            n, own = min(scores.shape[-1], got.shape[-1]), got[plane : plane + s.planes]
             if s.apart:
-                s.scores[..., :n] += own[..., :n]
+                scores[..., :n] += own[..., :n]
             else:
-                s.scores[..., :n] = own[..., :n]
+                scores[..., :n] = own[..., :n]
 
     def _score_shape(self, extent: Extent, sequences: list[Sequence]) -> tuple[int, ...]:
         planes = sum(s.planes for s in sequences)
         return planes, self.shape.layers, self.shape.kv_heads, extent.stretches * STRETCH
 
 
-def _watched(sequences: list[Sequence]) -> Iterator[tuple[int, Sequence]]:
-    """Those whose attention is scored, each with its first plane."""
+def _watched(sequences: list[Sequence]) -> Iterator[tuple[int, Sequence, np.ndarray]]:
+    """Those whose attention is scored, each with its first plane and its scores."""
     plane = 0
     for s in sequences:
-        if s.planes:
-            yield plane, s
-        plane += s.planes
+        if s.scores is not None and s.planes:
+            yield plane, s, s.scores
+            plane += s.planes

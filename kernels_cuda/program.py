@@ -49,10 +49,10 @@ class Program:
     weights: list[DeviceLinear] = field(default_factory=list)
     experts: list[DeviceLinear] = field(default_factory=list)  # of which a step reads some
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.device = self.modules.device
         self.inputs = Inputs(self.device, [p.shape.group for p in self.pools])
-        self.output: Head | None = None
+        self._output: Head | None = None
 
     def floats(self, cols: int) -> Buffer:
         """A float a column."""
@@ -191,8 +191,15 @@ class Program:
     def head(self, w: DeviceLinear, x: Buffer, scale: float, cap: float) -> None:
         """The last op: logits of the rows that are asked for."""
         self.weights.append(w)
-        self.output = Head(self.modules, w, x, scale, cap)
+        self._output = Head(self.modules, w, x, scale, cap)
         self.record([x], lambda z: None)  # x lives to the end
+
+    @property
+    def output(self) -> Head:
+        """What `head` recorded."""
+        if self._output is None:
+            raise RuntimeError("the program has no head")
+        return self._output
 
     def build(self) -> None:
         """Give every buffer memory: what is no longer read is written again."""

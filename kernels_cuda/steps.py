@@ -49,13 +49,13 @@ class Steps:
         asked: list[int],
         wanted: str,
         out: np.ndarray,
-        inverse_temperatures: np.ndarray | float = 0.0,
+        inverse_temperature: float = 0.0,
     ) -> None:
         """One step. Fills `out` [asked rows, head.columns] with what is wanted of their logits, and adds to
         scores.
 
         memories: of each, the sequences that the rows belong to, as it has them. ids, positions: [rows].
-        asked: rows that get logits, ascending. inverse_temperatures: of head.TOP's totals.
+        asked: rows that get logits, ascending. inverse_temperature: of head.TOP's totals.
         """
         self.count += 1
         inputs, output, tail = self.program.inputs, self.program.output, len(asked)
@@ -67,7 +67,7 @@ class Steps:
             if pool.reserve_scores(extent, sequences):
                 self.graphs.clear()  # they know where the old ones were
             pool.put_scores(extent, sequences)
-        inputs.put(size, memories, ids, positions, asked, inverse_temperatures)
+        inputs.put(size, memories, ids, positions, asked, inverse_temperature)
         if size.rows <= GRAPH_ROWS:
             self._replay(size)
             if tail:

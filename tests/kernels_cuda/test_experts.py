@@ -8,8 +8,8 @@ from emulation import bench, needs_device, needs_emulation
 from expert_layers import EXPERTS, HIDDEN, TAKEN, layer, truth
 from programs import FORMS
 
-from tinychat.backends.cuda import _Recorder, _Value
 from tinychat.backends.cuda_pack import _joined, pack
+from tinychat.backends.cuda_recorder import Recorder, Value
 from tinychat.kernels_cuda import experts, linear
 from tinychat.kernels_cuda.inputs import Size
 from tinychat.kernels_cuda.program import Buffer, Program
@@ -29,14 +29,14 @@ def run(weights, x, scores, *, normalize=True, residual=None):
     """float32 [rows, HIDDEN]."""
     b, rows = bench(), len(x)
     p = Program(b.modules, ROWS)
-    r = _Recorder(p, ())
+    r = Recorder(p, ())
     values, columns, out = p.floats(HIDDEN), p.floats(scores.shape[1]), p.floats(HIDDEN)
     p.record([values, columns, out], lambda z: None)  # what ops before this layer would write
-    value = _Value(HIDDEN, halves=p.halve(values, HIDDEN, None))
-    routes = r.route(_Value(scores.shape[1], floats=columns), min(TAKEN, scores.shape[1]), normalize)
+    value = Value(HIDDEN, halves=p.halve(values, HIDDEN, None))
+    routes = r.route(Value(scores.shape[1], floats=columns), min(TAKEN, scores.shape[1]), normalize)
     h = r.silu_mul(r.expert_linear(value, [uploaded(e[:2]) for e in weights], routes))
     r.expert_sum(
-        r.expert_linear(h, [uploaded(e[2:]) for e in weights], routes), routes, _Value(HIDDEN, floats=out)
+        r.expert_linear(h, [uploaded(e[2:]) for e in weights], routes), routes, Value(HIDDEN, floats=out)
     )
     p.records[-1].uses += [values, columns]
     place(p)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,8 @@ import numpy as np
 
 from tinychat.backends.cuda_device import free_memory, open_modules
 from tinychat.backends.cuda_pack import Loader
-from tinychat.backends.interface import BLOCK, LargestLogits, MemorySpec, Step, memories_of, place_of
+from tinychat.backends.cuda_recorder import Recorder
+from tinychat.backends.interface import BLOCK, LargestLogits, MemorySpec, Slots, Step, memories_of
 from tinychat.base.errors import (
     DeviceLostError,
     MemoryBudgetError,
@@ -24,18 +24,17 @@ from tinychat.base.errors import (
     UsageError,
 )
 from tinychat.base.machine import human_bytes
-from tinychat.kernels_cuda import experts, head, layout
+from tinychat.kernels_cuda import experts, head
 from tinychat.kernels_cuda.attention import MAX_HEAD, Shape
 from tinychat.kernels_cuda.driver import DeviceError, Memory, OutOfMemoryError
 from tinychat.kernels_cuda.inputs import Sequence
-from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.kernels_cuda.pool import Pool
-from tinychat.kernels_cuda.program import Buffer, Program, program_sources
+from tinychat.kernels_cuda.program import Program, program_sources
 from tinychat.kernels_cuda.steps import Steps
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig
+from tinychat.network.config import ModelConfig
 from tinychat.network.weight_policy import WeightPolicy
 
 MAX_ROWS = 512
@@ -92,7 +91,7 @@ class CudaBackend:
             workspace = self._device.allocate(WORKSPACE)
             pools = [Pool(self._modules, shape, workspace) for shape in shapes]
             program = Program(self._modules, MAX_ROWS, pools)
-            family.forward(_Recorder(program, self.memories), c, weights)
+            family.forward(Recorder(program, self.memories), c, weights)
             program.build()
             self._steps = Steps(program)
 
@@ -176,7 +175,7 @@ class CudaBackend:
         with self._on_device():
             table = self._open().table(block_table)
             w, to = self._upload(np.ascontiguousarray(weights, np.float32)), self._device.allocate(out.nbytes)
-            pool.attention.value_spread(pool.blocks, table, w, to, out.shape[2])
+            pool.attention.value_spread(pool.blocks, table, w, to, weights.shape[2])
             self._device.download(out, to)
             self._device.synchronize()
         return out
@@ -189,7 +188,7 @@ class CudaBackend:
         ropes = [self.cfg.layers[i].mixer.rope for i in self.memories[memory].layers]
         with self._on_device():
             table = self._open().table(block_table)
-            for rope in {*ropes} - {None}:
+            for rope in {rope for rope in ropes if rope is not None}:
                 here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
                 turns = self._upload(np.ascontiguousarray(np.where(here, delta, 0), np.int32))
                 f = rope.frequencies().astype(np.float64)
@@ -263,6 +262,7 @@ class CudaBackend:
         sequences, row = [], 0
         for span in step.spans:
             slots, n = span.memories[memory], len(span.token_ids)
+            assert isinstance(slots, Slots)  # models with states are refused
             table = slots.table
             if len(table) * BLOCK < slots.length + n:
                 raise ValueError("the block table does not cover the step")
@@ -322,122 +322,3 @@ def _check_memory(spec: MemorySpec, name: str) -> None:
             f"{name} has heads of {spec.head_dim} channels; {MAX_HEAD} is the most.",
             "Use --device cpu.",
         )
-
-
-@dataclass(eq=False)
-class _Value:
-    """A handle: `floats` holds it in fp32, `halves` as linears read it; either may be missing. A token has
-    `each` rows of it: one, or one with each expert that it takes.
-    """
-
-    cols: int
-    floats: Buffer | None = None
-    halves: Buffer | None = None
-    each: int = 1
-
-
-@dataclass(eq=False)
-class _Heads:
-    """A part of a qkv value, and how it is to be rotated."""
-
-    qkv: _Value
-    attention: AttentionConfig
-    rope: RopeConfig | None = None
-
-
-class _Recorder:
-    """Implements `Ops` by writing down what to launch."""
-
-    def __init__(self, program: Program, memories: tuple[MemorySpec, ...]):
-        self.program, self.memories = program, memories
-        self.tables: dict[RopeConfig, Buffer] = {}
-
-    def embed(self, weight, scale=1.0):
-        (w,) = weight
-        return _Value(w.shape.k, floats=self.program.embed(w, scale))
-
-    def rms_norm(self, x, weight, eps, add_to=None):
-        if add_to is not None:
-            self.program.rms_norm_add(x.floats, weight, x.cols, eps, add_to.floats)
-            return _Value(x.cols, floats=add_to.floats)
-        return _Value(x.cols, halves=self.program.rms_norm(x.floats, weight, x.cols, eps))
-
-    def linear(self, x, weight, add_to=None):
-        cols = sum(w.shape.n for w in weight)
-        out = self.program.floats(cols) if add_to is None else add_to.floats
-        column = 0
-        for w in weight:
-            self.program.linear(w, self._input(x, w), out, column, cols, add_to is not None)
-            column += w.shape.n
-        return _Value(cols, floats=out)
-
-    def split_heads(self, qkv, attention):
-        return _Heads(qkv, attention), _Heads(qkv, attention), _Heads(qkv, attention)
-
-    def norm_heads(self, q, k, q_weight, k_weight, eps):
-        c, qkv = q.attention, q.qkv
-        offset = 0
-        for weight, heads in ((q_weight, c.n_heads), (k_weight, c.n_kv_heads)):
-            n = weight.size // 4  # a head's, or all heads' as one
-            self.program.norm_heads(qkv.floats, weight, n, offset, heads * c.head_dim // n, qkv.cols, eps)
-            offset += heads * c.head_dim
-        return q, k
-
-    def rope(self, q, k, rope):
-        if rope not in self.tables:
-            self.tables[rope] = self.program.rope_table(rope.frequencies(), rope.magnitude)
-        return _Heads(q.qkv, q.attention, rope), _Heads(k.qkv, k.attention, rope)
-
-    def attention(self, q, k, v, attention, layer):
-        table = self.tables[q.rope] if q.rope else None
-        pairs = len(q.rope.frequencies()) if q.rope else 0
-        memory, place = place_of(self.memories, layer)
-        a = attention
-        out = self.program.attend(
-            q.qkv.floats, table, pairs, memory, place, a.window, a.scale or a.head_dim**-0.5, a.soft_cap
-        )
-        return _Value(a.n_heads * a.head_dim, halves=out)
-
-    def silu_mul(self, gate_up):
-        return self._gate("silu_mul", gate_up)
-
-    def gelu_mul(self, gate_up):
-        return self._gate("gelu_mul", gate_up)
-
-    def route(self, scores, n, normalize):
-        return experts.route(self.program, scores.floats, scores.cols, n, normalize)
-
-    def expert_linear(self, x, weights, routes):
-        alike: dict[tuple[int, layout.Shape], dict[int, DeviceLinear]] = {}  # a launch each
-        for e, linears in enumerate(weights):
-            column = 0
-            for w in linears:
-                alike.setdefault((column, w.shape), {})[e] = w
-                column += w.shape.n
-        out = self.program.floats(column * routes.taken)
-        for (first, _), members in alike.items():
-            share = routes.taken // x.each
-            experts.products(self.program, routes, members, x.halves, share, out, first, column)
-        return _Value(column, floats=out, each=routes.taken)
-
-    def expert_sum(self, x, routes, add_to):
-        experts.add(self.program, routes, x.floats, x.cols, add_to.floats)
-        return _Value(x.cols, floats=add_to.floats)
-
-    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
-        (w,) = weight
-        self.program.head(w, self._input(x, w), scale, soft_cap)
-
-    def _gate(self, name, gate_up):
-        n, each = gate_up.cols // 2, gate_up.each
-        return _Value(n, halves=self.program.gate(name, gate_up.floats, n, each), each=each)
-
-    def _input(self, x: _Value, w: DeviceLinear) -> Buffer:
-        """`x` as halves, in the order of the weight's inputs."""
-        if w.perm is not None:
-            if x.halves is not None:
-                return self.program.reorder(x.halves, x.cols, w.perm)
-            return self.program.halve(x.floats, x.cols, w.perm)
-        if x.halves is None:
-            x.halves = self.program.halve(x.floats, x.cols, None)
-        return x.halves

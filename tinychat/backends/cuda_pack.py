@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from tinychat.kernels_cuda.layout import TILE, Form, Shape
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.network.checkpoint import Checkpoint
+from tinychat.network.family import Family
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear, bf16_to_f32
 
@@ -70,7 +70,7 @@ class Loader:
         self,
         checkpoint: Checkpoint,
         policy: WeightPolicy,
-        family: ModuleType,
+        family: Family,
         modules: Modules,
         tell: Callable[[str], None] | None = None,
     ):

@@ -9,7 +9,6 @@ import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from tinychat.backends.exact_form import ExactForm
 from tinychat.backends.pack_file import FileSink, MemorySink, Pack, PackInMemory
 from tinychat.base import locations
 from tinychat.network.checkpoint import Checkpoint
+from tinychat.network.family import Family
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear
 
@@ -42,7 +42,7 @@ class Layout(Protocol):
 def opened(
     checkpoint: Checkpoint,
     policy: WeightPolicy,
-    family: ModuleType,
+    family: Family,
     layout: Layout,
     tell: Tell | None = None,
     at_once: bool = False,
@@ -117,7 +117,7 @@ class Packer:
         self.checkpoint, self.policy, self.layout, self.sink = checkpoint, policy, layout, sink
         self.index: dict[str, Any] = {"linears": {}, "vectors": {}}
 
-    def pack(self, family: ModuleType) -> dict[str, Any]:
+    def pack(self, family: Family) -> dict[str, Any]:
         """All weights, one after the other; the index."""
         family.load(self, self.checkpoint.config)
         self.sink.finish(self.index)

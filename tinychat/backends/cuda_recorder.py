@@ -1,0 +1,130 @@
+"""A model's ops, written down as kernel launches in a `Program`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinychat.backends.interface import MemorySpec, place_of
+from tinychat.kernels_cuda import experts, layout
+from tinychat.kernels_cuda.linear import DeviceLinear
+from tinychat.kernels_cuda.program import Buffer, Program
+from tinychat.network.config import AttentionConfig, RopeConfig
+
+
+@dataclass(eq=False)
+class Value:
+    """A handle: `floats` holds it in fp32, `halves` as linears read it; either may be missing. A token has
+    `each` rows of it: one, or one with each expert that it takes.
+    """
+
+    cols: int
+    floats: Buffer | None = None
+    halves: Buffer | None = None
+    each: int = 1
+
+
+@dataclass(eq=False)
+class Heads:
+    """A part of a qkv value, and how it is to be rotated."""
+
+    qkv: Value
+    attention: AttentionConfig
+    rope: RopeConfig | None = None
+
+
+class Recorder:
+    """Implements `Ops` by writing down what to launch."""
+
+    def __init__(self, program: Program, memories: tuple[MemorySpec, ...]):
+        self.program, self.memories = program, memories
+        self.tables: dict[RopeConfig, Buffer] = {}
+
+    def embed(self, weight, scale=1.0):
+        (w,) = weight
+        return Value(w.shape.k, floats=self.program.embed(w, scale))
+
+    def rms_norm(self, x, weight, eps, add_to=None):
+        if add_to is not None:
+            self.program.rms_norm_add(x.floats, weight, x.cols, eps, add_to.floats)
+            return Value(x.cols, floats=add_to.floats)
+        return Value(x.cols, halves=self.program.rms_norm(x.floats, weight, x.cols, eps))
+
+    def linear(self, x, weight, add_to=None):
+        cols = sum(w.shape.n for w in weight)
+        out = self.program.floats(cols) if add_to is None else add_to.floats
+        column = 0
+        for w in weight:
+            self.program.linear(w, self._input(x, w), out, column, cols, add_to is not None)
+            column += w.shape.n
+        return Value(cols, floats=out)
+
+    def split_heads(self, qkv, attention):
+        return Heads(qkv, attention), Heads(qkv, attention), Heads(qkv, attention)
+
+    def norm_heads(self, q, k, q_weight, k_weight, eps):
+        c, qkv = q.attention, q.qkv
+        offset = 0
+        for weight, heads in ((q_weight, c.n_heads), (k_weight, c.n_kv_heads)):
+            n = weight.size // 4  # a head's, or all heads' as one
+            self.program.norm_heads(qkv.floats, weight, n, offset, heads * c.head_dim // n, qkv.cols, eps)
+            offset += heads * c.head_dim
+        return q, k
+
+    def rope(self, q, k, rope):
+        if rope not in self.tables:
+            self.tables[rope] = self.program.rope_table(rope.frequencies(), rope.magnitude)
+        return Heads(q.qkv, q.attention, rope), Heads(k.qkv, k.attention, rope)
+
+    def attention(self, q, k, v, attention, layer):
+        table = self.tables[q.rope] if q.rope else None
+        pairs = len(q.rope.frequencies()) if q.rope else 0
+        memory, place = place_of(self.memories, layer)
+        a = attention
+        out = self.program.attend(
+            q.qkv.floats, table, pairs, memory, place, a.window, a.scale or a.head_dim**-0.5, a.soft_cap
+        )
+        return Value(a.n_heads * a.head_dim, halves=out)
+
+    def silu_mul(self, gate_up):
+        return self._gate("silu_mul", gate_up)
+
+    def gelu_mul(self, gate_up):
+        return self._gate("gelu_mul", gate_up)
+
+    def route(self, scores, n, normalize):
+        return experts.route(self.program, scores.floats, scores.cols, n, normalize)
+
+    def expert_linear(self, x, weights, routes):
+        alike: dict[tuple[int, layout.Shape], dict[int, DeviceLinear]] = {}  # a launch each
+        for e, linears in enumerate(weights):
+            column = 0
+            for w in linears:
+                alike.setdefault((column, w.shape), {})[e] = w
+                column += w.shape.n
+        out = self.program.floats(column * routes.taken)
+        for (first, _), members in alike.items():
+            share = routes.taken // x.each
+            experts.products(self.program, routes, members, x.halves, share, out, first, column)
+        return Value(column, floats=out, each=routes.taken)
+
+    def expert_sum(self, x, routes, add_to):
+        experts.add(self.program, routes, x.floats, x.cols, add_to.floats)
+        return Value(x.cols, floats=add_to.floats)
+
+    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
+        (w,) = weight
+        self.program.head(w, self._input(x, w), scale, soft_cap)
+
+    def _gate(self, name, gate_up):
+        n, each = gate_up.cols // 2, gate_up.each
+        return Value(n, halves=self.program.gate(name, gate_up.floats, n, each), each=each)
+
+    def _input(self, x: Value, w: DeviceLinear) -> Buffer:
+        """`x` as halves, in the order of the weight's inputs."""
+        if x.halves is not None:
+            return x.halves if w.perm is None else self.program.reorder(x.halves, x.cols, w.perm)
+        assert x.floats is not None  # a value has one or the other
+        halves = self.program.halve(x.floats, x.cols, w.perm)
+        if w.perm is None:
+            x.halves = halves
+        return halves
