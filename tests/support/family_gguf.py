@@ -34,7 +34,7 @@ def write(path: Path, hf, arch: str) -> None:
     w.add_vocab_size(c.vocab_size)
     tensors = dict(hf.state_dict())
     experts(w, c, tensors)
-    METADATA.get(arch, lambda w, c, tensors: None)(w, c, tensors)
+    METADATA.get(arch, window)(w, c, tensors)
     rope(w, c, head_dim, tensors)
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("gpt-2")
@@ -117,4 +117,4 @@ def window(w: GGUFWriter, c, tensors: dict) -> None:
         w.add_sliding_window(c.sliding_window)
 
 
-METADATA = {"granite": granite, "gemma2": gemma, "gemma3": gemma, "llama": window, "phi3": window}
+METADATA = {"granite": granite, "gemma2": gemma, "gemma3": gemma}
