@@ -213,3 +213,12 @@ def test_a_step_that_was_missed_is_led_by_who_waits(model, monkeypatch):
     waiting.join(60)  # nobody has woken it
     assert rows.done
     assert len(branch) == len(PROMPTS[0])
+
+
+def test_rows_that_an_interrupted_answer_left_behind_are_not_run_beside_those_of_the_next(model, alone):
+    scheduler, branch = model.engine.scheduler, model.engine.branch()
+    left = Rows(branch, PROMPTS[0], len(PROMPTS[0]), prompt=True, held=0)
+    scheduler._wanted.append(left)
+    *_, done = model.engine.generate(branch, PROMPTS[0], PARAMS)
+    assert done.completion.token_ids == alone[0].token_ids
+    assert (left.done, scheduler._wanted) == (False, [])

@@ -189,8 +189,8 @@ class Scheduler:
         """Have these rows run, by this thread or by another that leads meanwhile. Raises their `error`; rows
         that were cancelled before their turn came have `ran` nothing.
         """
-        self._post(rows)
         try:
+            self._post(rows)
             while not rows.done:
                 if self._leading.locked():
                     rows.wake.acquire(timeout=LOOK_SECONDS)
@@ -220,6 +220,9 @@ class Scheduler:
         if due is not None:
             soon = time.monotonic() - due.since <= self.patience
             rows.in_time = soon or due.may_come
+        for other in list(self._wanted):
+            if other.branch is rows.branch:  # of an answer that was interrupted before it could withdraw them
+                self._withdraw(other)
         self._wanted.append(rows)
         self.leave(rows.branch)
 
