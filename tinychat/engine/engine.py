@@ -18,7 +18,6 @@ from tinychat.base.errors import UsageError
 from tinychat.base.events import Done, Event
 from tinychat.engine.eviction import EvictionPolicy
 from tinychat.engine.generation import Generation, Room, Wish
-from tinychat.engine.memory.branch import Branch
 from tinychat.engine.memory.memories import Memories
 from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
 from tinychat.engine.owned import OwnedBranch
@@ -71,7 +70,7 @@ class Engine:
         """A new, empty sequence. With a policy it may outgrow its budget; without, it ends where the context
         is full.
         """
-        ledger = policy and self.memories.ledger(policy)
+        ledger = self.memories.ledger(policy) if policy else None
         return self._known(OwnedBranch(self.memories.parts(), self._known, ledger))
 
     def _known(self, branch: OwnedBranch) -> OwnedBranch:
@@ -191,7 +190,7 @@ class Engine:
         if self.closed:
             raise UsageError("The model is closed.", "Load it again.")
 
-    def _make_room(self, branch: Branch, n: int) -> None:
+    def _make_room(self, branch: OwnedBranch, n: int) -> None:
         ledger = branch.ledger
         if ledger is None:
             return
@@ -329,7 +328,7 @@ class Engine:
             try:
                 return action()
             except PoolExhaustedError as e:
-                if not self._make_way(branch, e.pool):
+                if e.pool is None or not self._make_way(branch, e.pool):
                     raise
 
     def _make_way(self, branch: OwnedBranch, pool: BlockPool) -> bool:

@@ -210,19 +210,20 @@ def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: d
             raise ValueError("shapes")
     if slots > engine.n_ctx or (evicted and (branch.ledger is None or slots > branch.ledger.policy.budget)):
         return 0  # made under other settings
-    watched = "positions" in read and branch.ledger is not None
-    if evicted and not watched:
+    ledger = branch.ledger if "positions" in read else None
+    if evicted and ledger is None:
         raise ValueError("positions")
-    if watched:
-        _check_ledger(branch.ledger.shape, slots, about, read)
+    if ledger is not None:
+        _check_ledger(ledger.shape, slots, about, read)
     with engine.changing():
         branch.free()
         engine.make(branch, len(ids), evicted)
         for i, (part, blocks) in enumerate(zip(branch.parts, memories, strict=True)):
             engine.backend.write_blocks(np.array(part.held(), np.int32), blocks, i)
-        branch.restore(ids, evicted)
-        if watched:
-            branch.ledger.restore(*(read[n] for n in LEDGER), int(about["next_position"]), int(about["seen"]))
+        branch.restore(ids.tolist(), evicted)
+        if ledger is not None:
+            positions, born, scores = (read[name] for name in LEDGER)
+            ledger.restore(positions, born, scores, int(about["next_position"]), int(about["seen"]))
     return len(ids)
 
 

@@ -138,8 +138,7 @@ class Branch:
         """Whether the branch has read exactly this prompt, nothing was given up since, and it can go back
         there.
         """
-        votes = self.ledger and self.ledger.remembered
-        n = len(prompt)
+        votes, n = self.ledger.remembered if self.ledger else None, len(prompt)
         if not votes or votes.size + self.evicted != n or common_prefix(self.ids, prompt) != n:
             return False
         return self._behind(n - 1) >= max(self._floor, n - 1 - 2 * BLOCK)
@@ -152,7 +151,7 @@ class Branch:
         """If this is the prompt that was read last: go back to before its last token, or a few more. They
         vote no second time; when they have run, `Ledger.recall` takes what is returned.
         """
-        if not self.may_rewind(prompt):
+        if self.ledger is None or not self.may_rewind(prompt):
             return None
         votes = self.ledger.remembered
         self.truncate(len(prompt) - 1)
@@ -235,6 +234,7 @@ class Branch:
         value, and what is returned (slots that the backend has to move): as of `Ledger.evict`. The table
         still has the last blocks.
         """
+        assert self.ledger is not None
         moves = self.ledger.evict(n, value)
         self.evicted += n
         self._floor = len(self.ids)
@@ -245,6 +245,7 @@ class Branch:
         """Positions become consecutive; every block is private. Returns what the backend has to turn the keys
         of each memory by: as `Ledger.reindex` does, or one number for all.
         """
+        assert self.ledger is not None
         before = self.ledger.next_position
         self._floor = len(self.ids)
         turns = self.ledger.reindex()

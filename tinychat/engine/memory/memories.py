@@ -79,6 +79,7 @@ class Memories:
     def give_up(self, branch: Branch, n: int) -> None:
         """n slots (a multiple of BLOCK) fewer in the paged memory; what it has there is private."""
         ledger, memory, value = branch.ledger, self._paged, None
+        assert ledger is not None
         if memory is None:
             branch.give_up(n)
             return

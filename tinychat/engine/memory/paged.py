@@ -61,9 +61,7 @@ class Paged:
         if n <= own:
             return self.trim(n)
         start = own // BLOCK
-        found = [self.pool.find(key) for key in keys[start : n // BLOCK]]
-        for block in found:
-            self.pool.retain(block)
+        found = [self.pool.hold(key) for key in keys[start : n // BLOCK]]
         for block in self.table[start:]:
             self.pool.release(block)
         self.table[start:] = found

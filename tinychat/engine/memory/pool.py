@@ -139,6 +139,12 @@ class BlockPool:
         """The block with that content, if it is still there."""
         return self._block_of.get(key)
 
+    def hold(self, key: bytes) -> int:
+        """The block with that content, which is there, with one holder more."""
+        block = self._block_of[key]
+        self.retain(block)
+        return block
+
     # Snapshots
 
     def snapshot(self, keys: Sequence[bytes]) -> None:
@@ -151,7 +157,7 @@ class BlockPool:
         self._snapshots[keys[-1]] = tuple(keys)
         self._pins.update(keys)
         for block in map(self._block_of.get, keys):
-            if block in self._idle:
+            if block is not None and block in self._idle:
                 del self._idle[block]
                 self._pinned[block] = None
         if len(self._snapshots) > self.n_blocks:
@@ -165,7 +171,8 @@ class BlockPool:
             self._pins[key] -= 1
             if not self._pins[key]:
                 del self._pins[key]
-                if (block := self._block_of.get(key)) in self._pinned:
+                block = self._block_of.get(key)
+                if block is not None and block in self._pinned:
                     del self._pinned[block]
                     self._idle[block] = None
 

@@ -26,7 +26,10 @@ class State:
     def __init__(self, pool: BlockPool, spacing: int):
         """spacing: tokens between two snapshots in a long text, a multiple of BLOCK."""
         self.pool, self.spacing = pool, spacing
-        self.forget()
+        self.current = self.boundary = -1
+        self.length = self.at = 0
+        self.kept = np.zeros(0, np.int32)  # slots that the step in preparation writes, -1 for none
+        self._ends: list[int] = []  # where that step has snapshots
 
     def held(self) -> list[int]:
         """Slots that it has a reference to."""
@@ -119,6 +122,7 @@ class State:
     def take(self, n: int, own: int, keys: Sequence[bytes]) -> None:
         """Hold the state behind n tokens, `longest` having allowed it."""
         slot = self._slot(n, own, keys)
+        assert slot is not None
         boundary, at = (self.boundary, self.at) if 0 < self.at < n and self.at <= own else (-1, 0)
         for kept in (slot, boundary):
             if kept >= 0:
@@ -173,5 +177,4 @@ class State:
         """Hold nothing, and give nothing back: the pool is going to be counted anew."""
         self.current = self.boundary = -1
         self.length = self.at = 0
-        self.kept = np.zeros(0, np.int32)
-        self._ends: list[int] = []
+        self.kept, self._ends = np.zeros(0, np.int32), []

@@ -118,12 +118,13 @@ class Window:
         first, end = self.seen_from(n), -(-n // BLOCK)
         if first and self._has(first - 1, n, own):
             first -= 1
-        blocks = [
-            int(self._table[i]) if self._has(i, n, own) else self.pool.find(keys[i])
-            for i in range(first, end)
-        ]
-        for block in blocks:
-            self.pool.retain(block)
+        blocks = []
+        for i in range(first, end):
+            if self._has(i, n, own):
+                blocks.append(int(self._table[i]))
+                self.pool.retain(blocks[-1])
+            else:
+                blocks.append(self.pool.hold(keys[i]))
         self.free()
         self._hold(first, blocks)
 
