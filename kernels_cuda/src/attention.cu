@@ -276,7 +276,8 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP)
 }
 EXPORT(attend_rows)
 // resources attend_rows: registers 255, spills 16, stack 16, shared 32768
-// resources attend_rows/192: registers 255, spills 128, stack 96, shared 32768
+// resources attend_rows/96: registers 255, spills 24, stack 24, shared 32768
+// resources attend_rows/192: registers 255, spills 144, stack 96, shared 32768
 // resources attend_rows/224: registers 255, spills 1024, stack 512, shared 32768
 // resources attend_rows/256: registers 255, spills 1024, stack 512, shared 32768
 

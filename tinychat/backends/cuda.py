@@ -244,8 +244,12 @@ class CudaBackend:
         asked: list[int] = []
         for span in step.spans:
             row, n = len(positions), len(span.token_ids)
-            if n == 0:
-                raise ValueError("a span without rows")
+            if n == 0 or not 0 <= span.logits_from <= n:
+                raise ValueError(
+                    f"a span has rows, and logits from one of them on: not {n}, {span.logits_from}"
+                )
+            if len(span.memories) != len(self.memories):
+                raise ValueError("a span has something in each memory")
             positions += range(span.position, span.position + n)
             asked += range(row + span.logits_from, row + n)
         if not 1 <= len(positions) <= MAX_ROWS:
@@ -264,12 +268,16 @@ class CudaBackend:
             slots, n = span.memories[memory], len(span.token_ids)
             assert isinstance(slots, Slots)  # models with states are refused
             table = slots.table
-            if len(table) * BLOCK < slots.length + n:
+            if slots.length < 0 or len(table) * BLOCK < slots.length + n:
                 raise ValueError("the block table does not cover the step")
             skipped = max(0, slots.length + 1 - spec.window) // BLOCK if spec.kind == "window" else 0
             table = table[skipped:]
             if table.min() < 0 or table.max() >= there:
                 raise ValueError("the block table names blocks that are not there")
+            if slots.scores is not None and len(slots.scores) not in (1, slots.scored_rows):
+                raise ValueError("scores are of each scored row, or of all together")
+            if slots.scored_rows > n:
+                raise ValueError(f"of {n} rows, {slots.scored_rows} cannot be scored")
             sequences.append(Sequence(row, n, slots.length, table, skipped, slots.scores, slots.scored_rows))
             row += n
         return sequences

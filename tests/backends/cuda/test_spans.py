@@ -28,26 +28,16 @@ WINDOWED = dict(
 BLOCKS = 60
 
 
-def split(cfg) -> tuple[MemorySpec, ...]:
-    """Full layers in a paged memory, windowed ones in a window's."""
-    kinds: dict[int, list[int]] = {}  # layers of each window
-    for i, layer in enumerate(cfg.layers):
-        kinds.setdefault(layer.mixer.window, []).append(i)
-    return tuple(
-        MemorySpec("window" if window else "paged", tuple(layers), 2, 16, window)
-        for window, layers in sorted(kinds.items())
-    )
-
-
-def whole(cfg) -> tuple[MemorySpec, ...]:
-    """All layers in one memory."""
-    return (MemorySpec("paged", tuple(range(len(cfg.layers))), 2, 16),)
+def together(cfg) -> tuple[MemorySpec, ...]:
+    """One memory for all layers, whatever they see."""
+    return (MemorySpec("paged", tuple(range(cfg.n_layers)), 2, 16),)
 
 
 def backend(monkeypatch, several=False, **changes) -> CudaBackend:
     """A model with one memory, or with one for its windowed layers too."""
     with monkeypatch.context() as m:
-        m.setattr("tinychat.backends.cuda.memories_of", split if several else whole)
+        if not several:
+            m.setattr("tinychat.backends.cuda.memories_of", together)
         b = CudaBackend(TinyCheckpoint(5, context_length=512, **changes), modules=bench().modules)
     for memory in range(len(b.memories)):
         b.allocate_kv(BLOCKS, memory)
@@ -296,6 +286,14 @@ def test_wrong_spans_are_errors(monkeypatch):
         b.step(Step((good, Span(np.zeros(0, np.int32), 0, 0, good.memories))))
     with pytest.raises(ValueError, match="rows"):
         b.step(Step(()))
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match="logits"):
+            b.step(Step((good, Span(IDS[:3], 0, wrong, good.memories))))
+    with pytest.raises(ValueError, match="each memory"):
+        b.step(Step((good, Span(IDS[:3], 0, 0, good.memories[:1]))))
+    for scores, watched in ((np.zeros((2, 1, 2, 9), np.float32), 3), (np.zeros((4, 1, 2, 9), np.float32), 4)):
+        with pytest.raises(ValueError, match="scored"):
+            b.step(Step((good, other.span(b, 3, 0, scores, watched))))
     for memory in range(2):
         slots = list(other.span(b, 3, 0).memories)
         slots[memory] = Slots(np.full(4, -1, np.int32), 0)
