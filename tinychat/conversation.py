@@ -92,9 +92,9 @@ class Message:
     def mended(cls, given: dict[str, Any]) -> Message:
         """A message of whatever a damaged row had in its fields: one that makes no sense is empty."""
         out = {}
-        for name, (hint, needed) in shapes.hints(cls).items():
+        for name, (reader, needed) in shapes.readers(cls).items():
             try:
-                out[name] = shapes.converted(given.get(name), hint)
+                out[name] = reader(given.get(name), False)
             except ValueError:
                 if needed:
                     out[name] = ""

@@ -6,11 +6,12 @@ Types are read from the annotations: adding a field to a dataclass is enough. Lo
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+Reader = Callable[[Any, bool], Any]
 
 
 def read(cls: type[T], given: Any, *, strangers: bool = False) -> T:
@@ -21,14 +22,14 @@ def read(cls: type[T], given: Any, *, strangers: bool = False) -> T:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"no {cls.__name__}")
-    known = hints(cls)
+    known = readers(cls)
     if not strangers and (unknown := [str(name) for name in given if name not in known]):
         raise ValueError(f"unknown field {unknown[0][:50]}")
     out = {}
-    for name, (hint, needed) in known.items():
+    for name, (reader, needed) in known.items():
         if name in given:
             try:
-                out[name] = converted(given[name], hint, strangers)
+                out[name] = reader(given[name], strangers)
             except ValueError as e:
                 raise ValueError(f"{name}: {e}") from None
         elif needed:
@@ -36,57 +37,78 @@ def read(cls: type[T], given: Any, *, strangers: bool = False) -> T:
     return cls(**out)
 
 
-def hints(cls: type) -> dict[str, tuple[Any, bool]]:
-    """Type of each field of a dataclass, and whether it must be given."""
-    if (known := _HINTS.get(cls)) is not None:
-        return known
-    found = get_type_hints(cls)
-    _HINTS[cls] = {
-        f.name: (found[f.name], f.default is MISSING and f.default_factory is MISSING)
-        for f in fields(cls)  # type: ignore[arg-type]
-        if f.init
-    }
-    return _HINTS[cls]
-
-
-_HINTS: dict[type, dict[str, tuple[Any, bool]]] = {}
-
-
-def converted(value: Any, hint: Any, strangers: bool = False) -> Any:
-    """The value as that type has it: a mapping becomes a dataclass. Raises ValueError if it is none of it.
+def readers(cls: type) -> dict[str, tuple[Reader, bool]]:
+    """What reads each field of a dataclass, and whether it must be given. A reader takes a value and whether
+    strangers are left out; it raises ValueError for what is not of the field's type.
 
     A bool is no number, and a whole number is a float. A type with a `from_dict` reads itself.
     """
-    if hint is Any:
-        return value
+    if (known := _READERS.get(cls)) is None:
+        found = get_type_hints(cls)
+        known = _READERS[cls] = {
+            f.name: (_reader(found[f.name]), f.default is MISSING and f.default_factory is MISSING)
+            for f in fields(cls)  # type: ignore[arg-type]
+            if f.init
+        }
+    return known
+
+
+_READERS: dict[type, dict[str, tuple[Reader, bool]]] = {}
+
+
+def _reader(hint: Any) -> Reader:
+    """The reader of a type, made once: what a type is made of takes longer to find out than to check."""
     origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return lambda value, strangers: value
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return converted(value, next(a for a in args if a is not type(None)), strangers)
-    if origin is Literal:
-        if not (isinstance(value, str) and value in args):
-            raise ValueError(f"{_shown(value)} is not one of {', '.join(args)}")
-        return value
+        inner = _reader(next(a for a in args if a is not type(None)))
+        return lambda value, strangers: None if value is None else inner(value, strangers)
     if origin is list:
+        return _list_reader(args[0])
+    if origin is dict:
+        return _dict_reader(args[1])
+    if hasattr(hint, "from_dict"):
+        return lambda value, strangers: hint.from_dict(value, strangers=strangers)
+    if is_dataclass(hint):
+        return lambda value, strangers: read(hint, value, strangers=strangers)  # type: ignore[type-var, arg-type]
+    kinds = (float, int) if hint is float else (hint,)
+
+    def plain(value: Any, strangers: bool) -> Any:
+        if type(value) not in kinds:
+            raise ValueError(f"{_shown(value)} is no {hint.__name__}")
+        return value
+
+    return plain
+
+
+def _list_reader(hint: Any) -> Reader:
+    inner, plain = _reader(hint), {hint} if hint in (int, str) else None
+
+    def items(value: Any, strangers: bool) -> Any:
         if not isinstance(value, list):
             raise ValueError(f"{_shown(value)} is no list")
-        if args[0] in (int, str):  # of token ids there are many
-            if not all(type(item) is args[0] for item in value):
-                raise ValueError(f"not every item is {args[0].__name__}")
-            return value
-        return [converted(item, args[0], strangers) for item in value]
-    if origin is dict:
-        if not isinstance(value, dict) or not all(type(key) is str for key in value):
+        if plain is None:
+            return [inner(item, strangers) for item in value]
+        if not plain.issuperset(map(type, value)):  # of token ids there are many
+            raise ValueError(f"not every item is {hint.__name__}")
+        return value
+
+    return items
+
+
+def _dict_reader(hint: Any) -> Reader:
+    inner, anything = _reader(hint), hint is Any
+
+    def values(value: Any, strangers: bool) -> Any:
+        if not isinstance(value, dict) or not _TEXT.issuperset(map(type, value)):
             raise ValueError(f"{_shown(value)} is no object")
-        return {key: converted(item, args[1], strangers) for key, item in value.items()}
-    if hasattr(hint, "from_dict"):
-        return hint.from_dict(value, strangers=strangers)
-    if is_dataclass(hint):
-        return read(hint, value, strangers=strangers)  # type: ignore[type-var, arg-type]
-    if not (type(value) is hint or (hint is float and type(value) is int)):
-        raise ValueError(f"{_shown(value)} is no {hint.__name__}")
-    return value
+        return value if anything else {key: inner(item, strangers) for key, item in value.items()}
+
+    return values
+
+
+_TEXT = {str}
 
 
 def _shown(value: Any) -> str:
