@@ -213,8 +213,8 @@ class ModelConfig:
         """Whether cached tokens can be given up and renumbered: every layer turns its keys by angles that
         depend on the distance alone, or not at all.
         """
-        ropes = {layer.mixer.rope for layer in self.layers} - {None}
-        return all(rope.kind not in ("dynamic", "longrope") for rope in ropes)
+        ropes = {layer.mixer.rope for layer in self.layers}
+        return all(rope is None or rope.kind not in ("dynamic", "longrope") for rope in ropes)
 
     def for_context(self, n: int) -> ModelConfig:
         """The config that a context of n tokens needs: another one only where it is a long context."""
