@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import span_schedules
 from backend_steps import IDS, cuda, truth
 from emulation import bench, controls, needs_device, needs_emulation
 from families import relative_error
@@ -191,6 +192,19 @@ def test_blocks_are_saved_copied_turned_and_moved_in_the_memory_that_is_named(mo
         logits.append(spread if several else spread[1:2])
     np.testing.assert_array_equal(logits[2], logits[0])
     np.testing.assert_array_equal(logits[3], logits[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("changes", [{}, WINDOWED])
+def test_random_schedules_of_conversations_have_the_bits_of_each_alone(n, changes):
+    results = []
+    for together in (False, True):
+        b = cuda(TinyCheckpoint(1, context_length=512, **changes), kv_bits=8)
+        for memory in range(len(b.memories)):
+            b.allocate_kv(span_schedules.BLOCKS, memory)
+        results.append(span_schedules.run(b, 10 + n, n, together, most=8))
+    span_schedules.assert_same(*results)
 
 
 def watching(b, c, n, logits_from=0, watched=0, apart=True):
