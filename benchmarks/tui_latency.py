@@ -296,7 +296,8 @@ def fill_store(home: str) -> None:
             parent = len(messages) if i else None
             messages.append((len(messages) + 1, c + 1, parent, role, text, end, now))
         chats.append((c + 1, f"title {c:04}", "demo", "{}", len(messages), now, now - 1000 + c))
-    with store._write() as db:
+
+    def fill(db) -> None:
         db.executemany(
             "INSERT INTO chats (id, title, model, params, leaf, created, updated)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -308,6 +309,8 @@ def fill_store(home: str) -> None:
             messages,
         )
         db.execute("INSERT INTO words (rowid, content) SELECT id, content FROM messages")
+
+    store._database.change(fill)
     store.close()
 
 
