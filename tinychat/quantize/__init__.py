@@ -127,7 +127,7 @@ def quantize(
 
 
 def _calibration(checkpoint: Checkpoint, method: str, file: Path | None, seed: int) -> np.ndarray:
-    """Token ids to calibrate on: int32 [windows, length]."""
+    """Token ids to calibrate on: int64 [windows, length]."""
     from tinychat.quantize import calibration
 
     length = min(calibration.LENGTH, checkpoint.config.context_length)
