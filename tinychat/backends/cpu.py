@@ -11,14 +11,14 @@ import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from tinychat.backends import pack_store
 from tinychat.backends.cpu_pack import CpuLayout, CpuWeights
 from tinychat.backends.cpu_recorder import Recorder
-from tinychat.backends.interface import Span, Step, memories_of
+from tinychat.backends.interface import Slots, Span, Step, memories_of
 from tinychat.base import machine
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.kernels_cpu import _native
@@ -126,7 +126,7 @@ class CpuBackend:
         if grows := pool is not None and n_blocks > blocks:
             self._use_pool(memory, _Pool())  # nothing may point into it while the system moves it
         try:
-            if grows:
+            if pool is not None and grows:
                 pool.resize(size)
             else:
                 pool = _anonymous(size)
@@ -175,7 +175,7 @@ class CpuBackend:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
         ropes = [self.cfg.layers[layer].mixer.rope for layer in self.memories[memory].layers]
-        for rope in {*ropes} - {None}:
+        for rope in {rope for rope in ropes if rope is not None}:
             here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
             turned = np.ascontiguousarray(np.where(here, delta, 0), np.int32)
             self._program.turn_keys(memory, table, [float(f) for f in rope.frequencies()], turned)
@@ -224,7 +224,8 @@ class CpuBackend:
 def _native_span(span: Span) -> tuple:
     """A span as the program takes it."""
     memories = [
-        (np.ascontiguousarray(m.table, np.int32), m.length, m.scores, m.scored_rows) for m in span.memories
+        (np.ascontiguousarray(m.table, np.int32), m.length, m.scores, m.scored_rows)
+        for m in cast("tuple[Slots, ...]", span.memories)
     ]
     ids = np.ascontiguousarray(span.token_ids, np.int32)
     return ids, span.position, span.logits_from, tuple(memories)

@@ -256,23 +256,22 @@ class Recorder:
         if x.rows is not None:
             x.rows.as_float = True
             x.consumed = True
-            source = x.rows
-            self._record(
-                [source, out],
-                lambda p: p.quantize(source.native.floats, perm, out.native, False),
-            )
+            rows = x.rows
+            self._record([rows, out], lambda p: p.quantize(rows.native.floats, perm, out.native, False))
         else:
-            source = x.floats
-            self._record([source, out], lambda p: p.quantize(source.native, perm, out.native, tail))
+            floats = x.floats
+            self._record([floats, out], lambda p: p.quantize(floats.native, perm, out.native, tail))
         return out
 
     def _expert_inputs(self, x: Value, weights: Any, routes: Routes) -> list[list[Buffer]]:
         """For each expert, what its linears read: `x` in their form and order, a row for each slot."""
         forms = {(w.native.quantized, w.native.group, w.perm is None) for expert in weights for w in expert}
         x.consumed = True
-        if x.rows.routes and len(forms) == 1 and weights[0][0].perm is None:
-            self._want(x.rows, weights[0][0], self.act_bits)  # silu_mul writes the form
-            return [[x.rows] * len(expert) for expert in weights]
+        source = x.rows
+        assert source is not None  # a norm or an activation is what experts read
+        if source.routes and len(forms) == 1 and weights[0][0].perm is None:
+            self._want(source, weights[0][0], self.act_bits)  # silu_mul writes the form
+            return [[source] * len(expert) for expert in weights]
         buffers: dict[tuple, Buffer] = {}
         inputs, orders = [], []
         for expert in weights:
@@ -287,8 +286,7 @@ class Recorder:
                 order[id(buffers[key])] = buffers[key], w.perm
             inputs.append(mine)
             orders.append(list(order.values()))
-        x.rows.as_float = True
-        source = x.rows
+        source.as_float = True
         self._record(
             [routes, source, *buffers.values()],
             lambda p: p.expert_input(

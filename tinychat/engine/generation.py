@@ -151,7 +151,7 @@ class Generation:
         self.written.write(said.written)
         return TextDelta(said.text, token, said.reasoning, said.written)
 
-    def _decide(self) -> Generator[Wish, None, list[int]]:
+    def _decide(self) -> Generator[Event | Wish, None, list[int]]:
         """A step and the tokens that it decides: none when the context is full, or when it is cancelled while
         others hold the memory that it needs.
         """
@@ -181,7 +181,7 @@ class Generation:
         return []
 
     def _take_notices(self) -> Iterator[Notice]:
-        if self._given_up and not self.evicted_before:
+        if self._given_up and self.branch.ledger and not self.evicted_before:
             self.evicted_before = self.branch.evicted
             policy = self.branch.ledger.policy
             who = "what the model attends to least is" if policy.name == "h2o" else "the oldest are"
@@ -241,7 +241,7 @@ class Generation:
         n, ledger = len(self.context) + 1, self.branch.ledger
         return Room(self.branch, min(n, ledger.policy.budget) if ledger else n, self.cancel)
 
-    def _read_again(self) -> Generator[Wish, None, bool]:
+    def _read_again(self) -> Generator[Event | Wish, None, bool]:
         """Have what the branch held before it gave way: the prompt, then the answer so far as it was made,
         with the same votes. False if it was cancelled.
         """

@@ -46,7 +46,7 @@ def checksum(tensors: dict[str, np.ndarray]) -> str:
     """CRC-32 over all tensors in the order of their names: a flipped bit in a key would be a wrong answer."""
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 
@@ -81,7 +81,7 @@ def seal(tensors: dict[str, np.ndarray], about: dict[str, str]) -> str:
     for name in sorted(tensors):
         a = np.ascontiguousarray(tensors[name])
         code.update(f"{name} {a.dtype} {a.shape}".encode())
-        code.update(a.reshape(-1).view(np.uint8))
+        code.update(a.reshape(-1).view(np.uint8).data)
     return code.hexdigest()
 
 

@@ -78,6 +78,7 @@ def _outputs(backend: Backend, parts: Sequence[Part]) -> list[Any]:
     step = Step(tuple(part.span for part in parts))
     asking = [part for part in parts if part.asked] or parts
     greedy = all(part.greedy for part in asking)
+    out: Any
     if greedy:
         out = backend.step_greedy(step)
     elif backend.step_largest is not None and _largest_suffice(asking):
@@ -103,5 +104,5 @@ def _temperature(parts: Sequence[Part]) -> float:
     """Of the totals that come with the largest logits; 0, none at all, where they want different ones. They
     save reading the row, and decide nothing.
     """
-    wanted = {total_temperature(part.rows.params) for part in parts} - {0.0}
+    wanted = {total_temperature(part.rows.params) for part in parts if part.rows.params} - {0.0}
     return wanted.pop() if len(wanted) == 1 else 0.0

@@ -66,5 +66,5 @@ class Speculator:
     def _drop(self, e: Exception) -> None:
         # Whatever goes wrong with a draft, the answer goes on without one.
         why = e.what if isinstance(e, TinychatError) else f"{type(e).__name__}: {e}"
-        self.notice = f"The draft {self.drafter.name} is dropped: {why}"
+        self.notice = f"The draft {self.drafter and self.drafter.name} is dropped: {why}"
         self.drafter = None
