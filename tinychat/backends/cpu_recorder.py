@@ -260,6 +260,7 @@ class Recorder:
             self._record([rows, out], lambda p: p.quantize(rows.native.floats, perm, out.native, False))
         else:
             floats = x.floats
+            assert floats is not None  # a value has one form at least
             self._record([floats, out], lambda p: p.quantize(floats.native, perm, out.native, tail))
         return out
 

@@ -26,6 +26,7 @@ from tinychat.tui.widgets.turn import Turn, human_size
 from tinychat.tui.words import Words
 
 
+# One file because it is a flat list: a short method for each thing that a user can do.
 class ChatActions(Hearing):
     """A method for each command, for what is done with a message or a chat, and for each key."""
 
