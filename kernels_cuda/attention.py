@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def defines(self) -> dict[str, str]:
-        """What cache.cu and attention.cu are compiled with."""
+        """Definitions that cache.cu and attention.cu are compiled with."""
         return {"HEAD": str(self.head), "KV_BITS": str(self.bits)}
 
     @property
@@ -92,7 +92,7 @@ class Attention:
         scale: float,
         cap: float,
     ) -> Call:
-        """What all launches for a layer are told. facts: tables, places, pieces, watches (src/step.cuh)."""
+        """Arguments of all launches for a layer. facts: tables, places, pieces, watches (src/step.cuh)."""
         s = self.shape
         addresses = {name: m.address for name, m in facts.items()}
         return Call(
@@ -142,7 +142,7 @@ class Attention:
             )
 
     def walk(self, c: Call, to: Memory, piece: int, pieces: int) -> None:
-        """For many rows: the same numbers, bit by bit. Of so many pieces from `piece` on."""
+        """Attention of many rows, the same numbers bit by bit, for so many pieces from `piece` on."""
         warps = 4 if self.shape.head <= 128 else 2
         grid = -(-pieces // warps), c.kv_heads
         self.device.launch(self._kernels["attend_rows"], grid, warps * 32, c, to, piece, pieces)

@@ -211,7 +211,7 @@ class Device:
     # Graphs
 
     def capture(self, launches: Callable[[], None]) -> Graph:
-        """What `launches` puts on the stream, to be replayed in one call. Nothing runs yet."""
+        """Graph of what `launches` puts on the stream, to be replayed in one call. Nothing runs yet."""
         graph, executable = c_void_p(), c_void_p()
         self._call("cuStreamBeginCapture_v2", self._stream, RELAXED_CAPTURE)
         try:

@@ -19,7 +19,7 @@ FEW, MANY = 8, 32  # rows of an expert in one block
 
 @dataclass(eq=False)
 class Routes:
-    """Which experts each row takes: the buffers of src/routes.cu."""
+    """Choice of experts for each row: the buffers of src/routes.cu."""
 
     experts: int
     taken: int

@@ -61,7 +61,9 @@ class Head:
         return self._picked
 
     def launch(self, x: Memory, wanted: str, inverse_temperatures: Memory, n: int) -> None:
-        """Of n rows' inputs, ROWS at most. inverse_temperatures: float32, each row's, for TOP."""
+        """Launch the head on n rows' inputs, ROWS at most. inverse_temperatures: float32, each row's, for
+        TOP.
+        """
         d, vocab, logits = self.modules.device, self.weight.shape.n, self._results[LOGITS][0]
         linear.launch(self.modules, self.weight, x, logits, n, vocab, scale=self.scale, cap=self.cap)
         if wanted == ARGMAX:
@@ -72,7 +74,7 @@ class Head:
             )
 
     def fetch(self, wanted: str, to: np.ndarray) -> None:
-        """What was launched last, for the first len(to) rows: [rows, columns]."""
+        """Fetch what was launched last, for the first len(to) rows: [rows, columns]."""
         source, pinned = self._results[wanted]
         through = pinned[: len(to)] if len(to) <= len(pinned) else to
         self.modules.device.download(through, source)

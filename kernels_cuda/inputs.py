@@ -1,5 +1,5 @@
-"""What a step is told of its rows and sequences: how it lies in device memory (src/step.cuh), and how it gets
-there, in one copy.
+"""Inputs of a step about its rows and sequences: how they lie in device memory (src/step.cuh), and how it
+gets there, in one copy.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Sequence:
 
 
 class Extent(NamedTuple):
-    """What launches depend on, of one memory.
+    """Numbers of one memory that launches depend on.
 
     stretches  that cover the longest sequence
     pieces     of 16 queries (src/step.cuh); few: those of the step's `few` rows
@@ -66,7 +66,7 @@ class Extent(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What a step's launches depend on. Which sequences its rows belong to is not part of it.
+    """Numbers that a step's launches depend on. Which sequences its rows belong to is not part of it.
 
     tail    rows that get logits
     first   the first of them, where they lie one behind the other; else -1
@@ -84,7 +84,7 @@ class Size(NamedTuple):
 
 @lru_cache(256)
 def offsets(size: Size) -> list[int]:
-    """Where each part of the inputs begins, in numbers of 4 bytes: ids, inverse temperatures, positions,
+    """Offsets of the inputs' parts, in numbers of 4 bytes: ids, inverse temperatures, positions,
     asked rows; places, pieces and watches of each memory; tables.
     """
     counts = [size.rows, size.tail, size.rows, size.tail]
@@ -94,7 +94,7 @@ def offsets(size: Size) -> list[int]:
 
 
 class Inputs:
-    """Where a step's inputs lie: on the device, and pinned on the host."""
+    """Buffers of a step's inputs: on the device, and pinned on the host."""
 
     def __init__(self, device: Device, groups: list[int]):
         """groups: query heads of a KV head, in each memory."""
@@ -102,7 +102,7 @@ class Inputs:
         self._memory, self._host = device.allocate(0), np.empty(0, np.int32)
 
     def size(self, memories: list[list[Sequence]], asked: list[int], wanted: str) -> Size:
-        """Of a step whose rows belong to these sequences, the same in each memory. asked: rows that get
+        """Size of a step whose rows belong to these sequences, the same in each memory. asked: rows that get
         logits, ascending.
         """
         last = memories[0][-1]
@@ -121,7 +121,7 @@ class Inputs:
         return self.room(offsets(size)[-1] + sum([len(s.table) for m in memories for s in m]))
 
     def room(self, numbers: int) -> bool:
-        """For as many of 4 bytes; whether everything lies elsewhere now."""
+        """Have room for as many of 4 bytes; whether everything lies elsewhere now."""
         if numbers <= len(self._host):
             return False
         numbers += numbers // 2
@@ -219,8 +219,8 @@ def _facts(sequences: list[Sequence], group: int, room: int, begin: int) -> list
 
 
 def _extent(sequences: list[Sequence], group: int, few: int) -> Extent:
-    """Of several sequences, a graph has room for any that its rows may belong to; of a single one, for no
-    more than that.
+    """Extent that a graph is made for: of several sequences, it has room for any that its rows may belong to;
+    of a single one, for no more than that.
     """
     if len(sequences) == 1:
         (s,) = sequences

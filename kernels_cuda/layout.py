@@ -24,14 +24,14 @@ RECORD = {"SYMMETRIC": 4, "ZERO": 4, "OFFSET": 8, "FLOAT": 16, "NONE": 0}
 
 @dataclass(frozen=True)
 class Form:
-    """Which kernel a weight is for: 4 or 8 bits with a META of layout.cuh, or 16 or 32 bits as they are."""
+    """Kernel that a weight is for: 4 or 8 bits with a META of layout.cuh, or 16 or 32 bits as they are."""
 
     bits: int
     meta: str = "NONE"
 
     @property
     def defines(self) -> dict[str, str]:
-        """What linear.cu and embed.cu are compiled with."""
+        """Definitions that linear.cu and embed.cu are compiled with."""
         return {"BITS": str(self.bits), "META": self.meta}
 
 
@@ -58,12 +58,12 @@ class Shape:
 
     @property
     def tiles(self) -> int:
-        """Of 16 outputs."""
+        """Number of tiles, of 16 outputs each."""
         return -(-self.n // TILE)
 
     @property
     def stages(self) -> int:
-        """That a tile's inputs are read in."""
+        """Number of stages in which a tile's inputs are read."""
         return -(-self.k // STAGE[self.form.bits])
 
     @property

@@ -31,7 +31,7 @@ class Compiler(Protocol):
         ...
 
     def target(self, capability: int) -> str:
-        """What to compile for on a GPU of this compute capability."""
+        """Target to compile for on a GPU of this compute capability."""
         ...
 
     def compile(
@@ -42,7 +42,7 @@ class Compiler(Protocol):
 
 
 def headers() -> list[Path]:
-    """What sources may include."""
+    """Headers that sources may include."""
     return sorted(SOURCES.glob("*.cuh"))
 
 

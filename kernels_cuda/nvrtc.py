@@ -25,7 +25,7 @@ class CompileError(Exception):
 
 
 def candidates() -> list[str]:
-    """Where the library may lie: TINYCHAT_NVRTC, wheels, toolkits, the loader's own places."""
+    """Places where the library may lie: TINYCHAT_NVRTC, wheels, toolkits, the loader's own places."""
     if override := os.environ.get("TINYCHAT_NVRTC"):
         return [override]
     found: list[str] = []

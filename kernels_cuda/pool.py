@@ -54,7 +54,9 @@ class Pool:
         return True
 
     def put_scores(self, extent: Extent, sequences: list[Sequence]) -> None:
-        """What the rows' are added to, one after the other, where all of a sequence's are in one plane."""
+        """Upload the arrays to which rows' scores are added, one after the other where a sequence has one
+        plane.
+        """
         _, *shape = self._score_shape(extent, sequences)
         for plane, s, scores in _watched(sequences):
             if not s.apart:
@@ -64,7 +66,7 @@ class Pool:
                 self._device.upload(self.scores[plane * put.nbytes :], put)
 
     def fetch_scores(self, extent: Extent, sequences: list[Sequence]) -> None:
-        """What came of it, to the arrays that asked."""
+        """Fetch the scores into the arrays that asked."""
         got = np.empty(self._score_shape(extent, sequences), np.float32)
         self._device.download(got, self.scores)
         self._device.synchronize()

@@ -59,7 +59,7 @@ class Program:
         return Buffer(4 * cols)
 
     def halves(self, cols: int, each: int = 1) -> Buffer:
-        """What a linear of so many inputs reads, `each` times a row."""
+        """Halves that a linear of so many inputs reads, `each` times a row."""
         return Buffer(2 * row_length(cols) * each)
 
     def record(self, uses: Sequence[Buffer], launch: Callable[[Size], None]) -> None:
@@ -84,7 +84,7 @@ class Program:
         return out
 
     def rms_norm(self, x: Buffer, weight: Memory, n: int, eps: float) -> Buffer:
-        """As halves."""
+        """RMS norm, as halves."""
         kernel, out = self.rows_kernel("rms_norm"), self.halves(n)
         self.record(
             [x, out],
@@ -105,7 +105,7 @@ class Program:
     def norm_heads(
         self, x: Buffer, weight: Memory, n: int, offset: int, heads: int, cols: int, eps: float
     ) -> None:
-        """In place: `heads` of n columns each, from column `offset` on."""
+        """RMS norm in place: `heads` of n columns each, from column `offset` on."""
         kernel = self.rows_kernel("norm_heads")
         self.record(
             [x],
@@ -196,7 +196,7 @@ class Program:
 
     @property
     def output(self) -> Head:
-        """What `head` recorded."""
+        """Buffer that `head` recorded."""
         if self._output is None:
             raise RuntimeError("the program has no head")
         return self._output
@@ -231,7 +231,7 @@ class Program:
 
 
 def program_sources(shapes: Sequence[Shape]) -> list[tuple[str, dict[str, str]]]:
-    """What a program is compiled from, apart from what its weights need. shapes: of its attentions."""
+    """Sources of a program, apart from what its weights need. shapes: of its attentions."""
     return [(f"{name}.cu", shape.defines) for shape in shapes for name in ("cache", "attention")] + [
         (f"{name}.cu", {}) for name in ("rows", "logits")
     ]

@@ -65,7 +65,7 @@ def _layers(
 
 
 def constants_from_hf(c: Settings) -> dict[str, Any]:
-    """What embeddings are multiplied by, and where logits are capped."""
+    """Factor of the embeddings, and cap of the logits."""
     cap = float(c.get("final_logit_softcapping") or 0)
     return {"embed_scale": math.sqrt(c["hidden_size"]), "logit_soft_cap": cap}
 
@@ -149,7 +149,7 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     a = cfg.layers[0].mixer
     return {
         "architectures": ["Gemma2ForCausalLM"],

@@ -90,7 +90,7 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     ropes = [layer.mixer.rope for layer in cfg.layers]
     local = next((rope for rope in ropes if rope and rope != cfg.rope), None)
     mine = {

@@ -69,7 +69,7 @@ def forward(ops: Ops, cfg: ModelConfig, w: Weights) -> Handle:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     a = cfg.layers[0].mixer
     return {
         "architectures": ["GraniteForCausalLM"],

@@ -130,5 +130,5 @@ def biases(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model: with windows it is a Mistral."""
+    """Entries of config.json for such a model: with windows it is a Mistral."""
     return {"architectures": ["MistralForCausalLM" if cfg.windowed else "LlamaForCausalLM"]}

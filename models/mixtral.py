@@ -159,7 +159,7 @@ def biases(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     mlp = experts_of(cfg.layers[0])
     return {
         "architectures": ["MixtralForCausalLM"],

@@ -83,5 +83,5 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     return {"architectures": ["Olmo2ForCausalLM"]}

@@ -52,7 +52,7 @@ def biases(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     rope = cfg.rope
     original = rope.original_context if rope and rope.kind == "longrope" else cfg.context_length
     window = max(layer.mixer.window for layer in cfg.layers) or None

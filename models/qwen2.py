@@ -26,5 +26,5 @@ def biases(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     return {"architectures": ["Qwen2ForCausalLM"], **hf_config.windows_of(cfg)}

@@ -70,5 +70,5 @@ def head_norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     return {"architectures": ["Qwen3ForCausalLM"], **hf_config.windows_of(cfg)}

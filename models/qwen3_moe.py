@@ -100,7 +100,7 @@ def biases(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     mlps = [layer.mlp for layer in cfg.layers]
     some = next(m for m in mlps if isinstance(m, ExpertsConfig))
     return {

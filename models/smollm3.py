@@ -49,7 +49,7 @@ GGUF = {"smollm3": FromGGUF(NAMES, interleaved=True, layers=_from_gguf)}
 
 
 def settings(cfg: ModelConfig) -> Settings:
-    """What config.json says of such a model."""
+    """Entries of config.json for such a model."""
     rotated = [int(layer.mixer.rope is not None) for layer in cfg.layers]
     return {
         "architectures": ["SmolLM3ForCausalLM"],

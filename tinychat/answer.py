@@ -22,7 +22,7 @@ class AnswerInTheMaking:
         self._said, self._ids = io.StringIO(), array("i")
 
     def hear(self, event: Event) -> None:
-        """What the generation says."""
+        """Take in an event of the generation."""
         if isinstance(event, TextDelta):
             self._said.write(event.written)
             if event.token_id is not None:

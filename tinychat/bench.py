@@ -156,8 +156,8 @@ def linear_bytes(w: Linear) -> int:
 
 
 def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:
-    """What decoding one token reads: every linear of the body and the head (a tied head is the embedding); of
-    experts as many as a token takes.
+    """Bytes that decoding one token reads: every linear of the body and the head (a tied head is the
+    embedding); of experts as many as a token takes.
     """
     c = checkpoint.config
     total, by_shape = 0.0, {}
@@ -297,7 +297,7 @@ def measure_together(
     rng = np.random.default_rng(0)
 
     def rate(n: int, n_gen: int = n_gen) -> float:
-        """Of n answers, from when all of them have begun until all have ended."""
+        """Tokens a second of n answers, from when all of them have begun until all have ended."""
         prompts = rng.integers(0, vocab_size, (n, n_prompt)).tolist()
         params = SamplingParams(temperature=0, max_tokens=n_gen + 1)
         began: list[float] = []

@@ -1,5 +1,5 @@
-"""What was said: the tree of messages that sessions, the store, the screen, exports and the engine's protocol
-share.
+"""A conversation: the tree of messages that sessions, the store, the screen, exports and the engine's
+protocol share.
 
 A new field of a message is a line in `Message`; the store needs a column for it (`chats/database.py`,
 `chats/records.py`). Loads nothing heavy.
@@ -45,7 +45,7 @@ class Message:
     created: float = field(default=0.0, metadata=NEVER)  # seconds since 1970, in the store
 
     def as_read(self) -> str:
-        """What the model reads: the files, then what was said."""
+        """Text that the model reads: the files, then what was said."""
         return as_read(self.content, self.attachments) if self.attachments else self.content
 
     def split(self) -> tuple[str | None, str]:
@@ -55,7 +55,7 @@ class Message:
         return split_thought(self.content, self.prompt_text)[:2]
 
     def title(self) -> str:
-        """What a chat that begins with this message is called: the first words, on one line."""
+        """Title of a chat that begins with this message: the first words, on one line."""
         said = self.content if self.content.strip() else ", ".join(a["name"] for a in self.attachments)
         line = " ".join(said.split())
         return line if len(line) <= TITLE_LENGTH else line[: TITLE_LENGTH - 1].rstrip() + "…"
@@ -80,7 +80,9 @@ class Message:
 
     @classmethod
     def from_dict(cls, given: Any, *, strangers: bool = False) -> Message:
-        """What `as_dict` gave. Raises ValueError for whatever is no message; strangers: see `shapes.read`."""
+        """Read what `as_dict` gave. Raises ValueError for whatever is no message; strangers: see
+        `shapes.read`.
+        """
         m = shapes.read(cls, given, strangers=strangers)
         if m.role not in ("user", "assistant"):
             raise ValueError("role")
@@ -191,7 +193,7 @@ class Tree:
     # As JSON
 
     def as_dict(self, model: str, system: str | None, params: dict[str, Any]) -> dict[str, Any]:
-        """What `Session.save`, `/save` and exports write, and `Session.load` reads."""
+        """Fields that `Session.save`, `/save` and exports write, and `Session.load` reads."""
         return {
             "tinychat_session": FORMAT,
             "model": model,

@@ -36,7 +36,7 @@ def room_for_memories(backend: Backend) -> int:
 
 
 class Drafts(Protocol):
-    """Where a model's draft models come from: `tinychat.loading.Drafts`."""
+    """Source of a model's draft models: `tinychat.loading.Drafts`."""
 
     def recommended(self, model: Model) -> str:
         """The draft that goes with the model."""
@@ -52,7 +52,7 @@ class Drafts(Protocol):
 
 
 class Model:
-    """In memory: `tokenizer`, `config`, `logits`, `generate`, `chat`, `session`. A context manager."""
+    """A loaded model: `tokenizer`, `config`, `logits`, `generate`, `chat`, `session`. A context manager."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Model:
         return self.engine.n_ctx
 
     def describe(self) -> dict[str, Any]:
-        """What runs: backend, isa, act_bits, kv_bits, threads, ctx."""
+        """Facts of what runs: backend, isa, act_bits, kv_bits, threads, ctx."""
         return {"model": self.name, **self.backend.describe(), "ctx": self.n_ctx}
 
     def bos(self, text: str) -> list[int]:
@@ -137,7 +137,7 @@ class Model:
     def eviction(
         self, budget: int | None = None, name: str | None = None, chat: bool = False
     ) -> EvictionPolicy | None:
-        """What happens when the cache is full; None: the answer ends with `context_full`.
+        """Policy for a full cache; None: the answer ends with `context_full`.
 
         budget and name as in `load`; those given there are the default. chat: a conversation falls back to
         "h2o" when its context is full.
@@ -221,7 +221,7 @@ class Model:
         return Session(self, system, **sampling)
 
     def speculator(self, draft: str | None = None) -> Speculator:
-        """Who drafts for one conversation; None is this model's default.
+        """Drafter for one conversation; None is this model's default.
 
         "ngram", "none", a model, "layers:0-3,26-29" (those layers of this model), or "auto" (the draft that
         goes with this model's alias, if it is here; else "ngram").
@@ -268,7 +268,7 @@ class Model:
         return arguments.token_ids(given, self.config.vocab_size)
 
     def _settings(self, sampling: dict[str, Any]) -> tuple[Speculator, SamplingParams]:
-        """Of one answer. The draft comes last: it may have to be loaded."""
+        """Speculator and sampling of one answer. The draft comes last: it may have to be loaded."""
         draft = sampling.pop("draft", None)
         params = self.default_sampling.but(**sampling)
         return self.speculator(draft), params

@@ -101,7 +101,7 @@ class ChatApp(Host):
             await super().on_event(event)
 
     async def _type_early_keys(self) -> None:
-        """What was typed while the program started. An enter of that time may have come as a line feed."""
+        """Type what was typed while the program started. An enter may have come as a line feed then."""
         early, self._early = self._early or [], None
         for event in early:
             if isinstance(event, events.Key) and event.key == "ctrl+j":

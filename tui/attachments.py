@@ -29,7 +29,7 @@ class Attachment:
         return cls(stored["name"], stored["text"])
 
     def stored(self) -> dict[str, str]:
-        """As messages keep it."""
+        """Form in which messages keep it."""
         return {"name": self.name, "text": self.text}
 
     @property

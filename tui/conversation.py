@@ -42,7 +42,7 @@ class Conversation:
 
     @property
     def chat(self) -> Chat:
-        """What the list of chats shows of it."""
+        """Chat as the list of chats shows it."""
         return self.held.chat
 
     @property
@@ -52,7 +52,7 @@ class Conversation:
 
     @property
     def key(self) -> str:
-        """What the engine knows this conversation by; a number once it is stored."""
+        """Key by which the engine knows this conversation; a number once it is stored."""
         return str(self.chat.id or "new")
 
     # The tree
@@ -81,7 +81,7 @@ class Conversation:
     # Saying something
 
     def ask(self, text: str, parent: int | None, attachments: Sequence[dict[str, str]] = ()) -> int:
-        """What the user says, and the files that go with it; its place."""
+        """Add what the user says, and the files that go with it; returns its place."""
         at = self.held.add(Message("user", text, parent, attachments=list(attachments)))
         self.keep(at)
         return at

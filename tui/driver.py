@@ -29,7 +29,7 @@ class TerminalDriver(LinuxDriver):
         self._size = self._size or self._get_terminal_size()
 
     def _get_terminal_size(self) -> tuple[int, int]:
-        """As the terminal says; some have none (0 × 0), and some claim more than anybody can see."""
+        """Size as the terminal says; some have none (0 × 0), and some claim more than anybody can see."""
         try:
             width, height = os.get_terminal_size(self._file.fileno())  # type: ignore[union-attr]
         except (OSError, ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""What is on the terminal while Textual is still being imported: an empty chat, within a tenth of a second.
+"""Picture on the terminal while Textual is still being imported: an empty chat, within a tenth of a second.
 
 Keys typed meanwhile stay in the terminal's buffer, without echo; Textual reads them when it starts.
 """

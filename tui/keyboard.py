@@ -1,4 +1,4 @@
-"""What a terminal sends, as Textual's events: keys, pastes, the mouse, a new size.
+"""Input of a terminal, as Textual's events: keys, pastes, the mouse, a new size.
 
 Textual's parser wants text and believes it. Bytes that are no UTF-8, numbers that are no characters, sizes
 that no terminal has and pastes without an end are dealt with here: nothing that arrives can end the program.
@@ -87,7 +87,7 @@ class Keyboard:
             yield from self._guarded(self._parser.tick())
 
     def end_paste(self) -> Iterator[Message]:
-        """What was pasted, although its end may never have come."""
+        """Paste of what came, although its end may never have come."""
         if self._paste is not None:
             self._keep(self._held)
             data, self._paste, self._held = bytes(self._paste), None, b""

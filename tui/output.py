@@ -1,4 +1,4 @@
-"""What the screen is painted on."""
+"""Output that the screen is painted on."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Terminal:
         self._file = file
 
     def write(self, text: str) -> int:
-        """As a file's; the number of characters."""
+        """Write like a file; returns the number of characters."""
         with suppress(OSError, ValueError):
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """As a file's."""
+        """Flush like a file."""
         with suppress(OSError, ValueError):
             self._file.flush()
 

@@ -29,8 +29,8 @@ def line_width(line: Line) -> int:
 
 
 def break_offsets(text: str, width: int) -> list[int]:
-    """Where lines of at most `width` cells begin in `text` (no newlines in it), after the first; between
-    words if possible.
+    """Offsets at which lines of at most `width` cells begin in `text` (no newlines in it), after the first;
+    between words if possible.
     """
     offsets: list[int] = []
     used = 0

@@ -133,7 +133,7 @@ _COMMON = {"strong": "bold", "em": "italic", "s": "strike", "h1": "underline", "
 
 
 def palette_of(app: App[Any]) -> str:
-    """Which palette goes with the app's theme, ours or one of Textual's. Asked for every paint."""
+    """Palette that goes with the app's theme, ours or one of Textual's. Asked for every paint."""
     if app.theme not in _palette_names:
         _palette_names[app.theme] = "dark" if app.current_theme.dark else "light"
     return _palette_names[app.theme]

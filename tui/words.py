@@ -1,4 +1,4 @@
-"""What is about to be said: text and files, and whether the model can read it."""
+"""Words that are about to be said: text and files, and whether the model can read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Words:
 
     @cached_property
     def as_read(self) -> str:
-        """As the model reads it."""
+        """Text as the model reads it."""
         return as_read(self.text, self.attachments)
 
     def may_exceed(self, context: int) -> bool:
@@ -26,7 +26,7 @@ class Words:
         return 0 < context < len(self.as_read) * 4 and context < len(self.as_read.encode()) + 64
 
     async def beginning(self, tokens: int, engine: ChatEngine) -> Words:
-        """As much of it as has that many tokens, with the question whole if it leaves room for the files."""
+        """Beginning that has that many tokens, with the question whole if it leaves room for the files."""
         text = self.text
         if not self.attachments:
             return Words(await engine.head(text, tokens) or "", [])

@@ -100,7 +100,7 @@ class CpuBackend:
         self._pools = [_Pool() for _ in self.memories]
 
     def describe(self) -> dict[str, Any]:
-        """What runs: backend, isa, act_bits, kv_bits, threads."""
+        """Facts of what runs: backend, isa, act_bits, kv_bits, threads."""
         return {
             "backend": self.name,
             "isa": self.isa,
@@ -152,11 +152,11 @@ class CpuBackend:
         rows[dst] = rows[src]
 
     def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
-        """What the blocks hold: uint8 [n blocks, kv_bytes_per_block]."""
+        """Contents of the blocks: uint8 [n blocks, kv_bytes_per_block]."""
         return self._pools[memory].rows()[block_table]
 
     def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
-        """What `read_blocks` gave, into these blocks."""
+        """Write what `read_blocks` gave into these blocks."""
         self._pools[memory].rows()[block_table] = data
 
     def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
@@ -187,7 +187,7 @@ class CpuBackend:
         return out
 
     def step_greedy(self, step: Step) -> np.ndarray:
-        """What `Backend.step_greedy` says; no logits are written."""
+        """The argmax of each asked row (`Backend.step_greedy`); no logits are written."""
         out = np.empty(step.asked_rows, np.int32)
         self._run(step, None, out)
         return out

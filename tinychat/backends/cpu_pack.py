@@ -46,7 +46,7 @@ class CpuLayout:
         self.threads = threads
 
     def entry(self, w: ExactForm, put: Put) -> dict[str, Any]:
-        """Where tiles, bias and order of inputs lie, and the kernels' numbers for the form."""
+        """Places of tiles, bias and order of inputs, and the kernels' numbers for the form."""
         return {
             "form": list(numbers(w)),
             "data": put(tiles(w, self.threads)),
@@ -70,7 +70,7 @@ class CpuWeights:
         return tuple(self._linear(n) for n in names)
 
     def router(self, name: str) -> tuple[PackedLinear, ...]:
-        """What chooses experts."""
+        """The linear that chooses experts."""
         return (self._linear(name),)
 
     def embedding(self, name: str) -> tuple[PackedLinear, ...]:

@@ -1,4 +1,4 @@
-"""What records a model's ops as a program of SIMD kernels; ops that do not overlap share their buffers."""
+"""Recorder of a model's ops as a program of SIMD kernels; ops that do not overlap share their buffers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Buffer:
 
 @dataclass(eq=False)
 class Routes:
-    """Which experts each row takes. A buffer too: one layer's may take the place of another's."""
+    """Choice of experts for each row. A buffer too: one layer's may take the place of another's."""
 
     n_experts: int
     taken: int
@@ -265,7 +265,7 @@ class Recorder:
         return out
 
     def _expert_inputs(self, x: Value, weights: Any, routes: Routes) -> list[list[Buffer]]:
-        """For each expert, what its linears read: `x` in their form and order, a row for each slot."""
+        """Inputs of each expert's linears: `x` in their form and order, a row for each slot."""
         forms = {(w.native.quantized, w.native.group, w.perm is None) for expert in weights for w in expert}
         x.consumed = True
         source = x.rows

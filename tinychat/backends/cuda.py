@@ -96,7 +96,7 @@ class CudaBackend:
             self._steps = Steps(program)
 
     def describe(self) -> dict[str, Any]:
-        """What runs: backend, isa, act_bits, kv_bits, threads."""
+        """Facts of what runs: backend, isa, act_bits, kv_bits, threads."""
         return {
             "backend": self.name,
             "isa": f"sm_{self._device.capability}",
@@ -141,7 +141,7 @@ class CudaBackend:
             self._device.copy(pool.block(dst), pool.block(src))
 
     def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
-        """What the blocks hold: uint8 [n blocks, kv_bytes_per_block]."""
+        """Contents of the blocks: uint8 [n blocks, kv_bytes_per_block]."""
         pool, out = (
             self._pool(memory),
             np.empty((len(block_table), self.kv_bytes_per_block(memory)), np.uint8),
@@ -153,7 +153,7 @@ class CudaBackend:
         return out
 
     def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
-        """What `read_blocks` gave, into these blocks."""
+        """Write what `read_blocks` gave into these blocks."""
         pool = self._pool(memory)
         with self._on_device():
             for row, block in zip(data, block_table, strict=True):
@@ -297,7 +297,7 @@ class CudaBackend:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """What the driver says, in words."""
+        """Errors of the driver, in words."""
         try:
             self._device.enter()
             yield

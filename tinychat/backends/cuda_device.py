@@ -118,7 +118,7 @@ def free_memory(device: Device) -> int:
 
 
 def report(library: str = LIBRARY) -> dict[str, Any]:
-    """What `tinychat doctor` says of it. Where something is missing, "gpu_problem" says what."""
+    """Facts for `tinychat doctor`. Where something is missing, "gpu_problem" says what."""
     try:
         device = Device(library)
     except (DeviceMissingError, DeviceError) as e:

@@ -94,7 +94,7 @@ class Loader:
         return tuple(linear.upload(self.modules, *p, self._allocate) for p in packed)
 
     def router(self, name: str) -> tuple[DeviceLinear, ...]:
-        """What chooses experts."""
+        """The linear that chooses experts."""
         self.sources.append(("routes.cu", {}))
         return self.linear(name)
 
@@ -133,7 +133,7 @@ class CudaLayout:
     name = "cuda1"
 
     def entry(self, w: ExactForm, put: Put) -> dict[str, Any]:
-        """Where each of PARTS lies, and what `Shape` says."""
+        """Places of PARTS, and the fields of `Shape`."""
         shape, parts = packed(w)
         where = {part: put(parts[part]) for part in PARTS}
         form = [shape.form.bits, shape.form.meta, shape.n, shape.k, shape.group]

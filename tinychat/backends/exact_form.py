@@ -1,4 +1,4 @@
-"""What every backend stores of a weight: the smallest form with kernels that holds it exactly.
+"""The form in which every backend stores a weight: the smallest with kernels that holds it exactly.
 
 Layouts differ between backends (which bit lies where); what is stored does not, so it is decided here, once.
 """

@@ -1,4 +1,4 @@
-"""What the engine asks of a backend: the memories of a model, the steps over it, and what comes out."""
+"""Contract of a backend with the engine: the memories of a model, the steps over it, and their results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MemorySpec:
 
 
 def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
-    """What a sequence needs beside its token ids, in the order in which a span names it."""
+    """Memories that a sequence needs, in the order in which a span names them."""
     alike: dict[tuple[int, int, int], list[int]] = {}
     for i, layer in enumerate(cfg.layers):
         a = layer.mixer
@@ -48,14 +48,14 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
 
 
 def place_of(memories: tuple[MemorySpec, ...], layer: int) -> tuple[int, int]:
-    """Which memory holds a layer's keys and values, and which of its layers that is."""
+    """Index of the memory that holds a layer's keys and values, and of the layer in it."""
     kv = ((m, spec) for m, spec in enumerate(memories) if spec.kind != "state")
     return next((m, spec.layers.index(layer)) for m, spec in kv if layer in spec.layers)
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where a span lies in a paged or a window memory.
+    """Place of a span in a paged or a window memory.
 
     table        int32 [n]: logical slot s is slot `s % BLOCK` of pool block `table[s // BLOCK]`; covers
                  length + T slots. In a window memory the entries of blocks wholly behind the window of the
@@ -75,7 +75,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class States:
-    """What a span reads and leaves in a state memory.
+    """States that a span reads and leaves in a state memory.
 
     source  the slot that holds the state before the first row; -1: the sequence begins, its state is zero
     kept    int32 [T]: the slot that gets the state behind each row, -1 where nobody needs it. Rolling back a
@@ -170,7 +170,7 @@ class Backend(Protocol):
     survives_fork: bool  # whether it can go on in a forked process
 
     def describe(self) -> dict[str, Any]:
-        """What runs: backend, isa, act_bits, kv_bits, threads."""
+        """Facts of what runs: backend, isa, act_bits, kv_bits, threads."""
         ...
 
     memories: tuple[MemorySpec, ...]  # what each sequence needs
@@ -194,11 +194,11 @@ class Backend(Protocol):
         ...
 
     def read_blocks(self, block_table: np.ndarray, memory: int = 0) -> np.ndarray:
-        """What the blocks hold, to be kept on disk: uint8 [n blocks, kv_bytes_per_block]."""
+        """Contents of the blocks, to be kept on disk: uint8 [n blocks, kv_bytes_per_block]."""
         ...
 
     def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
-        """What `read_blocks` gave, into these blocks."""
+        """Write what `read_blocks` gave into these blocks."""
         ...
 
     def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:

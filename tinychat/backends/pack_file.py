@@ -68,7 +68,7 @@ class Pack:
 
 
 class PackInMemory(Pack):
-    """What a `MemorySink` took, where no disk holds it."""
+    """Pack that a `MemorySink` took, where no disk holds it."""
 
     def array(self, at: list[int], dtype: Any) -> np.ndarray:
         """One part, flat."""

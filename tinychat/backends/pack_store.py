@@ -32,7 +32,7 @@ class Layout(Protocol):
     name: str  # of the layout and its version, in the names of packs
 
     def entry(self, w: ExactForm, put: Put) -> dict[str, Any]:
-        """What the index says of a linear, as JSON; `put` stores an array and says where it is (None: none).
+        """Entry of a linear in the index, as JSON; `put` stores an array and says where it is (None: none).
 
         A list of two numbers in it is such a place.
         """
@@ -88,7 +88,7 @@ def opened(
 
 
 def pack_path(checkpoint: Checkpoint, policy: WeightPolicy, layout: Layout, tell: Tell | None = None) -> Path:
-    """Where the pack of these weights lies, in that layout."""
+    """Path of the pack of these weights in that layout."""
     fingerprint = checkpoint.fingerprint(tell)
     key = f"{fingerprint}|{policy.quantize}|{policy.head_bits}|{layout.name}|{pack_file.VERSION}"
     rest = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pack"
@@ -134,7 +134,7 @@ class Packer:
             self._add(name, self.policy.linear(self.checkpoint, name))
 
     def router(self, name: str) -> None:
-        """What chooses experts."""
+        """The linear that chooses experts."""
         self._add(name, self.policy.router(self.checkpoint, name))
 
     def embedding(self, name: str) -> None:

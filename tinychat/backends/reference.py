@@ -222,7 +222,7 @@ class ReferenceBackend:
         return y[0].transpose(0, 1).flatten(1)
 
     def _score(self, q, keys, mask, attention, slots: Slots, layer: int, first: int):
-        """What a span's last rows attended to in one layer, for eviction. first: slot of the first key."""
+        """Add what a span's last rows attended to in a layer, for eviction. first: slot of the first key."""
         if slots.scores is None:
             return
         r = slots.scored_rows

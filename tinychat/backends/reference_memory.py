@@ -72,7 +72,7 @@ class KvPool:
         blocks[:, :, table.tolist()] = given.permute(1, 2, 0, 3, 4, 5)
 
     def stored(self, x: torch.Tensor) -> torch.Tensor:
-        """What the cache gives back of keys or values [..., head_dim]."""
+        """Keys or values as the cache gives them back [..., head_dim]."""
         if self.bits == 32:
             return x
         x = x.clamp(-65504, 65504).half().float()

@@ -84,5 +84,5 @@ class LoadOptions(Settings):
             raise UsageError("A KV budget needs a policy that keeps it.", "Leave out --kv-policy none.")
 
     def inherited(self) -> LoadOptions:
-        """What a draft model has of the options of the model that it drafts for."""
+        """Options that a draft model takes over from the model that it drafts for."""
         return LoadOptions(**{k: getattr(self, k) for k in self.group(ENGINE)}, draft="none")

@@ -53,5 +53,5 @@ class SamplingParams(Settings):
         return self.repeat_penalty < 1.0
 
     def without_penalties(self) -> SamplingParams:
-        """What is left to do with logits that are penalized already."""
+        """The same settings for logits that are penalized already."""
         return self.but(repeat_penalty=1.0)

@@ -65,7 +65,7 @@ class Number(Setting):
     kind: ClassVar[type] = float
 
     def check(self, name: str, value: Any) -> Any:
-        """As `arguments.number`."""
+        """Check as `arguments.number` does."""
         return arguments.number(name, value, self.low, float("inf") if self.high is None else self.high)
 
     def parse(self, name: str, text: str) -> Any:
@@ -77,7 +77,7 @@ class Number(Setting):
         return self.check(name, value)
 
     def range(self) -> str:
-        """As "0 to 1", "1 or more tokens"."""
+        """Range in words: "0 to 1", "1 or more tokens"."""
         words = f"{self.low} or more" if self.high is None else f"{self.low} to {self.high}"
         return f"{words} {self.unit}".rstrip()
 
@@ -89,7 +89,7 @@ class Whole(Number):
     kind: ClassVar[type] = int
 
     def check(self, name: str, value: Any) -> int:
-        """As `arguments.integer`."""
+        """Check as `arguments.integer` does."""
         return arguments.integer(name, value, int(self.low), None if self.high is None else int(self.high))
 
 
@@ -101,7 +101,7 @@ class Choice(Setting):
     unlisted: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any) -> Any:
-        """As `arguments.choice`; whole numbers of any kind."""
+        """Check as `arguments.choice` does; whole numbers of any kind."""
         *first, last = map(str, sorted(self.choices) if self.numbers else self.choices)
         todo = f"Use {', '.join(first)} or {last}."
         if not self.numbers:
@@ -117,7 +117,7 @@ class Choice(Setting):
         return isinstance(self.choices[0], int)
 
     def range(self) -> str:
-        """As '"auto" | "cpu"'."""
+        """Choices in words: '"auto" | "cpu"'."""
         return " | ".join(str(c) if self.numbers else f'"{c}"' for c in self.choices)
 
 
@@ -126,7 +126,7 @@ class Flag(Setting):
     """Yes or no; with the default None, the command line has an option for no, too."""
 
     def check(self, name: str, value: Any) -> bool:
-        """As `arguments.flag`."""
+        """Check as `arguments.flag` does."""
         return arguments.flag(name, value)
 
     def range(self) -> str:
@@ -139,7 +139,7 @@ class Text(Setting):
     """A text of at least one character."""
 
     def check(self, name: str, value: Any) -> str:
-        """As `arguments.text`."""
+        """Check as `arguments.text` does."""
         return arguments.text(name, value)
 
     def range(self) -> str:
@@ -152,7 +152,7 @@ class Texts(Setting):
     """Some texts, each of at least one character."""
 
     def check(self, name: str, value: Any) -> tuple[str, ...]:
-        """As `arguments.texts`."""
+        """Check as `arguments.texts` does."""
         return arguments.texts(name, value)
 
     def range(self) -> str:

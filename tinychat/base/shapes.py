@@ -1,4 +1,4 @@
-"""What comes from a file or another process, checked against the dataclass that it should be.
+"""Data from a file or another process, checked against the dataclass that it should be.
 
 Types are read from the annotations: adding a field to a dataclass is enough. Loads nothing heavy.
 """
@@ -38,7 +38,7 @@ def read(cls: type[T], given: Any, *, strangers: bool = False) -> T:
 
 
 def readers(cls: type) -> dict[str, tuple[Reader, bool]]:
-    """What reads each field of a dataclass, and whether it must be given. A reader takes a value and whether
+    """Readers of a dataclass's fields, and whether each must be given. A reader takes a value and whether
     strangers are left out; it raises ValueError for what is not of the field's type.
 
     A bool is no number, and a whole number is a float. A type with a `from_dict` reads itself.

@@ -78,7 +78,7 @@ class ChatStore:
 
     @property
     def notice(self) -> str:
-        """What became of a damaged file; empty if there was none."""
+        """Sentence that says what became of a damaged file; empty if there was none."""
         return self._database.notice
 
     @property
@@ -101,7 +101,7 @@ class ChatStore:
         self._database.patience = seconds
 
     def loss(self) -> str:
-        """What would be lost if the program ended now, once more tried; nothing if nothing would."""
+        """Sentence that says what would be lost if the program ended now, once more tried; else empty."""
         return " ".join(chat.loss() for chat in list(self.unsaved) if not chat.flush())
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class ChatStore:
         self._set_deleted(chat_id, time.time())
 
     def deleted(self) -> list[Chat]:
-        """What can be brought back, deleted last first."""
+        """Chats that can be brought back, deleted last first."""
         rows = self._database.read(
             self._CHAT + "WHERE deleted >= ? AND n > 0 ORDER BY deleted DESC, id DESC",
             time.time() - KEEP_DELETED,
@@ -269,7 +269,7 @@ class ChatStore:
         return self._database.change(work, patience)
 
     def said(self, limit: int = 200, longest: int = 4000) -> list[str]:
-        """What the user said lately, newest first, each text once."""
+        """Texts that the user said lately, newest first, each once."""
         rows = self._database.read(
             "SELECT messages.content FROM messages JOIN chats ON chats.id = chat "
             "WHERE role = 'user' AND deleted IS NULL AND length(content) <= ? "

@@ -154,7 +154,7 @@ class OpenChat:
             self.flush()
 
     def news(self) -> str:
-        """What is to be said about storing since the last time: that it does not work, or works again."""
+        """News about storing since the last time: that it does not work, or works again."""
         with self._lock:
             e = self.problem
             if self._noticed != self.store.notice:
@@ -171,7 +171,7 @@ class OpenChat:
         return f"{e.what} {e.todo} The chat is kept in memory until it can be stored."
 
     def loss(self) -> str:
-        """What would be lost if the program ended now; nothing if nothing would."""
+        """Sentence that says what would be lost if the program ended now; else empty."""
         with self._lock:
             n, e = self.unsaved, self.problem
         if e is None or not n:

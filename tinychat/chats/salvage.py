@@ -1,4 +1,4 @@
-"""What a damaged store still holds, read page by page from its file and its log.
+"""Chats that a damaged store still holds, read page by page from its file and its log.
 
 SQLite itself reads such a file up to the damage at best. Rows lie whole in the leaves of its b-trees, so each
 page is looked at by itself: what is a leaf of a table gives its rows, and how many columns they have says of

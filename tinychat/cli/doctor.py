@@ -216,7 +216,7 @@ def _rows(fits: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def sentences(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was measured and decided, a name and a sentence or two each."""
+    """Measurements and decisions, a name and a sentence or two each."""
     said = [("tinychat", f"{facts['tinychat']} on Python {facts['python']}, {facts['platform']}")]
     libraries = [f"{p} {facts[p]}" for p in ("numpy", "tokenizers", "textual", "torch") if facts.get(p)]
     torch = "" if facts["torch"] else "; no torch, which only quantize and --device reference need"

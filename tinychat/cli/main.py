@@ -97,7 +97,7 @@ def report(e: BaseException) -> int:
 
 
 def _reader_gone(e: BaseException) -> bool:
-    """Also where rich (tables) has made an exit with code 1 of it."""
+    """Whether our reader is gone, also where rich (tables) has made an exit with code 1 of it."""
     cause = e.__context__ if isinstance(e, SystemExit) else e
     return isinstance(cause, (ReaderGoneError, BrokenPipeError))
 

@@ -1,4 +1,4 @@
-"""What is on disk: pull, list, show, rm; and quantize, which puts something there."""
+"""Commands for models on disk: pull, list, show, rm; and quantize, which puts one there."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Name(click.Path):
         super().__init__(path_type=Path, **limits)
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """As click.Path's; a usage error for what is no name."""
+        """Convert as click.Path does; a usage error for what is no name."""
         try:
             if not value or b"\0" in os.fsencode(value):
                 self.fail(f"{value!r} is not the name of a file.", param, ctx)
@@ -58,7 +58,7 @@ class Size(click.ParamType):
     UNITS: ClassVar[dict[str, int]] = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        """To bytes; a usage error otherwise."""
+        """Convert to bytes; a usage error otherwise."""
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", value.strip().lower())
@@ -91,7 +91,7 @@ class Finite(click.FloatRange):
     """A number in a range, and not NaN."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        """As click.FloatRange's."""
+        """Convert as click.FloatRange does."""
         number = super().convert(value, param, ctx)
         if number != number:
             self.fail(f"{value!r} is not a number.", param, ctx)
@@ -102,7 +102,7 @@ class OneOf(click.Choice):
     """One of some whole numbers."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        """As click.Choice's, as a number."""
+        """Convert as click.Choice does, to a number."""
         return int(super().convert(str(value), param, ctx))
 
 

@@ -29,7 +29,7 @@ class Printer:
         self.thinking = False
 
     def show(self, event: Event) -> None:
-        """What an event says."""
+        """Show what an event says."""
         reasoning = getattr(event, "reasoning", "")
         if reasoning and sys.stdout.isatty():
             if not self.thinking and terminal.color() is False:

@@ -177,7 +177,7 @@ class Repl:
         return line
 
     def _history(self) -> None:
-        """What ↑ brings back. Only the store keeps it."""
+        """Lines that ↑ brings back. Only the store keeps them."""
         try:
             import readline
         except ImportError:

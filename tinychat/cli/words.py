@@ -1,4 +1,4 @@
-"""What is said to a model: which argument it is, what is piped in, and what stands in files."""
+"""Words for a model: which argument they are, what is piped in, and what stands in files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What conversations and their KV files need of a loaded model."""
+"""Contract of a loaded model with conversations and their KV files."""
 
 from __future__ import annotations
 

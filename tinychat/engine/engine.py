@@ -275,7 +275,7 @@ class Engine:
             self.scheduler.leave(branch)
 
     def _claimed(self, branch: OwnedBranch, steps: Iterator[T]) -> Generator[T, None, None]:
-        """What `steps` yields. One user of a branch at a time; only older ones that find no room reclaim its
+        """The items of `steps`. One user of a branch at a time; only older ones that find no room reclaim its
         blocks meanwhile.
         """
         claim = Claim()

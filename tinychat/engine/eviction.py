@@ -1,4 +1,5 @@
-"""Which cached tokens to give up when a budget is full: H2O, a sliding window, or (to compare with) chance.
+"""Policies that choose cached tokens to give up when a budget is full: H2O, a sliding window, or (to compare
+with) chance.
 
 H2O (Zhang et al. 2023) keeps the heavy hitters: the slots that received the most attention. Here a slot's
 votes are the attention probability that it got, summed over the query heads of its KV head, divided by the
@@ -77,7 +78,7 @@ class EvictionPolicy:
     # nothing.
 
     def chunk_end(self, at: int, n_prompt: int) -> int:
-        """Where the chunk of token `at` ends."""
+        """End of the chunk of token `at`."""
         return min((at // self.chunk + 1) * self.chunk, n_prompt)
 
     def voters(self, end: int, slots: int, n_prompt: int) -> int:
@@ -102,7 +103,7 @@ class EvictionPolicy:
 
 
 class Votes(NamedTuple):
-    """What a ledger had counted at some time: slots, queries, scores and births."""
+    """Counts of a ledger at some time: slots, queries, scores and births."""
 
     size: int
     seen: int
@@ -111,13 +112,13 @@ class Votes(NamedTuple):
 
 
 def _numbers(a: np.ndarray) -> np.ndarray:
-    """What is not negative, and NaN (of a broken checkpoint) as nothing: so a choice is always possible."""
+    """The array without negative numbers and NaN (of a broken checkpoint): so a choice is always possible."""
     return np.minimum(np.fmax(a, 0), 1e30, dtype=np.float32)
 
 
 class Ledger:
-    """What eviction knows of one branch: for each layer, KV head and slot the position of its token, the
-    attention that it received, and since when. All arrays [layers, kv_heads, slots].
+    """Facts that eviction knows of one branch: for each layer, KV head and slot the position of its token,
+    the attention that it received, and since when. All arrays [layers, kv_heads, slots].
     """
 
     def __init__(self, policy: EvictionPolicy, n_layers: int, n_kv_heads: int):
@@ -142,7 +143,7 @@ class Ledger:
         self.__dict__ |= grown  # all at once: an exception in between would leave them of different lengths
 
     def copy(self) -> Ledger:
-        """For a fork."""
+        """A copy for a fork."""
         other = Ledger(self.policy, *self.shape)
         other.size, other.next_position, other.seen = self.size, self.next_position, self.seen
         other.remembered = self.remembered
@@ -172,7 +173,7 @@ class Ledger:
     def restore(
         self, positions: np.ndarray, born: np.ndarray, scores: np.ndarray, next_position: int, seen: int
     ) -> None:
-        """As it was when these were saved."""
+        """Go back to what was saved."""
         self._positions, self._born, self._scores = positions.copy(), born.copy(), scores.copy()
         self.size, self.next_position, self.seen = positions.shape[-1], next_position, seen
 
@@ -199,7 +200,7 @@ class Ledger:
         self._scores[..., : votes.size], self._born[..., : votes.size] = votes.scores, votes.born
 
     def tally(self, n: int) -> np.ndarray:
-        """Where a backend adds what the queries of n more tokens attend to, if all of them stay: float32
+        """Array to which a backend adds what the queries of n more tokens attend to, if all stay: float32
         [1, layers, kv_heads, ≥ slots].
         """
         self._reserve(n)

@@ -35,7 +35,7 @@ from tinychat.text.tokenizer import StreamDecoder, Tokenizer
 
 
 class Home(Protocol):
-    """What a generation has to know of the engine that it lives in."""
+    """Facts that a generation needs of the engine that it lives in."""
 
     backend: Backend
     tokenizer: Tokenizer
@@ -43,7 +43,7 @@ class Home(Protocol):
     trained_context: int
 
     def changing(self) -> AbstractContextManager[None]:
-        """For one change of branches."""
+        """Context for one change of branches."""
         ...
 
     def kv_bytes(self) -> int:
@@ -211,8 +211,8 @@ class Generation:
         return min(room, left - 1) if left > 0 else room
 
     def _verify(self, draft: Draft, out: Sequence[Any]) -> int:
-        """What a window decides: the accepted drafts, then the first that differs, or one more after them
-        all. Returns how many that are: as many of its rows stay.
+        """Tokens that a window decides: the accepted drafts, then the first that differs, or one more after
+        them all. Returns how many that are: as many of its rows stay.
         """
         decided: list[int] = []
         for i, row in enumerate(out):
@@ -271,7 +271,7 @@ class Generation:
         return False
 
     def _fill(self, heard: bool = True) -> Generator[Event | Wish, None, int | None]:
-        """Once over the prompt. Raises PoolExhaustedError. heard: somebody asks how far it is; not in the
+        """Read the prompt once. Raises PoolExhaustedError. heard: somebody asks how far it is; not in the
         middle of an answer.
         """
         engine, branch = self.engine, self.branch

@@ -71,8 +71,8 @@ def _secret() -> bytes:
 
 
 def seal(tensors: dict[str, np.ndarray], about: dict[str, str]) -> str:
-    """In place of a checksum where a stranger may leave files: only this user's programs can make it, because
-    keys and values that do not follow from the ids beside them would be words that nobody sees.
+    """Seal in place of a checksum, where a stranger may leave files: only this user's programs can make it,
+    because keys and values that do not follow from the ids beside them would be words that nobody sees.
 
     Raises OSError where the secret cannot be had.
     """
@@ -86,7 +86,7 @@ def seal(tensors: dict[str, np.ndarray], about: dict[str, str]) -> str:
 
 
 def beside(path: Path) -> Path:
-    """Where the KV cache of a conversation is kept that the user saved under `path`."""
+    """File for the KV cache of a conversation that the user saved under `path`."""
     return path.with_name(f"{path.name}.kv")
 
 

@@ -34,7 +34,7 @@ class OwnedBranch(Branch):
         return self._known(OwnedBranch(parts, self._known))
 
     def fork(self) -> OwnedBranch:
-        """As a branch's; the second one gives its blocks back by itself, too."""
+        """Fork as a branch does; the second one gives its blocks back by itself, too."""
         other = super().fork()
         assert isinstance(other, OwnedBranch)  # as `_empty` makes them
         return other

@@ -76,7 +76,7 @@ def _order(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _filtered(ids: np.ndarray, x: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-    """What top-p and min-p leave of logits x, best first. Each takes a beginning; the shorter one counts."""
+    """Logits that top-p and min-p leave of x, best first. Each takes a beginning; the shorter one counts."""
     odds = _odds(x, params)
     return _first(min(_nucleus(odds, params, odds.sum()), _likely(odds, params)), ids, odds)
 

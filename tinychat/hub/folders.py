@@ -1,4 +1,4 @@
-"""Where installed models lie: `models/NAME/`, what is written down beside them, and who may touch them now.
+"""Folders of installed models: `models/NAME/`, what is written down beside them, and who may touch them.
 
 `models/NAME/` holds a model's files and its manifest.json, and appears by one rename, so it is whole or not
 there. Unfinished things live beside it under names that begin with a dot: `.parts` (downloads to go on with),
@@ -47,7 +47,7 @@ def installed_path(name: str) -> Path | None:
 
 
 def manifest_in(folder: Path) -> dict[str, Any] | None:
-    """What was written down when the folder was pulled; None for any other folder."""
+    """Manifest that was written when the folder was pulled; None for any other folder."""
     if folder.name.startswith("."):
         return None
     try:
@@ -58,7 +58,7 @@ def manifest_in(folder: Path) -> dict[str, Any] | None:
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """What we wrote down when we pulled the model at `path`. Anywhere else it is a stranger's claim."""
+    """Manifest that we wrote when we pulled the model at `path`. Anywhere else it is a stranger's claim."""
     folder = path if path.is_dir() else path.parent
     ours = folder.parent.resolve() == locations.models_dir().resolve()
     return manifest_in(folder) if ours else None

@@ -29,7 +29,7 @@ _MAX_PAGE = 64 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """What pip and uv are told about indexes."""
+    """Settings of pip and uv about indexes."""
 
     indexes: tuple[str, ...] = (PYPI,)
     find_links: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Wheel:
-    """Where one wheel can be downloaded. sha256 and size as the index says, if it does."""
+    """Place of one wheel on an index. sha256 and size as the index says, if it does."""
 
     filename: str
     url: str

@@ -25,7 +25,7 @@ def has_terms(license: str | None, gated: bool = False) -> bool:
 
 
 def notice(name: str, license: str | None, link: str | None, folder: Path) -> str:
-    """What is said of a pulled model whose licence has terms: where they are, and how they begin."""
+    """Notice on a pulled model whose licence has terms: where they are, and how they begin."""
     known = license if license not in (None, "other") else "a licence of its own"
     files = sorted(f for f in folder.iterdir() if f.is_file() and TEXTS.fullmatch(f.name))
     lines = [f"{name} comes with terms ({known}); using it is agreeing to them."]

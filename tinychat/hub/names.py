@@ -1,4 +1,4 @@
-"""What a word may mean that is no installed model: a path, a source, a repo that another program keeps."""
+"""Meanings of a word that is no installed model: a path, a source, a repo that another program keeps."""
 
 from __future__ import annotations
 

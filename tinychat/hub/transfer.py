@@ -1,4 +1,4 @@
-"""What every way of downloading needs: room for it, how far it is, hashes, and errors of the disk."""
+"""Needs of every way of downloading: room for it, how far it is, hashes, and errors of the disk."""
 
 from __future__ import annotations
 

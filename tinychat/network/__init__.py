@@ -1,1 +1,1 @@
-"""What a network is: its config, its ops, its weights, and where they are read from."""
+"""A network: its config, its ops, its weights, and where they are read from."""

@@ -1,4 +1,4 @@
-"""What a model's files give, whatever their format: its config, its weights, its tokenizer."""
+"""Contract of a model's files, whatever their format: its config, its weights, its tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinychat.text.tokenizer import Tokenizer
 
 
 class Checkpoint(Protocol):
-    """What every reader gives. Names are Hugging Face's (`model.layers.0.self_attn.q_proj`), without
+    """Contract of every reader. Names are Hugging Face's (`model.layers.0.self_attn.q_proj`), without
     `.weight`.
 
     Modules are read one at a time, when asked for, so that loading never holds the whole model twice.

@@ -1,4 +1,4 @@
-"""What a network is, in numbers: read from a checkpoint by the formats, used by the models."""
+"""A network in numbers: read from a checkpoint by the formats, used by the models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family's file in `models/` says, and the small classes that it says it with."""
+"""Contract of a family's file in `models/`, and the small classes that it uses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Metadata(Protocol):
 
 @dataclass(frozen=True)
 class Stack:
-    """What a file says of its layers that any family's file says; the family makes its layers of it.
+    """Facts about layers that any family's file has; the family makes its layers of it.
 
     n          how many layers
     attention  a layer's heads, with the rope and the window that the file names (0: none, or one that holds
@@ -159,5 +159,5 @@ class Family(Protocol):
         ...
 
     def settings(self, cfg: ModelConfig) -> Settings:
-        """What config.json says of such a model beside what `settings.hf_config` writes for all."""
+        """Entries of config.json for such a model beside what `settings.hf_config` writes for all."""
         ...

@@ -70,7 +70,7 @@ def read(
 
 
 def architecture(given: Settings) -> str:
-    """What config.json names first."""
+    """Architecture that config.json names first."""
     named = given.get("architectures") or "(none)"
     return str(named[0] if isinstance(named, list) else named)
 

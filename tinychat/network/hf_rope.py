@@ -122,7 +122,7 @@ def yarn_factors(
     beta_slow: float = 1.0,
     truncate: bool = True,
 ) -> tuple[float, ...]:
-    """What each frequency is divided by: 1 where it turns often within the trained context, `factor` where it
+    """Divisors of the frequencies: 1 where it turns often within the trained context, `factor` where it
     hardly turns, in between a ramp (Peng et al., YaRN, 2023, section 3.2).
     """
 

@@ -61,7 +61,7 @@ class Ops(Protocol):
         ...
 
     def route(self, scores: Handle, n: int, normalize: bool) -> Handle:
-        """Which n experts each token takes: those of the largest softmax(scores), which weighs them.
+        """Choice of n experts for each token: those of the largest softmax(scores), which weighs them.
 
         scores: [T, experts], one for each expert. `normalize`: a token's weights are made to sum to one.
         Ties go to the expert with the lower number.

@@ -1,4 +1,4 @@
-"""What a weight's numbers may be: codes and how they decode, what stands beside them and how that is stored.
+"""Forms of a weight: codes and how they decode, what stands beside them and how that is stored.
 
 A form is a sentence of this algebra; readers say one for each weight, and backends run those that they have
 kernels for (`tinychat.backends.exact_form`).

@@ -1,4 +1,4 @@
-"""Which kind of linear each stored weight becomes at load: the same for every backend."""
+"""Choice of the kind of linear that each stored weight becomes at load, the same for every backend."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class WeightPolicy:
         return _int8(w)
 
     def router(self, checkpoint: Checkpoint, name: str) -> Linear:
-        """What chooses experts, in 16 or 32 bits: a small error may choose others."""
+        """The linear that chooses experts, in 16 or 32 bits: a small error may choose others."""
         w = _checked(checkpoint.linear(name), name)
         return w if isinstance(w, DenseLinear) else DenseLinear(w.dequantize(), w.bias)
 

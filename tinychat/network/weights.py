@@ -65,7 +65,7 @@ class QuantizedLinear:
 
     @property
     def form(self) -> Form:
-        """What the arrays are."""
+        """Form of the arrays."""
         group = ROW if self.scales.shape[1] == 1 else self.group
         offset = "zero" if self.zeros is not None else kind_of(self.offsets)
         plain = "signed" if offset == "none" or self.codes.dtype == np.int8 else "unsigned"
@@ -120,7 +120,7 @@ class DenseLinear:
 
     @property
     def form(self) -> Form:
-        """What the weight is stored in."""
+        """Form in which the weight is stored."""
         if self.bf16:
             return Form(16, "bf16")
         return Form(16, "fp16") if self.weight.dtype == np.float16 else Form(32, "fp32")

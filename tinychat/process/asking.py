@@ -56,7 +56,7 @@ class Asking:
         return await self._ask(lambda n: Head(n, text, tokens))
 
     async def models(self) -> dict[str, Any] | None:
-        """What `tinychat.process.core.list_models` tells; None if the engine does not say."""
+        """Models as `tinychat.process.core.list_models` tells them; None if the engine does not say."""
         return await self._ask(Models)
 
     async def limits(self) -> dict[str, float] | None:

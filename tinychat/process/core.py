@@ -310,7 +310,7 @@ class _Batch:
 
 
 def list_models() -> dict[str, Any]:
-    """What is installed (name, size in bytes, quantization) and what can be pulled; bytes of memory free."""
+    """Models that are installed (name, bytes, quantization) and that can be pulled; bytes of memory free."""
     from tinychat.base.machine import available_memory
     from tinychat.hub import store
 

@@ -1,4 +1,4 @@
-"""What those who show a conversation and those who answer say to each other: requests, events, and their form
+"""Protocol between those who show a conversation and those who answer: requests, events, and their form
 as lines of JSON.
 
 A newer side may say more. Fields and events that are not known here are ignored; a request that is not known
@@ -89,7 +89,9 @@ Request = Load | Answer | Cancel | Count | Head | Models | Limits
 
 @dataclass(frozen=True)
 class Loading:
-    """On the way to a model. `total` is 0 when unknown; both are bytes while downloading."""
+    """Progress on the way to a model. `total` is 0 when unknown; while downloading, `done` and `total` are
+    bytes.
+    """
 
     what: str
     done: int = 0
@@ -135,7 +137,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """What is wrong and what to do; `during` is "load" or "answer"."""
+    """Error of two lines, what is wrong and what to do; `during` is "load" or "answer"."""
 
     what: str
     todo: str
@@ -144,7 +146,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a question's answer is; None where it cannot be known."""
+    """Answer to a question; None where it cannot be known."""
 
     id: int
     value: Any = None
@@ -231,25 +233,25 @@ class ChatEngine(Protocol):
         """Begin, in place of what was there before. Raises TinychatError if the system cannot."""
 
     def load(self, model: str, options: dict[str, Any]) -> None:
-        """As `Load`."""
+        """Send `Load`."""
 
     def answer(self, chat: str, path: Sequence[Message], system: str | None, params: dict[str, Any]) -> None:
-        """As `Answer`."""
+        """Send `Answer`."""
 
     def cancel(self) -> None:
-        """As `Cancel`."""
+        """Send `Cancel`."""
 
     async def count(self, text: str) -> int | None:
-        """As `Count`."""
+        """Ask `Count`."""
 
     async def head(self, text: str, tokens: int) -> str | None:
-        """As `Head`."""
+        """Ask `Head`."""
 
     async def models(self) -> dict[str, Any] | None:
-        """As `Models`."""
+        """Ask `Models`."""
 
     async def limits(self) -> dict[str, float] | None:
-        """As `Limits`."""
+        """Ask `Limits`."""
 
     async def close(self) -> None:
         """End: politely, then not. Idempotent."""

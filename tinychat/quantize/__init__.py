@@ -139,7 +139,7 @@ def _calibration(checkpoint: Checkpoint, method: str, file: Path | None, seed: i
 def _job(
     checkpoint: Checkpoint, method: str, group: int, tokens: np.ndarray | None, act_order: bool
 ) -> dict[str, Any]:
-    """What decides the result: a run that was killed goes on if it is the same."""
+    """Facts that decide the result: a run that was killed goes on if it is the same."""
     return {
         "recipe": RECIPE,
         "source": checkpoint.fingerprint(),
@@ -217,7 +217,7 @@ def choose_group(cfg: ModelConfig, wanted: int | None) -> int:
 
 
 def _rest(checkpoint: Checkpoint) -> list:
-    """What stays in 16 bits: embedding, final norm, and the head where it is not the embedding."""
+    """Weights that stay in 16 bits: embedding, final norm, and the head where it is not the embedding."""
     from tinychat.quantize.folder import Entry
     from tinychat.quantize.forward import finite
     from tinychat.quantize.layouts import as_stored

@@ -195,7 +195,7 @@ class BlockQuantizer:
         return x
 
     def _gap(self, x_f: torch.Tensor, x_q: torch.Tensor) -> torch.Tensor | None:
-        """What the residual target needs besides the inputs; the others never look at it."""
+        """Sums that the residual target needs besides the inputs; the others never look at them."""
         return x_f - x_q if self.options.target == "residual" else None
 
     def _batches(self, x: torch.Tensor) -> Iterator[slice]:

@@ -134,7 +134,7 @@ def _groups(nodes: Sequence[Node], readers: Mapping[Node, list[Node]]) -> tuple[
 
 
 def _folds(x: Node) -> dict[str, Any]:
-    """What makes `x` and can be divided by scales of its channels."""
+    """Weights that make `x` and can be divided by scales of its channels."""
     if x.op == "rms_norm":
         return {"norm": short(x.weights[0])}
     made_of = x.inputs[-1] if x.inputs else x
@@ -169,7 +169,7 @@ class Forward:
         return of(node)
 
     def product(self, group: Group, w: BlockWeights, known: Mapping[Node, torch.Tensor]) -> torch.Tensor:
-        """What the last linear of a group gives, before it is added to anything."""
+        """Result of the last linear of a group, before it is added to anything."""
         y: Any = self.value(group.products[-1], w, known)
         return y[-1] if isinstance(y, list) else y
 

@@ -91,7 +91,7 @@ class GPTQQuantizer:
     def _inputs(
         self, half: Half, group: Group, now: BlockWeights, x: torch.Tensor, kept: torch.Tensor | None = None
     ) -> Iterator[torch.Tensor]:
-        """What the linears of a group read, batch by batch; it stays in `kept`."""
+        """Inputs of the linears of a group, batch by batch; they stay in `kept`."""
         for b in self._batches(x):
             read = self.forward.value(group.input, now, {half.start: x[b]})
             if kept is not None:

@@ -20,7 +20,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def quantization_config(job: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of the folder that `job` makes."""
+    """Entry in config.json of the folder that `job` makes."""
     if job["method"] == "gptq":
         return {
             "quant_method": "gptq",

@@ -15,7 +15,9 @@ Settings = dict[str, Any]
 
 
 def hf_config(c: ModelConfig) -> Settings:
-    """In Hugging Face's vocabulary. Raises UnsupportedModelError where a rope scaling has no name in it."""
+    """Settings in Hugging Face's vocabulary. Raises UnsupportedModelError where a rope scaling has no name in
+    it.
+    """
     a = c.layers[0].mixer
     rope = c.rope or RopeConfig(dim=a.head_dim)
     config: Settings = {
@@ -48,7 +50,7 @@ def hf_config(c: ModelConfig) -> Settings:
 
 
 def one_or_many(ids: Iterable[int]) -> int | list[int] | None:
-    """As Hugging Face writes token ids: none, one, or a list."""
+    """Token ids as Hugging Face writes them: none, one, or a list."""
     ids = list(ids)
     return None if not ids else ids[0] if len(ids) == 1 else ids
 

@@ -73,7 +73,7 @@ def inline_spans(children: list | None, base: str) -> Line:
 
 
 class ListState:
-    """Where a list is: the number of its next item, whether its items stand apart, whether any was shown."""
+    """Place in a list: the number of its next item, whether its items stand apart, whether any was shown."""
 
     def __init__(self, ordered: bool, number: int, loose: bool, continued: bool):
         self.ordered, self.number, self.loose, self.empty = ordered, number, loose, not continued
@@ -99,7 +99,7 @@ class Builder:
         self.frames: list[tuple[str, Any]] = []
 
     def prefixes(self) -> tuple[Line, Line]:
-        """What goes before a leaf's first line, and before its others: bars of quotes, an item's marker."""
+        """Prefixes of a leaf's first line and of its others: bars of quotes, an item's marker."""
         first: Line = []
         rest: Line = []
         for depth, (kind, what) in enumerate(self.frames, 1):

@@ -224,8 +224,8 @@ def _dedent(line: str, indent: int) -> str:
 
 
 def _good_cut(lines: list[str]) -> int:
-    """Where code is best cut: before a line that is not indented and after an empty one, if there is such
-    a place.
+    """Line at which code is best cut: before a line that is not indented and after an empty one, if there is
+    such a place.
     """
     for i in range(len(lines) - 2, LONG_LINES, -1):
         if not lines[i - 1].strip() and lines[i][:1].strip():

@@ -30,7 +30,7 @@ def add_math(parser: Any) -> None:
 
 
 def _table(state: Any, start: int, end: int, silent: bool) -> bool:
-    """As the parser's own rule; a bar inside of a formula does not end its cell."""
+    """Rule for tables, as the parser's own; a bar inside of a formula does not end its cell."""
     from markdown_it.rules_block import table
 
     src, known = state.src, len(state.tokens)
@@ -50,7 +50,9 @@ def _covered(found: re.Match) -> str:
 
 
 def _all_inline(state: Any) -> None:
-    """As the parser's own rule; only the last piece of a text that goes on may hold an open formula."""
+    """Rule for inline text, as the parser's own; only the last piece of a text that goes on may hold an open
+    formula.
+    """
     tokens = [t for t in state.tokens if t.type == "inline"]
     live = state.env.get("live", False)
     for token in tokens:

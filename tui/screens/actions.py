@@ -1,4 +1,4 @@
-"""What commands, keys and clicks do on the chat screen."""
+"""Actions of commands, keys and clicks on the chat screen."""
 
 from __future__ import annotations
 

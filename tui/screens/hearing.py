@@ -1,4 +1,4 @@
-"""What the engine says, and what becomes of it on the chat screen."""
+"""Events of the engine, and what becomes of them on the chat screen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model to talk to: what is installed, how big it is, whether it fits; what can be downloaded."""
+"""Choice of the model to talk to: what is installed, its size, whether it fits; what can be downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the screens that open over the chat have in common: a box in the middle, esc closes it."""
+"""Base of the screens that open over the chat: a box in the middle, esc closes it."""
 
 from __future__ import annotations
 

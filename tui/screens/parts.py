@@ -74,7 +74,7 @@ class ChatParts(Surface, Screen[None]):
 
     @cached_property
     def composer(self) -> Composer:
-        """Where the user writes."""
+        """The widget in which the user writes."""
         return self.query_one(Composer)
 
     @cached_property
@@ -141,7 +141,7 @@ class ChatParts(Surface, Screen[None]):
 
 
 def status_of(m: Message | None) -> dict[str, Any]:
-    """What an answer's numbers say in the status line."""
+    """Numbers of an answer for the status line."""
     s = m.stats if m is not None else {}
     drafted = s.get("drafted_tokens")
     return {

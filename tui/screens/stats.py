@@ -79,7 +79,7 @@ class StatsLines(Lines):
         return rows
 
     def _bandwidth(self, last: dict[str, Any]) -> str:
-        """Of the last answer: a step reads the weights once, whatever it decides."""
+        """Bandwidth of the last answer: a step reads the weights once, whatever it decides."""
         rate = last.get("decode_tps", 0) / (last.get("tokens_per_step") or 1)
         per_token, limit = self.facts.get("weight_bytes_per_token"), self.facts.get("read_bandwidth_gb_s")
         if not per_token or not rate:

@@ -38,7 +38,7 @@ class TooLargeScreen(PanelScreen[str]):
             yield Label("enter chooses · esc cancels; what you wrote stays", classes="foot")
 
     def on_mount(self) -> None:
-        """Where enter does what is done most."""
+        """Focus the button that is pressed most."""
         chooser = self.query_one(OptionList)
         chooser.highlighted = 0
         chooser.focus()

@@ -1,5 +1,5 @@
-"""Where the user writes: several lines, history, completion of commands and file names, files attached
-with @.
+"""Widget in which the user writes: several lines, history, completion of commands and file names, files
+attached with @.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Input(TextArea):
 
 
 class Chips(Lines):
-    """What will be sent along: names, sizes, tokens."""
+    """List of what will be sent along: names, sizes, tokens."""
 
     def __init__(self) -> None:
         super().__init__(id="chips")
@@ -164,12 +164,12 @@ class Composer(Vertical):
 
     @property
     def chips(self) -> Chips:
-        """What is attached."""
+        """Files that are attached."""
         return self.query_one(Chips)
 
     @property
     def text(self) -> str:
-        """What is typed."""
+        """Text that is typed."""
         return self.input.text
 
     @text.setter

@@ -52,7 +52,8 @@ class Lines(Widget):
         self._look: tuple[Any, ...] = ()  # all else that it depends on
 
     def render_lines(self, crop: Region) -> list[Strip]:
-        """As Textual would, but a line that is still the same costs nothing, wherever it has scrolled to.
+        """Render as Textual would, but a line that is still the same costs nothing, wherever it has scrolled
+        to.
 
         A running answer grows by a line some times a second, and Textual forgets all lines of a widget whose
         size changes.

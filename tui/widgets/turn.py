@@ -44,7 +44,7 @@ class Turn(Lines, can_focus=True):
     ]
 
     class Action(TextualMessage):
-        """What is to be done with a message: edit, regenerate, copy, copy_code, save_code, switch, leave or
+        """Action on a message: edit, regenerate, copy, copy_code, save_code, switch, leave or
         move.
         """
 
@@ -266,7 +266,7 @@ class Turn(Lines, can_focus=True):
         self.post_message(self.Action(self, "move", step))
 
     def action_switch(self, step: int) -> None:
-        """To a neighbouring branch."""
+        """Go to a neighbouring branch."""
         if len(self.branches) > 1:
             self.post_message(self.Action(self, "switch", step))
 

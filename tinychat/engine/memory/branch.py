@@ -148,8 +148,8 @@ class Branch:
         return self._longest(n, n, self._keys[: n // BLOCK])
 
     def rewind(self, prompt: Sequence[int]) -> Votes | None:
-        """If this is the prompt that was read last: go back to before its last token, or a few more. They
-        vote no second time; when they have run, `Ledger.recall` takes what is returned.
+        """Go back to before the last token of the prompt, or a few more, if it is the one that was read last.
+        They vote no second time; when they have run, `Ledger.recall` takes what is returned.
         """
         if self.ledger is None or not self.may_rewind(prompt):
             return None
@@ -171,7 +171,7 @@ class Branch:
             raise
 
     def spans(self, scores: np.ndarray | None = None, scored_rows: int = 0) -> tuple[Slots | States, ...]:
-        """Where the rows of a step go in each memory; scores: of the one that a ledger watches."""
+        """Places of a step's rows in each memory; scores: of the one that a ledger watches."""
         return tuple(
             part.span(self.slots, scores, scored_rows) if part.thinned else part.span(len(self.ids))
             for part in self.parts

@@ -35,11 +35,11 @@ class Memories:
         self._paged = next((i for i, spec in enumerate(backend.memories) if spec.kind == "paged"), None)
 
     def parts(self) -> list[Part]:
-        """What an empty branch has in each memory."""
+        """Parts of an empty branch, one for each memory."""
         return new_parts(self.backend.memories, self.pools, self._spacing)
 
     def ledger(self, policy: EvictionPolicy) -> Ledger:
-        """Of an empty branch. Where nothing is paged it has no layers, and only renumbers positions."""
+        """Ledger of an empty branch. Where nothing is paged it has no layers and only renumbers."""
         return Ledger(policy, *((0, 1) if self._paged is None else self.backend.kv_heads(self._paged)))
 
     def rebuild(self, branches: Iterable[Branch]) -> None:

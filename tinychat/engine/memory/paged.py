@@ -1,4 +1,4 @@
-"""What a branch has in a paged memory: a block for every 16 of its slots."""
+"""Part of a branch in a paged memory: a block for every 16 of its slots."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Paged:
         self.table.extend(self.pool.allocate() for _ in range(needed))
 
     def span(self, length: int, scores: np.ndarray | None = None, scored_rows: int = 0) -> Slots:
-        """Where a step's rows go and what they see."""
+        """Slots for a step's rows, and those that they see."""
         return Slots(np.asarray(self.table, dtype=np.int32), length, scores, scored_rows)
 
     def publish(self, i: int, key: bytes) -> None:

@@ -15,7 +15,7 @@ class PoolExhaustedError(Exception):
 
 
 class BlockPool:
-    """Which blocks are free, held (and by how many), or kept for reuse.
+    """Accounts of blocks: free, held (and by how many), or kept for reuse.
 
     A block that nobody holds and that can be found by its content stays until its room is needed, oldest
     first; those of a snapshot stay longer, until nothing else is left, the oldest snapshot first.

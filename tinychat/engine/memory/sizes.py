@@ -82,7 +82,7 @@ def _state_spacing(backend: Backend) -> int:
 
 
 def new_parts(specs: Sequence[MemorySpec], pools: Sequence[BlockPool], spacing: int) -> list[Part]:
-    """What an empty branch has in each memory."""
+    """Parts of an empty branch, one for each memory."""
     parts: list[Part] = []
     for spec, pool in zip(specs, pools, strict=True):
         if spec.kind == "paged":

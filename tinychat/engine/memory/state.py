@@ -1,4 +1,4 @@
-"""What a branch has in a state memory: the slot of its state, and one to go back to."""
+"""Part of a branch in a state memory: the slot of its state, and one to go back to."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class State:
             self.kept[row] = self.pool.allocate()
 
     def _snapshots(self, before: int, length: int) -> list[int]:
-        """Where on the way between these lengths snapshots are taken."""
+        """Lengths between these at which snapshots are taken."""
         return list(range((before // self.spacing + 1) * self.spacing, length + 1, self.spacing))
 
     def span(self, length: int, scores: np.ndarray | None = None, scored_rows: int = 0) -> States:
-        """What a step reads and leaves."""
+        """Slots that a step reads and leaves."""
         return States(self.current, self.kept)
 
     def publish(self, i: int, key: bytes) -> None:

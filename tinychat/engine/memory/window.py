@@ -1,4 +1,4 @@
-"""What a branch has in a window memory: the blocks of the last tokens, whatever the length of the branch."""
+"""Part of a branch in a window memory: the blocks of the last tokens, whatever the length of the branch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Window:
             self.end += 1
 
     def span(self, length: int, scores: np.ndarray | None = None, scored_rows: int = 0) -> Slots:
-        """Where a step's rows go and what they see."""
+        """Slots for a step's rows, and those that they see."""
         return Slots(self._table[: self.end], length)
 
     def publish(self, i: int, key: bytes) -> None:

@@ -84,7 +84,7 @@ class Controller:
         return (1 - a ** (k + 1)) / (1 - a) / max(self.cost(k), 1e-9)
 
     def note(self, drafted: int, accepted: int, draft_s: float, step_s: float) -> None:
-        """What a step did: tokens drafted and accepted, seconds spent on both parts."""
+        """Take in what a step did: tokens drafted and accepted, seconds spent on both parts."""
         self.step_s.setdefault(drafted + 1, _Mean()).add(step_s)
         self.spent_s += draft_s + step_s
         self.decided += accepted + 1

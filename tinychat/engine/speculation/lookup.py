@@ -25,8 +25,8 @@ class PromptLookup:
         """Nothing is remembered between calls."""
 
     def propose(self, context: Sequence[int], k: int, params: SamplingParams, seed: int) -> Draft:
-        """What followed the longest suffix of `context` that occurred before; chained if it runs into the
-        end.
+        """Tokens that followed the longest suffix of `context` that occurred before; chained if it runs into
+        the end.
         """
         ids = np.asarray(context[-self.WITHIN :], dtype=np.int32)
         at = self._find(ids)
@@ -36,7 +36,9 @@ class PromptLookup:
         return Draft(np.resize(ids[at : at + k], k).tolist())
 
     def _find(self, ids: np.ndarray) -> int | None:
-        """Where what followed the suffix begins. Its follower is known, so the suffix never finds itself."""
+        """Index at which what followed the suffix begins. Its follower is known, so the suffix never finds
+        itself.
+        """
         follows = np.flatnonzero((ids[1:-1] == ids[-1:]) & (ids[:-2] == ids[-2:-1])) + 2
         found = None
         for n in range(self.MIN + 1, self.MAX + 2):

@@ -59,7 +59,7 @@ class Speculator:
         return self.controller.speed_up() if self.drafter is not None else 1.0
 
     def take_notice(self) -> str:
-        """What the user should hear, once."""
+        """Sentence for the user, once."""
         notice, self.notice = self.notice, ""
         return notice
 
