@@ -162,7 +162,7 @@ class Model:
         n_paged = sum(spec.kind == "paged" for spec in self.backend.memories)
         keeps_all = not self.config.may_evict or n_paged > 1
         if keeps_all and asked:
-            what = "has sliding windows or layers of their own positions"
+            what = "has rotary angles that depend on the length of the context"
             if n_paged > 1:
                 what = "has layers of different KV heads"
             raise UsageError(
