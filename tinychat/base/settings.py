@@ -20,7 +20,7 @@ S = TypeVar("S", bound="Settings")
 WIDTH = 110
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # neither is used, and they cost start-up time
 class Setting:
     """A setting of any kind: its default, and the words about it. None is a value only as the default.
 
@@ -56,7 +56,7 @@ class Setting:
         return self.help or (f"{self.hint[0].upper()}{self.hint[1:]}." if self.hint else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Number(Setting):
     """A number from `low` to `high`, both among them."""
 
@@ -82,7 +82,6 @@ class Number(Setting):
         return f"{words} {self.unit}".rstrip()
 
 
-@dataclass(frozen=True)
 class Whole(Number):
     """A whole number from `low` to `high`, both among them."""
 
@@ -93,7 +92,7 @@ class Whole(Number):
         return arguments.integer(name, value, int(self.low), None if self.high is None else int(self.high))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Choice(Setting):
     """One of some texts, or one of some whole numbers. `unlisted` ones are for experiments."""
 
@@ -121,7 +120,6 @@ class Choice(Setting):
         return " | ".join(str(c) if self.numbers else f'"{c}"' for c in self.choices)
 
 
-@dataclass(frozen=True)
 class Flag(Setting):
     """Yes or no; with the default None, the command line has an option for no, too."""
 
@@ -134,7 +132,6 @@ class Flag(Setting):
         return "True | False"
 
 
-@dataclass(frozen=True)
 class Text(Setting):
     """A text of at least one character."""
 
@@ -147,7 +144,6 @@ class Text(Setting):
         return self.metavar or "a text"
 
 
-@dataclass(frozen=True)
 class Texts(Setting):
     """Some texts, each of at least one character."""
 
