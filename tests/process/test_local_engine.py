@@ -66,7 +66,7 @@ async def test_what_was_running_when_it_is_closed_says_nothing_more(engine):
 
 async def test_a_model_answers_as_its_session_does():
     heard = Heard()
-    engine = LocalEngine(heard.append, lambda *_: tiny_model(ctx=256))
+    engine = LocalEngine(heard.append, lambda *_: tiny_model(ctx=256, backend="cpu"))
     await engine.start()
     engine.load("tiny", {"keep_kv": False})
     await heard.wait(Loaded)
@@ -76,7 +76,7 @@ async def test_a_model_answers_as_its_session_does():
     ask(engine, "hi")
     first = (await heard.wait(Finished)).message
     await engine.close()
-    with tiny_model(ctx=256) as model:
+    with tiny_model(ctx=256, backend="cpu") as model:
         session = model.session(temperature=0)
         list(session.send("hi"))
     assert (first.content, first.ids, first.prompt_ids) == (
