@@ -140,3 +140,15 @@ def test_a_function_can_be_seen_at_once():
         and (n := node.end_lineno - node.lineno + 1) > LONGEST_FUNCTION
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_names_that_programs_know_stay_where_they_were():
+    from tinychat.model import Model
+    from tinychat.session import Message, Session
+    from tinychat.text.tokenizer import char_of_byte
+
+    bare = Session.__new__(Session)
+    bare.nodes = [Message("user", "a")]
+    assert [m.content for m in bare.nodes] == ["a"]
+    assert len(char_of_byte()) == 256
+    assert callable(Model.needs_bos)

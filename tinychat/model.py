@@ -119,20 +119,24 @@ class Model:
         """Facts of what runs: backend, isa, act_bits, kv_bits, threads, ctx."""
         return {"model": self.name, **self.backend.describe(), "ctx": self.n_ctx}
 
-    def bos(self, text: str) -> list[int]:
-        """The ids that go before a prompt: the beginning-of-text token, where the tokenizer asks for one and
-        the text does not begin with it; else none.
+    def needs_bos(self, text: str) -> bool:
+        """Whether a beginning-of-text token goes before `text`: asked for by the tokenizer, not yet in the
+        text.
         """
         t = self.tokenizer
         if not t.add_bos or t.bos_id is None:
-            return []
+            return False
         spelled = t.special_tokens.get("bos_token")
-        return [] if spelled and text.startswith(spelled) else [t.bos_id]
+        return not (spelled and text.startswith(spelled))
+
+    def _bos(self, text: str) -> list[int]:
+        bos = self.tokenizer.bos_id
+        return [bos] if bos is not None and self.needs_bos(text) else []
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a bare prompt, with the beginning-of-text token where the model wants one."""
         arguments.text("The prompt", text, empty=True)
-        return self.bos(text) + self.tokenizer.encode(text)
+        return self._bos(text) + self.tokenizer.encode(text)
 
     def eviction(
         self, budget: int | None = None, name: str | None = None, chat: bool = False
@@ -206,7 +210,7 @@ class Model:
             ids, splitter = self.encode_prompt(text), None
         else:
             text = self.template.render(messages)
-            ids = self.bos(text) + self.template.encode(text)
+            ids = self._bos(text) + self.template.encode(text)
             splitter = self.template.splitter(text)
         branch = self.engine.branch(self.eviction())
         for event in self.engine.generate(branch, ids, params, speculator=speculator, splitter=splitter):

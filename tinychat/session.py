@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,6 @@ class Session:
         self._eviction = model.eviction(kv_budget, kv_policy, chat=True)
         self._strict = bool(kv_budget or model.kv_budget)  # a budget was asked for
         self.params = params
-        self.tree = Tree()
         self._branch = model.engine.branch(self._eviction)
         self._before: OwnedBranch | None = (
             None  # as it was before the last answer, for the next one in its place
@@ -89,6 +89,11 @@ class Session:
         if not isinstance(params, SamplingParams):
             raise UsageError(f"The parameters are {arguments.shown(params)}.", "Use session.params.but(…).")
         self._params = params
+
+    @cached_property
+    def tree(self) -> Tree:
+        """The messages; empty at first."""
+        return Tree()
 
     @property
     def nodes(self) -> list[Message]:
@@ -307,7 +312,7 @@ class Session:
             text = self.model.template.render([{"role": "system", "content": self._system}], False)
         except TinychatError:  # some templates want a user's message
             return 0
-        bos = len(self.model.bos(text))
+        bos = int(self.model.needs_bos(text))
         return bos + common_prefix(self.model.template.encode(text), prompt[bos:])
 
     def _prompt(self, path: list[int], generating: bool) -> list[tuple[str, list[int]]]:
@@ -330,8 +335,9 @@ class Session:
         else:
             text, encode = template.render(messages, generating), template.encode
         segments: list[tuple[str, list[int]]] = []
-        if bos := self.model.bos(text):
-            segments.append(("", bos))
+        bos = self.model.tokenizer.bos_id
+        if bos is not None and self.model.needs_bos(text):
+            segments.append(("", [bos]))
         at = 0
         for node in (self.nodes[i] for i in path):
             if node.role != "assistant" or not node.ids:

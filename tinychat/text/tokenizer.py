@@ -14,6 +14,7 @@ from tinychat.base.files import read_text
 from tinychat.text import chat_templates
 from tinychat.text.chat_templates import DEFAULT
 from tinychat.text.decoders import Decoding, Joiner
+from tinychat.text.decoders import char_of_byte as char_of_byte  # programs know it by this module
 from tinychat.text.prefixes import Before, Prefixes
 from tinychat.text.reasoning import END, markers_in
 from tinychat.text.tokenizer_file import guarded, load_backend, one_line, without_tokens
