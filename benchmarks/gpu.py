@@ -26,10 +26,11 @@ import numpy as np
 
 from tinychat.backends.interface import BLOCK, Step
 from tinychat.base.errors import TinychatError
-from tinychat.bench import SHAPES, SyntheticCheckpoint, weight_bytes_per_token
+from tinychat.bench import weight_bytes_per_token
 from tinychat.kernels_cuda import linear
 from tinychat.models import FAMILIES
 from tinychat.network.weight_policy import WeightPolicy
+from tinychat.synthetic import SHAPES, SyntheticCheckpoint
 
 ROUNDS = 5
 LINEAR_ROWS = (1, 5, 16, 512)

@@ -21,10 +21,10 @@ import numpy as np
 from tinychat.base.events import TextDelta
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import available_memory
-from tinychat.bench import SyntheticCheckpoint
 from tinychat.engine.engine import Engine
 from tinychat.engine.sampling import SamplingParams
 from tinychat.loading import make_backend
+from tinychat.synthetic import SyntheticCheckpoint
 
 BEFORE = 12  # tokens that the answer says alone, first and last
 

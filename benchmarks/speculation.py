@@ -22,8 +22,8 @@ import numpy as np
 
 from tinychat.backends.interface import BLOCK, Step
 from tinychat.base.load_options import LoadOptions
-from tinychat.bench import SyntheticCheckpoint
 from tinychat.loading import make_backend
+from tinychat.synthetic import SyntheticCheckpoint
 
 ALPHAS, WINDOWS = (0.5, 0.7, 0.8, 0.9), (1, 2, 3, 4, 5, 6, 8)
 

@@ -1,4 +1,4 @@
-"""Random-weight Q4_0 Llama GGUF (Q8_0 embedding and head) of one of tinychat.bench's shapes, for the peers.
+"""Random-weight Q4_0 Llama GGUF (Q8_0 embedding and head) of one of tinychat's shapes, for the peers.
 
 usage: synth_gguf.py SHAPE TOKENIZER.gguf OUT.gguf
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
-from tinychat.bench import SHAPES
+from tinychat.synthetic import SHAPES
 
 PAYLOAD = {
     GGMLQuantizationType.Q4_0: 16,

@@ -38,6 +38,7 @@ FLOORS = [
     ("session",),
     ("model",),
     ("loading",),
+    ("synthetic",),
     ("bench", "perplexity"),
     ("chats",),
     ("process",),

@@ -7,8 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,132 +20,13 @@ from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import cache_bytes, human_bytes
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.config import (
-    AttentionConfig,
-    DenseConfig,
-    ExpertsConfig,
-    LayerConfig,
-    ModelConfig,
-    RopeConfig,
-)
+from tinychat.network.config import ExpertsConfig, ModelConfig
 from tinychat.network.weight_policy import WeightPolicy
-from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
+from tinychat.network.weights import Linear
+from tinychat.synthetic import DEFAULT, SyntheticCheckpoint
 
 if TYPE_CHECKING:
     from tinychat.text.tokenizer import Tokenizer
-
-
-def _shape(hidden, ffn, layers, heads, kv_heads, vocab, tied, bias=False, context=8192) -> ModelConfig:
-    d = hidden // heads
-    layer = LayerConfig(AttentionConfig(heads, kv_heads, d, RopeConfig(dim=d)), DenseConfig(ffn))
-    return ModelConfig(
-        family="llama",
-        hidden_size=hidden,
-        layers=(layer,) * layers,
-        vocab_size=vocab,
-        context_length=context,
-        tie_embeddings=tied,
-        attention_bias=bias,
-    )
-
-
-# The real dimensions; the weights are random, so nothing is downloaded.
-SHAPES: dict[str, ModelConfig] = {
-    "smollm2-135m": _shape(576, 1536, 30, 9, 3, 49152, tied=True),
-    "qwen2.5-0.5b": _shape(896, 4864, 24, 14, 2, 151936, tied=True, bias=True),
-    "llama-3.2-1b": _shape(2048, 8192, 16, 32, 8, 128256, tied=True),
-    "qwen2.5-7b": _shape(3584, 18944, 28, 28, 4, 152064, tied=False, bias=True),
-    "llama-2-7b": _shape(4096, 11008, 32, 32, 32, 32000, tied=False),
-    "llama-3-8b": _shape(4096, 14336, 32, 32, 8, 128256, tied=False),
-}
-SHAPES["qwen3-30b-a3b"] = replace(
-    _shape(2048, 6144, 48, 32, 4, 151936, tied=False),
-    family="qwen3_moe",
-    layers=(LayerConfig(AttentionConfig(32, 4, 128, RopeConfig(dim=128)), ExpertsConfig(128, 8, 768)),) * 48,
-)
-
-
-class SyntheticCheckpoint:
-    """A shape with random AWQ-like weights: 4-bit, groups of 128 (64 or 32 where 128 does not divide), int8
-    head.
-
-    Every layer holds the same random numbers; they are separate bytes once packed, as in a real model.
-    """
-
-    def __init__(self, shape: str):
-        if shape not in SHAPES:
-            raise UsageError(f"The shape {shape!r} is not known.", f"Known: {', '.join(SHAPES)}.")
-        self.config = SHAPES[shape]
-        self.path = Path(f"synthetic-{shape}")
-        self._made: dict[tuple, Linear] = {}
-        self._linears = FAMILIES[self.config.family].linears(self.config, 0)
-
-    def has(self, name: str) -> bool:
-        """Whether the module exists."""
-        return name != "lm_head" or not self.config.tie_embeddings
-
-    def linear(self, name: str) -> Linear:
-        """Random codes; weights of about 1/sqrt(in), so that activations stay of order one."""
-        c = self.config
-        if name in ("lm_head", "model.embed_tokens"):
-            n, k, body = c.vocab_size, c.hidden_size, False
-        elif name.endswith("mlp.gate"):
-            shape = self._linears["model.layers.0.mlp.gate"]
-            return DenseLinear(np.random.default_rng(0).normal(0, 1, shape).astype(np.float32))
-        else:
-            tail = name.split(".", 3)[-1]
-            (n, k), body = self._linears[f"model.layers.0.{tail}"], True
-        has_bias = c.attention_bias and name.endswith(("q_proj", "k_proj", "v_proj"))
-        key = (n, k, body, has_bias)
-        if key not in self._made:
-            self._made[key] = self._random(n, k, body, has_bias)
-        return self._made[key]
-
-    def stored(self, name: str) -> tuple[str, int]:
-        """The form of the random numbers, and their bytes."""
-        w = self.linear(name)
-        return str(w.form), w.form.n_bytes(*w.shape)
-
-    def vector(self, name: str) -> np.ndarray:
-        """Ones."""
-        c = self.config
-        return np.ones(c.head_dim if name.endswith(("q_norm", "k_norm")) else c.hidden_size, np.float32)
-
-    def fingerprint(self, tell: Any = None) -> str:
-        """The shape's name says it all."""
-        return f"{self.path.name}-1"
-
-    def weight_files(self) -> list:
-        """There are none."""
-        return []
-
-    def check_unchanged(self) -> None:
-        """Random numbers of a fixed seed do not change."""
-
-    def tokenizer(self) -> Tokenizer:
-        """One that knows no word: what is said has no text, and no end."""
-        import tokenizers
-
-        from tinychat.text.tokenizer import Tokenizer
-
-        words = tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
-        words.decoder = tokenizers.decoders.ByteLevel()
-        return Tokenizer(words, eos_ids=frozenset())
-
-    @staticmethod
-    def _random(n: int, k: int, body: bool, bias: bool) -> Linear:
-        rng = np.random.default_rng(n * 31 + k)
-        raw = np.frombuffer(rng.bytes(n * k), dtype=np.uint8).reshape(n, k)
-        if not body:
-            scales = np.full((n, k // 32), 0.01 / k**0.5, np.float16)
-            return QuantizedLinear(raw.view(np.int8), scales, bits=8)
-        group = next(g for g in (128, 64, 32) if k % g == 0)
-        return QuantizedLinear(
-            raw & 15,
-            np.full((n, k // group), 0.2 / k**0.5, np.float16),
-            zeros=rng.integers(6, 10, (n, k // group), dtype=np.uint8),
-            bias=np.zeros(n, np.float32) if bias else None,
-        )
 
 
 def linear_bytes(w: Linear) -> int:
@@ -155,25 +35,54 @@ def linear_bytes(w: Linear) -> int:
     return exact.form.n_bytes(*exact.shape)
 
 
-def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:
-    """Bytes that decoding one token reads: every linear of the body and the head (a tied head is the
-    embedding); of experts as many as a token takes.
+@dataclass
+class FormBytes:
+    """Weights of one form that decoding a token reads: the form as it is given and as it runs, and the bytes
+    of both.
+    """
+
+    given: str
+    given_bytes: float
+    runs_as: str
+    bytes: float
+
+    @staticmethod
+    def of(w: Linear, name: str) -> FormBytes:
+        """Those of a linear, read once."""
+        exact = ExactForm.of(w, name)
+        runs = exact.form
+        return FormBytes(str(w.form), w.form.n_bytes(*w.shape), str(runs), runs.n_bytes(*exact.shape))
+
+
+def forms_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> list[FormBytes]:
+    """What decoding one token reads, by form, the most bytes first: every linear of the body and the head (a
+    tied head is the embedding); of experts as many as a token takes.
     """
     c = checkpoint.config
-    total, by_shape = 0.0, {}
+    total: dict[tuple[str, str], FormBytes] = {}
+    by_shape: dict[tuple[int, int], FormBytes] = {}
+
+    def add(one: FormBytes, share: float = 1) -> None:
+        have = total.setdefault((one.given, one.runs_as), FormBytes(one.given, 0, one.runs_as, 0))
+        have.given_bytes += one.given_bytes * share
+        have.bytes += one.bytes * share
+
     for i, layer in enumerate(c.layers):
         taken = layer.mlp.taken / layer.mlp.n if isinstance(layer.mlp, ExpertsConfig) else 1
         for name, shape in FAMILIES[c.family].linears(c, i).items():
             read = policy.router if name.endswith("mlp.gate") else policy.linear
-            share = taken if ".experts." in name else 1
+            one = by_shape.get(shape) or FormBytes.of(read(checkpoint, name), name)
             if isinstance(checkpoint, SyntheticCheckpoint):  # linears of a shape are alike
-                if shape not in by_shape:
-                    by_shape[shape] = linear_bytes(read(checkpoint, name))
-                total += by_shape[shape] * share
-            else:
-                total += linear_bytes(read(checkpoint, name)) * share
+                by_shape[shape] = one
+            add(one, taken if ".experts." in name else 1)
     head = policy.head(checkpoint, "lm_head") or policy.embedding(checkpoint, "model.embed_tokens")
-    return int(total + linear_bytes(head))
+    add(FormBytes.of(head, "the head"))
+    return sorted(total.values(), key=lambda one: -one.bytes)
+
+
+def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:
+    """Bytes of weights that decoding one token reads."""
+    return int(sum(one.bytes for one in forms_per_token(checkpoint, policy)))
 
 
 def _why_more(bytes_per_token: float) -> str:
@@ -340,6 +249,7 @@ def measure_together(
 def run(
     model: str | None,
     synthetic: str | None,
+    form: str = DEFAULT,
     *,
     options: LoadOptions,
     progress: Callable[[str], None] | None = None,
@@ -356,7 +266,7 @@ def run(
 
     policy = WeightPolicy(options.quantize, options.head_bits)
     if synthetic is not None:
-        checkpoint: Checkpoint = SyntheticCheckpoint(synthetic)
+        checkpoint: Checkpoint = SyntheticCheckpoint(synthetic, form)
     elif model is not None:
         checkpoint = open_checkpoint(store.resolve(model, offline=options.offline))
     else:
@@ -365,7 +275,8 @@ def run(
     backend = make_backend(checkpoint, options, progress)
     load_s = time.perf_counter() - began
     try:
-        weight_bytes = weight_bytes_per_token(checkpoint, policy)
+        forms = forms_per_token(checkpoint, policy)
+        weight_bytes = int(sum(one.bytes for one in forms))
         result = measure(
             backend,
             checkpoint.config,
@@ -386,6 +297,8 @@ def run(
     return {
         "model": model or synthetic,
         **{k: facts[k] for k in ("backend", "isa", "act_bits", "kv_bits", "threads")},
+        "form": form if synthetic else None,
+        "forms": [asdict(one) for one in forms],
         "weight_bytes_per_token": weight_bytes,
         **result,
         "load_s": load_s,

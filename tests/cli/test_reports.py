@@ -83,7 +83,7 @@ def test_no_share_above_one_is_printed_without_its_reason(here, monkeypatch):
 
     row = {"context": 0, "tok_s": 300.0, "gb_s": 30.0, "spread": 0.1, "fraction_of_bandwidth": 1.5}
     result = {"model": "m", "backend": "cpu", "isa": "avx2", "threads": 2, "weight_bytes_per_token": 10**8}
-    result |= {"read_bandwidth_gb_s": 20.0, "prefill": []}
+    result |= {"read_bandwidth_gb_s": 20.0, "prefill": [], "forms": []}
     for cache, reason in ((32 << 20, "has room in the processor's cache of 33.6 MB"), (0, "other programs")):
         monkeypatch.setattr(bench, "cache_bytes", lambda cache=cache: cache)
         rows = [row | {"more_than_memory": bench._why_more(1e8)}]
@@ -144,6 +144,32 @@ def test_bench_measures_what_it_says(folder, here, bits):
         assert [row["sequences"] for row in others] == [2, 3]
         for row in others:
             assert row["times_one"] == pytest.approx(row["tok_s"] / one["tok_s"])
+
+
+def test_bench_says_what_it_ran(here, monkeypatch):
+    from tinychat import synthetic
+
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", synthetic._shape(512, 512, 2, 4, 2, 64, tied=True))
+    code, out, err = in_process("bench", "--synthetic", "tiny", "--form", "q8_0", "-p", 8, "-n", 2, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["form"] == "q8_0"
+    (form,) = result["forms"]
+    assert form["given"] == form["runs_as"] == "8-bit, groups of 32, fp16 scale"
+    assert form["bytes"] == form["given_bytes"] == result["weight_bytes_per_token"]
+    code, out, err = in_process("bench", "--synthetic", "tiny", "-p", 8, "-n", 2)
+    assert code == 0, err
+    assert "4-bit, groups of 128, fp16 scale and zero point\n" in out
+    assert "run as" not in out
+
+
+def test_a_form_that_is_none_or_has_no_shape_is_refused(here):
+    code, _, err = in_process("bench", "--synthetic", "llama-3.2-1b", "--form", "q9")
+    assert (code, "q4_k" in err) == (2, True)
+    code, _, err = in_process("bench", "m", "--form", "q4_k")
+    assert (code, "tinychat bench --synthetic SHAPE --form q4_k" in err) == (2, True)
+    code, _, err = in_process("bench", "--synthetic", "smollm2-135m", "--form", "q4_k")
+    assert (code, "of 576" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

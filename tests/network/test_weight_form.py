@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -185,6 +187,16 @@ def test_tables_are_the_floats_that_torch_knows():
     assert TABLES["e2m1"].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
+def test_nf4_is_the_quantiles_of_a_normal_distribution_as_its_paper_builds_them():
+    ends = 0.9677083  # the mean of 1 - 1/30 and 1 - 1/32: the paper's outermost quantiles
+    quantile = NormalDist().inv_cdf
+    above = [quantile(p) for p in np.linspace(ends, 0.5, 9)[:-1]]
+    below = [-quantile(p) for p in np.linspace(ends, 0.5, 8)[:-1]]
+    levels = np.sort([0, *above, *below]) / max(above)
+    np.testing.assert_allclose(TABLES["nf4"], levels, atol=1e-6)
+    assert TABLES["nf4"].dtype == np.float32
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_codes_of_every_width_by_hand(bits):
     middle, top = 1 << (bits - 1), (1 << bits) - 1
@@ -267,7 +279,7 @@ CODES, SCALES = np.zeros((2, 32), np.uint8), np.ones((2, 1), np.float16)
     [
         lambda: Form(7, "signed", 32, "fp16"),
         lambda: Form(4, "e4m3", 32, "fp16"),  # a table of 256
-        lambda: Form(4, "nf4", 32, "fp16"),
+        lambda: Form(4, "nf3", 32, "fp16"),
         lambda: Form(4, "signed", 32, "fp8"),
         lambda: Form(4, "e2m1", 32, "fp16", "zero"),
         lambda: Form(4, "signed", 32, "none"),

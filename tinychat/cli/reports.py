@@ -48,6 +48,9 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
 @click.command()
 @click.argument("model", required=False, shell_complete=complete_models)
 @click.option("--synthetic", metavar="SHAPE", help="Random weights of a known shape instead of MODEL.")
+@click.option(
+    "--form", metavar="FORM", help="Form of those weights, such as q4_k, gptq3 or fp8.  [default: int4]"
+)
 @click.option("-p", "--n-prompt", type=TOKENS, default=512, show_default=True, help="Prefill tokens.")
 @click.option(
     "-n", "--n-gen", type=click.IntRange(1, 1 << 24), default=128, show_default=True, help="Decoded tokens."
@@ -71,6 +74,7 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
 def bench(
     model: str | None,
     synthetic: str | None,
+    form: str | None,
     contexts: tuple[int, ...],
     parallel: tuple[int, ...],
     as_json: bool,
@@ -79,11 +83,15 @@ def bench(
     """Prefill and decode rates of MODEL, and the share of the memory's bandwidth that decoding reaches."""
     if (model is None) == (synthetic is None):
         raise UsageError("bench needs either a MODEL or a --synthetic SHAPE.", "tinychat bench smollm2-135m")
+    if form is not None and synthetic is None:
+        raise UsageError("--form is of random weights.", f"tinychat bench --synthetic SHAPE --form {form}")
     from tinychat import bench as benchmark
+    from tinychat.synthetic import DEFAULT
 
     result = benchmark.run(
         model,
         synthetic,
+        form or DEFAULT,
         n_prompt=o["n_prompt"],
         n_gen=o["n_gen"],
         contexts=contexts or (0,),
@@ -99,6 +107,8 @@ def bench(
     threads = f" · {result['threads']} threads" if result["threads"] else ""
     click.echo(f"{result['model']} · {result['backend']} {result['isa']}{threads}")
     click.echo(f"{per_token} of weights a token · read bandwidth {result['read_bandwidth_gb_s']:.1f} GB/s")
+    for row in result["forms"]:
+        click.echo(f"{human_bytes(row['bytes']):>9}  {_form_said(row)}")
     for row in result["prefill"]:
         click.echo(
             f"prefill {row['n_tokens']:>6} tokens  {row['tok_s']:>8.1f} tok/s  ±{row['spread'] / 2:.0%}"
@@ -116,6 +126,13 @@ def bench(
             f"{row['sequences']:>3} answers at once    {row['tok_s']:>8.1f} tok/s  ±{row['spread'] / 2:.0%}  "
             f"{row['times_one']:.2f} × one"
         )
+
+
+def _form_said(row: dict[str, Any]) -> str:
+    """The form of some weights; where they run as another one, both."""
+    if row["runs_as"] == row["given"]:
+        return row["given"]
+    return f"{row['given']} ({human_bytes(row['given_bytes'])}), run as {row['runs_as']}"
 
 
 @click.command()

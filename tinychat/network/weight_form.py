@@ -31,14 +31,21 @@ def _e4m3() -> np.ndarray:
     return values
 
 
+_NF4 = (
+    "-1 -0.6961928 -0.52507305 -0.3949175 -0.28444138 -0.18477343 -0.091050036 0 "
+    "0.0795803 0.1609302 0.2461123 0.33791524 0.44070983 0.562617 0.72295684 1"
+)
+
 # float32 [2^bits]: the value of each code. e2m1, e4m3: OCP's floats of 4 and 8 bits (MXFP4, NVFP4, FP8);
-# iq4_nl: llama.cpp's 16 levels for bell-shaped weights.
+# iq4_nl: llama.cpp's 16 levels for bell-shaped weights; nf4: bitsandbytes' 16 quantiles of a normal
+# distribution.
 TABLES = {
     "e2m1": _minifloats(2, 1, 1),
     "e4m3": _e4m3(),
     "iq4_nl": np.array(
         [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
     ),
+    "nf4": np.array(_NF4.split(), np.float32),
 }
 
 # How a scale or an offset is stored → its bits, and what it is multiplied by.
@@ -64,7 +71,7 @@ class Form:
 
     bits      of a code: 2, 3, 4, 5, 6 or 8; 16 or 32 of a float
     decoding  the value of a code: "unsigned" 0…2^bits - 1, "signed" -2^(bits - 1)…2^(bits - 1) - 1, or by a
-              table ("e2m1", "e4m3", "iq4_nl"); of a weight stored in floats "fp16", "bf16" or "fp32"
+              table ("e2m1", "e4m3", "iq4_nl", "nf4"); of a weight stored in floats "fp16", "bf16" or "fp32"
     group     inputs that share a scale: 16, 32, 64, 128, …, or ROW
     rows      outputs that share a scale; ROW for all of them
     scale     "fp16", "fp32"; "int4", "int6" or "int8" times an fp16 for each 256 inputs; "e8m0" (a power of

@@ -1,0 +1,237 @@
+"""Models of known shapes with random weights in any form: what `tinychat bench --synthetic` measures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinychat.base.errors import UsageError
+from tinychat.models import FAMILIES
+from tinychat.network.config import (
+    AttentionConfig,
+    DenseConfig,
+    ExpertsConfig,
+    LayerConfig,
+    ModelConfig,
+    RopeConfig,
+)
+from tinychat.network.weight_form import NUMBERS, ROW, SUPER, TABLES, Coded, Form, Numbers
+from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
+
+if TYPE_CHECKING:
+    from tinychat.text.tokenizer import Tokenizer
+
+
+def _shape(hidden, ffn, layers, heads, kv_heads, vocab, tied, bias=False, context=8192) -> ModelConfig:
+    d = hidden // heads
+    layer = LayerConfig(AttentionConfig(heads, kv_heads, d, RopeConfig(dim=d)), DenseConfig(ffn))
+    return ModelConfig(
+        family="llama",
+        hidden_size=hidden,
+        layers=(layer,) * layers,
+        vocab_size=vocab,
+        context_length=context,
+        tie_embeddings=tied,
+        attention_bias=bias,
+    )
+
+
+# The real dimensions; the weights are random, so nothing is downloaded.
+SHAPES: dict[str, ModelConfig] = {
+    "smollm2-135m": _shape(576, 1536, 30, 9, 3, 49152, tied=True),
+    "qwen2.5-0.5b": _shape(896, 4864, 24, 14, 2, 151936, tied=True, bias=True),
+    "llama-3.2-1b": _shape(2048, 8192, 16, 32, 8, 128256, tied=True),
+    "qwen2.5-7b": _shape(3584, 18944, 28, 28, 4, 152064, tied=False, bias=True),
+    "llama-2-7b": _shape(4096, 11008, 32, 32, 32, 32000, tied=False),
+    "llama-3-8b": _shape(4096, 14336, 32, 32, 8, 128256, tied=False),
+}
+SHAPES["qwen3-30b-a3b"] = replace(
+    _shape(2048, 6144, 48, 32, 4, 151936, tied=False),
+    family="qwen3_moe",
+    layers=(LayerConfig(AttentionConfig(32, 4, 128, RopeConfig(dim=128)), ExpertsConfig(128, 8, 768)),) * 48,
+)
+
+DEFAULT = "int4"  # 4-bit with zero points as AWQ has it, in the largest group up to 128 that divides a width
+
+# Forms of files that people have: llama.cpp's types, and those of checkpoint folders.
+GGUF_FORMS: dict[str, Form] = {
+    "q2_k": Form(2, "unsigned", 16, "int4", "int4"),
+    "q3_k": Form(3, "signed", 16, "int6"),
+    "q4_k": Form(4, "unsigned", 32, "int6", "int6"),
+    "q5_k": Form(5, "unsigned", 32, "int6", "int6"),
+    "q6_k": Form(6, "signed", 16, "int8"),
+    "q4_0": Form(4, "signed", 32, "fp16"),
+    "q4_1": Form(4, "unsigned", 32, "fp16", "fp16"),
+    "q5_0": Form(5, "signed", 32, "fp16"),
+    "q5_1": Form(5, "unsigned", 32, "fp16", "fp16"),
+    "q8_0": Form(8, "signed", 32, "fp16"),
+    "iq4_nl": Form(4, "iq4_nl", 32, "fp16"),
+    "iq4_xs": Form(4, "iq4_nl", 32, "int6"),
+    "mxfp4": Form(4, "e2m1", 32, "e8m0"),
+}
+FORMS: dict[str, Form] = {
+    **GGUF_FORMS,
+    "gptq2": Form(2, "unsigned", 128, "fp16", "zero"),
+    "gptq3": Form(3, "unsigned", 128, "fp16", "zero"),
+    "gptq8": Form(8, "unsigned", 128, "fp16", "zero"),
+    "mlx4": Form(4, "unsigned", 64, "fp16", "fp16"),
+    "nvfp4": Form(4, "e2m1", 16, "e4m3"),
+    "nf4": Form(4, "nf4", 64, "fp32"),
+    "fp8": Form(8, "e4m3", 128, "fp32", rows=128),
+    "fp8-channel": Form(8, "e4m3", ROW, "fp32"),
+    "int8-channel": Form(8, "signed", ROW, "fp32"),
+}
+HEAD = Form(8, "signed", 32, "fp16")  # what 16 bits become at load
+
+
+def head_form(form: str, width: int) -> Form:
+    """The form of the head, and of the embedding where they are one, in files whose body has `form`.
+
+    llama.cpp leaves them at Q6_K (at Q8_0 where 256 does not divide the width, and in Q8_0 and MXFP4 files);
+    checkpoint folders in 16 bits, which run as int8.
+    """
+    gguf = form in GGUF_FORMS and form not in ("q8_0", "mxfp4")
+    return GGUF_FORMS["q6_k"] if gguf and width % SUPER == 0 else HEAD
+
+
+class SyntheticCheckpoint:
+    """A shape with random weights.
+
+    form    a name of `FORMS`, or "int4": AWQ-like, 4-bit, groups of 128 (64 or 32 where 128 does not divide),
+            with an int8 head
+
+    Every layer holds the same random numbers; they are separate bytes once packed, as in a real model.
+    Raises UsageError for a shape or form that is not known, and where one does not divide the other.
+    """
+
+    def __init__(self, shape: str, form: str = DEFAULT):
+        if shape not in SHAPES:
+            raise UsageError(f"The shape {shape!r} is not known.", f"Known: {', '.join(SHAPES)}.")
+        if form != DEFAULT and form not in FORMS:
+            raise UsageError(f"The form {form!r} is not known.", f"Known: {DEFAULT}, {', '.join(FORMS)}.")
+        self.config, self.form = SHAPES[shape], form
+        self.path = Path(f"synthetic-{shape}" if form == DEFAULT else f"synthetic-{shape}-{form}")
+        self._made: dict[tuple, Linear] = {}
+        self._linears = FAMILIES[self.config.family].linears(self.config, 0)
+        for name, (_, k) in self._linears.items():
+            needed = 1 if form == DEFAULT else _divisor(FORMS[form])
+            if not name.endswith("mlp.gate") and k % needed:
+                raise UsageError(
+                    f"{form} takes whole groups of {needed} inputs, and {shape} has linears of {k}.",
+                    "Try --synthetic llama-3.2-1b.",
+                )
+
+    def has(self, name: str) -> bool:
+        """Whether the module exists."""
+        return name != "lm_head" or not self.config.tie_embeddings
+
+    def linear(self, name: str) -> Linear:
+        """Random codes; weights of about 1/sqrt(in), so that activations stay of order one."""
+        c = self.config
+        body = name not in ("lm_head", "model.embed_tokens")
+        if not body:
+            n, k = c.vocab_size, c.hidden_size
+        elif name.endswith("mlp.gate"):
+            shape = self._linears["model.layers.0.mlp.gate"]
+            return DenseLinear(np.random.default_rng(0).normal(0, 1, shape).astype(np.float32))
+        else:
+            tail = name.split(".", 3)[-1]
+            n, k = self._linears[f"model.layers.0.{tail}"]
+        has_bias = c.attention_bias and name.endswith(("q_proj", "k_proj", "v_proj"))
+        key = (n, k, body, has_bias)
+        if key not in self._made:
+            bias = np.zeros(n, np.float32) if has_bias else None
+            form = self._body(k) if body else head_form(self.form, k)
+            self._made[key] = random_linear(form, n, k, bias)
+        return self._made[key]
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """The form of the random numbers, and their bytes."""
+        w = self.linear(name)
+        return str(w.form), w.form.n_bytes(*w.shape)
+
+    def vector(self, name: str) -> np.ndarray:
+        """Ones."""
+        c = self.config
+        return np.ones(c.head_dim if name.endswith(("q_norm", "k_norm")) else c.hidden_size, np.float32)
+
+    def fingerprint(self, tell: Any = None) -> str:
+        """The names of shape and form say it all."""
+        return f"{self.path.name}-2"
+
+    def weight_files(self) -> list:
+        """There are none."""
+        return []
+
+    def check_unchanged(self) -> None:
+        """Random numbers of a fixed seed do not change."""
+
+    def tokenizer(self) -> Tokenizer:
+        """One that knows no word: what is said has no text, and no end."""
+        import tokenizers
+
+        from tinychat.text.tokenizer import Tokenizer
+
+        words = tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
+        words.decoder = tokenizers.decoders.ByteLevel()
+        return Tokenizer(words, eos_ids=frozenset())
+
+    def _body(self, k: int) -> Form:
+        """Form of a linear of k inputs."""
+        if self.form != DEFAULT:
+            return FORMS[self.form]
+        return Form(4, "unsigned", next(g for g in (128, 64, 32) if k % g == 0), "fp16", "zero")
+
+
+def _divisor(form: Form) -> int:
+    """Inputs that the form takes at once."""
+    coded = any(NUMBERS.get(kind, (0, None))[1] == "fp16" for kind in (form.scale, form.offset))
+    return SUPER if coded else form.group or 1
+
+
+def random_linear(form: Form, n: int, k: int, bias: np.ndarray | None = None) -> QuantizedLinear:
+    """n outputs of k inputs in codes of the form, with a mean near 0 and a deviation near 1/sqrt(k)."""
+    rng = np.random.default_rng(n * 31 + k)
+    codes: np.ndarray = np.frombuffer(rng.bytes(n * k), np.uint8).reshape(n, k)
+    if form.decoding == "signed" and form.bits == 8:
+        codes = codes.view(np.int8)
+        values = np.arange(-128, 128, dtype=np.float32)
+    elif form.decoding in TABLES:
+        values = TABLES[form.decoding]
+        codes = codes & np.uint8(len(values) - 1)
+        codes[np.isnan(values[codes])] = 0
+    else:
+        codes = codes & np.uint8((1 << form.bits) - 1)
+        values = np.arange(1 << form.bits, dtype=np.float32)
+    step = 1 / (np.nanstd(values) * k**0.5)
+    shape = (-(-n // (form.rows or n)), k // (form.group or k))
+    zeros, offsets = None, None
+    if form.offset == "zero":
+        middle = 1 << (form.bits - 1)
+        around = max(1, middle // 4)
+        zeros = rng.integers(middle - around, middle + around, shape, dtype=np.uint8)
+    elif form.offset != "none":
+        offsets = _numbers(form.offset, shape, k, -step * values.mean(), rng)
+    scales = _numbers(form.scale, shape, k, step, rng)
+    table = form.decoding if form.decoding in TABLES else None
+    return QuantizedLinear(
+        codes, scales, zeros, offsets, bias, bits=form.bits, table=table, rows=form.rows or n
+    )
+
+
+def _numbers(kind: str, shape: tuple[int, int], k: int, size: float, rng: np.random.Generator) -> Numbers:
+    """Scales or offsets of about `size`, stored so."""
+    if kind in ("fp16", "fp32"):
+        return (rng.uniform(0.8, 1.2, shape) * size).astype(np.float16 if kind == "fp16" else np.float32)
+    if kind == "e8m0":
+        nearest = 127 + round(np.log2(size))
+        return Coded(kind, rng.integers(nearest - 1, nearest + 2, shape, dtype=np.uint8))
+    if kind == "e4m3":
+        ones = rng.integers(0x34, 0x3D, shape, dtype=np.uint8)  # 0.75…1.5
+        return Coded(kind, ones, np.full((1, 1), size, np.float32))
+    top = 1 << (NUMBERS[kind][0] - 1)  # a code that is the same signed and unsigned is below
+    times = rng.uniform(0.8, 1.2, (shape[0], k // SUPER)) * size / (0.75 * top)
+    return Coded(kind, rng.integers(top // 2, top, shape, dtype=np.uint8), times.astype(np.float16))
