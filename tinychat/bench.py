@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinychat.backends.cpu_pack import KERNELS
 from tinychat.backends.exact_form import ExactForm
 from tinychat.backends.interface import BLOCK, Backend, Slots, Span, Step
 from tinychat.base.errors import MemoryBudgetError, UsageError
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 
 def linear_bytes(w: Linear) -> int:
-    """Bytes that one pass over a linear reads, in the form in which backends store it."""
-    exact = ExactForm.of(w)
+    """Bytes that one pass over a linear reads, in the form in which the CPU backend stores it."""
+    exact = ExactForm.of(w, KERNELS)
     return exact.form.n_bytes(*exact.shape)
 
 

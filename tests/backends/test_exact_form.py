@@ -10,10 +10,10 @@ import pytest
 from programs import FORMS, random_dense, random_linear
 
 from tinychat.backends import cpu_pack, cuda_pack
-from tinychat.backends.exact_form import ExactForm
-from tinychat.base.errors import UnsupportedModelError
-from tinychat.network.weight_form import Coded
-from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
+from tinychat.backends.exact_form import ExactForm, Kernels
+from tinychat.base.errors import CheckpointError
+from tinychat.network.weight_form import Coded, floats
+from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear, quantize_int8
 
 N, K, GROUP = 5, 128, 32
 STORED = {
@@ -23,7 +23,7 @@ STORED = {
     "offsets": "4-bit, groups of 32, fp16 scale and offset",
     "float": "4-bit, groups of 32, fp32 scale and offset",
     "int8": "8-bit, groups of 32, fp16 scale",
-    "int8-float": "8-bit, groups of 32, fp32 scale and offset",
+    "int8-float": "8-bit, groups of 32, fp32 scale",
     "fp32": "fp32",
     "fp16": "fp16",
     "bf16": "bf16",
@@ -31,6 +31,21 @@ STORED = {
 
 
 DENSE = ("fp32", "fp16", "bf16")
+BESIDES = [
+    ("fp16", "none"),
+    ("fp16", "zero"),
+    ("fp16", "fp16"),
+    ("fp32", "none"),
+    ("fp32", "fp32"),
+    ("int4", "int4"),
+    ("int6", "none"),
+    ("int6", "int6"),
+    ("int8", "none"),
+    ("e8m0", "none"),
+    ("e4m3", "none"),
+]
+ALL = Kernels.of(["2", "3", "4", "5", "6", "8", "iq4_nl", "e2m1"], BESIDES)
+SOME = cuda_pack.KERNELS
 
 
 def made(kind: str, group: int = GROUP) -> Linear:
@@ -60,7 +75,7 @@ def values(w: ExactForm) -> np.ndarray:
 @pytest.mark.parametrize("kind", STORED)
 def test_the_form_is_the_smallest_that_is_exact(kind):
     w = made(kind)
-    exact = ExactForm.of(w)
+    exact = ExactForm.of(w, ALL)
     assert str(exact.form) == STORED[kind]
     assert exact.shape == (N, K)
     np.testing.assert_array_equal(exact.bias, w.bias)
@@ -75,45 +90,134 @@ def test_every_form_of_the_kernels_tests_is_here():
 def test_scales_in_fp32_that_halves_hold_are_stored_in_halves():
     w = made("offsets")
     wide = QuantizedLinear(w.codes, w.scales.astype(np.float32), offsets=w.offsets.astype(np.float32))
-    assert str(ExactForm.of(wide).form) == STORED["offsets"]
+    assert str(ExactForm.of(wide, ALL).form) == STORED["offsets"]
 
 
 def test_a_permutation_stays_beside_codes_and_is_undone_in_floats():
     rng = np.random.default_rng(1)
     perm = rng.permutation(K).astype(np.int64)
     whole = QuantizedLinear(made("zeros").codes, made("zeros").scales, made("zeros").zeros, perm=perm)
-    assert ExactForm.of(whole).perm.dtype == np.int32
-    small = made("zeros", group=16)
+    assert ExactForm.of(whole, ALL).perm.dtype == np.int32
+    small = made("zeros", group=8)
     odd = QuantizedLinear(small.codes, small.scales, small.zeros, perm=perm)
-    exact = ExactForm.of(odd)
-    assert str(exact.form) == "fp32"  # no kernel has groups of 16
+    exact = ExactForm.of(odd, ALL)
+    assert str(exact.form) == "fp32"  # no kernel has groups of 8
     assert exact.perm is None
     np.testing.assert_array_equal(exact.codes, odd.dequantize())
 
 
-@pytest.mark.parametrize(
-    ("w", "said"),
-    [
-        (
-            QuantizedLinear(np.zeros((4, 64), np.uint8), np.ones((4, 4), np.float16), bits=6),
-            "6-bit, groups of 16",
-        ),
-        (
-            QuantizedLinear(np.zeros((4, 64), np.uint8), np.ones((4, 2), np.float16), bits=8),
-            "8-bit, groups of 32",
-        ),
-        (
-            QuantizedLinear(
-                np.zeros((4, 64), np.uint8), Coded("e8m0", np.full((4, 2), 127, np.uint8)), table="e2m1"
-            ),
-            "4-bit e2m1, groups of 32, e8m0 scale",
-        ),
-    ],
-)
-def test_codes_without_kernels_are_refused_in_two_lines(w, said):
-    with pytest.raises(UnsupportedModelError, match=f"layers.3.*{said}") as e:
-        ExactForm.of(w, "model.layers.3.mlp.up_proj")
-    assert "Q4_K_M" in e.value.todo
+def coded(kind: str, groups: int, times: int) -> Coded:
+    """Scales of N outputs of a kind, times such numbers."""
+    rng = np.random.default_rng(7)
+    if kind.startswith("int"):
+        return Coded(
+            kind,
+            rng.integers(1, 1 << int(kind[3]), (N, groups), dtype=np.uint8),
+            rng.uniform(0.1, 1, (N, times)).astype(np.float16),
+        )
+    if kind == "e8m0":
+        return Coded(kind, rng.integers(110, 130, (N, groups), dtype=np.uint8))
+    return Coded(
+        kind, rng.integers(1, 126, (N, groups), dtype=np.uint8), np.full((1, times), 0.3, np.float32)
+    )
+
+
+# What llama.cpp, gpt-oss and NVIDIA store: bits, table, group, scale, offset
+NEW = {
+    "q2_k": (2, None, 16, "int4", "int4"),
+    "q3_k": (3, None, 16, "int6", None),
+    "q4_k": (4, None, 32, "int6", "int6"),
+    "q5_k": (5, None, 32, "int6", "int6"),
+    "q6_k": (6, None, 16, "int8", None),
+    "iq4_xs": (4, "iq4_nl", 32, "int6", None),
+    "mxfp4": (4, "e2m1", 32, "e8m0", None),
+    "nvfp4": (4, "e2m1", 16, "e4m3", None),
+}
+
+
+def stored(kind: str, k: int = 512) -> QuantizedLinear:
+    bits, table, group, scale, offset = NEW[kind]
+    rng = np.random.default_rng(list(NEW).index(kind))
+    codes = rng.integers(0, 1 << bits, (N, k), dtype=np.uint8)
+    times = 1 if scale == "e4m3" else k // 256
+    each = [None if s is None else coded(s, k // group, times) for s in (scale, offset)]
+    return QuantizedLinear(codes, each[0], offsets=each[1], bits=bits, table=table)
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_what_kernels_read_is_stored_as_it_is_in_the_file(kind):
+    w = stored(kind)
+    exact = ExactForm.of(w, ALL)
+    assert ALL.hold(w.form, w.shape[1])
+    assert not exact.rounded
+    assert exact.form == w.form
+    assert exact.form.n_bytes(*exact.shape) == w.form.n_bytes(*w.shape)
+    for mine, own in ((exact.codes, w.codes), (exact.scales, w.scales), (exact.beside, w.offsets)):
+        assert mine is own
+
+
+@pytest.mark.parametrize("kind", [k for k in NEW if k != "q4_k"])
+def test_what_kernels_do_not_read_is_rounded_to_int8_and_says_so(kind):
+    w = stored(kind)
+    exact, rounded = ExactForm.of(w, SOME), quantize_int8(w.dequantize())
+    assert exact.rounded
+    assert not SOME.hold(w.form, w.shape[1])
+    assert str(exact.form) == STORED["int8"]
+    np.testing.assert_array_equal(exact.codes, rounded.codes)
+    np.testing.assert_array_equal(exact.scales, rounded.scales)
+
+
+def test_coded_scales_become_floats_where_kernels_read_their_codes_alone():
+    w = stored("q4_k")
+    exact = ExactForm.of(w, SOME)
+    assert SOME.hold(w.form, w.shape[1])
+    assert not exact.rounded
+    assert str(exact.form) == STORED["float"]
+    np.testing.assert_array_equal(exact.scales, floats(w.scales))
+    np.testing.assert_array_equal(exact.beside, floats(w.offsets))
+
+
+def test_a_super_scale_of_other_than_256_inputs_becomes_floats():
+    w = stored("q4_k", 512)
+    scales = Coded("int6", w.scales.codes, w.scales.times[:, :1])
+    exact = ExactForm.of(QuantizedLinear(w.codes, scales), ALL)
+    assert (exact.form.scale, exact.form.offset) == ("fp32", "none")
+    np.testing.assert_array_equal(exact.scales, floats(scales))
+
+
+@pytest.mark.parametrize("beside", ["none", "zeros", "offsets"])
+def test_unsigned_bytes_become_signed_ones(beside):
+    rng = np.random.default_rng(3)
+    codes, zeros = (rng.integers(0, 256, s, dtype=np.uint8) for s in ((N, 64), (N, 2)))
+    scales = rng.uniform(0.01, 0.02, (N, 2)).astype(np.float16)
+    w = QuantizedLinear(
+        codes,
+        scales,
+        zeros if beside == "zeros" else None,
+        -scales if beside == "offsets" else None,
+        bits=8,
+    )
+    exact = ExactForm.of(w, ALL)
+    assert exact.codes.dtype == np.int8
+    pair = "fp16 scale" if beside == "none" else "fp32 scale and offset"
+    assert str(exact.form) == f"8-bit, groups of 32, {pair}"
+    np.testing.assert_allclose(values(exact), w.dequantize(), rtol=1e-6, atol=1e-6)
+
+
+def test_scales_of_blocks_become_those_of_rows():
+    rng = np.random.default_rng(4)
+    scales = rng.uniform(0.01, 0.02, (2, 2)).astype(np.float32)
+    w = QuantizedLinear(rng.integers(-127, 128, (N, 64), dtype=np.int8), scales, bits=8, rows=3)
+    exact = ExactForm.of(w, ALL)
+    assert str(exact.form) == "8-bit, groups of 32, fp32 scale"
+    np.testing.assert_array_equal(exact.scales, scales[[0, 0, 0, 1, 1]])
+
+
+def test_a_scale_without_a_number_is_refused_where_it_must_be_rounded():
+    codes = Coded("e8m0", np.full((N, 2), 255, np.uint8))
+    w = QuantizedLinear(np.ones((N, 64), np.uint8), codes, table="e2m1")
+    with pytest.raises(CheckpointError, match=r"layers\.3.*NaN"):
+        ExactForm.of(w, SOME, "model.layers.3.mlp.up_proj")
 
 
 @pytest.mark.parametrize("kind", STORED)
@@ -181,6 +285,6 @@ def test_packs_hold_the_bytes_that_packs_of_that_name_always_held(kind):
             sizes.append(a.nbytes)
             return [len(sizes) - 1, a.nbytes]
 
-        entry = layout.entry(ExactForm.of(by_hand(kind)), put)
+        entry = layout.entry(ExactForm.of(by_hand(kind), layout.kernels), put)
         digest.update(json.dumps(entry, sort_keys=True).encode())
         assert digest.hexdigest()[:12] == written

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.backends.exact_form import ExactForm
+from tinychat.backends.exact_form import ExactForm, Kernels
 from tinychat.backends.pack_file import Pack
 from tinychat.backends.pack_store import Put
 from tinychat.kernels_cpu import _native
+from tinychat.network.weight_form import Coded, Numbers
 from tinychat.network.weights import Linear
 
 # The enumerations of layout.h, by what `Form` says of codes, and of scale and offset
@@ -22,6 +23,15 @@ METAS = {
     ("fp32", "fp32"): 3,
     ("none", "none"): 4,
 }
+KERNELS = Kernels(
+    frozenset(
+        {
+            *(("4", *beside) for beside in METAS if beside[0] != "none"),
+            ("8", "fp16", "none"),
+            ("8", "fp32", "fp32"),
+        }
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class CpuLayout:
     """Implements `Layout`. threads: that put bits in their places."""
 
     name = "lanes16"
+    kernels = KERNELS
 
     def __init__(self, threads: int = 1):
         self.threads = threads
@@ -91,7 +102,7 @@ class CpuWeights:
 
 def pack(w: Linear, threads: int = 1) -> PackedLinear:
     """One linear for the kernels, in memory."""
-    exact = ExactForm.of(w)
+    exact = ExactForm.of(w, KERNELS)
     return PackedLinear(_native.Linear(*numbers(exact), tiles(exact, threads), exact.bias), exact.perm)
 
 
@@ -110,8 +121,9 @@ def tiles(w: ExactForm, threads: int) -> np.ndarray:
     return out
 
 
-def _bits(a: np.ndarray | None) -> np.ndarray | None:
+def _bits(a: Numbers | None) -> np.ndarray | None:
     """Halves as the integers that the kernels' module takes."""
+    assert not isinstance(a, Coded)  # KERNELS have none
     return a.view(np.uint16) if a is not None and a.dtype == np.float16 else a
 
 

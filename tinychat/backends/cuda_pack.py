@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends import pack_store
-from tinychat.backends.exact_form import ExactForm
+from tinychat.backends.exact_form import ExactForm, Kernels
 from tinychat.backends.pack_store import Put
 from tinychat.kernels_cuda import layout, linear
 from tinychat.kernels_cuda.driver import Memory
@@ -18,6 +18,7 @@ from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.family import Family
+from tinychat.network.weight_form import Coded
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear, bf16_to_f32
 
@@ -28,6 +29,9 @@ METAS = {
     ("fp16", "fp16"): "OFFSET",
     ("fp32", "fp32"): "FLOAT",
 }
+KERNELS = Kernels(
+    frozenset({*(("4", *beside) for beside in METAS), ("8", "fp16", "none"), ("8", "fp32", "fp32")})
+)
 PARTS = {"codes": np.uint8, "meta": np.uint8, "zeros": np.uint8, "bias": np.float32, "perm": np.int32}
 EXPERT = ".experts."  # in the name of a linear that is one of many
 PIECE, ALIGNED = 16 << 20, 256  # bytes
@@ -131,6 +135,7 @@ class CudaLayout:
     """Implements `Layout`: kernels_cuda/layout.py."""
 
     name = "cuda1"
+    kernels = KERNELS
 
     def entry(self, w: ExactForm, put: Put) -> dict[str, Any]:
         """Places of PARTS, and the fields of `Shape`."""
@@ -142,7 +147,7 @@ class CudaLayout:
 
 def pack(w: Linear) -> Packed:
     """One linear for the kernels: its shape, and its arrays codes, meta, zeros, bias, perm."""
-    return packed(ExactForm.of(w))
+    return packed(ExactForm.of(w, KERNELS))
 
 
 def packed(w: ExactForm) -> Packed:
@@ -154,10 +159,13 @@ def packed(w: ExactForm) -> Packed:
         form, parts["codes"] = _floats(w)
         return Shape(form, n, k, k), parts
     parts["codes"] = _banded(w.codes, lambda a: layout.pack_codes(a, w.form.bits))
-    if w.form.offset == "zero" and w.beside is not None:
-        parts["meta"], parts["zeros"] = layout.pack_meta(w.scales), layout.pack_zeros(w.beside)
+    scales, beside = w.scales, w.beside
+    assert isinstance(scales, np.ndarray)  # KERNELS have none that are coded
+    assert not isinstance(beside, Coded)
+    if w.form.offset == "zero" and beside is not None:
+        parts["meta"], parts["zeros"] = layout.pack_meta(scales), layout.pack_zeros(beside)
     else:
-        parts["meta"] = layout.pack_meta(w.scales, w.beside)
+        parts["meta"] = layout.pack_meta(scales, beside)
     return Shape(Form(w.form.bits, METAS[w.form.scale, w.form.offset]), n, k, w.group), parts
 
 

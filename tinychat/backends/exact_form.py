@@ -1,49 +1,81 @@
-"""The form in which every backend stores a weight: the smallest with kernels that holds it exactly.
+"""The form in which a backend stores a weight: the smallest with kernels that holds it exactly.
 
-Layouts differ between backends (which bit lies where); what is stored does not, so it is decided here, once.
+Layouts differ between backends: which bit lies where, and what their kernels read. What is stored of a weight
+that kernels read is the same for all, so it is decided here, once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
-from tinychat.base.errors import UnsupportedModelError
-from tinychat.network.weight_form import Form, exact_halves, floats, kind_of
-from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
+from tinychat.base.errors import CheckpointError
+from tinychat.network.weight_form import SUPER, TABLES, Coded, Form, Numbers, exact_halves, floats, kind_of
+from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear, quantize_int8
 
-GROUPS = 32  # a group of whole 32s, or the row in whole 32s: what kernels take
+PART = 32  # inputs that share a scale of activations: kernels read whole ones
+HALF = 16  # the one group that is smaller
 
-# Codes with kernels: (bits, scale, offset). Scales in fp32 have offsets in fp32, whatever the weight has.
-KERNELS = (
-    (4, "fp16", "none"),
-    (4, "fp16", "zero"),
-    (4, "fp16", "fp16"),
-    (4, "fp32", "fp32"),
-    (8, "fp16", "none"),
-    (8, "fp32", "fp32"),
-)
+Beside = tuple[Numbers, "Numbers | None"]  # scales, and zeros or offsets
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What one backend's kernels read.
+
+    forms    (codes, scale, offset): codes by their table or their bits ("6"), the others in the words of
+             `Form`. All backends have ("8", "fp16", "none")
+    halves   whether groups of 16 are read too, beside multiples of 32
+    """
+
+    forms: frozenset[tuple[str, str, str]]
+    halves: bool = False
+
+    @staticmethod
+    def of(
+        codes: Iterable[str], besides: Iterable[tuple[str, str]], halves: bool = True, more: Iterable = ()
+    ) -> Kernels:
+        """Any of the codes beside any of the pairs of scale and offset, and `more` forms."""
+        return Kernels(frozenset([*((c, *b) for c, b in product(codes, besides)), *more]), halves)
+
+    def hold(self, form: Form, k: int) -> bool:
+        """Whether weights of that form and k inputs run as they are; others are rounded when packed."""
+        if form.is_float or not _whole(form.group or k, k):
+            return True  # floats hold them
+        code = form.decoding if form.decoding in TABLES else str(form.bits)
+        words = [(form.scale, form.offset), ("fp32", "fp32")]
+        words += [("fp32", "none")] if form.offset == "none" else []
+        return self._groups(form.group or k) and any((code, *w) in self.forms for w in words)
+
+    def _groups(self, group: int) -> bool:
+        return group % PART == 0 or self.halves
 
 
 @dataclass(frozen=True)
 class ExactForm:
     """A weight as kernels take it, before a layout puts its bits in their places.
 
-    form    one of KERNELS, or floats
-    codes   [out, in]: uint8 0…15, int8, or the floats: float16, float32, uint16 bits of bfloat16
-    scales  [out, in/group], float16 or float32 as the form says; None of floats
-    beside  [out, in/group], zeros in uint8 or offsets as the form says; None without
+    form    floats, or one of the `Kernels`; "signed" codes of less than 8 bits are off by 2^(bits - 1)
+    codes   [out, in]: uint8 0…2^bits - 1, int8 of 8 bits, or the floats: float16, float32, uint16 bits of
+            bfloat16
+    scales  [out, in/group], float16, float32 or `Coded` as the form says; None of floats. Integers have an
+            fp16 for each 256 inputs, e4m3 codes one fp32 for a row or for all
+    beside  [out, in/group], zeros in uint8 0…15, or offsets as the form says; None without
     bias    float32 [out] or None
     perm    int32 [in] or None: column j of codes multiplies input `perm[j]`
+    rounded whether the weight's own form has no kernels: what is stored was rounded to int8 groups of 32
     """
 
     form: Form
     codes: np.ndarray
-    scales: np.ndarray | None = None
-    beside: np.ndarray | None = None
+    scales: Numbers | None = None
+    beside: Numbers | None = None
     bias: np.ndarray | None = None
     perm: np.ndarray | None = None
+    rounded: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,47 +88,109 @@ class ExactForm:
         return 0 if self.scales is None else self.codes.shape[1] // self.scales.shape[1]
 
     @staticmethod
-    def of(w: Linear, name: str = "") -> ExactForm:
-        """The weight, bit for bit. Groups that no kernel takes become floats, as exact and larger.
+    def of(w: Linear, kernels: Kernels, name: str = "") -> ExactForm:
+        """The weight, bit for bit where the kernels read its codes, else rounded to int8 groups of 32. Groups
+        that no kernel takes become floats, as exact and larger.
 
-        name: of the module, for what is said. Raises UnsupportedModelError for codes that no kernel reads.
+        name: of the module, for what is said. Raises CheckpointError for NaN or infinity that is rounded.
         """
         bias = None if w.bias is None else np.ascontiguousarray(w.bias, np.float32)
         if isinstance(w, DenseLinear):
             as_stored = w.bf16 or w.weight.dtype == np.float16
             weight = w.weight if as_stored else w.dequantize()
             return ExactForm(w.form, np.ascontiguousarray(weight), bias=bias)
-        if w.bits not in (4, 8) or (w.bits == 8) != (w.codes.dtype == np.int8) or w.table or w.rows != 1:
-            raise UnsupportedModelError(
-                f"The weights {name + ' ' if name else ''}are stored in {w.form}, and no kernel reads those.",
-                "Give the model in another quantization, such as GGUF's Q4_K_M or Q8_0.",
-            )
-        if w.group % GROUPS:
+        if not _whole(w.group, w.shape[1]):
             return ExactForm(Form(32, "fp32"), np.ascontiguousarray(w.dequantize(), np.float32), bias=bias)
-        scales, beside = _beside(w)
-        offset = "zero" if beside is not None and beside.dtype == np.uint8 else kind_of(beside)
-        signed = offset == "none" or w.codes.dtype == np.int8
-        form = Form(w.bits, "signed" if signed else "unsigned", w.form.group, kind_of(scales), offset)
-        assert (form.bits, form.scale, form.offset) in KERNELS
+        if not kernels.hold(w.form, w.shape[1]):
+            return _rounded(w, kernels, name)
+        signed = _signed_bytes(w)
+        code = signed.table or str(signed.bits)
+        pairs = ((_words(pair), pair) for pair in _besides(signed))
+        (scale, offset), (scales, beside) = next(p for p in pairs if (code, *p[0]) in kernels.forms)
+        plain = "signed" if offset == "none" or signed.codes.dtype == np.int8 else "unsigned"
+        form = Form(w.bits, w.table or plain, w.form.group, scale, offset)
         perm = None if w.perm is None else np.ascontiguousarray(w.perm, np.int32)
-        return ExactForm(form, np.ascontiguousarray(w.codes), scales, beside, bias, perm)
+        return ExactForm(form, np.ascontiguousarray(signed.codes), scales, beside, bias, perm)
 
 
-def _beside(w: QuantizedLinear) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scales, and zeros or offsets: in halves where these hold them exactly, else both in fp32."""
-    halves = exact_halves(w.scales)
+def _whole(group: int, k: int) -> bool:
+    """Whether some kernels take groups of that size."""
+    return k % PART == 0 and (group == HALF or group % PART == 0)
+
+
+def _rounded(w: QuantizedLinear, kernels: Kernels, name: str) -> ExactForm:
+    weight = w.dequantize()
+    if not np.isfinite(weight).all():
+        raise CheckpointError(
+            f"The weights {name + ' ' if name else ''}hold NaN or infinity.",
+            "The file is damaged; pull or convert it again.",
+        )
+    return replace(ExactForm.of(quantize_int8(weight, w.bias), kernels, name), rounded=True)
+
+
+def _signed_bytes(w: QuantizedLinear) -> QuantizedLinear:
+    """The weight with int8 codes where it has unsigned ones of 8 bits, and with scales for each row."""
+    if w.rows > 1:
+        zeros, offsets = (None if a is None else _each_row(a, w) for a in (w.zeros, w.offsets))
+        w = replace(w, scales=_each_row(w.scales, w), zeros=zeros, offsets=offsets, rows=1)
+    if w.bits < 8 or w.table or w.codes.dtype == np.int8:
+        return w
+    codes = (w.codes ^ np.uint8(128)).view(np.int8)
+    scales, shift = floats(w.scales), np.float32(128)
+    if w.zeros is not None:
+        offsets = (shift - w.zeros.astype(np.float32)) * scales
+    elif w.offsets is not None:
+        offsets = floats(w.offsets) + shift * scales
+    else:
+        return replace(w, codes=codes)
+    return replace(w, codes=codes, zeros=None, offsets=offsets if offsets.any() else None)
+
+
+def _each_row(beside: Numbers, w: QuantizedLinear) -> np.ndarray:
+    a = floats(beside) if isinstance(beside, Coded) else beside
+    return np.repeat(a, w.rows, axis=0)[: len(w.codes)]
+
+
+def _words(pair: Beside) -> tuple[str, str]:
+    scales, beside = pair
+    zero = isinstance(beside, np.ndarray) and beside.dtype == np.uint8
+    return kind_of(scales), "zero" if zero else kind_of(beside)
+
+
+def _besides(w: QuantizedLinear) -> Iterator[Beside]:
+    """Scales, and zeros or offsets, in every way that holds them exactly, the smallest first."""
+    off_by = 0 if w.table or w.codes.dtype == np.int8 else 1 << (w.bits - 1)  # without zeros and offsets
+    zeros = None if w.zeros is None or (off_by and (w.zeros == off_by).all()) else w.zeros
+    none = zeros is None and w.offsets is None
+    k = w.shape[1]
+    if _for_kernels(w.scales, k) and (none or (w.offsets is not None and _for_kernels(w.offsets, k))):
+        yield w.scales, w.offsets
+    scales, halves = floats(w.scales), exact_halves(w.scales)
     if halves is not None:
-        if w.zeros is None and w.offsets is None:
-            return np.ascontiguousarray(halves), None
-        if w.zeros is not None and w.zeros.max() <= 15:
-            zeros = None if (w.zeros == 8).all() else np.ascontiguousarray(w.zeros, np.uint8)
-            return np.ascontiguousarray(halves), zeros
-        offsets = exact_halves(w.offsets) if w.offsets is not None and w.bits == 4 else None
-        if offsets is not None:
-            return np.ascontiguousarray(halves), np.ascontiguousarray(offsets)
-    scales = np.ascontiguousarray(floats(w.scales))
-    if w.offsets is not None:
-        return scales, np.ascontiguousarray(floats(w.offsets))
-    if w.codes.dtype == np.int8:
-        return scales, np.zeros_like(scales)
-    return scales, np.float32(-8) * scales if w.zeros is None else -w.zeros.astype(np.float32) * scales
+        halves = np.ascontiguousarray(halves)
+        if none:
+            yield halves, None
+        elif zeros is not None and zeros.max() <= 15:
+            yield halves, np.ascontiguousarray(zeros, np.uint8)
+        elif w.offsets is not None:
+            offsets = exact_halves(w.offsets)
+            if offsets is not None:
+                yield halves, np.ascontiguousarray(offsets)
+    scales = np.ascontiguousarray(scales)
+    if none:
+        yield scales, None
+        yield scales, np.zeros_like(scales) if not off_by else np.float32(-off_by) * scales
+    elif zeros is not None:
+        yield scales, -zeros.astype(np.float32) * scales
+    elif w.offsets is not None:
+        yield scales, np.ascontiguousarray(floats(w.offsets))
+
+
+def _for_kernels(numbers: Numbers, k: int) -> bool:
+    """Whether these are coded as kernels read them: one number above 256 inputs, above the row for e4m3."""
+    if not isinstance(numbers, Coded):
+        return False
+    if numbers.times is None:
+        return True
+    above = numbers.times.shape[1]
+    return above == 1 if numbers.kind == "e4m3" else above * SUPER == k

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tinychat.backends import pack_check, pack_file
-from tinychat.backends.exact_form import ExactForm
+from tinychat.backends.exact_form import ExactForm, Kernels
 from tinychat.backends.pack_file import FileSink, MemorySink, Pack, PackInMemory
 from tinychat.base import locations
 from tinychat.network.checkpoint import Checkpoint
@@ -27,9 +27,10 @@ Put = Callable[["np.ndarray | None"], "list[int] | None"]
 
 
 class Layout(Protocol):
-    """How one backend's kernels want weights to lie."""
+    """How one backend's kernels want weights to lie, and which they read."""
 
     name: str  # of the layout and its version, in the names of packs
+    kernels: Kernels
 
     def entry(self, w: ExactForm, put: Put) -> dict[str, Any]:
         """Entry of a linear in the index, as JSON; `put` stores an array and says where it is (None: none).
@@ -148,7 +149,7 @@ class Packer:
             self._add(name, head)
 
     def _add(self, name: str, w: Linear) -> None:
-        self.index["linears"][name] = self.layout.entry(ExactForm.of(w, name), self._put)
+        self.index["linears"][name] = self.layout.entry(ExactForm.of(w, self.layout.kernels, name), self._put)
 
     def _put(self, a: np.ndarray | None) -> list[int] | None:
         return None if a is None else self.sink.put(np.ascontiguousarray(a))
