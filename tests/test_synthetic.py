@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tinychat import synthetic
+from tinychat.backends.exact_form import Kernels
 from tinychat.base.errors import UsageError
 from tinychat.bench import forms_per_token
 from tinychat.models import FAMILIES
 from tinychat.network.weight_policy import WeightPolicy
-from tinychat.network.weights import quantize_int8
 from tinychat.synthetic import FORMS, GGUF_FORMS, SyntheticCheckpoint, random_linear
 
 
@@ -56,17 +56,15 @@ def tiny(monkeypatch):
     monkeypatch.setitem(synthetic.SHAPES, "tiny", synthetic._shape(512, 512, 2, 4, 2, 64, tied=True))
 
 
-def test_the_bytes_of_a_token_are_told_by_the_form_that_is_run(tiny, monkeypatch):
-    """A form that is given but not run never lends its name to what is."""
-    from tinychat.backends.exact_form import ExactForm
-
-    inner = ExactForm.of
-    w = random_linear(FORMS["q8_0"], 512, 512)
-    monkeypatch.setattr(ExactForm, "of", lambda w, name="": inner(quantize_int8(w.dequantize()), name))
-    body, head = forms_per_token(SyntheticCheckpoint("tiny", "q5_0"), WeightPolicy())
-    weights = 2 * (2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 512)
-    assert body.given == str(FORMS["q5_0"])
-    assert body.given_bytes == weights * 5.5 / 8
-    assert (body.runs_as, body.bytes) == (str(w.form), weights * 8.5 / 8)
-    assert head.given == str(FORMS["q6_k"])
-    assert (head.given_bytes, head.bytes) == (64 * 512 * (6.5625) / 8, 64 * 512 * 8.5 / 8)
+def test_a_form_that_is_rounded_never_lends_its_name_to_what_runs(tiny):
+    only_int8 = Kernels(frozenset({("8", "fp16", "none")}))
+    body, head = forms_per_token(SyntheticCheckpoint("tiny", "q5_0"), WeightPolicy(), only_int8)
+    weights, int8 = 2 * (2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 512), "8-bit, groups of 32, fp16 scale"
+    assert (body.given, body.given_bytes) == (str(FORMS["q5_0"]), weights * 5.5 / 8)
+    assert (body.runs_as, body.bytes, body.rounded) == (int8, weights * 8.5 / 8, True)
+    assert (head.given, head.given_bytes) == (str(FORMS["q6_k"]), 64 * 512 * 6.5625 / 8)
+    assert (head.runs_as, head.bytes, head.rounded) == (int8, 64 * 512 * 8.5 / 8, True)
+    all_of_it = Kernels.of("568", [("fp16", "none"), ("int8", "none")])
+    body, head = forms_per_token(SyntheticCheckpoint("tiny", "q5_0"), WeightPolicy(), all_of_it)
+    for some in (body, head):
+        assert (some.runs_as, some.bytes, some.rounded) == (some.given, some.given_bytes, False)

@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinychat.backends.cpu_pack import KERNELS
-from tinychat.backends.exact_form import ExactForm
+from tinychat.backends.exact_form import ExactForm, Kernels
 from tinychat.backends.interface import BLOCK, Backend, Slots, Span, Step
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import TextDelta
@@ -38,33 +38,37 @@ def linear_bytes(w: Linear) -> int:
 
 @dataclass
 class FormBytes:
-    """Weights of one form that decoding a token reads: the form as it is given and as it runs, and the bytes
-    of both.
+    """Weights of one form that decoding a token reads: the form as it is given and as it runs, the bytes of
+    both, and whether the one was rounded to the other, for want of kernels.
     """
 
     given: str
     given_bytes: float
     runs_as: str
     bytes: float
+    rounded: bool
 
     @staticmethod
-    def of(w: Linear, name: str) -> FormBytes:
+    def of(w: Linear, kernels: Kernels, name: str) -> FormBytes:
         """Those of a linear, read once."""
-        exact = ExactForm.of(w, name)
+        exact = ExactForm.of(w, kernels, name)
         runs = exact.form
-        return FormBytes(str(w.form), w.form.n_bytes(*w.shape), str(runs), runs.n_bytes(*exact.shape))
+        given_bytes, bytes_ = w.form.n_bytes(*w.shape), runs.n_bytes(*exact.shape)
+        return FormBytes(str(w.form), given_bytes, str(runs), bytes_, exact.rounded)
 
 
-def forms_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> list[FormBytes]:
+def forms_per_token(
+    checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels = KERNELS
+) -> list[FormBytes]:
     """What decoding one token reads, by form, the most bytes first: every linear of the body and the head (a
-    tied head is the embedding); of experts as many as a token takes.
+    tied head is the embedding); of experts as many as a token takes. kernels: those of the backend.
     """
     c = checkpoint.config
     total: dict[tuple[str, str], FormBytes] = {}
     by_shape: dict[tuple[int, int], FormBytes] = {}
 
     def add(one: FormBytes, share: float = 1) -> None:
-        have = total.setdefault((one.given, one.runs_as), FormBytes(one.given, 0, one.runs_as, 0))
+        have = total.setdefault((one.given, one.runs_as), replace(one, given_bytes=0, bytes=0))
         have.given_bytes += one.given_bytes * share
         have.bytes += one.bytes * share
 
@@ -72,13 +76,21 @@ def forms_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> list[FormBy
         taken = layer.mlp.taken / layer.mlp.n if isinstance(layer.mlp, ExpertsConfig) else 1
         for name, shape in FAMILIES[c.family].linears(c, i).items():
             read = policy.router if name.endswith("mlp.gate") else policy.linear
-            one = by_shape.get(shape) or FormBytes.of(read(checkpoint, name), name)
+            one = by_shape.get(shape) or FormBytes.of(read(checkpoint, name), kernels, name)
             if isinstance(checkpoint, SyntheticCheckpoint):  # linears of a shape are alike
                 by_shape[shape] = one
             add(one, taken if ".experts." in name else 1)
     head = policy.head(checkpoint, "lm_head") or policy.embedding(checkpoint, "model.embed_tokens")
-    add(FormBytes.of(head, "the head"))
+    add(FormBytes.of(head, kernels, "of the head"))
     return sorted(total.values(), key=lambda one: -one.bytes)
+
+
+def _kernels_of(backend: Backend) -> Kernels:
+    if backend.name != "cuda":
+        return KERNELS
+    from tinychat.backends import cuda_pack
+
+    return cuda_pack.KERNELS
 
 
 def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:
@@ -276,7 +288,7 @@ def run(
     backend = make_backend(checkpoint, options, progress)
     load_s = time.perf_counter() - began
     try:
-        forms = forms_per_token(checkpoint, policy)
+        forms = forms_per_token(checkpoint, policy, _kernels_of(backend))
         weight_bytes = int(sum(one.bytes for one in forms))
         result = measure(
             backend,

@@ -129,10 +129,11 @@ def bench(
 
 
 def _form_said(row: dict[str, Any]) -> str:
-    """The form of some weights; where they run as another one, both."""
+    """The form of some weights; where they run in another one, both."""
     if row["runs_as"] == row["given"]:
         return row["given"]
-    return f"{row['given']} ({human_bytes(row['given_bytes'])}), run as {row['runs_as']}"
+    how = "rounded to" if row["rounded"] else "run as"
+    return f"{row['runs_as']}: {how} that, given {human_bytes(row['given_bytes'])} of {row['given']}"
 
 
 @click.command()
