@@ -19,8 +19,9 @@ READ_AS = {
     Kind.BF16: "bf16",
     Kind.Q4_0: "4-bit, groups of 32, fp16 scale",
     Kind.Q4_1: "4-bit, groups of 32, fp16 scale and offset",
-    Kind.Q5_0: "fp32",
-    Kind.Q5_1: "fp32",
+    Kind.Q5_0: "5-bit, groups of 32, fp16 scale",
+    Kind.Q5_1: "5-bit, groups of 32, fp16 scale and offset",
+    Kind.MXFP4: "4-bit e2m1, groups of 32, e8m0 scale",
     Kind.Q8_0: "8-bit, groups of 32, fp16 scale",
 }
 

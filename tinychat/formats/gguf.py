@@ -17,6 +17,7 @@ from tinychat.formats.gguf_config import ROPE_TENSORS, TOP, read_config
 from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, GGUFFile, Tensor, type_of
 from tinychat.models import FAMILIES
 from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig
+from tinychat.network.weight_form import Coded, Numbers
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
 
@@ -56,8 +57,18 @@ class GGUFCheckpoint:
         type_name, block, block_bytes = type_of(tensor.kind)
         if type_name in UNPACK:
             blocks = self.file.data(tensor).reshape(n, k // block, block_bytes)
-            return replace(UNPACK[type_name](blocks[rows] if rows is not None else blocks), bias=bias)
+            w = UNPACK[type_name](blocks[rows] if rows is not None else blocks)
+            return replace(w, scales=self._with_tensor_scale(name, w.scales), bias=bias)
         return DenseLinear(self._dense(tensor, rows), bias)
+
+    def _with_tensor_scale(self, name: str, scales: Numbers) -> Numbers:
+        """NVFP4's scales times that of the whole tensor, or of the expert, which is a tensor of its own."""
+        tensor = self.file.tensors.get(self._name(name) + ".scale")
+        if tensor is None or not isinstance(scales, Coded):
+            return scales
+        expert = _EXPERT.search(name)
+        times = self._dense(tensor, None).astype(np.float32)[int(expert[1]) if expert else 0]
+        return replace(scales, times=times.reshape(1, 1))
 
     def stored(self, name: str) -> tuple[str, int]:
         """How a linear or the embedding is stored, in words, and its bytes. Reads no weights."""
@@ -130,12 +141,26 @@ class GGUFCheckpoint:
                 allowed.add(bias.name)
             elif bias is None and name.endswith(family.biases(cfg)):
                 raise self.file.damaged(f"the tensor {self._name(name) + '.bias'!r} is missing")
+            allowed |= self._tensor_scales(name, tensor)
         for name in self.file.tensors:
             if name not in allowed and not name.endswith(("attn_rot_embd", "rotary_emb.inv_freq")):
                 raise UnsupportedModelError(
                     f"The GGUF has a tensor {name!r} that a {cfg.family} model does not have.",
                     "The model is of another family or has parts that are not supported.",
                 )
+
+    def _tensor_scales(self, name: str, tensor: Tensor) -> set[str]:
+        """Names of the scales that NVFP4 has beside a tensor: of the weights, and of activations, which this
+        program does not round to 4 bits.
+        """
+        if type_of(tensor.kind)[0] != "NVFP4":
+            return set()
+        scale = self.file.tensors.get(self._name(name) + ".scale")
+        experts = self._layer(name).mlp if _EXPERT.search(name) else None
+        n = experts.n if isinstance(experts, ExpertsConfig) else 1
+        if scale is not None and (scale.shape != (n,) or scale.kind != F32):
+            raise self.file.damaged(f"the tensor {scale.name!r} has the shape {list(scale.shape)}")
+        return {self._name(name) + ".scale", self._name(name) + ".input_scale"}
 
     def _name(self, name: str) -> str:
         """`model.layers.3.mlp.up_proj` → `blk.3.ffn_up`; an unknown name stays as it is and is not found."""

@@ -20,18 +20,39 @@ from tinychat.base.files import open_mapped
 from tinychat.network.weight_form import Form
 
 MAGIC = b"GGUF"
-# ggml type number → name, weights in a block, bytes in a block; the gguf package knows the others
+# ggml type number → name, weights in a block, bytes in a block; the gguf package knows newer ones
 F32, F16, BF16 = 0, 1, 30
 TYPES = {
     F32: ("F32", 1, 4),
     F16: ("F16", 1, 2),
-    BF16: ("BF16", 1, 2),
     2: ("Q4_0", 32, 18),
     3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    BF16: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
 }
-FORMS = {  # what the numbers of a tensor are, as far as our words go
+FORMS = {  # what the numbers of a tensor are; those of the i-quants of one to three bits have no words
     "F32": Form(32, "fp32"),
     "F16": Form(16, "fp16"),
     "BF16": Form(16, "bf16"),
@@ -49,6 +70,10 @@ FORMS = {  # what the numbers of a tensor are, as far as our words go
     "IQ4_XS": Form(4, "iq4_nl", 32, "int6"),
     "MXFP4": Form(4, "e2m1", 32, "e8m0"),
     "NVFP4": Form(4, "e2m1", 16, "e4m3"),
+    "TQ1_0": Form(2, "signed", 256, "fp16"),
+    "TQ2_0": Form(2, "signed", 256, "fp16"),
+    "Q1_0": Form(2, "signed", 128, "fp16"),
+    "Q2_0": Form(2, "signed", 64, "fp16"),
 }
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

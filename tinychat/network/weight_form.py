@@ -48,6 +48,8 @@ TABLES = {
     "nf4": np.array(_NF4.split(), np.float32),
 }
 
+_LARGEST_POWER = 252  # of e8m0: the largest e2m1, 6, times the next one is infinite in float32
+
 # How a scale or an offset is stored → its bits, and what it is multiplied by.
 NUMBERS = {
     "fp16": (16, None),
@@ -195,6 +197,14 @@ class Coded:
         times = self.times.astype(np.float32)
         return np.repeat(times, values.shape[1] // times.shape[1], axis=1) * values
 
+    def is_finite(self) -> bool:
+        """Whether all are finite, and so are the values of e2m1 codes times them. Opens no numbers."""
+        if self.times is not None and not np.isfinite(self.times).all():
+            return False
+        if self.kind == "e8m0":
+            return int(self.codes.max(initial=0)) <= _LARGEST_POWER
+        return self.kind != "e4m3" or not ((self.codes & 0x7F) == 0x7F).any()
+
 
 Numbers = np.ndarray | Coded  # float16 or float32 as they are, or coded
 
@@ -202,6 +212,11 @@ Numbers = np.ndarray | Coded  # float16 or float32 as they are, or coded
 def floats(numbers: Numbers) -> np.ndarray:
     """float32 of scales or offsets, however they are stored."""
     return numbers.floats() if isinstance(numbers, Coded) else numbers.astype(np.float32)
+
+
+def is_finite(numbers: Numbers) -> bool:
+    """Whether scales or offsets are finite, however they are stored."""
+    return numbers.is_finite() if isinstance(numbers, Coded) else bool(np.isfinite(numbers).all())
 
 
 def kind_of(numbers: Numbers | None) -> str:

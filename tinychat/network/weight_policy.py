@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from tinychat.base import arguments
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.weight_form import Coded, floats
+from tinychat.network.weight_form import is_finite
 from tinychat.network.weights import (
     Q8_GROUP,
     DenseLinear,
@@ -76,13 +74,12 @@ def _int8(w: DenseLinear) -> Linear:
 def _checked(w: Linear, name: str) -> Linear:
     """Refuse NaN and infinity: one bad scale turns every later token into garbage without a word."""
     if isinstance(w, QuantizedLinear):
-        arrays = [floats(a) if isinstance(a, Coded) else a for a in (w.scales, w.offsets)]
+        arrays = [w.scales, w.offsets, w.bias]
     else:
-        arrays = [w.dequantize() if w.bf16 else w.weight]
-    for a in (*arrays, w.bias):
-        if a is not None and not np.isfinite(a).all():
-            raise CheckpointError(
-                f"The weights of {name} hold NaN or infinity.",
-                "The file is damaged; pull or convert it again.",
-            )
-    return w
+        arrays = [w.dequantize() if w.bf16 else w.weight, w.bias]
+    if all(a is None or is_finite(a) for a in arrays):
+        return w
+    raise CheckpointError(
+        f"The weights of {name} hold NaN or infinity.",
+        "The file is damaged; pull or convert it again.",
+    )
