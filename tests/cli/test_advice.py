@@ -232,7 +232,7 @@ def test_a_group_size_that_is_named_divides(place):
     from tiny import TinyCheckpoint
 
     from tinychat.base.errors import UsageError
-    from tinychat.quantize import choose_group
+    from tinychat.quantize.target import choose_group
 
     for wrong in (7, 48, 100, 128, 4096):
         with pytest.raises(UsageError) as e:

@@ -95,18 +95,18 @@ def test_a_full_disk_is_an_error_of_two_lines(tmp_path, text, monkeypatch):
 def test_only_our_own_folders_are_replaced(tmp_path, text):
     out = tmp_path / "out"
     out.mkdir()
-    quantize(TinyCheckpoint(seed=1), out, method="rtn")  # an empty folder is fine
+    quantize(TinyCheckpoint(seed=1), out, method="rtn", ranges="whole")  # an empty folder is fine
     first = files(out)
-    quantize(TinyCheckpoint(seed=2), out, method="rtn")
+    quantize(TinyCheckpoint(seed=2), out, method="rtn", ranges="whole")
     assert files(out)["model.safetensors"] != first["model.safetensors"]
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="exists"):
-        quantize(TinyCheckpoint(), theirs, method="rtn")
+        quantize(TinyCheckpoint(), theirs, method="rtn", ranges="whole")
     assert files(theirs) == {"thesis.txt": b"years of work"}
     with pytest.raises(UsageError, match="exists"):
-        quantize(TinyCheckpoint(), theirs / "thesis.txt", method="rtn")
+        quantize(TinyCheckpoint(), theirs / "thesis.txt", method="rtn", ranges="whole")
 
 
 def test_two_runs_cannot_write_the_same_folder(tmp_path):

@@ -15,7 +15,13 @@ from tinychat.formats.gptq import pack, unpack
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.quantize import folder, quantize
 from tinychat.quantize.gptq import gptq
+from tinychat.quantize.grids import Grid
 from tinychat.quantize.rounding import nearest
+
+
+def grid(group: int) -> Grid:
+    """Zero points that every version of GPTQ's files holds."""
+    return Grid(group=group, lowest=1)
 
 
 def inputs(k: int, n: int = 400, seed: int = 0) -> torch.Tensor:
@@ -63,7 +69,7 @@ def test_it_is_the_papers_algorithm(n, k, group, act_order):
     w, x = torch.randn(n, k), inputs(k)
     h = (x.T @ x / len(x)).float()
     want = by_the_paper(w, h, group, 0.01, act_order)
-    got = gptq(w, h, group, 0.01, act_order).dequantize().double()
+    got = gptq(w, h, grid(group), 0.01, act_order).dequantize().double()
     # a weight half way between two levels may go to the other one in float32, and move what comes after it
     rows = ((want - got).abs() < 1e-3).all(1)
     assert rows.float().mean() >= 0.8
@@ -76,7 +82,7 @@ def test_outputs_change_less_than_by_rounding_to_nearest(seed, act_order):
     torch.manual_seed(seed)
     w, x = torch.randn(32, 128), inputs(128, 1000, seed)
     h = (x.T @ x / len(x)).float()
-    ours, plain = gptq(w, h, 32, act_order=act_order), nearest(w, 32)
+    ours, plain = gptq(w, h, grid(32), act_order=act_order), nearest(w, Grid(group=32))
     assert error(w, ours.dequantize(), x) < 0.75 * error(w, plain.dequantize(), x)
 
 
@@ -84,7 +90,7 @@ def test_uncorrelated_inputs_leave_nothing_to_repair():
     torch.manual_seed(0)
     w = torch.randn(16, 64)
     w[:, ::16] = -w[:, ::16].abs()  # so that no group's zero point would be 0
-    r, plain = gptq(w, torch.eye(64), 16, damp=0.0), nearest(w, 16)
+    r, plain = gptq(w, torch.eye(64), grid(16), damp=0.0), nearest(w, Grid(group=16))
     assert torch.equal(r.codes, plain.codes)
     assert torch.equal(r.scales, plain.scales)
 
@@ -94,20 +100,20 @@ def test_inputs_that_were_always_zero_are_rounded_to_nearest():
     w, x = torch.randn(8, 64), inputs(64)
     dead = [3, 17, 40, 63]
     x[:, dead] = 0
-    r = gptq(w, (x.T @ x / len(x)).float(), 64)
+    r = gptq(w, (x.T @ x / len(x)).float(), grid(64))
     got = r.dequantize()
     assert torch.isfinite(got).all()
     steps = (got - w)[:, dead].abs() / r.scales
     assert float(steps.max()) <= 0.5 + 1e-3
-    everything = gptq(w, torch.zeros(64, 64), 32)
-    assert torch.equal(everything.dequantize(), nearest(w, 32, lowest=1).dequantize())
+    everything = gptq(w, torch.zeros(64, 64), grid(32))
+    assert torch.equal(everything.dequantize(), nearest(w, grid(32)).dequantize())
 
 
 def test_zero_points_are_those_that_every_version_of_the_format_holds():
     w = torch.rand(4, 64) + 0.5  # nothing negative: rounding to nearest puts zero at code 0
-    assert float(nearest(w, 32).zeros.max()) == 0
-    r = gptq(w, torch.eye(64), 32)
-    assert float(r.zeros.min()) >= 1
+    assert nearest(w, Grid(group=32)).canonical(None).zeros.max() == 0
+    r = gptq(w, torch.eye(64), grid(32))
+    assert r.canonical(None).zeros.min() >= 1
     assert float((r.dequantize() - w).abs().max()) <= float(r.scales.max()) * 0.51
 
 
@@ -115,7 +121,7 @@ def test_groups_of_act_order_hold_the_loudest_inputs_first():
     torch.manual_seed(0)
     w = torch.randn(4, 64)
     h = torch.diag(torch.arange(64.0) + 1)
-    r = gptq(w, h, 16, act_order=True)
+    r = gptq(w, h, grid(16), act_order=True)
     assert r.order.tolist() == list(range(63, -1, -1))
     assert r.canonical(None).perm.tolist() == r.order.tolist()
     np.testing.assert_array_equal(r.canonical(None).dequantize(), r.dequantize().numpy())
@@ -123,7 +129,7 @@ def test_groups_of_act_order_hold_the_loudest_inputs_first():
 
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="40 inputs"):
-        gptq(torch.randn(2, 40), torch.eye(40), 16)
+        gptq(torch.randn(2, 40), torch.eye(40), grid(16))
 
 
 @pytest.fixture
@@ -137,7 +143,7 @@ def text(tmp_path):
 def test_what_is_packed_is_what_gptqs_own_code_packs(act_order):
     torch.manual_seed(0)
     w, x = torch.randn(16, 96), inputs(96)
-    r = gptq(w, (x.T @ x / len(x)).float(), 32, act_order=act_order)
+    r = gptq(w, (x.T @ x / len(x)).float(), grid(32), act_order=act_order)
     weight = r.canonical(None)
     order = np.arange(96) if weight.perm is None else weight.perm
     codes, groups = np.empty_like(weight.codes), np.empty(96, np.int64)

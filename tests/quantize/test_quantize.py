@@ -13,9 +13,11 @@ from tiny import TinyCheckpoint, files
 from tinychat.base.errors import CheckpointError, TinychatError, UsageError
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.network.weights import QuantizedLinear, quantize_rtn
-from tinychat.quantize import choose_group, folder, quantize, settings
+from tinychat.quantize import folder, quantize, settings
 from tinychat.quantize.forward import Forward, read_block
+from tinychat.quantize.grids import Grid
 from tinychat.quantize.nodes import BlockWeights
+from tinychat.quantize.target import choose_group
 
 SUPPORT = Path(__file__).parents[1] / "support"
 HEADS = {"grouped": {}, "one to one": {"n_kv_heads": 4}, "untied": {"tie_embeddings": False}}
@@ -97,11 +99,11 @@ def test_folded_scales_leave_the_float_function_as_it_is(tmp_path, text, monkeyp
         norms[group.names] = s
         return s
 
-    monkeypatch.setattr(block, "compensated", lambda w, metric, group, search=True: Unrounded(w))
+    monkeypatch.setattr(block, "compensated", lambda w, metric, grid, search=True: Unrounded(w))
     monkeypatch.setattr(block, "refine", lambda w, metric, r, rounds: r)
     monkeypatch.setattr(block.Metric, "loss", lambda self, w, r: -float(self.u.diagonal().prod()))
     source = TinyCheckpoint(**changes)
-    options = block.Options(group=32, target="local", alphas=(0.0, 0.7))
+    options = block.Options(lambda k: Grid(group=32), target="local", alphas=(0.0, 0.7))
     f = Forward(source.config)
     x = torch.randn(4, 64, source.config.hidden_size)
     quantizer = block.BlockQuantizer(f, options)
@@ -181,7 +183,7 @@ def test_torchs_threads_are_left_as_they_were(tmp_path, text):
         quantize(TinyCheckpoint(n_layers=1), tmp_path / "out", calib_file=text)
         assert torch.get_num_threads() == before + 1
         with pytest.raises(AttributeError):
-            rounding.compensated(None, None, 32)
+            rounding.compensated(None, None, Grid())
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -200,7 +202,7 @@ def test_what_is_written_computes_what_the_quantizer_saw(tmp_path, text):
 
 def test_rtn_is_plain_rounding_to_nearest(tmp_path):
     source = TinyCheckpoint()
-    quantize(source, tmp_path / "rtn", method="rtn")
+    quantize(source, tmp_path / "rtn", method="rtn", ranges="whole")
     c = HFCheckpoint(tmp_path / "rtn")
     name = "model.layers.0.mlp.gate_proj"
     want, got = quantize_rtn(source.linear(name).dequantize(), 32), c.linear(name)
@@ -228,8 +230,8 @@ def test_awq_loses_less_than_rtn_on_held_out_activations():
     def error(q: BlockWeights) -> float:
         return float((f.block(held_out, q) - want).pow(2).mean())
 
-    rtn = error(round_to_nearest(w, 64, source.config).weights())
-    quantizer = BlockQuantizer(f, Options(group=64))
+    rtn = error(round_to_nearest(w, lambda k: Grid(group=64), source.config).weights())
+    quantizer = BlockQuantizer(f, Options(lambda k: Grid(group=64)))
     awq = error(quantizer(w, calibration.clone(), calibration.clone())[0].weights())
     assert awq < 0.6 * rtn
 
@@ -244,10 +246,10 @@ def test_biases_are_carried_through_the_folding(tmp_path, text):
     w.bias = {n: torch.randn(t.shape[0]) for n, t in w.linear.items()}
     x = torch.randn(8, 64, 64)
     want = f.block(x, w)
-    quantized, _, _ = BlockQuantizer(f, Options(group=32))(w, x.clone(), x.clone())
+    quantized, _, _ = BlockQuantizer(f, Options(lambda k: Grid(group=32)))(w, x.clone(), x.clone())
     got = f.block(x, quantized.weights())
     # A bias that folding loses costs as much as the whole output; mere rounding does not.
-    rounded = f.block(x, round_to_nearest(w, 32, source.config).weights())
+    rounded = f.block(x, round_to_nearest(w, lambda k: Grid(group=32), source.config).weights())
     assert float((got - want).pow(2).mean()) < float((rounded - want).pow(2).mean())
 
 
@@ -274,7 +276,7 @@ def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(tmp_pat
         quantize(source, tmp_path / "out", group_size=128)
     assert "128 does not divide the 192 inputs" in e.value.what
     assert "64 or 32" in e.value.todo
-    for bad in (0, -1, 48, 16):
+    for bad in (0, -2, 48, 16):
         with pytest.raises(UsageError):
             choose_group(source.config, bad)
     with pytest.raises(TinychatError, match="No group size"):

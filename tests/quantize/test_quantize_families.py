@@ -25,6 +25,7 @@ from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize import block, quantize, settings
 from tinychat.quantize.forward import Forward, read_block
+from tinychat.quantize.grids import Grid
 
 FAMILIES = (
     "mistral window",
@@ -125,13 +126,15 @@ def test_folding_leaves_the_function_as_it_is(source, monkeypatch):
         scales[group.names] = quantize_group(self, group, *args)
         return scales[group.names]
 
-    monkeypatch.setattr(block, "compensated", lambda w, metric, group, search=True: Unrounded(w))
+    monkeypatch.setattr(block, "compensated", lambda w, metric, grid, search=True: Unrounded(w))
     monkeypatch.setattr(block, "refine", lambda w, metric, r, rounds: r)
     monkeypatch.setattr(block.Metric, "loss", lambda self, w, r: 0.0)
     monkeypatch.setattr(block, "_better", lambda error, best: True)
     monkeypatch.setattr(block.BlockQuantizer, "_quantize", watched)
     cfg = checkpoint.config
-    quantizer = block.BlockQuantizer(Forward(cfg), block.Options(group=32, target="local", alphas=(0.0, 0.7)))
+    quantizer = block.BlockQuantizer(
+        Forward(cfg), block.Options(lambda k: Grid(group=32), target="local", alphas=(0.0, 0.7))
+    )
     x = torch.randn(4, 128, cfg.hidden_size)
     folded = []
     for layer in range(cfg.n_layers):
@@ -216,7 +219,9 @@ def test_a_gguf_of_another_family_is_quantized_too(tmp_path, text):
     cls, changes = CASES["gemma3"]
     hf = random_model(cls, **changes)
     write_gguf(tmp_path / "m.gguf", hf, "gemma3")
-    quantize(GGUFCheckpoint(tmp_path / "m.gguf"), tmp_path / "out", method="rtn", group_size=32)
+    quantize(
+        GGUFCheckpoint(tmp_path / "m.gguf"), tmp_path / "out", method="rtn", ranges="whole", group_size=32
+    )
     assert relative_error(logits(tmp_path / "out"), logits_of(hf, IDS)) < 0.5
 
 

@@ -118,44 +118,59 @@ def rm(model: str, yes: bool, as_json: bool) -> None:
         click.echo(f"Deleted {model}" + (f", {human_bytes(freed)}." if freed else "."), err=True)
 
 
+class GroupSize(click.ParamType):
+    """A number of inputs; "row" for all of them, as -1."""
+
+    name = "32|64|128|row"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number. Raises UsageError for what is none."""
+        if value == "row":
+            return -1
+        try:
+            size = int(value)
+        except ValueError:
+            size = 0
+        if size <= 0:
+            raise UsageError(f"A group of {value} makes no sense.", "Use 32, 64, 128 or row.")
+        return size
+
+
 @click.command()
 @model_argument
 @click.option("--out", required=True, type=Name(), help="Folder to write.")
+@click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), default="4", show_default=True)
 @click.option("--method", type=click.Choice(["awq", "gptq", "rtn"]), default="awq", show_default=True)
 @click.option(
-    "--group-size", type=int, help="Inputs that share a scale: 32, 64 or 128 (default: largest that fits)."
+    "--format",
+    type=click.Choice(["awq", "gptq", "compressed-tensors"]),
+    help="Default: awq or gptq, as the method and the bits have it.",
 )
-@click.option("--calib", type=file_type(), help="Calibration text.")
+@click.option(
+    "--group-size",
+    type=GroupSize(),
+    help="Inputs that share a scale: 32, 64, 128 or row (default: largest of the numbers that fits).",
+)
+@click.option("--calib", "calib_file", type=file_type(), help="Calibration text.")
+@click.option(
+    "--ranges",
+    type=click.Choice(["searched", "whole"]),
+    default="searched",
+    show_default=True,
+    help="Ranges of groups: chosen by the error on the text, or from smallest to largest weight.",
+)
+@click.option("--symmetric", is_flag=True, help="Zero in the middle (gptq, compressed-tensors).")
 @click.option("--act-order", is_flag=True, help="gptq: round inputs with large activations first.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def quantize(
-    model: str,
-    out: Path,
-    method: str,
-    group_size: int | None,
-    act_order: bool,
-    calib: Path | None,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Make a 4-bit AWQ or GPTQ checkpoint of MODEL in the folder OUT."""
-    if group_size is not None and group_size <= 0:
-        raise UsageError(f"A group of {group_size} makes no sense.", "Use 32, 64 or 128.")
+def quantize(model: str, out: Path, bits: str, as_json: bool, **wishes: Any) -> None:
+    """Make a checkpoint of MODEL with 2, 3, 4 or 8 bits a weight in the folder OUT."""
     # Threads with nothing to do sleep: where they spin beside another program, quantizing takes 4 times as
     # long. OpenMP reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from tinychat.quantize import quantize_model
 
-    facts = quantize_model(
-        model,
-        out,
-        method=method,
-        group_size=group_size,
-        act_order=act_order,
-        calib_file=calib,
-        seed=seed,
-    )
+    facts = quantize_model(model, out, bits=int(bits), **wishes)
     if as_json:
         _echo_json(facts)
     else:

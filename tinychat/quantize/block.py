@@ -8,13 +8,14 @@ float network wants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
 from tinychat.quantize.forward import Forward, Group, Half
+from tinychat.quantize.grids import Grid
 from tinychat.quantize.nodes import BlockWeights
 from tinychat.quantize.rounding import Metric, Rounded, compensated, nearest, refine
 
@@ -29,7 +30,8 @@ SCALE_LIMIT = 32.0  # scales stay within 1/32…32, so that folded norms and row
 class Options:
     """How a block is quantized.
 
-    group        inputs that share a scale
+    grid         the grid of a linear by its number of inputs
+    search       choose ranges by the error that is left; else the whole range of each group
     target       what a linear is fitted to: "local": its float output on the inputs it gets; "float": its
                  output in the float network; "residual": the float network's residual stream
     damp         share of H's mean diagonal added to its diagonal
@@ -39,7 +41,7 @@ class Options:
     batch        windows in one forward pass
     """
 
-    group: int = 64
+    grid: Callable[[int], Grid]
     target: str = "float"
     damp: float = 0.01
     trust: float = 1.0
@@ -72,10 +74,25 @@ def norm16(v: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
     return (v - offset).half().float() + offset if offset else v.half().float()
 
 
-def round_to_nearest(w: BlockWeights, group: int, cfg: ModelConfig) -> QuantizedBlock:
-    """RTN: every linear rounded on its own, nothing folded."""
+def round_to_nearest(
+    w: BlockWeights,
+    grid: Callable[[int], Grid],
+    cfg: ModelConfig,
+    importance: Mapping[str, torch.Tensor] | None = None,
+) -> QuantizedBlock:
+    """RTN: every linear rounded on its own, nothing folded. importance: for each linear what an error of an
+    input costs [in], by which ranges are then chosen; without it they are the whole ones.
+    """
+    linear = {}
+    for name, v in w.linear.items():
+        of_inputs = grid(v.shape[1])
+        if importance is None:
+            linear[name] = nearest(v, of_inputs)
+        else:
+            metric = Metric.diagonal(importance[name])
+            linear[name] = refine(v, metric, compensated(v, metric, of_inputs))
     norms = {k: norm16(v, cfg) for k, v in w.norm.items()}
-    return QuantizedBlock({k: nearest(v, group) for k, v in w.linear.items()}, dict(w.bias), norms, w.layer)
+    return QuantizedBlock(linear, dict(w.bias), norms, w.layer)
 
 
 class _Moments:
@@ -224,7 +241,8 @@ class BlockQuantizer:
         import torch
 
         o, names = self.options, group.names
-        metric = Metric.of(m.h / m.n, o.group, o.damp)
+        grid = o.grid(len(m.h))
+        metric = Metric.of(m.h / m.n, grid, o.damp)
         targets = {n: self._target(w.linear[n], m, metric) for n in names}
         mean_x = (m.x / m.n).clamp_min(1e-5)
         best, best_error = torch.ones_like(mean_x), float("inf")
@@ -232,7 +250,7 @@ class BlockQuantizer:
             s = mean_x.pow(alpha)
             s = _shared((s / (s.max() * s.min()).sqrt()).clamp(1 / SCALE_LIMIT, SCALE_LIMIT), group)
             scaled = metric.scaled(s)
-            trial = {n: compensated(targets[n] * s, scaled, o.group, search=False) for n in names}
+            trial = {n: compensated(targets[n] * s, scaled, grid, search=False) for n in names}
             if judge is None:
                 error = sum(scaled.loss(targets[n] * s, r) for n, r in trial.items())
             else:
@@ -244,7 +262,7 @@ class BlockQuantizer:
         metric = metric.scaled(s)
         for n in names:
             target = targets[n] * s
-            r = compensated(target, metric, o.group, o.search)
+            r = compensated(target, metric, grid, o.search)
             out.linear[n] = refine(target, metric, r, o.rounds) if o.rounds else r
         return s
 

@@ -25,14 +25,15 @@ from tinychat.base.files import read_text
 from tinychat.base.machine import human_bytes
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
-from tinychat.quantize.layouts import quantization_config
 from tinychat.quantize.settings import hf_config, one_or_many
+from tinychat.quantize.target import Target
 from tinychat.text.chat_templates import FOLDER
 from tinychat.text.tokenizer import Tokenizer
 
 RECORD = "quantize.json"  # says how the folder was made, and so that it is ours to replace
 SHARD_BYTES = 5_000_000_000
-DTYPES = {"float16": "F16", "float32": "F32", "int32": "I32"}
+DTYPES = {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64"}
+WIDTHS = {"F16": 2, "F32": 4, "I32": 4, "I64": 8}
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -59,7 +60,7 @@ class Entry:
 
     @property
     def n_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * (2 if self.dtype == "F16" else 4)
+        return int(np.prod(self.shape, dtype=np.int64)) * WIDTHS[self.dtype]
 
 
 def write_safetensors(path: Path, entries: Iterable[Entry]) -> None:
@@ -133,14 +134,16 @@ class OutputFolder:
             write_safetensors(temporary, [Entry.of(k, v) for k, v in tensors.items()])
             os.replace(temporary, self._block_path(layer))
 
-    def finish(self, checkpoint: Checkpoint, rest: list[Entry], record: dict[str, Any]) -> None:
+    def finish(
+        self, checkpoint: Checkpoint, target: Target, rest: list[Entry], record: dict[str, Any]
+    ) -> None:
         """Put the blocks and `rest` (embedding, final norm, head) together, and move it into place."""
         with disk_errors(self.out):
             new = self.partial / "new"
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
             write_weights(new, [*rest, *self._block_entries(checkpoint.config.n_layers)])
-            write_settings(new, checkpoint, quantization_config(self.job))
+            write_settings(new, checkpoint, target.quantization_config())
             _write_json(new / RECORD, {**self.job, **record})
             self._check_replaceable()
             if self.out.exists():

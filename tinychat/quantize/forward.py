@@ -184,6 +184,23 @@ class Forward:
             x = self.value(half.end, w, {half.start: x})
         return x
 
+    def mean_squares(self, x: torch.Tensor, w: BlockWeights, batch: int = 8) -> dict[str, torch.Tensor]:
+        """For each linear of a block the mean square of every input [in], over the windows x [S, T, H], which
+        are overwritten by what the block makes of them.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        for b in range(0, len(x), batch):
+            part = x[b : b + batch]
+            for half in self.halves(w.layer):
+                known = {half.start: part}
+                for group in half.groups:
+                    known[group.input] = read = self.value(group.input, w, known)
+                    squares = read.flatten(0, 1).square().sum(0)
+                    sums |= {n: sums.get(n, 0) + squares for n in group.names}
+                part = self.value(half.end, w, known)
+            x[b : b + batch] = part
+        return {name: s / (x.shape[0] * x.shape[1]) for name, s in sums.items()}
+
     def normed(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """The last block's output […, H] as the head reads it."""
         final = self.network.final_norm

@@ -10,14 +10,15 @@ be computed at each step: what is read of it are the rows of the upper Cholesky 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinychat.quantize.block import QuantizedBlock, norm16
 from tinychat.quantize.forward import Forward, Group, Half
+from tinychat.quantize.grids import Grid
 from tinychat.quantize.nodes import BlockWeights
-from tinychat.quantize.rounding import CHUNK, Rounded, inverse_factor, one_thread, rounded_columns
+from tinychat.quantize.rounding import Rounded, inverse_factor, one_thread, rounded_columns
 
 if TYPE_CHECKING:
     import torch
@@ -25,31 +26,34 @@ if TYPE_CHECKING:
 
 @one_thread()
 def gptq(
-    w: torch.Tensor, h: torch.Tensor, group: int, damp: float = 0.01, act_order: bool = False
+    w: torch.Tensor,
+    h: torch.Tensor,
+    grid: Grid,
+    damp: float = 0.01,
+    act_order: bool = False,
+    search: bool = False,
 ) -> Rounded:
-    """Round w to 4-bit groups by GPTQ, each group's grid from its weights as they are when it is reached.
+    """Round w by GPTQ, each group's range from its weights as they are when it is reached.
 
     w          float32 [out, in]
     h          float32 [in, in], mean of xxᵀ over inputs x
     damp       share of H's mean diagonal that is added to its diagonal (section 3.3, step 2)
     act_order  columns in the order of falling H_qq, so that large inputs are rounded while there are columns
                left to repair them; groups are then of inputs from all over the row (`Rounded.order`)
+    search     choose ranges by the error that is left, which the paper does not; else the whole ones
 
-    An input that was always zero is rounded to nearest: its error moves nothing. Zero points are 1…15, which
-    GPTQ's files hold whatever their version. Raises ValueError if `in` is not a multiple of `group`.
+    An input that was always zero is rounded to nearest: its error moves nothing. Raises ValueError if `in` is
+    not a multiple of the grid's group.
     """
     import torch
 
     k = w.shape[1]
-    if group <= 0 or k % group:
-        raise ValueError(f"{k} inputs are not a multiple of group size {group}")
+    if k % grid.span:
+        raise ValueError(f"{k} inputs are not a multiple of group size {grid.span}")
     order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(k)
     _, u = inverse_factor(h, order, damp)
-    columns = w.T[order]
-    rows = max(1, CHUNK // k)
-    parts = [rounded_columns(p.contiguous(), u, group, False, lowest=1) for p in columns.split(rows, dim=1)]
-    codes, scales, zeros = (torch.cat(p, dim=1).T.contiguous() for p in zip(*parts, strict=True))
-    return Rounded(codes, scales, zeros, order if act_order else None)
+    codes, parts = rounded_columns(w.T[order], u, grid, search)
+    return Rounded(codes, parts, grid, order if act_order else None)
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class GPTQQuantizer:
     """
 
     forward: Forward
-    group: int
+    grid: Callable[[int], Grid]
     act_order: bool = False
+    search: bool = False
     damp: float = 0.01
     batch: int = 8  # windows in one forward pass
 
@@ -110,7 +115,8 @@ class GPTQQuantizer:
         assert products is not None  # there is a window
         mean = products / n
         for name in group.names:
-            out.linear[name] = gptq(now.linear[name], mean, self.group, self.damp, self.act_order)
+            w, grid = now.linear[name], self.grid(len(mean))
+            out.linear[name] = gptq(w, mean, grid, self.damp, self.act_order, self.search)
             now.linear[name] = out.linear[name].dequantize()
 
     def _batches(self, x: torch.Tensor) -> Iterator[slice]:

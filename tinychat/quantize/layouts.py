@@ -1,8 +1,8 @@
-"""How a finished block is stored, and read again when a run goes on: AutoAWQ's `gemm`, or GPTQ version 1."""
+"""How a finished block is stored in a format's own tensors, and read again when a run goes on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from tinychat.network.config import ModelConfig
 from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize.forward import apart, network
 from tinychat.quantize.nodes import BlockWeights
+from tinychat.quantize.target import Target
 
 if TYPE_CHECKING:
     from tinychat.quantize.block import QuantizedBlock
@@ -19,34 +20,11 @@ if TYPE_CHECKING:
 Tensors = dict[str, np.ndarray]
 
 
-def quantization_config(job: dict[str, Any]) -> dict[str, Any]:
-    """Entry in config.json of the folder that `job` makes."""
-    if job["method"] == "gptq":
-        return {
-            "quant_method": "gptq",
-            "bits": 4,
-            "group_size": job["group_size"],
-            "desc_act": job["act_order"],
-            "sym": False,
-            "checkpoint_format": "gptq",
-            "true_sequential": True,
-            "lm_head": False,
-        }
-    return {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": 4,
-        "group_size": job["group_size"],
-        "zero_point": True,
-        "modules_to_not_convert": None,
-    }
-
-
-def packed(block: QuantizedBlock, cfg: ModelConfig, method: str) -> Tensors:
+def packed(block: QuantizedBlock, cfg: ModelConfig, target: Target) -> Tensors:
     """A block's tensors as its family's files have them: fused linears in one, norms without their offset."""
     import torch
 
-    pack = gptq.pack if method == "gptq" else awq.pack
+    pack = _PACK[target.format]
     prefix = f"model.layers.{block.layer}."
     out: Tensors = {}
     of = network(cfg).parts(block.layer)
@@ -66,17 +44,17 @@ def as_stored(norm: np.ndarray, cfg: ModelConfig) -> np.ndarray:
         return (norm - np.float32(FAMILIES[cfg.family].NORM_OFFSET)).astype(np.float16)
 
 
-def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, method: str) -> BlockWeights:
+def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, target: Target) -> BlockWeights:
     """The block that `packed` gave these tensors of."""
     import torch
 
     w, prefix = BlockWeights({}, layer=layer), f"model.layers.{layer}."
     for key, a in tensors.items():
         name, _, part = key.removeprefix(prefix).rpartition(".")
-        if part == "qweight":
+        if part in ("qweight", "weight_packed"):
             own = f"{prefix}{name}."
             parts = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
-            linear = _unpack(parts, method)
+            linear = _unpack(parts, target)
             w.linear |= apart(cfg, layer, name, torch.from_numpy(linear.dequantize()))
             if linear.bias is not None:
                 w.bias |= apart(cfg, layer, name, torch.from_numpy(linear.bias))
@@ -86,9 +64,15 @@ def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, method: str) -> Blo
     return w
 
 
-def _unpack(parts: Tensors, method: str) -> QuantizedLinear:
-    bias, codes = parts.get("bias"), (parts["qweight"], parts["qzeros"], parts["scales"])
-    if method != "gptq":
-        return awq.unpack(*codes, bias)
-    bias = None if bias is None else bias.astype(np.float32)
-    return gptq.unpack(*codes, parts["g_idx"], version=1, bias=bias)
+_PACK = {"awq": awq.pack, "gptq": gptq.pack, "compressed-tensors": gptq.pack_compressed}
+
+
+def _unpack(parts: Tensors, target: Target) -> QuantizedLinear:
+    bias = parts["bias"].astype(np.float32) if "bias" in parts else None
+    if target.format == "awq":
+        return awq.unpack(parts["qweight"], parts["qzeros"], parts["scales"], bias)
+    if target.format == "gptq":
+        codes = parts["qweight"], parts["qzeros"], parts["scales"]
+        return gptq.unpack(*codes, parts["g_idx"], version=1, bias=bias, bits=target.bits)
+    codes = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
+    return gptq.unpack_compressed(*codes, parts.get("weight_g_idx"), bias=bias, bits=target.bits)

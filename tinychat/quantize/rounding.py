@@ -1,4 +1,4 @@
-"""Rounding one linear to 4-bit groups so that its output, not its weights, changes least.
+"""Rounding one linear to the levels of a grid so that its output, not its weights, changes least.
 
 The error of a rounded weight Ŵ on inputs X is tr((W − Ŵ) H (W − Ŵ)ᵀ) with H = XᵀX / n. Three steps, all on
 that error: columns are rounded one after the other, each error passed on to the columns not yet rounded
@@ -12,74 +12,71 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinychat.network.weights import QuantizedLinear
+from tinychat.quantize.grids import Grid, Parts
 
 if TYPE_CHECKING:
     import torch
 
-LEVELS = 15
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68)  # candidate ranges, as fractions of the whole one
 CHUNK = 1 << 20  # floats in the largest temporary of a sweep; with a quarter of it calls cost more than sums
 TILE = 16  # columns whose errors are passed on one by one; to later ones, a tile at a time
-MIN_SCALE = 1e-6  # still a normal-enough fp16 number
+SWEPT = 28  # candidates that a chunk has room for
 
 
 @dataclass
 class Rounded:
-    """Codes and zeros as float tensors with integer values; scales float32 that fp16 represents.
+    """A weight on a grid.
 
-    codes [out, in], scales and zeros [out, in/group]. order: int64 [in], column j of `codes` multiplies input
-    `order[j]`; None: as they are.
+    codes  float [out, in] with integer values
+    parts  what stands beside them, as `grid` has it: each [out, in/group]
+    order  int64 [in], column j of `codes` multiplies input `order[j]`; None: as they are
     """
 
     codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
+    parts: Parts
+    grid: Grid
     order: torch.Tensor | None = None
 
     @property
-    def group(self) -> int:
-        return self.codes.shape[1] // self.scales.shape[1]
+    def scales(self) -> torch.Tensor:
+        """float32 [out, in/group]."""
+        return self.grid.values(self.parts)[0]
+
+    def grouped(self, a: torch.Tensor) -> torch.Tensor:
+        """[out, in] to [out, in/group, group]."""
+        return a.view(len(a), -1, self.grid.group)
 
     def dequantize(self) -> torch.Tensor:
         """float32 [out, in]."""
-        n, k = self.codes.shape
-        q = self.codes.view(n, -1, self.group)
-        w = ((q - self.zeros[..., None]) * self.scales[..., None]).reshape(n, k)
+        scales, offsets = self.grid.values(self.parts)
+        w = (self.grouped(self.codes) * scales[..., None] + offsets[..., None]).view_as(self.codes)
         return w if self.order is None else w[:, self.order.argsort()]
 
     def divide_rows(self, s: torch.Tensor) -> None:
         """Divide output row i by s[i]: the codes stay, the scales change."""
-        self.scales = fp16(self.scales / s[:, None])
+        self.parts = self.grid.divided(self.parts, s[:, None])
 
     def stacked(self, more: list[Rounded]) -> Rounded:
         """The rows of all of them, which share an input and so its order."""
         import torch
 
-        def rows(name: str) -> torch.Tensor:
-            return torch.cat([getattr(r, name) for r in (self, *more)])
-
-        return Rounded(rows("codes"), rows("scales"), rows("zeros"), self.order) if more else self
+        every = [self, *more]
+        codes = torch.cat([r.codes for r in every])
+        parts = tuple(torch.cat(rows) for rows in zip(*(r.parts for r in every), strict=True))
+        return Rounded(codes, parts, self.grid, self.order) if more else self
 
     def canonical(self, bias: torch.Tensor | None) -> QuantizedLinear:
         """The weight that is written."""
-        return QuantizedLinear(
-            codes=self.codes.numpy().astype(np.uint8),
-            scales=self.scales.numpy().astype(np.float16),
-            zeros=self.zeros.numpy().astype(np.uint8),
+        return replace(
+            self.grid.linear(self.codes.numpy().astype(np.uint8), self.parts),
             perm=None if self.order is None else self.order.numpy().astype(np.int32),
             bias=None if bias is None else bias.numpy(),
         )
-
-
-def fp16(scale: torch.Tensor) -> torch.Tensor:
-    """Positive scales rounded to what fp16 holds, as float32."""
-    return scale.clamp(MIN_SCALE, 65504.0).half().float()
 
 
 class Metric:
@@ -94,16 +91,19 @@ class Metric:
         self.h, self.order, self.u = h, order, u
 
     @classmethod
-    def of(cls, h: torch.Tensor, group: int, damp: float = 0.01) -> Metric:
+    def of(cls, h: torch.Tensor, grid: Grid, damp: float = 0.01) -> Metric:
         """h: float32 [in, in], symmetric. damp: share of the mean diagonal that is added to the diagonal."""
-        import torch
-
-        weight = h.diagonal().view(-1, group)
-        inside = weight.argsort(dim=1, descending=True)
-        groups = weight.sum(1).argsort(descending=True)
-        order = (inside + torch.arange(0, len(h), group)[:, None])[groups].flatten()
+        order = loudest_first(h.diagonal(), grid)
         h, u = inverse_factor(h, order, damp)
         return cls(h, order, u)
+
+    @classmethod
+    def diagonal(cls, weight: torch.Tensor) -> Metric:
+        """The metric in which an error of input j costs weight[j] and nothing repairs another's."""
+        import torch
+
+        weight = weight + 0.01 * weight.mean() + 1e-12
+        return cls(weight.diag(), torch.arange(len(weight)), weight.rsqrt().diag())
 
     def scaled(self, s: torch.Tensor) -> Metric:
         """The metric of the weight W·diag(s), whose inputs are x / s."""
@@ -132,17 +132,34 @@ def inverse_factor(h: torch.Tensor, order: torch.Tensor, damp: float) -> tuple[t
             diagonal += floor
 
 
-def nearest(w: torch.Tensor, group: int, lowest: int = 0) -> Rounded:
-    """Round to nearest on each group's whole range (RTN). w: float32 [out, in]; lowest: of zero points."""
+def loudest_first(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The order int64 [in] in which inputs of falling weight [in] are rounded: those of a group together, and
+    the groups of a span.
+    """
+    import torch
+
+    inside = weight.view(-1, grid.group).argsort(dim=1, descending=True)
+    groups = weight.view(-1, grid.span // grid.group, grid.group).sum(2).argsort(dim=1, descending=True)
+    spans = weight.view(-1, grid.span).sum(1).argsort(descending=True)
+    first = torch.arange(len(spans))[:, None] * (grid.span // grid.group)
+    of_group = (groups + first)[spans].flatten()
+    return (inside + torch.arange(0, len(weight), grid.group)[:, None])[of_group].flatten()
+
+
+def nearest(w: torch.Tensor, grid: Grid) -> Rounded:
+    """Round to nearest on each group's whole range (RTN). w: float32 [out, in]."""
+    import torch
+
     n, k = w.shape
-    g = w.view(n, -1, group)
-    lo, hi = g.amin(-1).clamp_max(0), g.amax(-1).clamp_min(0)
-    if lowest:
-        lo = lo.minimum(-hi * lowest / (LEVELS - lowest))
-    scale = fp16((hi - lo) / LEVELS)
-    zero = (-lo / scale).round().clamp(lowest, LEVELS)
-    codes = ((g / scale[..., None]).round() + zero[..., None]).clamp(0, LEVELS)
-    return Rounded(codes.view(n, k), scale, zero)
+    columns, parts = w.T, []
+    for start in range(0, k, grid.span):
+        span = columns[start : start + grid.span]
+        shared = grid.shared(span, torch.ones(len(span)))
+        parts += [grid.whole(g, shared) for g in span.split(grid.group)]
+    beside = tuple(torch.stack(p, dim=1) for p in zip(*parts, strict=True))
+    scale, offset = (b[..., None] for b in grid.values(beside))
+    codes = ((w.view(n, -1, grid.group) - offset) / scale).round().clamp(grid.least, grid.levels)
+    return Rounded(codes.view(n, k), beside, grid)
 
 
 @contextlib.contextmanager
@@ -161,64 +178,69 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
-def compensated(w: torch.Tensor, metric: Metric, group: int, search: bool = True) -> Rounded:
+def compensated(w: torch.Tensor, metric: Metric, grid: Grid, search: bool = True) -> Rounded:
     """Round column by column, passing errors on; `search`: choose each group's range by the error that is
     left.
 
     w: float32 [out, in]. Rows are independent of each other.
     """
-    import torch
-
     columns = w.T[metric.order]  # [in, out]: a column of w lies in one piece
-    rows = max(1, CHUNK // (group * 4 * len(SHRINK))) if search else max(1, CHUNK // w.shape[1])
-    parts = [rounded_columns(p.contiguous(), metric.u, group, search) for p in columns.split(rows, dim=1)]
-    codes, scales, zeros = (torch.cat(p, dim=1).T for p in zip(*parts, strict=True))
+    codes, parts = rounded_columns(columns, metric.u, grid, search)
     back = metric.order.argsort()
-    groups = back.view(-1, group)[:, 0] // group  # where each group came in the order
-    return Rounded(codes[:, back].contiguous(), scales[:, groups].contiguous(), zeros[:, groups].contiguous())
+    groups = back.view(-1, grid.group)[:, 0] // grid.group  # where each group came in the order
+    return Rounded(codes[:, back].contiguous(), tuple(p[:, groups].contiguous() for p in parts), grid)
 
 
-def rounded_columns(w, u, group, search, lowest=0):
-    """The same for w [in, out] (overwritten), rows in order: codes [in, out]; scales, zeros [groups, out]."""
+def rounded_columns(w: torch.Tensor, u: torch.Tensor, grid: Grid, search: bool) -> tuple[torch.Tensor, Parts]:
+    """The same for w [in, out], rows in order: codes [out, in]; parts [out, groups]."""
     import torch
 
-    k, n = w.shape
-    codes = torch.empty_like(w)
-    scales, zeros = torch.empty(k // group, n), torch.empty(k // group, n)
-    for b in range(k // group):
-        span = slice(b * group, (b + 1) * group)
+    rows = max(1, CHUNK // (grid.group * SWEPT)) if search else max(1, CHUNK // len(w))
+    done = [_chunk(part.contiguous(), u, grid, search) for part in w.split(rows, dim=1)]
+    codes = torch.cat([codes for codes, _ in done], dim=1).T.contiguous()
+    parts = zip(*(parts for _, parts in done), strict=True)
+    return codes, tuple(torch.cat(p, dim=1).T.contiguous() for p in parts)
+
+
+def _chunk(w: torch.Tensor, u: torch.Tensor, grid: Grid, search: bool) -> tuple[torch.Tensor, Parts]:
+    """Codes [in, out] and parts [groups, out] of w [in, out], which is overwritten."""
+    import torch
+
+    codes, parts, shared = torch.empty_like(w), [], ()
+    weight = u.diagonal().pow(-2)  # what an error costs that nothing repairs
+    for start in range(0, len(w), grid.group):
+        span = slice(start, start + grid.group)
+        if start % grid.span == 0:
+            whole = slice(start, start + grid.span)
+            shared = grid.shared(w[whole], weight[whole])
         part, ub = w[span], u[span, span]
-        if search:
-            s, z = _candidates(part)  # [C, out]
-            wide = part[:, None, :].repeat(1, len(s), 1).view(group, -1)
-            best = _sweep(wide, s.flatten(), z.flatten(), ub).view(s.shape).argmin(0, keepdim=True)
-            s, z = s.gather(0, best)[0], z.gather(0, best)[0]
-        else:
-            r = nearest(part.T, group, lowest)
-            s, z = r.scales[:, 0], r.zeros[:, 0]
+        chosen = _searched(part, ub, grid, shared) if search else grid.whole(part, shared)
         error = torch.empty_like(part)
-        _sweep(part.clone(), s, z, ub, codes[span], error)
-        scales[b], zeros[b] = s, z
+        _sweep(part.clone(), *grid.values(chosen), grid, ub, codes[span], error)
+        parts.append(chosen)
         w[span.stop :] -= u[span, span.stop :].T @ error
-    return codes, scales, zeros
+    return codes, tuple(torch.stack(p) for p in zip(*parts, strict=True))
 
 
-def _candidates(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros worth trying for the groups w [group, out]: each [C, out].
-
-    Ranges from the whole one down, each at four zero points around the one that clips both ends alike.
-    """
-    import torch
-
-    lo, hi = w.amin(0).clamp_max(0), w.amax(0).clamp_min(0)
-    scale = fp16((hi - lo) / LEVELS * torch.tensor(SHRINK)[:, None])
-    middle = (LEVELS / 2 - (hi + lo) / 2 / scale).floor()
-    zeros = (middle[:, None] + torch.tensor([-1.0, 0.0, 1.0, 2.0])[:, None]).clamp(0, LEVELS)
-    return scale[:, None].expand_as(zeros).flatten(0, 1), zeros.flatten(0, 1)
+def _searched(w: torch.Tensor, u: torch.Tensor, grid: Grid, shared: Parts) -> Parts:
+    """The candidates of groups w [group, out] with the least error left when their columns are rounded."""
+    candidates = grid.candidates(w, shared)
+    s, o = grid.values(candidates)
+    wide = w[:, None, :].repeat(1, len(s), 1).view(grid.group, -1)
+    best = _sweep(wide, s.flatten(), o.flatten(), grid, u).view(s.shape).argmin(0, keepdim=True)
+    return tuple(p.gather(0, best)[0] for p in candidates)
 
 
-def _sweep(w, s, z, u, codes=None, errors=None):
-    """Round groups w [group, M] (overwritten) on the grids s, z [M]; the loss [M].
+def _sweep(
+    w: torch.Tensor,
+    s: torch.Tensor,
+    o: torch.Tensor,
+    grid: Grid,
+    u: torch.Tensor,
+    codes: torch.Tensor | None = None,
+    errors: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Round groups w [group, M] (overwritten) with scales s and offsets o [M]; the loss [M].
 
     codes, errors: [group, M] to fill, or None when only the loss is wanted.
     """
@@ -229,10 +251,10 @@ def _sweep(w, s, z, u, codes=None, errors=None):
     for start in range(0, len(w), TILE):
         end = min(start + TILE, len(w))
         for j in range(start, end):
-            torch.mul(w[j], inverse, out=q).round_().add_(z).clamp_(0, LEVELS)
+            torch.sub(w[j], o, out=q).mul_(inverse).round_().clamp_(grid.least, grid.levels)
             if codes is not None:
                 codes[j] = q
-            e = torch.sub(q, z, out=tile[j - start]).mul_(s).sub_(w[j]).mul_(-1 / float(u[j, j]))
+            e = torch.addcmul(o, q, s, out=tile[j - start]).sub_(w[j]).mul_(-1 / float(u[j, j]))
             loss.addcmul_(e, e)
             if j + 1 < end:
                 w[j + 1 : end].addcmul_(u[j, j + 1 : end, None], e, value=-1)
@@ -257,7 +279,7 @@ def _descend(w: torch.Tensor, h: torch.Tensor, r: Rounded) -> None:
     """One pass over the columns; each code moves to the level that is best given all the others."""
     import torch
 
-    group = r.group
+    grid, group = r.grid, r.grid.group
     gradient = h @ (w - r.dequantize()).T  # [in, out]
     codes, scales = r.codes.T.contiguous(), r.scales.T.contiguous()
     for start in range(0, len(h), TILE):
@@ -266,7 +288,7 @@ def _descend(w: torch.Tensor, h: torch.Tensor, r: Rounded) -> None:
         s = scales[start // group]
         for j in range(start, end):
             new = tile[j - start] / (h[j, j] * s)
-            new.round_().add_(codes[j]).clamp_(0, LEVELS)
+            new.round_().add_(codes[j]).clamp_(grid.least, grid.levels)
             torch.sub(new, codes[j], out=moved[j - start]).mul_(s)
             codes[j] = new
             if j + 1 < end:
@@ -276,20 +298,24 @@ def _descend(w: torch.Tensor, h: torch.Tensor, r: Rounded) -> None:
 
 
 def _refit(w: torch.Tensor, h: torch.Tensor, r: Rounded) -> None:
-    """The scales that are best for the codes: one small least-squares problem a row."""
+    """The moving parts that are best for the codes: one small least-squares problem a row."""
     import torch
 
-    n = len(w)
-    group, groups = r.group, r.scales.shape[1]
-    c = r.codes.view(n, groups, group) - r.zeros[..., None]
-    a = torch.empty(n, groups, groups)
-    for g in range(groups):
-        t = c[:, g] @ h[g * group : (g + 1) * group]
-        a[:, g] = (t.view(n, groups, group) * c).sum(-1)
-    b = ((w @ h).view(n, groups, group) * c).sum(-1)
-    # Solved for the change, so that the damping pulls towards the present scales.
-    residual = b - (a @ r.scales[..., None])[..., 0]
-    damping = 1e-4 * a.diagonal(dim1=1, dim2=2).mean(-1) + 1e-12
-    change = torch.linalg.solve(a + torch.eye(groups) * damping[:, None, None], residual)
-    new = fp16(r.scales + change)
-    r.scales = torch.where((new > 0.5 * r.scales) & (new < 1.5 * r.scales), new, r.scales)
+    n, k = w.shape
+    grid = r.grid
+    spans, p = k // grid.span, grid.moving
+    each = grid.span // grid.group  # groups of a span
+    basis = torch.stack([b.reshape(n, spans, -1) for b in grid.basis(r.grouped(r.codes), r.parts)], 2)
+    a = torch.empty(n, spans, p, spans, p)
+    for i in range(spans):
+        t = basis[:, i] @ h[i * grid.span : (i + 1) * grid.span]  # [n, p, in]
+        a[:, i] = torch.einsum("npsj,nsqj->npsq", t.view(n, p, spans, -1), basis)
+    a = a.view(n, spans * p, spans * p)
+    # Solved for the change, so that the damping pulls towards the present values.
+    gradient = ((w - r.dequantize()) @ h).view(n, spans, 1, -1)
+    b = (gradient * basis).sum(-1).view(n, -1)
+    damping = 1e-4 * a.diagonal(dim1=1, dim2=2)
+    damping = damping + 1e-4 * damping.mean(-1, keepdim=True) + 1e-12
+    change = torch.linalg.solve(a + torch.diag_embed(damping), b).view(n, spans, p)
+    change = change.repeat_interleave(each, dim=1)
+    r.parts = grid.moved(r.parts, tuple(r.parts[i] + change[..., i] for i in range(p)))

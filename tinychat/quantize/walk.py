@@ -11,6 +11,7 @@ from tinychat.quantize.block import BlockQuantizer, Options, QuantizedBlock, rou
 from tinychat.quantize.forward import Forward, read_block
 from tinychat.quantize.gptq import GPTQQuantizer
 from tinychat.quantize.layouts import Tensors, unpacked
+from tinychat.quantize.target import Target
 
 if TYPE_CHECKING:
     import torch
@@ -31,25 +32,44 @@ class Walk(Protocol):
 
 
 class NearestWalk:
-    """Round to nearest: nothing is carried."""
+    """Round to nearest on whole ranges: nothing is carried."""
 
-    def __init__(self, checkpoint: Checkpoint, group: int):
-        self.checkpoint, self.group = checkpoint, group
+    def __init__(self, checkpoint: Checkpoint, target: Target):
+        self.checkpoint, self.target = checkpoint, target
 
     def quantize(self, layer: int) -> QuantizedBlock:
-        return round_to_nearest(read_block(self.checkpoint, layer), self.group, self.checkpoint.config)
+        w = read_block(self.checkpoint, layer)
+        return round_to_nearest(w, self.target.grid, self.checkpoint.config)
 
     def skip(self, layer: int, stored: Tensors) -> None:
         pass
 
 
+class WeighedWalk:
+    """Round to nearest on ranges that the float network's activations choose."""
+
+    def __init__(self, checkpoint: Checkpoint, target: Target, tokens: np.ndarray):
+        self.checkpoint, self.target = checkpoint, target
+        self.forward = Forward(checkpoint.config)
+        self.x = _embedded(checkpoint, self.forward, tokens)
+
+    def quantize(self, layer: int) -> QuantizedBlock:
+        w = read_block(self.checkpoint, layer)
+        squares = self.forward.mean_squares(self.x, w)
+        _check(self.x, layer)
+        return round_to_nearest(w, self.target.grid, self.checkpoint.config, squares)
+
+    def skip(self, layer: int, stored: Tensors) -> None:
+        self.forward.mean_squares(self.x, read_block(self.checkpoint, layer))
+
+
 class AWQWalk:
     """The calibration text's activations, in the float and in the quantized network."""
 
-    def __init__(self, checkpoint: Checkpoint, group: int, tokens: np.ndarray):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, target: Target, tokens: np.ndarray, search: bool):
+        self.checkpoint, self.target = checkpoint, target
         forward = Forward(checkpoint.config)
-        self.quantizer = BlockQuantizer(forward, Options(group=group))
+        self.quantizer = BlockQuantizer(forward, Options(target.grid, search=search))
         self.x_q = _embedded(checkpoint, forward, tokens)
         self.x_f = self.x_q.clone()
 
@@ -60,17 +80,17 @@ class AWQWalk:
 
     def skip(self, layer: int, stored: Tensors) -> None:
         w = read_block(self.checkpoint, layer)
-        quantized = unpacked(stored, self.checkpoint.config, layer, "awq")
+        quantized = unpacked(stored, self.checkpoint.config, layer, self.target)
         self.x_f, self.x_q = self.quantizer.advance(w, quantized, self.x_f, self.x_q)
 
 
 class GPTQWalk:
     """The calibration text's activations in the quantized network."""
 
-    def __init__(self, checkpoint: Checkpoint, group: int, tokens: np.ndarray, act_order: bool):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, target: Target, tokens: np.ndarray, search: bool):
+        self.checkpoint, self.target = checkpoint, target
         forward = Forward(checkpoint.config)
-        self.quantizer = GPTQQuantizer(forward, group, act_order)
+        self.quantizer = GPTQQuantizer(forward, target.grid, target.act_order, search)
         self.x = _embedded(checkpoint, forward, tokens)
 
     def quantize(self, layer: int) -> QuantizedBlock:
@@ -79,7 +99,7 @@ class GPTQWalk:
         return out
 
     def skip(self, layer: int, stored: Tensors) -> None:
-        self.x = self.quantizer.advance(unpacked(stored, self.checkpoint.config, layer, "gptq"), self.x)
+        self.x = self.quantizer.advance(unpacked(stored, self.checkpoint.config, layer, self.target), self.x)
 
 
 def _embedded(checkpoint: Checkpoint, forward: Forward, tokens: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,217 @@
+"""Targets: what may be asked for (bits, format, groups), and which grid each linear gets for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinychat.base.errors import UnsupportedModelError, UsageError
+from tinychat.models import FAMILIES
+from tinychat.network.config import ModelConfig
+from tinychat.network.weight_form import ROW, SUPER
+from tinychat.quantize.grids import Grid, Offsets, SixBit, Symmetric
+
+METHODS = ("awq", "gptq", "rtn")
+BITS = {"awq": (4,), "gptq": (2, 3, 4, 8), "compressed-tensors": (2, 3, 4, 8), "gguf": (4, 8)}
+GROUPS = (128, 64, 32)
+GGUF_TYPES = {4: ("Q4_K", "Q4_1", "Q4_0"), 8: ("Q8_0",)}
+GGUF_GRIDS: dict[str, Grid] = {
+    "Q4_0": Symmetric(4, 32, signed=True),
+    "Q4_1": Offsets(4, 32),
+    "Q4_K": SixBit(),
+    "Q5_0": Symmetric(5, 32, signed=True),
+    "Q8_0": Symmetric(8, 32, cropped=True),
+}
+SUBSTITUTE = "Q5_0"  # for Q4_K where 256 does not divide the inputs, as llama.cpp has it
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is written.
+
+    format     "awq", "gptq", "compressed-tensors" or "gguf"
+    bits       of a code
+    group      inputs that share a scale, or ROW for all of them
+    symmetric  zero in the middle, none stored
+    act_order  gptq's: inputs with large activations first, from wherever they stand
+    type       of tensors in a GGUF
+    """
+
+    format: str
+    bits: int
+    group: int
+    symmetric: bool = False
+    act_order: bool = False
+    type: str = ""
+
+    def grid(self, k: int) -> Grid:
+        """The grid of a linear of k inputs."""
+        if self.format == "gguf":
+            return GGUF_GRIDS[self.type_of(k)]
+        group = self.group or k
+        if self.symmetric:
+            return Symmetric(self.bits, group)
+        return Grid(self.bits, group, lowest=1 if self.format == "gptq" else 0)
+
+    def type_of(self, k: int) -> str:
+        """The GGUF type of a linear of k inputs."""
+        return SUBSTITUTE if self.type == "Q4_K" and k % SUPER else self.type
+
+    def facts(self) -> dict[str, Any]:
+        """What of it decides the result."""
+        facts: dict[str, Any] = {"format": self.format, "bits": self.bits, "group_size": self.group or -1}
+        if self.format == "gguf":
+            return facts | {"type": self.type}
+        return facts | {"symmetric": self.symmetric, "act_order": self.act_order}
+
+    def quantization_config(self) -> dict[str, Any]:
+        """Entry in config.json of a folder."""
+        return _CONFIGS[self.format](self)
+
+
+def choose(
+    cfg: ModelConfig,
+    method: str = "awq",
+    bits: int = 4,
+    format: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    act_order: bool = False,
+    type: str | None = None,
+) -> Target:
+    """The target of these wishes; what is left open is chosen. group_size: -1 for the row.
+
+    Raises UsageError for wishes that do not go together, naming those that do, and UnsupportedModelError for
+    a model whose widths the format cannot hold.
+    """
+    if method not in METHODS:
+        raise UsageError(f"The method {method!r} is not known.", f"Use {' or '.join(METHODS)}.")
+    if format is None:
+        format = "gguf" if type else "awq" if bits == 4 and method != "gptq" and not symmetric else "gptq"
+    if format not in BITS:
+        raise UsageError(f"The format {format!r} is not known.", f"Use {_or(BITS)}.")
+    if bits not in BITS[format]:
+        able = [f for f, widths in BITS.items() if bits in widths]
+        hint = f"Use --format {_or(able)}, or --bits {_or(BITS[format])}." if able else None
+        raise UsageError(
+            f"The format {format} does not hold {bits} bits.", hint or f"Use --bits {_or(BITS[format])}."
+        )
+    if act_order and (method != "gptq" or format not in ("gptq", "compressed-tensors")):
+        what = f"method {method!r}" if method != "gptq" else f"format {format}"
+        raise UsageError(
+            f"The {what} has no act-order.", "Use --method gptq with --format gptq or compressed-tensors."
+        )
+    if symmetric and format in ("awq", "gguf"):
+        raise UsageError(
+            f"The format {format} cannot be asked for symmetric codes.",
+            "Use --format gptq or compressed-tensors; in GGUF, --gguf-type Q4_0 or Q8_0 is symmetric.",
+        )
+    if type and (format != "gguf" or type not in GGUF_TYPES[bits]):
+        types = GGUF_TYPES.get(bits, ()) if format == "gguf" else ()
+        hint = f"Use {_or(types)}." if types else "Use it with --format gguf, or leave it out."
+        raise UsageError(f"{type} is no type of {format} with {bits} bits.", hint)
+    _check_widths(cfg, format, bits)
+    if format == "gguf":
+        if group_size not in (None, 32):
+            raise UsageError(
+                "Groups in a GGUF have 32 inputs.", "Leave --group-size out, or use another --format."
+            )
+        return Target(format, bits, 32, type=type or GGUF_TYPES[bits][0])
+    group = choose_group(cfg, group_size)
+    return Target(format, bits, group, symmetric, act_order)
+
+
+def _or(words: Any) -> str:
+    return " or ".join(map(str, words))
+
+
+def _check_widths(cfg: ModelConfig, format: str, bits: int) -> None:
+    """Raises UnsupportedModelError where the outputs do not fit in the format's words."""
+    whole = {"awq": 8, "gptq": 32 if bits == 3 else 32 // bits}.get(format, 1)
+    for name, (n, _) in FAMILIES[cfg.family].linears(cfg, 0).items():
+        if n % whole:
+            raise UnsupportedModelError(
+                f"{name} has {n} outputs, not a multiple of {whole}, which the format {format} needs.",
+                "Use --format compressed-tensors.",
+            )
+
+
+def choose_group(cfg: ModelConfig, wanted: int | None) -> int:
+    """The group size: `wanted` (-1: ROW), or the largest of 128, 64, 32 that divides the inputs of every
+    linear.
+
+    Raises UsageError when `wanted` does not divide them, naming those that do; UnsupportedModelError when
+    none does.
+    """
+    shapes = FAMILIES[cfg.family].linears(cfg, 0)
+    fit = [g for g in GROUPS if all(k % g == 0 for _, k in shapes.values())]
+    if not fit:
+        inputs = sorted({k for _, k in shapes.values()})
+        raise UnsupportedModelError(
+            f"No group size divides linears with {', '.join(map(str, inputs))} inputs.",
+            "Widths must be multiples of 32; run the model unquantized.",
+        )
+    if wanted is None:
+        return fit[0]
+    if wanted == -1:
+        return ROW
+    if wanted not in fit:
+        name, k = next(((n, k) for n, (_, k) in shapes.items() if wanted <= 0 or k % wanted), ("", 0))
+        why = f"does not divide the {k} inputs of {name}" if name else "is not a size that backends run"
+        raise UsageError(
+            f"Group size {wanted} {why}.", f"Use {' or '.join(map(str, fit))} (or leave it out: {fit[0]})."
+        )
+    return wanted
+
+
+def _awq(t: Target) -> dict[str, Any]:
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": t.bits,
+        "group_size": t.group or -1,
+        "zero_point": True,
+        "modules_to_not_convert": None,
+    }
+
+
+def _gptq(t: Target) -> dict[str, Any]:
+    return {
+        "quant_method": "gptq",
+        "bits": t.bits,
+        "group_size": t.group or -1,
+        "desc_act": t.act_order,
+        "sym": t.symmetric,
+        "checkpoint_format": "gptq",
+        "true_sequential": True,
+        "lm_head": False,
+    }
+
+
+def _compressed(t: Target) -> dict[str, Any]:
+    weights = {
+        "num_bits": t.bits,
+        "type": "int",
+        "symmetric": t.symmetric,
+        "strategy": "group" if t.group else "channel",
+        "group_size": t.group or None,
+        "actorder": "group" if t.act_order else None,
+        "dynamic": False,
+    }
+    scheme = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+_CONFIGS = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}
