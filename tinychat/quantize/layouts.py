@@ -74,5 +74,6 @@ def _unpack(parts: Tensors, target: Target) -> QuantizedLinear:
     if target.format == "gptq":
         codes = parts["qweight"], parts["qzeros"], parts["scales"]
         return gptq.unpack(*codes, parts["g_idx"], version=1, bias=bias, bits=target.bits)
-    codes = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
-    return gptq.unpack_compressed(*codes, parts.get("weight_g_idx"), bias=bias, bits=target.bits)
+    zeros, g_idx = parts.get("weight_zero_point"), parts.get("weight_g_idx")
+    packed, scales = parts["weight_packed"], parts["weight_scale"]
+    return gptq.unpack_compressed(packed, scales, zeros, g_idx, bias, target.bits)

@@ -206,7 +206,8 @@ def _chunk(w: torch.Tensor, u: torch.Tensor, grid: Grid, search: bool) -> tuple[
     """Codes [in, out] and parts [groups, out] of w [in, out], which is overwritten."""
     import torch
 
-    codes, parts, shared = torch.empty_like(w), [], ()
+    shared: Parts = ()
+    codes, parts = torch.empty_like(w), []
     weight = u.diagonal().pow(-2)  # what an error costs that nothing repairs
     for start in range(0, len(w), grid.group):
         span = slice(start, start + grid.group)

@@ -104,7 +104,7 @@ def choose(
     if symmetric and format in ("awq", "gguf"):
         raise UsageError(
             f"The format {format} cannot be asked for symmetric codes.",
-            "Use --format gptq or compressed-tensors; in GGUF, --gguf-type Q4_0 or Q8_0 is symmetric.",
+            "Use --format gptq or compressed-tensors.",
         )
     if type and (format != "gguf" or type not in GGUF_TYPES[bits]):
         types = GGUF_TYPES.get(bits, ()) if format == "gguf" else ()
