@@ -2,9 +2,10 @@
 
     python benchmarks/peers.py --shapes smollm2-135m,llama-3.2-1b --tokenizer FILE.gguf --work DIR \\
         --llama-python VENV/bin/python [--openvino-python VENV/bin/python] \\
-        [--rounds 3] [--markdown OUT.md] [--plot OUT.png]
+        [--form q4_k,iq4_xs] [--rounds 3] [--markdown OUT.md] [--plot OUT.png]
 
-Each peer runs in its own environment; one without a given python is left out. Absolute figures drift with the
+With --form all sides read the same synthetic GGUF of that type; without, tinychat runs 4 bits as AWQ has them and
+the peers Q4_0. Each peer runs in its own environment; one without a given python is left out. Absolute figures drift with the
 machine, so the table gives medians of the rounds, and the median of the ratios of each round's pair.
 """
 
@@ -15,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -29,19 +31,10 @@ def run_json(command: list[str]) -> dict | None:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(shape: str, o: argparse.Namespace, gguf: Path) -> list[dict[str, dict]]:
+def measure(shape: str, form: str | None, o: argparse.Namespace, gguf: Path) -> list[dict[str, dict]]:
     """One dict a round: side → its figures."""
-    ours = [
-        sys.executable,
-        "-m",
-        "tinychat",
-        "bench",
-        "--synthetic",
-        shape,
-        "--json",
-        "--threads",
-        str(o.threads),
-    ]
+    what = [str(gguf)] if form else ["--synthetic", shape]
+    ours = [sys.executable, "-m", "tinychat", "bench", *what, "--json", "--threads", str(o.threads)]
     ours += ["-p", str(o.prompt), "-n", str(o.gen)]
     size = [str(gguf), str(o.prompt), str(o.gen), str(o.threads)]
     sides = {"tinychat": ours}
@@ -61,6 +54,7 @@ def measure(shape: str, o: argparse.Namespace, gguf: Path) -> list[dict[str, dic
                     "prefill_tok_s": result["prefill"][0]["tok_s"],
                     "decode_tok_s": result["decode"][0]["tok_s"],
                     "fraction": result["decode"][0]["fraction_of_bandwidth"],
+                    "rounded": any(some["rounded"] for some in result["forms"]),
                 }
             figures[side] = result
         rounds.append(figures)
@@ -88,9 +82,10 @@ def table(results: dict[str, list[dict[str, dict]]]) -> str:
                 return f"{statistics.median(r['tinychat'][key] / r[side][key] for r in have):.2f}"
 
             share = f"{median('fraction'):.2f}" if side == "tinychat" else ""
+            note = " (rounded to int8)" if have[0][side].get("rounded") else ""
             rates = f"{median('prefill_tok_s'):.1f} | {median('decode_tok_s'):.1f}"
             lines.append(
-                f"| {shape} | {side} | {rates} | {share} "
+                f"| {shape} | {side}{note} | {rates} | {share} "
                 f"| {ratio('prefill_tok_s')} | {ratio('decode_tok_s')} |"
             )
     return "\n".join(lines)
@@ -124,6 +119,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--shapes", default="smollm2-135m,llama-3.2-1b")
     p.add_argument("--tokenizer", type=Path, required=True, help="a GGUF that lends its tokenizer")
+    p.add_argument("--form", help="types of GGUF that all sides read, such as q4_k,iq4_xs")
     p.add_argument("--work", type=Path, required=True, help="folder for the synthetic GGUFs")
     p.add_argument("--llama-python")
     p.add_argument("--openvino-python")
@@ -136,13 +132,13 @@ def main() -> None:
     o = p.parse_args()
     o.work.mkdir(parents=True, exist_ok=True)
     results = {}
-    for shape in o.shapes.split(","):
-        gguf = o.work / f"{shape}.gguf"
-        if not gguf.exists() and (o.llama_python or o.openvino_python):
-            subprocess.run(
-                [sys.executable, str(HERE / "synth_gguf.py"), shape, str(o.tokenizer), str(gguf)], check=True
-            )
-        results[shape] = measure(shape, o, gguf)
+    for shape, form in product(o.shapes.split(","), o.form.split(",") if o.form else [None]):
+        name = f"{shape} {form}" if form else shape
+        gguf = o.work / f"{name.replace(' ', '-')}.gguf"
+        if not gguf.exists() and (form or o.llama_python or o.openvino_python):
+            make = [sys.executable, str(HERE / "synth_gguf.py"), shape, str(o.tokenizer), str(gguf)]
+            subprocess.run(make + ([form] if form else []), check=True)
+        results[name] = measure(shape, form, o, gguf)
     text = table(results)
     print(text)
     if o.markdown:

@@ -1,6 +1,8 @@
-"""Random-weight Q4_0 Llama GGUF (Q8_0 embedding and head) of one of tinychat's shapes, for the peers.
+"""Llama GGUF of random weights of one of tinychat's shapes, for the peers.
 
-usage: synth_gguf.py SHAPE TOKENIZER.gguf OUT.gguf
+usage: synth_gguf.py SHAPE TOKENIZER.gguf OUT.gguf [FORM]
+
+FORM: q4_k, iq4_xs, …; without one Q4_0 with a Q8_0 head.
 """
 
 from __future__ import annotations
@@ -9,18 +11,50 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.quants import dequantize
 
-from tinychat.synthetic import SHAPES
+from tinychat.synthetic import DEFAULT, HEAD, SHAPES, head_form
 
-PAYLOAD = {
-    GGMLQuantizationType.Q4_0: 16,
-    GGMLQuantizationType.Q8_0: 32,
-}  # bytes of codes in a block of 32 weights
+# Where a block has its fp16 numbers, and each one's share of the scale: offsets lie opposite the mean of what they
+# go with. All other bytes are codes, and may be anything.
+PLACES = {
+    "Q2_K": {80: 1, 82: 1.5},
+    "Q3_K": {108: 1},
+    "Q4_K": {0: 1, 2: 7.5},
+    "Q5_K": {0: 1, 2: 15.5},
+    "Q6_K": {208: 1},
+    "Q4_0": {0: 1},
+    "Q4_1": {0: 1, 2: -7.5},
+    "Q5_0": {0: 1},
+    "Q5_1": {0: 1, 2: -15.5},
+    "Q8_0": {0: 1},
+    "IQ4_NL": {0: 1},
+    "IQ4_XS": {0: 1},
+    "MXFP4": {},  # a power of two in the first byte
+}
 
 
-def write(shape: str, tokenizer: Path, out: Path) -> None:
-    """Write the file; `tokenizer` lends its vocabulary, padded or cut to the shape's size."""
+def blocks(kind: GGMLQuantizationType, n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [n, bytes of k weights] of random codes, with a deviation of about 1/sqrt(k)."""
+    weights, size = GGML_QUANT_SIZES[kind]
+    out = np.frombuffer(rng.bytes(n * k // weights * size), np.uint8).reshape(-1, size).copy()
+
+    def scale(by: float) -> None:
+        if kind == GGMLQuantizationType.MXFP4:
+            out[:, 0] = 127 + round(np.log2(by))
+        for place, share in PLACES[kind.name].items():
+            out[:, place : place + 2] = np.float16(share * by).reshape(1).view(np.uint8)
+
+    scale(1)
+    scale(1 / (dequantize(out[:4096], kind).std() * np.sqrt(k)))
+    return out.reshape(n, -1)
+
+
+def write(shape: str, tokenizer: Path, out: Path, form: str = DEFAULT) -> None:
+    """Write the file; `tokenizer` lends its vocabulary, padded or cut to the shape's size. form: of the body, a
+    name of GGUF_FORMS; the head is what llama.cpp's files have.
+    """
     c = SHAPES[shape]
     reader, w = GGUFReader(tokenizer), GGUFWriter(out, "llama")
     rng = np.random.default_rng(0)
@@ -48,16 +82,15 @@ def write(shape: str, tokenizer: Path, out: Path) -> None:
     w.add_bos_token_id(1)
     w.add_eos_token_id(2)
 
-    def linear(name: str, kind: GGMLQuantizationType, n: int, k: int, scale: float) -> None:
-        block = np.empty((n, k // 32, 2 + PAYLOAD[kind]), np.uint8)
-        block[:, :, 2:] = rng.integers(0, 256, (n, k // 32, PAYLOAD[kind]), dtype=np.uint8)
-        block[:, :, :2] = np.float16(scale).view(np.uint16).reshape(1).view(np.uint8)
-        w.add_tensor(name, block.reshape(n, -1), raw_dtype=kind)
+    def linear(name: str, kind: GGMLQuantizationType, n: int, k: int) -> None:
+        w.add_tensor(name, blocks(kind, n, k, rng), raw_dtype=kind)
 
-    q4, q8 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
+    body = GGMLQuantizationType["Q4_0" if form == DEFAULT else form.upper()]
+    head = GGMLQuantizationType.Q8_0 if head_form(form, c.hidden_size) == HEAD else GGMLQuantizationType.Q6_K
     h, kv = c.hidden_size, c.n_kv_heads * c.head_dim
-    linear("token_embd.weight", q8, c.vocab_size, h, 0.0003)
-    linear("output.weight", q8, c.vocab_size, h, 0.0003)
+    linear("token_embd.weight", head if c.tie_embeddings else body, c.vocab_size, h)
+    if not c.tie_embeddings:
+        linear("output.weight", head, c.vocab_size, h)
     w.add_tensor("output_norm.weight", np.ones(h, np.float32))
     for i in range(c.n_layers):
         b = f"blk.{i}."
@@ -72,7 +105,7 @@ def write(shape: str, tokenizer: Path, out: Path) -> None:
             ("ffn_up", c.layers[0].mlp.size, h),
             ("ffn_down", h, c.layers[0].mlp.size),
         ):
-            linear(b + name + ".weight", q4, n, k, 0.02 / np.sqrt(k / 64))
+            linear(b + name + ".weight", body, n, k)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -80,4 +113,4 @@ def write(shape: str, tokenizer: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    write(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
