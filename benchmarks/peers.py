@@ -4,9 +4,10 @@
         --llama-python VENV/bin/python [--openvino-python VENV/bin/python] \\
         [--form q4_k,iq4_xs] [--rounds 3] [--markdown OUT.md] [--plot OUT.png]
 
-With --form all sides read the same synthetic GGUF of that type; without, tinychat runs 4 bits as AWQ has them and
-the peers Q4_0. Each peer runs in its own environment; one without a given python is left out. Absolute figures drift with the
-machine, so the table gives medians of the rounds, and the median of the ratios of each round's pair.
+With --form all sides read the same synthetic GGUF of that type; without, tinychat runs 4 bits as AWQ has
+them and the peers Q4_0. Each peer runs in its own environment; one without a given python is left out.
+Absolute figures drift with the machine, so the table gives medians of the rounds, and the median of the
+ratios of each round's pair.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from gguf.quants import dequantize
 
 from tinychat.synthetic import DEFAULT, HEAD, SHAPES, head_form
 
-# Where a block has its fp16 numbers, and each one's share of the scale: offsets lie opposite the mean of what they
-# go with. All other bytes are codes, and may be anything.
+# Where a block has its fp16 numbers, and each one's share of the scale: offsets lie opposite the mean of
+# what they go with. All other bytes are codes, and may be anything.
 PLACES = {
     "Q2_K": {80: 1, 82: 1.5},
     "Q3_K": {108: 1},
@@ -52,8 +52,8 @@ def blocks(kind: GGMLQuantizationType, n: int, k: int, rng: np.random.Generator)
 
 
 def write(shape: str, tokenizer: Path, out: Path, form: str = DEFAULT) -> None:
-    """Write the file; `tokenizer` lends its vocabulary, padded or cut to the shape's size. form: of the body, a
-    name of GGUF_FORMS; the head is what llama.cpp's files have.
+    """Write the file; `tokenizer` lends its vocabulary, padded or cut to the shape's size. form: of the
+    body, a name of GGUF_FORMS; the head is what llama.cpp's files have.
     """
     c = SHAPES[shape]
     reader, w = GGUFReader(tokenizer), GGUFWriter(out, "llama")
