@@ -8,7 +8,7 @@ import pytest
 from golden import GOLDEN, sentencepiece_fields
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
-from tinychat.formats.gguf import GGUFFile
+from tinychat.formats.gguf_file import GGUFFile
 from tinychat.formats.gguf_tokenizer import from_gguf
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinychat.base.errors import UnsupportedModelError
-from tinychat.formats.gguf import GGUFFile
+from tinychat.formats.gguf_file import GGUFFile
 from tinychat.formats.gguf_tokenizer import from_gguf
 
 FOLDER = os.environ.get("TINYCHAT_TEST_VOCABULARIES", "")

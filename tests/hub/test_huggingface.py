@@ -293,6 +293,53 @@ def test_one_gguf_of_several_is_fetched(hub, tinychat, tmp_path):
     assert json.loads(out)["sha256"] == hashlib.sha256(content).hexdigest()
 
 
+def parts_of_a_model(folder: Path) -> dict[str, bytes]:
+    """A model in three parts in a folder of the repo, as large ones are kept; two other models beside it."""
+    write(folder / "tiny-Q4_K_M.gguf", split=8)
+    parts = {f"Q4_K_M/{f.name}": f.read_bytes() for f in sorted(folder.glob("tiny-Q4_K_M-*.gguf"))}
+    assert len(parts) == 3
+    others = ("tiny-Q8_0.gguf", "Q5_K_M/tiny-Q5_K_M-00002-of-00002.gguf")
+    return parts | dict.fromkeys(others, b"never fetched") | {"README.md": b"#"}
+
+
+def test_all_parts_of_a_gguf_are_fetched_and_are_one_model(hub, tinychat, tmp_path):
+    hub.files = parts_of_a_model(tmp_path)
+    names = [Path(n).name for n in hub.files if n.startswith("Q4_K_M")]
+    hub.cuts = 1
+    code, out, err = tinychat("pull", REPO, "--json")
+    assert code == 0, err
+    assert fetched(hub) == set(names)
+    folder = tmp_path / "home" / "models" / REPO.replace("/", "--")
+    assert Path(json.loads(out)["path"]) == folder / names[0]
+    assert {n: (folder / n).read_bytes() for n in names} == {n: hub.files[f"Q4_K_M/{n}"] for n in names}
+    (listed,) = json.loads(tinychat("list", "--json")[1])
+    assert listed["size"] > sum(len(hub.files[f"Q4_K_M/{n}"]) for n in names)
+    assert json.loads(tinychat("show", REPO, "--json")[1])["parts"] == 3
+    content = bytearray((folder / names[1]).read_bytes())
+    content[-1] ^= 1
+    (folder / names[1]).write_bytes(content)
+    code, _, err = tinychat("pull", REPO)  # the second part rotted: it is read, found and fetched again
+    assert code == 0, err
+    assert f"{names[1]}: its content is not what was pulled" in err
+    assert (folder / names[1]).read_bytes() == hub.files[f"Q4_K_M/{names[1]}"]
+    assert tinychat("rm", REPO, "--yes")[0] == 0
+    assert not folder.exists()
+
+
+def test_a_part_that_is_damaged_or_missing_in_the_repo_is_refused(hub, tinychat, tmp_path):
+    hub.files = parts_of_a_model(tmp_path)
+    second = next(n for n in hub.files if "-00002-of-00003" in n)
+    hub.promised[second] = {"sha256": "0" * 64}
+    refused(tinychat("pull", REPO), 1, "-00002-of-00003.gguf", "hash is wrong")
+    assert installed(tinychat) == []
+    hub.promised.clear()
+    del hub.files[second]
+    hub.seen.clear()
+    refused(tinychat("pull", REPO), 1, f"lacks {second}", "3 parts of Q4_K_M/tiny-Q4_K_M")
+    assert not fetched(hub)
+    refused(tinychat("pull", f"{REPO}/Q5_K_M/tiny-Q5_K_M-00002-of-00002.gguf"), 1, "-00001-of-00002.gguf")
+
+
 def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_and_the_next_pull_works(hub, tinychat, tmp_path):
     tensors = safetensors.numpy.load(hub.files["model.safetensors"])
     tensors["padding"] = np.zeros(24_000_000, np.uint8)

@@ -65,6 +65,23 @@ def test_a_damaged_model_is_pulled_again(home, capsys, damage):
     assert not list((home / "models").glob(".damaged/*"))
 
 
+@pytest.mark.parametrize("damage", [rot, os.unlink])
+def test_a_damaged_part_of_a_model_is_pulled_again(home, tmp_path, damage, capsys):
+    write(tmp_path / "split.gguf", split=8)
+    aliases = {"split": f"file:{tmp_path / 'split-00002-of-00003.gguf'}"}
+    (home / "aliases.json").write_text(json.dumps(aliases))
+    path = store.pull("split")
+    assert path.name == "split-00001-of-00003.gguf"
+    third = path.with_name("split-00003-of-00003.gguf")
+    sound = third.read_bytes()
+    damage(third)
+    assert store.pull("split") == path
+    assert third.read_bytes() == sound
+    assert "split-00003-of-00003.gguf: " in capsys.readouterr().err
+    assert store.remove("split") > 0
+    assert store.installed() == []
+
+
 def test_a_damaged_model_stays_where_it_cannot_be_pulled_again(home, tmp_path, monkeypatch, capsys):
     path = store.pull("tiny")
     rot(path)

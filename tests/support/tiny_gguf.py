@@ -56,14 +56,16 @@ def write(
     shapes: dict[str, tuple[int, int]] | None = None,
     template: str | None = TEMPLATE,
     license: str | None = None,
+    split: int = 0,
 ) -> dict[str, np.ndarray]:
     """Write the file; returns what each linear is after quantization, float32, in Hugging Face's row order.
 
-    change: called with the writer, for more metadata. shapes: other shapes for GGUF tensor names.
+    change: called with the writer, for more metadata. shapes: other shapes for GGUF tensor names. split: the
+    most tensors in a file; `m.gguf` becomes `m-00001-of-0000N.gguf` and so on.
     """
     from tokenizers import pre_tokenizers
 
-    w = GGUFWriter(path, arch)
+    w = GGUFWriter(path, arch, split_max_tensors=split)
     if license:
         w.add_license(license)
     w.add_block_count(LAYERS)

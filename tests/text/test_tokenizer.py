@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
-from tinychat.formats.gguf import GGUFFile
+from tinychat.formats.gguf_file import GGUFFile
 from tinychat.formats.gguf_tokenizer import from_gguf
 from tinychat.text.tokenizer import SOME_TEXT, StreamDecoder, Tokenizer
 

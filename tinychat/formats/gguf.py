@@ -1,10 +1,11 @@
-"""GGUF files (llama.cpp's format), read module by module from a memory map."""
+"""GGUF files (llama.cpp's format), whole or in parts, read module by module from a memory map."""
 
 from __future__ import annotations
 
 import functools
 import re
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from tinychat.base.files import MappedFile
 from tinychat.base.identity import Tell, content_hash
 from tinychat.formats.gguf_blocks import UNPACK
 from tinychat.formats.gguf_config import ROPE_TENSORS, TOP, read_config
-from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, GGUFFile, Tensor, type_of
+from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, Tensor, type_of
+from tinychat.formats.gguf_parts import open_parts
 from tinychat.models import FAMILIES
 from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig
 from tinychat.network.weight_form import Coded, Numbers
@@ -25,11 +27,11 @@ _EXPERT = re.compile(r"mlp\.experts\.(\d{1,6})\.")
 
 
 class GGUFCheckpoint:
-    """A GGUF as a `Checkpoint`."""
+    """A GGUF as a `Checkpoint`. `path` may lead to any part of one in parts."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.file = GGUFFile(self.path)
+        self.file, self._files = open_parts(self.path)
         self.fields = self.file.fields
         self.form, self.config = read_config(self.file)
         self._hash: str | None = None
@@ -97,16 +99,19 @@ class GGUFCheckpoint:
 
     def fingerprint(self, tell: Tell | None = None) -> str:
         """A hash of the content, computed once; `tell` hears of it where that takes long."""
-        self._hash = self._hash or content_hash(self.file.mapped, tell)
+        if self._hash is None:
+            hashes = [content_hash(file, tell) for file in self._files]
+            self._hash = hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
         return f"gguf:{self._hash}"
 
     def weight_files(self) -> list[MappedFile]:
-        """The file itself."""
-        return [self.file.mapped]
+        """The file itself, or all parts."""
+        return self._files
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if the file was written since it was opened."""
-        self.file.mapped.check_unchanged()
+        for file in self._files:
+            file.check_unchanged()
 
     def tensor_bytes(self) -> dict[str, int]:
         """Bytes stored in each type (`{"Q4_1": …, "F32": …}`), largest first."""

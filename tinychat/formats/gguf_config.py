@@ -93,11 +93,6 @@ def read_config(file: GGUFFile) -> tuple[FromGGUF, ModelConfig]:
         raise UnsupportedModelError(
             f"{file.path} holds a {general.get('type')}, not a model.", "Give the GGUF of the model itself."
         )
-    parts = Metadata(file, "split").get("count", 1)
-    if parts not in (0, 1):
-        raise UnsupportedModelError(
-            f"{file.path} is one of {parts} parts.", "Join them with llama-gguf-split --merge."
-        )
     for option in OPTIONS:
         if option not in form.options and m.get(option) not in (None, 0, _HARMLESS.get(option)):
             raise UnsupportedModelError(

