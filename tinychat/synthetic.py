@@ -148,10 +148,10 @@ class SyntheticCheckpoint:
             self._made[key] = random_linear(form, n, k, bias)
         return self._made[key]
 
-    def stored(self, name: str) -> tuple[str, int]:
+    def stored(self, name: str) -> tuple[Form | str, int]:
         """The form of the random numbers, and their bytes."""
         w = self.linear(name)
-        return str(w.form), w.form.n_bytes(*w.shape)
+        return w.form, w.form.n_bytes(*w.shape)
 
     def vector(self, name: str) -> np.ndarray:
         """Ones."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from families import CASES, logits_of, random_model, relative_error
-from family_gguf import write
+from family_gguf import Kind, write
 from gguf import ExpertGatingFuncType, GGUFWriter
 from memories import allocate, step_of
 
 import tinychat
+from tinychat.backends.cpu_pack import KERNELS
+from tinychat.backends.plan import plan
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
 from tinychat.formats.gguf import GGUFCheckpoint
+from tinychat.network.weight_form import Form
 from tinychat.network.weight_policy import WeightPolicy
 
 IDS = np.random.default_rng(1).integers(0, 258, 120).astype(np.int32)
@@ -54,6 +57,60 @@ def test_logits_equal_transformers(case, tmp_path):
     ours = np.concatenate([backend.step(step_of(backend, IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
     assert relative_error(ours, logits_of(hf, IDS)) < 1e-4
     assert checkpoint.tokenizer().vocab_size == 258
+
+
+def mixed(name: str) -> Kind | None:
+    """Types as llama.cpp's mixtures have them: others for the table, attn_v and ffn_down, floats to route."""
+    if "token_embd" in name or name == "output.weight":
+        return Kind.Q6_K
+    kinds = {"attn_v": Kind.Q5_K, "ffn_down": Kind.Q6_K, "attn_output": Kind.IQ4_XS, "attn_k.": Kind.Q3_K}
+    kinds |= {"ffn_gate_inp": None, "ffn_gate": Kind.Q2_K, "ffn_up": Kind.Q4_K, "attn_q": Kind.Q5_K}
+    return next(kind for part, kind in kinds.items() if part in name)
+
+
+def of_one(kind: Kind):
+    return lambda name: None if "ffn_gate_inp" in name else kind
+
+
+STORED = {
+    "k-quants in a Llama, whose q and k have another order": ("llama yarn", mixed, "llama"),
+    "Gemma 3's tied table": ("gemma3", mixed, "gemma3"),
+    "Phi-3's fused projections": ("phi3", mixed, "phi3"),
+    "experts": ("qwen3moe", mixed, "qwen3moe"),
+    "experts of MXFP4": ("mixtral", of_one(Kind.MXFP4), "llama"),
+    "experts of Q3_K": ("qwen3moe", of_one(Kind.Q3_K), "qwen3moe"),
+    "experts of IQ4_XS": ("mixtral", of_one(Kind.IQ4_XS), "llama"),
+    "IQ4_NL": ("qwen2", of_one(Kind.IQ4_NL), "qwen2"),
+    "Q5_0": ("llama yarn", of_one(Kind.Q5_0), "llama"),
+    "Q5_1": ("phi3", of_one(Kind.Q5_1), "phi3"),
+    "TQ1_0": ("qwen3", of_one(Kind.TQ1_0), "qwen3"),
+    "TQ2_0": ("llama yarn", of_one(Kind.TQ2_0), "llama"),
+}
+WIDE = dict(
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    head_dim=16,
+)
+SIZES = {"qwen3moe": dict(moe_intermediate_size=256), "gemma3": dict(query_pre_attn_scalar=16)}
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_quantized_types_are_the_weights_that_they_say(stored, tmp_path):
+    case, kind, arch = STORED[stored]
+    cls, changes = CASES[case]
+    hf = random_model(cls, **changes | WIDE | SIZES.get(case, {}))
+    write(tmp_path / "m.gguf", hf, arch, kind)
+    checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
+    backend = ReferenceBackend(checkpoint, WeightPolicy())
+    allocate(backend, 8)
+    ours = backend.step(step_of(backend, IDS[:20], 0, 0, TABLE, 0))
+    assert relative_error(ours, logits_of(hf, IDS[:20])) < 1e-4
+    for w in plan(checkpoint, WeightPolicy(), KERNELS):
+        assert isinstance(w.form, Form)
+        assert w.form.is_float == (w.kind == "router")
 
 
 def test_a_context_beyond_the_original_is_a_matter_of_asking(tmp_path, monkeypatch):

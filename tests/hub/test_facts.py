@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tiny_gguf
 from cli_helpers import in_process
+from families import random_model
+from family_gguf import write as write_family
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_folder
 
+from tinychat.base.machine import human_bytes
 from tinychat.formats import awq
 from tinychat.hub import store
 from tinychat.network.weights import quantize_rtn
+
+INT8 = "8-bit, groups of 32, fp16 scale"
+
+
+def entry(form: str, bits: float, size: int, runs: str | None = None, runs_bytes: int | None = None) -> dict:
+    """What `show` says of one form of one kind of module."""
+    return {
+        "bits": bits,
+        "bytes": size,
+        "runs_as": runs or form,
+        "runs_bytes": runs_bytes or size,
+        "rounded": runs is not None,
+    }
 
 
 def test_a_gguf_says_the_form_of_each_kind_of_module(tmp_path):
@@ -26,10 +43,14 @@ def test_a_gguf_says_the_form_of_each_kind_of_module(tmp_path):
         "attention": 2 * (rows * h + h * h),
         "mlp": 2 * 3 * h * f,
     }
-    assert facts["modules"] == {kind: {form: n // 32 * 20} for kind, n in numbers.items()}
+    entries = {kind: (n // 32 * 20) for kind, n in numbers.items()}
+    assert facts["modules"] == {kind: {form: entry(form, 5.0, n)} for kind, n in entries.items()}
+    token = sum(entries.values())  # the embedding is the head too
+    assert facts["token"] == {"stored_bytes": token, "runs_bytes": token}
     code, out, _ = in_process("show", str(tmp_path / "m.gguf"))
     assert code == 0
-    assert f"{form}: 10.4 kB" in out
+    assert any(line.split() == ["embedding", "5", "10.4", "kB", *form.split()] for line in out.splitlines())
+    assert out.splitlines()[-1].split()[0] == "token"
     code, out, _ = in_process("show", "--json", str(tmp_path / "m.gguf"))
     assert json.loads(out)["modules"] == facts["modules"]
 
@@ -39,7 +60,26 @@ def test_a_type_that_has_no_words_is_called_by_its_name(tmp_path, monkeypatch):
 
     tiny_gguf.write(tmp_path / "m.gguf", Kind.Q5_0)
     monkeypatch.setattr(gguf, "FORMS", {})
-    assert list(store.show(str(tmp_path / "m.gguf"))["modules"]["mlp"]) == ["Q5_0"]
+    mlp = store.show(str(tmp_path / "m.gguf"))["modules"]["mlp"]
+    n = 2 * 3 * tiny_gguf.H * tiny_gguf.F
+    assert mlp == {"Q5_0": entry("Q5_0", 5.5, n // 32 * 22, INT8, n // 32 * 34)}
+    _, out, _ = in_process("show", str(tmp_path / "m.gguf"))
+    assert f"Q5_0; runs rounded to int8, {human_bytes(n // 32 * 34)}" in out
+    assert re.search(r"token .*read for each token; [\d.]+ kB as stored", out)
+
+
+def test_sixteen_bit_weights_run_as_int8_and_a_token_reads_only_the_experts_it_takes(tmp_path):
+    hf = random_model("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=1)
+    write_family(tmp_path / "m.gguf", hf, "llama")
+    facts = store.show(str(tmp_path / "m.gguf"))
+    assert list(facts["modules"]) == ["embedding", "attention", "router", "experts", "head"]
+    assert facts["modules"]["router"]["fp32"] == entry("fp32", 32.0, 3 * 4 * 64 * 4)
+    experts = 3 * 4 * 3 * 64 * 128
+    assert facts["modules"]["experts"] == {"fp32": entry("fp32", 32.0, 4 * experts, INT8, experts // 32 * 34)}
+    attention, head = 3 * (64 * 64 * 2 + 64 * 32 * 2), 258 * 64
+    floats = attention + head + experts // 4
+    assert facts["token"]["stored_bytes"] == 4 * floats + 3 * 4 * 64 * 4
+    assert facts["token"]["runs_bytes"] == floats // 32 * 34 + 3 * 4 * 64 * 4
 
 
 @pytest.mark.parametrize("described", [True, False])
@@ -57,6 +97,6 @@ def test_a_folder_says_forms_by_its_tensors_and_settings(tmp_path, described):
     mlp = store.show(str(folder))["modules"]["mlp"]
     form = "4-bit, groups of 32, fp16 scale and zero point"
     words = form if described else "codes that config.json does not describe"
-    assert mlp.pop(words) == sum(a.nbytes for a in parts.values())
+    assert mlp.pop(words)["bytes"] == sum(a.nbytes for a in parts.values())
     (rest,) = mlp.values()
-    assert rest == sum(a.nbytes for n, a in tensors.items() if ".mlp." in n)
+    assert rest["bytes"] == sum(a.nbytes for n, a in tensors.items() if ".mlp." in n)

@@ -4,10 +4,14 @@ reordering as llama.cpp's converter makes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from ggml_blocks import Kind, random_blocks
 from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from gguf.quants import dequantize
 from tiny_gguf import permute
 
 ARCHS = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
@@ -15,8 +19,10 @@ ARCHS = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
 PERMUTED = ("llama", "smollm3", "granite")
 
 
-def write(path: Path, hf, arch: str) -> None:
-    """The model `hf` in float32."""
+def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda name: None) -> None:
+    """The model `hf` in float32. Where `kind` names a type for a tensor of the file, its blocks are random,
+    and the weights of `hf` become what these are.
+    """
     from tokenizers import pre_tokenizers
 
     c = hf.config
@@ -53,11 +59,38 @@ def write(path: Path, hf, arch: str) -> None:
             a = permute(a.reshape(len(a), -1), heads).reshape(a.shape)
         if arch.startswith("gemma") and "norm" in name:
             a = a + 1
-        w.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) or name, np.ascontiguousarray(a))
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        chosen = kind(stored) if a.ndim > 1 else None
+        if chosen is None:
+            w.add_tensor(stored, np.ascontiguousarray(a))
+            continue
+        rng = np.random.default_rng(len(name))
+        blocks = random_blocks(chosen, a.size // a.shape[-1], a.shape[-1], rng, SCALES[chosen])
+        values = dequantize(blocks.reshape(len(blocks), -1), chosen).astype(np.float32).reshape(a.shape)
+        if arch in PERMUTED and heads:
+            values = values.reshape(heads, -1, 2, a.shape[-1]).swapaxes(1, 2).reshape(a.shape)
+        t.copy_(torch.from_numpy(values.copy()))
+        w.add_tensor(stored, blocks.reshape(*a.shape[:-1], -1), raw_dtype=chosen)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+# Scales that make weights of about 1/16 out of random codes
+SCALES = dict.fromkeys(Kind, 1 / 16) | {
+    Kind.Q2_K: 2**-8,
+    Kind.Q3_K: 2**-9,
+    Kind.Q4_K: 2**-12,
+    Kind.Q5_K: 2**-13,
+    Kind.Q6_K: 2**-14,
+    Kind.Q4_0: 2**-6,
+    Kind.Q5_0: 2**-7,
+    Kind.Q5_1: 2**-8,
+    Kind.Q8_0: 2**-10,
+    Kind.IQ4_NL: 2**-10,
+    Kind.IQ4_XS: 2**-14,
+}
 
 
 def experts(w: GGUFWriter, c, tensors: dict) -> None:

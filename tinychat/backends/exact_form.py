@@ -45,10 +45,22 @@ class Kernels:
         """Whether weights of that form and k inputs run as they are; others are rounded when packed."""
         if form.is_float or not _whole(form.group or k, k):
             return True  # floats hold them
-        code = form.decoding if form.decoding in TABLES else str(form.bits)
-        words = [(form.scale, form.offset), ("fp32", "fp32")]
-        words += [("fp32", "none")] if form.offset == "none" else []
-        return self._groups(form.group or k) and any((code, *w) in self.forms for w in words)
+        return self._groups(form.group or k) and any(words in self.forms for words in _said(form))
+
+    def form(self, form: Form, k: int) -> Form:
+        """Form in which weights of that form and k inputs are stored, as far as it follows without their
+        numbers: fp32 scales that halves hold exactly are stored as halves.
+        """
+        if form.is_float:
+            return form
+        if not _whole(form.group or k, k):
+            return Form(32, "fp32")
+        if not self.hold(form, k):
+            return Form(8, "signed", PART, "fp16")
+        _, scale, offset = next(words for words in _said(form) if words in self.forms)
+        signed = offset == "none" or form.bits == 8
+        decoding = form.decoding if form.decoding in TABLES else "signed" if signed else "unsigned"
+        return Form(form.bits, decoding, form.group, scale, offset)
 
     def _groups(self, group: int) -> bool:
         return group % PART == 0 or self.halves
@@ -111,6 +123,13 @@ class ExactForm:
         form = Form(w.bits, w.table or plain, w.form.group, scale, offset)
         perm = None if w.perm is None else np.ascontiguousarray(w.perm, np.int32)
         return ExactForm(form, np.ascontiguousarray(signed.codes), scales, beside, bias, perm)
+
+
+def _said(form: Form) -> list[tuple[str, str, str]]:
+    """Words of `Kernels.forms` that hold weights of a form exactly, the smallest first."""
+    code = form.decoding if form.decoding in TABLES else str(form.bits)
+    wide = [("fp32", "none")] if form.offset == "none" else []
+    return [(code, *words) for words in [(form.scale, form.offset), *wide, ("fp32", "fp32")]]
 
 
 def _whole(group: int, k: int) -> bool:

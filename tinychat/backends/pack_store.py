@@ -16,6 +16,7 @@ import numpy as np
 from tinychat.backends import pack_check, pack_file
 from tinychat.backends.exact_form import ExactForm, Kernels
 from tinychat.backends.pack_file import FileSink, MemorySink, Pack, PackInMemory
+from tinychat.backends.plan import rounded
 from tinychat.base import locations
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.family import Family
@@ -57,6 +58,8 @@ def opened(
     pack = pack_check.sound(path, tell, at_once)
     if pack is not None:
         return pack
+    if tell is not None and (said := rounded(checkpoint, policy, layout.kernels)) is not None:
+        tell(said)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)

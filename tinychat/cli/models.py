@@ -13,7 +13,7 @@ import click
 from tinychat.base.characters import is_unicode
 from tinychat.base.errors import UsageError
 from tinychat.base.machine import human_bytes
-from tinychat.cli import tables
+from tinychat.cli import model_facts, tables
 from tinychat.cli.options import Name, file_type, model_argument
 
 
@@ -85,20 +85,9 @@ def show(model: str, as_json: bool) -> None:
     if as_json:
         _echo_json(facts)
         return
-    kinds = facts.pop("modules", {})
-    rows = [(name, _as_text(value)) for name, value in facts.items()]
-    for kind, forms in kinds.items():
-        rows.append((kind, "; ".join(f"{form}: {human_bytes(size)}" for form, size in forms.items())))
-    tables.show(rows)
-
-
-def _as_text(value: Any) -> str:
-    """A fact in a line: a list without its brackets, a yes for True."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {human_bytes(v) if isinstance(v, int) else v}" for k, v in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    tables.show(model_facts.rows(facts))
+    click.echo()
+    tables.show(model_facts.weights(facts), ("module", "bits", "bytes", "as"))
 
 
 @click.command()

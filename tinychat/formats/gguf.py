@@ -19,7 +19,7 @@ from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, Tensor, type_of
 from tinychat.formats.gguf_parts import open_parts
 from tinychat.models import FAMILIES
 from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig
-from tinychat.network.weight_form import Coded, Numbers
+from tinychat.network.weight_form import Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
 
@@ -72,11 +72,11 @@ class GGUFCheckpoint:
         times = self._dense(tensor, None).astype(np.float32)[int(expert[1]) if expert else 0]
         return replace(scales, times=times.reshape(1, 1))
 
-    def stored(self, name: str) -> tuple[str, int]:
-        """How a linear or the embedding is stored, in words, and its bytes. Reads no weights."""
+    def stored(self, name: str) -> tuple[Form | str, int]:
+        """Form of a linear or the embedding, the name of its type where there are no words, and its bytes."""
         tensor = self._tensor(name)
         type_name = type_of(tensor.kind)[0]
-        return str(FORMS.get(type_name, type_name)), tensor.n_bytes
+        return FORMS.get(type_name, type_name), tensor.n_bytes
 
     def vector(self, name: str) -> np.ndarray:
         """A norm's weight: float32 [n]."""

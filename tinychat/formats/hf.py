@@ -28,6 +28,7 @@ from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_j
 from tinychat.models import FAMILIES
 from tinychat.network import hf_config
 from tinychat.network.config import ModelConfig
+from tinychat.network.weight_form import Form
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _BASE = "model."  # how the names of all tensors but the head's begin
 ARCHITECTURES = {arch: (name, form) for name, family in FAMILIES.items() for arch, form in family.HF.items()}
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+FLOAT_FORMS = {"F16": Form(16, "fp16"), "BF16": Form(16, "bf16"), "F32": Form(32, "fp32")}
 
 
 def read_config(settings: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
@@ -87,16 +89,16 @@ class HFCheckpoint:
         array = self._tensors.array(f"{name}.weight")
         return DenseLinear(array, self._bias(name, weight.shape[0]), bf16=weight.dtype == "BF16")
 
-    def stored(self, name: str) -> tuple[str, int]:
-        """How a linear or the embedding is stored, in words, and its bytes. Reads no weights."""
+    def stored(self, name: str) -> tuple[Form | str, int]:
+        """Form of a linear or the embedding, a name where there are no words, and its bytes."""
         if not self._quantized(name):
             dtype = self._tensors[f"{name}.weight"].dtype
-            words = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}.get(dtype, dtype)
+            form: Form | str = FLOAT_FORMS.get(dtype, dtype)
         elif self.quantization is None:
-            words = "codes that config.json does not describe"
+            form = "codes that config.json does not describe"
         else:
-            words = str(quantized_form(self._tensors, self.quantization, name, self._shapes[name][-1]))
-        return words, self._tensors.n_bytes(name)
+            form = quantized_form(self._tensors, self.quantization, name, self._shapes[name][-1])
+        return form, self._tensors.n_bytes(name)
 
     def vector(self, name: str) -> np.ndarray:
         self._tensors.check(f"{name}.weight", self._shapes.get(name, (self.config.hidden_size,)))

@@ -13,6 +13,7 @@ from tinychat.base.errors import UsageError
 from tinychat.base.files import MappedFile
 from tinychat.base.identity import Tell
 from tinychat.network.checkpoint import Checkpoint
+from tinychat.network.weight_form import Form
 from tinychat.network.weights import Linear
 from tinychat.text.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ class LayerSubset:
         """The module of the layer that stands in this one's place."""
         return self.whole.linear(self._renamed(name))
 
-    def stored(self, name: str) -> tuple[str, int]:
+    def stored(self, name: str) -> tuple[Form | str, int]:
         """Likewise."""
         return self.whole.stored(self._renamed(name))
 

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tinychat.backends.plan import plan
 from tinychat.base.files import open_regular, read_text
+from tinychat.network.weight_policy import WeightPolicy
 
 
 def described(path: Path, checkpoint: Any) -> dict[str, Any]:
@@ -20,7 +22,7 @@ def described(path: Path, checkpoint: Any) -> dict[str, Any]:
         "family": cfg.family,
         "quantization": quantization(path, checkpoint),
         "weights": checkpoint.tensor_bytes() if hasattr(checkpoint, "tensor_bytes") else None,
-        "modules": modules(checkpoint),
+        **weights(checkpoint),
         "parameters": parameters(cfg),
         "layers": cfg.n_layers,
         "hidden_size": cfg.hidden_size,
@@ -41,34 +43,30 @@ def described(path: Path, checkpoint: Any) -> dict[str, Any]:
     }
 
 
-def modules(checkpoint: Any) -> dict[str, dict[str, int]]:
-    """Bytes of each kind of module in each form: {"attention": {"4-bit, groups of 32, …": 1234}}."""
-    from tinychat.models import FAMILIES
+def weights(checkpoint: Any) -> dict[str, Any]:
+    """What weights are stored as and what the CPU runs them as, with the settings that nobody gave.
 
-    cfg = checkpoint.config
-    found: dict[str, dict[str, int]] = {}
-    names = ["model.embed_tokens"] + ([] if cfg.tie_embeddings else ["lm_head"])
-    for layer in range(cfg.n_layers):
-        names += FAMILIES[cfg.family].linears(cfg, layer)
-    for name in names:
-        form, size = checkpoint.stored(name)
-        sizes = found.setdefault(_kind(name), {})
-        sizes[form] = sizes.get(form, 0) + size
-    return found
+    modules  {"attention": {"6-bit, groups of 16, 8-bit scale × fp16": {"bits": 6.5625, "bytes": 1234, …}}}:
+             of each kind and form bits a weight and bytes as stored, runs_as and runs_bytes, and whether that
+             is rounded
+    token    bytes that decoding a token reads, stored_bytes and runs_bytes
+    """
+    from tinychat.backends.cpu_pack import KERNELS
 
-
-def _kind(name: str) -> str:
-    """Kind of module that a name is of."""
-    where = {
-        "embed_tokens": "embedding",
-        "lm_head": "head",
-        "self_attn.": "attention",
-        "mlp.experts.": "experts",
-        "mlp.gate": "router",
-    }
-    if name.endswith("mlp.gate_proj"):
-        return "mlp"
-    return next((kind for part, kind in where.items() if part in name), "mlp")
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    token = {"stored_bytes": 0.0, "runs_bytes": 0.0}
+    for w in plan(checkpoint, WeightPolicy(), KERNELS):
+        form, n = str(w.form), w.shape[0] * w.shape[1]
+        new = {"bits": 0.0, "bytes": 0, "runs_as": str(w.runs), "runs_bytes": 0, "rounded": w.rounded}
+        entry = found.setdefault(w.kind, {}).setdefault(form, new)
+        entry["bytes"] += w.stored_bytes
+        entry["runs_bytes"] += w.runs_bytes
+        sizes[w.kind, form] = sizes.get((w.kind, form), 0) + n
+        entry["bits"] = round(8 * entry["bytes"] / sizes[w.kind, form], 4)
+        token["stored_bytes"] += w.stored_bytes * w.share
+        token["runs_bytes"] += w.runs_bytes * w.share
+    return {"modules": found, "token": {name: round(value) for name, value in token.items()}}
 
 
 def quantization(path: Path, checkpoint: Any) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 from tinychat.base.files import MappedFile
 from tinychat.base.identity import Tell
 from tinychat.network.config import ModelConfig
+from tinychat.network.weight_form import Form
 from tinychat.network.weights import Linear
 from tinychat.text.tokenizer import Tokenizer
 
@@ -32,9 +33,9 @@ class Checkpoint(Protocol):
         """A linear module, or the embedding (rows are token ids), in the kind it is stored in."""
         ...
 
-    def stored(self, name: str) -> tuple[str, int]:
-        """How a linear or the embedding is stored, in words ("4-bit, groups of 32, fp16 scale and offset"),
-        and its bytes. Reads no weights.
+    def stored(self, name: str) -> tuple[Form | str, int]:
+        """Form in which a linear or the embedding is stored (a name, where `Form` has no words for it), and
+        its bytes. Reads no weights.
         """
         ...
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tinychat.base import arguments
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.weight_form import is_finite
+from tinychat.network.weight_form import Form, is_finite
 from tinychat.network.weights import (
     Q8_GROUP,
     DenseLinear,
@@ -16,6 +16,8 @@ from tinychat.network.weights import (
     quantize_int8,
     quantize_rtn,
 )
+
+RTN_GROUPS = (64, 32)  # the first that divides the inputs
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,28 @@ class WeightPolicy:
         if self.head_bits not in (8, 16):
             raise UsageError(f"head_bits={self.head_bits!r} is not known.", "Use 8 or 16.")
 
+    def form(self, form: Form, k: int, kind: str) -> Form:
+        """Form of what the methods below give of a weight stored in that form, with k inputs.
+
+        kind: "router", "embedding", "head", or any other for the body.
+        """
+        if kind == "router":
+            return form if form.is_float else Form(32, "fp32")
+        table = kind in ("embedding", "head")
+        if not form.is_float or (self.head_bits == 16 if table else self.quantize == "none"):
+            return form
+        if self.quantize == "rtn" and not table:
+            group = next((g for g in RTN_GROUPS if k % g == 0), None)
+            return form if group is None else Form(4, "unsigned", group, "fp16", "zero")
+        return form if k % Q8_GROUP else Form(8, "signed", Q8_GROUP, "fp16")
+
     def linear(self, checkpoint: Checkpoint, name: str) -> Linear:
         """The body linear `name`, checked and in the kind that runs."""
         w = _checked(checkpoint.linear(name), name)
         if not isinstance(w, DenseLinear) or self.quantize == "none":
             return w
         if self.quantize == "rtn":
-            for group in (64, 32):
+            for group in RTN_GROUPS:
                 if w.shape[1] % group == 0:
                     return quantize_rtn(w.dequantize(), group, w.bias)
             return w

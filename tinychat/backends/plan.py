@@ -1,0 +1,105 @@
+"""What a checkpoint's weights are stored as, what they run as, and the bytes of both: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tinychat.backends.exact_form import Kernels
+from tinychat.base.machine import human_bytes
+from tinychat.models import FAMILIES
+from tinychat.network.checkpoint import Checkpoint
+from tinychat.network.config import ExpertsConfig
+from tinychat.network.weight_form import Form
+from tinychat.network.weight_policy import WeightPolicy
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One linear, or the embedding.
+
+    kind          "embedding", "head", "attention", "mlp", "router" or "experts"
+    shape         (out, in)
+    form          as stored; the name of a format's own type where `Form` has no words for it
+    stored_bytes  as stored
+    runs          the form in which a backend stores it
+    rounded       whether that holds it less exactly than the file does
+    share         part of it that decoding a token reads: of experts as many as are taken, of a table that is
+                  no head next to nothing
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    form: Form | str
+    stored_bytes: int
+    runs: Form
+    rounded: bool
+    share: float
+
+    @property
+    def runs_bytes(self) -> int:
+        """Bytes in the form that runs; those of the file where it is the same."""
+        return self.stored_bytes if self.runs == self.form else self.runs.n_bytes(*self.shape)
+
+
+def plan(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> Iterator[Planned]:
+    """Every linear and the embedding, in the order of the layers, as that policy and those kernels run them.
+
+    What depends on the numbers is not known: fp32 scales that halves hold exactly run as halves.
+    """
+    cfg = checkpoint.config
+    table = (cfg.vocab_size, cfg.hidden_size)
+    linears = FAMILIES[cfg.family].linears
+    yield _planned(checkpoint, policy, kernels, "model.embed_tokens", table, float(cfg.tie_embeddings))
+    for i, layer in enumerate(cfg.layers):
+        taken = layer.mlp.taken / layer.mlp.n if isinstance(layer.mlp, ExpertsConfig) else 1.0
+        for name, shape in linears(cfg, i).items():
+            share = taken if _kind(name) == "experts" else 1.0
+            yield _planned(checkpoint, policy, kernels, name, shape, share)
+    if not cfg.tie_embeddings:
+        yield _planned(checkpoint, policy, kernels, "lm_head", table, 1.0)
+
+
+def rounded(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> str | None:
+    """A line about codes that these kernels do not read, so that they are rounded; None if there are none."""
+    found = [
+        w
+        for w in plan(checkpoint, policy, kernels)
+        if w.rounded and not (isinstance(w.form, Form) and w.form.is_float)
+    ]
+    if not found:
+        return None
+    forms = "; ".join(dict.fromkeys(str(w.form) for w in found))
+    before, after = sum(w.stored_bytes for w in found), sum(w.runs_bytes for w in found)
+    said = f"{human_bytes(before)} of weights run rounded to 8 bits ({human_bytes(after)})"
+    return f"{said}, for want of kernels that read {forms}"
+
+
+def _planned(
+    checkpoint: Checkpoint,
+    policy: WeightPolicy,
+    kernels: Kernels,
+    name: str,
+    shape: tuple[int, int],
+    share: float,
+) -> Planned:
+    form, n_bytes = checkpoint.stored(name)
+    kind, k = _kind(name), shape[1]
+    read = form if isinstance(form, Form) else Form(32, "fp32")  # what has no words is read as floats
+    chosen = policy.form(read, k, kind)
+    runs = kernels.form(chosen, k)
+    rounded = chosen != read and not (chosen.is_float and chosen.bits >= read.bits)
+    return Planned(kind, shape, form, n_bytes, runs, rounded or not kernels.hold(chosen, k), share)
+
+
+def _kind(name: str) -> str:
+    """Kind of module that a name is of."""
+    if name.endswith("mlp.gate"):
+        return "router"
+    where = {
+        "embed_tokens": "embedding",
+        "lm_head": "head",
+        "self_attn.": "attention",
+        "mlp.experts.": "experts",
+    }
+    return next((kind for part, kind in where.items() if part in name), "mlp")
