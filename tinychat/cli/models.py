@@ -127,13 +127,13 @@ class GroupSize(click.ParamType):
 
 @click.command()
 @model_argument
-@click.option("--out", required=True, type=Name(), help="Folder to write.")
+@click.option("--out", required=True, type=Name(), help="Folder (or .gguf file) to write.")
 @click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), default="4", show_default=True)
 @click.option("--method", type=click.Choice(["awq", "gptq", "rtn"]), default="awq", show_default=True)
 @click.option(
     "--format",
-    type=click.Choice(["awq", "gptq", "compressed-tensors"]),
-    help="Default: awq or gptq, as the method and the bits have it.",
+    type=click.Choice(["awq", "gptq", "compressed-tensors", "gguf"]),
+    help="Default: gguf for an OUT that ends so, else awq or gptq, as the method and the bits have it.",
 )
 @click.option(
     "--group-size",
@@ -149,11 +149,16 @@ class GroupSize(click.ParamType):
     help="Ranges of groups: chosen by the error on the text, or from smallest to largest weight.",
 )
 @click.option("--symmetric", is_flag=True, help="Zero in the middle (gptq, compressed-tensors).")
+@click.option(
+    "--gguf-type",
+    type=click.Choice(["Q4_K", "Q4_1", "Q4_0", "Q8_0"]),
+    help="Type in a GGUF (default: Q4_K or Q8_0).",
+)
 @click.option("--act-order", is_flag=True, help="gptq: round inputs with large activations first.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def quantize(model: str, out: Path, bits: str, as_json: bool, **wishes: Any) -> None:
-    """Make a checkpoint of MODEL with 2, 3, 4 or 8 bits a weight in the folder OUT."""
+    """Make a checkpoint of MODEL with 2, 3, 4 or 8 bits a weight: the folder or .gguf file OUT."""
     # Threads with nothing to do sleep: where they spin beside another program, quantizing takes 4 times as
     # long. OpenMP reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -163,6 +168,8 @@ def quantize(model: str, out: Path, bits: str, as_json: bool, **wishes: Any) -> 
     if as_json:
         _echo_json(facts)
     else:
+        for type, n in facts["substitutes"].items():
+            click.echo(f"{n} linears are {type}: 256 does not divide their inputs.", err=True)
         click.echo(f"Wrote {out}. Chat with it: tinychat run {out}", err=True)
 
 

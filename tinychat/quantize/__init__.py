@@ -13,7 +13,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from tinychat.network.config import ModelConfig
 
 if TYPE_CHECKING:
     from tinychat.network.checkpoint import Checkpoint
-    from tinychat.quantize.folder import OutputFolder
+    from tinychat.quantize.folder import Entry, Output
     from tinychat.quantize.target import Target
     from tinychat.quantize.walk import Walk
 
@@ -59,20 +58,23 @@ def quantize(
     symmetric: bool = False,
     act_order: bool = False,
     ranges: str = "searched",
+    gguf_type: str | None = None,
     calib_file: Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a folder of the checkpoint's weights (dequantized, where stored so) with few bits each.
+    """Write the checkpoint's weights (dequantized, where stored so) with few bits each: a folder, or a GGUF.
 
     method      "awq": activation-aware scales and rounding fitted to calibration text; "gptq": rounding
                 alone, as its paper says; "rtn": round to nearest
     bits        of a weight: 2, 3, 4 or 8
-    format      "awq" (AutoAWQ's `gemm`, 4 bits), "gptq", "compressed-tensors"; None: the method's own, where
-                it holds so many bits
+    format      "awq" (AutoAWQ's `gemm`, 4 bits), "gptq", "compressed-tensors", "gguf" (4 or 8 bits); None: by
+                the name of `out_dir`, else the method's own, where it holds so many bits
     group_size  inputs that share a scale; -1: all of a row; None: the largest of 128, 64, 32 that divides
                 every linear
     symmetric   zero in the middle (gptq, compressed-tensors)
+    gguf_type   "Q4_K", "Q4_1", "Q4_0" or "Q8_0"; None: the first that has so many bits. Linears whose inputs
+                256 does not divide are Q5_0 instead of Q4_K, as llama.cpp has it
     act_order   gptq: round the inputs with the largest activations first (`desc_act`)
     ranges      "searched": the range of a group is chosen by the error that it leaves on calibration text;
                 "whole": from its smallest to its largest weight, as the papers of GPTQ and RTN have it
@@ -80,39 +82,36 @@ def quantize(
     seed        decides the order of the calibration documents, and which are used
     progress    called with (blocks done, blocks, what is being done)
 
-    Embedding, norms and output head stay in 16 bits. One block is in memory at a time. A run that was killed
-    goes on when the same call is made again. Returns facts: path, method, format, bits, group_size,
-    calibration_tokens, seconds, size_bytes. Raises UsageError (wishes that do not go together; `out_dir`
-    taken), CheckpointError (NaN weights), UnsupportedModelError, MemoryBudgetError, and TinychatError when
-    the disk is full.
+    Embedding, norms and output head stay in 16 bits (in a GGUF: 8, and norms in 32). One block is in memory
+    at a time. A run that was killed goes on when the same call is made again. Returns facts: path, method,
+    format, bits, group_size, calibration_tokens, seconds, size_bytes, substitutes and those of the format.
+    Raises UsageError (wishes that do not go together; `out_dir` taken), CheckpointError (NaN weights),
+    UnsupportedModelError, MemoryBudgetError, and TinychatError when the disk is full.
     """
     import_torch("Quantizing")
-    from tinychat.quantize.folder import OutputFolder
 
     started = time.monotonic()
-    target = _check(checkpoint, method, bits, format, group_size, symmetric, act_order, ranges)
+    wishes: dict[str, Any] = dict(
+        method=method, bits=bits, format=format, group_size=group_size, symmetric=symmetric
+    )
+    target = _check(checkpoint, out_dir, ranges, **wishes, act_order=act_order, type=gguf_type)
     report = progress or (lambda done, total, what: None)
     report(0, checkpoint.config.n_layers, "reading")
     tokens = _calibration(checkpoint, method, ranges, calib_file, seed)
-    rest = _rest(checkpoint)
     job = _job(checkpoint, method, ranges, target, tokens)
     record = {"calibration_tokens": 0 if tokens is None else int(tokens.size), "seed": seed}
-    with OutputFolder(out_dir, job) as output:
+    output, rest = _output(checkpoint, out_dir, target, job)
+    with output:
         _blocks(checkpoint, output, target, lambda: _walk(checkpoint, job, target, tokens), report)
         output.finish(checkpoint, target, rest, record)
-    return {
-        "path": str(output.out),
-        "method": method,
-        **target.facts(),
-        "calibration_tokens": record["calibration_tokens"],
-        "seconds": round(time.monotonic() - started, 1),
-        "size_bytes": sum(f.stat().st_size for f in output.out.iterdir()),
-    }
+    facts = {"path": str(output.out), "method": method, **target.facts(), **record}
+    facts |= {"size_bytes": output.size(), "substitutes": target.substitutes(checkpoint.config)}
+    return facts | {"seconds": round(time.monotonic() - started, 1)}
 
 
 def _blocks(
     checkpoint: Checkpoint,
-    output: OutputFolder,
+    output: Output,
     target: Target,
     begin: Callable[[], Walk],
     report: Progress,
@@ -164,14 +163,7 @@ def _job(
 
 
 def _check(
-    checkpoint: Checkpoint,
-    method: str,
-    bits: int,
-    format: str | None,
-    group_size: int | None,
-    symmetric: bool,
-    act_order: bool,
-    ranges: str,
+    checkpoint: Checkpoint, out: Path, ranges: str, *, format: str | None, type: str | None, **wishes: Any
 ) -> Target:
     """The target; raises for what cannot be done, before anything is read."""
     from tinychat.quantize import settings
@@ -186,11 +178,18 @@ def _check(
             f"{checkpoint.path.name} is a mixture of experts, which cannot be quantized yet.",
             'It runs with quantize="rtn", or as someone quantized it.',
         )
-    target = choose(cfg, method, bits, format, group_size, symmetric, act_order)
+    if out.suffix == ".gguf" and format is None:
+        format = "gguf"
+    target = choose(cfg, format=format, type=type, **wishes)
+    if (target.format == "gguf") != (out.suffix == ".gguf"):
+        what = "a file, whose name ends in .gguf" if target.format == "gguf" else "a folder"
+        raise UsageError(
+            f"{out} does not fit: the format {target.format} is {what}.", "Change --out or --format."
+        )
     network(cfg)  # refuses a family whose blocks cannot be quantized one by one
     if cfg.tie_embeddings is False and not checkpoint.has("lm_head"):
         raise CheckpointError(f"{checkpoint.path} has no output head.", "Pull the model again.")
-    if getattr(checkpoint, "json", None) is None:
+    if target.format != "gguf" and getattr(checkpoint, "json", None) is None:
         settings.hf_config(cfg)  # refuse now what could not be written at the end
     return target
 
@@ -208,31 +207,16 @@ def _walk(checkpoint: Checkpoint, job: dict[str, Any], target: Target, tokens: n
     return AWQWalk(checkpoint, target, tokens, search)
 
 
-def _rest(checkpoint: Checkpoint) -> list:
-    """Weights that stay in 16 bits: embedding, final norm, and the head where it is not the embedding."""
-    from tinychat.quantize.folder import Entry
-    from tinychat.quantize.forward import finite
-    from tinychat.quantize.layouts import as_stored
+def _output(
+    checkpoint: Checkpoint, out: Path, target: Target, job: dict[str, Any]
+) -> tuple[Output, list[Entry]]:
+    """Where blocks go, and the tensors that are no block's."""
+    from tinychat.quantize import folder, gguf_output
 
-    def half(name: str) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            return finite(checkpoint.linear(name).dequantize().astype(np.float16), name)
-
-    cfg = checkpoint.config
-    names = ["model.embed_tokens"] + ([] if cfg.tie_embeddings else ["lm_head"])
-    entries = []
-    for name in names:
-        shape = tuple(checkpoint.linear(name).shape)
-        entries.append(
-            Entry(
-                name + ".weight",
-                "F16",
-                shape,
-                partial(half, name),
-            )
-        )
-    norm = finite(as_stored(checkpoint.vector("model.norm"), cfg), "model.norm")
-    return [*entries, Entry.of("model.norm.weight", norm)]
+    if target.format != "gguf":
+        return folder.OutputFolder(out, job), folder.rest(checkpoint)
+    fields, rest = gguf_output.prepared(checkpoint)
+    return gguf_output.OutputFile(out, job, fields), rest
 
 
 def _check_memory(cfg: ModelConfig, n_tokens: int, method: str) -> None:

@@ -1,4 +1,4 @@
-"""The folder that quantization writes: Hugging Face layout, whole or not there at all.
+"""What quantization writes, whole or not at all; and the kind that is a folder in Hugging Face's layout.
 
 While it grows, everything lies in `.NAME.partial` beside it: one file a finished block, each renamed into
 place, so a run that was killed goes on where it stopped when the same job is started again.
@@ -25,6 +25,8 @@ from tinychat.base.files import read_text
 from tinychat.base.machine import human_bytes
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
+from tinychat.quantize.forward import finite
+from tinychat.quantize.layouts import as_stored
 from tinychat.quantize.settings import hf_config, one_or_many
 from tinychat.quantize.target import Target
 from tinychat.text.chat_templates import FOLDER
@@ -32,8 +34,8 @@ from tinychat.text.tokenizer import Tokenizer
 
 RECORD = "quantize.json"  # says how the folder was made, and so that it is ours to replace
 SHARD_BYTES = 5_000_000_000
-DTYPES = {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64"}
-WIDTHS = {"F16": 2, "F32": 4, "I32": 4, "I64": 8}
+DTYPES = {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8"}
+WIDTHS = {"F16": 2, "F32": 4, "I32": 4, "I64": 8, "U8": 1}
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -83,8 +85,12 @@ def write_safetensors(path: Path, entries: Iterable[Entry]) -> None:
         os.fsync(f.fileno())
 
 
-class OutputFolder:
-    """The folder `out`, made by `job` (what decides its content; JSON)."""
+class Output:
+    """What is written to `out` by `job` (what decides its content; JSON), in blocks that a later run finds.
+
+    Kinds of output say how the whole is put together (`write`), which one may be replaced (`is_ours`), and
+    how that is done (`replace`).
+    """
 
     def __init__(self, out: Path, job: dict[str, Any]):
         self.out = Path(os.path.abspath(out))
@@ -92,7 +98,7 @@ class OutputFolder:
         self.partial = self.out.with_name(f".{self.out.name}.partial")
         self._lock: int | None = None
 
-    def __enter__(self) -> OutputFolder:
+    def __enter__(self) -> Output:
         """Check that `out` may be written, and take up what an earlier run of the same job has left."""
         self._check_replaceable()
         with disk_errors(self.out):
@@ -140,18 +146,29 @@ class OutputFolder:
         """Put the blocks and `rest` (embedding, final norm, head) together, and move it into place."""
         with disk_errors(self.out):
             new = self.partial / "new"
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            write_weights(new, [*rest, *self._block_entries(checkpoint.config.n_layers)])
-            write_settings(new, checkpoint, target.quantization_config())
-            _write_json(new / RECORD, {**self.job, **record})
+            shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
+            self.write(new, checkpoint, target, rest, record)
             self._check_replaceable()
-            if self.out.exists():
-                old = self.partial / "old"
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(self.out, old)
-            os.replace(new, self.out)
+            self.replace(new)
             shutil.rmtree(self.partial)
+
+    def write(
+        self, path: Path, checkpoint: Checkpoint, target: Target, rest: list[Entry], record: dict[str, Any]
+    ) -> None:
+        """The whole, to `path`."""
+        raise NotImplementedError
+
+    def is_ours(self) -> bool:
+        """Whether what is there may be replaced."""
+        raise NotImplementedError
+
+    def replace(self, new: Path) -> None:
+        """Move `new` to where it belongs."""
+        raise NotImplementedError
+
+    def size(self) -> int:
+        """Bytes of what was written."""
+        raise NotImplementedError
 
     def _block_path(self, layer: int) -> Path:
         return self.partial / f"block-{layer:05d}.safetensors"
@@ -167,13 +184,53 @@ class OutputFolder:
                     yield Entry(name, s.get_dtype(), tuple(s.get_shape()), partial(_read, path, name))
 
     def _check_replaceable(self) -> None:
-        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
-            return
-        if not (self.out.is_dir() and (self.out / RECORD).is_file()):
+        if self.out.exists() and not self.is_ours():
             raise UsageError(
                 f"{self.out} exists and was not made by tinychat quantize.",
                 "Choose another --out, or delete it first.",
             )
+
+
+class OutputFolder(Output):
+    """The folder `out`, in Hugging Face's layout."""
+
+    def write(
+        self, path: Path, checkpoint: Checkpoint, target: Target, rest: list[Entry], record: dict[str, Any]
+    ) -> None:
+        path.mkdir()
+        write_weights(path, [*rest, *self._block_entries(checkpoint.config.n_layers)])
+        write_settings(path, checkpoint, target.quantization_config())
+        _write_json(path / RECORD, {**self.job, **record})
+
+    def is_ours(self) -> bool:
+        """Whether it was made by quantizing, or is empty."""
+        return self.out.is_dir() and ((self.out / RECORD).is_file() or not any(self.out.iterdir()))
+
+    def replace(self, new: Path) -> None:
+        if self.out.exists():
+            old = self.partial / "old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.out, old)
+        os.replace(new, self.out)
+
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(f.stat().st_size for f in self.out.iterdir())
+
+
+def rest(checkpoint: Checkpoint) -> list[Entry]:
+    """Weights that stay in 16 bits: embedding, final norm, and the head where it is not the embedding."""
+    cfg = checkpoint.config
+
+    def half(name: str) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return finite(checkpoint.linear(name).dequantize().astype(np.float16), name)
+
+    names = ["model.embed_tokens"] + ([] if cfg.tie_embeddings else ["lm_head"])
+    shapes = {name: tuple(checkpoint.linear(name).shape) for name in names}
+    entries = [Entry(f"{n}.weight", "F16", shape, partial(half, n)) for n, shape in shapes.items()]
+    norm = finite(as_stored(checkpoint.vector("model.norm"), cfg), "model.norm")
+    return [*entries, Entry.of("model.norm.weight", norm)]
 
 
 def write_weights(folder: Path, entries: list[Entry], shard_bytes: int = SHARD_BYTES) -> None:

@@ -57,6 +57,14 @@ class Target:
         """The GGUF type of a linear of k inputs."""
         return SUBSTITUTE if self.type == "Q4_K" and k % SUPER else self.type
 
+    def substitutes(self, cfg: ModelConfig) -> dict[str, int]:
+        """How many linears have another GGUF type than the one that was asked for, by that type."""
+        if self.format != "gguf":
+            return {}
+        layers = (FAMILIES[cfg.family].linears(cfg, i) for i in range(cfg.n_layers))
+        types = [self.type_of(k) for linears in layers for _, k in linears.values()]
+        return {t: types.count(t) for t in dict.fromkeys(types) if t != self.type}
+
     def facts(self) -> dict[str, Any]:
         """What of it decides the result."""
         facts: dict[str, Any] = {"format": self.format, "bits": self.bits, "group_size": self.group or -1}
@@ -116,6 +124,7 @@ def choose(
             raise UsageError(
                 "Groups in a GGUF have 32 inputs.", "Leave --group-size out, or use another --format."
             )
+        choose_group(cfg, None)  # refuses inputs that 32 does not divide
         return Target(format, bits, 32, type=type or GGUF_TYPES[bits][0])
     group = choose_group(cfg, group_size)
     return Target(format, bits, group, symmetric, act_order)
