@@ -226,11 +226,11 @@ def test_codes_without_their_scales_are_refused_by_name(folder):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bits": 3}, {"is_marlin_format": True}, {"quant_method": "marlin"}, {"checkpoint_format": "marlin"}],
+    [{"bits": 7}, {"is_marlin_format": True}, {"quant_method": "marlin"}, {"checkpoint_format": "marlin"}],
 )
 def test_an_autogptq_folder_of_another_kind_is_refused_by_name(folder, changes):
     auto_gptq(folder, "model.safetensors", **changes)
-    with pytest.raises(UnsupportedModelError, match=r"3 bits|marlin"):
+    with pytest.raises(UnsupportedModelError, match=r"7 bits|marlin"):
         open_checkpoint(folder)
 
 

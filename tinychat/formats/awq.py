@@ -1,23 +1,52 @@
-"""AutoAWQ's `gemm` layout: 4-bit codes packed along the outputs, eight to an int32 word.
+"""AutoAWQ's `gemm` layout: codes packed along the outputs, 4-bit ones eight to an int32 word.
 
-For a linear of K inputs, N outputs and groups of g inputs (G = K / g):
+For a linear of K inputs, N outputs, groups of g inputs (G = K / g) and b bits:
 
-    qweight  int32 [K, N/8]     nibble i of word c (lowest first) holds output 8c + ORDER[i]
-    qzeros   int32 [G, N/8]     packed the same way; the zero points as they are
+    qweight  int32 [K, N·b/32]  place i of a run of eight (lowest first) holds output 8c + ORDER[i]
+    qzeros   int32 [G, N·b/32]  packed the same way; the zero points as they are
     scales   float16 [G, N]
 
-so that `w[n, k] = (q[n, k] - zero[n, k // g]) * scale[n, k // g]`.
-Source: AutoAWQ 0.2.9, `awq/modules/linear/gemm.py`.
+so that `w[n, k] = (q[n, k] - zero[n, k // g]) * scale[n, k // g]`. AutoAWQ knows 4 bits alone. With other
+widths auto-round keeps the order within eight, and gptqmodel lets the outputs follow each other.
+Sources: AutoAWQ 0.2.9, `awq/modules/linear/gemm.py`; auto-round 0.16, `export_to_awq`; gptqmodel 7.7,
+`quantization/awq/utils/packing_utils.py`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tinychat.network.weight_form import exact_halves
+from tinychat.formats import gemv, nibbles
+from tinychat.formats.scheme import Module, Stored
+from tinychat.network.weight_form import Form, exact_halves
 from tinychat.network.weights import QuantizedLinear
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def look(m: Module) -> Stored:
+    """A module of AWQ in int32 words: `gemm`, or `gemv` where its tensors lie along the inputs."""
+    n, k = m.n, m.k
+
+    def shapes(bits: int, groups: int) -> dict[str, tuple[int, ...]]:
+        return {"qweight": (k, nibbles.width(n, bits)), "scales": (groups, n)}
+
+    grid, groups = m.pick(shapes)
+    bits = grid.bits
+    # a square weight looks the same packed along either side; its scales do not
+    if bits == 4 and m.peek("qweight").shape == (n, k // 8) and m.peek("scales").shape[:1] == (n,):
+        return gemv.look(m, groups)
+    width = m.whole(n, bits, "outputs")
+    weight = m.part("qweight", (k, width), "I32")
+    scales = m.numbers("scales", (groups, n))
+    symmetric = not grid.zeros and not m.has("qzeros")
+    zeros = None if symmetric else m.part("qzeros", (groups, width), "I32")
+
+    def read() -> QuantizedLinear:
+        z = None if zeros is None else zeros.read()
+        return unpack(weight.read(), z, scales.numbers(), bits=bits, order=m.said.order)
+
+    return Stored(Form(bits, "unsigned", m.group(groups), scales.kind, "zero"), read)
 
 
 def pack_nibbles(values: np.ndarray) -> np.ndarray:
@@ -68,22 +97,40 @@ def pack(weight: QuantizedLinear) -> dict[str, np.ndarray]:
 
 
 def unpack(
-    qweight: np.ndarray, qzeros: np.ndarray | None, scales: np.ndarray, bias: np.ndarray | None = None
+    qweight: np.ndarray,
+    qzeros: np.ndarray | None,
+    scales: np.ndarray,
+    bias: np.ndarray | None = None,
+    bits: int = 4,
+    order: bool = True,
 ) -> QuantizedLinear:
-    """The weight that the tensors hold, bit for bit. `qzeros` None: symmetric, zero 8.
+    """The weight that the tensors hold, bit for bit. `qzeros` None: symmetric, zero 2^(bits - 1).
 
+    order  whether the outputs of each eight are interleaved
     Raises ValueError when the shapes do not belong together.
     """
-    k, n = qweight.shape[0], qweight.shape[1] * 8
+    k, n = qweight.shape[0], qweight.shape[1] * 32 // bits
     groups = scales.shape[0]
     if scales.shape != (groups, n) or groups == 0 or k % groups:
         raise ValueError(f"scales {scales.shape} do not fit qweight {qweight.shape}")
-    if qzeros is not None and qzeros.shape != (groups, n // 8):
+    if qzeros is not None and qzeros.shape != (groups, qweight.shape[1]):
         raise ValueError(f"qzeros {qzeros.shape} do not fit scales {scales.shape}")
-    zeros = np.full((groups, n), 8, np.uint8) if qzeros is None else unpack_nibbles(qzeros)
+    middle = np.full((groups, n), 1 << (bits - 1), np.uint8)
+    zeros = middle if qzeros is None else _columns(qzeros, bits, order)
     return QuantizedLinear(
-        codes=np.ascontiguousarray(unpack_nibbles(qweight).T),
+        codes=np.ascontiguousarray(_columns(qweight, bits, order).T),
         scales=np.ascontiguousarray(scales.T),
         zeros=np.ascontiguousarray(zeros.T),
         bias=None if bias is None else bias.astype(np.float32),
+        bits=bits,
+    )
+
+
+def _columns(packed: np.ndarray, bits: int, order: bool) -> np.ndarray:
+    """int32 [rows, N·bits/32] to uint8 [rows, N]."""
+    if bits == 4 and order:
+        return unpack_nibbles(packed)
+    codes = nibbles.unpack(packed, bits)
+    return (
+        codes.reshape(len(codes), -1, 8)[:, :, np.argsort(ORDER)].reshape(len(codes), -1) if order else codes
     )

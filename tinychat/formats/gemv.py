@@ -16,6 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 from tinychat.formats import nibbles
+from tinychat.formats.scheme import Module, Stored
+from tinychat.formats.tensors import FLOATS
+from tinychat.network.weight_form import Form
 from tinychat.network.weights import QuantizedLinear
 
 ROWS, INPUTS = 4, 64  # gemv_fast interleaves blocks of 4 outputs × 64 inputs
@@ -26,6 +29,31 @@ def zeros_width(k: int, group: int) -> int:
     words = -(-(k // group) // 8)
     multiple = 1 if group >= 128 else 2 if group >= 64 else 4
     return -(-words // multiple) * multiple
+
+
+def look(m: Module, groups: int) -> Stored:
+    """A module of `gemv` whose codes and scales lie along the inputs."""
+    group, outputs = m.k // groups, zeros_width(m.k, m.k // groups)
+    weight = m.part("qweight", (m.n, m.whole(m.k, 4, "inputs")), "I32")
+    scales = m.numbers("scales", (m.n, 8 * outputs))
+    zeros = m.part("qzeros", (m.n, outputs), "I32")
+    form = Form(4, "unsigned", m.group(groups), scales.kind, "zero")
+    return Stored(form, lambda: unpack(weight.read(), zeros.read(), scales.numbers(), group))
+
+
+def look_fast(m: Module) -> Stored:
+    """A module of `gemv_fast`."""
+    n, k = m.n, m.k
+    groups = m.pick(lambda bits, groups: {"scales": (8 * zeros_width(k, k // groups), n)})[1]
+    rows = 8 * zeros_width(k, k // groups)
+    if n % ROWS or k % INPUTS:
+        raise ValueError(f"{n} × {k} is not in blocks of {ROWS} × {INPUTS}")
+    weight = m.part("qweight", (n // ROWS, k), "I16")
+    scales = m.numbers("scales", (rows, n))
+    zeros = m.part("scaled_zeros" if m.has("scaled_zeros") else "qzeros", (rows, n), *FLOATS)
+    form = Form(4, "unsigned", m.group(groups), scales.kind, "zero")
+    group = k // groups
+    return Stored(form, lambda: unpack_fast(weight.read(), zeros.numbers(), scales.numbers(), group))
 
 
 def unpack(

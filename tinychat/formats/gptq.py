@@ -8,7 +8,8 @@ For a linear of K inputs, N outputs and G groups, with codes of B bits (`nibbles
                         weight_zero_point int32 [N·B/32, G], packed along N; without it every zero is 2^(B-1)
 
 `g_idx[k]` is the group of input k: `k // g` unless the quantizer ordered inputs by activation.
-Sources: gptqmodel 7.7, `nn_modules/qlinear`; compressed-tensors 0.20, `compressors/pack_quantized`.
+Sources: gptqmodel 7.7, `nn_modules/qlinear`; auto-round 0.16, `utils/bit_packing` (5 and 6 bits);
+compressed-tensors 0.20, `compressors/pack_quantized`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,30 @@ from __future__ import annotations
 import numpy as np
 
 from tinychat.formats import nibbles
-from tinychat.network.weight_form import Coded
+from tinychat.formats.scheme import Module, Stored
+from tinychat.network.weight_form import Coded, Form
 from tinychat.network.weights import QuantizedLinear
+
+
+def look(m: Module) -> Stored:
+    """A module of GPTQ, or of AutoRound in GPTQ's packing."""
+    n, k = m.n, m.k
+
+    def shapes(bits: int, groups: int) -> dict[str, tuple[int, ...]]:
+        return {"qweight": (nibbles.width(k, bits), n), "scales": (groups, n)}
+
+    grid, groups = m.pick(shapes)
+    bits = grid.bits
+    weight = m.part("qweight", (m.whole(k, bits, "inputs"), n), "I32")
+    zeros = m.part("qzeros", (groups, m.whole(n, bits, "outputs")), "I32")
+    scales = m.numbers("scales", (groups, n))
+    g_idx = m.part("g_idx", (k,), "I32") if m.has("g_idx") else None
+
+    def read() -> QuantizedLinear:
+        idx = None if g_idx is None else g_idx.read()
+        return unpack(weight.read(), zeros.read(), scales.numbers(), idx, m.said.version, bits=bits)
+
+    return Stored(Form(bits, "unsigned", m.group(groups), scales.kind, "zero"), read)
 
 
 def pack(weight: QuantizedLinear) -> dict[str, np.ndarray]:
@@ -113,17 +136,20 @@ def unpack_compressed(
     g_idx: np.ndarray | None,
     bias: np.ndarray | None = None,
     bits: int = 4,
+    k: int | None = None,
 ) -> QuantizedLinear:
     """The weight that compressed-tensors hold, bit for bit; their shapes have been checked.
 
+    k: inputs, where the last word is not full. Without zeros the weight is symmetric, in int8 if it has 8 bits.
     Raises ValueError for a g_idx whose groups are not of one size.
     """
     n, groups = scales.shape
-    middle = 1 << (bits - 1)
-    z = np.full((n, groups), middle, np.uint8) if zeros is None else nibbles.unpack(zeros.T, bits)[:, :n].T
-    codes, perm = order(nibbles.unpack(packed, bits), g_idx, groups)
+    z = None if zeros is None else np.ascontiguousarray(nibbles.unpack(zeros.T, bits)[:, :n].T)
+    codes, perm = order(nibbles.unpack(packed, bits)[:, :k], g_idx, groups)
+    if z is None and bits == 8:
+        codes = (codes ^ np.uint8(0x80)).view(np.int8)
     return QuantizedLinear(
-        codes, np.ascontiguousarray(scales), zeros=np.ascontiguousarray(z), bias=bias, perm=perm, bits=bits
+        np.ascontiguousarray(codes), np.ascontiguousarray(scales), zeros=z, bias=bias, perm=perm, bits=bits
     )
 
 

@@ -15,15 +15,8 @@ import numpy as np
 from tinychat.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from tinychat.base.files import MappedFile
 from tinychat.base.identity import Tell, content_hash
-from tinychat.formats import experts
-from tinychat.formats.quantized import (
-    COMPANIONS,
-    PARTS,
-    SUPPORTED,
-    quantized_form,
-    read_linear,
-    read_quantization,
-)
+from tinychat.formats import experts, nf4, quantized
+from tinychat.formats.quantization import SUPPORTED, read_quantization
 from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_json
 from tinychat.models import FAMILIES
 from tinychat.network import hf_config
@@ -77,7 +70,9 @@ class HFCheckpoint:
     def linear(self, name: str) -> Linear:
         """A linear module or the embedding: each is quantized or not as its own tensors are."""
         if self._quantized(name):
-            return self._read_quantized(name)
+            shape = self._shapes.get(name)
+            bias = None if shape is None else self._bias(name, shape[0])
+            return quantized.read_linear(self._tensors, self.quantization, name, shape, bias)
         if f"{name}.weight" not in self._tensors:
             raise CheckpointError(f"{self.path.name} has no weights for {name}.", PULL_AGAIN)
         weight = self._tensors[f"{name}.weight"]
@@ -97,7 +92,8 @@ class HFCheckpoint:
         elif self.quantization is None:
             form = "codes that config.json does not describe"
         else:
-            form = quantized_form(self._tensors, self.quantization, name, self._shapes[name][-1])
+            shape = self._shapes.get(name)
+            form = quantized.look(self._tensors, self.quantization, name, shape).form
         return form, self._tensors.n_bytes(name)
 
     def vector(self, name: str) -> np.ndarray:
@@ -133,6 +129,7 @@ class HFCheckpoint:
         """The tensors by the names of the family's modules, where its files have others."""
         renamed = {}
         for name, tensor in _prefixed(found).items():
+            name = nf4.part_named(name)
             for pattern, module in ARCHITECTURES[hf_config.architecture(self.json)][1].tensors:
                 name = re.sub(pattern, module, name)
             renamed[name] = tensor
@@ -182,43 +179,32 @@ class HFCheckpoint:
             if not self.has(name):
                 tied = " (tie_word_embeddings is false)" if name == HEAD else ""
                 raise CheckpointError(f"{self.path.name} has no tensor {name}.weight{tied}.", PULL_AGAIN)
-            if not self._quantized(name):
+            if self._quantized(name):
+                quantized.look(self._tensors, self.quantization, name, shape)
+            else:
                 self._tensors.check(f"{name}.weight", shape, None)
-            for part, others in COMPANIONS.items():
-                missing = [o for o in others if f"{name}.{o}" not in self._tensors]
-                if missing and f"{name}.{part}" in self._tensors:
-                    raise CheckpointError(f"{self.path.name} has no tensor {name}.{missing[0]}.", PULL_AGAIN)
             if name.endswith(biases):
                 self._tensors.check(f"{name}.bias", shape[:1], None)
 
     def _refuse_unknown(self) -> None:
-        """A tensor in a layer that the family does not have would change what is computed."""
+        """Refuse a tensor that the family does not have: it would change what is computed."""
         for tensor in self._tensors:
             match = _LAYER.match(tensor)
-            module = tensor.rpartition(".")[0]
+            module, _, part = tensor.rpartition(".")
             if match and int(match[1]) < self.config.n_layers and module not in self._shapes:
                 if tensor.endswith("rotary_emb.inv_freq"):  # what old files kept of the rope
+                    continue
+                if module.endswith(".self_attn") and part in quantized.ACTIVATIONS:
                     continue
                 raise UnsupportedModelError(
                     f"The checkpoint has a tensor {tensor}, unknown in a {self.config.family} model.",
                     "The model is of another family, or has parts that are not supported.",
                 )
+        for name in self._shapes:
+            quantized.check_parts(self.quantization, name, self._tensors.parts(name))
 
     def _quantized(self, name: str) -> bool:
-        return any(f"{name}.{part}" in self._tensors for part in PARTS)
-
-    def _read_quantized(self, name: str) -> Linear:
-        if self.quantization is None:
-            raise UnsupportedModelError(
-                f"{name} is quantized, but config.json has no quantization_config that says how.", SUPPORTED
-            )
-        shape = self._shapes.get(name)
-        if shape is None or len(shape) != 2:
-            raise UnsupportedModelError(
-                f"{name} is quantized to 4 bits, which is supported in the model's linears only.",
-                "Quantize the checkpoint again with this module in 16 bits.",
-            )
-        return read_linear(self._tensors, self.quantization, name, shape, self._bias(name, shape[0]))
+        return quantized.is_quantized(self._tensors.parts(name))
 
     def _bias(self, name: str, n: int) -> np.ndarray | None:
         wanted = FAMILIES[self.config.family].biases(self.config)

@@ -39,8 +39,26 @@ def pack(values: np.ndarray, bits: int = 4) -> np.ndarray:
     return np.ascontiguousarray(packed).view("<i4").astype(np.int32, copy=False).reshape(rows, width)
 
 
+def width(count: int, bits: int) -> int:
+    """Words of 32 bits that so many codes take."""
+    return -(-count * bits // 32)
+
+
 def _unpack_bits(packed: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [rows, bytes] to uint8 [rows, codes], for any width."""
-    n = 8 * packed.shape[1] // bits
-    planes = np.unpackbits(packed, axis=1, count=n * bits, bitorder="little")
-    return np.packbits(planes.reshape(-1, n, bits), axis=-1, bitorder="little")[..., 0]
+    """uint8 [rows, bytes] to uint8 [rows, codes], for widths that do not divide a byte.
+
+    The shortest run of codes that ends with a byte has 4 (6 bits) or 8; each lies in at most two bytes.
+    """
+    rows, whole = len(packed), 8 * packed.shape[1] // bits
+    codes, size = (4, 3) if bits == 6 else (8, bits)
+    runs = np.pad(packed, ((0, 0), (0, -packed.shape[1] % size))).reshape(rows, -1, size)
+    out = np.empty((rows, runs.shape[1], codes), np.uint8)
+    for i in range(codes):
+        byte, shift = divmod(i * bits, 8)
+        lane = out[:, :, i]
+        np.right_shift(runs[:, :, byte], shift, out=lane)
+        if shift + bits > 8:
+            lane |= runs[:, :, byte + 1] << np.uint8(8 - shift)
+        if shift + bits != 8:
+            lane &= np.uint8((1 << bits) - 1)
+    return np.ascontiguousarray(out.reshape(rows, -1)[:, :whole])

@@ -1,268 +1,134 @@
-"""Reader of `quantization_config` and of the 4-bit modules of a folder in the layout that their tensors have.
+"""The schemes that a folder's quantized modules may be stored in; a module is read in the one that its
+tensors show.
 
-Folders in the wild mislabel their version, so the tensors' names, dtypes and shapes decide the layout; the
-config decides the method and the group size.
+Folders in the wild mislabel their version and mix schemes, so names, dtypes and shapes of tensors decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
-from tinychat.formats import awq, gemv, gptq
-from tinychat.formats.tensors import FLOATS, LLM_AWQ, PULL_AGAIN, Tensors, llm_awq_file, read_json
-from tinychat.network.weight_form import ROW, Form
+from tinychat.formats import awq, floats, gemv, gptq, integers, mlx, nf4
+from tinychat.formats.quantization import SUPPORTED
+from tinychat.formats.scheme import Module, Quantization, Scheme, Stored
+from tinychat.formats.tensors import PULL_AGAIN, Tensor, Tensors
 from tinychat.network.weights import QuantizedLinear
 
-# what a module's codes cannot be read without, in any layout
-COMPANIONS = {"qweight": ("scales",), "weight_packed": ("weight_scale", "weight_shape")}
-PARTS = ("qweight", "weight_packed")  # a module that has one of these is quantized
-SUPPORTED = (
-    "Supported with 4 bits: AWQ (gemm, gemv, gemv_fast, llm-awq), GPTQ, compressed-tensors pack-quantized; "
-    "and unquantized weights."
+_NF4 = ("weight_absmax", "weight_quant_map", nf4.STATE)
+_NESTED = ("weight_nested_absmax", "weight_nested_quant_map")
+SCHEMES = (
+    Scheme("gemv_fast", "qweight", ("I16",), ("scales",), gemv.look_fast, ("qzeros", "scaled_zeros")),
+    Scheme("awq", "qweight", ("I32",), ("scales",), awq.look, ("qzeros",)),
+    Scheme("gptq", "qweight", ("I32",), ("scales", "qzeros"), gptq.look, ("g_idx",)),
+    Scheme(
+        "pack-quantized", "weight_packed", ("I32",), ("weight_scale", "weight_shape"), integers.packed,
+        ("weight_zero_point", "weight_g_idx"),
+    ),
+    Scheme("nvfp4", "weight_packed", ("U8",), ("weight_scale", "weight_global_scale"), floats.nvfp4),
+    Scheme("mxfp4", "weight_packed", ("U8",), ("weight_scale",), floats.mxfp4),
+    Scheme("modelopt nvfp4", "weight", ("U8",), ("weight_scale", "weight_scale_2"), floats.nvfp4),
+    Scheme("mxfp4 blocks", "blocks", ("U8",), ("scales",), floats.mxfp4_blocks),
+    Scheme("fp8", "weight", ("F8_E4M3",), ("weight_scale_inv",), floats.fp8),
+    Scheme("fp8", "weight", ("F8_E4M3",), ("weight_scale",), floats.fp8, ("weight_zero_point",)),
+    Scheme("int8", "weight", ("I8",), ("weight_scale",), integers.in_bytes, ("weight_zero_point",)),
+    Scheme("llm.int8", "weight", ("I8",), ("SCB",), integers.llm_int8, ("weight_format",)),
+    Scheme("nf4", "weight", ("U8",), _NF4, nf4.look, _NESTED),
+    Scheme("mlx affine", "weight", ("U32",), ("scales", "biases"), mlx.affine),
+    Scheme("mlx floats", "weight", ("U32",), ("scales",), mlx.small_floats, ("global_scale",)),
+)  # fmt: skip
+# Scales of activations and of a KV cache, found while calibrating. Activations get their own scale here, row
+# by row, and the weights do not depend on them.
+ACTIVATIONS = frozenset(
+    {"input_scale", "input_scale_ub", "input_zero_point", "input_global_scale", "activation_scale"}
+    | {"output_scale", "output_zero_point", "act_scale", "k_scale", "v_scale", "q_scale", "kv_scale"}
 )
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """method awq | gptq | compressed-tensors. group_size −1: the whole row.
-
-    zero_point  awq: zeros are stored; compressed-tensors: not symmetric
-    version     gptq: 1 stores zero − 1, 2 stores zero
-    file        the name of the file with the weights, where the settings say it
-    """
-
-    method: str
-    group_size: int
-    zero_point: bool = True
-    version: int = 1
-    file: str | None = None
+def is_quantized(parts: dict[str, Tensor]) -> bool:
+    """Whether a module with these tensors is stored in codes."""
+    return bool(_alike(parts))
 
 
-def read_quantization(folder: Path, config: dict[str, Any]) -> Quantization | None:
-    """How the folder's quantized modules are stored; None when nothing says that any is.
-
-    Raises UnsupportedModelError for another method, layout, width or option, by name.
-    """
-    q = config.get("quantization_config")
-    if q is None and (old := read_json(folder / "quant_config.json")) is not None:  # AutoAWQ before 0.1.6
-        q = {"quant_method": "awq", "bits": old.get("w_bit"), "group_size": old.get("q_group_size")}
-        q |= {key: old[key] for key in ("version", "zero_point") if key in old}
-    if q is None and (old := read_json(folder / "quantize_config.json")) is not None:  # AutoGPTQ before 0.7
-        return _auto_gptq(old)
-    if q is None:
-        file = llm_awq_file(folder)
-        said = file and LLM_AWQ.search(file.name)
-        return Quantization("awq", int(said[1])) if said else None
-    if not isinstance(q, dict):
-        raise CheckpointError(f"quantization_config is {q!r}, not an object.", PULL_AGAIN)
-    method = str(q.get("quant_method", "(none)")).lower()
-    if method not in _METHODS:
-        raise UnsupportedModelError(f"The quantization method {method!r} is not supported.", SUPPORTED)
-    return _METHODS[method](q)
+def _alike(parts: dict[str, Tensor]) -> list[Scheme]:
+    """The schemes whose codes are there."""
+    return [s for s in SCHEMES if (t := parts.get(s.codes)) is not None and t.dtype in s.dtypes]
 
 
-def _awq(q: dict[str, Any]) -> Quantization:
-    version = str(q.get("version", "gemm")).lower()
-    if version not in ("gemm", "gemv", "gemv_fast", "llm-awq"):
-        raise UnsupportedModelError(f"The AWQ layout {version!r} is not supported.", SUPPORTED)
-    _four_bits("AWQ", q.get("bits", q.get("w_bit", 4)))
-    group = _group(q.get("group_size", q.get("q_group_size", 128)))
-    return Quantization("awq", group, bool(q.get("zero_point", True)))
+def _fitting(q: Quantization | None, parts: dict[str, Tensor]) -> list[Scheme]:
+    """Those of them that the settings allow; all where they are silent."""
+    return [s for s in _alike(parts) if q is None or s.name in q.schemes]
 
 
-def _gptq(q: dict[str, Any]) -> Quantization:
-    _four_bits("GPTQ", q.get("bits"))
-    layout = str(q.get("checkpoint_format") or "gptq").lower()
-    if layout not in ("gptq", "gptq_v2"):
-        raise UnsupportedModelError(f"The GPTQ layout {layout!r} is not supported.", SUPPORTED)
-    rules = q.get("dynamic") or {}
-    if not isinstance(rules, dict) or any(not str(rule).startswith("-:") for rule in rules):
-        raise UnsupportedModelError("GPTQ with dynamic bits or groups is not supported.", SUPPORTED)
-    return Quantization("gptq", _group(q.get("group_size", 128)), version=2 if layout == "gptq_v2" else 1)
-
-
-def _auto_gptq(old: dict[str, Any]) -> Quantization:
-    """AutoGPTQ's own file. It is silent about the method where the method is GPTQ, and names the weights'
-    file without its ending.
-    """
-    if old.get("is_marlin_format"):
-        raise UnsupportedModelError("The GPTQ layout 'marlin' is not supported.", SUPPORTED)
-    method = str(old.get("quant_method") or "gptq").lower()
-    if method not in ("gptq", "awq"):
-        raise UnsupportedModelError(f"The quantization method {method!r} is not supported.", SUPPORTED)
-    name = old.get("model_file_base_name")
-    return replace(_METHODS[method](old), file=f"{name}.safetensors" if name else None)
-
-
-def _compressed(q: dict[str, Any]) -> Quantization:
-    layout = q.get("format")
-    if layout != "pack-quantized":
-        raise UnsupportedModelError(f"The compressed-tensors format {layout!r} is not supported.", SUPPORTED)
-    if q.get("quantization_status", "compressed") != "compressed":
+def check_parts(q: Quantization | None, name: str, parts: dict[str, Tensor]) -> None:
+    """Refuse a module with a tensor that nobody here understands, by name."""
+    fitting = _fitting(q, parts)
+    whole = [s for s in fitting if all(p in parts for p in s.needs)][:1]
+    known = {"weight", "bias"}
+    for s in whole or fitting:
+        known |= {s.codes, *s.needs, *s.also}
+    unknown = sorted(parts.keys() - known - ACTIVATIONS)
+    if unknown:
         raise UnsupportedModelError(
-            f"compressed-tensors with the status {q['quantization_status']!r} are not supported.", SUPPORTED
+            f"The module {name} has a tensor {unknown[0]}, which is not understood.",
+            "The model is quantized in a way that is not supported; choose another one of its versions.",
         )
-    for option in ("sparsity_config", "transform_config", "kv_cache_scheme"):
-        if q.get(option):
-            raise UnsupportedModelError(f"compressed-tensors with a {option} are not supported.", SUPPORTED)
-    groups = q.get("config_groups")
-    schemes = list(groups.values()) if isinstance(groups, dict) else []
-    if not schemes or not all(isinstance(s, dict) and isinstance(s.get("weights"), dict) for s in schemes):
-        raise CheckpointError("quantization_config has no config_groups with weights.", PULL_AGAIN)
-    found = set()
-    for s in schemes:
-        for option in ("input_activations", "output_activations"):
-            if s.get(option):
-                raise UnsupportedModelError(
-                    f"compressed-tensors with quantized {option} are not supported.", SUPPORTED
-                )
-        w = s["weights"]
-        _four_bits("compressed-tensors", w.get("num_bits"))
-        if w.get("type", "int") != "int":
-            raise UnsupportedModelError(
-                f"compressed-tensors of type {w['type']!r} are not supported.", SUPPORTED
-            )
-        strategy = w.get("strategy")
-        if strategy not in ("group", "channel"):
-            raise UnsupportedModelError(
-                f"The compressed-tensors strategy {strategy!r} is not supported.", SUPPORTED
-            )
-        group = _group(w.get("group_size")) if strategy == "group" else -1
-        found.add((group, not w.get("symmetric", True)))
-    if len(found) > 1:
-        raise UnsupportedModelError("compressed-tensors with several schemes are not supported.", SUPPORTED)
-    return Quantization("compressed-tensors", *found.pop())
 
 
-_METHODS: dict[str, Callable[[dict[str, Any]], Quantization]] = {
-    "awq": _awq,
-    "gptq": _gptq,
-    "compressed-tensors": _compressed,
-}
+def look(tensors: Tensors, q: Quantization | None, name: str, shape: tuple[int, ...] | None) -> Stored:
+    """The quantized module `name` of `shape` [out, in], its tensors checked by their headers.
 
-
-def _four_bits(what: str, bits: Any) -> None:
-    if bits != 4:
-        raise UnsupportedModelError(f"{what} with {bits!r} bits is not supported.", SUPPORTED)
-
-
-def _group(group: Any) -> int:
-    if not isinstance(group, int) or isinstance(group, bool) or not (group == -1 or 1 <= group <= 1 << 20):
-        raise CheckpointError(f"The quantization group size {group!r} makes no sense.", PULL_AGAIN)
-    return group
-
-
-def quantized_form(tensors: Tensors, q: Quantization, name: str, k: int) -> Form:
-    """The form of the quantized module `name` of k inputs, by its settings and the names of its tensors."""
-    parts = [part for part in ("qzeros", "scaled_zeros", "weight_zero_point") if f"{name}.{part}" in tensors]
-    scales = next(s for s in ("scales", "weight_scale") if f"{name}.{s}" in tensors)
-    scale = "fp16" if tensors[f"{name}.{scales}"].dtype == "F16" else "fp32"
-    group = ROW if q.group_size in (-1, k) else q.group_size
-    return Form(4, "unsigned", group, scale, "zero") if parts else Form(4, "signed", group, scale)
+    Raises UnsupportedModelError or CheckpointError by the name of the module or its tensor.
+    """
+    if q is None:
+        held = ", ".join(sorted({s.dtypes[0] for s in _alike(tensors.parts(name))}))
+        raise UnsupportedModelError(
+            f"{name} is quantized ({held}), but config.json has no quantization_config that says how.",
+            SUPPORTED,
+        )
+    if shape is None or len(shape) != 2:
+        raise UnsupportedModelError(
+            f"{name} is quantized, which is supported in the model's linears only.",
+            "Quantize the checkpoint again with this module in 16 bits.",
+        )
+    scheme = _scheme(q, name, tensors.parts(name))
+    try:
+        return scheme.look(Module(tensors, q, name, *shape))
+    except ValueError as e:
+        raise _unreadable(name, e) from e
 
 
 def read_linear(
-    tensors: Tensors, q: Quantization, name: str, shape: tuple[int, int], bias: np.ndarray | None
+    tensors: Tensors,
+    q: Quantization | None,
+    name: str,
+    shape: tuple[int, ...] | None,
+    bias: np.ndarray | None,
 ) -> QuantizedLinear:
-    """The quantized module `name` of `shape` [out, in], bit for bit."""
-    n, k = shape
-    group = k if q.group_size == -1 else q.group_size
-    if k % group or k % 8:
-        raise UnsupportedModelError(
-            f"{name} is {n} × {k}, which group size {group} (and 8 codes a word) does not divide.",
-            "Quantize the model again with a group size that divides it (128, 64 or 32).",
-        )
-    read = _Module(tensors, q, name, n, k, group, bias)
+    """The quantized module `name` of `shape` [out, in], bit for bit; raises what `look` raises."""
+    stored = look(tensors, q, name, shape)
     try:
-        if q.method == "compressed-tensors":
-            return read.compressed()
-        if q.method == "gptq":
-            return read.gptq()
-        weight = tensors[f"{name}.qweight"]
-        if weight.dtype == "I16":
-            return read.gemv_fast()
-        scales = tensors[f"{name}.scales"].shape
-        # a square weight looks the same packed along either side; its scales do not
-        if weight.shape == (n, k // 8) and scales[:1] == (n,):
-            return read.gemv()
-        return read.gemm()
+        w = stored.read()
     except ValueError as e:
-        raise CheckpointError(f"{name} cannot be unpacked: {e}.", PULL_AGAIN) from e
+        raise _unreadable(name, e) from e
+    return QuantizedLinear(w.codes, w.scales, w.zeros, w.offsets, bias, w.perm, w.bits, w.table, w.rows)
 
 
-@dataclass(frozen=True)
-class _Module:
-    """One quantized module: its tensors, each checked before it is read."""
+def _unreadable(name: str, e: ValueError) -> CheckpointError:
+    return CheckpointError(f"{name} cannot be unpacked: {e}.", PULL_AGAIN)
 
-    tensors: Tensors
-    q: Quantization
-    name: str
-    n: int
-    k: int
-    group: int
-    bias: np.ndarray | None
 
-    def gemm(self) -> QuantizedLinear:
-        n, k, groups = self.n, self.k, self.k // self.group
-        self._outputs_by_8()
-        weight = self._part("qweight", (k, n // 8), "I32")
-        scales = self._part("scales", (groups, n), *FLOATS)
-        symmetric = not self.q.zero_point and f"{self.name}.qzeros" not in self.tensors
-        zeros = None if symmetric else self._part("qzeros", (groups, n // 8), "I32")
-        return awq.unpack(weight, zeros, scales, self.bias)
-
-    def gemv(self) -> QuantizedLinear:
-        n, width = self.n, gemv.zeros_width(self.k, self.group)
-        weight = self._part("qweight", (n, self.k // 8), "I32")
-        scales = self._part("scales", (n, 8 * width), *FLOATS)
-        zeros = self._part("qzeros", (n, width), "I32")
-        return gemv.unpack(weight, zeros, scales, self.group, self.bias)
-
-    def gemv_fast(self) -> QuantizedLinear:
-        n, k, width = self.n, self.k, gemv.zeros_width(self.k, self.group)
-        if n % gemv.ROWS or k % gemv.INPUTS:
-            raise ValueError(f"{n} × {k} is not in blocks of {gemv.ROWS} × {gemv.INPUTS}")
-        zeros = "scaled_zeros" if f"{self.name}.scaled_zeros" in self.tensors else "qzeros"
-        weight = self._part("qweight", (n // gemv.ROWS, k), "I16")
-        scales = self._part("scales", (8 * width, n), *FLOATS)
-        return gemv.unpack_fast(
-            weight, self._part(zeros, (8 * width, n), *FLOATS), scales, self.group, self.bias
-        )
-
-    def gptq(self) -> QuantizedLinear:
-        n, k, groups = self.n, self.k, self.k // self.group
-        self._outputs_by_8()
-        weight = self._part("qweight", (k // 8, n), "I32")
-        zeros = self._part("qzeros", (groups, n // 8), "I32")
-        scales = self._part("scales", (groups, n), *FLOATS)
-        return gptq.unpack(weight, zeros, scales, self._g_idx("g_idx"), self.q.version, self.bias)
-
-    def compressed(self) -> QuantizedLinear:
-        n, k, groups = self.n, self.k, self.k // self.group
-        packed = self._part("weight_packed", (n, k // 8), "I32")
-        scales = self._part("weight_scale", (n, groups), *FLOATS)
-        stored = self._part("weight_shape", (2,), "I64", "I32").tolist()
-        if stored != [n, k]:
-            raise ValueError(f"weight_shape says {stored}, config.json {[n, k]}")
-        zeros = None
-        if self.q.zero_point or f"{self.name}.weight_zero_point" in self.tensors:
-            zeros = self._part("weight_zero_point", (-(-n // 8), groups), "I32")
-        return gptq.unpack_compressed(packed, scales, zeros, self._g_idx("weight_g_idx"), self.bias)
-
-    def _part(self, part: str, shape: tuple[int, ...], *dtypes: str) -> np.ndarray:
-        name = f"{self.name}.{part}"
-        self.tensors.check(name, shape, dtypes)
-        return self.tensors.scales(name) if dtypes == FLOATS else self.tensors.array(name)
-
-    def _g_idx(self, part: str) -> np.ndarray | None:
-        return self._part(part, (self.k,), "I32") if f"{self.name}.{part}" in self.tensors else None
-
-    def _outputs_by_8(self) -> None:
-        if self.n % 8:
-            raise ValueError(f"{self.n} outputs are not whole words of 8")
+def _scheme(q: Quantization, name: str, parts: dict[str, Tensor]) -> Scheme:
+    """The scheme of a module: of those that the settings allow the first whose tensors are there."""
+    fitting = _fitting(q, parts)
+    for s in fitting:
+        if all(p in parts for p in s.needs):
+            return s
+    if fitting:
+        missing = next(p for p in fitting[0].needs if p not in parts)
+        raise CheckpointError(f"{name} has no tensor {name}.{missing}.", PULL_AGAIN)
+    held = ", ".join(f"{p} {t.dtype}" for p, t in sorted(parts.items()))
+    raise UnsupportedModelError(
+        f"{name} is stored as {held}, which is not {' or '.join(q.schemes)}.",
+        "config.json and the weights do not belong together; pull or convert the model again.",
+    )

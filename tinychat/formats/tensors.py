@@ -27,12 +27,12 @@ DTYPES = {
     "I16": "<i2",
     "I32": "<i4",
     "I64": "<i8",
-}  # BF16: its bits
-# what a module may be stored in, whatever the format
-MODULE_PARTS = (
-    *("weight", "qweight", "qzeros", "scales", "scaled_zeros", "g_idx"),
-    *("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
-)
+    "U32": "<u4",
+    "I8": "i1",
+    "U8": "u1",
+    "F8_E4M3": "u1",
+    "F8_E8M0": "u1",
+}  # BF16 and F8: their bits
 FLOATS = ("F32", "F16", "BF16")
 MAX_HEADER = 32 << 20  # bytes of a safetensors header or an index; the largest known have ten million
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -47,6 +47,21 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+
+    @property
+    def kind(self) -> str:
+        """What `numbers` gives, in the words of `weight_form`."""
+        return "fp16" if self.dtype == "F16" else "fp32"
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * np.dtype(DTYPES.get(self.dtype, "u1")).itemsize
+
+    def numbers(self) -> np.ndarray:
+        """A float tensor in the smallest of float16 and float32 that holds it."""
+        a = self.read()
+        return bf16_to_f32(a) if self.dtype == "BF16" else a if self.dtype == "F16" else a.astype(np.float32)
 
 
 class Tensors:
@@ -66,6 +81,7 @@ class Tensors:
         self.folder = folder
         self.files: list[MappedFile] = []
         self.index: dict[str, str] = {}
+        self._modules: dict[str, dict[str, Tensor]] = {}
         self._tensors = named(self._open(wanted))
 
     def __contains__(self, name: str) -> bool:
@@ -82,6 +98,7 @@ class Tensors:
 
     def rename(self, module: str, to: str) -> None:
         """Give a module's tensors another module's names."""
+        self._modules.clear()
         for name in [n for n in self._tensors if n.startswith(f"{module}.")]:
             self._tensors[to + name.removeprefix(module)] = self._tensors.pop(name)
 
@@ -99,11 +116,17 @@ class Tensors:
                 f"Supported: {', '.join(dtypes)}.",
             )
 
+    def parts(self, module: str) -> dict[str, Tensor]:
+        """All tensors of a module by what follows its name."""
+        if not self._modules:
+            for name, t in self._tensors.items():
+                owner, _, part = name.rpartition(".")
+                self._modules.setdefault(owner, {})[part] = t
+        return self._modules.get(module, {})
+
     def n_bytes(self, module: str) -> int:
         """Bytes of all tensors of a module but its bias."""
-        names = [n for n in (f"{module}.{part}" for part in MODULE_PARTS) if n in self._tensors]
-        held = [self._tensors[n] for n in names]
-        return sum(math.prod(t.shape) * np.dtype(DTYPES.get(t.dtype, "u1")).itemsize for t in held)
+        return sum(t.n_bytes for part, t in self.parts(module).items() if part != "bias")
 
     def array(self, name: str) -> np.ndarray:
         """A read-only view of the mapped file; bfloat16 as its bits."""
@@ -113,10 +136,6 @@ class Tensors:
         """A float tensor in float32."""
         a = self.array(name)
         return bf16_to_f32(a) if self[name].dtype == "BF16" else a.astype(np.float32)
-
-    def scales(self, name: str) -> np.ndarray:
-        """A float tensor in the smallest of float16 and float32 that holds it."""
-        return self.array(name) if self[name].dtype == "F16" else self.float32(name)
 
     def _open(self, wanted: str | None) -> dict[str, Tensor]:
         """Open the files that transformers would: the one that is named, else one whole file, else the shards
