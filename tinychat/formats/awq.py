@@ -39,7 +39,7 @@ def look(m: Module) -> Stored:
     width = m.whole(n, bits, "outputs")
     weight = m.part("qweight", (k, width), "I32")
     scales = m.numbers("scales", (groups, n))
-    symmetric = not grid.zeros and not m.has("qzeros")
+    symmetric = not m.said.needs_zeros(bits) and not m.has("qzeros")
     zeros = None if symmetric else m.part("qzeros", (groups, width), "I32")
 
     def read() -> QuantizedLinear:

@@ -7,7 +7,7 @@ For a linear of K inputs and N outputs; e2m1 lies two to a byte, the earlier inp
     mxfp8   the same with a power of two for each 32 inputs, uint8 [N, K/32]
     mxfp4   weight_packed uint8 [N, K/2]; weight_scale uint8 [N, K/32], powers of two (compressed-tensors)
             blocks uint8 [N, K/32, 16]; scales uint8 [N, K/32] (gpt-oss, one expert)
-    nvfp4   weight uint8 [N, K/2]; weight_scale F8_E4M3 [N, K/16]; weight_scale_2 float32 multiplies (modelopt)
+    nvfp4   weight uint8 [N, K/2]; weight_scale F8_E4M3 [N, K/16]; weight_scale_2 float32: times (modelopt)
             weight_packed, weight_scale likewise; weight_global_scale float32 divides (compressed-tensors)
 
 Sources: transformers 5.23, `integrations/finegrained_fp8.py` and `mxfp4.py`; compressed-tensors 0.20,

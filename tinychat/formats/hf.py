@@ -179,10 +179,10 @@ class HFCheckpoint:
             if not self.has(name):
                 tied = " (tie_word_embeddings is false)" if name == HEAD else ""
                 raise CheckpointError(f"{self.path.name} has no tensor {name}.weight{tied}.", PULL_AGAIN)
-            if self._quantized(name):
-                quantized.look(self._tensors, self.quantization, name, shape)
-            else:
+            if not self._quantized(name):
                 self._tensors.check(f"{name}.weight", shape, None)
+            elif self.quantization is not None:
+                quantized.look(self._tensors, self.quantization, name, shape)
             if name.endswith(biases):
                 self._tensors.check(f"{name}.bias", shape[:1], None)
 

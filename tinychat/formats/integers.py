@@ -38,7 +38,7 @@ def packed(m: Module) -> Stored:
     stored = m.part("weight_shape", (2,), "I64", "I32")
     g_idx = m.part("weight_g_idx", (k,), "I32") if m.has("weight_g_idx") else None
     zeros = None
-    if grid.zeros or m.has("weight_zero_point"):
+    if m.said.needs_zeros(bits) or m.has("weight_zero_point"):
         zeros = m.part("weight_zero_point", (nibbles.width(n, bits), groups), "I32")
 
     def read() -> QuantizedLinear:
@@ -67,7 +67,7 @@ def in_bytes(m: Module) -> Stored:
     weight = m.part("weight", (m.n, m.k), "I8")
     scales = scales_of(m, "weight_scale")
     zeros = None
-    if m.has("weight_zero_point"):
+    if m.said.needs_zeros(8) or m.has("weight_zero_point"):
         zeros = m.part("weight_zero_point", scales.tensor.shape, "I8")
 
     def read() -> QuantizedLinear:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
-from tinychat.formats.scheme import Grid, Quantization
+from tinychat.formats.scheme import ROWS, WHOLE, Grid, Quantization
 from tinychat.formats.tensors import LLM_AWQ, PULL_AGAIN, llm_awq_file, read_json
 from tinychat.network.weight_form import CODE_BITS
 
@@ -44,7 +44,7 @@ MODELOPT = {
     "W4A16_NVFP4": ("modelopt nvfp4",),
     "MIXED_PRECISION": ("fp8", "modelopt nvfp4"),
 }
-MX_BLOCK = (1, 32)
+MX = (1, 32)
 
 
 def read_quantization(folder: Path, config: dict[str, Any]) -> Quantization | None:
@@ -152,7 +152,10 @@ def _compressed(q: dict[str, Any]) -> Quantization:
     found = list(groups.values()) if isinstance(groups, dict) else []
     if not found or not all(isinstance(s, dict) and isinstance(s.get("weights"), dict) for s in found):
         raise CheckpointError("quantization_config has no config_groups with weights.", PULL_AGAIN)
-    whole, schemes, grids, blocks = q.get("format"), [], [], []
+    whole = q.get("format")
+    schemes: list[str] = []
+    grids: list[Grid] = []
+    blocks: list[tuple[int, int]] = []
     for s in found:
         layout = s.get("format") or whole
         if layout not in COMPRESSED:
@@ -165,7 +168,7 @@ def _compressed(q: dict[str, Any]) -> Quantization:
 
 
 def _weights(w: dict[str, Any], layout: str) -> tuple[list[Grid], list[tuple[int, int]]]:
-    """Grids and blocks that a scheme of compressed-tensors may have."""
+    """Grids and blocks that modules of a scheme of compressed-tensors may have."""
     kind, strategy = w.get("type", "int"), w.get("strategy")
     if strategy is None:
         strategy = "tensor" if w.get("group_size") is None else "group"
@@ -173,19 +176,19 @@ def _weights(w: dict[str, Any], layout: str) -> tuple[list[Grid], list[tuple[int
         raise _unsupported(f"The compressed-tensors strategy {strategy!r}")
     if kind not in ("int", "float"):
         raise _unsupported(f"compressed-tensors of type {kind!r}")
-    if strategy == "block":
-        return [], [_block(w.get("block_structure"))]
     group = _group(w.get("group_size")) if strategy.endswith("group") else -1
-    block = [(1, group)] if group > 0 else []
+    if strategy == "block":
+        block = _block(w.get("block_structure"))
+    else:
+        block = WHOLE if strategy == "tensor" else ROWS if group == -1 else (1, group)
+    bits, symmetric = w.get("num_bits"), w.get("symmetric", True)
     if layout != "pack-quantized":
-        bits = w.get("num_bits")
         if bits != (4 if "fp4" in layout else 8):
             raise _unsupported(f"compressed-tensors {layout} with {bits!r} bits")
-        return [], block
-    if kind != "int" or strategy == "tensor":
+        return [Grid(8, group, not symmetric)] if kind == "int" else [], [block]
+    if kind != "int" or strategy in ("tensor", "block"):
         raise _unsupported(f"compressed-tensors pack-quantized of type {kind!r} by {strategy}")
-    bits = _bits("compressed-tensors", w.get("num_bits"))
-    return [Grid(bits, group, not w.get("symmetric", True))], block
+    return [Grid(_bits("compressed-tensors", bits), group, not symmetric)], []
 
 
 def _fp8(q: dict[str, Any]) -> Quantization:
@@ -193,15 +196,19 @@ def _fp8(q: dict[str, Any]) -> Quantization:
         if str(q.get(option) or known).lower() not in (known, "float8_e4m3fn"):
             raise _unsupported(f"FP8 with the {option} {q[option]!r}")
     size = q.get("weight_block_size")
-    return Quantization("fp8", ("fp8",), blocks=(MX_BLOCK,) if size is None else (_block(size), MX_BLOCK))
+    if size is None:
+        powers = str(q.get("quant_method")).lower() == "mxfp8"
+        return Quantization("fp8", ("fp8",), blocks=(MX,) if powers else (WHOLE, ROWS))
+    return Quantization("fp8", ("fp8",), blocks=(_block(size),))
 
 
 def _modelopt(q: dict[str, Any]) -> Quantization:
-    q = q.get("quantization") if isinstance(q.get("quantization"), dict) else q
+    q = q["quantization"] if isinstance(q.get("quantization"), dict) else q
     algorithm = str(q.get("quant_algo"))
     if algorithm not in MODELOPT:
         raise _unsupported(f"modelopt's {algorithm!r}")
-    return Quantization("modelopt", MODELOPT[algorithm], blocks=(MX_BLOCK,))
+    blocks = {"FP8": (WHOLE,), "FP8_PER_CHANNEL_PER_TOKEN": (ROWS,), "MXFP8": (MX,)}
+    return Quantization("modelopt", MODELOPT[algorithm], blocks=blocks.get(algorithm, (WHOLE, ROWS, MX)))
 
 
 def _bitsandbytes(q: dict[str, Any]) -> Quantization:
@@ -230,7 +237,7 @@ _METHODS: dict[str, Callable[[dict[str, Any]], Quantization]] = {
     "compressed-tensors": _compressed,
     "fp8": _fp8,
     "mxfp8": _fp8,
-    "fbgemm_fp8": lambda q: Quantization("fbgemm_fp8", ("fp8",)),
+    "fbgemm_fp8": lambda q: Quantization("fbgemm_fp8", ("fp8",), blocks=(ROWS,)),
     "modelopt": _modelopt,
     "modelopt_fp4": _modelopt,
     "mxfp4": lambda q: Quantization("mxfp4", ("mxfp4 blocks",)),

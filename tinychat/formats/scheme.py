@@ -34,7 +34,7 @@ class Quantization:
     method   as messages and `show` name it
     schemes  names of the schemes (`quantized.SCHEMES`) that its modules may be stored in
     grids    integers that its modules may be stored in, that of most modules first; none for other codes
-    blocks   outputs × inputs that share a scale, in any of the sizes that the settings name
+    blocks   outputs × inputs that share a scale, in each of the sizes that modules may have; ROW: all of them
     version  GPTQ: 1 stores zero - 1, 2 stores zero
     order    AWQ: whether eight outputs lie interleaved
     file     the name of the file with the weights, where the settings say it
@@ -47,6 +47,10 @@ class Quantization:
     version: int = 1
     order: bool = True
     file: str | None = None
+
+    def needs_zeros(self, bits: int) -> bool:
+        """Whether modules of so many bits must have zero points, by every scheme of the settings."""
+        return all(g.zeros for g in self.grids if g.bits == bits)
 
 
 @dataclass(frozen=True)
@@ -175,11 +179,12 @@ class Scales:
         return Form(bits, decoding, m.group(groups), self.kind, offset, rows)
 
 
+WHOLE, ROWS = (ROW, ROW), (1, ROW)  # blocks of `Quantization`: one for all weights, one for each output
 POWERS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of two
 
 
 def scales_of(m: Module, part: str, powers: bool = False) -> Scales:
-    """The scales of a module: one; one an output; or one for each block or group that the settings name.
+    """The scales of a module, in the shape of one of the blocks that the settings name.
 
     powers  whether they may be powers of two
     Raises CheckpointError for another shape.
@@ -187,13 +192,14 @@ def scales_of(m: Module, part: str, powers: bool = False) -> Scales:
     t, n, k = m.peek(part), m.n, m.k
     m.part(part, t.shape, *FLOATS, *(POWERS if powers else ()))
     kind = "e8m0" if t.dtype in POWERS else t.kind
-    if math.prod(t.shape) == 1:
-        return Scales(t, n, (1, 1), kind)
-    if t.shape in ((n,), (n, 1)):
-        return Scales(t, 1, (n, 1), kind)
-    for rows, inputs in m.said.blocks:
+    for over in m.said.blocks:
+        rows, inputs = over[0] or n, over[1] or k
         shape = (-(-n // rows), -(-k // inputs))
-        if t.shape == shape:
+        if (
+            t.shape == shape
+            or (over == WHOLE and t.shape in ((), (1,)))
+            or (over == ROWS and t.shape == (n,))
+        ):
             group = math.gcd(k, inputs)
             cut = None if shape[1] * inputs == k else np.arange(k // group) * group // inputs
             return Scales(t, rows, shape, kind, cut)
