@@ -140,7 +140,7 @@ def unpack_compressed(
 ) -> QuantizedLinear:
     """The weight that compressed-tensors hold, bit for bit; their shapes have been checked.
 
-    k: inputs, where the last word is not full. Without zeros the weight is symmetric, in int8 if it has 8 bits.
+    k: inputs, where the last word is not full. Without zeros the weight is symmetric: of 8 bits in int8.
     Raises ValueError for a g_idx whose groups are not of one size.
     """
     n, groups = scales.shape

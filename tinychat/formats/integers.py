@@ -45,21 +45,11 @@ def packed(m: Module) -> Stored:
         if (shape := stored.read().tolist()) != [n, k]:
             raise ValueError(f"weight_shape says {shape}, config.json {[n, k]}")
         idx = None if g_idx is None else g_idx.read()
-        codes, perm = gptq.order(nibbles.unpack(weight.read(), bits)[:, :k], idx, groups)
-        s = np.ascontiguousarray(scales.numbers())
-        if zeros is None:
-            return QuantizedLinear(_signed(codes, bits), s, perm=perm, bits=bits)
-        z = np.ascontiguousarray(nibbles.unpack(zeros.read().T, bits)[:, :n].T)
-        return QuantizedLinear(np.ascontiguousarray(codes), s, z, perm=perm, bits=bits)
+        z = None if zeros is None else zeros.read()
+        return gptq.unpack_compressed(weight.read(), scales.numbers(), z, idx, bits=bits, k=k)
 
     plain, offset = ("signed", "none") if zeros is None else ("unsigned", "zero")
     return Stored(Form(bits, plain, m.group(groups), scales.kind, offset), read)
-
-
-def _signed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes off by 2^(bits - 1) as a weight without zero points has them: of 8 bits as int8."""
-    codes = np.ascontiguousarray(codes)
-    return (codes ^ np.uint8(0x80)).view(np.int8) if bits == 8 else codes
 
 
 def in_bytes(m: Module) -> Stored:
