@@ -144,6 +144,17 @@ class Passes:
             self.step(at, at + 1)
         return n / (time.perf_counter() - began)
 
+    def check(self, start: int, rows: int, times: int) -> float:
+        """Steps of so many rows behind `start` tokens, all with logits, as drafts are checked. Returns
+        seconds a step.
+        """
+        memories = tuple(Slots(self.table, start) for _ in self.backend.memories)
+        step = Step((Span(self.ids[start : start + rows], start, 0, memories),))
+        began = time.perf_counter()
+        for _ in range(times):
+            self.backend.step_greedy(step)
+        return (time.perf_counter() - began) / times
+
     def kv_bytes(self, n: int) -> float:
         """Bytes of keys and values that attention reads behind n tokens."""
         seen = (min(n, spec.window or n) for spec in self.backend.memories)
@@ -164,14 +175,15 @@ def measure(
     n_prompt: int = 512,
     n_gen: int = 128,
     contexts: tuple[int, ...] = (0,),
+    rows: tuple[int, ...] = (),
     rounds: int = 3,
 ) -> dict[str, Any]:
     """Prefill and decode rates: warm-up, then `rounds` of each; medians, with the spread (max/min − 1).
 
     bandwidth: a plain multi-threaded read (on a GPU: a copy), GB/s; taken before, between and after, and the
-    best one counts.
+    best one counts. rows: of steps that check drafts, each timed in turns with steps of one.
     """
-    passes = Passes(backend, config.vocab_size, max(n_prompt, max(contexts) + n_gen))
+    passes = Passes(backend, config.vocab_size, max(n_prompt, max(contexts) + n_gen, *rows))
     reads = [bandwidth()]
     passes.fill(min(64, n_prompt))
     passes.decode(0, min(8, n_gen))
@@ -185,12 +197,12 @@ def measure(
         passes.fill(context)
         results.append((context, [passes.decode(context, n_gen) for _ in range(rounds)]))
         reads.append(bandwidth())
-    rows = []
+    decode = []
     for context, rates in results:
         rate = statistics.median(rates)
         bytes_per_token = weight_bytes + passes.kv_bytes(context + n_gen // 2)
         share = rate * bytes_per_token / 1e9 / max(reads)
-        rows.append(
+        decode.append(
             {
                 "context": context,
                 "tok_s": rate,
@@ -200,7 +212,21 @@ def measure(
                 "spread": _spread(rates),
             }
         )
-    return {"read_bandwidth_gb_s": max(reads), "prefill": prefill, "decode": rows}
+    result = {"read_bandwidth_gb_s": max(reads), "prefill": prefill, "decode": decode}
+    return result | ({"rows": _measure_rows(passes, rows, n_gen, rounds)} if rows else {})
+
+
+def _measure_rows(passes: Passes, counts: tuple[int, ...], times: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of steps of so many rows against steps of one, in turns: medians, with the spread."""
+    seconds: dict[int, list[float]] = {n: [] for n in (1, *counts)}
+    for _ in range(rounds):
+        for n, seen in seconds.items():
+            seen.append(passes.check(0, n, times))
+    one = statistics.median(seconds[1])
+    return [
+        {"rows": n, "step_s": (s := statistics.median(seen)), "times_one": s / one, "spread": _spread(seen)}
+        for n, seen in seconds.items()
+    ]
 
 
 def measure_together(

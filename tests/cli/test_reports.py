@@ -87,7 +87,7 @@ def test_no_share_above_one_is_printed_without_its_reason(here, monkeypatch):
     for cache, reason in ((32 << 20, "has room in the processor's cache of 33.6 MB"), (0, "other programs")):
         monkeypatch.setattr(bench, "cache_bytes", lambda cache=cache: cache)
         rows = [row | {"more_than_memory": bench._why_more(1e8)}]
-        monkeypatch.setattr(bench, "run", lambda *_, rows=rows, **__: result | {"decode": rows})
+        monkeypatch.setattr(bench, "run", lambda *_, seen=rows, **__: result | {"decode": seen})
         code, out, _ = in_process("bench", "m")
         assert code == 0
         assert "150% of the bandwidth (" in out
@@ -126,7 +126,7 @@ def test_help_and_version(here):
 @pytest.mark.parametrize("bits", ["16", "8"])
 def test_bench_measures_what_it_says(folder, here, bits):
     sizes = ("-p", 32, "-n", 2, "--context", 0, "--context", 40, "--rounds", 1)
-    sizes += ("--parallel", 2, "--parallel", 3) if bits == "8" else ()
+    sizes += ("--parallel", 2, "--parallel", 3) if bits == "8" else ("--rows", 5, "--rows", 9)
     out = tinychat("bench", folder, *sizes, "--kv-bits", bits, "--json")
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout)
@@ -137,7 +137,10 @@ def test_bench_measures_what_it_says(folder, here, bits):
         assert row["tok_s"] > 0
         assert row["fraction_of_bandwidth"] == pytest.approx(row["gb_s"] / result["read_bandwidth_gb_s"])
     assert result["weight_bytes_per_token"] > 0
-    assert ("parallel" in result) == (bits == "8")
+    assert ("parallel" in result, "rows" in result) == (bits == "8", bits == "16")
+    for row, n in zip(result.get("rows", ()), (1, 5, 9), strict=False):
+        assert row["rows"] == n
+        assert row["times_one"] == pytest.approx(row["step_s"] / result["rows"][0]["step_s"])
     if bits == "8":
         one, *others = result["parallel"]
         assert (one["sequences"], one["times_one"]) == (1, 1.0)

@@ -62,6 +62,12 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
     multiple=True,
     help="Decode after this many tokens.",
 )
+@click.option(
+    "--rows",
+    type=click.IntRange(2, 16),
+    multiple=True,
+    help="Time a step of that many tokens too, as drafts are checked; may be given several times.",
+)
 @click.option("--rounds", type=click.IntRange(1, 1000), default=3, show_default=True)
 @click.option(
     "--parallel",
@@ -76,6 +82,7 @@ def bench(
     synthetic: str | None,
     form: str | None,
     contexts: tuple[int, ...],
+    rows: tuple[int, ...],
     parallel: tuple[int, ...],
     as_json: bool,
     **o: Any,
@@ -95,6 +102,7 @@ def bench(
         n_prompt=o["n_prompt"],
         n_gen=o["n_gen"],
         contexts=contexts or (0,),
+        rows=rows,
         rounds=o["rounds"],
         options=LoadOptions(**pick(o, LoadOptions.group(ENGINE))),
         parallel=parallel,
@@ -103,6 +111,11 @@ def bench(
     if as_json:
         click.echo(json.dumps(result))
         return
+    _tell(result)
+
+
+def _tell(result: dict[str, Any]) -> None:
+    """Print what the benchmark found."""
     per_token = human_bytes(result["weight_bytes_per_token"])
     threads = f" · {result['threads']} threads" if result["threads"] else ""
     click.echo(f"{result['model']} · {result['backend']} {result['isa']}{threads}")
@@ -120,6 +133,11 @@ def bench(
         click.echo(
             f"decode at {row['context']:>6}      {row['tok_s']:>8.1f} tok/s  ±{row['spread'] / 2:.0%}  "
             f"{row['gb_s']:.1f} GB/s, {share}"
+        )
+    for row in result.get("rows", ()):
+        click.echo(
+            f"{row['rows']:>3} tokens in a step   {row['step_s'] * 1e3:>8.1f} ms     "
+            f"±{row['spread'] / 2:.0%}  {row['times_one']:.2f} × one"
         )
     for row in result.get("parallel", ()):
         click.echo(
