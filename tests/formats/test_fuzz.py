@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from damage import damage_bytes, damage_json, damage_tensors, read, sound_models
+from damage import damage_blocks, damage_bytes, damage_json, damage_tensors, read, sound_models
 from raw_gguf import ARRAY, STRING, Raw
 from safetensors.numpy import load_file, save_file
 
@@ -46,7 +46,10 @@ def test_fifty_damaged_checkpoints(seed, sound, tmp_path):
                 file = path / rng.choice(["config.json", "model.safetensors", "tokenizer.json"])
                 file.write_bytes(damage_bytes(rng, file.read_bytes(), 4000))
         else:
-            path.write_bytes(damage_bytes(rng, source.read_bytes(), 9000))
+            blocks = rng.random() < 0.4
+            path.write_bytes(
+                damage_blocks(rng, source) if blocks else damage_bytes(rng, source.read_bytes(), 9000)
+            )
         started, said = time.monotonic(), None
         try:
             read(path)

@@ -6,7 +6,9 @@ import struct
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Kind
+from families import random_model
+from family_gguf import write as write_family
+from ggml_blocks import HALVES, Kind
 from tiny_gguf import weights, write
 
 from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError
@@ -155,6 +157,39 @@ def test_weights_and_scales_that_are_not_numbers_are_refused(tmp_path, kind, at,
     (tmp_path / "n.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match="NaN"):
         WeightPolicy().linear(GGUFCheckpoint(tmp_path / "n.gguf"), name)
+
+
+@pytest.mark.parametrize("kind", [k for k in HALVES if k != Kind.Q8_0], ids=lambda k: k.name)
+def test_a_scale_that_is_no_number_is_refused_by_the_name_of_its_module(kind, tmp_path):
+    hf = random_model("LlamaForCausalLM", hidden_size=256, num_hidden_layers=1)
+    write_family(
+        tmp_path / "m.gguf", hf, "llama", lambda name: kind if name == "blk.0.attn_v.weight" else None
+    )
+    name = "model.layers.0.self_attn.v_proj"
+    WeightPolicy().linear(GGUFCheckpoint(tmp_path / "m.gguf"), name)
+    start = dict(_tensors(tmp_path / "m.gguf"))["blk.0.attn_v.weight"]
+    content = bytearray((tmp_path / "m.gguf").read_bytes())
+    at = HALVES[kind][-1] + 1 if HALVES[kind] else 0
+    content[start + at] = 0x7F  # of NVFP4 no number at all, of MXFP4 one
+    if kind == Kind.MXFP4:
+        content[start] = 0xFF
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} hold NaN") as e:
+        WeightPolicy().linear(GGUFCheckpoint(tmp_path / "m.gguf"), name)
+    assert len(str(e.value).splitlines()) == 2
+
+
+def test_weights_too_large_for_int8_are_refused_by_name(tmp_path):
+    write(tmp_path / "m.gguf")
+    start = dict(_tensors(tmp_path / "m.gguf"))["blk.1.ffn_down.weight"]
+    content = bytearray((tmp_path / "m.gguf").read_bytes())
+    content[start + 400 : start + 404] = np.float32(1e9).tobytes()
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj.*too large") as e:
+        WeightPolicy().linear(GGUFCheckpoint(tmp_path / "m.gguf"), "model.layers.1.mlp.down_proj")
+    assert len(str(e.value).splitlines()) == 2
+    policy = WeightPolicy("none")
+    assert policy.linear(GGUFCheckpoint(tmp_path / "m.gguf"), "model.layers.1.mlp.down_proj") is not None
 
 
 def _tensors(path):

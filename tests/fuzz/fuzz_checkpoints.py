@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage import JUNK, damage_bytes, damage_json, damage_tensors, sound_models
+from damage import JUNK, damage_blocks, damage_bytes, damage_json, damage_tensors, sound_models
 from fuzz.harness import Case, first_seed, minutes, run
 from raw_gguf import ARRAY, SCALARS, STRING, Raw
 from safetensors.numpy import load_file, save_file
@@ -98,7 +98,7 @@ def damage_gguf(rng: np.random.Generator, raw: Raw) -> None:
         elif what == 5:
             t[1] = [(pick(rng, [0, 1, 32, 64, 96, 1 << 40, 1 << 63, -1])) for _ in range(rng.integers(0, 6))]
         elif what == 6:
-            t[2] = pick(rng, [*range(0, 42), 255, 1 << 31])
+            t[2] = pick(rng, [*range(0, 44), 255, 1 << 31])
         elif what == 7:
             t[3] = pick(rng, [0, 1, 31, 32, len(raw.data), 1 << 40, (1 << 64) - 32])
         elif what == 8:
@@ -131,6 +131,7 @@ def cases(root: Path) -> dict[str, Case]:
             raw = Raw(path)
             out[f"{name} fields"] = Case(_gguf(path, raw), load)
             out[f"{name} bytes"] = Case(_gguf_bytes(path), load)
+            out[f"{name} blocks"] = Case(_gguf_blocks(path), load)
     return out
 
 
@@ -150,6 +151,14 @@ def _gguf_bytes(path: Path):
 
     def make(rng: np.random.Generator, folder: Path) -> Path:
         (folder / path.name).write_bytes(damage_bytes(rng, content, 9000))
+        return folder / path.name
+
+    return make
+
+
+def _gguf_blocks(path: Path):
+    def make(rng: np.random.Generator, folder: Path) -> Path:
+        (folder / path.name).write_bytes(damage_blocks(rng, path))
         return folder / path.name
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -10,11 +11,16 @@ import numpy as np
 import packers
 from families import CASES, experts_apart, random_model
 from family_gguf import write as write_gguf
+from ggml_blocks import HALVES, Kind
 from safetensors.numpy import save_file
 
+from tinychat.backends import cpu_pack
+from tinychat.backends.exact_form import ExactForm
 from tinychat.formats import awq, open_checkpoint
+from tinychat.formats.gguf_file import GGUFFile
 from tinychat.formats.hf import read_config
 from tinychat.models import FAMILIES
+from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import quantize_rtn
 
 FOLDERS = {
@@ -81,19 +87,50 @@ def sound_models(root: Path) -> dict[str, Path]:
         cls, changes = CASES[case]
         out[f"{arch}.gguf"] = root / f"{arch}.gguf"
         write_gguf(out[f"{arch}.gguf"], random_model(cls, **changes), arch)
+    out |= quantized_models(root)
     for path in out.values():
         read(path)
     return out
 
 
+def quantized_models(root: Path) -> dict[str, Path]:
+    """GGUF files whose tensors take all types in turn: one of a Llama, one with experts."""
+    wide = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2)
+    experts = dict(num_local_experts=2, num_experts_per_tok=1, num_hidden_layers=1)
+    models = {
+        "types.gguf": random_model("LlamaForCausalLM", **wide),
+        "expert types.gguf": random_model("MixtralForCausalLM", **wide | experts),
+    }
+    for name, hf in models.items():
+        kinds = itertools.cycle(HALVES)
+        if "expert" in name:  # those that the other one has in small tensors
+            kinds = itertools.cycle([Kind.Q3_K, Kind.MXFP4, Kind.IQ4_XS, Kind.NVFP4, Kind.Q2_K])
+        write_gguf(root / name, hf, "llama", lambda n, k=kinds: None if "gate_inp" in n else next(k))
+    return {name: root / name for name in models}
+
+
+def damage_blocks(rng, path: Path) -> bytes:
+    """Content of a GGUF with some bytes of one tensor overwritten: all bits set, no numbers, or any."""
+    out, tensors = bytearray(path.read_bytes()), list(GGUFFile(path).tensors.values())
+    tensor = tensors[rng.integers(len(tensors))]
+    start, size = tensor.start, tensor.n_bytes
+    n = min(size, int(rng.choice([1, 2, 4, 600])))
+    for at in rng.integers(0, size - n + 1, rng.integers(1, 4)):
+        junk = rng.choice([0xFF, 0x7F, 0x7C, 0xFC]) if rng.random() < 0.7 else rng.integers(256, size=n)
+        out[start + at : start + at + n] = bytes(np.broadcast_to(junk, n).astype(np.uint8))
+    return bytes(out)
+
+
 def read(path) -> None:
     """Everything that loading asks of a checkpoint."""
-    c = open_checkpoint(path)
+    c, policy = open_checkpoint(path), WeightPolicy()
     cfg = c.config
-    c.linear("model.embed_tokens")
+    ExactForm.of(policy.embedding(c, "model.embed_tokens"), cpu_pack.KERNELS, "model.embed_tokens")
     for layer in range(min(cfg.n_layers, 8)):
         for name in FAMILIES[cfg.family].linears(cfg, layer):
-            c.linear(name).dequantize()
+            w = policy.router(c, name) if name.endswith("mlp.gate") else policy.linear(c, name)
+            assert np.isfinite(w.dequantize()).all()
+            ExactForm.of(w, cpu_pack.KERNELS, name)
         for name in FAMILIES[cfg.family].norms(cfg, layer):
             c.vector(name)
     c.vector("model.norm")

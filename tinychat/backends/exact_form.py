@@ -138,13 +138,15 @@ def _whole(group: int, k: int) -> bool:
 
 
 def _rounded(w: QuantizedLinear, kernels: Kernels, name: str) -> ExactForm:
-    weight = w.dequantize()
-    if not np.isfinite(weight).all():
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            int8 = quantize_int8(w.dequantize(), w.bias)
+    except ValueError as e:
         raise CheckpointError(
-            f"The weights {name + ' ' if name else ''}hold NaN or infinity.",
+            f"The weights {name + ' ' if name else ''}cannot run as int8: {e}.",
             "The file is damaged; pull or convert it again.",
-        )
-    return replace(ExactForm.of(quantize_int8(weight, w.bias), kernels, name), rounded=True)
+        ) from None
+    return replace(ExactForm.of(int8, kernels, name), rounded=True)
 
 
 def _signed_bytes(w: QuantizedLinear) -> QuantizedLinear:

@@ -17,6 +17,7 @@ from tinychat.network.weights import (
     quantize_rtn,
 )
 
+DAMAGED = "The file is damaged; pull or convert it again."
 RTN_GROUPS = (64, 32)  # the first that divides the inputs
 
 
@@ -63,7 +64,7 @@ class WeightPolicy:
                 if w.shape[1] % group == 0:
                     return quantize_rtn(w.dequantize(), group, w.bias)
             return w
-        return _int8(w)
+        return _int8(w, name)
 
     def router(self, checkpoint: Checkpoint, name: str) -> Linear:
         """The linear that chooses experts, in 16 or 32 bits: a small error may choose others."""
@@ -73,7 +74,7 @@ class WeightPolicy:
     def embedding(self, checkpoint: Checkpoint, name: str) -> Linear:
         """The embedding (rows are token ids)."""
         w = _checked(checkpoint.linear(name), name)
-        return _int8(w) if isinstance(w, DenseLinear) and self.head_bits == 8 else w
+        return _int8(w, name) if isinstance(w, DenseLinear) and self.head_bits == 8 else w
 
     def head(self, checkpoint: Checkpoint, name: str) -> Linear | None:
         """The output head; None when it is the embedding itself (tied)."""
@@ -82,10 +83,13 @@ class WeightPolicy:
         return self.embedding(checkpoint, name)
 
 
-def _int8(w: DenseLinear) -> Linear:
+def _int8(w: DenseLinear, name: str) -> Linear:
     if w.shape[1] % Q8_GROUP:
         return w  # rare widths stay as stored
-    return quantize_int8(w.dequantize(), w.bias)
+    try:
+        return quantize_int8(w.dequantize(), w.bias)
+    except ValueError as e:
+        raise CheckpointError(f"The weights of {name} cannot run as int8: {e}.", DAMAGED) from None
 
 
 def _checked(w: Linear, name: str) -> Linear:
@@ -98,5 +102,5 @@ def _checked(w: Linear, name: str) -> Linear:
         return w
     raise CheckpointError(
         f"The weights of {name} hold NaN or infinity.",
-        "The file is damaged; pull or convert it again.",
+        DAMAGED,
     )

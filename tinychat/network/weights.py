@@ -141,15 +141,17 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
 def quantize_int8(weight: np.ndarray, bias: np.ndarray | None = None) -> QuantizedLinear:
     """Round a float32 [out, in] weight to int8 with one fp16 scale for each 32 inputs (GGUF's Q8_0).
 
-    Raises ValueError if `in` is not a multiple of 32 or the weight holds NaN or infinity.
+    Raises ValueError if `in` is not a multiple of 32, or the weight holds NaN, infinity or what is too large
+    for such scales.
     """
     n, k = weight.shape
     if k % Q8_GROUP:
         raise ValueError(f"{k} inputs are not a multiple of {Q8_GROUP}")
-    if not np.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity")
-    w = weight.astype(np.float32).reshape(n, -1, Q8_GROUP)
-    scale = (np.abs(w).max(axis=2) / 127).astype(np.float16)
+    w = weight.astype(np.float32, copy=False).reshape(n, -1, Q8_GROUP)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = (np.abs(w).max(axis=2) / 127).astype(np.float16)
+    if not np.isfinite(scale).all():  # so are those of NaN and infinity
+        raise ValueError("the weight holds NaN, infinity, or values too large for fp16 scales")
     s = scale.astype(np.float32)[..., None]
     inv = np.divide(1.0, s, out=np.zeros_like(s), where=s > 0)
     codes = np.clip(np.rint(w * inv), -127, 127).astype(np.int8).reshape(n, k)
