@@ -24,7 +24,7 @@ from tinychat.formats.gguf_tokenizer import from_gguf
 from tinychat.formats.gguf_vocabulary import fields_of
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.network.weight_policy import WeightPolicy
-from tinychat.quantize import gguf_output, quantize
+from tinychat.quantize import gguf_output, quantize, tune
 from tinychat.quantize.target import GGUF_TYPES
 from tinychat.text.tokenizer import Tokenizer
 
@@ -82,6 +82,22 @@ def test_every_type_is_read_by_the_gguf_package_as_it_was_meant(tmp_path, source
             got = ours.linear(f"model.layers.1.mlp.{name}").dequantize()
             np.testing.assert_array_equal(got, dequantize(t.data, t.tensor_type))
     assert relative_error(logits(ours), logits(source)) < (0.06 if bits == 8 else 0.35)
+
+
+def test_tuning_moves_super_scales_and_norms(tmp_path, source, text, monkeypatch):
+    monkeypatch.setattr(tune, "PLAN", tune.Schedule(steps=8, warmup=2, held_out=2, every=4))
+    wishes = {"method": "rtn", "ranges": "whole", "calib_file": text, "gguf_type": "Q4_K"}
+    quantize(source, tmp_path / "plain.gguf", **wishes)
+    facts = quantize(source, tmp_path / "tuned.gguf", tune=True, **wishes)
+    assert facts["tuned"]["divergence_after"] < facts["tuned"]["divergence_before"]
+    plain, tuned = (GGUFCheckpoint(tmp_path / name) for name in ("plain.gguf", "tuned.gguf"))
+    a, b = (c.linear("model.layers.1.mlp.down_proj") for c in (plain, tuned))
+    assert a.form == b.form
+    for x, y in ((a, b), (a.scales, b.scales), (a.offsets, b.offsets)):
+        assert np.array_equal(x.codes, y.codes)
+    assert not np.array_equal(a.scales.times, b.scales.times)
+    norm = "model.layers.1.input_layernorm"
+    assert not np.array_equal(plain.vector(norm), tuned.vector(norm))
 
 
 def test_metadata_and_tokenizer_are_carried_over(tmp_path, source):

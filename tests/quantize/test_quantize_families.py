@@ -19,13 +19,14 @@ from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf import GGUFCheckpoint
 from tinychat.formats.hf import HFCheckpoint, read_config
+from tinychat.models import FAMILIES as MODELS
 from tinychat.models import llama
 from tinychat.network.config import ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import QuantizedLinear
-from tinychat.quantize import block, quantize, settings
+from tinychat.quantize import block, quantize, settings, smooth
 from tinychat.quantize.forward import Forward, read_block
-from tinychat.quantize.grids import Grid
+from tinychat.quantize.grids import Grid, Symmetric
 
 FAMILIES = (
     "mistral window",
@@ -147,6 +148,17 @@ def test_folding_leaves_the_function_as_it_is(source, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ONE_EACH, indirect=True)
+def test_smoothquants_folding_leaves_the_function_as_it_is(source, monkeypatch):
+    checkpoint, hf = source
+    cfg, x, folded = checkpoint.config, torch.randn(2, 64, checkpoint.config.hidden_size), []
+    monkeypatch.setattr(smooth, "round_to_nearest", lambda w, grid, cfg: w)
+    quantizer = smooth.SmoothQuantizer(Forward(cfg), lambda k: Symmetric(8, k), alphas=(0.7,))
+    for layer in range(cfg.n_layers):
+        folded.append(quantizer(read_block(checkpoint, layer), x)[0])
+    assert relative_error(forward(checkpoint, IDS, lambda c, i: folded[i]), logits_of(hf, IDS)) < 2e-3
+
+
+@pytest.mark.parametrize("source", ONE_EACH, indirect=True)
 def test_each_method_writes_a_folder_that_runs_and_is_close(source, text, tmp_path):
     checkpoint, hf = source
     want, error = logits_of(hf, IDS), {}
@@ -155,7 +167,7 @@ def test_each_method_writes_a_folder_that_runs_and_is_close(source, text, tmp_pa
         assert facts["group_size"] == 32
         written = HFCheckpoint(tmp_path / method)
         assert written.config == checkpoint.config
-        for name in block.FAMILIES[checkpoint.config.family].linears(checkpoint.config, 1):
+        for name in MODELS[checkpoint.config.family].linears(checkpoint.config, 1):
             assert isinstance(written.linear(name), QuantizedLinear)
         error[method] = relative_error(logits(tmp_path / method), want)
     # random weights and bytes have little to fit to: what calibration may not do is lose anything

@@ -128,8 +128,14 @@ class GroupSize(click.ParamType):
 @click.command()
 @model_argument
 @click.option("--out", required=True, type=Name(), help="Folder (or .gguf file) to write.")
-@click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), default="4", show_default=True)
-@click.option("--method", type=click.Choice(["awq", "gptq", "rtn"]), default="awq", show_default=True)
+@click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), help="Default: 4; 8 with smoothquant.")
+@click.option(
+    "--method",
+    type=click.Choice(["awq", "gptq", "rtn", "smoothquant"]),
+    default="awq",
+    show_default=True,
+    help="smoothquant: 8 bits for weights and activations (W8A8).",
+)
 @click.option(
     "--format",
     type=click.Choice(["awq", "gptq", "compressed-tensors", "gguf"]),
@@ -155,16 +161,19 @@ class GroupSize(click.ParamType):
     help="Type in a GGUF (default: Q4_K or Q8_0).",
 )
 @click.option("--act-order", is_flag=True, help="gptq: round inputs with large activations first.")
+@click.option(
+    "--tune", is_flag=True, help="Then distil scales and norms against the float model (some minutes more)."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def quantize(model: str, out: Path, bits: str, as_json: bool, **wishes: Any) -> None:
+def quantize(model: str, out: Path, bits: str | None, as_json: bool, **wishes: Any) -> None:
     """Make a checkpoint of MODEL with 2, 3, 4 or 8 bits a weight: the folder or .gguf file OUT."""
     # Threads with nothing to do sleep: where they spin beside another program, quantizing takes 4 times as
     # long. OpenMP reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from tinychat.quantize import quantize_model
 
-    facts = quantize_model(model, out, bits=int(bits), **wishes)
+    facts = quantize_model(model, out, bits=int(bits) if bits else None, **wishes)
     if as_json:
         _echo_json(facts)
     else:

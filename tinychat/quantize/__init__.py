@@ -2,8 +2,10 @@
 
 `target` says what may be asked for, `grids` which levels a weight then has; `calibration` gives the text,
 `nodes` writes a family's forward pass down, `forward` runs a block of it, `block` scales and fits its
-linears, `rounding` rounds one of them; `gptq` does both as its paper says; `walk` goes from block to block;
-`layouts` packs a block, `settings` names what config.json says, `folder` writes the result.
+linears, `rounding` rounds one of them; `gptq` does both as its paper says; `smooth` moves loud channels into
+8-bit weights, and `folding` their scales into what lies before; `walk` goes from block to block; `layouts`
+packs a block; `tune` distils what stands beside the codes of all; `settings` names what config.json says;
+`folder` and `gguf_output` write the result.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 RECIPE = 3  # raised when the same job would give another result
 RANGES = ("searched", "whole")
+SMOOTHED = 32  # windows for SmoothQuant: maxima of activations need no more
 Progress = Callable[[int, int, str], None]
 
 
@@ -52,13 +55,14 @@ def quantize(
     out_dir: Path,
     *,
     method: str = "awq",
-    bits: int = 4,
+    bits: int | None = None,
     format: str | None = None,
     group_size: int | None = None,
     symmetric: bool = False,
     act_order: bool = False,
     ranges: str = "searched",
     gguf_type: str | None = None,
+    tune: bool = False,
     calib_file: Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -66,43 +70,42 @@ def quantize(
     """Write the checkpoint's weights (dequantized, where stored so) with few bits each: a folder, or a GGUF.
 
     method      "awq": activation-aware scales and rounding fitted to calibration text; "gptq": rounding
-                alone, as its paper says; "rtn": round to nearest
-    bits        of a weight: 2, 3, 4 or 8
+                alone, as its paper says; "rtn": round to nearest; "smoothquant": W8A8
+    bits        of a weight: 2, 3, 4 or 8; None: 4, or the method's own
     format      "awq" (AutoAWQ's `gemm`, 4 bits), "gptq", "compressed-tensors", "gguf" (4 or 8 bits); None: by
                 the name of `out_dir`, else the method's own, where it holds so many bits
-    group_size  inputs that share a scale; -1: all of a row; None: the largest of 128, 64, 32 that divides
-                every linear
+    group_size  inputs that share a scale; -1: all of a row; None: the largest of 128, 64, 32 that fits
     symmetric   zero in the middle (gptq, compressed-tensors)
     gguf_type   "Q4_K", "Q4_1", "Q4_0" or "Q8_0"; None: the first that has so many bits. Linears whose inputs
                 256 does not divide are Q5_0 instead of Q4_K, as llama.cpp has it
     act_order   gptq: round the inputs with the largest activations first (`desc_act`)
     ranges      "searched": the range of a group is chosen by the error that it leaves on calibration text;
                 "whole": from its smallest to its largest weight, as the papers of GPTQ and RTN have it
+    tune        at last, distil scales, offsets and norms against the float model's distributions; codes stay
     calib_file  text to calibrate on instead of the default (plain UTF-8, or .jsonl)
     seed        decides the order of the calibration documents, and which are used
     progress    called with (blocks done, blocks, what is being done)
 
     Embedding, norms and output head stay in 16 bits (in a GGUF: 8, and norms in 32). One block is in memory
-    at a time. A run that was killed goes on when the same call is made again. Returns facts: path, method,
-    format, bits, group_size, calibration_tokens, seconds, size_bytes, substitutes and those of the format.
-    Raises UsageError (wishes that do not go together; `out_dir` taken), CheckpointError (NaN weights),
-    UnsupportedModelError, MemoryBudgetError, and TinychatError when the disk is full.
+    at a time, and all codes while tuning. A run that was killed goes on when the same call is made again.
+    Returns facts: path, method, bits, seconds and more. Raises UsageError (wishes that do not go together),
+    CheckpointError (NaN weights), UnsupportedModelError, MemoryBudgetError, TinychatError (the disk is full).
     """
     import_torch("Quantizing")
-
     started = time.monotonic()
-    wishes: dict[str, Any] = dict(
-        method=method, bits=bits, format=format, group_size=group_size, symmetric=symmetric
-    )
-    target = _check(checkpoint, out_dir, ranges, **wishes, act_order=act_order, type=gguf_type)
+    wishes: dict[str, Any] = dict(bits=bits, format=format, group_size=group_size, symmetric=symmetric)
+    wishes |= dict(method=method, act_order=act_order, type=gguf_type)
+    target = _check(checkpoint, out_dir, ranges, tune, **wishes)
     report = progress or (lambda done, total, what: None)
     report(0, checkpoint.config.n_layers, "reading")
     tokens = _calibration(checkpoint, method, ranges, calib_file, seed)
-    job = _job(checkpoint, method, ranges, target, tokens)
-    record = {"calibration_tokens": 0 if tokens is None else int(tokens.size), "seed": seed}
+    more = _tuning_text(checkpoint, target, calib_file, seed) if tune else None
+    job = _job(checkpoint, method, ranges, target, tokens, more)
+    record: dict[str, Any] = {"calibration_tokens": 0 if tokens is None else int(tokens.size), "seed": seed}
     output, rest = _output(checkpoint, out_dir, target, job)
     with output:
         _blocks(checkpoint, output, target, lambda: _walk(checkpoint, job, target, tokens), report)
+        record |= _tune(checkpoint, output, target, more, report)
         output.finish(checkpoint, target, rest, record)
     facts = {"path": str(output.out), "method": method, **target.facts(), **record}
     facts |= {"size_bytes": output.size(), "substitutes": target.substitutes(checkpoint.config)}
@@ -134,6 +137,44 @@ def _blocks(
         report(cfg.n_layers, cfg.n_layers, "writing")
 
 
+def _tune(
+    checkpoint: Checkpoint, output: Output, target: Target, tokens: np.ndarray | None, report: Progress
+) -> dict[str, Any]:
+    """Tune the finished blocks, and say under `tuned` what that did (see `Tuner`). tokens: int64 [windows,
+    length]; None: nothing is tuned.
+    """
+    if tokens is None:
+        return {}
+    from tinychat.quantize.layouts import StoredBlock
+    from tinychat.quantize.tune import TunedBlock, Tuner
+
+    cfg, blocks = checkpoint.config, []
+    for layer in range(cfg.n_layers):
+        tensors = output.block(layer)
+        assert tensors is not None  # written a moment ago
+        blocks.append(TunedBlock(StoredBlock.read(tensors, cfg, layer, target)))
+
+    def say(done: int, steps: int, kl: float) -> None:
+        report(done, steps, f"tuning, divergence {kl:.4f}")
+
+    tuned = Tuner(checkpoint, blocks)(tokens, say)
+    for block in blocks:
+        output.write_block(block.layer, block.stored().tensors(cfg, target), tuned=True)
+    return {"tuned": tuned}
+
+
+def _tuning_text(checkpoint: Checkpoint, target: Target, file: Path | None, seed: int) -> np.ndarray:
+    """Token ids to tune on: int64 [windows, length], in another order than those to calibrate on."""
+    from tinychat.quantize import calibration, tune
+
+    length = min(tune.LENGTH, checkpoint.config.context_length)
+    count = tune.PLAN.windows
+    tokens = calibration.windows(checkpoint.tokenizer(), file=file, count=count, length=length, seed=seed + 1)
+    need = tune.needed(checkpoint.config, target.group, tokens.size)
+    _check_free(need, "Tuning", "Close other programs, or leave --tune out.")
+    return tokens
+
+
 def _calibration(
     checkpoint: Checkpoint, method: str, ranges: str, file: Path | None, seed: int
 ) -> np.ndarray | None:
@@ -143,16 +184,23 @@ def _calibration(
     from tinychat.quantize import calibration
 
     length = min(calibration.LENGTH, checkpoint.config.context_length)
-    tokens = calibration.windows(checkpoint.tokenizer(), file=file, length=length, seed=seed)
+    count = SMOOTHED if method == "smoothquant" else calibration.COUNT
+    tokens = calibration.windows(checkpoint.tokenizer(), file=file, count=count, length=length, seed=seed)
     _check_memory(checkpoint.config, tokens.size, method)
     return tokens
 
 
 def _job(
-    checkpoint: Checkpoint, method: str, ranges: str, target: Target, tokens: np.ndarray | None
+    checkpoint: Checkpoint,
+    method: str,
+    ranges: str,
+    target: Target,
+    tokens: np.ndarray | None,
+    more: np.ndarray | None,
 ) -> dict[str, Any]:
     """Facts that decide the result: a run that was killed goes on if it is the same."""
-    return {
+    tuning = {} if more is None else {"tuning": hashlib.sha256(more.tobytes()).hexdigest()}
+    return tuning | {
         "recipe": RECIPE,
         "source": checkpoint.fingerprint(),
         "method": method,
@@ -163,7 +211,14 @@ def _job(
 
 
 def _check(
-    checkpoint: Checkpoint, out: Path, ranges: str, *, format: str | None, type: str | None, **wishes: Any
+    checkpoint: Checkpoint,
+    out: Path,
+    ranges: str,
+    tune: bool,
+    *,
+    format: str | None,
+    type: str | None,
+    **wishes: Any,
 ) -> Target:
     """The target; raises for what cannot be done, before anything is read."""
     from tinychat.quantize import settings
@@ -173,6 +228,8 @@ def _check(
     cfg = checkpoint.config
     if ranges not in RANGES:
         raise UsageError(f"The ranges {ranges!r} are not known.", f"Use {' or '.join(RANGES)}.")
+    if tune and wishes["method"] == "smoothquant":
+        raise UsageError("smoothquant has nothing to tune.", "Leave --tune out.")
     if cfg.n_experts:
         raise UnsupportedModelError(
             f"{checkpoint.path.name} is a mixture of experts, which cannot be quantized yet.",
@@ -195,11 +252,13 @@ def _check(
 
 
 def _walk(checkpoint: Checkpoint, job: dict[str, Any], target: Target, tokens: np.ndarray | None) -> Walk:
-    from tinychat.quantize.walk import AWQWalk, GPTQWalk, NearestWalk, WeighedWalk
+    from tinychat.quantize.walk import AWQWalk, GPTQWalk, NearestWalk, SmoothWalk, WeighedWalk
 
     search = job["ranges"] == "searched"
     if tokens is None:
         return NearestWalk(checkpoint, target)
+    if job["method"] == "smoothquant":
+        return SmoothWalk(checkpoint, target, tokens)
     if job["method"] == "rtn":
         return WeighedWalk(checkpoint, target, tokens)
     if job["method"] == "gptq":
@@ -221,17 +280,21 @@ def _output(
 
 def _check_memory(cfg: ModelConfig, n_tokens: int, method: str) -> None:
     """Raises MemoryBudgetError when one block and the calibration activations do not fit."""
-    from tinychat.base.machine import available_memory, human_bytes
-
     a, h, f = cfg.layers[0].mixer, cfg.hidden_size, max(layer.mlp.size for layer in cfg.layers)
     block = 4 * (h * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads) + 3 * h * f)
     kept = 2 * h + f if method == "gptq" else 3 * h  # activations of a token
     need = 4 * block + 4 * kept * n_tokens + 8 * 4 * max(h, f) ** 2 + 4 * cfg.vocab_size * h
-    free = available_memory()
-    if need > free:
+    todo = "Close other programs, or use --method rtn --ranges whole, which needs one block only."
+    _check_free(need, "Quantizing", todo)
+
+
+def _check_free(need: int, what: str, todo: str) -> None:
+    """Raises MemoryBudgetError where fewer bytes are free."""
+    from tinychat.base.machine import available_memory, human_bytes
+
+    if need > (free := available_memory()):
         raise MemoryBudgetError(
-            f"Quantizing this model needs {human_bytes(need)} and {human_bytes(free)} are free.",
-            "Close other programs, or use --method rtn --ranges whole, which needs one block only.",
+            f"{what} this model needs {human_bytes(need)} and {human_bytes(free)} are free.", todo
         )
 
 

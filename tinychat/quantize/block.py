@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
+from tinychat.quantize.folding import bounded, exact_in_norm, norm16, of_rows
 from tinychat.quantize.forward import Forward, Group, Half
 from tinychat.quantize.grids import Grid
 from tinychat.quantize.nodes import BlockWeights
@@ -66,12 +66,6 @@ class QuantizedBlock:
         """Dequantized, for the forward pass."""
         linear = {k: r.dequantize() for k, r in self.linear.items()}
         return BlockWeights(linear, self.bias, self.norm, self.layer)
-
-
-def norm16(v: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
-    """A norm's weight as a file in fp16 gives it back."""
-    offset = FAMILIES[cfg.family].NORM_OFFSET
-    return (v - offset).half().float() + offset if offset else v.half().float()
 
 
 def round_to_nearest(
@@ -248,7 +242,7 @@ class BlockQuantizer:
         best, best_error = torch.ones_like(mean_x), float("inf")
         for alpha in o.alphas if (group.norm or group.rows) and len(o.alphas) > 1 else ():
             s = mean_x.pow(alpha)
-            s = _shared((s / (s.max() * s.min()).sqrt()).clamp(1 / SCALE_LIMIT, SCALE_LIMIT), group)
+            s = bounded(s, group, SCALE_LIMIT)
             scaled = metric.scaled(s)
             trial = {n: compensated(targets[n] * s, scaled, grid, search=False) for n in names}
             if judge is None:
@@ -258,7 +252,7 @@ class BlockQuantizer:
                 error = judge(BlockWeights(linear, float_w.bias, float_w.norm, w.layer))
             if _better(error, best_error):
                 best, best_error, self.last_alpha = s, error, alpha
-        s = self._exact_in_norm(group, w, best)
+        s = exact_in_norm(group, w, best, self.forward.cfg)
         metric = metric.scaled(s)
         for n in names:
             target = targets[n] * s
@@ -278,35 +272,16 @@ class BlockQuantizer:
             wanted = wanted + m.r / m.n
         return w + o.trust * torch.linalg.solve(metric.h.double(), wanted.double().T).T.float()
 
-    def _exact_in_norm(self, group: Group, w: BlockWeights, s: torch.Tensor) -> torch.Tensor:
-        """`s` moved by what fp16 rounds off the folded norm, so that the folding is exact."""
-        if group.norm is None:
-            return s
-        norm = w.norm[group.norm]
-        folded = norm16(norm / s, self.forward.cfg)
-        usable = (folded != 0) & (norm != 0)
-        return (norm / folded).where(usable, s)
-
     def _fold(self, group: Group, w: BlockWeights, out: QuantizedBlock, s: torch.Tensor) -> None:
         """Divide what comes before the linears of a group by their scales."""
         if group.norm is not None:
             w.norm[group.norm] = norm16(w.norm[group.norm] / s, self.forward.cfg)
         if group.rows is None:
             return
-        if group.heads is not None:  # one scale for all heads that read the same values
-            s = s.view(group.heads.n_kv_heads, -1, group.heads.head_dim)[:, 0].flatten()
+        s = of_rows(s, group)
         out.linear[group.rows].divide_rows(s)
         if group.rows in w.bias:
             w.bias[group.rows] = w.bias[group.rows] / s
-
-
-def _shared(s: torch.Tensor, group: Group) -> torch.Tensor:
-    """One scale for each channel of a KV head: all query heads of its group read the same v."""
-    a = group.heads
-    if a is None:
-        return s
-    per_group = s.view(a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim)
-    return per_group.log().mean(1, keepdim=True).exp().expand_as(per_group).flatten()
 
 
 def _room(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -21,13 +21,13 @@ from tinychat.text.template import ChatTemplate
 from tinychat.text.tokenizer import Tokenizer
 
 DEFAULT = Path(__file__).with_name("calibration.jsonl")
-LENGTH = 512
+LENGTH, COUNT = 512, 96
 MAX_FILE = 256 << 20
 PIECE = 6000  # characters of the reference in one document
 
 
 def windows(
-    tokenizer: Tokenizer, *, file: Path | None = None, count: int = 96, length: int = LENGTH, seed: int = 0
+    tokenizer: Tokenizer, *, file: Path | None = None, count: int = COUNT, length: int = LENGTH, seed: int = 0
 ) -> np.ndarray:
     """Token ids int64 [n ≤ count, length]: documents joined in an order drawn from `seed`, then cut.
 

@@ -34,8 +34,8 @@ from tinychat.text.tokenizer import Tokenizer
 
 RECORD = "quantize.json"  # says how the folder was made, and so that it is ours to replace
 SHARD_BYTES = 5_000_000_000
-DTYPES = {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8"}
-WIDTHS = {"F16": 2, "F32": 4, "I32": 4, "I64": 8, "U8": 1}
+DTYPES = {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64", "int8": "I8", "uint8": "U8"}
+WIDTHS = {"F16": 2, "F32": 4, "I32": 4, "I64": 8, "I8": 1, "U8": 1}
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -134,11 +134,13 @@ class Output:
         except (SafetensorError, OSError, ValueError):
             return None
 
-    def write_block(self, layer: int, tensors: dict[str, np.ndarray]) -> None:
+    def write_block(self, layer: int, tensors: dict[str, np.ndarray], tuned: bool = False) -> None:
+        """Keep a finished block; `tuned`: beside the one that it was tuned from."""
+        path = self._block_path(layer, tuned)
         with disk_errors(self.out):
-            temporary = self._block_path(layer).with_suffix(".tmp")
+            temporary = path.with_suffix(".tmp")
             write_safetensors(temporary, [Entry.of(k, v) for k, v in tensors.items()])
-            os.replace(temporary, self._block_path(layer))
+            os.replace(temporary, path)
 
     def finish(
         self, checkpoint: Checkpoint, target: Target, rest: list[Entry], record: dict[str, Any]
@@ -170,14 +172,14 @@ class Output:
         """Bytes of what was written."""
         raise NotImplementedError
 
-    def _block_path(self, layer: int) -> Path:
-        return self.partial / f"block-{layer:05d}.safetensors"
+    def _block_path(self, layer: int, tuned: bool = False) -> Path:
+        return self.partial / f"{'tuned' if tuned else 'block'}-{layer:05d}.safetensors"
 
     def _block_entries(self, n_layers: int) -> Iterator[Entry]:
         from safetensors import safe_open
 
         for layer in range(n_layers):
-            path = self._block_path(layer)
+            path = self._block_path(layer, tuned=self._block_path(layer, tuned=True).is_file())
             with safe_open(path, framework="numpy") as f:
                 for name in f.keys():  # noqa: SIM118 (not a mapping)
                     s = f.get_slice(name)

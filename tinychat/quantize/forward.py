@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -148,10 +148,13 @@ def _folds(x: Node) -> dict[str, Any]:
 
 
 class Forward:
-    """The float32 forward pass of a model over windows [S, T, H]; causal, positions 0…T−1."""
+    """The float32 forward pass of a model over windows [S, T, H]; causal, positions 0…T−1.
 
-    def __init__(self, config: ModelConfig):
-        self.cfg, self.network = config, network(config)
+    rounded  what the linears of blocks read instead of their inputs […, in]; None: these themselves
+    """
+
+    def __init__(self, config: ModelConfig, rounded: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        self.cfg, self.network, self.rounded = config, network(config), rounded
 
     def halves(self, layer: int) -> tuple[Half, ...]:
         """Attention and MLP of a block, in the order of use."""
@@ -163,7 +166,10 @@ class Forward:
 
         def of(x: Node) -> Any:
             if x not in values:
-                values[x] = x.run(w, *map(of, x.inputs))
+                inputs = map(of, x.inputs)
+                if self.rounded is not None and isinstance(x, Product):
+                    inputs = map(self.rounded, inputs)
+                values[x] = x.run(w, *inputs)
             return values[x]
 
         return of(node)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinychat.quantize.block import QuantizedBlock, norm16
+from tinychat.quantize.block import QuantizedBlock
+from tinychat.quantize.folding import norm16
 from tinychat.quantize.forward import Forward, Group, Half
 from tinychat.quantize.grids import Grid
 from tinychat.quantize.nodes import BlockWeights

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinychat.formats import awq, gguf_metadata, gptq
+from tinychat.formats.gguf_blocks import UNPACK
 from tinychat.formats.gguf_pack import PACK
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
-from tinychat.network.weights import DenseLinear, QuantizedLinear
+from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize.forward import apart, network
 from tinychat.quantize.nodes import BlockWeights
 from tinychat.quantize.target import Target
@@ -21,24 +23,74 @@ if TYPE_CHECKING:
 Tensors = dict[str, np.ndarray]
 
 
-def packed(block: QuantizedBlock, cfg: ModelConfig, target: Target) -> Tensors:
-    """A block's tensors as its family's files have them: fused linears in one, norms without their offset."""
-    import torch
+@dataclass(frozen=True)
+class StoredBlock:
+    """A block as files have it, by the names inside it: fused linears in one; norms float32, as they are
+    multiplied by.
+    """
 
-    prefix = f"model.layers.{block.layer}."
-    out: Tensors = {}
-    of = network(cfg).parts(block.layer)
-    for name in (whole.removeprefix(prefix) for whole in FAMILIES[cfg.family].linears(cfg, block.layer)):
-        parts = tuple(of[name]) or (name,)
-        rounded = block.linear[parts[0]].stacked([block.linear[p] for p in parts[1:]])
-        bias = torch.cat([block.bias[p] for p in parts]) if parts[0] in block.bias else None
-        linear = rounded.canonical(bias)
-        gguf = target.format == "gguf"
-        own = _blocks(linear, prefix + name, cfg, target) if gguf else _PACK[target.format](linear)
-        out |= {f"{prefix}{name}.{part}": a for part, a in own.items()}
-    for name, v in block.norm.items():
-        out[f"{prefix}{name}.weight"] = v.numpy() if target.format == "gguf" else as_stored(v.numpy(), cfg)
-    return out
+    layer: int
+    linear: dict[str, QuantizedLinear]
+    norm: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, block: QuantizedBlock, cfg: ModelConfig) -> StoredBlock:
+        """The block that a quantizer has made."""
+        import torch
+
+        linear, of = {}, network(cfg).parts(block.layer)
+        for name in _names(cfg, block.layer):
+            parts = tuple(of[name]) or (name,)
+            rounded = block.linear[parts[0]].stacked([block.linear[p] for p in parts[1:]])
+            bias = torch.cat([block.bias[p] for p in parts]) if parts[0] in block.bias else None
+            linear[name] = rounded.canonical(bias)
+        return cls(block.layer, linear, {name: v.numpy() for name, v in block.norm.items()})
+
+    def tensors(self, cfg: ModelConfig, target: Target) -> Tensors:
+        """The tensors of its family's files; in a folder norms are without their offset."""
+        gguf, prefix, out = target.format == "gguf", f"model.layers.{self.layer}.", Tensors()
+        for name, linear in self.linear.items():
+            whole = prefix + name
+            own = _blocks(linear, whole, cfg, target) if gguf else _PACK[target.layout](linear)
+            out |= {f"{whole}.{part}": a for part, a in own.items()}
+        for name, v in self.norm.items():
+            out[f"{prefix}{name}.weight"] = v if gguf else as_stored(v, cfg)
+        return out
+
+    @classmethod
+    def read(cls, tensors: Tensors, cfg: ModelConfig, layer: int, target: Target) -> StoredBlock:
+        """The block that `tensors` gave these of."""
+        gguf, prefix, out = target.format == "gguf", f"model.layers.{layer}.", cls(layer, {}, {})
+        offset = np.float32(0 if gguf else FAMILIES[cfg.family].NORM_OFFSET)
+        for name in _names(cfg, layer):
+            own = f"{prefix}{name}."
+            parts = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
+            out.linear[name] = _of_blocks(parts, own[:-1], cfg) if gguf else _unpack(parts, target)
+        for name in (norm.removeprefix(prefix) for norm in FAMILIES[cfg.family].norms(cfg, layer)):
+            out.norm[name] = tensors[f"{prefix}{name}.weight"].astype(np.float32) + offset
+        return out
+
+    def weights(self, cfg: ModelConfig) -> BlockWeights:
+        """Dequantized, for the forward pass."""
+        import torch
+
+        w = BlockWeights({}, layer=self.layer)
+        for name, linear in self.linear.items():
+            w.linear |= apart(cfg, self.layer, name, torch.from_numpy(linear.dequantize()))
+            if linear.bias is not None:
+                w.bias |= apart(cfg, self.layer, name, torch.from_numpy(linear.bias))
+        w.norm = {name: torch.from_numpy(v) for name, v in self.norm.items()}
+        return w
+
+
+def packed(block: QuantizedBlock, cfg: ModelConfig, target: Target) -> Tensors:
+    """A block's tensors as its family's files have them."""
+    return StoredBlock.of(block, cfg).tensors(cfg, target)
+
+
+def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, target: Target) -> BlockWeights:
+    """The block that `packed` gave these tensors of."""
+    return StoredBlock.read(tensors, cfg, layer, target).weights(cfg)
 
 
 def as_stored(norm: np.ndarray, cfg: ModelConfig) -> np.ndarray:
@@ -47,24 +99,17 @@ def as_stored(norm: np.ndarray, cfg: ModelConfig) -> np.ndarray:
         return (norm - np.float32(FAMILIES[cfg.family].NORM_OFFSET)).astype(np.float16)
 
 
-def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, target: Target) -> BlockWeights:
-    """The block that `packed` gave these tensors of."""
-    import torch
+def _names(cfg: ModelConfig, layer: int) -> list[str]:
+    """The linears of a block by their names inside it."""
+    prefix = f"model.layers.{layer}."
+    return [name.removeprefix(prefix) for name in FAMILIES[cfg.family].linears(cfg, layer)]
 
-    w, prefix = BlockWeights({}, layer=layer), f"model.layers.{layer}."
-    for key, a in tensors.items():
-        name, _, part = key.removeprefix(prefix).rpartition(".")
-        if part in CODES:
-            own = f"{prefix}{name}."
-            parts = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
-            linear = _floats(parts, own[:-1], cfg) if target.format == "gguf" else _unpack(parts, target)
-            w.linear |= apart(cfg, layer, name, torch.from_numpy(linear.dequantize()))
-            if linear.bias is not None:
-                w.bias |= apart(cfg, layer, name, torch.from_numpy(linear.bias))
-        elif part == "weight":
-            offset = np.float32(0 if target.format == "gguf" else FAMILIES[cfg.family].NORM_OFFSET)
-            w.norm[name] = torch.from_numpy(a.astype(np.float32) + offset)
-    return w
+
+def _int_quantized(weight: QuantizedLinear) -> Tensors:
+    """compressed-tensors' `int-quantized`: weight int8 [N, K], weight_scale float16 [N, 1], bias."""
+    codes = weight.codes if weight.zeros is None else (weight.codes ^ 0x80).view(np.int8)  # less 128
+    out = {"weight": codes, "weight_scale": np.asarray(weight.scales)}
+    return out if weight.bias is None else out | {"bias": weight.bias.astype(np.float16)}
 
 
 def _blocks(linear: QuantizedLinear, name: str, cfg: ModelConfig, target: Target) -> Tensors:
@@ -77,31 +122,35 @@ def _blocks(linear: QuantizedLinear, name: str, cfg: ModelConfig, target: Target
     return parts if order is None else {part: a[order] for part, a in parts.items()}
 
 
-def _floats(parts: Tensors, name: str, cfg: ModelConfig) -> DenseLinear:
-    """The weight that `_blocks` gave these parts of."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
+def _of_blocks(parts: Tensors, name: str, cfg: ModelConfig) -> QuantizedLinear:
+    """The linear that `_blocks` gave these parts of."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    (kind,) = parts.keys() & PACK.keys()
-    weight, bias = dequantize(parts[kind], GGMLQuantizationType[kind]), parts.get("bias")
     order = gguf_metadata.in_file_order(gguf_metadata.architecture(cfg)[1], cfg, name)
-    if order is None:
-        return DenseLinear(weight, bias)
-    back = np.argsort(order)
-    return DenseLinear(weight[back], None if bias is None else bias[back])
+    if order is not None:
+        back = np.argsort(order)
+        parts = {part: a[back] for part, a in parts.items()}
+    ((kind, rows),) = ((part, a) for part, a in parts.items() if part in PACK)
+    size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
+    linear = UNPACK[kind](rows.reshape(len(rows), -1, size))
+    return replace(linear, bias=parts.get("bias"))
 
 
-_PACK = {"awq": awq.pack, "gptq": gptq.pack, "compressed-tensors": gptq.pack_compressed}
-
-
-CODES = ("qweight", "weight_packed", *PACK)  # a module that has one of these parts is quantized
+_PACK = {
+    "awq": awq.pack,
+    "gptq": gptq.pack,
+    "compressed-tensors": gptq.pack_compressed,
+    "int-quantized": _int_quantized,
+}
 
 
 def _unpack(parts: Tensors, target: Target) -> QuantizedLinear:
     bias = parts["bias"].astype(np.float32) if "bias" in parts else None
-    if target.format == "awq":
+    if target.layout == "int-quantized":
+        return QuantizedLinear(parts["weight"], parts["weight_scale"], bias=bias, bits=8)
+    if target.layout == "awq":
         return awq.unpack(parts["qweight"], parts["qzeros"], parts["scales"], bias)
-    if target.format == "gptq":
+    if target.layout == "gptq":
         codes = parts["qweight"], parts["qzeros"], parts["scales"]
         return gptq.unpack(*codes, parts["g_idx"], version=1, bias=bias, bits=target.bits)
     zeros, g_idx = parts.get("weight_zero_point"), parts.get("weight_g_idx")

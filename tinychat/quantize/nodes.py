@@ -238,8 +238,9 @@ def _turns(rope: RopeConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the positions 0…length - 1: each [length, D / 2]."""
     import torch
 
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.from_numpy(rope.frequencies())
-    return (rope.magnitude * torch.cos(angle)).float(), (rope.magnitude * torch.sin(angle)).float()
+    with torch.inference_mode(False):  # kept for those who want gradients through them
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.from_numpy(rope.frequencies())
+        return (rope.magnitude * torch.cos(angle)).float(), (rope.magnitude * torch.sin(angle)).float()
 
 
 def _rotate(x: torch.Tensor, rope: RopeConfig) -> torch.Tensor:

@@ -11,7 +11,7 @@ from tinychat.network.config import ModelConfig
 from tinychat.network.weight_form import ROW, SUPER
 from tinychat.quantize.grids import Grid, Offsets, SixBit, Symmetric
 
-METHODS = ("awq", "gptq", "rtn")
+METHODS = ("awq", "gptq", "rtn", "smoothquant")
 BITS = {"awq": (4,), "gptq": (2, 3, 4, 8), "compressed-tensors": (2, 3, 4, 8), "gguf": (4, 8)}
 GROUPS = (128, 64, 32)
 GGUF_TYPES = {4: ("Q4_K", "Q4_1", "Q4_0"), 8: ("Q8_0",)}
@@ -35,6 +35,7 @@ class Target:
     symmetric  zero in the middle, none stored
     act_order  gptq's: inputs with large activations first, from wherever they stand
     type       of tensors in a GGUF
+    inputs     bits of activations, which the format then promises to round for each token; 0: none
     """
 
     format: str
@@ -43,6 +44,12 @@ class Target:
     symmetric: bool = False
     act_order: bool = False
     type: str = ""
+    inputs: int = 0
+
+    @property
+    def layout(self) -> str:
+        """Word for the tensors of a module: the format's own, or "int-quantized"."""
+        return "int-quantized" if self.inputs else self.format
 
     def grid(self, k: int) -> Grid:
         """The grid of a linear of k inputs."""
@@ -50,7 +57,7 @@ class Target:
             return GGUF_GRIDS[self.type_of(k)]
         group = self.group or k
         if self.symmetric:
-            return Symmetric(self.bits, group)
+            return Symmetric(self.bits, group, cropped=bool(self.inputs))
         return Grid(self.bits, group, lowest=1 if self.format == "gptq" else 0)
 
     def type_of(self, k: int) -> str:
@@ -70,7 +77,8 @@ class Target:
         facts: dict[str, Any] = {"format": self.format, "bits": self.bits, "group_size": self.group or -1}
         if self.format == "gguf":
             return facts | {"type": self.type}
-        return facts | {"symmetric": self.symmetric, "act_order": self.act_order}
+        facts |= {"symmetric": self.symmetric, "act_order": self.act_order}
+        return facts | ({"activation_bits": self.inputs} if self.inputs else {})
 
     def quantization_config(self) -> dict[str, Any]:
         """Entry in config.json of a folder."""
@@ -80,20 +88,24 @@ class Target:
 def choose(
     cfg: ModelConfig,
     method: str = "awq",
-    bits: int = 4,
+    bits: int | None = None,
     format: str | None = None,
     group_size: int | None = None,
     symmetric: bool = False,
     act_order: bool = False,
     type: str | None = None,
 ) -> Target:
-    """The target of these wishes; what is left open is chosen. group_size: -1 for the row.
+    """The target of these wishes; what is left open is chosen: 4 bits, and what the method needs.
+    group_size: -1 for the row.
 
     Raises UsageError for wishes that do not go together, naming those that do, and UnsupportedModelError for
     a model whose widths the format cannot hold.
     """
     if method not in METHODS:
         raise UsageError(f"The method {method!r} is not known.", f"Use {' or '.join(METHODS)}.")
+    if method == "smoothquant":
+        return _w8a8(cfg, bits, format, group_size, act_order)
+    bits = 4 if bits is None else bits
     if format is None:
         format = "gguf" if type else "awq" if bits == 4 and method != "gptq" and not symmetric else "gptq"
     if format not in BITS:
@@ -128,6 +140,26 @@ def choose(
         return Target(format, bits, 32, type=type or GGUF_TYPES[bits][0])
     group = choose_group(cfg, group_size)
     return Target(format, bits, group, symmetric, act_order)
+
+
+def _w8a8(
+    cfg: ModelConfig, bits: int | None, format: str | None, group_size: int | None, act_order: bool
+) -> Target:
+    """SmoothQuant's one target. Raises UsageError where something else was wished for."""
+    wishes = {
+        "--bits": bits in (None, 8),
+        "--format": format in (None, "compressed-tensors"),
+        "--group-size": group_size in (None, -1),
+        "--act-order": not act_order,
+    }
+    for option, fits in wishes.items():
+        if not fits:
+            raise UsageError(
+                f"smoothquant has one form, which is not the one that {option} asks for.",
+                f"Leave {option} out: 8 bits, one scale a row, format compressed-tensors.",
+            )
+    choose_group(cfg, None)  # backends run widths that are multiples of 32
+    return Target("compressed-tensors", 8, ROW, symmetric=True, inputs=8)
 
 
 def _or(words: Any) -> str:
@@ -207,15 +239,16 @@ def _compressed(t: Target) -> dict[str, Any]:
         "actorder": "group" if t.act_order else None,
         "dynamic": False,
     }
+    inputs = {"num_bits": t.inputs, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     scheme = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": None,
+        "input_activations": inputs if t.inputs else None,
         "output_activations": None,
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "int-quantized" if t.inputs else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
         "ignore": ["lm_head"],

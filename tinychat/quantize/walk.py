@@ -11,6 +11,7 @@ from tinychat.quantize.block import BlockQuantizer, Options, QuantizedBlock, rou
 from tinychat.quantize.forward import Forward, read_block
 from tinychat.quantize.gptq import GPTQQuantizer
 from tinychat.quantize.layouts import Tensors, unpacked
+from tinychat.quantize.smooth import SmoothQuantizer
 from tinychat.quantize.target import Target
 
 if TYPE_CHECKING:
@@ -100,6 +101,27 @@ class GPTQWalk:
 
     def skip(self, layer: int, stored: Tensors) -> None:
         self.x = self.quantizer.advance(unpacked(stored, self.checkpoint.config, layer, self.target), self.x)
+
+
+class SmoothWalk:
+    """The calibration text's activations in the float network, whose loud channels are moved."""
+
+    def __init__(self, checkpoint: Checkpoint, target: Target, tokens: np.ndarray):
+        self.checkpoint, self.target = checkpoint, target
+        self.forward = Forward(checkpoint.config)
+        self.quantizer = SmoothQuantizer(self.forward, target.grid)
+        self.x = _embedded(checkpoint, self.forward, tokens)
+
+    def quantize(self, layer: int) -> QuantizedBlock:
+        out, self.x = self.quantizer(read_block(self.checkpoint, layer), self.x)
+        _check(self.x, layer)
+        return out
+
+    def skip(self, layer: int, stored: Tensors) -> None:
+        w = read_block(self.checkpoint, layer)
+        for b in range(0, len(self.x), self.quantizer.batch):
+            part = slice(b, b + self.quantizer.batch)
+            self.x[part] = self.forward.block(self.x[part], w)
 
 
 def _embedded(checkpoint: Checkpoint, forward: Forward, tokens: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,48 @@
+"""Scales of input channels, folded into what lies before: the norm, or the rows of v and of up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tinychat.models import FAMILIES
+from tinychat.network.config import ModelConfig
+from tinychat.quantize.forward import Group
+from tinychat.quantize.nodes import BlockWeights
+
+if TYPE_CHECKING:
+    import torch
+
+
+def norm16(v: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
+    """A norm's weight as a file in fp16 gives it back."""
+    offset = FAMILIES[cfg.family].NORM_OFFSET
+    return (v - offset).half().float() + offset if offset else v.half().float()
+
+
+def bounded(s: torch.Tensor, group: Group, limit: float) -> torch.Tensor:
+    """Scales s [in] > 0, moved together so that they lie around 1, within 1/limit…limit, so that folded norms
+    and rows keep their place in fp16; and one for each channel of a KV head, since all query heads of its
+    group read the same v.
+    """
+    s = (s / (s.max() * s.min()).sqrt()).clamp(1 / limit, limit)
+    a = group.heads
+    if a is None:
+        return s
+    per_group = s.view(a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim)
+    return per_group.log().mean(1, keepdim=True).exp().expand_as(per_group).flatten()
+
+
+def exact_in_norm(group: Group, w: BlockWeights, s: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
+    """`s` moved by what fp16 rounds off the folded norm, so that the folding is exact."""
+    if group.norm is None:
+        return s
+    norm = w.norm[group.norm]
+    folded = norm16(norm / s, cfg)
+    usable = (folded != 0) & (norm != 0)
+    return (norm / folded).where(usable, s)
+
+
+def of_rows(s: torch.Tensor, group: Group) -> torch.Tensor:
+    """The scales of the rows of `group.rows`, from those of the inputs that they make."""
+    a = group.heads
+    return s if a is None else s.view(a.n_kv_heads, -1, a.head_dim)[:, 0].flatten()
