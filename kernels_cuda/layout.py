@@ -17,34 +17,65 @@ BAND = 1024  # outputs packed at once: bounds what is copied
 OFF_BY = np.float32(2048)
 LARGEST_HALF = 65504.0
 
-VECTORS = {4: 1, 8: 1, 16: 2, 32: 4}
-STAGE = {4: 64, 8: 32, 16: 32, 32: 32}
-RECORD = {"SYMMETRIC": 4, "ZERO": 4, "OFFSET": 8, "FLOAT": 16, "NONE": 0}
+# What `BESIDE` of layout.cuh knows. Bytes of a record, of outputs g and g + 8 of a group:
+RECORD = {"NONE": 0, "FP16": 4, "ZERO": 4, "FP16_FP16": 8, "FP32": 8, "FP32_FP32": 16}
+# and of coded ones: bits of a code, numbers of a group (scale, offset), bytes of what they are multiplied by,
+# and what is added to a code so that it is no longer negative.
+CODED = {
+    "INT4_INT4": (4, 2, 8, 0),
+    "INT6": (6, 1, 4, 32),
+    "INT6_INT6": (6, 2, 8, 0),
+    "INT8": (8, 1, 4, 128),
+    "E8M0": (8, 1, 0, 0),
+    "E4M3": (8, 1, 8, 0),
+}
+# And of `DECODING`, beside the numbers: bits of a code.
+TABLES = {"IQ4_NL": 4, "E2M1": 4, "E4M3": 8, "NF4": 4}
+BLOCK = 256  # inputs of a block of coded scales
 
 
 @dataclass(frozen=True)
 class Form:
-    """Kernel that a weight is for: 4 or 8 bits with a META of layout.cuh, or 16 or 32 bits as they are."""
+    """Kernel that a weight is for: words of layout.cuh.
+
+    bits      of a code; 16 or 32 as they are
+    decoding  "UNSIGNED", "SIGNED" or one of TABLES
+    beside    one of RECORD or CODED
+    group     16; else 32 of coded ones; else 0
+    """
 
     bits: int
-    meta: str = "NONE"
+    decoding: str = "UNSIGNED"
+    beside: str = "NONE"
+    group: int = 0
 
     @property
     def defines(self) -> dict[str, str]:
         """Definitions that linear.cu and embed.cu are compiled with."""
-        return {"BITS": str(self.bits), "META": self.meta}
+        words = {"BITS": self.bits, "DECODING": self.decoding, "BESIDE": self.beside, "GROUP": self.group}
+        return {name: str(word) for name, word in words.items()}
 
+    @property
+    def stage(self) -> int:
+        """Inputs of a stage."""
+        return CHUNK if self.bits >= 8 or self.decoding == "NF4" else 2 * CHUNK
 
-FORMS = (
-    Form(4, "SYMMETRIC"),
-    Form(4, "ZERO"),
-    Form(4, "OFFSET"),
-    Form(4, "FLOAT"),
-    Form(8, "SYMMETRIC"),
-    Form(8, "FLOAT"),
-    Form(16),
-    Form(32),
-)
+    @property
+    def planes(self) -> tuple[int, int]:
+        """Bits of a code in each plane."""
+        if self.bits < 4:
+            return 2, self.bits - 2
+        return (4, self.bits - 4) if self.bits < 8 else (self.bits, 0)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a tile's stage."""
+        return TILE * self.stage * self.bits // 8
+
+    @property
+    def deep(self) -> bool:
+        """Whether two tiles a warp leave room for enough stages under way."""
+        return self.bits not in (5, 6, 32)
 
 
 @dataclass(frozen=True)
@@ -64,19 +95,30 @@ class Shape:
     @property
     def stages(self) -> int:
         """Number of stages in which a tile's inputs are read."""
-        return -(-self.k // STAGE[self.form.bits])
+        return -(-self.k // self.form.stage)
 
     @property
     def groups(self) -> int:
         """Records of a row."""
-        return self.k // self.group if self.form.meta != "NONE" else 1
+        return self.k // self.group if self.form.beside != "NONE" else 1
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Bytes of codes, meta and zeros."""
-        codes = self.tiles * self.stages * VECTORS[self.form.bits] * 512
-        meta = self.tiles * self.groups * 8 * RECORD[self.form.meta]
-        return codes, meta, self.tiles * self.groups * 8 if self.form.meta == "ZERO" else 0
+        codes = self.tiles * self.stages * self.form.stage_bytes
+        if self.form.beside in CODED:
+            return codes, self.tiles * self._coded, 0
+        meta = self.tiles * self.groups * 8 * RECORD[self.form.beside]
+        return codes, meta, self.tiles * self.groups * 8 if self.form.beside == "ZERO" else 0
+
+    @property
+    def _coded(self) -> int:
+        """Bytes of a tile's coded scales and offsets."""
+        bits, kinds, times, _ = CODED[self.form.beside]
+        blocks = -(-self.stages * self.form.stage // BLOCK)
+        block = BLOCK // self.form.group * kinds * 2 * bits  # of eight g, in bytes
+        row = times * 8
+        return blocks * block + row if self.form.beside == "E4M3" else blocks * (block + row)
 
 
 def bands(n: int) -> Iterator[tuple[int, int]]:
@@ -85,19 +127,74 @@ def bands(n: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + BAND, n)
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 codes 0…15 [n, k] (4 bits) or int8 codes [n, k] (8 bits) to uint8 [tiles, stages, 512]."""
-    a = _padded(codes.astype(np.uint8) if bits == 4 else codes, STAGE[bits])
-    tiles, stages = a.shape[0] // TILE, a.shape[1] // STAGE[bits]
+def pack_codes(codes: np.ndarray, form: Form) -> np.ndarray:
+    """uint8 codes 0…2^bits - 1 [n, k], or int8 numbers, to uint8 [tiles, stages, …]."""
+    a = _padded(codes, form.stage)
+    tiles, stages = a.shape[0] // TILE, a.shape[1] // form.stage
     # tile, which row of eight, g, stage, chunk, t, eight inputs
+    if form.group == 16:
+        a = a.reshape(tiles, 2, 8, stages, -1, 2, 4, 4).swapaxes(5, 6)
     a = a.reshape(tiles, 2, 8, stages, -1, 4, 8)
-    if bits == 8:
-        a = a.view(np.uint8) ^ np.uint8(0x80)
-        return np.ascontiguousarray(a.transpose(0, 3, 2, 5, 4, 1, 6)).reshape(tiles, stages, 512)
-    # Byte i of a word: nibbles 2i and 2i + 1. Nibble j is input 2j, nibble j + 4 is input 2j + 1.
-    low, high = a[..., [0, 4, 1, 5]], a[..., [2, 6, 3, 7]]
-    words = np.ascontiguousarray((low | high << 4).transpose(0, 3, 2, 5, 4, 1, 6))
-    return words.reshape(tiles, stages, 512)
+    if form.bits == 8:
+        a = a.view(np.uint8) ^ np.uint8(0x80) if form.decoding == "SIGNED" else a
+        return np.ascontiguousarray(a.transpose(0, 3, 2, 5, 4, 1, 6)).reshape(tiles, stages, -1)
+    low, high = form.planes
+    table = form.decoding in TABLES
+    planes = [_plane(a & np.uint8((1 << low) - 1) if high else a, low, table)]
+    if high:
+        planes.append(_plane(a >> np.uint8(low), high))
+    return np.concatenate([p.reshape(tiles, stages, -1) for p in planes], axis=2)
+
+
+def _plane(a: np.ndarray, bits: int, in_order: bool = False) -> np.ndarray:
+    """Some bits of codes [tile, which row of eight, g, stage, chunk, t, eight inputs], as lanes read them."""
+    if bits == 4:
+        # Byte i of a word: nibbles 2i and 2i + 1. Nibble j is input 2j, nibble j + 4 is input 2j + 1.
+        low, high = (a[..., 0::2], a[..., 1::2]) if in_order else (a[..., [0, 4, 1, 5]], a[..., [2, 6, 3, 7]])
+        return np.ascontiguousarray((low | high << 4).transpose(0, 3, 2, 5, 4, 1, 6))
+    pairs = [a[..., 2 * j : 2 * j + 2] << np.uint8(bits * j) for j in range(4)]
+    a = pairs[0] | pairs[1] | pairs[2] | pairs[3]  # …, odd inputs or even ones
+    if bits == 2:
+        return np.ascontiguousarray(a.transpose(0, 3, 2, 5, 4, 6, 1))
+    return np.ascontiguousarray((a[:, 0] | a[:, 1] << np.uint8(4)).transpose(0, 2, 1, 4, 5, 3))
+
+
+def pack_coded(shape: Shape, codes: list[np.ndarray], times: list[np.ndarray]) -> np.ndarray:
+    """Integers [n, groups] of scales (and offsets), and floats [n or 1, k/256 or 1] that they are multiplied
+    by, to uint8 [tiles, …].
+    """
+    form, tiles = shape.form, shape.tiles
+    bits, _, _, shift = CODED[form.beside]
+    blocks = -(-shape.stages * form.stage // BLOCK)
+    columns = blocks * (BLOCK // form.group)
+    parts = []
+    for a in codes:
+        a = np.repeat((a.astype(np.int16) + shift).astype(np.uint8), shape.group // form.group, axis=1)
+        a = np.pad(a, [(0, -len(a) % TILE), (0, columns - a.shape[1])])
+        parts.append(a.reshape(tiles, 2, 8, blocks, -1))
+    # tile, block, g; group, scale or offset, which row of eight
+    fields = np.stack(parts, axis=1).transpose(0, 4, 3, 5, 1, 2).reshape(tiles, blocks, 8, -1)
+    stage = fields.shape[3] * form.stage // BLOCK
+    planes = [_units(fields & 15, 4, 4 * stage), _units(fields >> 4, 2, 2 * stage)] if bits == 6 else []
+    planes = planes or [_units(fields, bits, bits * stage)]
+    head = []
+    if times:
+        records = pack_meta(*(np.broadcast_to(a, (shape.n, a.shape[1])) for a in times))
+        if form.beside == "E4M3":
+            head = [records.reshape(tiles, -1)]
+        else:
+            planes.insert(0, records)
+    return np.concatenate([*head, np.concatenate(planes, axis=2).reshape(tiles, -1)], axis=1)
+
+
+def _units(fields: np.ndarray, bits: int, run: int) -> np.ndarray:
+    """Fields [tiles, blocks, 8, n] of so many bits, `run` bits a stage, to bytes [tiles, blocks, …]: units of
+    4 bytes, or of a stage's 8, of all eight g.
+    """
+    tiles, blocks, _, n = fields.shape
+    a = fields.reshape(tiles, blocks, 8, n * bits // 8, -1) << (np.arange(8 // bits, dtype=np.uint8) * bits)
+    a = np.bitwise_or.reduce(a, axis=4).reshape(tiles, blocks, 8, -1, 8 if run > 32 else 4)
+    return np.ascontiguousarray(a.transpose(0, 1, 3, 2, 4)).reshape(tiles, blocks, -1)
 
 
 def pack_halves(parts: list[np.ndarray]) -> np.ndarray:

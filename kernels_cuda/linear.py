@@ -50,7 +50,7 @@ def variant(shape: Shape, rows: int, processors: int) -> tuple[str, tuple[int, i
     elif rows > 16:
         tiles, columns = 1 if shape.form.bits == 32 else 2, MANY
     else:
-        tiles = 2 if shape.form.bits < 32 and shape.tiles >= 8 * processors else 1
+        tiles = 2 if shape.form.deep and shape.tiles >= 8 * processors else 1
         columns = 8 if rows <= 8 else 16
     return f"linear_{tiles}x{columns}", blocks(tiles, columns)
 

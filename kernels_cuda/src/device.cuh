@@ -74,6 +74,23 @@ DEVICE void copy_async_16(void* to, const void* from, u64 policy) {
 #endif
 }
 
+// The same of 4, 8 or 16 bytes; only 16 go past L1.
+template <int BYTES>
+DEVICE void copy_once(void* to, const void* from, u64 policy) {
+    if constexpr (BYTES == 16) {
+        copy_async_16(to, from, policy);
+    } else {
+#ifdef TINYCHAT_HOST
+        host::copy_async(to, from, BYTES);
+#else
+        u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
+        asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
+                     "n"(BYTES), "l"(policy)
+                     : "memory");
+#endif
+    }
+}
+
 // 4, 8 or 16 bytes, through L1: what neighbouring warps read too.
 template <int BYTES>
 DEVICE void copy_async(void* to, const void* from) {

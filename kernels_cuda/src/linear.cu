@@ -20,12 +20,15 @@ LINEAR(linear_1x16, 1, 2, 3)
 // resources linear_1x64: registers 168, spills 0, shared 49152
 LINEAR(linear_1x64, 1, 8, 1)
 #else
+// resources linear_2x64: registers 255, spills 0, shared 49152
+// resources linear_2x64/coded: registers 255, spills 24, stack 24, shared 49152
+LINEAR(linear_2x64, 2, 8, 1)
+#endif
+#if BITS != 32 && BITS != 5 && BITS != 6  // of those, two tiles would leave no room for a pipeline
 // resources linear_2x8: registers 128, spills 0, shared 49152
 LINEAR(linear_2x8, 2, 1, 2)
 // resources linear_2x16: registers 128, spills 0, shared 49152
 LINEAR(linear_2x16, 2, 2, 2)
-// resources linear_2x64: registers 255, spills 0, shared 49152
-LINEAR(linear_2x64, 2, 8, 1)
 #endif
 
 // grid (⌈rows / 128⌉, ⌈tiles / 8⌉), 256 threads.
@@ -38,3 +41,4 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP, 1)
 }
 EXPORT(linear_8x128)
 // resources linear_8x128: registers 255, spills 32, stack 16, shared 49152
+// resources linear_8x128/coded: registers 255, spills 32, stack 288, shared 49152

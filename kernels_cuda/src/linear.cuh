@@ -1,128 +1,45 @@
 // y[m, n] = Σ_k w[n, k] · x[m, k] + bias[n], for weights that are read once and few rows of x.
 //   w      one form of layout.cuh; codes go to the tensor cores as exact halves (q − zero, or q), so the only
-//          roundings are those of fp32 sums; scales are applied in fp32 to sums of 32 or 64 inputs
+//          roundings are those of fp32 sums (and what NF4 and floats of 32 bits lose behind 21 bits); scales are
+//          applied in fp32 to sums of 16, 32 or 64 inputs
 //   x      halves [rows, ldx], zero from k to the next multiple of 64
 //   y      float [rows, ldy]: written, or added to (ADD); then logits: · scale, and cap · tanh(y / cap) if cap
-//   moves  N·K·BITS/8 bytes and the groups' records, once for up to 64 rows (WIDE) or 8, 16
+//   moves  N·K·BITS/8 bytes and what stands beside, once for up to 64 rows (WIDE) or 8, 16
 //
 // Row independence: warp i of a block's eight always takes stages i, i + 8, …; their sums are added in that order; an
 // output meets the same roundings whatever tile, row or variant it is in. So any number of rows gives the same bits.
 //
 // A lane fetches with cp.async just what it alone will read: no barrier in the loop, and DEPTH stages a warp under way
-// (256 threads, 4 stages of 512 bytes, 4 blocks: 64 kB in flight an SM).
+// (256 threads, 4 stages of 512 bytes, 4 blocks: 64 kB in flight an SM). What stands beside codes is the same for four
+// lanes, and each has its own copy of it.
 #pragma once
 
-#include "layout.cuh"
+#include "beside.cuh"
 
 constexpr int WARPS = 8;
 constexpr int SHARED = 48 << 10;  // what a kernel may have without asking
-constexpr int META_BYTES = RECORD + (META == ZERO ? 4 : 0);
 constexpr u32 ONES = 0x3c003c00;
 
-// Groups of 32, and others that do not begin at whole stages, have their scales applied after each chunk.
 template <int TILES>
 struct Ring {
-    static constexpr int SLOT = TILES * (STAGE_BYTES + CHUNKS * WARP * META_BYTES);
+    static constexpr int SLOT = TILES * (STAGE_BYTES + WARP * BESIDE_BYTES);
     static constexpr int MOST = SHARED / WARPS / SLOT;
-    static constexpr int DEPTH = MOST < 4 ? MOST : 4;
+    static constexpr int WANTED = STAGE_BYTES < 512 ? 6 : 4;  // small stages need more of them under way
+    static constexpr int DEPTH = MOST < WANTED ? MOST : WANTED;
     static constexpr int BYTES = WARPS * DEPTH * SLOT;
+    static constexpr int ZEROS = TILES * WARP * SCALES * RECORD;  // where they begin behind the records
 };
-
-struct Weights {
-    const u8 *codes, *meta, *zeros;
-    int stages, group, groups;
-    bool split;  // a stage's chunks are in groups of their own
-};
-
-DEVICE bool splits(int group, int groups) { return CHUNKS > 1 && groups > 1 && group % STAGE != 0; }
-
-// Where the records of a tile's group begin that a chunk of a stage is in.
-DEVICE size_t record_of(const Weights& w, int tile, int stage, int chunk) {
-    int group = (stage * STAGE + chunk * CHUNK) / w.group;
-    if (group >= w.groups) group = w.groups - 1;  // zeros behind the last input
-    return (static_cast<size_t>(tile) * w.groups + group) * RECORDS;
-}
 
 // A stage of TILES tiles into a slot of the ring.
 template <int TILES>
 DEVICE void fetch(u8* slot, const Weights& w, int tile, int stage, int tiles, u64 policy) {
-    int lane = lane_id();
-    [[maybe_unused]] u8* meta = slot + TILES * STAGE_BYTES;
+    u8* beside = slot + TILES * STAGE_BYTES;
     for (int r = 0; r < TILES; ++r) {
         int from = tile + r < tiles ? tile + r : tiles - 1;  // the last block's surplus reads what it will not use
-        const u8* codes = w.codes + (static_cast<size_t>(from) * w.stages + stage) * STAGE_BYTES;
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-            int at = (v * WARP + lane) * 16;
-            copy_async_16(slot + r * STAGE_BYTES + at, codes + at, policy);
-        }
-        if constexpr (META != NONE) {
-#pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) {
-                if (c > 0 && !w.split) break;
-                size_t at = record_of(w, from, stage, c) + lane / 4;
-                u8* to = meta + ((r * CHUNKS + c) * WARP + lane) * RECORD;
-                copy_async<RECORD>(to, w.meta + at * RECORD);
-                if constexpr (META == ZERO) {
-                    u8* zero = meta + TILES * CHUNKS * WARP * RECORD + ((r * CHUNKS + c) * WARP + lane) * 4;
-                    copy_async<4>(zero, w.zeros + at / 4 * 4);
-                }
-            }
-        }
-    }
-}
-
-// Eight codes of a lane to four pairs of halves, exactly.
-DEVICE void unpack_4(u32 codes, u32 less, u32 (&a)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = subtract_halves((codes >> 4 * i & 0x000f000f) | HALF_1024, less);
-}
-
-DEVICE void unpack_8(u32 low, u32 high, u32 (&a)[4]) {
-    a[0] = subtract_halves(pick_bytes(low, 0x64646464, 0x4140), HALF_1152);
-    a[1] = subtract_halves(pick_bytes(low, 0x64646464, 0x4342), HALF_1152);
-    a[2] = subtract_halves(pick_bytes(high, 0x64646464, 0x4140), HALF_1152);
-    a[3] = subtract_halves(pick_bytes(high, 0x64646464, 0x4342), HALF_1152);
-}
-
-// The lane's part of a stage of w.
-DEVICE void read_codes(const u8* stage, uint4 (&v)[VECTORS]) {
-    auto* vectors = reinterpret_cast<const uint4*>(stage) + lane_id();
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) v[i] = vectors[i * WARP];
-}
-
-// Of one chunk: pairs of halves of outputs g and g + 8. part: the halves, or what they are off by.
-DEVICE void unpack(const uint4 (&v)[VECTORS], int chunk, int part, u32 zero, u32 (&a)[4], u32 (&b)[4]) {
-    if constexpr (BITS == 4) {
-        u32 zero_a = HALF_1024, zero_b = HALF_1024;
-        if constexpr (META == SYMMETRIC) zero_a = zero_b = HALF_1032;
-        if constexpr (META == ZERO) {
-            zero_a += (zero & 15) * 0x10001;
-            zero_b += (zero >> 4 & 15) * 0x10001;
-        }
-        unpack_4(chunk ? v[0].z : v[0].x, zero_a, a);
-        unpack_4(chunk ? v[0].w : v[0].y, zero_b, b);
-    } else if constexpr (BITS == 8) {
-        unpack_8(v[0].x, v[0].y, a);
-        unpack_8(v[0].z, v[0].w, b);
-    } else {
-        const uint4 &low = v[2 * part], &high = v[2 * part + 1];
-        a[0] = low.x, a[1] = low.y, a[2] = low.z, a[3] = low.w;
-        b[0] = high.x, b[1] = high.y, b[2] = high.z, b[3] = high.w;
-    }
-}
-
-constexpr bool OFFSETS = BITS == 4 && (META == OFFSET || META == FLOAT);  // also of 8 bits: they are zero there
-
-// A record's scales of outputs g and g + 8, and their offsets.
-DEVICE void unpack_scales(const u32* record, float (&s)[4]) {
-    s[0] = s[1] = 1, s[2] = s[3] = 0;
-    if constexpr (META == FLOAT) {
-        for (int i = 0; i < 4; ++i) s[i] = float_of(record[i]);
-    } else if constexpr (META != NONE) {
-        s[0] = low_float(record[0]), s[1] = high_float(record[0]);
-        if constexpr (META == OFFSET) s[2] = low_float(record[1]), s[3] = high_float(record[1]);
+        fetch_codes(slot + r * STAGE_BYTES, w.codes + (static_cast<size_t>(from) * w.stages + stage) * STAGE_BYTES,
+                    policy);
+        fetch_beside(beside + r * WARP * RUNS * 4 * WORDS, beside + Ring<TILES>::ZEROS + r * WARP * SCALES * 4, w, from,
+                     stage);
     }
 }
 
@@ -136,10 +53,45 @@ DEVICE void apply(float (&acc)[4], float (&c)[4], const float (&sums)[4], const 
     }
 }
 
-// c += the products of 32 inputs, for 16 outputs and 8 rows.
-DEVICE void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], const uint4& x) {
-    mma(c, a[0], b[0], a[1], b[1], x.x, x.y);
-    mma(c, a[2], b[2], a[3], b[3], x.z, x.w);
+// One chunk of weights as the tensor cores take it: pairs of halves of outputs g and g + 8, and what they are off by.
+struct Chunk {
+    u32 a[PARTS][4], b[PARTS][4];
+};
+
+DEVICE void unpack_parts(Chunk& to, const Codes& codes, int chunk, int first, u32 zeros) {
+    unpack<0>(codes, chunk, first, QUADS, zeros, to.a[0], to.b[0]);
+    if constexpr (PARTS == 2) unpack<1>(codes, chunk, first, QUADS, zeros, to.a[1], to.b[1]);
+}
+
+// c += the products of QUADS · 16 inputs, from a quad of a lane's eight on, for 16 outputs and 8 rows.
+DEVICE void multiply(float (&c)[4], int first, const u32 (&a)[4], const u32 (&b)[4], const uint4& x) {
+    if (first == 0) mma(c, a[0], b[0], a[1], b[1], x.x, x.y);
+    if (first + QUADS == 2) mma(c, a[2], b[2], a[3], b[3], x.z, x.w);
+}
+
+DEVICE void multiply_parts(float (&c)[4], int first, const Chunk& w, const uint4& x) {
+    multiply(c, first, w.a[0], w.b[0], x);
+    if constexpr (PARTS == 2) {
+        float off[4] = {};
+        multiply(off, first, w.a[1], w.b[1], x);
+        for (int i = 0; i < 4; ++i) c[i] = fmaf(off[i], OFF_BY, c[i]);
+    }
+}
+
+// And of the inputs themselves.
+DEVICE void add_inputs(float (&sums)[4], int first, const uint4& x) {
+    const u32 ones[4] = {ONES, ONES, ONES, ONES};
+    multiply(sums, first, ones, ones, x);
+}
+
+// The lane's eight of a chunk's inputs, of a row that begins at `chunk`.
+DEVICE uint4 read_inputs(const u16* chunk, int t) {
+    if (HALVES) {
+        uint2 low = *reinterpret_cast<const uint2*>(chunk + 4 * t);
+        uint2 high = *reinterpret_cast<const uint2*>(chunk + CHUNK / 2 + 4 * t);
+        return {low.x, low.y, high.x, high.y};
+    }
+    return *reinterpret_cast<const uint4*>(chunk + 8 * t);
 }
 
 // Which rows a product is of: all, one behind the other.
@@ -203,7 +155,7 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
         copy_commit();
         copy_wait<R::DEPTH - 1>();
         const u8* slot = ring + at * R::SLOT;
-        [[maybe_unused]] const u8* meta = slot + TILES * STAGE_BYTES;
+        [[maybe_unused]] const u8* beside = slot + TILES * STAGE_BYTES;
         float c[TILES][COLUMNS][4] = {}, sums[COLUMNS][4] = {};
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -214,49 +166,39 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
                 bool there = row < rows;
                 if constexpr (Rows::LISTED) row = listed[j], there = row >= 0;
                 v[j] = {0, 0, 0, 0};
-                if (there)
-                    v[j] = *reinterpret_cast<const uint4*>(x + static_cast<size_t>(row) * ldx + stage * STAGE +
-                                                           chunk * CHUNK + 8 * t);
-                if constexpr (OFFSETS) {
-                    const u32 ones[4] = {ONES, ONES, ONES, ONES};
-                    multiply(sums[j], ones, ones, v[j]);
-                }
+                if (there) v[j] = read_inputs(x + static_cast<size_t>(row) * ldx + stage * STAGE + chunk * CHUNK, t);
             }
-            bool last = chunk == CHUNKS - 1 || w.split;
-            int record = w.split ? chunk : 0;
 #pragma unroll
-            for (int r = 0; r < TILES; ++r) {
-                [[maybe_unused]] const u8* mine = meta + ((r * CHUNKS + record) * WARP + lane) * RECORD;
-                u32 zero = 0;
-                if constexpr (META == ZERO) {
-                    const u8* zeros = meta + TILES * CHUNKS * WARP * RECORD;
-                    zero = zeros[((r * CHUNKS + record) * WARP + lane) * 4 + g % 4];
+            for (int quad = 0; quad < 2; quad += QUADS) {
+                if constexpr (OFFSETS)
+#pragma unroll
+                    for (int j = 0; j < COLUMNS; ++j) add_inputs(sums[j], quad, v[j]);
+                bool last = GROUP > 0 || chunk == CHUNKS - 1 || w.split;
+                int record = record_in(w, chunk, quad);
+#pragma unroll
+                for (int r = 0; r < TILES; ++r) {
+                    u32 zeros = 0;
+                    if constexpr (KIND == Beside::ZERO)
+                        zeros = beside[R::ZEROS + ((r * SCALES + record) * WARP + lane) * 4 + g % 4];
+                    Codes codes;
+                    read_codes(slot + r * STAGE_BYTES, codes);
+                    Chunk weights;
+                    unpack_parts(weights, codes, chunk, quad, zeros);
+#pragma unroll
+                    for (int j = 0; j < COLUMNS; ++j) multiply_parts(c[r][j], quad, weights, v[j]);
+                    if (!last) continue;
+                    u32 words[WORDS ? WORDS : 1];
+                    float scales[4];
+                    read_fetched(beside + r * WARP * RUNS * 4 * WORDS, record, words);
+                    scales_of(words, stage, scale_of(chunk, quad), scales);
+#pragma unroll
+                    for (int j = 0; j < COLUMNS; ++j) apply(acc[r][j], c[r][j], sums[j], scales);
                 }
-                uint4 codes[VECTORS];
-                read_codes(slot + r * STAGE_BYTES, codes);
-                u32 a[4], b[4];
-                unpack(codes, chunk, 0, zero, a, b);
+                if (last)
 #pragma unroll
-                for (int j = 0; j < COLUMNS; ++j) multiply(c[r][j], a, b, v[j]);
-                if constexpr (BITS == 32) {
-                    unpack(codes, chunk, 1, zero, a, b);
-#pragma unroll
-                    for (int j = 0; j < COLUMNS; ++j) {
-                        float off[4] = {};
-                        multiply(off, a, b, v[j]);
-                        for (int i = 0; i < 4; ++i) c[r][j][i] = fmaf(off[i], OFF_BY, c[r][j][i]);
-                    }
-                }
-                if (!last) continue;
-                float scales[4];
-                unpack_scales(reinterpret_cast<const u32*>(mine), scales);
-#pragma unroll
-                for (int j = 0; j < COLUMNS; ++j) apply(acc[r][j], c[r][j], sums[j], scales);
+                    for (int j = 0; j < COLUMNS; ++j)
+                        for (int i = 0; i < 4; ++i) sums[j][i] = 0;
             }
-            if (last)
-#pragma unroll
-                for (int j = 0; j < COLUMNS; ++j)
-                    for (int i = 0; i < 4; ++i) sums[j][i] = 0;
         }
         at = at + 1 == R::DEPTH ? 0 : at + 1;
         next = next + 1 == R::DEPTH ? 0 : next + 1;

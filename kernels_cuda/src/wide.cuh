@@ -18,62 +18,94 @@ constexpr int ALONG = 4, ACROSS = 2;   // warps along the outputs, and the rows
 constexpr int BLOCK_TILES = ALONG * TILES, BLOCK_ROWS = ACROSS * COLUMNS * 8;
 constexpr int UNITS = STAGE / 8;  // of 16 bytes, in a row of x
 constexpr int BUFFERS = 3;
-constexpr int PARTS = BITS == 32 ? 2 : 1;  // halves, and what they are off by
+constexpr int AT_ONCE = GROUP > 0 ? 1 : CHUNKS;  // chunks whose sums are scaled together
 
 static_assert(ALONG * ACROSS == WARPS);
 
-// One stage of a warp's weights, as it lies in memory.
-struct Raw {
-    uint4 codes[TILES][VECTORS];
-    u32 meta[TILES][CHUNKS][RECORD ? RECORD / 4 : 1];
-    u32 zeros[TILES][CHUNKS];
+// Sums over all residues. They change eight times in all, so where coded scales need registers they are kept in local
+// memory: what ptxas would put there instead is needed in each stage.
+template <bool LOCAL>
+struct Total {
+    typedef float Sum;
+};
+template <>
+struct Total<true> {
+    typedef volatile float Sum;
 };
 
-// And as the tensor cores take it: pairs of halves of outputs g and g + 8.
-struct Unpacked {
-    u32 a[TILES][CHUNKS][PARTS][4], b[TILES][CHUNKS][PARTS][4];
+// One stage of a warp's weights, as it lies in memory.
+struct Raw {
+    Codes codes[TILES];
+    u32 beside[TILES][RUNS][WORDS ? WORDS : 1], zeros[TILES][RUNS];
 };
+
+// Some chunks of it as the tensor cores take them, and their scales.
+struct Unpacked {
+    Chunk w[TILES][AT_ONCE];
+    float scales[TILES][AT_ONCE * 2 / QUADS][4];
+};
+
+// A tile that is there, for the r-th of a warp.
+DEVICE int tile_of(int tile, int r, int tiles) { return tile + r < tiles ? tile + r : tiles - 1; }
 
 DEVICE void read_codes(Raw& raw, const Weights& w, int tile, int stage, int tiles) {
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
-        int from = tile + r < tiles ? tile + r : tiles - 1;
-        ::read_codes(w.codes + (static_cast<size_t>(from) * w.stages + stage) * STAGE_BYTES, raw.codes[r]);
+        size_t at = static_cast<size_t>(tile_of(tile, r, tiles)) * w.stages + stage;
+        ::read_codes(w.codes + at * STAGE_BYTES, raw.codes[r]);
     }
 }
 
-DEVICE void read_meta(Raw& raw, const Weights& w, int tile, int stage, int tiles) {
-    if constexpr (META != NONE) {
+DEVICE void read_beside(Raw& raw, const Weights& w, int tile, int stage, int tiles) {
 #pragma unroll
-        for (int r = 0; r < TILES; ++r) {
-            int from = tile + r < tiles ? tile + r : tiles - 1;
-#pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) {
-                if (c > 0 && !w.split) break;
-                size_t at = record_of(w, from, stage, c) + lane_id() / 4;
-                auto* record = reinterpret_cast<const u32*>(w.meta + at * RECORD);
-#pragma unroll
-                for (int i = 0; i < RECORD / 4; ++i) raw.meta[r][c][i] = record[i];
-                if constexpr (META == ZERO) raw.zeros[r][c] = w.zeros[at];
-            }
-        }
-    }
+    for (int r = 0; r < TILES; ++r) ::read_beside(w, tile_of(tile, r, tiles), stage, raw.beside[r], raw.zeros[r]);
 }
 
-DEVICE void unpack_all(Unpacked& to, const Raw& raw, bool split) {
+DEVICE void unpack(Unpacked& to, const Raw& raw, const Weights& w, int first) {
 #pragma unroll
     for (int r = 0; r < TILES; ++r)
 #pragma unroll
-        for (int c = 0; c < CHUNKS; ++c)
+        for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll
-            for (int p = 0; p < PARTS; ++p) {
-                u32 zero = META != ZERO ? 0 : c > 0 && split ? raw.zeros[r][c] : raw.zeros[r][0];
-                unpack(raw.codes[r], c, p, zero, to.a[r][c][p], to.b[r][c][p]);
+            for (int quad = 0; quad < 2; quad += QUADS) {
+                bool later = record_in(w, first + i, quad) > 0;
+                u32 zeros = KIND != Beside::ZERO ? 0
+                            : later              ? raw.zeros[r][scale_of(first + i, quad)]
+                                                 : raw.zeros[r][0];
+                unpack_parts(to.w[r][i], raw.codes[r], first + i, quad, zeros);
             }
 }
 
-// Where 16 bytes of x lie in a buffer: rows that eight lanes read at once are in different banks.
-DEVICE int place(int row, int unit) { return (row * UNITS + (UNITS == 8 ? unit ^ (row & 1) * 4 : unit)) * 16; }
+DEVICE void read_scales(Unpacked& to, const Raw& raw, const Weights& w, int stage, int first) {
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+            for (int quad = 0; quad < 2; quad += QUADS) {
+                int c = scale_of(first + i, quad);
+                bool later = !CODED && record_in(w, first + i, quad) > 0;
+                scales_of(later ? raw.beside[r][c] : raw.beside[r][0], stage, c, to.scales[r][scale_of(i, quad)]);
+            }
+}
+
+// Where 16 bytes of x lie in a buffer: rows that are read at once are in different banks. Those are two of eight lanes,
+// or, where lanes read 8 bytes, four of sixteen.
+DEVICE int place(int row, int unit) {
+    int turn = HALVES ? (UNITS == 8 ? (row & 3) * 2 : row & 2) : UNITS == 8 ? (row & 1) * 4 : 0;
+    return (row * UNITS + (unit ^ turn)) * 16;
+}
+
+// The lane's eight of a chunk's inputs.
+DEVICE uint4 read_row(const u8* buffer, int row, int chunk, int t) {
+    if (HALVES) {
+        int unit = chunk * 4 + t / 2, within = t % 2 * 8;
+        uint2 low = *reinterpret_cast<const uint2*>(buffer + place(row, unit) + within);
+        uint2 high = *reinterpret_cast<const uint2*>(buffer + place(row, unit + 2) + within);
+        return {low.x, low.y, high.x, high.y};
+    }
+    return *reinterpret_cast<const uint4*>(buffer + place(row, chunk * 4 + t));
+}
 
 // The block's rows of x, one stage of them. Rows behind the last are copies of it, and not stored.
 DEVICE void fetch_rows(u8* buffer, const u16* x, int first, int rows, int ldx, int stage) {
@@ -84,29 +116,23 @@ DEVICE void fetch_rows(u8* buffer, const u16* x, int first, int rows, int ldx, i
     }
 }
 
-// acc += the stage's products for eight rows, of which the lane has 16 bytes a chunk.
-DEVICE void add_column(float (&acc)[TILES][4], const Unpacked& w, const float (&scales)[TILES][CHUNKS][4],
-                       const uint4 (&v)[CHUNKS], bool split) {
+// acc += the products of some chunks for eight rows, of which the lane has 16 bytes a chunk.
+DEVICE void add_column(float (&acc)[TILES][4], const Unpacked& w, const uint4 (&v)[AT_ONCE], bool split) {
     float sums[4] = {}, c[TILES][4] = {};
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        const u32 ones[4] = {ONES, ONES, ONES, ONES};
-        if constexpr (OFFSETS) multiply(sums, ones, ones, v[chunk]);
-        bool last = chunk == CHUNKS - 1 || split;
+    for (int chunk = 0; chunk < AT_ONCE; ++chunk)
 #pragma unroll
-        for (int r = 0; r < TILES; ++r) {
-            multiply(c[r], w.a[r][chunk][0], w.b[r][chunk][0], v[chunk]);
-            if constexpr (BITS == 32) {
-                float off[4] = {};
-                multiply(off, w.a[r][chunk][PARTS - 1], w.b[r][chunk][PARTS - 1], v[chunk]);
-                for (int i = 0; i < 4; ++i) c[r][i] = fmaf(off[i], OFF_BY, c[r][i]);
+        for (int quad = 0; quad < 2; quad += QUADS) {
+            if constexpr (OFFSETS) add_inputs(sums, quad, v[chunk]);
+            bool last = GROUP > 0 || chunk == AT_ONCE - 1 || split;
+#pragma unroll
+            for (int r = 0; r < TILES; ++r) {
+                multiply_parts(c[r], quad, w.w[r][chunk], v[chunk]);
+                if (last) apply(acc[r], c[r], sums, w.scales[r][scale_of(chunk, quad)]);
             }
-            if (!last) continue;
-            apply(acc[r], c[r], sums, scales[r][chunk]);
+            if (last)
+                for (int i = 0; i < 4; ++i) sums[i] = 0;
         }
-        if (last)
-            for (int i = 0; i < 4; ++i) sums[i] = 0;
-    }
 }
 
 DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Output& to, int rows, int ldx) {
@@ -120,7 +146,8 @@ DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Outp
         int residue = stage % WARPS + 1;
         return residue < WARPS && residue < w.stages ? residue : -1;
     };
-    float acc[TILES][COLUMNS][4] = {}, total[TILES][COLUMNS][4] = {};
+    float acc[TILES][COLUMNS][4] = {};
+    Total<CODED>::Sum total[TILES][COLUMNS][4] = {};
 
     int fetched = 0, buffer = 0;
     for (int i = 0; i < BUFFERS - 1; ++i) {
@@ -131,10 +158,10 @@ DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Outp
     constexpr bool AHEAD = RECORD <= 4;  // registers do not suffice for longer records as well
     Raw raw;
     read_codes(raw, w, tile, 0, tiles);
-    if (AHEAD) read_meta(raw, w, tile, 0, tiles);
+    if (AHEAD) read_beside(raw, w, tile, 0, tiles);
     for (int stage = 0, next; stage >= 0; stage = next) {
         next = follows(stage);
-        if (!AHEAD) read_meta(raw, w, tile, stage, tiles);
+        if (!AHEAD) read_beside(raw, w, tile, stage, tiles);
         copy_wait<BUFFERS - 2>();
         __syncthreads();  // the stage's rows are there, and nobody reads those of the last one any more
         if (fetched >= 0) {
@@ -142,32 +169,29 @@ DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Outp
             fetched = follows(fetched);
         }
         copy_commit();
-        Unpacked unpacked;
-        unpack_all(unpacked, raw, w.split);
-        float scales[TILES][CHUNKS][4];
 #pragma unroll
-        for (int r = 0; r < TILES; ++r)
+        for (int chunk = 0; chunk < CHUNKS; chunk += AT_ONCE) {
+            Unpacked unpacked;
+            unpack(unpacked, raw, w, chunk);
+            read_scales(unpacked, raw, w, stage, chunk);
+            if (chunk + AT_ONCE == CHUNKS && next >= 0) {
+                read_codes(raw, w, tile, next, tiles);
+                if (AHEAD) read_beside(raw, w, tile, next, tiles);
+            }
 #pragma unroll
-            for (int c = 0; c < CHUNKS; ++c)
-                unpack_scales(c > 0 && !w.split ? raw.meta[r][0] : raw.meta[r][c], scales[r][c]);
-        if (next >= 0) {
-            read_codes(raw, w, tile, next, tiles);
-            if (AHEAD) read_meta(raw, w, tile, next, tiles);
-        }
+            for (int j = 0; j < COLUMNS; ++j) {
+                uint4 v[AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < COLUMNS; ++j) {
-            uint4 v[CHUNKS];
+                for (int c = 0; c < AT_ONCE; ++c) v[c] = read_row(shared[buffer], across + 8 * j + g, chunk + c, t);
+                float column[TILES][4];
 #pragma unroll
-            for (int c = 0; c < CHUNKS; ++c)
-                v[c] = *reinterpret_cast<const uint4*>(shared[buffer] + place(across + 8 * j + g, c * 4 + t));
-            float column[TILES][4];
+                for (int r = 0; r < TILES; ++r)
+                    for (int i = 0; i < 4; ++i) column[r][i] = acc[r][j][i];
+                add_column(column, unpacked, v, w.split);
 #pragma unroll
-            for (int r = 0; r < TILES; ++r)
-                for (int i = 0; i < 4; ++i) column[r][i] = acc[r][j][i];
-            add_column(column, unpacked, scales, v, w.split);
-#pragma unroll
-            for (int r = 0; r < TILES; ++r)
-                for (int i = 0; i < 4; ++i) acc[r][j][i] = column[r][i];
+                for (int r = 0; r < TILES; ++r)
+                    for (int i = 0; i < 4; ++i) acc[r][j][i] = column[r][i];
+            }
         }
         if (stage + WARPS >= w.stages)  // the residue's last
 #pragma unroll
@@ -176,7 +200,7 @@ DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Outp
                 for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        total[r][j][i] += acc[r][j][i];
+                        total[r][j][i] = total[r][j][i] + acc[r][j][i];
                         acc[r][j][i] = 0;
                     }
         buffer = buffer + 1 == BUFFERS ? 0 : buffer + 1;

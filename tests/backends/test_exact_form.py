@@ -45,7 +45,9 @@ BESIDES = [
     ("e4m3", "none"),
 ]
 ALL = Kernels.of(["2", "3", "4", "5", "6", "8", "iq4_nl", "e2m1"], BESIDES)
-SOME = cuda_pack.KERNELS
+SOME = Kernels(
+    frozenset({("4", "fp16", "none"), ("4", "fp32", "fp32"), ("8", "fp16", "none"), ("8", "fp32", "fp32")})
+)
 
 
 def made(kind: str, group: int = GROUP) -> Linear:
@@ -231,16 +233,16 @@ def test_both_layouts_take_every_form(kind):
 
 # What the first build with packs of version 3 wrote, by layout: a change that moves a byte changes its name.
 WRITTEN = {
-    "symmetric": ("cf4449cdbd4e", "f73986ebcc8f"),
-    "zeros": ("4994b106c5ca", "8b72420a804c"),
-    "zeros16": ("f574c964ef4e", "151676950cc9"),
-    "offsets": ("887190a8deb8", "223b7aeb3f87"),
-    "float": ("bfe8824c7ea0", "f048f737d636"),
-    "int8": ("4fceb844d94f", "5d63938d8eb5"),
-    "int8-float": ("65158a84c951", "9600d4678e2b"),
-    "fp32": ("5236ff25dfc0", "c974dc17ac12"),
-    "fp16": ("1a8949d0808f", "04703d5cdcf5"),
-    "bf16": ("113533730514", "b71e2cd625f9"),
+    "symmetric": ("cf4449cdbd4e", "342523b884b7"),
+    "zeros": ("4994b106c5ca", "8b971b0da62a"),
+    "zeros16": ("f574c964ef4e", "8af787b3845c"),
+    "offsets": ("887190a8deb8", "861f36411e7c"),
+    "float": ("bfe8824c7ea0", "4b0e5f6b2c8f"),
+    "int8": ("4fceb844d94f", "81c619557544"),
+    "int8-float": ("65158a84c951", "91e7bd855be4"),
+    "fp32": ("5236ff25dfc0", "2e7434f551c0"),
+    "fp16": ("1a8949d0808f", "b126cd884b8b"),
+    "bf16": ("113533730514", "efa837e9a41c"),
 }
 
 

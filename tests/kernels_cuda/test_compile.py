@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(NVRTC is None, reason=WHY)
 
 
 def limits(source: str) -> dict[str, dict[str, int]]:
-    """What a source says that its kernels may use; "NAME/256" is NAME for heads of that size, what is not
-    named none."""
+    """What a source says that its kernels may use; "NAME/256" is NAME for heads of that size and
+    "NAME/coded" for coded scales; what is not named none."""
     found = {}
     for name, rest in re.findall(
         r"^// resources ([\w/]+): (.*)$", (modules.SOURCES / source).read_text(), re.M
@@ -58,7 +58,8 @@ def check(source: str, defines: dict[str, str], architecture: int) -> None:
     assert actual
     for name, resources in actual.items():
         for what, n in resources.items():
-            limit = allowed.get(f"{name}/{defines.get('HEAD')}", allowed[name]).get(what, 0)
+            kind = "coded" if defines.get("BESIDE") in layout.CODED else defines.get("HEAD")
+            limit = allowed.get(f"{name}/{kind}", allowed[name]).get(what, 0)
             assert n <= limit, f"{name} {defines} sm_{architecture}: {n} {what}"
 
 
@@ -70,10 +71,43 @@ def linear_units(*forms: layout.Form) -> list[tuple[str, dict[str, str]]]:
     return [(source, form.defines) for form in forms for source in ("linear.cu", "experts.cu")]
 
 
+# Forms of 4 and 8 bits, of floats, and those of files.
+FORMS = (
+    layout.Form(4, "SIGNED", "FP16"),
+    layout.Form(4, "UNSIGNED", "ZERO"),
+    layout.Form(4, "UNSIGNED", "FP16_FP16"),
+    layout.Form(4, "UNSIGNED", "FP32_FP32"),
+    layout.Form(8, "SIGNED", "FP16"),
+    layout.Form(8, "SIGNED", "FP32"),
+    layout.Form(8, "SIGNED", "FP32_FP32"),
+    layout.Form(16),
+    layout.Form(32),
+    layout.Form(2, "UNSIGNED", "INT4_INT4", 16),  # Q2_K
+    layout.Form(3, "SIGNED", "INT6", 16),  # Q3_K
+    layout.Form(4, "UNSIGNED", "INT6_INT6", 32),  # Q4_K
+    layout.Form(5, "SIGNED", "FP16"),  # Q5_0
+    layout.Form(5, "UNSIGNED", "FP16_FP16"),  # Q5_1
+    layout.Form(5, "UNSIGNED", "INT6_INT6", 32),  # Q5_K
+    layout.Form(6, "SIGNED", "INT8", 16),  # Q6_K
+    layout.Form(4, "IQ4_NL", "FP16"),
+    layout.Form(4, "IQ4_NL", "INT6", 32),  # IQ4_XS
+    layout.Form(4, "E2M1", "E8M0", 32),  # MXFP4
+    layout.Form(4, "E2M1", "E4M3", 16),  # NVFP4
+    layout.Form(8, "E4M3", "FP32"),  # FP8
+    layout.Form(4, "NF4", "FP32"),
+    layout.Form(2, "UNSIGNED", "ZERO"),  # GPTQ and AWQ
+    layout.Form(3, "UNSIGNED", "ZERO"),
+    layout.Form(2, "UNSIGNED", "FP16_FP16"),  # MLX
+    layout.Form(3, "UNSIGNED", "FP16_FP16"),
+    layout.Form(6, "UNSIGNED", "FP16_FP16"),
+    layout.Form(4, "UNSIGNED", "ZERO", 16),
+)
+
+
 # Every source, in its commonest shape.
 USUAL = [
-    *linear_units(layout.Form(4, "ZERO")),
-    ("embed.cu", layout.Form(8, "SYMMETRIC").defines),
+    *linear_units(layout.Form(4, "UNSIGNED", "ZERO")),
+    ("embed.cu", layout.Form(8, "SIGNED", "FP16").defines),
     ("rows.cu", {}),
     ("logits.cu", {}),
     ("routes.cu", {}),
@@ -81,7 +115,9 @@ USUAL = [
 ]
 # Another form of weight, and heads that need more registers.
 OTHERS = [
-    *linear_units(layout.Form(8, "SYMMETRIC")),
+    *linear_units(layout.Form(8, "SIGNED", "FP16")),
+    ("linear.cu", layout.Form(4, "UNSIGNED", "INT6_INT6", 32).defines),
+    ("embed.cu", layout.Form(6, "SIGNED", "INT8", 16).defines),
     *attention_units(128, 16),
 ]
 
@@ -110,8 +146,8 @@ def test_other_forms_compile_within_their_limits():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_everything_compiles_for_every_gpu(architecture):
     heads = [unit for head in range(32, 257, 32) for bits in (16, 8) for unit in attention_units(head, bits)]
-    check_all([*linear_units(*layout.FORMS), *heads], architecture)
-    check_all([("embed.cu", form.defines) for form in layout.FORMS], architecture)
+    check_all([*linear_units(*FORMS), *heads], architecture)
+    check_all([("embed.cu", form.defines) for form in FORMS], architecture)
 
 
 def test_every_kernel_states_its_limits():
@@ -127,6 +163,6 @@ def test_a_gpu_newer_than_the_compiler_gets_ptx():
     assert NVRTC.target(86) == "sm_86"
     assert NVRTC.target(newest + 30) == f"compute_{newest}"
     image, _ = NVRTC.compile(
-        modules.SOURCES / "linear.cu", modules.headers(), f"compute_{newest}", layout.FORMS[0].defines
+        modules.SOURCES / "linear.cu", modules.headers(), f"compute_{newest}", FORMS[0].defines
     )
     assert b".target" in image

@@ -132,12 +132,6 @@ def test_a_large_weight_is_packed_in_bands():
     np.testing.assert_allclose(run(w, x), truth(w, x), atol=1e-4)
 
 
-def test_every_form_is_met():
-    rng = np.random.default_rng(0)
-    met = {pack(random_weight(rng, kind, 16, 64, 32))[0].form for kind in KINDS}
-    assert met == set(layout.FORMS)
-
-
 @needs_emulation
 @pytest.mark.parametrize("kind", KINDS)
 def test_warps_may_run_in_any_order(kind, monkeypatch):

@@ -288,7 +288,7 @@ def test_slices_and_copies():
 def test_a_device_is_tried_before_it_is_trusted(monkeypatch):
     cuda_device.check(bench().modules)
     pack = layout.pack_codes
-    monkeypatch.setattr(layout, "pack_codes", lambda codes, bits: pack(codes[:, ::-1], bits))
+    monkeypatch.setattr(layout, "pack_codes", lambda codes, form: pack(codes[:, ::-1], form))
     with pytest.raises(TinychatError, match="Emulated GPU computes something else") as e:
         cuda_device.check(bench().modules)
     assert "--device cpu" in e.value.todo

@@ -6,6 +6,7 @@ import numpy as np
 
 from tinychat.backends.cpu_pack import PackedLinear
 from tinychat.kernels_cpu import _native
+from tinychat.network.weight_form import Coded
 from tinychat.network.weights import DenseLinear, QuantizedLinear
 
 ISAS = _native.isas()
@@ -80,6 +81,67 @@ FORMS = {
     "int8": "8-bit, fp16 scales",
     "int8-float": "8-bit, fp32 scales",
 }
+
+
+# Forms of files, and of the algebra between them: bits, table, group, scale, offset ("zero": integers)
+CODED = {
+    "q2_k": (2, None, 16, "int4", "int4"),
+    "q3_k": (3, None, 16, "int6 signed", None),
+    "q4_k": (4, None, 32, "int6", "int6"),
+    "q5_0": (5, None, 32, "fp16", None),
+    "q5_1": (5, None, 32, "fp16", "fp16"),
+    "q5_k": (5, None, 32, "int6", "int6"),
+    "q6_k": (6, None, 16, "int8", None),
+    "iq4_nl": (4, "iq4_nl", 32, "fp16", None),
+    "iq4_xs": (4, "iq4_nl", 32, "int6 signed", None),
+    "mxfp4": (4, "e2m1", 32, "e8m0", None),
+    "nvfp4": (4, "e2m1", 16, "e4m3", None),
+    "tq2_0": (2, None, 256, "fp16", None),
+    "2-bit": (2, None, 64, "fp16", "zero"),
+    "3-bit": (3, None, 64, "fp16", "zero"),
+    "3-bit wide": (3, None, 32, "fp32", "fp32"),
+    "4-bit halves": (4, None, 16, "fp16", "zero"),
+    "4-bit fp32": (4, None, 128, "fp32", None),
+    "6-bit": (6, None, 96, "fp16", "fp16"),
+    "8-bit int6": (8, None, 32, "int6", None),
+    "8-bit fp32": (8, None, 64, "fp32", None),
+    "mixed": (5, None, 32, "int6", "fp16"),
+}
+
+
+def random_coded(rng: np.random.Generator, form: str, n: int, k: int, bias: bool = False) -> QuantizedLinear:
+    """A weight of one of CODED; k must be a multiple of 256 where integers have an fp16."""
+    bits, table, group, scale, offset = CODED[form]
+
+    def beside(kind: str | None, sign: int):
+        word, _, signed = (kind or "").partition(" ")
+        if word == "":
+            return None
+        if word.startswith("int"):
+            half = (rng.uniform(0.5, 1.5, (n, k // 256)) * sign * 0.002).astype(np.float16)
+            top = 1 << int(word[3])
+            if signed or word == "int8":
+                codes = rng.integers(-top // 2, top // 2, (n, k // group), dtype=np.int8)
+            else:
+                codes = rng.integers(0, top, (n, k // group), dtype=np.uint8)
+            return Coded(word, codes, half)
+        if word == "e8m0":
+            return Coded(word, rng.integers(117, 123, (n, k // group), dtype=np.uint8))
+        if word == "e4m3":
+            times = rng.uniform(0.001, 0.002, (n, 1)).astype(np.float32)
+            return Coded(word, rng.integers(1, 127, (n, k // group), dtype=np.uint8), times)
+        floats = rng.uniform(0.5, 1.5, (n, k // group)) * sign * 0.02
+        return floats.astype(np.float16 if word == "fp16" else np.float32)
+
+    b = rng.normal(size=n).astype(np.float32) if bias else None
+    codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
+    if bits == 8:
+        codes = rng.integers(-128, 128, (n, k), dtype=np.int8)
+    zeros = None
+    if offset == "zero":
+        zeros = rng.integers(0, 1 << bits, (n, k // group), dtype=np.uint8)
+    offsets = beside(None if offset == "zero" else offset, -1)
+    return QuantizedLinear(codes, beside(scale, 1), zeros, offsets, b, bits=bits, table=table)
 
 
 def random_linear(rng: np.random.Generator, form: str, n: int, k: int, group: int, bias: bool = False):

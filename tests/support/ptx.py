@@ -175,7 +175,8 @@ class Kernel:
         if m := re.fullmatch(r"bra(?:\.uni)?", opcode):
             return f"goto {operands[0].lstrip('$')};"
         if m := re.fullmatch(
-            rf"(ld|st)(?:\.(global|shared|local|param))?(?:\.nc)?(?:\.v([24]))?\.{TYPE}", opcode
+            rf"(ld|st)(?:\.volatile)?(?:\.(global|shared|local|param))?(?:\.nc)?(?:\.v([24]))?\.{TYPE}",
+            opcode,
         ):
             return self.move(m[1], m[2], int(m[3] or 1), m[4], operands, line)
         if opcode.startswith("mov.b") and "{" in "".join(operands):

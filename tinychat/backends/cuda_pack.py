@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,25 @@ from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.family import Family
-from tinychat.network.weight_form import Coded
+from tinychat.network.weight_form import TABLES, Coded
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear, bf16_to_f32
 
-# layout.cuh's words, by what `Form` says of scale and offset
-METAS = {
-    ("fp16", "none"): "SYMMETRIC",
-    ("fp16", "zero"): "ZERO",
-    ("fp16", "fp16"): "OFFSET",
-    ("fp32", "fp32"): "FLOAT",
-}
-KERNELS = Kernels(
-    frozenset({*(("4", *beside) for beside in METAS), ("8", "fp16", "none"), ("8", "fp32", "fp32")})
+BESIDES = (
+    ("fp16", "none"),
+    ("fp16", "zero"),
+    ("fp16", "fp16"),
+    ("fp32", "none"),
+    ("fp32", "fp32"),
+    ("int4", "int4"),
+    ("int6", "none"),
+    ("int6", "int6"),
+    ("int8", "none"),
+    ("e8m0", "none"),
+    ("e4m3", "none"),
 )
+CODES = ("2", "3", "4", "5", "6", "8", *(t for t in TABLES if t.upper() in layout.TABLES))
+KERNELS = Kernels.of(CODES, BESIDES, CODES)
 PARTS = {"codes": np.uint8, "meta": np.uint8, "zeros": np.uint8, "bias": np.float32, "perm": np.int32}
 EXPERT = ".experts."  # in the name of a linear that is one of many
 PIECE, ALIGNED = 16 << 20, 256  # bytes
@@ -124,24 +129,24 @@ class Loader:
 
     def _read(self, name: str) -> Packed:
         e = self.pack.index["linears"][name]
-        bits, meta, n, k, group = e["form"]
+        *form, n, k, group = e["form"]
         parts = {
             part: None if e[part] is None else self.pack.array(e[part], kind) for part, kind in PARTS.items()
         }
-        return Shape(Form(bits, meta), n, k, group), parts
+        return Shape(Form(*form), n, k, group), parts
 
 
 class CudaLayout:
     """Implements `Layout`: kernels_cuda/layout.py."""
 
-    name = "cuda1"
+    name = "cuda2"
     kernels = KERNELS
 
     def entry(self, w: ExactForm, put: Put) -> dict[str, Any]:
         """Places of PARTS, and the fields of `Shape`."""
         shape, parts = packed(w)
         where = {part: put(parts[part]) for part in PARTS}
-        form = [shape.form.bits, shape.form.meta, shape.n, shape.k, shape.group]
+        form = [*astuple(shape.form), shape.n, shape.k, shape.group]
         return {**where, "form": form, "data": where["codes"]}
 
 
@@ -158,15 +163,36 @@ def packed(w: ExactForm) -> Packed:
     if w.scales is None:
         form, parts["codes"] = _floats(w)
         return Shape(form, n, k, k), parts
-    parts["codes"] = _banded(w.codes, lambda a: layout.pack_codes(a, w.form.bits))
-    scales, beside = w.scales, w.beside
-    assert isinstance(scales, np.ndarray)  # KERNELS have none that are coded
-    assert not isinstance(beside, Coded)
-    if w.form.offset == "zero" and beside is not None:
-        parts["meta"], parts["zeros"] = layout.pack_meta(scales), layout.pack_zeros(beside)
+    word, codes, floats = _beside(w)
+    coded = word in layout.CODED
+    form = Form(w.form.bits, w.form.decoding.upper(), word, 16 if w.group == 16 else 32 if coded else 0)
+    shape = Shape(form, n, k, w.group)
+    parts["codes"] = _banded(w.codes, lambda a: layout.pack_codes(a, form))
+    if coded:
+        parts["meta"] = layout.pack_coded(shape, codes, floats)
     else:
-        parts["meta"] = layout.pack_meta(scales, beside)
-    return Shape(Form(w.form.bits, METAS[w.form.scale, w.form.offset]), n, k, w.group), parts
+        parts["meta"] = layout.pack_meta(*floats)
+        parts["zeros"] = layout.pack_zeros(codes[0]) if codes else None
+    return shape, parts
+
+
+def _beside(w: ExactForm) -> tuple[str, list[np.ndarray], list[np.ndarray]]:
+    """layout.cuh's word for scales and offsets, the integers that are stored of them (zeros too), the floats.
+
+    Integers with a sign that the kernels do not expect (no file has those) become floats.
+    """
+    numbers = [w.scales] if w.beside is None else [w.scales, w.beside]
+    if w.form.offset == "zero":
+        return "ZERO", numbers[1:], numbers[:1]
+    word = "_".join(kind.upper() for kind in (w.form.scale, w.form.offset) if kind != "none")
+    coded = [a for a in numbers if isinstance(a, Coded)]
+    if not coded:
+        return word, [], numbers
+    bits, _, _, shift = layout.CODED[word]
+    shifted = [a.codes.astype(np.int16) + shift for a in coded]
+    if all(a.min() >= 0 and a.max() < 1 << bits for a in shifted):
+        return word, [a.codes for a in coded], [a.times for a in coded if a.times is not None]
+    return "_".join(["FP32"] * len(coded)), [], [a.floats() for a in coded]
 
 
 def _floats(w: ExactForm) -> tuple[Form, np.ndarray]:
