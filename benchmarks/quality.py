@@ -3,12 +3,18 @@
     python benchmarks/quality.py --work DIR                      # make and measure every row but llama.cpp's
     python benchmarks/quality.py --work DIR --llama-python PY    # PY: a Python that has llama-cpp-python
     python benchmarks/quality.py --work DIR MODEL...             # these only: folders, .gguf files, aliases
+    python benchmarks/quality.py --work DIR --w8a8               # 8-bit weights and activations instead
 
 Text: the reStructuredText specification, from docutils 0.21.2's source distribution (public domain, 119 kB,
 downloaded from PyPI by hash). Windows of 512 tokens, one behind the other; the second half of each is scored,
 so every scored token has 256 tokens of context at least. Weights are dequantized and run in float32 with
 torch, so the figures are of the weights alone. KL: mean over scored tokens of KL(float ‖ quantized), with
 the 95 % interval over windows.
+
+--w8a8: weights are rounded to int8 with one scale a row, and activations by their definition: with one scale
+for each token, as compressed-tensors' `int-quantized` promises, or for each 32 inputs, as our kernels have
+it. "loud": the same function with activation outliers, made by an exact rescaling: in every norm one channel
+in 500 is 50 times as large, and the columns that read it are 50 times smaller.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +37,12 @@ import torch
 from tinychat.formats import open_checkpoint
 from tinychat.hub import store
 from tinychat.network.checkpoint import Checkpoint
+from tinychat.network.weights import DenseLinear
 from tinychat.quantize import quantize
 from tinychat.quantize.forward import Forward, read_block
+from tinychat.quantize.grids import Symmetric
+from tinychat.quantize.rounding import nearest
+from tinychat.quantize.smooth import per_token
 
 SDIST = "docutils==0.21.2"
 SHA256 = "3a6b18732edf182daa3cd12775bbb338cf5691468f91eeeb109deff6ebfa986f"
@@ -39,6 +50,7 @@ FILES = ("docs/ref/rst/restructuredtext.txt",)
 LENGTH = 512
 METHODS = {
     "awq": {"method": "awq"},
+    "awq-tuned": {"method": "awq", "tune": True},
     "gptq": {"method": "gptq"},
     "gptq-act-order": {"method": "gptq", "act_order": True},
     "rtn": {"method": "rtn"},
@@ -69,13 +81,22 @@ def held_out_text(work: Path) -> str:
         return "\n".join(tar.extractfile(f"docutils-0.21.2/{f}").read().decode() for f in FILES)
 
 
-def hidden(checkpoint: Checkpoint, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden states that predict each window's second half [W, L/2, H], and the head [vocab, H]."""
+Round = Callable[[torch.Tensor], torch.Tensor]
+
+
+def hidden(
+    checkpoint: Checkpoint, windows: torch.Tensor, rounded: Round | None = None, weights: Round | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states that predict each window's second half [W, L/2, H], and the head [vocab, H].
+    rounded, weights: what becomes of activations […, in] and of linears [out, in].
+    """
     embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
-    f = Forward(checkpoint.config)
+    f = Forward(checkpoint.config, rounded)
     x = f.embed(embedding, windows)
     for layer in range(checkpoint.config.n_layers):
         w = read_block(checkpoint, layer)
+        if weights is not None:
+            w.linear = {name: weights(v) for name, v in w.linear.items()}
         for i in range(0, len(x), 4):
             x[i : i + 4] = f.block(x[i : i + 4], w)
     x = f.normed(x[:, windows.shape[1] // 2 - 1 : -1], torch.from_numpy(checkpoint.vector("model.norm")))
@@ -97,9 +118,91 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
             else:
                 w = checkpoint.linear(name)
                 assert isinstance(w, QuantizedLinear)
-                bits += n * k * 4 + w.scales.size * (16 + 4)
+                bits += 8 * w.form.n_bytes(n, k)
             weights += n * k
     return bits / weights
+
+
+def scores(
+    truth: torch.Tensor, truth_head: torch.Tensor, x: torch.Tensor, head: torch.Tensor, windows: torch.Tensor
+) -> tuple[list[float], list[float]]:
+    """Of each window the mean of −log p of the scored tokens, and of KL(float ‖ quantized)."""
+    nll, kl = [], []
+    for i in range(len(windows)):
+        p = torch.log_softmax(truth[i] @ truth_head.T, -1)
+        q = torch.log_softmax(x[i] @ head.T, -1)
+        nll.append(-q.gather(1, windows[i, LENGTH // 2 :, None]).mean().item())
+        kl.append((p.exp() * (p - q)).sum(-1).mean().item())
+    return nll, kl
+
+
+class Loud:
+    """A checkpoint that computes the same with activation outliers."""
+
+    EVERY, BY = 500, np.float32(50)
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self.json = None
+
+    def __getattr__(self, name: str):
+        return getattr(self._checkpoint, name)
+
+    def fingerprint(self, tell=None) -> str:
+        return "loud " + self._checkpoint.fingerprint(tell)
+
+    def vector(self, name: str) -> np.ndarray:
+        v = self._checkpoint.vector(name).copy()
+        if name.endswith(("input_layernorm", "post_attention_layernorm")):
+            v[:: self.EVERY] *= self.BY
+        return v
+
+    def linear(self, name: str) -> DenseLinear:
+        w = self._checkpoint.linear(name)
+        weight = w.dequantize()
+        if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            weight[:, :: self.EVERY] /= self.BY
+        return DenseLinear(weight, w.bias)
+
+
+def by_32(x: torch.Tensor) -> torch.Tensor:
+    """Activations as our kernels round them to int8: one scale for each 32 inputs."""
+    return per_token(x.unflatten(-1, (-1, 32))).flatten(-2)
+
+
+def by_row(w: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] rounded to int8 with one scale a row."""
+    return nearest(w, Symmetric(8, w.shape[1], cropped=True)).dequantize()
+
+
+def w8a8(work: Path, source: Path, windows: torch.Tensor) -> None:
+    """Print the rows of W8A8, as the model is and with outliers."""
+    print("| weights and activations | activations' scales | perplexity | of float | KL, 10⁻³ nats |")
+    print("|---|---|---|---|---|")
+    for kind in ("", "loud, "):
+        float_model = open_checkpoint(source)
+        float_model = Loud(float_model) if kind else float_model
+        out = work / f"smoothquant{'-loud' if kind else ''}"
+        if not (out / "config.json").is_file():
+            print(json.dumps(quantize(float_model, out, method="smoothquant")), file=sys.stderr)
+        smooth, base, truth = open_checkpoint(out), 0.0, None
+        for name, checkpoint, weights, rounded, scales in (
+            ("float", float_model, None, None, ""),
+            ("plain W8A8", float_model, by_row, per_token, "a token"),
+            ("SmoothQuant", smooth, None, per_token, "a token"),
+            ("plain W8A8", float_model, by_row, by_32, "32 inputs"),
+            ("SmoothQuant", smooth, None, by_32, "32 inputs"),
+        ):
+            x, head = hidden(checkpoint, windows, rounded, weights)
+            truth = (x, head) if truth is None else truth
+            nll, kl = scores(*truth, x, head, windows)
+            perplexity = math.exp(np.mean(nll))
+            base = base or perplexity
+            change = f"{100 * (perplexity / base - 1):+.2f} %" if rounded else ""
+            print(
+                f"| {kind}{name} | {scales} | {perplexity:.3f} | {change} | {1e3 * np.mean(kl):.1f} |",
+                flush=True,
+            )
 
 
 @torch.inference_mode()
@@ -110,15 +213,18 @@ def main() -> None:
     parser.add_argument("--float", default="smollm2-135m", help="The model whose weights are the float ones.")
     parser.add_argument("--windows", type=int, default=10**9, help="Use the first N windows only.")
     parser.add_argument("--llama-python", help="A Python that imports llama_cpp, for llama.cpp's rows.")
+    parser.add_argument("--w8a8", action="store_true", help="Rows of 8-bit weights and activations.")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     source = store.resolve(args.float)
     reference = open_checkpoint(source)
-    models = {m: store.resolve(m) for m in args.models} or made(args, source)
-
     ids = np.asarray(reference.tokenizer().encode(held_out_text(args.work)))
     windows = torch.from_numpy(ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH))[: args.windows]
     print(f"{len(windows)} windows, {windows.numel() // 2} tokens scored", file=sys.stderr)
+    if args.w8a8:
+        w8a8(args.work, source, windows)
+        return
+    models = {m: store.resolve(m) for m in args.models} or made(args, source)
     truth, truth_head = hidden(reference, windows)
     print("| weights | bits a weight | perplexity | KL to float, 10⁻³ nats |")
     print("|---|---|---|---|")
@@ -126,12 +232,7 @@ def main() -> None:
     for name, path in {"float": source, **models}.items():
         checkpoint = reference if first else open_checkpoint(path)
         x, head = (truth, truth_head) if first else hidden(checkpoint, windows)
-        nll, kl = [], []
-        for i in range(len(windows)):
-            p = torch.log_softmax(truth[i] @ truth_head.T, -1)
-            q = torch.log_softmax(x[i] @ head.T, -1)
-            nll.append(-q.gather(1, windows[i, LENGTH // 2 :, None]).mean().item())
-            kl.append((p.exp() * (p - q)).sum(-1).mean().item())
+        nll, kl = scores(truth, truth_head, x, head, windows)
         error = 1.96 * np.std(kl) / math.sqrt(len(kl))
         bits = "" if first else f"{bits_per_weight(checkpoint):.2f}"
         kl_text = "" if first else f"{1e3 * np.mean(kl):.1f} ± {1e3 * error:.1f}"

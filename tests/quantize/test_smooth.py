@@ -11,7 +11,10 @@ from llama_logits import logits
 from safetensors.numpy import load_file
 from tiny import TinyCheckpoint
 
+import tinychat
 from tinychat.base.errors import UsageError
+from tinychat.formats.hf import HFCheckpoint
+from tinychat.network.weight_form import ROW
 from tinychat.quantize import quantize, smooth
 from tinychat.quantize.block import round_to_nearest
 from tinychat.quantize.forward import Forward, read_block
@@ -109,6 +112,15 @@ def test_the_folder_is_int_quantized_as_compressed_tensors_names_it(tmp_path, te
     ids = np.frombuffer(b"They say the lazy fox jumps 9 times over 8 dogs.", np.uint8).astype(np.int64)
     want, got = logits(source, ids), logits(Plain(), ids)
     assert float((got - want).pow(2).mean()) < 1e-2 * float(want.pow(2).mean())
+    ours = HFCheckpoint(tmp_path / "out").linear("model.layers.0.mlp.down_proj")
+    assert (ours.codes.dtype, ours.form.group) == (np.int8, ROW)
+    plain = Plain()
+    np.testing.assert_array_equal(
+        ours.dequantize(), plain.linear("model.layers.0.mlp.down_proj").dequantize()
+    )
+    with tinychat.load(tmp_path / "out", device="cpu", head_bits=16) as model:
+        run = model.logits(ids.tolist())
+    assert np.square(run - got.numpy()).mean() < 1e-2 * float(want.pow(2).mean())
 
 
 @pytest.mark.parametrize(

@@ -145,21 +145,23 @@ def _tune(
     """
     if tokens is None:
         return {}
+    import torch
+
     from tinychat.quantize.layouts import StoredBlock
     from tinychat.quantize.tune import TunedBlock, Tuner
-
-    cfg, blocks = checkpoint.config, []
-    for layer in range(cfg.n_layers):
-        tensors = output.block(layer)
-        assert tensors is not None  # written a moment ago
-        blocks.append(TunedBlock(StoredBlock.read(tensors, cfg, layer, target)))
 
     def say(done: int, steps: int, kl: float) -> None:
         report(done, steps, f"tuning, divergence {kl:.4f}")
 
-    tuned = Tuner(checkpoint, blocks)(tokens, say)
-    for block in blocks:
-        output.write_block(block.layer, block.stored().tensors(cfg, target), tuned=True)
+    cfg, blocks = checkpoint.config, []
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        for layer in range(cfg.n_layers):
+            tensors = output.block(layer)
+            assert tensors is not None  # written a moment ago
+            blocks.append(TunedBlock(StoredBlock.read(tensors, cfg, layer, target)))
+        tuned = Tuner(checkpoint, blocks)(tokens, say)
+        for block in blocks:
+            output.write_block(block.layer, block.stored().tensors(cfg, target), tuned=True)
     return {"tuned": tuned}
 
 
