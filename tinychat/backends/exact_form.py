@@ -14,7 +14,7 @@ import numpy as np
 
 from tinychat.base.errors import CheckpointError
 from tinychat.network.weight_form import SUPER, TABLES, Coded, Form, Numbers, exact_halves, floats, kind_of
-from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear, quantize_int8
+from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear, rounded_to_int8
 
 PART = 32  # inputs that share a scale of activations: kernels read whole ones
 HALF = 16  # the one group that is smaller
@@ -140,7 +140,7 @@ def _whole(group: int, k: int) -> bool:
 def _rounded(w: QuantizedLinear, kernels: Kernels, name: str) -> ExactForm:
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            int8 = quantize_int8(w.dequantize(), w.bias)
+            int8 = rounded_to_int8(w)
     except ValueError as e:
         raise CheckpointError(
             f"The weights {name + ' ' if name else ''}cannot run as int8: {e}.",

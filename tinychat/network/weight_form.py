@@ -187,6 +187,11 @@ class Coded:
         """(rows, columns)."""
         return self.codes.shape
 
+    def __getitem__(self, rows: slice) -> Coded:
+        """Some of the rows."""
+        times = self.times if self.times is None or len(self.times) == 1 else self.times[rows]
+        return Coded(self.kind, self.codes[rows], times)
+
     def floats(self) -> np.ndarray:
         """float32 [rows, columns]."""
         if self.kind == "e8m0":
@@ -198,12 +203,12 @@ class Coded:
         return np.repeat(times, values.shape[1] // times.shape[1], axis=1) * values
 
     def is_finite(self) -> bool:
-        """Whether all are finite, and so are the values of e2m1 codes times them. Opens no numbers."""
-        if self.times is not None and not np.isfinite(self.times).all():
+        """Whether all are finite, and so is any code times them. Opens no numbers."""
+        if self.times is not None and not _leave_room(self.times):
             return False
         if self.kind == "e8m0":
             return int(self.codes.max(initial=0)) <= _LARGEST_POWER
-        return self.kind != "e4m3" or not ((self.codes & 0x7F) == 0x7F).any()
+        return self.kind != "e4m3" or not is_no_e4m3(self.codes).any()
 
 
 Numbers = np.ndarray | Coded  # float16 or float32 as they are, or coded
@@ -215,8 +220,21 @@ def floats(numbers: Numbers) -> np.ndarray:
 
 
 def is_finite(numbers: Numbers) -> bool:
-    """Whether scales or offsets are finite, however they are stored."""
-    return numbers.is_finite() if isinstance(numbers, Coded) else bool(np.isfinite(numbers).all())
+    """Whether scales or offsets are finite, and so is any code times them, however they are stored."""
+    return numbers.is_finite() if isinstance(numbers, Coded) else _leave_room(numbers)
+
+
+def _leave_room(numbers: np.ndarray) -> bool:
+    """Whether floats are finite, and float32 ones also times the largest code (448) and scale (448)."""
+    if numbers.dtype == np.float32:
+        with np.errstate(over="ignore"):
+            numbers = numbers * np.float32(1 << 18)
+    return bool(np.isfinite(numbers).all())
+
+
+def is_no_e4m3(codes: np.ndarray) -> np.ndarray:
+    """Which codes of e4m3 are NaN, of either sign."""
+    return (codes & np.uint8(0x7F)) == 0x7F
 
 
 def kind_of(numbers: Numbers | None) -> str:

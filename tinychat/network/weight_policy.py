@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from tinychat.base import arguments
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.weight_form import Form, is_finite
+from tinychat.network.weight_form import Form
 from tinychat.network.weights import (
     Q8_GROUP,
     DenseLinear,
     Linear,
-    QuantizedLinear,
-    quantize_int8,
     quantize_rtn,
+    rounded_to_int8,
 )
 
 DAMAGED = "The file is damaged; pull or convert it again."
@@ -87,18 +88,14 @@ def _int8(w: DenseLinear, name: str) -> Linear:
     if w.shape[1] % Q8_GROUP:
         return w  # rare widths stay as stored
     try:
-        return quantize_int8(w.dequantize(), w.bias)
+        return rounded_to_int8(w)
     except ValueError as e:
         raise CheckpointError(f"The weights of {name} cannot run as int8: {e}.", DAMAGED) from None
 
 
 def _checked(w: Linear, name: str) -> Linear:
     """Refuse NaN and infinity: one bad scale turns every later token into garbage without a word."""
-    if isinstance(w, QuantizedLinear):
-        arrays = [w.scales, w.offsets, w.bias]
-    else:
-        arrays = [w.dequantize() if w.bf16 else w.weight, w.bias]
-    if all(a is None or is_finite(a) for a in arrays):
+    if w.is_finite() and (w.bias is None or np.isfinite(w.bias).all()):
         return w
     raise CheckpointError(
         f"The weights of {name} hold NaN or infinity.",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tinychat.network.weight_form import ROW, TABLES, Form, Numbers, floats, kind_of
+from tinychat.network.weight_form import ROW, TABLES, Form, Numbers, floats, is_finite, is_no_e4m3, kind_of
 
 Q8_GROUP = 32
+PIECE = 1 << 20  # weights that are rounded at a time
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,21 @@ class QuantizedLinear:
         out[:, self.perm] = w
         return out
 
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite: by scales and offsets, and codes of a table that has such."""
+        if self.table == "e4m3" and is_no_e4m3(self.codes).any():
+            return False
+        return is_finite(self.scales) and (self.offsets is None or is_finite(self.offsets))
+
+    def part(self, start: int, end: int) -> QuantizedLinear:
+        """Outputs start … end - 1, without the bias; start is a multiple of `rows`."""
+        above, below = start // self.rows, -(-end // self.rows)
+        beside = [None if a is None else a[above:below] for a in (self.scales, self.zeros, self.offsets)]
+        scales, zeros, offsets = beside
+        codes = self.codes[start:end]
+        rows = min(self.rows, len(codes))
+        return replace(self, codes=codes, scales=scales, zeros=zeros, offsets=offsets, bias=None, rows=rows)
+
     def _each_row(self, beside: np.ndarray) -> np.ndarray:
         """[out, in/group, 1] of what stands beside groups."""
         if self.rows > 1:
@@ -124,6 +140,16 @@ class DenseLinear:
         if self.bf16:
             return Form(16, "bf16")
         return Form(16, "fp16") if self.weight.dtype == np.float16 else Form(32, "fp32")
+
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite."""
+        if self.bf16:  # all bits of an exponent
+            return not ((self.weight & np.uint16(0x7F80)) == 0x7F80).any()
+        return bool(np.isfinite(self.weight).all())
+
+    def part(self, start: int, end: int) -> DenseLinear:
+        """Outputs start … end - 1, without the bias."""
+        return DenseLinear(self.weight[start:end], bf16=self.bf16)
 
     def dequantize(self) -> np.ndarray:
         """float32 [out, in]."""
@@ -156,6 +182,19 @@ def quantize_int8(weight: np.ndarray, bias: np.ndarray | None = None) -> Quantiz
     inv = np.divide(1.0, s, out=np.zeros_like(s), where=s > 0)
     codes = np.clip(np.rint(w * inv), -127, 127).astype(np.int8).reshape(n, k)
     return QuantizedLinear(codes, scale, bias=bias, bits=8)
+
+
+def rounded_to_int8(w: Linear) -> QuantizedLinear:
+    """`quantize_int8` of a linear, some rows at a time: never is all of it in floats.
+
+    Raises ValueError as that does.
+    """
+    rows = w.rows if isinstance(w, QuantizedLinear) else 1
+    step = max(rows, PIECE // w.shape[1] // rows * rows)
+    parts = [quantize_int8(w.part(a, a + step).dequantize()) for a in range(0, w.shape[0], step)]
+    codes = np.concatenate([p.codes for p in parts])
+    scales = np.concatenate([p.scales for p in parts if isinstance(p.scales, np.ndarray)])
+    return QuantizedLinear(codes, scales, bias=w.bias, bits=8)
 
 
 def quantize_rtn(weight: np.ndarray, group: int, bias: np.ndarray | None = None) -> QuantizedLinear:
