@@ -152,8 +152,9 @@ void bind_program(nb::module_& m) {
             "rows",
             [](PyProgram& p, int k, bool as_float, int bits, int group, int rows) {
                 require(bits == 0 || bits == 8 || bits == 16, "integers have 8 or 16 bits");
-                require(!bits || (group > 0 && group % kActGroup == 0 && k % group == 0),
-                        "quantized rows need whole groups of a multiple of 32 inputs");
+                const bool whole = group == kActGroup / 2 || (group > 0 && group % kActGroup == 0);
+                require(!bits || (whole && k % group == 0 && k % kActGroup == 0),
+                        "quantized rows need whole groups, of 16 or a multiple of 32 inputs");
                 return Rows{p.program.activations(k, as_float, bits, group, rows), rows};
             },
             "k"_a, "as_float"_a, "bits"_a, "group"_a, "rows"_a = 0)

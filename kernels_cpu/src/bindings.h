@@ -32,19 +32,22 @@ inline void require(bool ok, const char* what) {
 
 inline LinearWeights describe(int kind, int meta, int n, int k, int group) {
     LinearWeights w;
-    require(kind >= 0 && kind <= 4 && meta >= 0 && meta <= 4 && n > 0 && k > 0, "not a linear");
+    require(kind >= 0 && kind < kPackedKinds && meta >= 0 && meta < kMetas && n > 0 && k > 0, "not a linear");
     w.kind = static_cast<WeightKind>(kind);
     w.meta = static_cast<Meta>(meta);
     w.n = n, w.k = k, w.group = group;
-    if (w.quantized()) {
-        require(group > 0 && group % kActGroup == 0 && k % group == 0,
-                "the group must be a multiple of 32 and divide k");
-        require(w.meta != Meta::kNone, "a quantized linear needs scales");
-        require(w.kind == WeightKind::kW4 || w.meta == Meta::kSym || w.meta == Meta::kFloat,
-                "8-bit weights are symmetric");
-    } else {
+    if (!w.quantized()) {
         require(w.meta == Meta::kNone, "a dense linear has no scales");
+        return w;
     }
+    require(w.meta != Meta::kNone, "a quantized linear needs scales");
+    const bool half = group == kActGroup / 2 && !has_signed_bytes(w.kind);
+    require(group > 0 && k % kActGroup == 0 && k % group == 0 && (half || group % kActGroup == 0),
+            "the group must be 16 or a multiple of 32 and divide k");
+    require(!has_supers(w.meta) || (k % kSuper == 0 && kSuper % group == 0),
+            "integer scales stand beside whole 256 inputs");
+    const bool table = w.kind == WeightKind::kIq4Nl || w.kind == WeightKind::kE2m1;
+    require(!table || !(has_offsets(w.meta) || w.meta == Meta::kZero4), "codes of a table have no offsets");
     return w;
 }
 

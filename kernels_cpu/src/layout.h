@@ -5,34 +5,18 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "forms.h"
+
 namespace tinychat {
 
-constexpr int kTile = 16;        // output rows of one weight line: row r lives in 32-bit lane r
 constexpr int kActGroup = 32;    // inputs that share one activation scale
 constexpr int kBlockSlots = 16;  // slots of a KV block
 constexpr int kPartSlots = 256;  // slots of one attention tile: softmax is local to it, tiles merge in slot order
 
-enum class WeightKind : int { kW4 = 0, kW8 = 1, kF32 = 2, kF16 = 3, kBF16 = 4 };
-
-// What stands beside a group's codes, for each of the 16 rows of a tile. w = (q - zero) * scale, or q * scale + offset.
-enum class Meta : int {
-    kSym = 0,       // fp16 scale; zero is 8 (4-bit) or 0 (8-bit)
-    kZero4 = 1,     // fp16 scale, 4-bit zero 0…15 (row r: byte r % 8, low nibble for r < 8)
-    kOffset16 = 2,  // fp16 scale, fp16 offset
-    kFloat = 3,     // fp32 scale, fp32 offset: whatever does not fit the others exactly
-    kNone = 4,      // dense
-};
-
-constexpr int meta_bytes(Meta m) {
-    return m == Meta::kSym ? 32 : m == Meta::kZero4 ? 40 : m == Meta::kOffset16 ? 64 : m == Meta::kFloat ? 128 : 0;
-}
-
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 // A linear layer's weights: tiles of 16 output rows (the last one padded with zero rows), each tile
-//   quantized: meta of group 0, meta of group 1, …, padding to 64 bytes, then the code lines of 64 bytes.
-//     4-bit line: 16 rows × 8 inputs, low nibbles k0…k0+3 in the lane's bytes 0…3, high nibbles k0+4…k0+7
-//     8-bit line: 16 rows × 4 inputs, signed
+//   quantized: what stands beside codes (forms.h), padding to 64 bytes, then the code lines of 64 bytes
 //   dense: for each input k, 16 elements (one for each row)
 struct LinearWeights {
     WeightKind kind = WeightKind::kF32;
@@ -41,17 +25,14 @@ struct LinearWeights {
     const uint8_t* data = nullptr;
     const float* bias = nullptr;  // n values, or null
 
-    bool quantized() const { return kind == WeightKind::kW4 || kind == WeightKind::kW8; }
+    bool quantized() const { return !is_dense(kind); }
     int tiles() const { return (n + kTile - 1) / kTile; }
-    size_t tile_meta_bytes() const {
-        return quantized() ? round_up(static_cast<size_t>(k / group) * meta_bytes(meta), 64) : 0;
-    }
+    int groups() const { return k / group; }
+    bool stores_offsets() const { return has_offsets(meta) || meta == Meta::kZero4; }
+    size_t tile_meta_bytes() const { return quantized() ? round_up(meta_bytes(meta, k, group), 64) : 0; }
     size_t tile_code_bytes() const {
-        size_t per_input = kind == WeightKind::kW4    ? kTile / 2
-                           : kind == WeightKind::kW8  ? kTile
-                           : kind == WeightKind::kF32 ? kTile * 4
-                                                      : kTile * 2;
-        return per_input * k;
+        return quantized() ? static_cast<size_t>(k / 32) * code_bits(kind) * 64
+                           : static_cast<size_t>(k) * kTile * element_bytes(kind);
     }
     size_t tile_bytes() const { return tile_meta_bytes() + tile_code_bytes(); }
     size_t bytes() const { return tile_bytes() * tiles(); }

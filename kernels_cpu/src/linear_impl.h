@@ -1,9 +1,12 @@
-// Linear layers: one kernel template for 4-bit and 8-bit weights, 8-bit and 16-bit activations, 1…8 rows, any ISA.
+// Linear layers: one kernel template for codes of any form, 8-bit and 16-bit activations, 1…8 rows, any ISA.
 // Included by the ISA translation units only.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
+#include "beside_impl.h"
+#include "codes_impl.h"
 #include "kernels.h"
 
 namespace tinychat {
@@ -13,143 +16,206 @@ constexpr int kPrefetchBytes = 4096;  // ahead of the line in use; 2-8 KB measur
 
 inline int imin(int a, int b) { return a < b ? a : b; }
 
-// Scale and offset of one group, for the kLanes rows from `first`: w = q · scale + offset.
-template <class S, int WBits, Meta MT>
-struct GroupMeta {
-    typename S::F scale, offset;
+// Integer dot product of Count byte-lines with kLanes rows, for M rows of activations.
+//   lines  the first code line of 32 inputs, at the first of these rows;  x  integers of the first activation row
+//   nsum   of these 32 inputs, which signed bytes need, so their Count is 8
+template <class S, int M, WeightKind C, int First, int Count>
+inline __attribute__((always_inline)) void dot(const uint8_t* lines, const int8_t* x, const int32_t* nsum,
+                                               typename S::I (&out)[M]) {
+    if constexpr (has_signed_bytes(C)) {
+        typename S::Acc8 acc[M];
+        for (int m = 0; m < M; m++) acc[m] = S::acc8();
+        unroll<Count>([&](auto b) {
+            const typename S::I w = S::prepare_s8(byte_line<S, C, b>(lines));
+            for (int m = 0; m < M; m++) acc[m] = S::dot_s8(acc[m], w, x + m * kActGroup + b * 4);
+        });
+        for (int m = 0; m < M; m++) out[m] = S::finish_s8(acc[m], nsum[m]);
+    } else {
+        // Byte-lines whose products a narrow accumulator holds
+        constexpr int kFit = S::kWide || largest_byte(C) <= 15 ? Count : largest_byte(C) <= 31 ? 4 : 2;
+        unroll<Count / kFit>([&](auto part) {
+            typename S::Acc8 acc[M];
+            for (int m = 0; m < M; m++) acc[m] = S::acc8();
+            unroll<kFit>([&](auto b) {
+                constexpr int line = First + part * kFit + b;
+                const typename S::I w = byte_line<S, C, line>(lines);
+                for (int m = 0; m < M; m++) acc[m] = S::dot_u8(acc[m], w, x + m * kActGroup + line * 4);
+            });
+            for (int m = 0; m < M; m++) out[m] = part ? S::addi(out[m], S::finish_u8(acc[m])) : S::finish_u8(acc[m]);
+        });
+    }
+}
 
-    GroupMeta(const uint8_t* p, int first) {
-        const uint16_t* half = reinterpret_cast<const uint16_t*>(p);
-        if constexpr (MT == Meta::kFloat) {
-            scale = S::load(reinterpret_cast<const float*>(p) + first);
-            offset = S::load(reinterpret_cast<const float*>(p) + kTile + first);
-        } else {
-            scale = S::load_f16(half + first);
-        }
-        if constexpr (MT == Meta::kOffset16) offset = S::load_f16(half + kTile + first);
-        if constexpr (MT == Meta::kZero4)
-            offset = S::mul(scale, S::sub(S::zero(), S::to_float(S::zeros4(p + 32, first))));
-        if constexpr (MT == Meta::kSym && WBits == 4) offset = S::mul(scale, S::set1(-8.0f));
+// With 16-bit activations: each 8 inputs lie in the order 0 2 4 6 1 3 5 7.
+template <class S, int M, WeightKind C, int First, int Count>
+inline __attribute__((always_inline)) void dot(const uint8_t* lines, const int16_t* x, const int32_t*,
+                                               typename S::I (&out)[M]) {
+    typename S::Acc16 acc[M];
+    for (int m = 0; m < M; m++) acc[m] = S::acc16();
+    const auto add = [&](typename S::I w, int at) {
+        for (int m = 0; m < M; m++) acc[m] = S::dot_pair(acc[m], w, x + m * kActGroup + at);
+    };
+    if constexpr (C == WeightKind::kW4) {
+        unroll<Count / 2>([&](auto l) {
+            constexpr int line = First / 2 + l;
+            const typename S::I v = S::line(lines + line * 64);
+            unroll<4>([&](auto i) { add(S::template pair_u4<i>(v), line * 8 + 2 * i); });
+        });
+    } else {
+        unroll<Count>([&](auto b) {  // an even byte-line holds inputs 0…3 of its 8, an odd one inputs 4…7
+            constexpr int line = First + b, at = line / 2 * 8 + 2 * (line % 2);
+            const typename S::I v = byte_line<S, C, line>(lines);
+            add(S::template pair_8<0, has_signed_bytes(C)>(v), at);
+            add(S::template pair_8<1, has_signed_bytes(C)>(v), at + 4);
+        });
+    }
+    for (int m = 0; m < M; m++) out[m] = S::finish16(acc[m]);
+}
+
+// Where a stretch of groups begins: code lines, and the activations of M rows within one row block.
+template <class X>
+struct Stretch {
+    const uint8_t* lines;
+    const X* x;
+    const float* xscale;
+    const int32_t* nsum;
+    const float* gsum;
+
+    // 32 inputs further
+    void next(int line_bytes) {
+        lines += line_bytes, x += kRowBlock * kActGroup;
+        xscale += kRowBlock, nsum += kRowBlock;
     }
 };
 
-// Integer dot product of one activation group (32 inputs) with kLanes rows, for M rows of activations.
-//   lines  the group's first code line, at the first of these rows;  x  integers of the first activation row
-template <class S, int M, int WBits>
-inline void dot32(const uint8_t* lines, const int8_t* x, typename S::Acc8 (&acc)[M]) {
-    for (int m = 0; m < M; m++) acc[m] = S::acc8();
-    if constexpr (WBits == 4) {
-#pragma GCC unroll 4
-        for (int l = 0; l < 4; l++) {
-            typename S::I v = S::line(lines + l * 64), lo = S::low(v), hi = S::high(v);
-            for (int m = 0; m < M; m++) {
-                acc[m] = S::dot_u4(acc[m], lo, x + m * kActGroup + l * 8);
-                acc[m] = S::dot_u4(acc[m], hi, x + m * kActGroup + l * 8 + 4);
-            }
-        }
-    } else {
-#pragma GCC unroll 8
-        for (int l = 0; l < 8; l++) {
-            typename S::I w = S::prepare_s8(S::line(lines + l * 64));
-            for (int m = 0; m < M; m++) acc[m] = S::dot_s8(acc[m], w, x + m * kActGroup + l * 4);
-        }
-    }
+template <int ABits>
+using Integers = std::conditional_t<ABits == 8, int8_t, int16_t>;
+
+template <int ABits>
+Stretch<Integers<ABits>> stretch_at(const uint8_t* lines, const Activations& x, int m0, int k) {
+    const size_t first = x.at(m0, k / kActGroup);
+    return {lines, static_cast<const Integers<ABits>*>(x.q) + first * kActGroup, x.scale + first, x.nsum + first,
+            x.gsum + x.group_at(m0, k / x.group)};
 }
 
-template <class S, int M, int I4>
-inline void dot_pairs(typename S::I v, const int16_t* x, typename S::Acc16 (&acc)[M]) {
-    typename S::I w = S::template pair_u4<I4>(v);
-    for (int m = 0; m < M; m++) acc[m] = S::dot_pair(acc[m], w, x + m * kActGroup + 2 * I4);
-}
+template <class S, int M>
+using Totals = typename S::F[kTile / S::kLanes][M];
 
-template <class S, int M, int WBits>
-inline void dot32(const uint8_t* lines, const int16_t* x, typename S::Acc16 (&acc)[M]) {
-    for (int m = 0; m < M; m++) acc[m] = S::acc16();
-#pragma GCC unroll 4
-    for (int l = 0; l < 4; l++, x += 8) {
-        if constexpr (WBits == 4) {
-            typename S::I v = S::line(lines + l * 64);
-            dot_pairs<S, M, 0>(v, x, acc);
-            dot_pairs<S, M, 1>(v, x, acc);
-            dot_pairs<S, M, 2>(v, x, acc);
-            dot_pairs<S, M, 3>(v, x, acc);
-        } else {
-            for (int half = 0; half < 2; half++) {  // line 2l holds inputs 0…3 of these 8, line 2l+1 inputs 4…7
-                typename S::I v = S::line(lines + (2 * l + half) * 64);
-                typename S::I even = S::template pair_s8<0>(v), odd = S::template pair_s8<1>(v);
-                for (int m = 0; m < M; m++) {
-                    acc[m] = S::dot_pair(acc[m], even, x + m * kActGroup + 2 * half);
-                    acc[m] = S::dot_pair(acc[m], odd, x + m * kActGroup + 4 + 2 * half);
-                }
-            }
-        }
-    }
-}
-
-// out[m][r] = Σ_g scale[r, g] · Σ_s xscale[m, s] · dot(m, r, s) + offset[r, g] · gsum[m, g]
-// for the 16 rows of one tile and activation rows m0…m0+M-1 (within one row block); s runs over the group's 32-input
-// parts.
-//   moves  tile_bytes() of weights, once for all M rows
+// total[m][r] += Σ_g scale[r, g] · Σ_s xscale[m, s] · dot(m, r, s) + offset[r, g] · gsum[m, g]
+// over `groups` groups of `parts` times 32 inputs, for the 16 rows of one tile; s runs over the parts.
 // The dot product of 32 inputs is an exact integer; only the fp32 order over s and g counts, and it is the same for
-// every M.
-template <class S, int M, int WBits, int ABits, Meta MT>
-void tile_quantized(const LinearWeights& w, const uint8_t* tile, const Activations& x, int m0, float* out) {
+// every M, and whether the codes were opened before or not.
+template <class S, int M, WeightKind C, int ABits>
+inline void add_groups(Stretch<Integers<ABits>> at, int groups, int parts, const Beside& beside, bool stored,
+                       Totals<S, M>& total) {
     using F = typename S::F;
     using I = typename S::I;
-    using Acc = std::conditional_t<ABits == 8, typename S::Acc8, typename S::Acc16>;
-    using X = std::conditional_t<ABits == 8, int8_t, int16_t>;
-    constexpr int kHalves = kTile / S::kLanes, kLines = WBits == 4 ? 4 : 8;
-    constexpr bool kOffsets = WBits == 4 || MT != Meta::kSym;
-
-    F total[kHalves][M];
-    for (int h = 0; h < kHalves; h++)
-        for (int m = 0; m < M; m++) total[h][m] = S::zero();
-
-    const size_t meta_size = w.tile_meta_bytes();
-    for (size_t i = 0; i < meta_size; i += 64) S::prefetch(tile + kPrefetchBytes + i);
-    const uint8_t* lines = tile + meta_size;
-    const uint8_t* meta = tile;
-    const size_t first = x.at(m0, 0);
-    const X* xq = static_cast<const X*>(x.q) + first * kActGroup;
-    const float* xscale = x.scale + first;
-    const float* gsum = x.gsum + x.group_at(m0, 0);
-    const int32_t* nsum = x.nsum + first;
-    const int parts = w.group / kActGroup;
-
-    for (int left = w.k / w.group; left > 0; left--, meta += meta_bytes(MT), gsum += kRowBlock) {
-        const uint8_t* group_lines = lines;
-        const X* group_x = xq;
-        const float* group_scale = xscale;
-        const int32_t* group_nsum = nsum;
+    constexpr int kHalves = kTile / S::kLanes, kLines = code_bits(C);
+    constexpr bool kOpened = C == WeightKind::kBytes || C == WeightKind::kSigned;
+    const F zero = S::set1(beside.zero);
+    for (int g = 0; g < groups; g++, at.gsum += kRowBlock) {
+        Stretch<Integers<ABits>> p = at;
         for (int h = 0; h < kHalves; h++) {
             F sum[M];
             for (int m = 0; m < M; m++) sum[m] = S::zero();
-            lines = group_lines, xq = group_x, xscale = group_scale, nsum = group_nsum;
+            p = at;
             for (int s = 0; s < parts; s++) {
-                if (h == 0)
-                    for (int l = 0; l < kLines; l++) S::prefetch(lines + l * 64 + kPrefetchBytes);
-                Acc acc[M];
-                dot32<S, M, WBits>(lines + h * S::kLanes * 4, xq, acc);
-                for (int m = 0; m < M; m++) {
-                    I dot;
-                    if constexpr (ABits == 16)
-                        dot = S::finish16(acc[m]);
-                    else if constexpr (WBits == 4)
-                        dot = S::finish_u4(acc[m]);
-                    else
-                        dot = S::finish_s8(acc[m], nsum[m]);
-                    sum[m] = S::fma(S::to_float(dot), S::set1(xscale[m]), sum[m]);
-                }
-                lines += kLines * 64, xq += kRowBlock * kActGroup;
-                xscale += kRowBlock, nsum += kRowBlock;
+                if (h == 0 && !kOpened)
+                    for (int l = 0; l < kLines; l++) S::prefetch(p.lines + l * 64 + kPrefetchBytes);
+                I d[M];
+                dot<S, M, C, 0, 8>(p.lines + h * S::kLanes * 4, p.x, p.nsum, d);
+                for (int m = 0; m < M; m++) sum[m] = S::fma(S::to_float(d[m]), S::set1(p.xscale[m]), sum[m]);
+                p.next(kLines * 64);
             }
-            GroupMeta<S, WBits, MT> gm(meta, h * S::kLanes);
+            const F scale = S::load(beside.scale + g * kTile + h * S::kLanes);
+            for (int m = 0; m < M; m++) total[h][m] = S::fma(sum[m], scale, total[h][m]);
+            if (has_signed_bytes(C) && !stored) continue;
+            const F offset = stored ? S::load(beside.offset + g * kTile + h * S::kLanes) : S::mul(scale, zero);
+            for (int m = 0; m < M; m++) total[h][m] = S::fma(S::set1(at.gsum[m]), offset, total[h][m]);
+        }
+        at = {p.lines, p.x, p.xscale, p.nsum, at.gsum};
+    }
+}
+
+// The same for groups of 16, two of which share 32 activations: total += xscale · (scale · dot + scale' · dot') + …
+template <class S, int M, WeightKind C, int ABits>
+inline void add_half_groups(Stretch<Integers<ABits>> at, int groups, const Beside& beside, bool stored,
+                            Totals<S, M>& total) {
+    using F = typename S::F;
+    using I = typename S::I;
+    constexpr int kHalves = kTile / S::kLanes, kLines = code_bits(C);
+    const F zero = S::set1(beside.zero);
+    for (int g = 0; g < groups; g += 2, at.gsum += 2 * kRowBlock) {
+        if (C != WeightKind::kBytes)
+            for (int l = 0; l < kLines; l++) S::prefetch(at.lines + l * 64 + kPrefetchBytes);
+        for (int h = 0; h < kHalves; h++) {
+            const int row = g * kTile + h * S::kLanes;
+            const F scale = S::load(beside.scale + row), scale2 = S::load(beside.scale + kTile + row);
+            const F offset = stored ? S::load(beside.offset + row) : S::mul(scale, zero);
+            const F offset2 = stored ? S::load(beside.offset + kTile + row) : S::mul(scale2, zero);
+            I first[M], second[M];
+            dot<S, M, C, 0, 4>(at.lines + h * S::kLanes * 4, at.x, nullptr, first);
+            F sum[M];
+            for (int m = 0; m < M; m++) sum[m] = S::mul(S::to_float(first[m]), scale);
+            dot<S, M, C, 4, 4>(at.lines + h * S::kLanes * 4, at.x, nullptr, second);
             for (int m = 0; m < M; m++) {
-                total[h][m] = S::fma(sum[m], gm.scale, total[h][m]);
-                if constexpr (kOffsets) total[h][m] = S::fma(S::set1(gsum[m]), gm.offset, total[h][m]);
+                sum[m] = S::fma(S::to_float(second[m]), scale2, sum[m]);
+                total[h][m] = S::fma(sum[m], S::set1(at.xscale[m]), total[h][m]);
+                total[h][m] = S::fma(S::set1(at.gsum[m]), offset, total[h][m]);
+                total[h][m] = S::fma(S::set1(at.gsum[kRowBlock + m]), offset2, total[h][m]);
             }
         }
+        at.next(kLines * 64);
     }
+}
+
+template <class S, int M, WeightKind C, int ABits, bool Half>
+inline void add_any_groups(const Stretch<Integers<ABits>>& at, const LinearWeights& w, int groups, const Beside& beside,
+                           Totals<S, M>& total) {
+    if constexpr (Half)
+        add_half_groups<S, M, C, ABits>(at, groups, beside, w.stores_offsets(), total);
+    else
+        add_groups<S, M, C, ABits>(at, groups, w.group / kActGroup, beside, w.stores_offsets(), total);
+}
+
+// Outputs of one tile for activation rows m0…m0+M-1, within one row block: out[m][16].
+//   moves  tile_bytes() of weights, once for all M rows
+template <class S, int M, WeightKind C, int ABits, bool Half>
+void tile_quantized(const LinearWeights& w, const uint8_t* tile, const Activations& x, int m0, float* out) {
+    constexpr int kHalves = kTile / S::kLanes;
+    Totals<S, M> total;
+    for (int h = 0; h < kHalves; h++)
+        for (int m = 0; m < M; m++) total[h][m] = S::zero();
+    const size_t meta_size = w.tile_meta_bytes();
+    for (size_t i = 0; i < meta_size; i += 64) S::prefetch(tile + kPrefetchBytes + i);
+    const int run = w.group < kSuper ? kSuper / w.group : 1, all = w.groups();
+    Beside beside;
+    for (int g = 0; g < all; g += run) {
+        const int groups = imin(run, all - g), k = g * w.group;
+        open_beside<S>(w, tile, g, groups, beside);
+        const uint8_t* lines = tile + meta_size + static_cast<size_t>(k / 32) * code_bits(C) * 64;
+        add_any_groups<S, M, C, ABits, Half>(stretch_at<ABits>(lines, x, m0, k), w, groups, beside, total);
+    }
+    for (int h = 0; h < kHalves; h++)
+        for (int m = 0; m < M; m++) S::store(out + m * kTile + h * S::kLanes, total[h][m]);
+}
+
+// Codes of a tile that are opened once for many rows of activations; they stay in the nearest caches.
+constexpr int kOpenInputs = 1024;
+struct alignas(64) OpenedTile {
+    uint8_t lines[kOpenInputs * kTile];
+    Beside beside;
+};
+
+// Adds the opened inputs from k on to out[m][16], of activation rows m0…m0+M-1.
+template <class S, int M, WeightKind C, int ABits, bool Half>
+void opened_quantized(const LinearWeights& w, const OpenedTile& t, const Activations& x, int m0, int k, int groups,
+                      float* out) {
+    constexpr int kHalves = kTile / S::kLanes;
+    Totals<S, M> total;
+    for (int h = 0; h < kHalves; h++)
+        for (int m = 0; m < M; m++) total[h][m] = S::load(out + m * kTile + h * S::kLanes);
+    add_any_groups<S, M, C, ABits, Half>(stretch_at<ABits>(t.lines, x, m0, k), w, groups, t.beside, total);
     for (int h = 0; h < kHalves; h++)
         for (int m = 0; m < M; m++) S::store(out + m * kTile + h * S::kLanes, total[h][m]);
 }
@@ -181,63 +247,65 @@ void tile_dense(const LinearWeights& w, const uint8_t* tile, const Activations& 
 }
 
 using TileFn = void (*)(const LinearWeights&, const uint8_t*, const Activations&, int, float*);
+using OpenedFn = void (*)(const LinearWeights&, const OpenedTile&, const Activations&, int, int, int, float*);
 
-template <class S, int M>
-TileFn pick_tile_rows(const LinearWeights& w, int act_bits) {
-    switch (w.kind) {
-        case WeightKind::kF32:
-            return tile_dense<S, M, WeightKind::kF32>;
-        case WeightKind::kF16:
-            return tile_dense<S, M, WeightKind::kF16>;
-        case WeightKind::kBF16:
-            return tile_dense<S, M, WeightKind::kBF16>;
-        case WeightKind::kW8:
-            if (w.meta == Meta::kSym)
-                return act_bits == 8 ? tile_quantized<S, M, 8, 8, Meta::kSym> : tile_quantized<S, M, 8, 16, Meta::kSym>;
-            return act_bits == 8 ? tile_quantized<S, M, 8, 8, Meta::kFloat> : tile_quantized<S, M, 8, 16, Meta::kFloat>;
-        default:
-            break;
+// f(M) for the constant M that is m, 1…kRows.
+template <class S, int M = 1, class Fn>
+auto with_rows(int m, Fn f) {
+    if constexpr (M < S::kRows) {
+        if (m > M) return with_rows<S, M + 1>(m, f);
     }
-    switch (w.meta) {
-        case Meta::kSym:
-            return act_bits == 8 ? tile_quantized<S, M, 4, 8, Meta::kSym> : tile_quantized<S, M, 4, 16, Meta::kSym>;
-        case Meta::kZero4:
-            return act_bits == 8 ? tile_quantized<S, M, 4, 8, Meta::kZero4> : tile_quantized<S, M, 4, 16, Meta::kZero4>;
-        case Meta::kOffset16:
-            return act_bits == 8 ? tile_quantized<S, M, 4, 8, Meta::kOffset16>
-                                 : tile_quantized<S, M, 4, 16, Meta::kOffset16>;
+    return f(std::integral_constant<int, M>{});
+}
+
+// f(C) for the kind, a constant.
+template <class Fn>
+auto with_codes(WeightKind kind, Fn f) {
+    switch (kind) {
+#define TC_KIND(k)      \
+    case WeightKind::k: \
+        return f(std::integral_constant<WeightKind, WeightKind::k>{})
+        TC_KIND(kW2);
+        TC_KIND(kW3);
+        TC_KIND(kW4);
+        TC_KIND(kW5);
+        TC_KIND(kW6);
+        TC_KIND(kIq4Nl);
+        TC_KIND(kE2m1);
         default:
-            return act_bits == 8 ? tile_quantized<S, M, 4, 8, Meta::kFloat> : tile_quantized<S, M, 4, 16, Meta::kFloat>;
+            TC_KIND(kW8);
+#undef TC_KIND
     }
 }
 
 template <class S>
-TileFn pick_tile(const LinearWeights& w, int act_bits, int m) {
-    switch (m) {
-        case 1:
-            return pick_tile_rows<S, 1>(w, act_bits);
-        case 2:
-            return pick_tile_rows<S, 2>(w, act_bits);
-        case 3:
-            return pick_tile_rows<S, 3>(w, act_bits);
-        case 4:
-            return pick_tile_rows<S, 4>(w, act_bits);
-        default:
-            break;
-    }
-    if constexpr (S::kRows == 8) {
-        switch (m) {
-            case 5:
-                return pick_tile_rows<S, 5>(w, act_bits);
-            case 6:
-                return pick_tile_rows<S, 6>(w, act_bits);
-            case 7:
-                return pick_tile_rows<S, 7>(w, act_bits);
-            default:
-                return pick_tile_rows<S, 8>(w, act_bits);
-        }
-    }
-    return nullptr;
+TileFn pick_tile(const LinearWeights& w, int act_bits, int rows) {
+    return with_rows<S>(rows, [&](auto m) -> TileFn {
+        constexpr int M = m;
+        if (w.kind == WeightKind::kF32) return tile_dense<S, M, WeightKind::kF32>;
+        if (w.kind == WeightKind::kF16) return tile_dense<S, M, WeightKind::kF16>;
+        if (w.kind == WeightKind::kBF16) return tile_dense<S, M, WeightKind::kBF16>;
+        return with_codes(w.kind, [&](auto c) -> TileFn {
+            constexpr WeightKind C = c;
+            if constexpr (!has_signed_bytes(C))
+                if (w.group < kActGroup)
+                    return act_bits == 8 ? tile_quantized<S, M, C, 8, true> : tile_quantized<S, M, C, 16, true>;
+            return act_bits == 8 ? tile_quantized<S, M, C, 8, false> : tile_quantized<S, M, C, 16, false>;
+        });
+    });
+}
+
+template <class S>
+OpenedFn pick_opened(const LinearWeights& w, int act_bits, int rows) {
+    constexpr WeightKind kB = WeightKind::kBytes, kS = WeightKind::kSigned;
+    return with_rows<S>(rows, [&](auto m) -> OpenedFn {
+        constexpr int M = m;
+        if (has_signed_bytes(w.kind))
+            return act_bits == 8 ? opened_quantized<S, M, kS, 8, false> : opened_quantized<S, M, kS, 16, false>;
+        if (w.group < kActGroup)
+            return act_bits == 8 ? opened_quantized<S, M, kB, 8, true> : opened_quantized<S, M, kB, 16, true>;
+        return act_bits == 8 ? opened_quantized<S, M, kB, 8, false> : opened_quantized<S, M, kB, 16, false>;
+    });
 }
 
 // Bias, residual, and the tail of the last tile.
@@ -266,25 +334,77 @@ inline void store_tile(const LinearArgs& a, const float* out, int m0, int rows, 
     }
 }
 
+// Kernels for whole row blocks of a step and for the rows that are left.
+template <class S, class Fn>
+struct RowKernels {
+    Fn full, last;
+    template <class Pick>
+    RowKernels(int rows, Pick pick) : full(pick(S::kRows)), last(rows % S::kRows ? pick(rows % S::kRows) : full) {}
+    // f(first row, number of rows, kernel) for the rows m0 … m1 - 1.
+    template <class Do>
+    void each(int m0, int m1, Do f) const {
+        for (int m = m0; m < m1; m += S::kRows) {
+            const int rows = imin(S::kRows, m1 - m);
+            f(m, rows, rows == S::kRows ? full : last);
+        }
+    }
+};
+
 template <class S>
-void linear(const LinearArgs& a) {
+void linear_direct(const LinearArgs& a) {
     const LinearWeights& w = *a.w;
     const size_t stride = w.tile_bytes();
-    TileFn full = pick_tile<S>(w, a.x->bits, S::kRows);
-    const int rest = a.rows % S::kRows;
-    TileFn last = rest ? pick_tile<S>(w, a.x->bits, rest) : full;
+    const RowKernels<S, TileFn> kernels(a.rows, [&](int m) { return pick_tile<S>(w, a.x->bits, m); });
     float out[kTile * kRowBlock];
     for (int panel = 0; panel < a.rows; panel += kPanelRows) {
         const int end = imin(a.rows, panel + kPanelRows);
-        for (int t = a.t0; t < a.t1; t++) {
-            const uint8_t* tile = w.data + t * stride;
-            for (int m = panel; m < end; m += S::kRows) {
-                const int rows = imin(S::kRows, end - m);
-                (rows == S::kRows ? full : last)(w, tile, *a.x, m, out);
+        for (int t = a.t0; t < a.t1; t++)
+            kernels.each(panel, end, [&](int m, int rows, TileFn kernel) {
+                kernel(w, w.data + t * stride, *a.x, m, out);
                 store_tile<S>(a, out, m, rows, t * kTile);
+            });
+    }
+}
+
+// Prefill: a tile's codes are opened once for a panel of rows, so that every form runs at one rate.
+template <class S>
+void linear_opened(const LinearArgs& a) {
+    const LinearWeights& w = *a.w;
+    const size_t stride = w.tile_bytes(), meta = w.tile_meta_bytes();
+    const RowKernels<S, OpenedFn> kernels(a.rows, [&](int m) { return pick_opened<S>(w, a.x->bits, m); });
+    const int most = kOpenInputs / w.group;
+    OpenedTile tile;
+    alignas(64) float out[kPanelRows * kTile];
+    for (int panel = 0; panel < a.rows; panel += kPanelRows) {
+        const int end = imin(a.rows, panel + kPanelRows);
+        for (int t = a.t0; t < a.t1; t++) {
+            const uint8_t* packed = w.data + t * stride;
+            memset(out, 0, sizeof out);
+            for (int g = 0; g < w.groups(); g += most) {
+                const int groups = imin(most, w.groups() - g), k = g * w.group;
+                open_beside<S>(w, packed, g, groups, tile.beside);
+                with_codes(w.kind, [&](auto c) {
+                    constexpr WeightKind C = c;
+                    open_codes<S, C>(packed + meta + static_cast<size_t>(k / 32) * code_bits(C) * 64,
+                                     groups * w.group / 32, tile.lines);
+                });
+                kernels.each(panel, end, [&](int m, int, OpenedFn kernel) {
+                    kernel(w, tile, *a.x, m, k, groups, out + (m - panel) * kTile);
+                });
             }
+            kernels.each(panel, end, [&](int m, int rows, OpenedFn) {
+                store_tile<S>(a, out + (m - panel) * kTile, m, rows, t * kTile);
+            });
         }
     }
+}
+
+template <class S>
+void linear(const LinearArgs& a) {
+    const bool as_bytes = a.w->kind == WeightKind::kW8 || a.w->kind == WeightKind::kW4;  // these gain nothing
+    if (a.rows <= 2 * kRowBlock || !a.w->quantized() || as_bytes || a.w->group > kOpenInputs)
+        return linear_direct<S>(a);
+    linear_opened<S>(a);
 }
 
 }  // namespace

@@ -17,34 +17,27 @@ void bind_packing(nb::module_& m) {
         "meta"_a, "n"_a, "k"_a, "group"_a, "Bytes of a packed linear.");
     m.def(
         "pack",
-        [](int kind, int meta, int n, int k, int group, AnyArray codes, nb::object scales, nb::object aux,
-           Out<uint8_t> out, int threads) {
+        [](int kind, int meta, int n, int k, int group, AnyArray codes, nb::object scales, nb::object offsets,
+           nb::object times, nb::object offset_times, Out<uint8_t> out, int threads) {
             LinearWeights w = describe(kind, meta, n, k, group);
-            const size_t elements = static_cast<size_t>(n) * k;
-            const size_t width = w.kind == WeightKind::kF32                                  ? 4
-                                 : w.kind == WeightKind::kF16 || w.kind == WeightKind::kBF16 ? 2
-                                                                                             : 1;
-            require(codes.nbytes() == elements * width, "codes have the wrong size");
+            const CanonicalBytes bytes(w);
+            std::vector<AnyArray> keep;
+            auto pointer = [&](const nb::object& array, size_t size) -> const void* {
+                require(array.is_none() == (size == 0), "the form has other arrays");
+                if (!size) return nullptr;
+                keep.push_back(nb::cast<AnyArray>(array));
+                require(keep.back().nbytes() == size, "scales, zeros or offsets have the wrong size");
+                return keep.back().data();
+            };
+            require(codes.nbytes() == bytes.codes, "codes have the wrong size");
             require(out.nbytes() == w.bytes(), "the output has the wrong size");
-            const void *sp = nullptr, *ap = nullptr;
-            AnyArray sa, aa;
-            if (w.quantized()) {
-                const size_t groups = elements / group;
-                sa = nb::cast<AnyArray>(scales);
-                require(sa.nbytes() == groups * (w.meta == Meta::kFloat ? 4 : 2), "scales have the wrong size");
-                sp = sa.data();
-                if (w.meta != Meta::kSym) {
-                    aa = nb::cast<AnyArray>(aux);
-                    const size_t size = w.meta == Meta::kFloat ? 4 : w.meta == Meta::kOffset16 ? 2 : 1;
-                    require(aa.nbytes() == groups * size, "zeros or offsets have the wrong size");
-                    ap = aa.data();
-                }
-            }
+            const Canonical arrays = {codes.data(), pointer(scales, bytes.scales), pointer(offsets, bytes.offsets),
+                                      pointer(times, bytes.times), pointer(offset_times, bytes.offset_times)};
             nb::gil_scoped_release release;
-            pack_linear(w, codes.data(), sp, ap, out.data(), threads);
+            pack_linear(w, arrays, out.data(), threads);
         },
-        "kind"_a, "meta"_a, "n"_a, "k"_a, "group"_a, "codes"_a, "scales"_a.none(), "aux"_a.none(), "out"_a, "threads"_a,
-        "Canonical weights into tiles.");
+        "kind"_a, "meta"_a, "n"_a, "k"_a, "group"_a, "codes"_a, "scales"_a.none(), "offsets"_a.none(), "times"_a.none(),
+        "offset_times"_a.none(), "out"_a, "threads"_a, "Canonical weights into tiles.");
     nb::class_<Linear>(m, "Linear")
         .def(nb::init<int, int, int, int, int, Bytes, nb::object>(), "kind"_a, "meta"_a, "n"_a, "k"_a, "group"_a,
              "data"_a, "bias"_a.none())

@@ -5,10 +5,22 @@
 
 namespace tinychat {
 
-// w.data is ignored; out takes w.bytes(). codes: 4-bit one byte each, 8-bit int8, dense the elements; [n, k].
-// scales and aux are [n, k / group], in the types that w.meta stores: kSym fp16 and none, kZero4 fp16 and uint8,
-// kOffset16 fp16 and fp16, kFloat fp32 and fp32.
-void pack_linear(const LinearWeights& w, const void* codes, const void* scales, const void* aux, uint8_t* out,
-                 int threads);
+// Arrays of a weight. Types and sizes are those that the form's enumerations name; what a form lacks is null.
+//   codes    [n, k]: a byte each, or the elements of floats
+//   scales   [n, k / group]: fp16, fp32 or a byte each
+//   offsets  the same: zeros as bytes, or offsets
+//   times, offset_times   what bytes are multiplied by: fp16 [n, k / 256], or fp32 [n]
+struct Canonical {
+    const void *codes, *scales, *offsets, *times, *offset_times;
+};
+
+// Bytes of each array, for n rows; 0 where the form has none.
+struct CanonicalBytes {
+    size_t codes = 0, scales = 0, offsets = 0, times = 0, offset_times = 0;
+    explicit CanonicalBytes(const LinearWeights& w);
+};
+
+// w.data is ignored; out takes w.bytes().
+void pack_linear(const LinearWeights& w, const Canonical& arrays, uint8_t* out, int threads);
 
 }  // namespace tinychat

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "beside_impl.h"
+#include "codes_impl.h"
 #include "kernels.h"
 
 namespace tinychat {
@@ -148,21 +150,29 @@ class RowQuantizer {
         const int groups = n / kActGroup;
         const float top = out_.bits == 8 ? 127.0f : 32767.0f;
         float peak[kSpan / kActGroup];
-        int32_t sum[kSpan / kActGroup];
+        int32_t sum[kSpan / kActGroup][2];  // of each half
         for (int g = 0; g < groups; g++) {
             const V a = V::load(x + g * kActGroup), b = V::load(x + g * kActGroup + 16);
             peak[g] = V::max_abs(V::max_abs(V::set1(0.0f), a), b).largest_bits();
         }
         for (int g = 0; g < groups; g++) {
             const typename S::F inv = S::set1(peak[g] > 1e-30f ? top / peak[g] : 0.0f);
-            sum[g] = out_.bits == 8 ? bytes(x + g * kActGroup, inv, at_ + g * kRowBlock)
-                                    : words(x + g * kActGroup, inv, at_ + g * kRowBlock);
+            if (out_.bits == 8)
+                bytes(x + g * kActGroup, inv, at_ + g * kRowBlock, sum[g]);
+            else
+                words(x + g * kActGroup, inv, at_ + g * kRowBlock, sum[g]);
         }
         for (int g = 0; g < groups; g++, at_ += kRowBlock) {
             const float scale = peak[g] < 1e-30f ? 0.0f : peak[g] * (1.0f / top);
             out_.scale[at_] = scale;
-            out_.nsum[at_] = static_cast<int32_t>(0u - static_cast<uint32_t>(sum[g]));
-            sum_ += scale * static_cast<float>(sum[g]);
+            const uint32_t whole = static_cast<uint32_t>(sum[g][0]) + static_cast<uint32_t>(sum[g][1]);
+            out_.nsum[at_] = static_cast<int32_t>(0u - whole);
+            if (out_.group < kActGroup) {
+                for (int half = 0; half < 2; half++, gsum_ += kRowBlock)
+                    *gsum_ = scale * static_cast<float>(sum[g][half]);
+                continue;
+            }
+            sum_ += scale * static_cast<float>(static_cast<int32_t>(whole));
             if ((done_ += kActGroup) < out_.group) continue;
             *gsum_ = sum_;
             gsum_ += kRowBlock, sum_ = 0.0f, done_ = 0;
@@ -170,31 +180,32 @@ class RowQuantizer {
     }
 
   private:
-    int32_t bytes(const float* x, typename S::F inv, size_t at) {
+    // Integers of 32 columns to their place, and their sums: of each half, or of all first and then 0.
+    void bytes(const float* x, typename S::F inv, size_t at, int32_t (&sum)[2]) {
         int8_t* out = static_cast<int8_t*>(out_.q) + at * kActGroup;
-        typename S::I sums = S::set1i(0);
-        for (int i = 0; i < kActGroup; i += S::kLanes) {
-            const typename S::I q = S::round(S::mul(S::load(x + i), inv));
-            sums = S::addi(sums, q);
-            S::store_i8(out + i, q);
-        }
-        return S::sumi(sums);
+        integers(x, inv, sum, [&](int i, typename S::I q) { S::store_i8(out + i, q); });
     }
-    int32_t words(const float* x, typename S::F inv, size_t at) {
+    void words(const float* x, typename S::F inv, size_t at, int32_t (&sum)[2]) {
         int16_t* out = static_cast<int16_t*>(out_.q) + at * kActGroup;
         int16_t plain[kActGroup];
-        typename S::I sums = S::set1i(0);
-        for (int i = 0; i < kActGroup; i += S::kLanes) {
-            const typename S::I q = S::round(S::mul(S::load(x + i), inv));
-            sums = S::addi(sums, q);
-            S::store_i16(plain + i, q);
-        }
+        integers(x, inv, sum, [&](int i, typename S::I q) { S::store_i16(plain + i, q); });
         for (int i = 0; i < kActGroup; i += 8)
             for (int j = 0; j < 4; j++) {
                 out[i + j] = plain[i + 2 * j];
                 out[i + 4 + j] = plain[i + 2 * j + 1];
             }
-        return S::sumi(sums);
+    }
+    template <class Store>
+    void integers(const float* x, typename S::F inv, int32_t (&sum)[2], Store store) {
+        typename S::I sums[2] = {S::set1i(0), S::set1i(0)};
+        for (int i = 0; i < kActGroup; i += S::kLanes) {
+            const typename S::I q = S::round(S::mul(S::load(x + i), inv));
+            sums[i / 16] = S::addi(sums[i / 16], q);
+            store(i, q);
+        }
+        const bool halves = out_.group < kActGroup;
+        sum[0] = S::sumi(halves ? sums[0] : S::addi(sums[0], sums[1]));
+        sum[1] = halves ? S::sumi(sums[1]) : 0;
     }
 
     const Activations& out_;
@@ -308,8 +319,8 @@ void gate_mul(const GateArgs& a) {
     }
 }
 
-// A row of the embedding: one lane of its tile. The tile's other rows come along in the same cache lines, k / 4 (8-bit)
-// or k / 8 (4-bit) of them; cheaper than keeping a second copy of a tied embedding.
+// A row of the embedding: one lane of its tile. The tile's other rows come along in the same cache lines; cheaper than
+// keeping a second copy of a tied embedding.
 template <class S>
 inline void embed_row(const LinearWeights& w, int id, float* out) {
     const int lane = id % kTile;
@@ -331,37 +342,19 @@ inline void embed_row(const LinearWeights& w, int id, float* out) {
         }
         return;
     }
-    for (int g = 0; g < w.k / w.group; g++) {
-        const uint8_t* meta = tile + static_cast<size_t>(g) * meta_bytes(w.meta);
-        float scale, offset = 0;
-        int zero = w.kind == WeightKind::kW4 ? 8 : 0;
-        if (w.meta == Meta::kFloat) {
-            memcpy(&scale, meta + 4 * lane, 4);
-            memcpy(&offset, meta + 64 + 4 * lane, 4);
-            zero = 0;
-        } else {
-            for (int i = 0; i < 16; i += S::kLanes)
-                S::store(one + i, S::load_f16(reinterpret_cast<const uint16_t*>(meta) + i));
-            scale = one[lane];
-        }
-        if (w.meta == Meta::kOffset16) {
-            for (int i = 0; i < 16; i += S::kLanes)
-                S::store(one + i, S::load_f16(reinterpret_cast<const uint16_t*>(meta) + 16 + i));
-            offset = one[lane];
-            zero = 0;
-        }
-        if (w.meta == Meta::kZero4) zero = lane < 8 ? meta[32 + lane] & 15 : meta[32 + lane - 8] >> 4;
-        for (int i = 0; i < w.group; i++) {
-            const int k = g * w.group + i;
-            int q;
-            if (w.kind == WeightKind::kW8) {
-                q = static_cast<int8_t>(codes[static_cast<size_t>(k / 4) * 64 + lane * 4 + k % 4]);
-            } else {
-                const uint8_t b = codes[static_cast<size_t>(k / 8) * 64 + lane * 4 + k % 4];
-                q = k % 8 < 4 ? b & 15 : b >> 4;
+    const int run = w.group < kSuper ? kSuper / w.group : 1;
+    const bool stored = w.stores_offsets();
+    Beside beside;
+    for (int g0 = 0; g0 < w.groups(); g0 += run) {
+        const int groups = w.groups() - g0 < run ? w.groups() - g0 : run;
+        open_beside<S>(w, tile, g0, groups, beside);
+        for (int g = 0; g < groups; g++) {
+            const float scale = beside.scale[g * kTile + lane];
+            const float offset = stored ? beside.offset[g * kTile + lane] : beside.zero * scale;
+            for (int k = (g0 + g) * w.group, end = k + w.group; k < end; k++) {
+                const float q = static_cast<float>(code_at(w.kind, codes, lane, k));
+                out[k] = std::fmaf(q, scale, offset);
             }
-            out[k] =
-                offset == 0 ? static_cast<float>(q - zero) * scale : std::fmaf(static_cast<float>(q), scale, offset);
         }
     }
 }

@@ -11,7 +11,8 @@ namespace tinychat {
 struct Avx2 {
     static constexpr int kLanes = 8;
     static constexpr int kRows = 4;
-    static constexpr int kPairs = 8;  // of attention
+    static constexpr bool kWide = false;  // sums of products of bytes have 16 bits at first
+    static constexpr int kPairs = 8;      // of attention
     using F = __m256;
     using I = __m256i;
     using Acc8 = __m256i;
@@ -88,6 +89,28 @@ struct Avx2 {
 
     static I line(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
     static I low(I w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
+    template <int N>
+    static I shift(I w) {
+        if constexpr (N > 0) return _mm256_slli_epi16(w, N);
+        if constexpr (N < 0) return _mm256_srli_epi16(w, -N);
+        return w;
+    }
+    template <int N>
+    static I shift32(I w) {
+        return _mm256_slli_epi32(w, N);
+    }
+    static I or_(I a, I b) { return _mm256_or_si256(a, b); }
+    static F as_float(I a) { return _mm256_castsi256_ps(a); }
+    static I load_u8(const uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+    static I masked(I w, int mask) { return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>(mask))); }
+    static I merge(I base, I bits, int mask) { return _mm256_or_si256(base, masked(bits, mask)); }
+    static I lookup(I index, const uint8_t* table) {
+        const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), index);
+    }
+    static void store_line(uint8_t* p, I w) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), w); }
     static I high(I w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
     static I word(const void* x) {
         int32_t v;
@@ -95,9 +118,10 @@ struct Avx2 {
         return _mm256_set1_epi32(v);
     }
     static Acc8 acc8() { return _mm256_setzero_si256(); }
-    // Codes 0…15 × int8: a pair is at most 2·15·128 = 3840, and the 8 pairs of an activation group stay within int16.
-    static Acc8 dot_u4(Acc8 a, I w, const int8_t* x) { return _mm256_add_epi16(a, _mm256_maddubs_epi16(w, word(x))); }
-    static I finish_u4(Acc8 a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+    // Bytes 0…63 × -127…127: a pair is at most 2·127 times the largest byte, so int16 holds 8 of bytes up to 15, 4 of
+    // bytes up to 31 and 2 of all.
+    static Acc8 dot_u8(Acc8 a, I w, const int8_t* x) { return _mm256_add_epi16(a, _mm256_maddubs_epi16(w, word(x))); }
+    static I finish_u8(Acc8 a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
     static I prepare_s8(I w) { return w; }
     // |w| · (x with w's sign): a pair is at most 2·128·127, so int16 does not saturate for the weights we store (≥
     // -127).
@@ -111,8 +135,9 @@ struct Avx2 {
     static I pair_u4(I w) {
         return _mm256_and_si256(i4 ? _mm256_srli_epi16(w, 4 * i4) : w, _mm256_set1_epi16(15));
     }
-    template <int odd>
-    static I pair_s8(I w) {
+    template <int odd, bool is_signed>
+    static I pair_8(I w) {
+        if constexpr (!is_signed) return odd ? _mm256_srli_epi16(w, 8) : _mm256_and_si256(w, _mm256_set1_epi16(255));
         return _mm256_srai_epi16(odd ? w : _mm256_slli_epi16(w, 8), 8);
     }
     static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) { return _mm256_add_epi32(a, _mm256_madd_epi16(w, word(x))); }

@@ -11,7 +11,8 @@ namespace tinychat {
 struct Avx512 {
     static constexpr int kLanes = 16;
     static constexpr int kRows = 8;
-    static constexpr int kPairs = 12;  // of attention
+    static constexpr bool kWide = true;  // sums of products of bytes have 32 bits from the start
+    static constexpr int kPairs = 12;    // of attention
     using F = __m512;
     using I = __m512i;
     using Acc8 = __m512i;
@@ -73,18 +74,44 @@ struct Avx512 {
 
     static I line(const uint8_t* p) { return _mm512_load_si512(p); }
     static I low(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+    // Within 16-bit lanes, left by N, or right by -N: what crosses a byte is masked off afterwards.
+    template <int N>
+    static I shift(I w) {
+        if constexpr (N > 0) return _mm512_slli_epi16(w, N);
+        if constexpr (N < 0) return _mm512_srli_epi16(w, -N);
+        return w;
+    }
+    template <int N>
+    static I shift32(I w) {
+        return _mm512_slli_epi32(w, N);
+    }
+    static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+    static F as_float(I a) { return _mm512_castsi512_ps(a); }
+    static I load_u8(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static I masked(I w, int mask) { return _mm512_and_si512(w, _mm512_set1_epi8(static_cast<char>(mask))); }
+    // base | (bits & mask)
+    static I merge(I base, I bits, int mask) {
+        return _mm512_ternarylogic_epi32(bits, _mm512_set1_epi8(static_cast<char>(mask)), base, 0xea);
+    }
+    static I lookup(I index, const uint8_t* table) {
+        const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), index);
+    }
+    static void store_line(uint8_t* p, I w) { _mm512_store_si512(p, w); }
     static I high(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
     typedef int32_t Word __attribute__((may_alias, aligned(1)));
     static Acc8 acc8() { return _mm512_setzero_si512(); }
     // The broadcast rides on the instruction's memory operand; left to itself the compiler spends another one on it.
-    static Acc8 dot_u4(Acc8 a, I w, const int8_t* x) {
+    static Acc8 dot_u8(Acc8 a, I w, const int8_t* x) {
         __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(a) : "v"(w), "m"(*reinterpret_cast<const Word*>(x)));
         return a;
     }
-    static I finish_u4(Acc8 a) { return a; }
+    static I finish_u8(Acc8 a) { return a; }
     // The instruction wants unsigned × signed: weights go up by 128, and 128 · Σx comes off at the end.
     static I prepare_s8(I w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
-    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dot_u4(a, w, x); }
+    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dot_u8(a, w, x); }
     // nsum fits 16 bits, so the 16-bit dot product with (128, 0) multiplies and adds in one.
     static I finish_s8(Acc8 a, int32_t nsum) {
         return _mm512_dpwssd_epi32(a, _mm512_set1_epi32(128), _mm512_set1_epi32(nsum));
@@ -94,8 +121,9 @@ struct Avx512 {
     static I pair_u4(I w) {
         return _mm512_and_si512(i4 ? _mm512_srli_epi16(w, 4 * i4) : w, _mm512_set1_epi16(15));
     }
-    template <int odd>
-    static I pair_s8(I w) {
+    template <int odd, bool is_signed>
+    static I pair_8(I w) {
+        if constexpr (!is_signed) return odd ? _mm512_srli_epi16(w, 8) : _mm512_and_si512(w, _mm512_set1_epi16(255));
         return _mm512_srai_epi16(odd ? w : _mm512_slli_epi16(w, 8), 8);
     }
     static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) {

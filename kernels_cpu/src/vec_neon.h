@@ -11,6 +11,7 @@ namespace tinychat {
 struct Neon {
     static constexpr int kLanes = 4;
     static constexpr int kRows = 8;
+    static constexpr bool kWide = true;
     static constexpr int kPairs = 8;  // of attention
     using F = float32x4_t;
     using I = int32x4_t;
@@ -69,6 +70,31 @@ struct Neon {
 
     static I line(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
     static I low(I w) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(w), vdupq_n_u8(15))); }
+    template <int N>
+    static I shift(I w) {
+        if constexpr (N > 0) return vreinterpretq_s32_u8(vshlq_n_u8(vreinterpretq_u8_s32(w), N));
+        if constexpr (N < 0) return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(w), -N));
+        return w;
+    }
+    template <int N>
+    static I shift32(I w) {
+        return vshlq_n_s32(w, N);
+    }
+    static I or_(I a, I b) { return vorrq_s32(a, b); }
+    static F as_float(I a) { return vreinterpretq_f32_s32(a); }
+    static I load_u8(const uint8_t* p) {
+        uint32_t four;
+        memcpy(&four, p, 4);
+        return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))))));
+    }
+    static I masked(I w, int mask) {
+        return vandq_s32(w, vreinterpretq_s32_u8(vdupq_n_u8(static_cast<uint8_t>(mask))));
+    }
+    static I merge(I base, I bits, int mask) { return vorrq_s32(base, masked(bits, mask)); }
+    static I lookup(I index, const uint8_t* table) {
+        return vreinterpretq_s32_u8(vqtbl1q_u8(vld1q_u8(table), vreinterpretq_u8_s32(index)));
+    }
+    static void store_line(uint8_t* p, I w) { vst1q_u8(p, vreinterpretq_u8_s32(w)); }
     static I high(I w) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(w), 4)); }
     static int32x4_t word(const void* x) {
         int32_t v;
@@ -76,12 +102,12 @@ struct Neon {
         return vdupq_n_s32(v);
     }
     static Acc8 acc8() { return vdupq_n_s32(0); }
-    static Acc8 dot_u4(Acc8 a, I w, const int8_t* x) {
+    static Acc8 dot_u8(Acc8 a, I w, const int8_t* x) {
         return vdotq_s32(a, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(word(x)));
     }
-    static I finish_u4(Acc8 a) { return a; }
+    static I finish_u8(Acc8 a) { return a; }
     static I prepare_s8(I w) { return w; }
-    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dot_u4(a, w, x); }
+    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dot_u8(a, w, x); }
     static I finish_s8(Acc8 a, int32_t) { return a; }
     static Acc16 acc16() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
     template <int i4>
@@ -90,8 +116,12 @@ struct Neon {
         if constexpr (i4 > 0) h = vshrq_n_u16(h, 4 * i4);
         return vreinterpretq_s32_u16(vandq_u16(h, vdupq_n_u16(15)));
     }
-    template <int odd>
-    static I pair_s8(I w) {
+    template <int odd, bool is_signed>
+    static I pair_8(I w) {
+        if constexpr (!is_signed) {
+            const uint16x8_t u = vreinterpretq_u16_s32(w);
+            return vreinterpretq_s32_u16(odd ? vshrq_n_u16(u, 8) : vandq_u16(u, vdupq_n_u16(255)));
+        }
         int16x8_t h = vreinterpretq_s16_s32(w);
         if constexpr (!odd) h = vshlq_n_s16(h, 8);
         return vreinterpretq_s32_s16(vshrq_n_s16(h, 8));

@@ -9,7 +9,8 @@ namespace tinychat {
 
 struct Scalar {
     static constexpr int kLanes = 16;
-    static constexpr int kRows = 4;   // activation rows that one pass over a weight tile serves
+    static constexpr int kRows = 1;  // activation rows that one pass over a tile serves: more take long to compile
+    static constexpr bool kWide = true;
     static constexpr int kPairs = 8;  // of attention
     struct F {
         float v[16];
@@ -204,6 +205,52 @@ struct Scalar {
         TC_LANES w.v[i] &= 0x0f0f0f0f;
         return w;
     }
+    // Left by N, or right by -N: what crosses a byte is masked off afterwards.
+    template <int N>
+    static I shift(I w) {
+        TC_LANES {
+            const uint32_t u = static_cast<uint32_t>(w.v[i]);
+            w.v[i] = static_cast<int32_t>(N > 0 ? u << (N & 31) : u >> (-N & 31));
+        }
+        return w;
+    }
+    template <int N>
+    static I shift32(I w) {
+        return shift<N>(w);
+    }
+    static I or_(I a, I b) {
+        TC_LANES a.v[i] |= b.v[i];
+        return a;
+    }
+    static F as_float(I a) {
+        F r;
+        memcpy(r.v, a.v, sizeof r.v);
+        return r;
+    }
+    // kLanes bytes, an integer each.
+    static I load_u8(const uint8_t* p) {
+        I r;
+        TC_LANES r.v[i] = p[i];
+        return r;
+    }
+    // Bytes & mask.
+    static I masked(I w, int mask) {
+        TC_LANES w.v[i] &= mask * 0x01010101;
+        return w;
+    }
+    // base | (bits & mask)
+    static I merge(I base, I bits, int mask) { return or_(base, masked(bits, mask)); }
+    // table[byte] for each byte 0…15.
+    static I lookup(I index, const uint8_t* table) {
+        TC_LANES {
+            uint8_t b[4];
+            memcpy(b, &index.v[i], 4);
+            for (uint8_t& q : b) q = table[q];
+            memcpy(&index.v[i], b, 4);
+        }
+        return index;
+    }
+    static void store_line(uint8_t* p, I w) { memcpy(p, w.v, sizeof w.v); }
     static I high(I w) {
         TC_LANES w.v[i] = (w.v[i] >> 4) & 0x0f0f0f0f;
         return w;
@@ -214,13 +261,13 @@ struct Scalar {
         memcpy(b, &w, 4);
         return b[0] * x[0] + b[1] * x[1] + b[2] * x[2] + b[3] * x[3];
     }
-    static Acc8 dot_u4(Acc8 a, I w, const int8_t* x) {
+    static Acc8 dot_u8(Acc8 a, I w, const int8_t* x) {
         TC_LANES a.v[i] += dot4(w.v[i], x);
         return a;
     }
-    static I finish_u4(Acc8 a) { return a; }
+    static I finish_u8(Acc8 a) { return a; }
     static I prepare_s8(I w) { return w; }
-    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dot_u4(a, w, x); }
+    static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dot_u8(a, w, x); }
     static I finish_s8(Acc8 a, int32_t) { return a; }
     static Acc16 acc16() { return I{}; }
     template <int i4>
@@ -228,12 +275,14 @@ struct Scalar {
         TC_LANES w.v[i] = (w.v[i] >> (4 * i4)) & 0x000f000f;
         return w;
     }
-    template <int odd>
-    static I pair_s8(I w) {
+    // Bytes 0 and 2, or 1 and 3, as 16-bit integers.
+    template <int odd, bool is_signed>
+    static I pair_8(I w) {
         TC_LANES {
             int8_t b[4];
             memcpy(b, &w.v[i], 4);
             int16_t s[2] = {b[odd], b[2 + odd]};
+            if (!is_signed) s[0] &= 255, s[1] &= 255;
             memcpy(&w.v[i], s, 4);
         }
         return w;

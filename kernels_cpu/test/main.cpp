@@ -63,15 +63,13 @@ struct Weights {
 
     Weights(WeightKind kind, Meta meta, int n, int k, int group) {
         w.kind = kind, w.meta = meta, w.n = n, w.k = k, w.group = group;
-        const size_t elements = static_cast<size_t>(n) * k;
-        const size_t groups = group ? elements / group : 0;
-        const size_t width = kind == WeightKind::kF32                                ? 4
-                             : kind == WeightKind::kF16 || kind == WeightKind::kBF16 ? 2
-                                                                                     : 1;
-        std::vector<uint8_t> codes(elements * width);
-        for (size_t i = 0; i < elements; i++) {
-            if (kind == WeightKind::kW4) codes[i] = static_cast<uint8_t>(uniform(0, 15));
-            if (kind == WeightKind::kW8) codes[i] = static_cast<uint8_t>(uniform(-127, 127));
+        const CanonicalBytes size(w);
+        std::vector<uint8_t> codes(size.codes);
+        const int width = element_bytes(kind);
+        for (size_t i = 0; i < codes.size() / width; i++) {
+            if (w.quantized())
+                codes[i] = static_cast<uint8_t>(kind == WeightKind::kW8 ? uniform(-128, 127)
+                                                                        : uniform(0, (1 << code_bits(kind)) - 1));
             if (width == 2) {
                 const uint16_t h =
                     kind == WeightKind::kF16 ? random_half() : static_cast<uint16_t>(0x3c00 + uniform(0, 255));
@@ -82,19 +80,28 @@ struct Weights {
                 std::memcpy(&codes[4 * i], &f, 4);
             }
         }
-        std::vector<uint16_t> half(groups), half2(groups);
-        std::vector<float> full(groups), full2(groups);
-        std::vector<uint8_t> zeros(groups);
-        for (size_t i = 0; i < groups; i++) {
-            half[i] = random_half(), half2[i] = random_half(), zeros[i] = static_cast<uint8_t>(uniform(0, 15));
-            full[i] = normal(), full2[i] = normal();
-        }
-        const void* scales = meta == Meta::kFloat ? static_cast<const void*>(full.data()) : half.data();
-        const void* aux = meta == Meta::kFloat      ? static_cast<const void*>(full2.data())
-                          : meta == Meta::kOffset16 ? static_cast<const void*>(half2.data())
-                                                    : zeros.data();
+        // Scales and offsets are bytes below 64, halves or floats; so are the numbers that bytes are multiplied by.
+        const auto beside = [&](size_t bytes, int element) {
+            std::vector<uint8_t> a(bytes);
+            for (size_t i = 0; i < bytes; i += element) {
+                const uint16_t h = random_half();
+                const float f = normal();
+                if (element == 1) a[i] = static_cast<uint8_t>(uniform(0, meta == Meta::kSigned6 ? 31 : 63));
+                if (element == 1 && meta == Meta::kE8m0) a[i] = static_cast<uint8_t>(uniform(0, 140));
+                if (element == 1 && meta == Meta::kE4m3) a[i] = static_cast<uint8_t>(uniform(0, 254) & ~1);
+                if (element == 1 && (meta == Meta::kZero4 || meta == Meta::kInt4Pair)) a[i] &= 15;
+                if (element == 2) std::memcpy(&a[i], &h, 2);
+                if (element == 4) std::memcpy(&a[i], &f, 4);
+            }
+            return a;
+        };
+        const int scale = w.quantized() ? static_cast<int>(size.scales / (static_cast<size_t>(n) * w.groups())) : 1;
+        const auto scales = beside(size.scales, scale), times = beside(size.times, meta == Meta::kE4m3 ? 4 : 2);
+        const auto offsets = beside(size.offsets, meta == Meta::kZero4 ? 1 : scale),
+                   offset_times = beside(size.offset_times, 2);
         packed = std::make_unique<Aligned<uint8_t>>(w.bytes());
-        pack_linear(w, codes.data(), scales, aux, packed->data(), 2);
+        pack_linear(w, {codes.data(), scales.data(), offsets.data(), times.data(), offset_times.data()}, packed->data(),
+                    2);
         w.data = packed->data();
         for (int i = 0; i < n; i++) bias.push_back(normal());
         w.bias = bias.data();
@@ -135,34 +142,46 @@ std::vector<float> run_linear(const KernelTable& t, const Weights& w, const std:
     return y.copy();
 }
 
+void test_form(const KernelTable& t, const KernelTable& scalar, WeightKind kind, Meta meta, int n, int k, int group) {
+    for (int bits : {8, 16}) {
+        Weights w(kind, meta, n, k, group);
+        const std::string what = std::string(t.name) + " kind " + std::to_string(int(kind)) + " meta " +
+                                 std::to_string(int(meta)) + " k " + std::to_string(k) + " group " +
+                                 std::to_string(group) + " bits " + std::to_string(bits);
+        const int few = uniform(2, 7);
+        for (int rows : {1, few, 8, 9, uniform(17, 33)}) {
+            const auto x = random_rows(rows, k);
+            expect(same(run_linear(t, w, x, rows, bits), run_linear(scalar, w, x, rows, bits)),
+                   what + " linear of rows " + std::to_string(rows));
+        }
+        std::vector<int32_t> ids = {0, n - 1, n / 2};
+        Aligned<float> a(3 * static_cast<size_t>(k)), b(3 * static_cast<size_t>(k));
+        t.embed({&w.w, ids.data(), a.data(), 1.7f, 0, 3});
+        scalar.embed({&w.w, ids.data(), b.data(), 1.7f, 0, 3});
+        expect(same(a.copy(), b.copy()), what + " embed");
+    }
+}
+
+// Codes and what stands beside them share no code, so each is tried with a few of the others.
 void test_linear(const KernelTable& t, const KernelTable& scalar) {
-    struct Form {
-        WeightKind kind;
-        Meta meta;
-    };
-    const Form forms[] = {
-        {WeightKind::kW4, Meta::kSym},   {WeightKind::kW4, Meta::kZero4}, {WeightKind::kW4, Meta::kOffset16},
-        {WeightKind::kW4, Meta::kFloat}, {WeightKind::kW8, Meta::kSym},   {WeightKind::kW8, Meta::kFloat},
-        {WeightKind::kF32, Meta::kNone}, {WeightKind::kF16, Meta::kNone}, {WeightKind::kBF16, Meta::kNone}};
-    const int shapes[][3] = {{16, 64, 32}, {17, 128, 64}, {40, 256, 128}, {1, 96, 96}, {35, 576, 576}};
-    for (const Form& f : forms)
-        for (const auto& s : shapes)
-            for (int bits : {8, 16}) {
-                const bool dense = f.meta == Meta::kNone;
-                Weights w(f.kind, f.meta, s[0], dense ? s[1] - 3 : s[1], dense ? 0 : s[2]);
-                for (int rows : {1, 2, 3, 5, 8, 9, uniform(10, 33)}) {
-                    const auto x = random_rows(rows, w.w.k);
-                    expect(same(run_linear(t, w, x, rows, bits), run_linear(scalar, w, x, rows, bits)),
-                           std::string(t.name) + " linear kind " + std::to_string(int(f.kind)) + " meta " +
-                               std::to_string(int(f.meta)) + " k " + std::to_string(w.w.k) + " rows " +
-                               std::to_string(rows) + " bits " + std::to_string(bits));
-                }
-                std::vector<int32_t> ids = {0, s[0] - 1, s[0] / 2};
-                Aligned<float> a(3 * static_cast<size_t>(w.w.k)), b(3 * static_cast<size_t>(w.w.k));
-                t.embed({&w.w, ids.data(), a.data(), 1.7f, 0, 3});
-                scalar.embed({&w.w, ids.data(), b.data(), 1.7f, 0, 3});
-                expect(same(a.copy(), b.copy()), std::string(t.name) + " embed");
+    const int shapes[][3] = {{16, 64, 32}, {17, 128, 64}, {40, 256, 128}, {1, 96, 96}, {35, 576, 576}, {18, 288, 16}};
+    const int supers[][3] = {{17, 512, 32}, {18, 256, 16}, {3, 512, 64}, {16, 256, 256}};
+    for (WeightKind kind : {WeightKind::kF32, WeightKind::kF16, WeightKind::kBF16})
+        for (const auto& s : shapes) test_form(t, scalar, kind, Meta::kNone, s[0], s[1] - 3, 0);
+    int turn = 0;
+    for (int kind = 0; kind < kPackedKinds; kind++)
+        for (int meta = 0; meta < kMetas; meta++) {
+            const WeightKind c = static_cast<WeightKind>(kind);
+            const Meta m = static_cast<Meta>(meta);
+            const bool table = c == WeightKind::kIq4Nl || c == WeightKind::kE2m1;
+            if (is_dense(c) || m == Meta::kNone || (table && (has_offsets(m) || m == Meta::kZero4))) continue;
+            if ((kind + meta) % 3) continue;
+            for (int i = 0; i < 2; i++, turn++) {  // all shapes have their turn
+                const auto& s = has_supers(m) ? supers[turn % 4] : shapes[turn % 6];
+                if (s[2] < kActGroup && has_signed_bytes(c)) continue;
+                test_form(t, scalar, c, m, s[0], s[1], s[2]);
             }
+        }
 }
 
 void test_rows(const KernelTable& t, const KernelTable& scalar) {
@@ -428,9 +447,10 @@ std::vector<float> run_experts(std::vector<std::unique_ptr<Weights>>& w, const s
 void test_experts() {
     const int experts = 9, rows = 37;
     std::vector<std::unique_ptr<Weights>> w;
+    const WeightKind kinds[] = {WeightKind::kW8, WeightKind::kW4, WeightKind::kW5};
     for (int e = 0; e < experts; e++)
         for (auto [n, k] : {std::pair(64, 96), std::pair(64, 96), std::pair(96, 64)})
-            w.push_back(std::make_unique<Weights>(e % 3 ? WeightKind::kW4 : WeightKind::kW8, Meta::kSym, n, k, 32));
+            w.push_back(std::make_unique<Weights>(kinds[e % 3], Meta::kSym, n, k, 32));
     const auto x = random_rows(rows, 96), scores = random_rows(rows, experts);
     std::vector<int32_t> perm(96);
     for (int i = 0; i < 96; i++) perm[i] = i * 5 % 96;

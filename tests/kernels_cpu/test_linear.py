@@ -7,9 +7,20 @@ import zlib
 
 import numpy as np
 import pytest
-from programs import BEST, FORMS, ISAS, quantize_rows, random_dense, random_linear, run_linear
+from programs import (
+    BEST,
+    CODED,
+    FORMS,
+    ISAS,
+    quantize_rows,
+    random_coded,
+    random_dense,
+    random_linear,
+    run_linear,
+)
 
-from tinychat.backends.cpu_pack import pack
+from tinychat.backends.cpu_pack import KERNELS, pack
+from tinychat.backends.exact_form import ExactForm
 
 # (out, in, group): tails of the 16-row tile, every group, whole rows, widths that are no power of two
 SHAPES = [
@@ -66,6 +77,30 @@ def test_quantized_linear_is_the_dequantized_one_on_quantized_rows(form, act_bit
             assert (np.abs(got - expected) <= slack).all(), (isa, n, k, group, np.abs(got - expected).max())
 
 
+@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("form", CODED)
+def test_every_form_runs_as_it_is_stored(form, act_bits):
+    rng = np.random.default_rng(zlib.crc32(form.encode()))
+    # tails of the tile, and of what is opened at once; odd numbers of groups where there are no integers
+    shapes = [(17, 256), (40, 768), (16, 2304)]
+    if not form.startswith(("q2", "q3", "q4", "q5_k", "q6", "iq4_xs", "8-bit int6", "tq2", "mixed")):
+        shapes += [(33, 576), (1, CODED[form][2] * (2 if CODED[form][2] < 32 else 3))]
+    for i, (n, k) in enumerate((n, k) for n, k in shapes if k % CODED[form][2] == 0 or form == "6-bit"):
+        k = k if k % CODED[form][2] == 0 else k * 3
+        w = random_coded(rng, form, n, k, bias=i % 2 == 1)
+        assert not ExactForm.of(w, KERNELS).rounded
+        for rows in (int(rng.integers(1, 16)), int(rng.integers(17, 80))):  # codes are opened for many
+            x = activations(rng, rows, k)
+            expected, size = truth(w, x, act_bits)
+            for isa in ISAS:
+                got = run_linear([pack(w)], x, isa=isa, act_bits=act_bits)
+                # scales of an unsigned form and their offsets cancel: what fp32 sums lose follows the codes
+                slack = 3e-6 * size * (3 if w.bits < 8 else 1)
+                slack = slack + np.abs(x).max() / (127 if act_bits == 8 else 32767) * 1e-4 + 1e-6
+                worst = np.abs(got - expected).max()
+                assert (np.abs(got - expected) <= slack).all(), (isa, n, k, rows, worst)
+
+
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
 def test_dense_linear_is_the_stored_weight(kind):
     rng = np.random.default_rng(7)
@@ -88,6 +123,25 @@ def test_every_isa_gives_the_bits_of_the_scalar_one(form, act_bits):
         expected = run_linear([w], x, isa="scalar", act_bits=act_bits)
         for isa in ISAS[:-1]:
             np.testing.assert_array_equal(run_linear([w], x, isa=isa, act_bits=act_bits), expected)
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("form", CODED)
+def test_every_form_gives_the_bits_of_the_scalar_kernels_for_any_rows(form, act_bits):
+    """Rows alone and with others, a few and so many that codes are opened first."""
+    rng = np.random.default_rng(12)
+    k = 1536 if CODED[form][2] == 96 else 1280
+    w = pack(random_coded(rng, form, 50, k))
+    x = activations(rng, 20, k)
+    expected = run_linear([w], x[:17], isa="scalar", act_bits=act_bits)
+    for isa in ISAS[:-1]:
+        for rows in (*range(1, 10), 16, 17, 20):
+            start = int(rng.integers(0, 18 - min(rows, 17)))
+            got = run_linear([w], x[start : start + rows], isa=isa, act_bits=act_bits)
+            n = min(rows, 17 - start)
+            np.testing.assert_array_equal(got[:n], expected[start : start + n])
+    few = run_linear([w], x[3:5], isa="scalar", act_bits=act_bits)
+    np.testing.assert_array_equal(few, expected[3:5])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -153,7 +207,7 @@ def test_permuted_inputs(act_bits):
 
 def test_groups_that_are_no_whole_activation_groups_run_dense():
     rng = np.random.default_rng(9)
-    for k, group in [(40, 40), (48, 16), (72, 8)]:
+    for k, group in [(40, 40), (48, 16), (72, 8), (96, 48)]:
         w = random_linear(rng, "zeros", 20, k, group)
         x = rng.normal(size=(3, k)).astype(np.float32)
         exact = x.astype(np.float64) @ w.dequantize().astype(np.float64).T

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from programs import ISAS, Bench, input_rows, random_dense, random_linear
+from programs import CODED, ISAS, Bench, input_rows, random_coded, random_dense, random_linear
 
 from tinychat.backends.cpu_pack import pack
 
@@ -196,6 +196,22 @@ def test_embedding_rows_are_the_dequantized_rows(isa):
         ids = np.array([0, 99, 17, 16, 15, 17, 64, 3, 50], np.int32)
         b.p.run(((ids, 0, len(ids), ()),))
         np.testing.assert_allclose(b.view(out, 9), w.dequantize()[ids], rtol=1e-6, atol=1e-9, err_msg=form)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_embeddings_of_every_form_read_their_own_rows(isa):
+    rng = np.random.default_rng(2)
+    for form in CODED:
+        w = random_coded(rng, form, 100, 768)
+        b = Bench(isa)
+        out = b.p.floats(768)
+        b.p.embed(pack(w).native, out)
+        ids = np.array([0, 99, 17, 16, 15, 17, 64, 3, 50], np.int32)
+        b.p.run(((ids, 0, len(ids), ()),))
+        size = np.abs(w.dequantize()).max()
+        np.testing.assert_allclose(
+            b.view(out, 9), w.dequantize()[ids], rtol=1e-6, atol=size * 1e-6, err_msg=form
+        )
 
 
 def test_wrong_inputs_are_exceptions():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,40 @@ from tinychat.kernels_cpu import _native
 from tinychat.network.weight_form import Coded, Numbers
 from tinychat.network.weights import Linear
 
-# The enumerations of layout.h, by what `Form` says of codes, and of scale and offset
-KINDS = {"4-bit": 0, "8-bit": 1, "fp32": 2, "fp16": 3, "bf16": 4}
+# The enumerations of forms.h, by codes or floats, and by what `Form` says of scale and offset
+KINDS = {
+    "4": 0,
+    "8": 1,
+    "fp32": 2,
+    "fp16": 3,
+    "bf16": 4,
+    "2": 5,
+    "3": 6,
+    "5": 7,
+    "6": 8,
+    "iq4_nl": 9,
+    "e2m1": 10,
+}
 METAS = {
     ("fp16", "none"): 0,
     ("fp16", "zero"): 1,
     ("fp16", "fp16"): 2,
     ("fp32", "fp32"): 3,
     ("none", "none"): 4,
+    ("fp32", "none"): 5,
+    ("int4", "int4"): 6,
+    ("int6", "none"): 7,
+    ("int6", "int6"): 9,
+    ("int8", "none"): 10,
+    ("e8m0", "none"): 11,
+    ("e4m3", "none"): 12,
 }
-KERNELS = Kernels(
-    frozenset(
-        {
-            *(("4", *beside) for beside in METAS if beside[0] != "none"),
-            ("8", "fp16", "none"),
-            ("8", "fp32", "fp32"),
-        }
-    )
-)
+SIGNED6 = 8  # ("int6", "none") whose integers are signed
+
+NUMBERS = ("2", "3", "4", "5", "6")
+SCALES = [m for m in METAS if m[1] == "none" != m[0]]
+PAIRS = [m for m in METAS if m[1] != "none"]
+KERNELS = Kernels.of([*NUMBERS, "8"], PAIRS + SCALES, [*NUMBERS, "e2m1"], product(("iq4_nl", "e2m1"), SCALES))
 
 
 @dataclass(frozen=True)
@@ -109,22 +126,36 @@ def pack(w: Linear, threads: int = 1) -> PackedLinear:
 def numbers(w: ExactForm) -> tuple[int, ...]:
     """(kind, meta, n, k, group): how the kernels name a form and its sizes."""
     form = w.form
-    kind = KINDS[form.decoding if form.is_float else f"{form.bits}-bit"]
-    return (kind, METAS[form.scale, form.offset], *w.shape, w.group)
+    kind = KINDS[form.decoding if form.is_float else form.codes]
+    meta = METAS[form.scale, form.offset]
+    if (form.scale, form.offset) == ("int6", "none") and w.scales.codes.dtype == np.int8:
+        meta = SIGNED6
+    return (kind, meta, *w.shape, w.group)
 
 
 def tiles(w: ExactForm, threads: int) -> np.ndarray:
     """uint8: codes and what stands beside them, or floats, in tiles of 16 outputs."""
     form = numbers(w)
     out = _aligned(_native.packed_bytes(*form))
-    _native.pack(*form, _bits(w.codes), _bits(w.scales), _bits(w.beside), out, threads)
+    (scales, times), (offsets, offset_times) = (_parts(a, len(w.codes)) for a in (w.scales, w.beside))
+    _native.pack(*form, _bits(w.codes), scales, offsets, times, offset_times, out, threads)
     return out
 
 
-def _bits(a: Numbers | None) -> np.ndarray | None:
-    """Halves as the integers that the kernels' module takes."""
-    assert not isinstance(a, Coded)  # KERNELS have none
-    return a.view(np.uint16) if a is not None and a.dtype == np.float16 else a
+def _parts(a: Numbers | None, n: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What stands beside groups, and what that is multiplied by, in the integers that the module takes."""
+    if not isinstance(a, Coded):
+        return _bits(a), None
+    times = None if a.times is None else np.broadcast_to(a.times, (n, a.times.shape[1]))
+    return np.ascontiguousarray(a.codes), _bits(times)
+
+
+def _bits(a: np.ndarray | None) -> np.ndarray | None:
+    """Halves as integers."""
+    if a is None:
+        return None
+    a = np.ascontiguousarray(a)
+    return a.view(np.uint16) if a.dtype == np.float16 else a
 
 
 def _aligned(size: int) -> np.ndarray:

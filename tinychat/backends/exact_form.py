@@ -28,24 +28,32 @@ class Kernels:
 
     forms    (codes, scale, offset): codes by their table or their bits ("6"), the others in the words of
              `Form`. All backends have ("8", "fp16", "none")
-    halves   whether groups of 16 are read too, beside multiples of 32
+    halves   codes that are read in groups of 16 too, beside multiples of 32
     """
 
     forms: frozenset[tuple[str, str, str]]
-    halves: bool = False
+    halves: frozenset[str] = frozenset()
 
     @staticmethod
     def of(
-        codes: Iterable[str], besides: Iterable[tuple[str, str]], halves: bool = True, more: Iterable = ()
+        codes: Iterable[str],
+        besides: Iterable[tuple[str, str]],
+        halves: Iterable[str] | None = None,
+        more: Iterable[tuple[str, tuple[str, str]]] = (),
     ) -> Kernels:
-        """Any of the codes beside any of the pairs of scale and offset, and `more` forms."""
-        return Kernels(frozenset([*((c, *b) for c, b in product(codes, besides)), *more]), halves)
+        """Any of the codes beside any of the pairs of scale and offset, and `more` such forms; halves: all of
+        these codes, unless they are given.
+        """
+        forms = frozenset((c, *b) for c, b in [*product(codes, besides), *more])
+        return Kernels(forms, frozenset(codes if halves is None else halves))
 
     def hold(self, form: Form, k: int) -> bool:
         """Whether weights of that form and k inputs run as they are; others are rounded when packed."""
         if form.is_float or not _whole(form.group or k, k):
             return True  # floats hold them
-        return self._groups(form.group or k) and any(words in self.forms for words in _said(form))
+        if (form.group or k) % PART and form.codes not in self.halves:
+            return False
+        return any(words in self.forms for words in _said(form))
 
     def form(self, form: Form, k: int) -> Form:
         """Form in which weights of that form and k inputs are stored, as far as it follows without their
@@ -59,11 +67,8 @@ class Kernels:
             return Form(8, "signed", PART, "fp16")
         _, scale, offset = next(words for words in _said(form) if words in self.forms)
         signed = offset == "none" or form.bits == 8
-        decoding = form.decoding if form.decoding in TABLES else "signed" if signed else "unsigned"
+        decoding = form.codes if form.codes in TABLES else "signed" if signed else "unsigned"
         return Form(form.bits, decoding, form.group, scale, offset)
-
-    def _groups(self, group: int) -> bool:
-        return group % PART == 0 or self.halves
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class ExactForm:
         if not kernels.hold(w.form, w.shape[1]):
             return _rounded(w, kernels, name)
         signed = _signed_bytes(w)
-        code = signed.table or str(signed.bits)
+        code = w.form.codes
         pairs = ((_words(pair), pair) for pair in _besides(signed))
         (scale, offset), (scales, beside) = next(p for p in pairs if (code, *p[0]) in kernels.forms)
         plain = "signed" if offset == "none" or signed.codes.dtype == np.int8 else "unsigned"
@@ -127,9 +132,8 @@ class ExactForm:
 
 def _said(form: Form) -> list[tuple[str, str, str]]:
     """Words of `Kernels.forms` that hold weights of a form exactly, the smallest first."""
-    code = form.decoding if form.decoding in TABLES else str(form.bits)
     wide = [("fp32", "none")] if form.offset == "none" else []
-    return [(code, *words) for words in [(form.scale, form.offset), *wide, ("fp32", "fp32")]]
+    return [(form.codes, *words) for words in [(form.scale, form.offset), *wide, ("fp32", "fp32")]]
 
 
 def _whole(group: int, k: int) -> bool:
@@ -184,7 +188,9 @@ def _besides(w: QuantizedLinear) -> Iterator[Beside]:
     zeros = None if w.zeros is None or (off_by and (w.zeros == off_by).all()) else w.zeros
     none = zeros is None and w.offsets is None
     k = w.shape[1]
-    if _for_kernels(w.scales, k) and (none or (w.offsets is not None and _for_kernels(w.offsets, k))):
+    if none and _for_kernels(w.scales, k):
+        yield w.scales, None
+    elif w.offsets is not None and all(_for_kernels(a, k) and _unsigned(a) for a in (w.scales, w.offsets)):
         yield w.scales, w.offsets
     scales, halves = floats(w.scales), exact_halves(w.scales)
     if halves is not None:
@@ -214,4 +220,10 @@ def _for_kernels(numbers: Numbers, k: int) -> bool:
     if numbers.times is None:
         return True
     above = numbers.times.shape[1]
-    return above == 1 if numbers.kind == "e4m3" else above * SUPER == k
+    if numbers.kind == "e4m3":
+        return above == 1
+    return above * SUPER == k and (numbers.kind != "int8" or not _unsigned(numbers))
+
+
+def _unsigned(numbers: Numbers) -> bool:
+    return isinstance(numbers, Coded) and numbers.codes.dtype == np.uint8

@@ -23,7 +23,7 @@ from tinychat.base.errors import DamagedWeightsError
 from tinychat.base.files import open_regular, watched
 from tinychat.kernels_cpu import _native
 
-VERSION = 3
+VERSION = 4
 MAGIC = b"TINYPACK"
 PAGE = 4096
 HEADER = struct.Struct("<8sIIQQQ")  # magic, version, index checksum, index offset, index size, file size

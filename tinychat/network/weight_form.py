@@ -106,6 +106,11 @@ class Form:
         """Whether the weight is stored as floats, without codes."""
         return self.decoding in FLOATS
 
+    @property
+    def codes(self) -> str:
+        """What tells kernels codes from codes: their table, or their bits ("6")."""
+        return self.decoding if self.decoding in TABLES else str(self.bits)
+
     def n_bytes(self, n: int, k: int) -> int:
         """Bytes of a weight of n outputs and k inputs, without padding."""
         bits = n * k * self.bits
