@@ -113,7 +113,8 @@ def test_what_kernels_read_is_stored_as_it_is_in_the_file(kind):
     assert exact.codes is w.codes
     for mine, own in ((exact.scales, w.scales), (exact.beside, w.offsets if w.zeros is None else w.zeros)):
         if isinstance(own, Coded):
-            assert mine is own
+            assert (mine.kind, mine.codes.dtype, mine.times is own.times) == (own.kind, own.codes.dtype, True)
+            np.testing.assert_array_equal(mine.codes, own.codes)
         else:
             np.testing.assert_array_equal(mine, own)
 
@@ -145,6 +146,19 @@ def test_a_super_scale_of_other_than_256_inputs_becomes_floats():
     exact = ExactForm.of(QuantizedLinear(w.codes, scales), ALL)
     assert (exact.form.scale, exact.form.offset) == ("fp32", "none")
     np.testing.assert_array_equal(exact.scales, floats(scales))
+
+
+def test_integers_of_eight_bits_without_a_sign_are_stored_as_they_are_while_int8_holds_them():
+    w = stored("q6_k")
+    for top, kind in ((127, "int8"), (129, "fp32")):
+        codes = np.full(w.scales.shape, top, np.uint8)
+        exact = ExactForm.of(
+            QuantizedLinear(w.codes, Coded("int8", codes, w.scales.times), bits=6),
+            ALL,
+        )
+        assert exact.form.scale == kind
+        scales = floats(exact.scales)
+        np.testing.assert_array_equal(scales, np.repeat(floats(w.scales.times), 16, axis=1) * top)
 
 
 @pytest.mark.parametrize("beside", ["none", "zeros", "offsets"])

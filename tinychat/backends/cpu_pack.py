@@ -128,7 +128,7 @@ def numbers(w: ExactForm) -> tuple[int, ...]:
     form = w.form
     kind = KINDS[form.decoding if form.is_float else form.codes]
     meta = METAS[form.scale, form.offset]
-    if (form.scale, form.offset) == ("int6", "none") and w.scales.codes.dtype == np.int8:
+    if meta == METAS["int6", "none"] and isinstance(w.scales, Coded) and w.scales.codes.dtype == np.int8:
         meta = SIGNED6
     return (kind, meta, *w.shape, w.group)
 

@@ -189,7 +189,7 @@ def _besides(w: QuantizedLinear) -> Iterator[Beside]:
     none = zeros is None and w.offsets is None
     k = w.shape[1]
     if none and _for_kernels(w.scales, k):
-        yield w.scales, None
+        yield _signed(w.scales), None
     elif w.offsets is not None and all(_for_kernels(a, k) and _unsigned(a) for a in (w.scales, w.offsets)):
         yield w.scales, w.offsets
     scales, halves = floats(w.scales), exact_halves(w.scales)
@@ -222,7 +222,15 @@ def _for_kernels(numbers: Numbers, k: int) -> bool:
     above = numbers.times.shape[1]
     if numbers.kind == "e4m3":
         return above == 1
-    return above * SUPER == k and (numbers.kind != "int8" or not _unsigned(numbers))
+    small = numbers.kind != "int8" or not _unsigned(numbers) or numbers.codes.max() < 128
+    return above * SUPER == k and small
+
+
+def _signed(numbers: Numbers) -> Numbers:
+    """Integers of 8 bits as int8."""
+    if isinstance(numbers, Coded) and numbers.kind == "int8":
+        return replace(numbers, codes=numbers.codes.view(np.int8))
+    return numbers
 
 
 def _unsigned(numbers: Numbers) -> bool:
