@@ -65,6 +65,12 @@ def test_gradients_are_those_of_transformers_own_forward_pass(tmp_path):
     with torch.no_grad():
         wanted = tuner._float_states(ids)
     tuner._backward(ids, wanted)
+    first = [s.grad.clone() for s in tuner._shares]
+    tuner.keeps = not tuner.keeps  # memory decides whether blocks run twice, which changes no bit
+    for share in tuner._shares:
+        share.grad = None
+    tuner._backward(ids, wanted)
+    assert all(torch.equal(a, s.grad) for a, s in zip(first, tuner._shares, strict=True))
 
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings.hf_config(source.config)))
     stored, state, scales = HFCheckpoint(tmp_path / "out"), {}, {}
