@@ -82,14 +82,16 @@ _MAX_COUNT, _MAX_KEY, _MAX_STRING = 1 << 16, 1 << 16, 1 << 26
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor: `shape` is [out, in], the reverse of GGUF's own order; `start` is an offset in `mapped`."""
+    """One tensor: `shape` is [out, in], the reverse of GGUF's own order; `start` is an offset in the file
+    `mapped`, which a tensor that is yet to be written lacks.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: int
     start: int
     n_bytes: int
-    mapped: MappedFile
+    mapped: MappedFile | None = None
 
 
 class GGUFFile:
@@ -113,6 +115,7 @@ class GGUFFile:
 
     def data(self, tensor: Tensor, dtype: Any = np.uint8) -> np.ndarray:
         """The tensor's bytes, as a flat read-only view of its file."""
+        assert tensor.mapped is not None
         tensor.mapped.check()
         count = tensor.n_bytes // np.dtype(dtype).itemsize
         return np.frombuffer(tensor.mapped.data, dtype, count, tensor.start)

@@ -71,6 +71,7 @@ def open_parts(path: Path) -> tuple[GGUFFile, list[MappedFile]]:
 def _join(parts: list[GGUFFile]) -> None:
     """Give the first part the tensors of all. Raises CheckpointError for parts of different models."""
     first = parts[0]
+    where: dict[str, GGUFFile] = {}
     total, kind = _said(first, "tensors.count"), first.fields.get("general.architecture")
     for i, part in enumerate(parts):
         number, count = _said(part, "no") + 1, _said(part, "count", 1)
@@ -78,12 +79,13 @@ def _join(parts: list[GGUFFile]) -> None:
             raise _strange(part, f"says that it is part {number} of {count}")
         if _said(part, "tensors.count") != total or part.fields.get("general.architecture", kind) != kind:
             raise _strange(part, f"belongs to another model than {first.path.name}")
-        for name, tensor in part.tensors.items() if i else ():
-            other = first.tensors.setdefault(name, tensor)
-            if other is not tensor:
-                raise _strange(part, f"has the tensor {name!r}, which {other.mapped.path.name} has too")
-    if len(first.tensors) != total:
-        raise _strange(first, f"and the other parts have {len(first.tensors)} tensors instead of {total}")
+        for name in part.tensors:
+            other = where.setdefault(name, part)
+            if other is not part:
+                raise _strange(part, f"has the tensor {name!r}, which {other.path.name} has too")
+    if len(where) != total:
+        raise _strange(first, f"and the other parts have {len(where)} tensors instead of {total}")
+    first.tensors = {name: part.tensors[name] for name, part in where.items()}
 
 
 def _strange(part: GGUFFile, what: str) -> CheckpointError:

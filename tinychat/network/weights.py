@@ -107,12 +107,16 @@ class QuantizedLinear:
 
     def part(self, start: int, end: int) -> QuantizedLinear:
         """Outputs start … end - 1, without the bias; start is a multiple of `rows`."""
-        above, below = start // self.rows, -(-end // self.rows)
-        beside = [None if a is None else a[above:below] for a in (self.scales, self.zeros, self.offsets)]
-        scales, zeros, offsets = beside
-        codes = self.codes[start:end]
-        rows = min(self.rows, len(codes))
-        return replace(self, codes=codes, scales=scales, zeros=zeros, offsets=offsets, bias=None, rows=rows)
+        codes, beside = self.codes[start:end], slice(start // self.rows, -(-end // self.rows))
+        return replace(
+            self,
+            codes=codes,
+            scales=self.scales[beside],
+            zeros=None if self.zeros is None else self.zeros[beside],
+            offsets=None if self.offsets is None else self.offsets[beside],
+            bias=None,
+            rows=min(self.rows, len(codes)),
+        )
 
     def _each_row(self, beside: np.ndarray) -> np.ndarray:
         """[out, in/group, 1] of what stands beside groups."""
