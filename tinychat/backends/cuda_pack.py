@@ -181,13 +181,14 @@ def _beside(w: ExactForm) -> tuple[str, list[np.ndarray], list[np.ndarray]]:
 
     Integers with a sign that the kernels do not expect (no file has those) become floats.
     """
-    numbers = [w.scales] if w.beside is None else [w.scales, w.beside]
-    if w.form.offset == "zero":
-        return "ZERO", numbers[1:], numbers[:1]
-    word = "_".join(kind.upper() for kind in (w.form.scale, w.form.offset) if kind != "none")
+    numbers = [a for a in (w.scales, w.beside) if a is not None]
+    floats = [a for a in numbers if isinstance(a, np.ndarray)]
     coded = [a for a in numbers if isinstance(a, Coded)]
+    if w.form.offset == "zero":
+        return "ZERO", floats[1:], floats[:1]
+    word = "_".join(kind.upper() for kind in (w.form.scale, w.form.offset) if kind != "none")
     if not coded:
-        return word, [], numbers
+        return word, [], floats
     bits, _, _, shift = layout.CODED[word]
     shifted = [a.codes.astype(np.int16) + shift for a in coded]
     if all(a.min() >= 0 and a.max() < 1 << bits for a in shifted):

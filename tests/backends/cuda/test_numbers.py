@@ -15,6 +15,7 @@ from families import CASES, FromTransformers, random_model, relative_error, usua
 from programs import random_linear
 from tiny import TinyCheckpoint
 
+from tinychat import synthetic
 from tinychat.backends.cuda import CudaBackend
 from tinychat.backends.interface import BLOCK, Step
 from tinychat.backends.reference import ReferenceBackend
@@ -49,6 +50,26 @@ def test_logits_are_the_references(shape, quantize):
     # Halves as activations, keys, values and probabilities, against fp32 everywhere.
     assert np.abs(got - expected).max() < 0.03 * spread
     assert np.sqrt(np.mean((got - expected) ** 2)) < 0.003 * spread
+
+
+class KQuants(TinyCheckpoint):
+    """As llama.cpp makes Q4_K_M: 4 bits with 6-bit scales, and 6 bits for v, down and the embedding."""
+
+    def linear(self, name):
+        six = name.endswith(("v_proj", "down_proj", "embed_tokens"))
+        return synthetic.random_linear(synthetic.FORMS["q6_k" if six else "q4_k"], *self.weights[name].shape)
+
+    def fingerprint(self, tell=None):
+        return "k-quants " + super().fingerprint(tell)
+
+
+def test_a_model_in_k_quants_is_the_references():
+    """Weights come from a pack, neighbours that are alike are joined, the embedding is the head."""
+    checkpoint = KQuants(3, hidden_size=256, intermediate_size=512, head_dim=64, rope=RopeConfig(dim=64))
+    cuts = [40, 1, 1, 5, 33]
+    expected, got = run(truth(checkpoint), IDS, cuts), run(cuda(checkpoint), IDS, cuts)
+    assert np.sqrt(np.mean((got - expected) ** 2)) < 0.003 * expected.std()
+    np.testing.assert_array_equal(run(cuda(checkpoint), IDS, [80]), got)
 
 
 def test_an_8_bit_cache_is_the_references():
