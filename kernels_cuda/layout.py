@@ -152,8 +152,10 @@ def _plane(a: np.ndarray, bits: int, in_order: bool = False) -> np.ndarray:
         # Byte i of a word: nibbles 2i and 2i + 1. Nibble j is input 2j, nibble j + 4 is input 2j + 1.
         low, high = (a[..., 0::2], a[..., 1::2]) if in_order else (a[..., [0, 4, 1, 5]], a[..., [2, 6, 3, 7]])
         return np.ascontiguousarray((low | high << 4).transpose(0, 3, 2, 5, 4, 1, 6))
-    pairs = [a[..., 2 * j : 2 * j + 2] << np.uint8(bits * j) for j in range(4)]
-    a = pairs[0] | pairs[1] | pairs[2] | pairs[3]  # …, odd inputs or even ones
+    # Eight bytes at once: pairs of inputs move down to the first pair, each to bits of its own.
+    eight, step = np.ascontiguousarray(a).view("<u8"), np.uint64(16 - bits)
+    four = eight | eight >> step
+    a = (four | four >> (step + step)).astype("<u2").view(np.uint8)  # …, even inputs or odd ones
     if bits == 2:
         return np.ascontiguousarray(a.transpose(0, 3, 2, 5, 4, 6, 1))
     return np.ascontiguousarray((a[:, 0] | a[:, 1] << np.uint8(4)).transpose(0, 2, 1, 4, 5, 3))
