@@ -10,9 +10,8 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from damage import damage_blocks, damage_bytes, damage_json, damage_tensors, read, sound_models
+from damage import damage_blocks, damage_bytes, damage_file, damage_json, read, sound_models
 from raw_gguf import ARRAY, STRING, Raw
-from safetensors.numpy import load_file, save_file
 
 from tinychat.base.errors import TinychatError
 from tinychat.formats import open_checkpoint
@@ -40,8 +39,7 @@ def test_fifty_damaged_checkpoints(seed, sound, tmp_path):
                 config = json.loads((path / "config.json").read_text())
                 (path / "config.json").write_text(json.dumps(damage_json(rng, config)))
             elif kind == 2:
-                tensors = load_file(path / "model.safetensors")
-                save_file(damage_tensors(rng, tensors), path / "model.safetensors")
+                damage_file(rng, path / "model.safetensors")
             else:
                 file = path / rng.choice(["config.json", "model.safetensors", "tokenizer.json"])
                 file.write_bytes(damage_bytes(rng, file.read_bytes(), 4000))

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import packers
+import raw_safetensors
 from families import CASES, experts_apart, random_model
 from family_gguf import write as write_gguf
 from ggml_blocks import HALVES, Kind
 from safetensors.numpy import save_file
+from scheme_packers import DTYPES, SCHEMES
 
 from tinychat.backends import cpu_pack
 from tinychat.backends.exact_form import ExactForm
@@ -83,6 +85,10 @@ def sound_models(root: Path) -> dict[str, Path]:
         (folder / "config.json").write_text(json.dumps(settings))
         save_file(tensors, folder / "model.safetensors")
         byte_tokenizer().save(folder)
+    hf = random_model("LlamaForCausalLM", num_hidden_layers=2, tie_word_embeddings=True)
+    for scheme in SCHEMES:
+        out[scheme] = root / scheme
+        _in_scheme(hf, out[scheme], scheme)
     for case, arch in GGUFS.items():
         cls, changes = CASES[case]
         out[f"{arch}.gguf"] = root / f"{arch}.gguf"
@@ -121,6 +127,25 @@ def damage_blocks(rng, path: Path) -> bytes:
     return bytes(out)
 
 
+def _in_scheme(hf, folder: Path, scheme: str) -> None:
+    """The model with the linears of one layer in a scheme of quantized folders."""
+    from tiny import byte_tokenizer
+
+    (said, make), rng = SCHEMES[scheme], np.random.default_rng(0)
+    tensors = {k: t.detach().numpy() for k, t in hf.state_dict().items() if k != "lm_head.weight"}
+    dtypes: dict[str, str] = {}
+    for name in [n for n in tensors if "layers.1." in n and n.endswith("_proj.weight")]:
+        linear = name.removesuffix(".weight")
+        parts = make(rng, *tensors.pop(name).shape)
+        tensors |= {f"{linear}.{part}": a for part, a in parts.items()}
+        dtypes |= {f"{linear}.{part}": d for part, d in DTYPES.get(scheme, {}).items()}
+    folder.mkdir()
+    settings = hf.config.to_dict() | {"architectures": [type(hf).__name__]} | said
+    (folder / "config.json").write_text(json.dumps(settings))
+    raw_safetensors.write(folder / "model.safetensors", tensors, dtypes)
+    byte_tokenizer().save(folder)
+
+
 def read(path) -> None:
     """Everything that loading asks of a checkpoint."""
     c, policy = open_checkpoint(path), WeightPolicy()
@@ -156,13 +181,22 @@ def damage_json(rng, config: dict) -> dict:
     return config
 
 
+def damage_file(rng, file: Path) -> None:
+    """Tensors of a safetensors file damaged."""
+    tensors, dtypes = raw_safetensors.load(file)
+    raw_safetensors.write(file, damage_tensors(rng, tensors), dtypes)
+
+
 def damage_tensors(rng, tensors: dict) -> dict:
     """A tensor dropped, renamed, of another shape or dtype, or full of junk."""
     out = dict(tensors)
     for _ in range(rng.integers(1, 3)):
         name = rng.choice(sorted(out))
         a, kind = out.pop(name), rng.integers(5)
-        if kind == 1:
+        if "quant_state" in name and rng.random() < 0.6:
+            text = json.dumps(damage_json(rng, json.loads(a.tobytes())))
+            out[name] = np.frombuffer(text.encode(), np.uint8)
+        elif kind == 1:
             out[name.replace("0", "1")] = a
         elif kind == 2:
             out[name] = np.ascontiguousarray(a.reshape(-1)[: max(1, a.size // 2)])

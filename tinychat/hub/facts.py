@@ -73,15 +73,20 @@ def quantization(path: Path, checkpoint: Any) -> str | None:
     """Quantization in a word or two: "Q4_1", "awq 4-bit g128", "bfloat16"."""
     if hasattr(checkpoint, "tensor_bytes"):
         return next(iter(checkpoint.tensor_bytes()), None)
+    said = getattr(checkpoint, "quantization", None)
+    if said is not None:
+        grid = next(iter(said.grids), None)
+        return f"{said.method} {grid.bits}-bit g{grid.group}" if grid else _method(said.method, said.schemes)
     try:
         config = json.loads(read_text(path / "config.json"))
-        q = config.get("quantization_config")
-        if not q:
-            return config.get("torch_dtype") or config.get("dtype")
-        bits, group = q.get("bits") or q.get("w_bit"), q.get("group_size") or q.get("q_group_size")
-        return f"{q.get('quant_method')} {bits}-bit g{group}"
+        return config.get("torch_dtype") or config.get("dtype")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
+
+
+def _method(method: str, schemes: tuple[str, ...]) -> str:
+    """A method whose codes are no integers, with what it stores where its name does not say so."""
+    return method if schemes[0].startswith(method) else f"{method} {schemes[0]}"
 
 
 def license_of(path: Path, checkpoint: Any) -> str | None:

@@ -195,6 +195,7 @@ def _check_config(repo: str, revision: str | None, files: list[str], staging: Pa
     import huggingface_hub as hub
 
     from tinychat.formats.hf import read_config
+    from tinychat.formats.quantization import read_quantization
 
     with _errors(repo), _no_bars():
         path = Path(hub.hf_hub_download(repo, "config.json", revision=revision, local_dir=staging))
@@ -205,6 +206,7 @@ def _check_config(repo: str, revision: str | None, files: list[str], staging: Pa
     except (OSError, ValueError) as e:
         raise CheckpointError(f"config.json of {repo} is damaged: {e}.", "Choose another repository.") from e
     read_config(config)
+    read_quantization(path.parent, config)
 
 
 @contextmanager
