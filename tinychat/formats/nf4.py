@@ -43,7 +43,7 @@ def look(m: Module) -> Stored:
     n, k = m.n, m.k
     state = _state(m.part(STATE, m.peek(STATE).shape, "U8"))
     block = _size(state, "blocksize", 64)
-    if tuple(state.get("shape") or ()) != (n, k) or state.get("quant_type") != "nf4":
+    if state.get("shape") != [n, k] or state.get("quant_type") != "nf4":
         raise ValueError(f"its state is of {state.get('quant_type')} {state.get('shape')}, not nf4 {[n, k]}")
     if n * k % 2:
         raise ValueError("an odd number of weights")

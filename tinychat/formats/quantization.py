@@ -158,7 +158,7 @@ def _compressed(q: dict[str, Any]) -> Quantization:
     blocks: list[tuple[int, int]] = []
     for s in found:
         layout = s.get("format") or whole
-        if layout not in COMPRESSED:
+        if not isinstance(layout, str) or layout not in COMPRESSED:
             raise _unsupported(f"The compressed-tensors format {layout!r}")
         schemes += COMPRESSED[layout]
         grid, block = _weights(s["weights"], layout)
