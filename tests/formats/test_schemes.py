@@ -12,6 +12,7 @@ from schemes import NAME, config, folder, module, names, settings
 from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.network.weight_form import TABLES
+from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import QuantizedLinear
 
 # Cases in which the library's own order of float32 operations differs from `value · scale + offset`.
@@ -211,3 +212,26 @@ def test_blocks_may_be_cut_at_both_ends(tmp_path):
     w = HFCheckpoint(tmp_path).linear(NAME)
     for i, j in np.ndindex(20, 24):
         assert w.dequantize()[i, j] == TABLES["e4m3"][weight[i, j]] * scales[i // 8, j // 16]
+
+
+@pytest.mark.parametrize(
+    ("case", "part"),
+    [
+        ("mlx 4 bfloat16", "scales"),
+        ("mlx 4 bfloat16", "biases"),
+        ("fp8 float32", "weight_scale_inv"),
+        ("modelopt NVFP4", "weight_scale_2"),
+        ("nf4 plain", "weight.absmax"),
+        ("llm.int8", "SCB"),
+        ("mxfp8 uint8", "weight_scale_inv"),
+        ("mxfp4-pack-quantized", "weight_scale"),
+    ],
+)
+def test_scales_that_make_weights_infinite_are_refused_before_anything_runs(case, part, tmp_path):
+    parts, dtypes, _ = module(case)
+    a = parts[part].copy()
+    huge = {"F32": np.float32(3e38), "BF16": 0x7F7F, "U8": 254}[dtypes[part]]
+    a[(0,) * a.ndim] = huge
+    checkpoint = folder(tmp_path, case, **{part: (a, dtypes[part])})
+    with pytest.raises(CheckpointError, match=r"mlp\.up_proj"):
+        WeightPolicy("none", 16).linear(checkpoint, NAME)

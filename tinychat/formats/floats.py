@@ -22,10 +22,11 @@ import numpy as np
 
 from tinychat.formats import nibbles
 from tinychat.formats.scheme import Module, Stored, scales_of
-from tinychat.network.weight_form import Coded, Form
+from tinychat.network.weight_form import Coded, Form, Numbers, is_no_e4m3
 from tinychat.network.weights import QuantizedLinear
 
 MX, NV = 32, 16  # inputs that share a scale
+LARGEST_POWER = 245  # of e8m0: the largest e4m3, 448, times the next ones is infinite in float32
 
 
 def fp8(m: Module) -> Stored:
@@ -37,16 +38,23 @@ def fp8(m: Module) -> Stored:
         codes = numbers(np.ascontiguousarray(weight.read()))
         if m.has("weight_zero_point") and m.peek("weight_zero_point").read().any():
             raise ValueError("floats have a zero point other than 0")
-        return QuantizedLinear(codes, scales.read(), bits=8, table="e4m3", rows=scales.rows)
+        return QuantizedLinear(codes, finite(scales.read()), bits=8, table="e4m3", rows=scales.rows)
 
     return Stored(scales.form(m, 8, "e4m3"), read)
 
 
 def numbers(codes: np.ndarray) -> np.ndarray:
     """The codes of e4m3; ValueError where one is no number."""
-    if ((codes & 0x7F) == 0x7F).any():
+    if is_no_e4m3(codes).any():
         raise ValueError("a code of e4m3 is no number")
     return codes
+
+
+def finite(scales: Numbers) -> Numbers:
+    """Scales of e4m3; ValueError for a power of two that makes the largest code infinite."""
+    if isinstance(scales, Coded) and scales.codes.max(initial=0) > LARGEST_POWER:
+        raise ValueError("a scale is too large, or no number")
+    return scales
 
 
 def mxfp4(m: Module) -> Stored:

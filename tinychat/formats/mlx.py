@@ -65,6 +65,7 @@ def _mxfp8(m: Module) -> Stored:
 
     def read() -> QuantizedLinear:
         codes = floats.numbers(np.ascontiguousarray(nibbles.unpack(weight.read(), 8)))
-        return QuantizedLinear(codes, Coded("e8m0", powers.read()), bits=8, table="e4m3")
+        scales = floats.finite(Coded("e8m0", powers.read()))
+        return QuantizedLinear(codes, scales, bits=8, table="e4m3")
 
     return Stored(Form(8, "e4m3", m.group(m.k // floats.MX), "e8m0"), read)
