@@ -200,3 +200,22 @@ def test_outputs_that_do_not_fill_words_are_refused_before_work_begins():
         choose(cfg, bits=3, format="gptq")
     assert "compressed-tensors" in e.value.todo
     assert choose(cfg, bits=3, format="compressed-tensors").bits == 3
+
+
+def test_what_it_takes_is_said_before_work_begins_and_grows_with_the_work(
+    tmp_path, text, capsys, monkeypatch
+):
+    from tinychat.quantize import _bar, estimate
+
+    monkeypatch.setattr(estimate, "rate", lambda: 1e11)
+    cfg = TinyCheckpoint().config
+    awq, gptq, rtn = (estimate.seconds(cfg, 49152, 512, m) for m in ("awq", "gptq", "rtn"))
+    assert awq > gptq > rtn > estimate.seconds(cfg, 0, 0, "rtn")
+    assert estimate.seconds(cfg, 2 * 49152, 512, "gptq") > 1.5 * gptq
+    assert estimate.in_words("1 GB", 540) == "about 9 minutes and 1 GB of memory"
+    assert estimate.in_words("1 GB", 9) == "less than a minute and 1 GB of memory"
+    assert estimate.in_words("1 GB", 4 * 3600) == "about 4 hours and 1 GB of memory"
+    with _bar() as progress:
+        quantize(TinyCheckpoint(), tmp_path / "out", method="rtn", calib_file=text, progress=progress)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Quantizing 2 blocks: less than a minute and ")

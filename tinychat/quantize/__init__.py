@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tinychat.quantize.target import Target
     from tinychat.quantize.walk import Walk
 
-RECIPE = 3  # raised when the same job would give another result
+RECIPE = 4  # raised when the same job would give another result
 RANGES = ("searched", "whole")
 SMOOTHED = 32  # windows for SmoothQuant: maxima of activations need no more
 Progress = Callable[[int, int, str], None]
@@ -76,14 +76,13 @@ def quantize(
                 the name of `out_dir`, else the method's own, where it holds so many bits
     group_size  inputs that share a scale; -1: all of a row; None: the largest of 128, 64, 32 that fits
     symmetric   zero in the middle (gptq, compressed-tensors)
-    gguf_type   "Q4_K", "Q4_1", "Q4_0" or "Q8_0"; None: the first that has so many bits. Linears whose inputs
-                256 does not divide are Q5_0 instead of Q4_K, as llama.cpp has it
+    gguf_type   "Q4_K" (Q5_0 where 256 does not divide the inputs), "Q4_1", "Q4_0" or "Q8_0"; None: by `bits`
     act_order   gptq: round the inputs with the largest activations first (`desc_act`)
     ranges      "searched": the range of a group is chosen by the error that it leaves on calibration text;
                 "whole": from its smallest to its largest weight, as the papers of GPTQ and RTN have it
     tune        at last, distil scales, offsets and norms against the float model's distributions; codes stay
     calib_file  text to calibrate on instead of the default (plain UTF-8, or .jsonl)
-    seed        decides the order of the calibration documents, and which are used
+    seed        decides which calibration documents are used, and their order
     progress    called with (blocks done, blocks, what is being done)
 
     Embedding, norms and output head stay in 16 bits (in a GGUF: 8, and norms in 32). One block is in memory
@@ -96,14 +95,15 @@ def quantize(
     wishes: dict[str, Any] = dict(bits=bits, format=format, group_size=group_size, symmetric=symmetric)
     wishes |= dict(method=method, act_order=act_order, type=gguf_type)
     target = _check(checkpoint, out_dir, ranges, tune, **wishes)
-    report = progress or (lambda done, total, what: None)
-    report(0, checkpoint.config.n_layers, "reading")
+    report, layers = progress or (lambda done, total, what: None), checkpoint.config.n_layers
+    report(0, layers, "reading")
     tokens = _calibration(checkpoint, method, ranges, calib_file, seed)
     more = _tuning_text(checkpoint, target, calib_file, seed) if tune else None
     job = _job(checkpoint, method, ranges, target, tokens, more)
     record: dict[str, Any] = {"calibration_tokens": 0 if tokens is None else int(tokens.size), "seed": seed}
     output, rest = _output(checkpoint, out_dir, target, job)
     with output:
+        report(0, layers, _estimate(checkpoint.config, method, tokens, tune))
         _blocks(checkpoint, output, target, lambda: _walk(checkpoint, job, target, tokens), report)
         record |= _tune(checkpoint, output, target, more, report)
         output.finish(checkpoint, target, rest, record)
@@ -183,13 +183,25 @@ def _calibration(
     """Token ids to calibrate on: int64 [windows, length]; None where nothing looks at a text."""
     if method == "rtn" and ranges == "whole":
         return None
-    from tinychat.quantize import calibration
+    from tinychat.quantize import calibration, estimate
 
     length = min(calibration.LENGTH, checkpoint.config.context_length)
     count = SMOOTHED if method == "smoothquant" else calibration.COUNT
     tokens = calibration.windows(checkpoint.tokenizer(), file=file, count=count, length=length, seed=seed)
-    _check_memory(checkpoint.config, tokens.size, method)
+    todo = "Close other programs, or use --method rtn --ranges whole, which needs one block only."
+    _check_free(estimate.memory(checkpoint.config, tokens.size, method), "Quantizing", todo)
     return tokens
+
+
+def _estimate(cfg: ModelConfig, method: str, tokens: np.ndarray | None, tune: bool) -> str:
+    """What the blocks will take, in words."""
+    from tinychat.base.machine import human_bytes
+    from tinychat.quantize import estimate
+
+    n, length = (0, 0) if tokens is None else (tokens.size, tokens.shape[1])
+    bytes_ = human_bytes(estimate.memory(cfg, n, method))
+    said = estimate.in_words(bytes_, estimate.seconds(cfg, n, length, method))
+    return said + (", before tuning" if tune else "")
 
 
 def _job(
@@ -280,16 +292,6 @@ def _output(
     return gguf_output.OutputFile(out, job, fields), rest
 
 
-def _check_memory(cfg: ModelConfig, n_tokens: int, method: str) -> None:
-    """Raises MemoryBudgetError when one block and the calibration activations do not fit."""
-    a, h, f = cfg.layers[0].mixer, cfg.hidden_size, max(layer.mlp.size for layer in cfg.layers)
-    block = 4 * (h * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads) + 3 * h * f)
-    kept = 2 * h + f if method == "gptq" else 3 * h  # activations of a token
-    need = 4 * block + 4 * kept * n_tokens + 8 * 4 * max(h, f) ** 2 + 4 * cfg.vocab_size * h
-    todo = "Close other programs, or use --method rtn --ranges whole, which needs one block only."
-    _check_free(need, "Quantizing", todo)
-
-
 def _check_free(need: int, what: str, todo: str) -> None:
     """Raises MemoryBudgetError where fewer bytes are free."""
     from tinychat.base.machine import available_memory, human_bytes
@@ -302,16 +304,21 @@ def _check_free(need: int, what: str, todo: str) -> None:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Progress]:
-    """A bar on a terminal's stderr; on any other one line, once what can be refused has not been."""
-    if not sys.stderr.isatty():
+    """A bar on a terminal's stderr; and one line that stays, once what can be refused has not been."""
+    with contextlib.ExitStack() as shown:
         said: list[str] = []
+        update: Callable[..., None] | None = None
 
         def say(done: int, total: int, what: str) -> None:
+            nonlocal update
             if what != "reading" and not said:
                 said.append(what)
-                print(f"Quantizing {total} blocks", file=sys.stderr, flush=True)
+                shown.close()  # a bar in the way
+                update = None
+                print(f"Quantizing {total} blocks: {what}", file=sys.stderr, flush=True)
+                return
+            if sys.stderr.isatty():
+                update = update or shown.enter_context(bar("Quantizing"))
+                update(done, total, what)
 
         yield say
-        return
-    with bar("Quantizing") as update:
-        yield update

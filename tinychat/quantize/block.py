@@ -43,7 +43,7 @@ class Options:
 
     grid: Callable[[int], Grid]
     target: str = "float"
-    damp: float = 0.01
+    damp: float = 0.1
     trust: float = 1.0
     alphas: tuple[float, ...] = ALPHAS
     search: bool = True
@@ -244,7 +244,7 @@ class BlockQuantizer:
             s = mean_x.pow(alpha)
             s = bounded(s, group, SCALE_LIMIT)
             scaled = metric.scaled(s)
-            trial = {n: compensated(targets[n] * s, scaled, grid, search=False) for n in names}
+            trial = {n: compensated(targets[n] * s, scaled, grid, o.search) for n in names}
             if judge is None:
                 error = sum(scaled.loss(targets[n] * s, r) for n, r in trial.items())
             else:

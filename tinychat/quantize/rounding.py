@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20  # floats in the largest temporary of a sweep; with a quarter of it calls cost more than sums
 TILE = 16  # columns whose errors are passed on one by one; to later ones, a tile at a time
-SWEPT = 28  # candidates that a chunk has room for
+SWEPT = 36  # candidates that a chunk has room for
 
 
 @dataclass
