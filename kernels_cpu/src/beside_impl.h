@@ -21,14 +21,13 @@ struct BesideOpener {
     using F = typename S::F;
     using I = typename S::I;
     float *scale, *offset;
-    bool halve;  // bytes are twice the values
+    float unit;  // of the codes
 
-    BesideOpener(const LinearWeights& w, Beside& out)
-        : scale(out.scale), offset(out.offset), halve(w.kind == WeightKind::kE2m1) {
+    BesideOpener(const LinearWeights& w, Beside& out) : scale(out.scale), offset(out.offset), unit(code_unit(w.kind)) {
         out.zero = static_cast<float>(-off_by(w.kind));
     }
 
-    void put(int g, int h, F s) { S::store(scale + g * kTile + h, halve ? S::mul(s, S::set1(0.5f)) : s); }
+    void put(int g, int h, F s) { S::store(scale + g * kTile + h, unit == 1.0f ? s : S::mul(s, S::set1(unit))); }
     void put(int g, int h, F s, F o) {
         S::store(scale + g * kTile + h, s);
         S::store(offset + g * kTile + h, o);

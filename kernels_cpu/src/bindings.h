@@ -36,17 +36,17 @@ inline LinearWeights describe(int kind, int meta, int n, int k, int group) {
     w.kind = static_cast<WeightKind>(kind);
     w.meta = static_cast<Meta>(meta);
     w.n = n, w.k = k, w.group = group;
-    if (!w.quantized()) {
+    if (w.dense()) {
         require(w.meta == Meta::kNone, "a dense linear has no scales");
         return w;
     }
     require(w.meta != Meta::kNone, "a quantized linear needs scales");
-    const bool half = group == kActGroup / 2 && !has_signed_bytes(w.kind);
+    const bool half = group == kActGroup / 2 && !has_signed_bytes(w.kind) && !has_float_codes(w.kind);
     require(group > 0 && k % kActGroup == 0 && k % group == 0 && (half || group % kActGroup == 0),
             "the group must be 16 or a multiple of 32 and divide k");
     require(!has_supers(w.meta) || (k % kSuper == 0 && kSuper % group == 0),
             "integer scales stand beside whole 256 inputs");
-    const bool table = w.kind == WeightKind::kIq4Nl || w.kind == WeightKind::kE2m1;
+    const bool table = w.kind == WeightKind::kIq4Nl || w.kind == WeightKind::kE2m1 || has_float_codes(w.kind);
     require(!table || !(has_offsets(w.meta) || w.meta == Meta::kZero4), "codes of a table have no offsets");
     return w;
 }

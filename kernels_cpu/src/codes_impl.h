@@ -2,6 +2,7 @@
 // Included by the ISA translation units only.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 #include <utility>
 
@@ -64,6 +65,16 @@ inline int code_at(WeightKind kind, const uint8_t* lines, int row, int k) {
         default:
             return plane4;
     }
+}
+
+// The value of one row and input, without code_unit. lines: of the tile.
+inline float value_at(WeightKind kind, const uint8_t* lines, int row, int k) {
+    if (kind == WeightKind::kNf4) return kNf4Values[code_at(kind, lines, row, k)];
+    if (kind != WeightKind::kE4m3) return static_cast<float>(code_at(kind, lines, row, k));
+    const uint8_t code = lines[(static_cast<size_t>(k) / 2 * kTile + row) * 2 + k % 2];
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 18) : std::ldexp(1.0f * mantissa, -17);
+    return code & 128 ? -size : size;
 }
 
 // Codes of `parts` times 32 inputs → byte-lines.

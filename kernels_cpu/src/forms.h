@@ -28,14 +28,17 @@ enum class WeightKind : int {
     kW6 = 8,
     kIq4Nl = 9,    // 4 bits, through llama.cpp's table of 16 signed values
     kE2m1 = 10,    // 4 bits, floats of 4 bits: twice their values, so that they are integers
-    kBytes = 11,   // opened codes, in memory only: byte-lines of unsigned values
-    kSigned = 12,  // the same, signed
+    kE4m3 = 11,    // 8 bits, floats; two inputs of the 16 rows are 32 bytes, a row's two side by side
+    kNf4 = 12,     // 4 bits, through bitsandbytes' table of 16 floats
+    kBytes = 13,   // opened codes, in memory only: byte-lines of unsigned values
+    kSigned = 14,  // the same, signed
 };
-constexpr int kPackedKinds = 11;
+constexpr int kPackedKinds = 13;
 
 constexpr bool is_dense(WeightKind k) {
     return k == WeightKind::kF32 || k == WeightKind::kF16 || k == WeightKind::kBF16;
 }
+constexpr bool has_float_codes(WeightKind k) { return k == WeightKind::kE4m3 || k == WeightKind::kNf4; }
 constexpr int element_bytes(WeightKind k) { return k == WeightKind::kF32 ? 4 : is_dense(k) ? 2 : 1; }
 constexpr int code_bits(WeightKind k) {
     switch (k) {
@@ -48,6 +51,7 @@ constexpr int code_bits(WeightKind k) {
         case WeightKind::kW6:
             return 6;
         case WeightKind::kW8:
+        case WeightKind::kE4m3:
         case WeightKind::kBytes:
         case WeightKind::kSigned:
             return 8;
@@ -65,13 +69,22 @@ constexpr int largest_byte(WeightKind k) {
 }
 // What byte-lines are off by where nothing beside the codes says it: they are symmetric.
 constexpr int off_by(WeightKind k) {
-    return has_signed_bytes(k) ? 0 : k == WeightKind::kE2m1 ? 12 : 1 << (code_bits(k) - 1);
+    return has_signed_bytes(k) || has_float_codes(k) ? 0 : k == WeightKind::kE2m1 ? 12 : 1 << (code_bits(k) - 1);
 }
 
 constexpr uint8_t kIq4NlBytes[16] = {
     129, 152, 173, 191, 207, 221, 234, 246, 1, 13, 25, 38, 53, 69, 89, 113,  // the first eight are negative
 };
 constexpr uint8_t kE2m1Bytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // 12 + 2 · value
+
+// What kernels make of a code, times this, is its value.
+constexpr float code_unit(WeightKind k) {
+    return k == WeightKind::kE2m1 ? 0.5f : k == WeightKind::kE4m3 ? 256.0f : 1.0f;
+}
+
+constexpr float kNf4Values[16] = {-1.0f,         -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f,
+                                  -0.091050036f, 0.0f,        0.0795803f,   0.1609302f,  0.2461123f,   0.33791524f,
+                                  0.44070983f,   0.562617f,   0.72295684f,  1.0f};
 
 // What stands beside a group's codes, for each of the 16 rows of a tile. w = (q - zero) · scale, or q · scale + offset.
 // Without zero and offset, zero is off_by. The numbers are those of packs.

@@ -25,14 +25,15 @@ struct LinearWeights {
     const uint8_t* data = nullptr;
     const float* bias = nullptr;  // n values, or null
 
-    bool quantized() const { return !is_dense(kind); }
+    bool dense() const { return is_dense(kind); }
+    bool quantized() const { return !dense() && !has_float_codes(kind); }  // reads activations in integers
     int tiles() const { return (n + kTile - 1) / kTile; }
     int groups() const { return k / group; }
     bool stores_offsets() const { return has_offsets(meta) || meta == Meta::kZero4; }
-    size_t tile_meta_bytes() const { return quantized() ? round_up(meta_bytes(meta, k, group), 64) : 0; }
+    size_t tile_meta_bytes() const { return dense() ? 0 : round_up(meta_bytes(meta, k, group), 64); }
     size_t tile_code_bytes() const {
-        return quantized() ? static_cast<size_t>(k / 32) * code_bits(kind) * 64
-                           : static_cast<size_t>(k) * kTile * element_bytes(kind);
+        return dense() ? static_cast<size_t>(k) * kTile * element_bytes(kind)
+                       : static_cast<size_t>(k / 32) * code_bits(kind) * 64;
     }
     size_t tile_bytes() const { return tile_meta_bytes() + tile_code_bytes(); }
     size_t bytes() const { return tile_bytes() * tiles(); }

@@ -7,14 +7,11 @@
 
 #include "beside_impl.h"
 #include "codes_impl.h"
-#include "kernels.h"
+#include "float_codes_impl.h"
+#include "tiles_impl.h"
 
 namespace tinychat {
 namespace {
-
-constexpr int kPrefetchBytes = 4096;  // ahead of the line in use; 2-8 KB measure alike, less does not cover the latency
-
-inline int imin(int a, int b) { return a < b ? a : b; }
 
 // Integer dot product of Count byte-lines with kLanes rows, for M rows of activations.
 //   lines  the first code line of 32 inputs, at the first of these rows;  x  integers of the first activation row
@@ -246,17 +243,7 @@ void tile_dense(const LinearWeights& w, const uint8_t* tile, const Activations& 
         for (int m = 0; m < M; m++) S::store(out + m * kTile + h * S::kLanes, total[h][m]);
 }
 
-using TileFn = void (*)(const LinearWeights&, const uint8_t*, const Activations&, int, float*);
 using OpenedFn = void (*)(const LinearWeights&, const OpenedTile&, const Activations&, int, int, int, float*);
-
-// f(M) for the constant M that is m, 1…kRows.
-template <class S, int M = 1, class Fn>
-auto with_rows(int m, Fn f) {
-    if constexpr (M < S::kRows) {
-        if (m > M) return with_rows<S, M + 1>(m, f);
-    }
-    return f(std::integral_constant<int, M>{});
-}
 
 // f(C) for the kind, a constant.
 template <class Fn>
@@ -285,6 +272,8 @@ TileFn pick_tile(const LinearWeights& w, int act_bits, int rows) {
         if (w.kind == WeightKind::kF32) return tile_dense<S, M, WeightKind::kF32>;
         if (w.kind == WeightKind::kF16) return tile_dense<S, M, WeightKind::kF16>;
         if (w.kind == WeightKind::kBF16) return tile_dense<S, M, WeightKind::kBF16>;
+        if (w.kind == WeightKind::kE4m3) return tile_floats<S, M, WeightKind::kE4m3>;
+        if (w.kind == WeightKind::kNf4) return tile_floats<S, M, WeightKind::kNf4>;
         return with_codes(w.kind, [&](auto c) -> TileFn {
             constexpr WeightKind C = c;
             if constexpr (!has_signed_bytes(C))
@@ -307,48 +296,6 @@ OpenedFn pick_opened(const LinearWeights& w, int act_bits, int rows) {
         return act_bits == 8 ? opened_quantized<S, M, kB, 8, false> : opened_quantized<S, M, kB, 16, false>;
     });
 }
-
-// Bias, residual, and the tail of the last tile.
-template <class S>
-inline void store_tile(const LinearArgs& a, const float* out, int m0, int rows, int n0) {
-    const int cols = imin(kTile, a.w->n - n0);
-    const float* bias = a.w->bias ? a.w->bias + n0 : nullptr;
-    for (int m = 0; m < rows; m++, out += kTile) {
-        float* y = a.y + static_cast<size_t>(m0 + m) * a.ldy + n0;
-        const float* add = a.add ? a.add + static_cast<size_t>(m0 + m) * a.ldadd + n0 : nullptr;
-        if (cols == kTile) {
-            for (int i = 0; i < kTile; i += S::kLanes) {
-                typename S::F v = S::load(out + i);
-                if (bias) v = S::add(v, S::load(bias + i));
-                if (add) v = S::add(v, S::load(add + i));
-                S::store(y + i, v);
-            }
-            continue;
-        }
-        for (int i = 0; i < cols; i++) {
-            float v = out[i];
-            if (bias) v += bias[i];
-            if (add) v += add[i];
-            y[i] = v;
-        }
-    }
-}
-
-// Kernels for whole row blocks of a step and for the rows that are left.
-template <class S, class Fn>
-struct RowKernels {
-    Fn full, last;
-    template <class Pick>
-    RowKernels(int rows, Pick pick) : full(pick(S::kRows)), last(rows % S::kRows ? pick(rows % S::kRows) : full) {}
-    // f(first row, number of rows, kernel) for the rows m0 … m1 - 1.
-    template <class Do>
-    void each(int m0, int m1, Do f) const {
-        for (int m = m0; m < m1; m += S::kRows) {
-            const int rows = imin(S::kRows, m1 - m);
-            f(m, rows, rows == S::kRows ? full : last);
-        }
-    }
-};
 
 template <class S>
 void linear_direct(const LinearArgs& a) {
@@ -399,8 +346,43 @@ void linear_opened(const LinearArgs& a) {
     }
 }
 
+// The same for codes that are floats: opened into fp32.
+template <class S>
+void linear_opened_floats(const LinearArgs& a) {
+    using StretchFn = void (*)(const uint8_t*, const float*, size_t, int, const float*, float*);
+    const LinearWeights& w = *a.w;
+    const RowKernels<S, StretchFn> kernels(a.rows, [](int m) {
+        return with_rows<S>(m, [](auto m) -> StretchFn { return add_stretch<S, m, WeightKind::kF32>; });
+    });
+    const int stretch = stretch_of(w.group), run = w.group < kSuper ? kSuper / w.group : 1;
+    alignas(64) float values[kMostStretch * kTile], out[kPanelRows * kTile];
+    Beside beside;
+    for (int panel = 0; panel < a.rows; panel += kPanelRows) {
+        const int end = imin(a.rows, panel + kPanelRows);
+        for (int t = a.t0; t < a.t1; t++) {
+            const uint8_t *tile = w.data + t * w.tile_bytes(), *lines = tile + w.tile_meta_bytes();
+            memset(out, 0, sizeof out);
+            for (int k = 0, g = 0; k < w.k; k += stretch) {
+                if (k % (run * w.group) == 0)
+                    g = k / w.group, open_beside<S>(w, tile, g, imin(run, w.groups() - g), beside);
+                open_floats<S>(w.kind, lines + static_cast<size_t>(k) * kTile * code_bits(w.kind) / 8, stretch / 32,
+                               values);
+                const float* scale = beside.scale + (k / w.group - g) * kTile;
+                kernels.each(panel, end, [&](int m, int, StretchFn kernel) {
+                    kernel(reinterpret_cast<const uint8_t*>(values), a.x->f + static_cast<size_t>(m) * w.k + k, w.k,
+                           stretch / 32, scale, out + (m - panel) * kTile);
+                });
+            }
+            kernels.each(panel, end, [&](int m, int rows, StretchFn) {
+                store_tile<S>(a, out + (m - panel) * kTile, m, rows, t * kTile);
+            });
+        }
+    }
+}
+
 template <class S>
 void linear(const LinearArgs& a) {
+    if (has_float_codes(a.w->kind) && a.rows > 2 * kRowBlock) return linear_opened_floats<S>(a);
     const bool as_bytes = a.w->kind == WeightKind::kW8 || a.w->kind == WeightKind::kW4;  // these gain nothing
     if (a.rows <= 2 * kRowBlock || !a.w->quantized() || as_bytes || a.w->group > kOpenInputs)
         return linear_direct<S>(a);

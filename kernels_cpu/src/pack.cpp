@@ -99,9 +99,14 @@ void pack_tile(const LinearWeights& w, int tile, const Canonical& a, uint8_t* ou
     uint8_t* lines = out + w.tile_meta_bytes();
     for (int r = 0; r < rows; r++) {
         const size_t row = static_cast<size_t>(tile) * kTile + r, first = row * w.k;
-        if (w.quantized()) {
+        if (!w.dense()) {
             pack_meta(w, row, r, a, out);
             const int bits = code_bits(w.kind);
+            const auto* codes = static_cast<const uint8_t*>(a.codes) + first;
+            if (w.kind == WeightKind::kE4m3) {
+                for (int k = 0; k < w.k; k++) lines[(k / 2 * kTile + r) * 2 + k % 2] = codes[k];
+                continue;
+            }
             for (int k = 0; k < w.k; k += 32)
                 pack_codes(bits, static_cast<const uint8_t*>(a.codes) + first + k, lines + k / 32 * bits * 64 + r * 4);
         } else if (w.kind == WeightKind::kF32) {
@@ -119,7 +124,7 @@ void pack_tile(const LinearWeights& w, int tile, const Canonical& a, uint8_t* ou
 CanonicalBytes::CanonicalBytes(const LinearWeights& w) {
     const size_t n = w.n;
     codes = n * w.k * element_bytes(w.kind);
-    if (!w.quantized()) return;
+    if (w.dense()) return;
     const bool pair = has_offsets(w.meta);
     scales = n * w.groups() * scale_bytes(w.meta);
     offsets = pair ? scales : w.meta == Meta::kZero4 ? n * w.groups() : 0;

@@ -352,8 +352,7 @@ inline void embed_row(const LinearWeights& w, int id, float* out) {
             const float scale = beside.scale[g * kTile + lane];
             const float offset = stored ? beside.offset[g * kTile + lane] : beside.zero * scale;
             for (int k = (g0 + g) * w.group, end = k + w.group; k < end; k++) {
-                const float q = static_cast<float>(code_at(w.kind, codes, lane, k));
-                out[k] = std::fmaf(q, scale, offset);
+                out[k] = std::fmaf(value_at(w.kind, codes, lane, k), scale, offset);
             }
         }
     }

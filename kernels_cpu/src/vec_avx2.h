@@ -110,6 +110,25 @@ struct Avx2 {
         const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
         return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), index);
     }
+    struct Table {
+        __m256 low, high;
+    };
+    static Table table(const float (&values)[16]) { return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)}; }
+    static F lookup(const Table& t, I index) {
+        const F high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index), high);
+    }
+    template <int N>
+    static I right32(I w) {
+        return _mm256_srli_epi32(w, N);
+    }
+    static void e4m3_pair(const uint8_t* p, F& even, F& odd) {
+        const __m128i w = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        const __m128i first = _mm_srai_epi16(_mm_slli_epi16(w, 8), 1), second = _mm_srai_epi16(w, 1);
+        const __m128i mask = _mm_set1_epi16(static_cast<short>(0xbf80));
+        even = _mm256_cvtph_ps(_mm_and_si128(first, mask));
+        odd = _mm256_cvtph_ps(_mm_and_si128(second, mask));
+    }
     static void store_line(uint8_t* p, I w) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), w); }
     static I high(I w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
     static I word(const void* x) {

@@ -99,6 +99,22 @@ struct Avx512 {
         const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
         return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), index);
     }
+    // Floats by the lowest four bits of each lane.
+    using Table = __m512;
+    static Table table(const float (&values)[16]) { return _mm512_loadu_ps(values); }
+    static F lookup(Table t, I index) { return _mm512_permutexvar_ps(index, t); }
+    template <int N>
+    static I right32(I w) {
+        return _mm512_srli_epi32(w, N);
+    }
+    // Pairs of e4m3 codes → their values · 2^-8: as halves they have the same bits and another bias.
+    static void e4m3_pair(const uint8_t* p, F& even, F& odd) {
+        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+        const __m256i first = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 1), second = _mm256_srai_epi16(w, 1);
+        const __m256i mask = _mm256_set1_epi16(static_cast<short>(0xbf80));
+        even = _mm512_cvtph_ps(_mm256_and_si256(first, mask));
+        odd = _mm512_cvtph_ps(_mm256_and_si256(second, mask));
+    }
     static void store_line(uint8_t* p, I w) { _mm512_store_si512(p, w); }
     static I high(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
     typedef int32_t Word __attribute__((may_alias, aligned(1)));

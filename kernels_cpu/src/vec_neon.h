@@ -94,6 +94,26 @@ struct Neon {
     static I lookup(I index, const uint8_t* table) {
         return vreinterpretq_s32_u8(vqtbl1q_u8(vld1q_u8(table), vreinterpretq_u8_s32(index)));
     }
+    using Table = uint8x16x4_t;
+    static Table table(const float (&values)[16]) { return vld1q_u8_x4(reinterpret_cast<const uint8_t*>(values)); }
+    static F lookup(const Table& t, I index) {  // four bytes from 4 · index on
+        const I four = vshlq_n_s32(vandq_s32(index, vdupq_n_s32(15)), 2);
+        const I bytes = vmlaq_s32(vdupq_n_s32(0x03020100), four, vdupq_n_s32(0x01010101));
+        return vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_s32(bytes)));
+    }
+    template <int N>
+    static I right32(I w) {
+        if constexpr (N == 0) return w;
+        return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(w), N ? N : 1));
+    }
+    static void e4m3_pair(const uint8_t* p, F& even, F& odd) {
+        int16x4_t w;
+        memcpy(&w, p, 8);
+        const int16x4_t first = vshr_n_s16(vshl_n_s16(w, 8), 1), second = vshr_n_s16(w, 1);
+        const int16x4_t mask = vdup_n_s16(static_cast<int16_t>(0xbf80));
+        even = vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(first, mask)));
+        odd = vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(second, mask)));
+    }
     static void store_line(uint8_t* p, I w) { vst1q_u8(p, vreinterpretq_u8_s32(w)); }
     static I high(I w) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(w), 4)); }
     static int32x4_t word(const void* x) {

@@ -250,6 +250,24 @@ struct Scalar {
         }
         return index;
     }
+    // Floats by the lowest four bits of each lane.
+    using Table = F;
+    static Table table(const float (&values)[16]) { return load(values); }
+    static F lookup(const Table& t, I index) {
+        F r;
+        TC_LANES r.v[i] = t.v[index.v[i] & 15];
+        return r;
+    }
+    template <int N>
+    static I right32(I w) {
+        TC_LANES w.v[i] = static_cast<int32_t>(static_cast<uint32_t>(w.v[i]) >> N);
+        return w;
+    }
+    // kLanes pairs of e4m3 codes → their values · 2^-8: as halves they have the same bits and another bias.
+    static void e4m3_pair(const uint8_t* p, F& even, F& odd) {
+        const auto value = [](int c) { return half_to_float(static_cast<uint16_t>((c & 128) << 8 | (c & 127) << 7)); };
+        TC_LANES even.v[i] = value(p[2 * i]), odd.v[i] = value(p[2 * i + 1]);
+    }
     static void store_line(uint8_t* p, I w) { memcpy(p, w.v, sizeof w.v); }
     static I high(I w) {
         TC_LANES w.v[i] = (w.v[i] >> 4) & 0x0f0f0f0f;

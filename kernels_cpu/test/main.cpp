@@ -67,7 +67,7 @@ struct Weights {
         std::vector<uint8_t> codes(size.codes);
         const int width = element_bytes(kind);
         for (size_t i = 0; i < codes.size() / width; i++) {
-            if (w.quantized())
+            if (!w.dense())
                 codes[i] = static_cast<uint8_t>(kind == WeightKind::kW8 ? uniform(-128, 127)
                                                                         : uniform(0, (1 << code_bits(kind)) - 1));
             if (width == 2) {
@@ -95,7 +95,7 @@ struct Weights {
             }
             return a;
         };
-        const int scale = w.quantized() ? static_cast<int>(size.scales / (static_cast<size_t>(n) * w.groups())) : 1;
+        const int scale = !w.dense() ? static_cast<int>(size.scales / (static_cast<size_t>(n) * w.groups())) : 1;
         const auto scales = beside(size.scales, scale), times = beside(size.times, meta == Meta::kE4m3 ? 4 : 2);
         const auto offsets = beside(size.offsets, meta == Meta::kZero4 ? 1 : scale),
                    offset_times = beside(size.offset_times, 2);
@@ -173,12 +173,12 @@ void test_linear(const KernelTable& t, const KernelTable& scalar) {
         for (int meta = 0; meta < kMetas; meta++) {
             const WeightKind c = static_cast<WeightKind>(kind);
             const Meta m = static_cast<Meta>(meta);
-            const bool table = c == WeightKind::kIq4Nl || c == WeightKind::kE2m1;
+            const bool table = c == WeightKind::kIq4Nl || c == WeightKind::kE2m1 || has_float_codes(c);
             if (is_dense(c) || m == Meta::kNone || (table && (has_offsets(m) || m == Meta::kZero4))) continue;
             if ((kind + meta) % 3) continue;
             for (int i = 0; i < 2; i++, turn++) {  // all shapes have their turn
                 const auto& s = has_supers(m) ? supers[turn % 4] : shapes[turn % 6];
-                if (s[2] < kActGroup && has_signed_bytes(c)) continue;
+                if (s[2] < kActGroup && (has_signed_bytes(c) || has_float_codes(c))) continue;
                 test_form(t, scalar, c, m, s[0], s[1], s[2]);
             }
         }

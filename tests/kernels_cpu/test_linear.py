@@ -10,6 +10,7 @@ import pytest
 from programs import (
     BEST,
     CODED,
+    FLOAT_CODES,
     FORMS,
     ISAS,
     quantize_rows,
@@ -21,6 +22,8 @@ from programs import (
 
 from tinychat.backends.cpu_pack import KERNELS, pack
 from tinychat.backends.exact_form import ExactForm
+from tinychat.network.weight_form import TABLES
+from tinychat.network.weights import QuantizedLinear
 
 # (out, in, group): tails of the 16-row tile, every group, whole rows, widths that are no power of two
 SHAPES = [
@@ -48,7 +51,7 @@ def activations(rng: np.random.Generator, rows: int, k: int) -> np.ndarray:
 def truth(w, x: np.ndarray, act_bits: int) -> tuple[np.ndarray, np.ndarray]:
     """float64 result for the activations as quantized, and the size of its terms."""
     weight = w.dequantize().astype(np.float64)
-    if w.__class__.__name__ != "DenseLinear":
+    if w.__class__.__name__ != "DenseLinear" and w.table not in FLOAT_CODES:
         x = quantize_rows(x if getattr(w, "perm", None) is None else x[:, w.perm], act_bits)
         if getattr(w, "perm", None) is not None:
             weight = weight[:, w.perm]
@@ -99,6 +102,19 @@ def test_every_form_runs_as_it_is_stored(form, act_bits):
                 slack = slack + np.abs(x).max() / (127 if act_bits == 8 else 32767) * 1e-4 + 1e-6
                 worst = np.abs(got - expected).max()
                 assert (np.abs(got - expected) <= slack).all(), (isa, n, k, rows, worst)
+
+
+@pytest.mark.parametrize("table", FLOAT_CODES)
+def test_every_float_code_is_its_value_to_the_bit(table):
+    """One input at a time; few rows and many."""
+    codes = np.flatnonzero(~np.isnan(TABLES[table])).astype(np.uint8)
+    codes = np.resize(codes, 16 * 256).reshape(16, 256)
+    w = QuantizedLinear(codes, np.ones((16, 1), np.float32), bits=8 if table == "e4m3" else 4, table=table)
+    x = np.eye(256, dtype=np.float32)
+    for isa in ISAS:
+        np.testing.assert_array_equal(run_linear([pack(w)], x, isa=isa).T, TABLES[table][codes])
+        few = [run_linear([pack(w)], x[i : i + 5], isa=isa) for i in range(0, 256, 5)]
+        np.testing.assert_array_equal(np.concatenate(few).T, TABLES[table][codes])
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])

@@ -106,7 +106,12 @@ CODED = {
     "8-bit int6": (8, None, 32, "int6", None),
     "8-bit fp32": (8, None, 64, "fp32", None),
     "mixed": (5, None, 32, "int6", "fp16"),
+    "fp8": (8, "e4m3", 128, "fp32", None),
+    "mxfp8": (8, "e4m3", 32, "e8m0", None),
+    "nf4": (4, "nf4", 64, "fp32", None),
+    "nf4 fp16": (4, "nf4", 96, "fp16", None),
 }
+FLOAT_CODES = ("e4m3", "nf4")  # tables that take activations as they are
 
 
 def random_coded(rng: np.random.Generator, form: str, n: int, k: int, bias: bool = False) -> QuantizedLinear:
@@ -135,8 +140,10 @@ def random_coded(rng: np.random.Generator, form: str, n: int, k: int, bias: bool
 
     b = rng.normal(size=n).astype(np.float32) if bias else None
     codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
-    if bits == 8:
-        codes = rng.integers(-128, 128, (n, k), dtype=np.int8)
+    if table == "e4m3":
+        codes[codes & 127 == 127] = 0  # no numbers
+    elif bits == 8:
+        codes = codes.view(np.int8)
     zeros = None
     if offset == "zero":
         zeros = rng.integers(0, 1 << bits, (n, k // group), dtype=np.uint8)

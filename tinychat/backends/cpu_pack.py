@@ -28,6 +28,8 @@ KINDS = {
     "6": 8,
     "iq4_nl": 9,
     "e2m1": 10,
+    "e4m3": 11,
+    "nf4": 12,
 }
 METAS = {
     ("fp16", "none"): 0,
@@ -48,7 +50,8 @@ SIGNED6 = 8  # ("int6", "none") whose integers are signed
 NUMBERS = ("2", "3", "4", "5", "6")
 SCALES = [m for m in METAS if m[1] == "none" != m[0]]
 PAIRS = [m for m in METAS if m[1] != "none"]
-KERNELS = Kernels.of([*NUMBERS, "8"], PAIRS + SCALES, [*NUMBERS, "e2m1"], product(("iq4_nl", "e2m1"), SCALES))
+TABLES = ("iq4_nl", "e2m1", "e4m3", "nf4")
+KERNELS = Kernels.of([*NUMBERS, "8"], PAIRS + SCALES, [*NUMBERS, "e2m1"], product(TABLES, SCALES))
 
 
 @dataclass(frozen=True)
