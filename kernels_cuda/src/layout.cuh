@@ -12,8 +12,8 @@
 // so its sums are those of one group.
 //   4 bits    {g, chunk 0}, {g+8, chunk 0}, {g, chunk 1}, {g+8, chunk 1}: 8 codes each. Nibble i is input 2i, i+4: 2i+1
 //   of tables the same, and nibble i is input i (NF4: one chunk)
-//   2 bits    {chunk 0}, {chunk 1}: 16 codes each. Pair i of its bits is input 2i of g, i+4 of g+8, i+8 and i+12: 2i+1
-//   1 bit     both chunks: bit i is input 2i of g, i+4 of g+8, i+8 the same of chunk 1, i+16…: 2i+1
+//   2 bits    {chunk 0}, {chunk 1}: 16 codes each, the even inputs of g, those of g+8, then the odd ones of both
+//   1 bit     both chunks: the even inputs of g and of g+8 in chunk 0, those in chunk 1, then the odd ones
 //   3 bits    a plane of 2 bits (the low ones) for all lanes, then one of 1 bit; 5 bits: 4 and 1, 6 bits: 4 and 2
 //   8 bits    {g}, {g+8}: 8 bytes each; numbers + 128
 //   16 bits   two vectors: g, g+8

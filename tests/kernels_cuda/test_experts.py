@@ -16,7 +16,7 @@ from tinychat.kernels_cuda.program import Buffer, Program
 
 pytestmark = needs_device
 
-KINDS = [*FORMS, "fp32", "bf16", "mixed", "act-order"]
+KINDS = [*FORMS, "fp32", "bf16", "mixed", "act-order", "mxfp4"]
 ROWS = 40
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from programs import random_dense, random_linear
+from programs import CODED, random_coded, random_dense, random_linear
 
 EXPERTS, TAKEN, HIDDEN, SIZE = 7, 3, 64, 96
 
@@ -26,6 +26,8 @@ def layer(rng: np.random.Generator, kind: str):
             if e % 2:  # gate and up of one order, as GPTQ makes them
                 orders[1] = orders[0].copy()
             out.append([type(a)(**{**vars(a), "perm": p}) for a, p in zip(w, orders, strict=True)])
+        elif kind in CODED:
+            out.append([random_coded(rng, kind, n, k, bias=True) for n, k in shapes])
         elif kind in ("fp32", "bf16"):
             out.append([random_dense(rng, kind, n, k) for n, k in shapes])
         else:
