@@ -21,13 +21,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +33,11 @@ import numpy as np
 import torch
 
 from tinychat.formats import open_checkpoint
+from tinychat.formats.gguf_metadata import architecture, tensor_name
 from tinychat.hub import store
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weights import DenseLinear
-from tinychat.quantize import quantize
+from tinychat.quantize import calibration, quantize
 from tinychat.quantize.forward import Forward, read_block
 from tinychat.quantize.grids import Symmetric
 from tinychat.quantize.rounding import nearest
@@ -51,15 +50,30 @@ LENGTH = 512
 METHODS = {
     "awq": {"method": "awq"},
     "awq-tuned": {"method": "awq", "tune": True},
-    "gptq": {"method": "gptq"},
-    "gptq-act-order": {"method": "gptq", "act_order": True},
-    "rtn": {"method": "rtn"},
+    "gptq": {"method": "gptq", "ranges": "whole"},
+    "gptq-act-order": {"method": "gptq", "ranges": "whole", "act_order": True},
+    "rtn": {"method": "rtn", "ranges": "whole"},
+    "rtn-searched": {"method": "rtn"},
 }
-LLAMA_TYPES = {"Q4_K_M": 15, "Q4_0": 2}
+ROWS = {  # name of the row → what is asked for
+    f"{kind}-{bits}-bits-g{group}": wishes | {"bits": bits, "group_size": group}
+    for bits, groups in ((4, (64, 32)), (3, (64,)), (2, (64,)), (8, (64,)))
+    for kind, wishes in METHODS.items()
+    for group in groups
+    if bits == 4 or kind in ("awq", "rtn")
+} | {"Q4_K.gguf": {"method": "awq"}}
+LLAMA_TYPES = {"Q4_K_M": 15, "Q4_K_S": 14, "Q4_0": 2}
 REQUANTIZE = """
-import ctypes, sys, llama_cpp
+import ctypes, sys, llama_cpp, numpy
+from llama_cpp.llama_cpp import llama_model_imatrix_data
 p = llama_cpp.llama_model_quantize_default_params()
 p.allow_requantize, p.ftype = True, int(sys.argv[3])
+if len(sys.argv) > 4:
+    squares = {name: a.astype(numpy.float32) for name, a in numpy.load(sys.argv[4]).items()}
+    p.imatrix = entries = (llama_model_imatrix_data * (len(squares) + 1))()
+    for entry, (name, a) in zip(entries, squares.items()):
+        entry.name, entry.size = name.encode(), a.size
+        entry.data = a.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(p)))
 """
 
@@ -243,20 +257,35 @@ def main() -> None:
 def made(args: argparse.Namespace, source: Path) -> dict[str, Path]:
     """The rows of the table, each made where `work` does not have it."""
     models = {}
-    for kind, group in itertools.product(METHODS, (64, 32)):
-        out = args.work / f"{kind}-g{group}"
-        if not (out / "config.json").is_file():
-            started = time.monotonic()
-            facts = quantize(open_checkpoint(source), out, group_size=group, **METHODS[kind])
-            print(json.dumps(facts | {"wall_s": round(time.monotonic() - started)}), file=sys.stderr)
-        models[f"{kind.upper()} g{group}"] = out
+    for name, wishes in ROWS.items():
+        out = args.work / name
+        if not (out.is_file() or (out / "config.json").is_file()):
+            print(json.dumps(quantize(open_checkpoint(source), out, **wishes)), file=sys.stderr)
+        models[name.replace("-", " ")] = out
+    importance = args.work / "importance.npz"
+    if args.llama_python and not importance.is_file():
+        np.savez(importance, **mean_squares(open_checkpoint(source)))
     for kind, number in LLAMA_TYPES.items() if args.llama_python else ():
-        path = args.work / f"{kind}.gguf"
-        if not path.is_file():
-            command = [args.llama_python, "-c", REQUANTIZE, str(source), str(path), str(number)]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        models[f"llama.cpp {kind}"] = path
+        for matrix in ([], [str(importance)]):
+            path = args.work / f"llama-{kind}{'-importance' * len(matrix)}.gguf"
+            if not path.is_file():
+                command = [args.llama_python, "-c", REQUANTIZE, str(source), str(path), str(number), *matrix]
+                subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            models[f"llama.cpp {kind}" + ", importance matrix" * len(matrix)] = path
     return models
+
+
+def mean_squares(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """llama.cpp's importance matrix: the mean square of each input over the calibration text, by tensor."""
+    f, found = Forward(checkpoint.config), {}
+    windows = calibration.windows(checkpoint.tokenizer())
+    embedding = torch.from_numpy(checkpoint.linear("model.embed_tokens").dequantize())
+    x = f.embed(embedding, torch.from_numpy(windows))
+    _, form = architecture(checkpoint.config)
+    for layer in range(checkpoint.config.n_layers):
+        for name, squares in f.mean_squares(x, read_block(checkpoint, layer)).items():
+            found[tensor_name(form, f"model.layers.{layer}.{name}") + ".weight"] = squares.numpy()
+    return found
 
 
 if __name__ == "__main__":

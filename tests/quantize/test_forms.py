@@ -11,6 +11,7 @@ import torch
 from tiny import TinyCheckpoint
 
 from tinychat.base.errors import UnsupportedModelError, UsageError
+from tinychat.formats.hf import HFCheckpoint
 from tinychat.models.llama import linears
 from tinychat.quantize import layouts, quantize
 from tinychat.quantize.grids import Grid, Offsets, SixBit, Symmetric
@@ -157,6 +158,7 @@ def test_folders_are_read_as_their_format_says(tmp_path, text, format, bits, mon
     for name, (_, k) in linears(source.config, 0).items():
         got = read(tensors, name, bits, k).astype(np.float32)
         np.testing.assert_array_equal(got, wrote[0].linear[name.split(".", 3)[3]].numpy())
+        np.testing.assert_array_equal(got, HFCheckpoint(tmp_path / "out").linear(name).dequantize())
 
 
 @pytest.mark.parametrize(
