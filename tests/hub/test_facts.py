@@ -7,7 +7,7 @@ import re
 
 import pytest
 import tiny_gguf
-from cli_helpers import in_process
+from cli_helpers import in_process, on_terminal
 from families import random_model
 from family_gguf import write as write_family
 from gguf import GGMLQuantizationType as Kind
@@ -100,3 +100,34 @@ def test_a_folder_says_forms_by_its_tensors_and_settings(tmp_path, described):
     assert mlp.pop(words)["bytes"] == sum(a.nbytes for a in parts.values())
     (rest,) = mlp.values()
     assert rest["bytes"] == sum(a.nbytes for n, a in tensors.items() if ".mlp." in n)
+
+
+def test_a_form_that_a_file_packs_tighter_says_what_it_takes_here(tmp_path):
+    """TQ1_0 has five ternary digits in a byte, 1.69 bits a weight; codes of 2 bits and a scale take 2.06."""
+    hf = random_model("LlamaForCausalLM", hidden_size=256, num_hidden_layers=1, intermediate_size=512)
+    write_family(tmp_path / "m.gguf", hf, "llama", lambda name: Kind.TQ1_0 if ".ffn_" in name else None)
+    form, n = "2-bit, groups of 256, fp16 scale", 3 * 256 * 512
+    facts = store.show(str(tmp_path / "m.gguf"))
+    expected = {"bits": 1.6875, "bytes": n // 256 * 54, "runs_as": form, "runs_bytes": n // 256 * 66}
+    assert facts["modules"]["mlp"] == {form: expected | {"rounded": False}}
+    _, out, _ = in_process("show", str(tmp_path / "m.gguf"))
+    assert f"{form}; runs as it is, {human_bytes(n // 256 * 66)}" in out
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_show_fits_a_terminal_and_loses_nothing_there(tmp_path, width):
+    hf = random_model("LlamaForCausalLM", hidden_size=256, num_hidden_layers=1)
+    kinds = {"blk.0.attn_q.weight": Kind.Q4_K, "blk.0.attn_v.weight": Kind.Q6_K}
+    write_family(tmp_path / "m.gguf", hf, "llama", kinds.get)
+    _, piped, _ = in_process("show", str(tmp_path / "m.gguf"))
+    code, out = on_terminal("show", tmp_path / "m.gguf", width=width)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    assert max(map(len, plain.splitlines())) <= width
+    for words in (piped, plain):
+        for form in (
+            "4-bit, groups of 32, 6-bit scale and offset × fp16",
+            "6-bit, groups of 16, 8-bit scale",
+        ):
+            assert set(form.split()) <= set(words.split())
+    assert len(piped.splitlines()) < 30  # a line a row

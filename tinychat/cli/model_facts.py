@@ -7,6 +7,7 @@ from typing import Any
 from tinychat.base.machine import human_bytes
 
 INT8 = "8-bit, groups of 32, fp16 scale"
+NEAR = 0.02  # sizes that differ by less are one: padding, orders of columns
 
 
 def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -40,14 +41,14 @@ def weights(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for form, w in sorted(forms.items(), key=lambda item: -item[1]["bytes"]):
             lines.append((kind, f"{w['bits']:.3g}", human_bytes(w["bytes"]), form + _runs(form, w)))
     stored, runs = facts["token"]["stored_bytes"], facts["token"]["runs_bytes"]
-    more = "" if stored == runs else f"; {human_bytes(stored)} as stored"
+    more = "" if abs(runs - stored) <= NEAR * stored else f"; {human_bytes(stored)} as stored"
     return [*lines, ("token", "", human_bytes(runs), f"read for each token{more}")]
 
 
 def _runs(form: str, w: dict[str, Any]) -> str:
-    if w["runs_as"] == form:
+    if w["runs_as"] == form and abs(w["runs_bytes"] - w["bytes"]) <= NEAR * w["bytes"]:
         return ""
-    as_what = "int8" if w["runs_as"] == INT8 else w["runs_as"]
+    as_what = "it is" if w["runs_as"] == form else "int8" if w["runs_as"] == INT8 else w["runs_as"]
     return f"; runs {'rounded to' if w['rounded'] else 'as'} {as_what}, {human_bytes(w['runs_bytes'])}"
 
 
