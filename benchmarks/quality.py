@@ -4,6 +4,7 @@
     python benchmarks/quality.py --work DIR --llama-python PY    # PY: a Python that has llama-cpp-python
     python benchmarks/quality.py --work DIR MODEL...             # these only: folders, .gguf files, aliases
     python benchmarks/quality.py --work DIR --w8a8               # 8-bit weights and activations instead
+    python benchmarks/quality.py --work DIR --forms              # round to nearest in other forms instead
 
 Text: the reStructuredText specification, from docutils 0.21.2's source distribution (public domain, 119 kB,
 downloaded from PyPI by hash). Windows of 512 tokens, one behind the other; the second half of each is scored,
@@ -36,6 +37,7 @@ from tinychat.formats import open_checkpoint
 from tinychat.formats.gguf_metadata import architecture, tensor_name
 from tinychat.hub import store
 from tinychat.network.checkpoint import Checkpoint
+from tinychat.network.weight_form import TABLES
 from tinychat.network.weights import DenseLinear
 from tinychat.quantize import calibration, quantize
 from tinychat.quantize.forward import Forward, read_block
@@ -219,6 +221,47 @@ def w8a8(work: Path, source: Path, windows: torch.Tensor) -> None:
             )
 
 
+def by_table(w: torch.Tensor, table: str, group: int, scale: str) -> torch.Tensor:
+    """A weight [out, in] rounded to the nearest values of a table times the scale of its group, which puts
+    the largest weight on the largest value: float16; or a power of two as OCP has it ("e8m0"); or e4m3 times
+    one float for all ("e4m3").
+    """
+    levels = torch.from_numpy(np.unique(TABLES[table][np.isfinite(TABLES[table])]))
+    groups = w.view(len(w), -1, group or w.shape[1])
+    size = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12)
+    top = levels.abs().max()
+    if scale == "e8m0":
+        step = torch.exp2(torch.floor(torch.log2(size)) - torch.floor(torch.log2(top)))
+    elif scale == "e4m3":
+        whole = size.max() / top / 448
+        step = (size / top / whole).to(torch.float8_e4m3fn).float() * whole
+    else:
+        step = (size / top).half().float()
+    middle = (levels[1:] + levels[:-1]) / 2
+    return (levels[torch.bucketize(groups / step, middle)] * step).view_as(w)
+
+
+FORMS = {
+    "NF4, 64 inputs": ("nf4", 64, "fp16", 4 + 16 / 64),
+    "MXFP4, 32 inputs": ("e2m1", 32, "e8m0", 4 + 8 / 32),
+    "NVFP4, 16 inputs": ("e2m1", 16, "e4m3", 4 + 8 / 16),
+    "IQ4_NL, 32 inputs": ("iq4_nl", 32, "fp16", 4 + 16 / 32),
+    "FP8 e4m3, a row": ("e4m3", 0, "fp16", 8.03),
+}
+
+
+def forms(source: Path, windows: torch.Tensor) -> None:
+    """Print what rounding to nearest costs in forms that no row of the other table has."""
+    checkpoint = open_checkpoint(source)
+    truth, head = hidden(checkpoint, windows)
+    print("| round to nearest | bits a weight | perplexity | KL to float, 10⁻³ nats |")
+    print("|---|---|---|---|")
+    for name, (*form, bits) in FORMS.items():
+        x, _ = hidden(checkpoint, windows, weights=lambda w, form=form: by_table(w, *form))
+        nll, kl = scores(truth, head, x, head, windows)
+        print(f"| {name} | {bits:.2f} | {math.exp(np.mean(nll)):.3f} | {1e3 * np.mean(kl):.1f} |", flush=True)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -228,6 +271,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=10**9, help="Use the first N windows only.")
     parser.add_argument("--llama-python", help="A Python that imports llama_cpp, for llama.cpp's rows.")
     parser.add_argument("--w8a8", action="store_true", help="Rows of 8-bit weights and activations.")
+    parser.add_argument("--forms", action="store_true", help="Rows of other forms, rounded to nearest.")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     source = store.resolve(args.float)
@@ -235,8 +279,8 @@ def main() -> None:
     ids = np.asarray(reference.tokenizer().encode(held_out_text(args.work)))
     windows = torch.from_numpy(ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH))[: args.windows]
     print(f"{len(windows)} windows, {windows.numel() // 2} tokens scored", file=sys.stderr)
-    if args.w8a8:
-        w8a8(args.work, source, windows)
+    if args.w8a8 or args.forms:
+        w8a8(args.work, source, windows) if args.w8a8 else forms(source, windows)
         return
     models = {m: store.resolve(m) for m in args.models} or made(args, source)
     truth, truth_head = hidden(reference, windows)

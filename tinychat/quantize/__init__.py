@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RECIPE = 4  # raised when the same job would give another result
 RANGES = ("searched", "whole")
-SMOOTHED = 32  # windows for SmoothQuant: maxima of activations need no more
+SMOOTHED = 16  # windows for SmoothQuant: maxima of activations need no more
 Progress = Callable[[int, int, str], None]
 
 
