@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -13,12 +15,7 @@ def unpack(words: np.ndarray, bits: int = 4) -> np.ndarray:
     packed = words.astype(words.dtype.newbyteorder("<"), copy=False).view(np.uint8)
     if bits == 8:
         return packed
-    if bits not in (2, 4):
-        return _unpack_bits(packed, bits)
-    out = np.empty((words.shape[0], 8 // bits * packed.shape[1]), np.uint8)
-    for i in range(8 // bits):
-        np.bitwise_and(packed >> (i * bits), (1 << bits) - 1, out=out[:, i :: 8 // bits])
-    return out
+    return _unpack_bits(packed, bits)
 
 
 def pack(values: np.ndarray, bits: int = 4) -> np.ndarray:
@@ -45,20 +42,25 @@ def width(count: int, bits: int) -> int:
 
 
 def _unpack_bits(packed: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [rows, bytes] to uint8 [rows, codes], for widths that do not divide a byte.
+    """uint8 [rows, bytes] to uint8 [rows, codes].
 
-    The shortest run of codes that ends with a byte has 4 (6 bits) or 8; each lies in at most two bytes.
+    The shortest run of codes that ends with a byte repeats; each of its codes lies in at most two bytes.
     """
-    rows, whole = len(packed), 8 * packed.shape[1] // bits
-    codes, size = (4, 3) if bits == 6 else (8, bits)
-    runs = np.pad(packed, ((0, 0), (0, -packed.shape[1] % size))).reshape(rows, -1, size)
+    rows, whole, common = len(packed), 8 * packed.shape[1] // bits, math.gcd(bits, 8)
+    codes, size = 8 // common, bits // common
+    if packed.shape[1] % size:
+        packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % size)))
+    runs, mask = packed.reshape(rows, -1, size), np.uint8((1 << bits) - 1)
     out = np.empty((rows, runs.shape[1], codes), np.uint8)
     for i in range(codes):
         byte, shift = divmod(i * bits, 8)
         lane = out[:, :, i]
-        np.right_shift(runs[:, :, byte], shift, out=lane)
+        if shift == 0:
+            np.bitwise_and(runs[:, :, byte], mask, out=lane)
+            continue
+        np.right_shift(runs[:, :, byte], np.uint8(shift), out=lane)
         if shift + bits > 8:
             lane |= runs[:, :, byte + 1] << np.uint8(8 - shift)
         if shift + bits != 8:
-            lane &= np.uint8((1 << bits) - 1)
+            lane &= mask
     return np.ascontiguousarray(out.reshape(rows, -1)[:, :whole])

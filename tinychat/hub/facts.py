@@ -76,7 +76,9 @@ def quantization(path: Path, checkpoint: Any) -> str | None:
     said = getattr(checkpoint, "quantization", None)
     if said is not None:
         grid = next(iter(said.grids), None)
-        return f"{said.method} {grid.bits}-bit g{grid.group}" if grid else _method(said.method, said.schemes)
+        if grid is None:
+            return _method(said.method, said.schemes)
+        return f"{said.method} {grid.bits}-bit" + (f" g{grid.group}" if grid.group > 0 else "")
     try:
         config = json.loads(read_text(path / "config.json"))
         return config.get("torch_dtype") or config.get("dtype")
