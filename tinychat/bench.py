@@ -15,6 +15,7 @@ import numpy as np
 from tinychat.backends.cpu_pack import KERNELS
 from tinychat.backends.exact_form import ExactForm, Kernels
 from tinychat.backends.interface import BLOCK, Backend, Slots, Span, Step
+from tinychat.backends.plan import plan
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import TextDelta
 from tinychat.base.load_options import LoadOptions
@@ -94,8 +95,8 @@ def _kernels_of(backend: Backend) -> Kernels:
 
 
 def weight_bytes_per_token(checkpoint: Checkpoint, policy: WeightPolicy) -> int:
-    """Bytes of weights that decoding one token reads."""
-    return int(sum(one.bytes for one in forms_per_token(checkpoint, policy)))
+    """Bytes of weights that decoding one token reads. Reads none of them."""
+    return int(sum(w.runs_bytes * w.share for w in plan(checkpoint, policy, KERNELS)))
 
 
 def _why_more(bytes_per_token: float) -> str:
