@@ -380,12 +380,16 @@ void linear_opened_floats(const LinearArgs& a) {
     }
 }
 
+// Opening takes a pass over the codes, so it pays where a tile's codes would be read by more than two blocks of rows.
+// 8-bit codes are bytes already; 4-bit ones come cheap to 8 rows at once, and to 16-bit activations without it.
 template <class S>
 void linear(const LinearArgs& a) {
-    if (has_float_codes(a.w->kind) && a.rows > 2 * kRowBlock) return linear_opened_floats<S>(a);
-    const bool as_bytes = a.w->kind == WeightKind::kW8 || a.w->kind == WeightKind::kW4;  // these gain nothing
-    if (a.rows <= 2 * kRowBlock || !a.w->quantized() || as_bytes || a.w->group > kOpenInputs)
-        return linear_direct<S>(a);
+    const WeightKind kind = a.w->kind;
+    if (a.rows <= 2 * S::kRows || !a.w->quantized()) return linear_direct<S>(a);
+    if (has_float_codes(kind)) return linear_opened_floats<S>(a);
+    const bool cheap =
+        kind == WeightKind::kW8 || (kind == WeightKind::kW4 && (S::kRows == kRowBlock || a.x->bits == 16));
+    if (cheap || a.w->group > kOpenInputs) return linear_direct<S>(a);
     linear_opened<S>(a);
 }
 
