@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from families import CASES, logits_of, random_model, relative_error
+from families import CASES, logits_of, random_model, relative_error, usual_error
 from family_gguf import Kind, write
 from gguf import ExpertGatingFuncType, GGUFWriter
 from memories import allocate, step_of
+from raw_gguf import Raw
 
 import tinychat
+from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.cpu_pack import KERNELS
 from tinychat.backends.plan import plan
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
+from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError, UsageError
 from tinychat.formats.gguf import GGUFCheckpoint
 from tinychat.network.weight_form import Form
 from tinychat.network.weight_policy import WeightPolicy
@@ -80,6 +82,8 @@ STORED = {
     "experts of MXFP4": ("mixtral", of_one(Kind.MXFP4), "llama"),
     "experts of Q3_K": ("qwen3moe", of_one(Kind.Q3_K), "qwen3moe"),
     "experts of IQ4_XS": ("mixtral", of_one(Kind.IQ4_XS), "llama"),
+    "experts of NVFP4, each with a scale": ("mixtral", of_one(Kind.NVFP4), "llama"),
+    "NVFP4": ("qwen3", of_one(Kind.NVFP4), "qwen3"),
     "IQ4_NL": ("qwen2", of_one(Kind.IQ4_NL), "qwen2"),
     "Q5_0": ("llama yarn", of_one(Kind.Q5_0), "llama"),
     "Q5_1": ("phi3", of_one(Kind.Q5_1), "phi3"),
@@ -98,7 +102,8 @@ SIZES = {"qwen3moe": dict(moe_intermediate_size=256), "gemma3": dict(query_pre_a
 
 
 @pytest.mark.parametrize("stored", STORED)
-def test_quantized_types_are_the_weights_that_they_say(stored, tmp_path):
+def test_quantized_types_are_the_weights_that_they_say(stored, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path / "home"))
     case, kind, arch = STORED[stored]
     cls, changes = CASES[case]
     hf = random_model(cls, **changes | WIDE | SIZES.get(case, {}))
@@ -108,9 +113,30 @@ def test_quantized_types_are_the_weights_that_they_say(stored, tmp_path):
     allocate(backend, 8)
     ours = backend.step(step_of(backend, IDS[:20], 0, 0, TABLE, 0))
     assert relative_error(ours, logits_of(hf, IDS[:20])) < 1e-4
+    cpu = CpuBackend(checkpoint, act_bits=16, kv_bits=16, threads=1)
+    allocate(cpu, 8)
+    assert usual_error(cpu.step(step_of(cpu, IDS[:20], 0, 0, TABLE, 0)), ours) < 2e-3
     for w in plan(checkpoint, WeightPolicy(), KERNELS):
         assert isinstance(w.form, Form)
         assert w.form.is_float == (w.kind == "router")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda t: t.__setitem__(1, [2]), r"blk\.0\.attn_q\.scale' has the shape \[2\]"),
+        (lambda t: t.__setitem__(2, 26), r"blk\.0\.attn_q\.scale' has the shape"),  # integers
+        (lambda t: t.__setitem__(0, "blk.7.attn_q.scale"), "does not have"),
+    ],
+)
+def test_a_scale_of_nvfp4_that_does_not_fit_is_refused(damage, said, tmp_path):
+    hf = random_model("Qwen3ForCausalLM", **CASES["qwen3"][1] | WIDE)
+    write(tmp_path / "m.gguf", hf, "qwen3", of_one(Kind.NVFP4))
+    raw = Raw(tmp_path / "m.gguf")
+    damage(next(t for t in raw.tensors if t[0] == "blk.0.attn_q.scale"))
+    with pytest.raises(TinychatError, match=said) as e:
+        GGUFCheckpoint(raw.write(tmp_path / "d.gguf"))
+    assert len(str(e.value).splitlines()) == 2
 
 
 def test_a_context_beyond_the_original_is_a_matter_of_asking(tmp_path, monkeypatch):

@@ -69,6 +69,11 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
         values = dequantize(blocks.reshape(len(blocks), -1), chosen).astype(np.float32).reshape(a.shape)
         if arch in PERMUTED and heads:
             values = values.reshape(heads, -1, 2, a.shape[-1]).swapaxes(1, 2).reshape(a.shape)
+        if chosen == Kind.NVFP4 and stored.startswith("blk."):  # one more scale for each matrix
+            each = rng.uniform(0.5, 2, a.shape[0] if a.ndim == 3 else 1).astype(np.float32)
+            w.add_tensor(stored.replace(".weight", ".scale"), each)
+            w.add_tensor(stored.replace(".weight", ".input_scale"), np.ones_like(each))
+            values = values * each.reshape(-1, *[1] * (a.ndim - 1))
         t.copy_(torch.from_numpy(values.copy()))
         w.add_tensor(stored, blocks.reshape(*a.shape[:-1], -1), raw_dtype=chosen)
     w.write_header_to_file()
@@ -89,6 +94,7 @@ SCALES = dict.fromkeys(Kind, 1 / 16) | {
     Kind.Q5_1: 2**-8,
     Kind.Q8_0: 2**-10,
     Kind.IQ4_NL: 2**-10,
+    Kind.NVFP4: 2**-4,
     Kind.IQ4_XS: 2**-14,
 }
 

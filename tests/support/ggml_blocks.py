@@ -37,6 +37,7 @@ def random_blocks(kind: Kind, n: int, k: int, rng: np.random.Generator, scale: f
     if kind == Kind.MXFP4:
         power = 127 + round(np.log2(scale))
         blocks[..., 0] = rng.integers(power - 3, power + 1, blocks.shape[:2])
-    if kind == Kind.NVFP4:  # unsigned; 127 is no number
-        blocks[..., :4] = rng.integers(0, 127, (*blocks.shape[:2], 4))
+    if kind == Kind.NVFP4:  # unsigned, eight codes to a power of two; 127 is no number
+        highest = 127 if scale == 1 else max(8, 56 + 8 * round(np.log2(scale)))
+        blocks[..., :4] = rng.integers(0 if scale == 1 else highest - 8, highest, (*blocks.shape[:2], 4))
     return blocks
