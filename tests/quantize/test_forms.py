@@ -174,7 +174,7 @@ def test_folders_are_read_as_their_format_says(tmp_path, text, format, bits, mon
         {"format": "awq", "symmetric": True},
         {"format": "gguf", "group_size": 64},
         {"format": "gptq", "type": "Q4_0"},
-        {"format": "gguf", "type": "Q8_0"},
+        {"format": "gguf", "type": "Q8_0", "bits": 4},
         {"group_size": 48},
     ],
 )
@@ -194,6 +194,7 @@ def test_every_format_is_chosen_for_the_bits_that_it_holds():
     assert choose(cfg, method="gptq").format == "gptq"
     assert choose(cfg, bits=3).format == "gptq"
     assert choose(cfg, type="Q4_1").format == "gguf"
+    assert choose(cfg, type="Q8_0").bits == 8
 
 
 def test_outputs_that_do_not_fill_words_are_refused_before_work_begins():

@@ -105,7 +105,8 @@ def choose(
         raise UsageError(f"The method {method!r} is not known.", f"Use {' or '.join(METHODS)}.")
     if method == "smoothquant":
         return _w8a8(cfg, bits, format, group_size, act_order)
-    bits = 4 if bits is None else bits
+    if bits is None:
+        bits = next((width for width, types in GGUF_TYPES.items() if type in types), 4)
     if format is None:
         format = "gguf" if type else "awq" if bits == 4 and method != "gptq" and not symmetric else "gptq"
     if format not in BITS:
