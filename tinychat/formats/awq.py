@@ -62,17 +62,6 @@ def pack_nibbles(values: np.ndarray) -> np.ndarray:
     return packed.reshape(rows, n // 2).view("<i4").astype(np.int32, copy=False)
 
 
-def unpack_nibbles(words: np.ndarray) -> np.ndarray:
-    """int32 [rows, N/8] words to uint8 [rows, N], values 0…15."""
-    rows, n8 = words.shape
-    packed = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8).reshape(rows, n8, 4)
-    lanes = np.empty((rows, n8, 8), np.uint8)
-    for byte in range(4):
-        np.bitwise_and(packed[:, :, byte], 15, out=lanes[:, :, ORDER[2 * byte]])
-        np.right_shift(packed[:, :, byte], 4, out=lanes[:, :, ORDER[2 * byte + 1]])
-    return lanes.reshape(rows, n8 * 8)
-
-
 def pack(weight: QuantizedLinear) -> dict[str, np.ndarray]:
     """The tensors `qweight`, `qzeros`, `scales` (and `bias`) of a weight, bit for bit.
 
@@ -115,22 +104,28 @@ def unpack(
         raise ValueError(f"scales {scales.shape} do not fit qweight {qweight.shape}")
     if qzeros is not None and qzeros.shape != (groups, qweight.shape[1]):
         raise ValueError(f"qzeros {qzeros.shape} do not fit scales {scales.shape}")
-    middle = np.full((groups, n), 1 << (bits - 1), np.uint8)
-    zeros = middle if qzeros is None else _columns(qzeros, bits, order)
+    middle = np.full((n, groups), 1 << (bits - 1), np.uint8)
     return QuantizedLinear(
-        codes=np.ascontiguousarray(_columns(qweight, bits, order).T),
+        codes=unpack_words(qweight, bits, order),
         scales=np.ascontiguousarray(scales.T),
-        zeros=np.ascontiguousarray(zeros.T),
+        zeros=middle if qzeros is None else unpack_words(qzeros, bits, order),
         bias=None if bias is None else bias.astype(np.float32),
         bits=bits,
     )
 
 
-def _columns(packed: np.ndarray, bits: int, order: bool) -> np.ndarray:
-    """int32 [rows, N·bits/32] to uint8 [rows, N]."""
+def unpack_words(packed: np.ndarray, bits: int = 4, order: bool = True) -> np.ndarray:
+    """int32 [rows, N·bits/32] to uint8 [N, rows]. order: as for `unpack`."""
     if bits == 4 and order:
-        return unpack_nibbles(packed)
+        # words are turned before they are opened: an eighth of the bytes, and codes are written in rows
+        turned = np.ascontiguousarray(packed.T).astype("<i4", copy=False)
+        lanes = turned.view(np.uint8).reshape(*turned.shape, 4)
+        out = np.empty((turned.shape[0], 8, turned.shape[1]), np.uint8)
+        for byte in range(4):
+            np.bitwise_and(lanes[:, :, byte], 15, out=out[:, ORDER[2 * byte]])
+            np.right_shift(lanes[:, :, byte], 4, out=out[:, ORDER[2 * byte + 1]])
+        return out.reshape(-1, turned.shape[1])
     codes = nibbles.unpack(packed, bits)
-    return (
-        codes.reshape(len(codes), -1, 8)[:, :, np.argsort(ORDER)].reshape(len(codes), -1) if order else codes
-    )
+    if order:
+        codes = codes.reshape(len(codes), -1, 8)[:, :, np.argsort(ORDER)].reshape(len(codes), -1)
+    return np.ascontiguousarray(codes.T)

@@ -160,8 +160,8 @@ class HFCheckpoint:
 
     def _same(self, one: str, other: str) -> bool:
         a, b = f"{one}.weight", f"{other}.weight"
-        if a not in self._tensors or b not in self._tensors:
-            return False  # one is quantized
+        if self._quantized(one) or self._quantized(other):
+            return False
         if (self._tensors[a].dtype, self._tensors[a].shape) != (
             self._tensors[b].dtype,
             self._tensors[b].shape,
