@@ -1,11 +1,11 @@
 """The CUDA engine on this machine's GPU, against the bandwidth of a device copy in the same run.
 
-    python benchmarks/gpu.py [--shape llama-3-8b ...] [--torch] [--out benchmarks/results]
+    python benchmarks/gpu.py [--shape llama-3-8b ...] [--form q4_k ...] [--torch] [--out benchmarks/results]
 
-For each shape (real dimensions, random 4-bit weights, groups of 128): load time; a token at several
-contexts and its share of the copy's bandwidth, bytes counted as `tinychat bench` does; a token of which the
-argmax, the largest logits or all come back; one whose kernels do not overlap, where they do; steps of 2 to
-16 rows against one; prefill; each linear alone.
+For each shape and form (real dimensions, random weights: 4-bit in groups of 128, or a form of `tinychat
+bench`): load time; a token at several contexts and its share of the copy's bandwidth, bytes counted as
+`tinychat bench` does; a token of which the argmax, the largest logits or all come back; one whose kernels do
+not overlap, where they do; steps of 2 to 16 rows against one; prefill; each linear alone.
 --torch adds what torch's fp16 needs for the matrix products alone, in a CUDA graph: a floor for any fp16
 engine. Raw figures, with the GPU's and the driver's name, go to a JSON file; nothing is measured without a
 GPU.
@@ -19,6 +19,8 @@ import re
 import statistics
 import sys
 import time
+from dataclasses import astuple
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from tinychat.bench import weight_bytes_per_token
 from tinychat.kernels_cuda import linear
 from tinychat.models import FAMILIES
 from tinychat.network.weight_policy import WeightPolicy
-from tinychat.synthetic import SHAPES, SyntheticCheckpoint
+from tinychat.synthetic import DEFAULT, FORMS, SHAPES, SyntheticCheckpoint
 
 ROUNDS = 5
 LINEAR_ROWS = (1, 5, 16, 512)
@@ -41,6 +43,7 @@ WARM_UP = 3
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", nargs="*", default=["llama-2-7b", "llama-3-8b"], choices=SHAPES)
+    parser.add_argument("--form", nargs="*", default=[DEFAULT], choices=[DEFAULT, *FORMS])
     parser.add_argument("--context", nargs="*", type=int, default=[0, 2000, 8000])
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--kv-bits", type=int, choices=[16, 8], default=16)
@@ -52,12 +55,13 @@ def main() -> int:
         from tinychat.backends.cuda_device import open_modules
 
         modules = open_modules()
-        for shape in o.shape:
-            checkpoint = SyntheticCheckpoint(shape)
+        for shape, form in product(o.shape, o.form):
+            checkpoint = SyntheticCheckpoint(shape, form)
             began = time.perf_counter()
             backend = CudaBackend(checkpoint, WeightPolicy(), kv_bits=o.kv_bits, modules=modules)
             result = {
                 "shape": shape,
+                "form": form,
                 "date": time.strftime("%Y-%m-%d %H:%M"),
                 "load_s": time.perf_counter() - began,
                 **measure(
@@ -69,7 +73,7 @@ def main() -> int:
                 result["torch_fp16"] = torch_products(SHAPES[shape], (1, o.prompt))
             o.out.mkdir(parents=True, exist_ok=True)
             gpu = re.sub(r"\W+", "-", result["gpu"]).strip("-").lower()
-            path = o.out / f"gpu-{gpu}-{shape}-kv{o.kv_bits}.json"
+            path = o.out / f"gpu-{gpu}-{shape}-{form}-kv{o.kv_bits}.json"
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(json.dumps(result, indent=1))
             print(f"written to {path}", file=sys.stderr)
@@ -186,7 +190,7 @@ def linears(backend: Any) -> list[dict[str, Any]]:
             graph = device.capture(work)
             graph.replay()
             seconds = min(device.seconds(graph.replay) for _ in range(ROUNDS)) / REPEAT
-            form = f"{shape.form.bits} {shape.form.meta}"
+            form = " ".join(map(str, astuple(shape.form)))
             rows_out.append(
                 {
                     "form": form, "n": shape.n, "k": shape.k, "rows": rows,
