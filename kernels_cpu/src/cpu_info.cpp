@@ -53,6 +53,14 @@ bool has_avx512_vnni() {
 }
 #endif
 
+}  // namespace
+
+#if defined(__x86_64__)
+bool has_avx_vnni() { return has_avx2() && bit(Cpuid(7, 1).eax, 4); }
+#endif
+
+namespace {
+
 bool supported(IsaKind isa) {
     switch (isa) {
         case IsaKind::kScalar:
@@ -60,6 +68,8 @@ bool supported(IsaKind isa) {
 #if defined(__x86_64__)
         case IsaKind::kAvx2:
             return has_avx2();
+        case IsaKind::kAvxVnni:
+            return has_avx_vnni() || has_avx512_vnni();
         case IsaKind::kAvx512Vnni:
             return has_avx512_vnni();
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -176,6 +186,8 @@ const char* isa_name(IsaKind isa) {
     switch (isa) {
         case IsaKind::kAvx2:
             return "avx2";
+        case IsaKind::kAvxVnni:
+            return "avxvnni";
         case IsaKind::kAvx512Vnni:
             return "avx512vnni";
         case IsaKind::kNeon:
@@ -187,7 +199,7 @@ const char* isa_name(IsaKind isa) {
 
 std::vector<IsaKind> supported_isas() {
     std::vector<IsaKind> out;
-    for (IsaKind isa : {IsaKind::kAvx512Vnni, IsaKind::kAvx2, IsaKind::kNeon, IsaKind::kScalar})
+    for (IsaKind isa : {IsaKind::kAvx512Vnni, IsaKind::kAvxVnni, IsaKind::kAvx2, IsaKind::kNeon, IsaKind::kScalar})
         if (supported(isa)) out.push_back(isa);
     return out;
 }

@@ -7,6 +7,8 @@ const KernelTable& kernels_for(IsaKind isa) {
 #if defined(__x86_64__)
         case IsaKind::kAvx2:
             return kernels_avx2();
+        case IsaKind::kAvxVnni:
+            return kernels_avxvnni();
         case IsaKind::kAvx512Vnni:
             return kernels_avx512();
 #elif defined(__aarch64__)

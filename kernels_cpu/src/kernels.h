@@ -206,6 +206,7 @@ inline size_t attention_scratch(const AttentionLayer& at) {
 const KernelTable& kernels_scalar();
 #if defined(__x86_64__)
 const KernelTable& kernels_avx2();
+const KernelTable& kernels_avxvnni();
 const KernelTable& kernels_avx512();
 #elif defined(__aarch64__)
 const KernelTable& kernels_neon();

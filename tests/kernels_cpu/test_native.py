@@ -14,6 +14,7 @@ BINDINGS = ("module", "bind_program", "bind_ops")  # need Python
 COMMON = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-w", "-pthread"]
 X86_FLAGS = {
     "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "isa_avxvnni": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512": [
         *["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw"],
         *["-mavx512dq", "-mavx512vl", "-mavx512vnni"],
