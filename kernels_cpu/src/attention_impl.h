@@ -3,6 +3,9 @@
 // neither on the rows beside it nor on how parts were spread over threads.
 #pragma once
 
+#include <type_traits>
+
+#include "attention_kv4.h"
 #include "cache_impl.h"
 
 namespace tinychat {
@@ -30,6 +33,7 @@ struct Kv16 {
         return S::load_f16(p);
     }
 };
+struct Kv4 {};  // complete blocks; a row's own block is as in Kv16
 struct Kv8 {
     using E = int8_t;
     static constexpr int kGroup = kKvGroup;
@@ -167,6 +171,29 @@ void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const f
         for (int c = 0; c < C; c++) S::store(values + p * ld + d0 + c * S::kLanes, acc[p][c]);
 }
 
+// Weighted sums of the values of a part. scaled: room for as many weights.
+template <class S, class K, int P>
+void weigh_part(const AttentionArgs& a, int part, int s0, int n_slots, const float* weights, float* scaled,
+                float* values) {
+    const int dim = a.kv->padded_dim();
+    int d0 = 0;
+    if constexpr (std::is_same_v<K, Kv4>) {
+        float offsets[P];
+        for (int group = 0; d0 < dim; group++) {
+            scale_weights<S, P>(a, part, s0, n_slots, weights, group, scaled, offsets);
+            const int end = std::min(dim, d0 + kKv4Group);
+            for (; d0 + 2 * S::kLanes <= end; d0 += 2 * S::kLanes)
+                weigh_lines<S, P, 2>(a, part, s0, n_slots, scaled, offsets, d0, values, dim);
+            for (; d0 < end; d0 += S::kLanes)
+                weigh_lines<S, P, 1>(a, part, s0, n_slots, scaled, offsets, d0, values, dim);
+        }
+    } else {
+        for (; d0 + 2 * S::kLanes <= dim; d0 += 2 * S::kLanes)
+            weigh_values<S, K, P, 2>(a, part, s0, n_slots, weights, d0, values, dim);
+        for (; d0 < dim; d0 += S::kLanes) weigh_values<S, K, P, 1>(a, part, s0, n_slots, weights, d0, values, dim);
+    }
+}
+
 // Merge (max, sum, values) of a later part into a running state: both shrink to the common max.
 template <class S>
 inline void merge_state(float* state, float max, float sum, const float* values, int dim) {
@@ -201,7 +228,10 @@ void attend_part(const AttentionArgs& a, const PairBatch& b, int part, float* sc
             *b.peak[p] = -INFINITY;
         }
     if (n_slots == 0) return;
-    score_part<S, K, P>(a, b, part, s0, n_slots, scores);
+    if constexpr (std::is_same_v<K, Kv4>)
+        score_part4<S, P>(a, b.q, part, s0, n_slots, scores);
+    else
+        score_part<S, K, P>(a, b, part, s0, n_slots, scores);
 
     const int padded = static_cast<int>(round_up(n_slots, kBlockSlots));
     float max[P], sum[P];
@@ -229,10 +259,7 @@ void attend_part(const AttentionArgs& a, const PairBatch& b, int part, float* sc
         memcpy(b.weights[p] + s0, s + s0, (padded - s0) * sizeof(float));
         *b.peak[p] = max[p];
     }
-    int d0 = 0;
-    for (; d0 + 2 * S::kLanes <= dim; d0 += 2 * S::kLanes)
-        weigh_values<S, K, P, 2>(a, part, s0, n_slots, scores, d0, values, dim);
-    for (; d0 < dim; d0 += S::kLanes) weigh_values<S, K, P, 1>(a, part, s0, n_slots, scores, d0, values, dim);
+    weigh_part<S, K, P>(a, part, s0, n_slots, scores, values + kMaxPairs * dim, values);
     for (int p = 0; p < P; p++)
         if (b.valid[p]) merge_state<S>(b.state[p], max[p], sum[p], values + p * dim, dim);
 }
@@ -289,6 +316,28 @@ inline void finish_pair(const AttentionArgs& a, const float* state, int row, int
     for (int i = 0; i < d; i += 16) (V::load(state + kState + i) * inv).store_n(out + i, d - i);
 }
 
+// In 4 bits: rows over the blocks that they lie in, which are there exactly, each as a part of its own.
+template <class S, class Batches>
+void attend_own(const AttentionArgs& a, int pairs, const Batches& batch_at, float* scores, float* values) {
+    const int first_block = (a.length + a.r0) / kBlockSlots, last_block = (a.length + a.r1 - 1) / kBlockSlots;
+    for (int block = first_block; block <= last_block; block++) {
+        const ExactBlocks::Place place = a.exact.at(block);
+        AttentionArgs own = a;
+        own.kv = place.kv, own.blocks = &place.block, own.at.layer = place.layer, own.length = own.r1 = 0;
+        PairBatch b;
+        for (int first = 0; first < pairs; first += b.count) {
+            bool any = false;
+            b = batch_at(first, a.n_states - 1, block * kBlockSlots,
+                         [&](int visible) { return (visible - 1) / kBlockSlots == block ? visible : 0; });
+            for (int p = 0; p < b.count; p++) {
+                any = any || b.valid[p];
+                if (!b.valid[p]) b.weights[p] = nullptr;
+            }
+            if (any) attend_batch<S, Kv16>(own, b, 0, scores, values);
+        }
+    }
+}
+
 template <class S, class K>
 void attention_over(const AttentionArgs& a) {
     const int d = a.at.head_dim, dim = a.kv->padded_dim(), per_kv = a.at.per_kv();
@@ -296,13 +345,37 @@ void attention_over(const AttentionArgs& a) {
     const int head0 = a.kv_head * per_kv, rows = a.r1 - a.r0, pairs = rows * per_kv;
     float* scores = a.scratch;
     float* values = scores + kMaxPairs * kPartSlots;
-    float* queries = values + kMaxPairs * dim;  // [batch][head_dim][pair]
+    float* scaled = values + kMaxPairs * dim;                                  // of 4-bit values
+    float* queries = scaled + (a.kv->bits == 4 ? kMaxPairs * kPartSlots : 0);  // [batch][head_dim][pair]
     float* states = queries + static_cast<size_t>(pairs) * d;
-    auto state_of = [&](int pair, int part) {
+    auto state_of = [&](int pair, int state) {
         const int row = a.r0 + pair / per_kv, head = head0 + pair % per_kv;
         if (!a.partial) return states + static_cast<size_t>(pair) * (dim + kState);
-        const size_t at = (static_cast<size_t>(row) * a.at.n_heads + head) * a.n_parts + part - a.part0;
+        const size_t at = (static_cast<size_t>(row) * a.at.n_heads + head) * a.n_states + state;
         return a.partial + at * (dim + kState);
+    };
+    // The pairs from `first` on as one batch; what they attend to lies between two slots, and is seen from `start` on.
+    auto batch_at = [&](int first, int state, int start, auto end_of) {
+        PairBatch b;
+        b.count = batch_of<S>(pairs - first);
+        b.q = queries + static_cast<size_t>(first) * d;
+        for (int p = 0; p < b.count; p++) {
+            const int row = a.r0 + (first + p) / per_kv, head = head0 + (first + p) % per_kv;
+            const int visible = a.length + row + 1, from = a.at.first_slot(visible) - start;
+            b.valid[p] = end_of(visible) - start;
+            b.valid[p] = b.valid[p] < 0 ? 0 : b.valid[p] > kPartSlots ? kPartSlots : b.valid[p];
+            b.from[p] = from < 0 ? 0 : from;
+            if (b.from[p] >= b.valid[p]) b.from[p] = b.valid[p] = 0;
+            b.state[p] = state_of(first + p, state);
+            if (a.partial && (b.valid[p] || state < a.n_parts)) b.state[p][1] = 0.0f;
+            b.weights[p] = b.peak[p] = nullptr;
+            if (a.score.weights && row >= a.score.from) {
+                const size_t at = static_cast<size_t>(row - a.score.from) * a.at.n_heads + head;
+                b.weights[p] = a.score.weights + at * a.score.ld + state * kPartSlots;
+                b.peak[p] = a.score.peaks + at * a.n_states + state;
+            }
+        }
+        return b;
     };
     if (!a.partial)
         for (int i = 0; i < pairs; i++) state_of(i, 0)[1] = 0.0f;
@@ -320,37 +393,25 @@ void attention_over(const AttentionArgs& a) {
             for (int i = 0; i < d; i++)
                 for (int p = 0; p < n; p++) *to++ = q[p][i];
     }
+    constexpr bool kOwn = std::is_same_v<K, Kv4>;
     for (int part = a.p0; part < a.p1; part++) {
         PairBatch b;
         for (int first = 0; first < pairs; first += b.count) {
-            b.count = batch_of<S>(pairs - first);
-            b.q = queries + static_cast<size_t>(first) * d;
-            for (int p = 0; p < b.count; p++) {
-                const int row = a.r0 + (first + p) / per_kv, head = head0 + (first + p) % per_kv;
-                const int visible = a.length + row + 1, start = part * kPartSlots;
-                const int valid = visible - start, from = a.at.first_slot(visible) - start;
-                b.valid[p] = valid < 0 ? 0 : valid > kPartSlots ? kPartSlots : valid;
-                b.from[p] = from < 0 ? 0 : from;
-                if (b.from[p] >= b.valid[p]) b.from[p] = b.valid[p] = 0;
-                b.state[p] = state_of(first + p, part);
-                if (a.partial) b.state[p][1] = 0.0f;
-                b.weights[p] = b.peak[p] = nullptr;
-                if (a.score.weights && row >= a.score.from) {
-                    const size_t at = static_cast<size_t>(row - a.score.from) * a.at.n_heads + head;
-                    b.weights[p] = a.score.weights + at * a.score.ld + part * kPartSlots;
-                    b.peak[p] = a.score.peaks + at * a.n_parts + part;
-                }
-            }
+            b = batch_at(first, part - a.part0, part * kPartSlots,
+                         [&](int visible) { return kOwn ? (visible - 1) / kBlockSlots * kBlockSlots : visible; });
             attend_batch<S, K>(a, b, part, scores, values);
         }
     }
+    if (kOwn && a.own) attend_own<S>(a, pairs, batch_at, scores, values);
     if (!a.partial)
         for (int i = 0; i < pairs; i++) finish_pair<S>(a, state_of(i, 0), a.r0 + i / per_kv, head0 + i % per_kv);
 }
 
 template <class S>
 void attention(const AttentionArgs& a) {
-    if (a.kv->bits == 8)
+    if (a.kv->bits == 4)
+        attention_over<S, Kv4>(a);
+    else if (a.kv->bits == 8)
         attention_over<S, Kv8>(a);
     else
         attention_over<S, Kv16>(a);
@@ -362,9 +423,9 @@ void attention_merge(const AttentionArgs& a) {
     const int dim = a.kv->padded_dim(), per_kv = a.at.per_kv();
     for (int row = a.r0; row < a.r1; row++)
         for (int head = a.kv_head * per_kv; head < (a.kv_head + 1) * per_kv; head++) {
-            float* first = a.partial + (static_cast<size_t>(row) * a.at.n_heads + head) * a.n_parts * (dim + kState);
-            for (int part = 1; part < a.n_parts; part++) {
-                const float* s = first + static_cast<size_t>(part) * (dim + kState);
+            float* first = a.partial + (static_cast<size_t>(row) * a.at.n_heads + head) * a.n_states * (dim + kState);
+            for (int state = 1; state < a.n_states; state++) {
+                const float* s = first + static_cast<size_t>(state) * (dim + kState);
                 if (s[1] != 0.0f) merge_state<S>(first, s[0], s[1], s + kState, dim);
             }
             finish_pair<S>(a, first, row, head);
@@ -380,20 +441,20 @@ void attention_score(const ScoreArgs& a) {
     for (int row = 0; row < a.rows; row++) {
         const size_t head0 = static_cast<size_t>(row) * a.at.n_heads + a.kv_head * a.at.per_kv();
         const int visible = a.length + row + 1;
-        for (int part = 0; part * kPartSlots < visible; part++) {
-            const int first = part * kPartSlots, n = visible - first < kPartSlots ? visible - first : kPartSlots;
+        // n slots from `first` on, of which a state has left the exponentials.
+        auto add = [&](int state, int first, int n) {
             for (int p0 = 0; p0 < a.at.per_kv(); p0 += 16) {
                 const int heads = a.at.per_kv() - p0 < 16 ? a.at.per_kv() - p0 : 16;
                 float power[16] = {}, scale[16];
                 for (int p = 0; p < heads; p++) {
                     const size_t at = head0 + p0 + p;
-                    power[p] = s.peaks[at * a.n_parts + part] - s.totals[2 * at];
+                    power[p] = s.peaks[at * a.n_states + state] - s.totals[2 * at];
                 }
                 exp16<S>(V::load(power)).store(scale);
                 for (int p = 0; p < heads; p++) {
                     const size_t at = head0 + p0 + p;
                     const V w = V::set1(scale[p] / s.totals[2 * at + 1]);
-                    const float* e = s.weights + at * s.ld + first;
+                    const float* e = s.weights + at * s.ld + state * kPartSlots;
                     if (p0 + p == 0)
                         for (int i = 0; i < n; i += 16) (V::load(e + i) * w).store(got + i);
                     else
@@ -402,7 +463,11 @@ void attention_score(const ScoreArgs& a) {
             }
             float* out = a.out + row * a.row_stride + first;
             for (int i = 0; i < n; i += 16) (V::load_n(out + i, n - i) + V::load(got + i)).store_n(out + i, n - i);
-        }
+        };
+        const int behind = a.n_states > a.n_parts ? (visible - 1) / kBlockSlots * kBlockSlots : visible;  // parts
+        for (int first = 0; first < behind; first += kPartSlots)
+            add(first / kPartSlots, first, std::min(behind - first, static_cast<int>(kPartSlots)));
+        if (behind < visible) add(a.n_parts, behind, visible - behind);
     }
 }
 

@@ -30,6 +30,8 @@ void add_slots(const PyProgram& p, nb::handle given, int memory, int rows, SpanS
     const KvPool kv = p.program.kv(memory);
     const MemoryUse use = p.program.use(memory);
     slots.blocks = blocks.data(), slots.length = number(fields[1]);
+    if (use.is_tail) return;  // `add_exact` looks at it, from where it belongs to
+    require(!use.layers || (kv.bits == 4) == (use.tail >= 0), "a memory of 4 bits and its tail go together");
     require(slots.length >= 0, "position and length must not be negative");
     const long long end = static_cast<long long>(slots.length) + rows;
     if (use.layers) {
@@ -52,6 +54,24 @@ void add_slots(const PyProgram& p, nb::handle given, int memory, int rows, SpanS
     slots.score_slots = static_cast<int>(scores.shape(3));
 }
 
+// Blocks of a tail, checked against the slots of the memory that it belongs to.
+void add_exact(const PyProgram& p, nb::handle given, int memory, int rows, SpanSlots& slots) {
+    const auto fields = nb::cast<nb::tuple>(given);
+    require(fields.size() == 4, "a memory of a span is blocks, length, scores and scored rows");
+    const auto blocks = exactly<In<int32_t>>(fields[0], "a block table is int32");
+    const MemoryUse use = p.program.use(memory);
+    const KvPool kv = p.program.kv(use.tail);
+    require(kv.bits == 16 && kv.n_layers >= use.layers && kv.n_kv == use.n_kv && kv.head_dim == use.head_dim,
+            "the pool of a tail does not fit");
+    const long long end = static_cast<long long>(slots.length) + rows;
+    const long long written = (end + kBlockSlots - 1) / kBlockSlots - slots.length / kBlockSlots;
+    require(static_cast<long long>(blocks.size()) >= written, "the tail does not cover the step");
+    for (long long i = 0; i < written; i++)
+        require(blocks.data()[i] >= (i == 0 && slots.length % kBlockSlots ? 0 : -1) && blocks.data()[i] < kv.n_blocks,
+                "a block is outside the pool");
+    slots.exact = blocks.data();
+}
+
 // A span, behind those that the step has already: a wrong id or block is an exception, not a crash.
 void add_span(const PyProgram& p, nb::handle given, StepState& s) {
     const auto fields = nb::cast<nb::tuple>(given);
@@ -67,7 +87,11 @@ void add_span(const PyProgram& p, nb::handle given, StepState& s) {
     const auto memories = nb::cast<nb::tuple>(fields[3]);
     require(static_cast<int>(memories.size()) == s.memories, "a span has its slots in each memory of the program");
     s.add(ids.data(), rows, position, logits_from);
-    for (int m = 0; m < s.memories; m++) add_slots(p, memories[m], m, rows, s.slots_of(s.spans.size() - 1, m));
+    const size_t i = s.spans.size() - 1;
+    for (int m = 0; m < s.memories; m++) {
+        add_slots(p, memories[m], m, rows, s.slots_of(i, m));
+        if (const int tail = p.program.use(m).tail; tail >= 0) add_exact(p, memories[tail], m, rows, s.slots_of(i, m));
+    }
 }
 
 // All step inputs are checked here once, so that kernels need not.
@@ -93,7 +117,7 @@ void run_step(PyProgram& p, nb::tuple spans, nb::object logits, nb::object greed
 
 // n of an array [layers, kv_heads, n] that goes with a block table of the pool.
 template <class T>
-int slots_of_heads(const PyProgram& p, int memory, const In<int32_t>& blocks, const In<T>& a) {
+int slots_of_heads(const PyProgram& p, int memory, const In<int32_t>& blocks, const In<T>& a, int exact = -1) {
     require(memory >= 0 && memory < p.program.memories(), "there is no such memory");
     const KvPool kv = p.program.kv(memory);
     require(kv.base && a.ndim() == 3 && static_cast<int>(a.shape(0)) == kv.n_layers &&
@@ -101,7 +125,15 @@ int slots_of_heads(const PyProgram& p, int memory, const In<int32_t>& blocks, co
             "slots are given for each layer and KV head");
     for (size_t i = 0; i < blocks.size(); i++)
         require(blocks.data()[i] >= 0 && blocks.data()[i] < kv.n_blocks, "a block is outside the pool");
+    const int tail = p.program.use(memory).tail;
+    require(exact < 0 || (tail >= 0 && exact < p.program.kv(tail).n_blocks), "a block is outside the tail's pool");
     return static_cast<int>(a.shape(2));
+}
+
+// Slots of an incomplete block are in the tail.
+void require_exact(const PyProgram& p, int memory, int slots, int exact) {
+    require(p.program.kv(memory).bits != 4 || (slots % kBlockSlots != 0) == (exact >= 0),
+            "an incomplete block is in the tail");
 }
 
 }  // namespace
@@ -114,19 +146,20 @@ void bind_program(nb::module_& m) {
         .def(
             "__init__",
             [](Attention* self, int n_heads, int n_kv, int head_dim, int memory, int layer, float scale, int window,
-               float cap) {
+               float cap, int tail) {
                 require(n_kv > 0 && n_heads > 0 && n_heads <= 1024 && n_heads % n_kv == 0 && head_dim > 0 &&
                             head_dim <= 1024 && layer >= 0 && layer < 1 << 20,
                         "the heads do not fit");
-                require(memory >= 0 && memory < kMostMemories, "there is no such memory");
+                require(memory >= 0 && memory < kMostMemories && tail >= -1 && tail < kMostMemories && tail != memory,
+                        "there is no such memory");
                 require(window >= 0 && cap >= 0.0f && scale >= 0.0f, "a scale, window and cap are not negative");
                 if (scale == 0.0f) scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-                new (self) Attention{{n_heads, n_kv, head_dim, memory, layer, scale, window, cap}};
+                new (self) Attention{{n_heads, n_kv, head_dim, memory, layer, tail, scale, window, cap}};
             },
             "n_heads"_a, "n_kv"_a, "head_dim"_a, "memory"_a = 0, "layer"_a = 0, "scale"_a = 0.0f, "window"_a = 0,
-            "cap"_a = 0.0f,
+            "cap"_a = 0.0f, "tail"_a = -1,
             "scale 0: 1 / sqrt(head_dim); window: a row attends to the last so many slots, 0 all; cap: of the scores, "
-            "0 none");
+            "0 none; tail: the memory that has the newest blocks of one of 4 bits in 16");
     nb::class_<Floats>(m, "Floats", "fp32 rows of a program.").def_ro("cols", &Floats::cols);
     nb::class_<Rows>(m, "Rows", "A value as linears read it: integers, fp32, or both.")
         .def_prop_ro("floats", [](const Rows& r) {
@@ -163,7 +196,7 @@ void bind_program(nb::module_& m) {
             [](PyProgram& p, int memory, nb::object pool, int n_blocks, int n_layers, int n_kv, int head_dim,
                int bits) {
                 require(memory >= 0 && memory < kMostMemories, "there is no such memory");
-                require(bits == 8 || bits == 16, "the cache has 8 or 16 bits");
+                require(bits == 4 || bits == 8 || bits == 16, "the cache has 4, 8 or 16 bits");
                 KvPool kv;
                 kv.bits = bits;
                 auto bytes = exactly<Out<uint8_t>>(pool, "a pool is uint8");
@@ -177,37 +210,45 @@ void bind_program(nb::module_& m) {
             "memory"_a, "pool"_a, "n_blocks"_a, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16)
         .def(
             "move_slots",
-            [](PyProgram& p, int memory, In<int32_t> blocks, In<int32_t> src, In<int32_t> dst) {
-                const int n = slots_of_heads(p, memory, blocks, src);
+            [](PyProgram& p, int memory, In<int32_t> blocks, In<int32_t> src, In<int32_t> dst, int slots, int exact) {
+                const int n = slots_of_heads(p, memory, blocks, src, exact);
+                require_exact(p, memory, slots, exact);
+                require(p.program.kv(memory).bits != 4 ||
+                            (slots >= n && slots <= static_cast<int>(blocks.size()) * kBlockSlots),
+                        "the slots in use are in the block table");
                 require(slots_of_heads(p, memory, blocks, dst) == n, "as many slots to as from");
                 const int end = static_cast<int>(blocks.size()) * kBlockSlots;
                 for (size_t i = 0; i < src.size(); i++)
                     require(src.data()[i] < end && dst.data()[i] < end && (src.data()[i] < 0 || dst.data()[i] >= 0),
                             "a slot is outside the block table");
                 nb::gil_scoped_release release;
-                p.program.move_slots(memory, blocks.data(), src.data(), dst.data(), n);
+                p.program.move_slots(memory, blocks.data(), src.data(), dst.data(), n, slots, exact);
             },
-            "memory"_a, "blocks"_a, "src"_a, "dst"_a)
+            "memory"_a, "blocks"_a, "src"_a, "dst"_a, "slots"_a = 0, "exact"_a = -1)
         .def(
             "turn_keys",
-            [](PyProgram& p, int memory, In<int32_t> blocks, std::vector<double> frequencies, In<int32_t> delta) {
-                const int n = slots_of_heads(p, memory, blocks, delta), half = static_cast<int>(frequencies.size());
+            [](PyProgram& p, int memory, In<int32_t> blocks, std::vector<double> frequencies, In<int32_t> delta,
+               int exact) {
+                const int n = slots_of_heads(p, memory, blocks, delta, exact),
+                          half = static_cast<int>(frequencies.size());
                 require(2 * half <= p.program.kv(memory).head_dim, "more frequencies than the head has pairs");
                 require(static_cast<size_t>(n) <= blocks.size() * kBlockSlots, "a slot is outside the block table");
+                require_exact(p, memory, n, exact);
                 nb::gil_scoped_release release;
-                p.program.turn_keys(memory, blocks.data(), frequencies.data(), half, delta.data(), n);
+                p.program.turn_keys(memory, blocks.data(), frequencies.data(), half, delta.data(), n, exact);
             },
-            "memory"_a, "blocks"_a, "frequencies"_a, "delta"_a)
+            "memory"_a, "blocks"_a, "frequencies"_a, "delta"_a, "exact"_a = -1)
         .def(
             "value_spread",
-            [](PyProgram& p, int memory, In<int32_t> blocks, In<float> weights, Out<float> out) {
-                const int n = slots_of_heads(p, memory, blocks, weights);
+            [](PyProgram& p, int memory, In<int32_t> blocks, In<float> weights, Out<float> out, int exact) {
+                const int n = slots_of_heads(p, memory, blocks, weights, exact);
+                require_exact(p, memory, n, exact);
                 require(static_cast<size_t>(n) <= blocks.size() * kBlockSlots, "a slot is outside the block table");
                 require(out.size() == weights.size(), "as many results as weights");
                 nb::gil_scoped_release release;
-                p.program.value_spread(memory, blocks.data(), weights.data(), out.data(), n);
+                p.program.value_spread(memory, blocks.data(), weights.data(), out.data(), n, exact);
             },
-            "memory"_a, "blocks"_a, "weights"_a, "out"_a)
+            "memory"_a, "blocks"_a, "weights"_a, "out"_a, "exact"_a = -1)
         .def("run", &run_step, "spans"_a, "logits"_a.none() = nb::none(), "greedy"_a.none() = nb::none(),
              "spans: a tuple of (ids, position, logits_from, memories), and memories of (blocks, length, scores or "
              "None, scored rows)")

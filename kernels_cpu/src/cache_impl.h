@@ -1,6 +1,7 @@
 // Keys and values into the paged cache and out of it: rotary embedding, fp16 and int8 storage, what eviction asks.
 #pragma once
 
+#include "kv4_impl.h"
 #include "rows_impl.h"
 
 namespace tinychat {
@@ -46,8 +47,6 @@ inline void to_half16(const float* x, uint16_t* out) {
         S::store_f16(out + i, v);
     }
 }
-
-constexpr int kMaxHeadDim = 1024;
 
 // A key or value to the cache, or back: `stride` elements lie between its channels. x has padded_dim values.
 template <class S>
@@ -120,21 +119,47 @@ inline void load_key(const KvPool& kv, const uint8_t* head, int slot, float* x) 
     }
 }
 
+inline void turn_table(const TurnKeysArgs& a, int delta, float* table) {
+    for (int i = 0; i < a.half; i++) {
+        const double angle = delta * a.freq[i];
+        table[i] = static_cast<float>(std::cos(angle));
+        table[a.half + i] = static_cast<float>(std::sin(angle));
+    }
+}
+
+// A block in 4 bits of which a key turns gets new ranges.
+template <class S>
+void turn_block(const TurnKeysArgs& a, int i) {
+    const Block4 b(*a.kv, a.blocks[i], a.layer, a.kv_head);
+    float x[kMaxHeadDim * kBlockSlots], key[kMaxHeadDim + 16], table[kMaxHeadDim];
+    open_keys<S>(b, x);
+    bool turned = false;
+    for (int s = 0; s < kBlockSlots; s++) {
+        const int delta = a.delta[i * kBlockSlots + s];
+        if (delta == 0) continue;
+        turned = true;
+        turn_table(a, delta, table);
+        for (int c = 0; c < a.kv->head_dim; c++) key[c] = x[c * kBlockSlots + s];
+        rotate_head<S>(key, table, a.half, a.kv->head_dim, 1.0f, key);
+        for (int c = 0; c < a.kv->head_dim; c++) x[c * kBlockSlots + s] = key[c];
+    }
+    if (turned) pack_keys<S>(b, x);
+}
+
 template <class S>
 void turn_keys(const TurnKeysArgs& a) {
     const int d = a.kv->head_dim;
     float x[kMaxHeadDim + 16] = {}, table[kMaxHeadDim];
-    for (int s = a.s0; s < a.s1; s++) {
+    int s = 0;
+    for (; a.kv->bits == 4 && s + kBlockSlots <= a.n; s += kBlockSlots) turn_block<S>(a, s / kBlockSlots);
+    const KvPool& kv = a.last.tail ? *a.last.tail : *a.kv;
+    for (; s < a.n; s++) {
         if (a.delta[s] == 0) continue;
-        for (int i = 0; i < a.half; i++) {
-            const double angle = a.delta[s] * a.freq[i];
-            table[i] = static_cast<float>(std::cos(angle));
-            table[a.half + i] = static_cast<float>(std::sin(angle));
-        }
-        uint8_t* head = a.kv->keys(a.blocks[s / kBlockSlots], a.layer, a.kv_head);
-        load_key<S>(*a.kv, head, s % kBlockSlots, x);
+        turn_table(a, a.delta[s], table);
+        uint8_t* head = kv.keys(a.last.tail ? a.last.block : a.blocks[s / kBlockSlots], a.layer, a.kv_head);
+        load_key<S>(kv, head, s % kBlockSlots, x);
         rotate_head<S>(x, table, a.half, d, 1.0f, x);
-        store_slot<S>(*a.kv, x, head, s % kBlockSlots, true);
+        store_slot<S>(kv, x, head, s % kBlockSlots, true);
     }
 }
 
@@ -149,13 +174,15 @@ void rope_kv(const RopeArgs& a) {
         const float* v = k + static_cast<size_t>(a.at.n_kv) * d;
         const float* table = a.table + static_cast<size_t>(r) * 2 * a.half;
         for (int h = 0; h < a.at.n_heads; h++) rotate_head<S>(q + h * d, table, a.half, d, a.at.scale, q + h * d);
-        const int slot = a.length + r, block = a.blocks[slot / kBlockSlots], in_block = slot % kBlockSlots;
-        for (int i = d; i < dim; i++) x[i] = 0;
+        const int slot = a.length + r, i = slot / kBlockSlots, in_block = slot % kBlockSlots;
+        const ExactBlocks::Place to =
+            a.kv->bits == 4 ? a.exact.at(i) : ExactBlocks::Place{a.kv, a.blocks[i], a.at.layer};
+        for (int c = d; c < dim; c++) x[c] = 0;
         for (int h = 0; h < a.at.n_kv; h++) {
             rotate_head<S>(k + h * d, table, a.half, d, 1.0f, x);
-            store_slot<S>(*a.kv, x, a.kv->keys(block, a.at.layer, h), in_block, true);
+            store_slot<S>(*to.kv, x, to.keys(h), in_block, true);
             memcpy(x, v + h * d, d * sizeof(float));
-            store_slot<S>(*a.kv, x, a.kv->values(block, a.at.layer, h), in_block, false);
+            store_slot<S>(*to.kv, x, to.values(h), in_block, false);
         }
     }
 }
@@ -176,38 +203,64 @@ inline V16<S> load_value(const KvPool& kv, const uint8_t* head, int slot, int i)
     return x * V::set1(lanes[slot % S::kLanes]);
 }
 
+// The values of a block, channels i … i+15 of a slot at a time: as they lie there, or, in 4 bits, opened before.
+template <class S>
+class BlockValues {
+  public:
+    // Of the slots s … s + 15; `opened` has room for 16 values.
+    BlockValues(const SpreadArgs& a, int s, float* opened) {
+        const bool last = a.last.tail && s + kBlockSlots > a.n;
+        kv_ = last ? a.last.tail : a.kv;
+        const int block = last ? a.last.block : a.blocks[s / kBlockSlots];
+        head_ = kv_->values(block, a.layer, a.kv_head);
+        if (kv_->bits != 4) return;
+        open_values<S>(Block4(*kv_, block, a.layer, a.kv_head), opened);
+        opened_ = opened;
+    }
+    V16<S> load(int slot, int i) const {
+        return opened_ ? V16<S>::load(opened_ + slot * kv_->padded_dim() + i) : load_value<S>(*kv_, head_, slot, i);
+    }
+
+  private:
+    const KvPool* kv_;
+    const uint8_t* head_;
+    const float* opened_ = nullptr;
+};
+
 template <class S>
 void value_spread(const SpreadArgs& a) {
     using V = V16<S>;
     const int dim = a.kv->padded_dim();
-    float mean[kMaxHeadDim + 16] = {}, total = 0.0f;
+    float mean[kMaxHeadDim + 16] = {}, opened[kBlockSlots * kMaxHeadDim], total = 0.0f;
     for (int s = 0; s < a.n; s++) total += a.weights[s];
     const size_t step = a.kv->head_bytes() / (dim / 16);
     for (int s = 0; s < a.n; s += kBlockSlots) {
         const int *block = a.blocks + s / kBlockSlots, end = std::min(a.n - s, static_cast<int>(kBlockSlots));
-        const uint8_t* head = a.kv->values(block[0], a.layer, a.kv_head);
+        const BlockValues<S> values(a, s, opened);
         // Blocks lie far apart: the next one comes meanwhile.
-        const uint8_t* next = s + kBlockSlots < a.n ? a.kv->values(block[1], a.layer, a.kv_head) : head;
+        const uint8_t* next = a.kv->values(block[s + kBlockSlots < a.n], a.layer, a.kv_head);
         for (int i = 0; i < dim; i += 16) {
             for (size_t ahead = 0; ahead < step; ahead += 64) S::prefetch(next + ahead);
             next += step;
             V sum = V::load(mean + i);
             for (int j = 0; j < end; j++) {
                 const V w = V::set1(total == 0.0f ? 1.0f / a.n : a.weights[s + j] / total);
-                sum = V::fma(w, load_value<S>(*a.kv, head, j, i), sum);
+                sum = V::fma(w, values.load(j, i), sum);
             }
             sum.store(mean + i);
         }
     }
     const V minus = V::set1(-1.0f);
-    for (int s = 0; s < a.n; s++) {
-        const uint8_t* head = a.kv->values(a.blocks[s / kBlockSlots], a.layer, a.kv_head);
-        V squares = V::set1(0.0f);
-        for (int i = 0; i < dim; i += 16) {
-            const V x = V::fma(V::load(mean + i), minus, load_value<S>(*a.kv, head, s % kBlockSlots, i));
-            squares = V::fma(x, x, squares);
+    for (int s = 0; s < a.n; s += kBlockSlots) {
+        const BlockValues<S> values(a, s, opened);
+        for (int j = 0; j < kBlockSlots && s + j < a.n; j++) {
+            V squares = V::set1(0.0f);
+            for (int i = 0; i < dim; i += 16) {
+                const V x = V::fma(V::load(mean + i), minus, values.load(j, i));
+                squares = V::fma(x, x, squares);
+            }
+            a.out[s + j] = std::sqrt(squares.sum());
         }
-        a.out[s] = std::sqrt(squares.sum());
     }
 }
 

@@ -82,6 +82,7 @@ struct RopeTableArgs {
 struct AttentionLayer {
     int n_heads, n_kv, head_dim;
     int memory, layer;  // which KV memory of the program, and which of its layers
+    int tail;           // the memory that has its newest blocks in 16 bits, if it is one of 4 bits; else -1
     float scale;        // queries are multiplied by it
     int window;         // a row attends to the last so many slots; 0: to all
     float cap;          // scores become cap · tanh(score / cap); 0: they stay
@@ -102,13 +103,22 @@ struct RopeArgs {
     const int32_t* blocks;
     int length;  // slots before row 0
     int r0, r1;
+    ExactBlocks exact;  // where they go to in a memory of 4 bits
+};
+
+// Stores the complete block i of a table in 4 bits, all KV heads of a layer.
+struct PackKvArgs {
+    const KvPool* kv;
+    const int32_t* blocks;
+    int layer, i;
+    ExactBlocks exact;
 };
 
 // How the rows of a step spread their attention over the slots, for eviction: while attention runs, each scored row
 // leaves its exponentials behind, relative to the largest score of their part.
 struct ScoreScratch {
-    float* weights = nullptr;  // [scored rows][heads][ld]
-    float* peaks = nullptr;    // [scored rows][heads][parts]
+    float* weights = nullptr;  // [scored rows][heads][ld]: the slots of all parts, in 4 bits those of the own block
+    float* peaks = nullptr;    // [scored rows][heads][states]
     float* totals = nullptr;   // [scored rows][heads][2]: largest score, sum of exponentials
     size_t ld = 0;
     int from = 0;  // first scored row
@@ -116,7 +126,7 @@ struct ScoreScratch {
 
 // Causal attention of rows r0…r1-1 of one span for one KV head over the parts p0…p1-1 of the cache.
 // With partial == null the merged result goes to out; else each (row, head, part) leaves max, sum and the weighted
-// values there for attention_merge: partial [rows][heads][n_parts][padded_dim + 16] (the first 16 floats hold max and
+// values there for attention_merge: partial [rows][heads][n_states][padded_dim + 16] (the first 16 floats hold max and
 // sum). Blocks wholly behind the window of the span's first row are never read.
 struct AttentionArgs {
     AttentionLayer at;
@@ -125,11 +135,14 @@ struct AttentionArgs {
     const int32_t* blocks;
     int length;          // row r attends to slots 0 … length + r, or to the last of these
     int part0, n_parts;  // what any row of the span attends to
+    int n_states;        // that a row and head leave: one for each part, and in 4 bits another for the row's own block
     float* partial;
     float* out;          // [rows, heads · head_dim]
     ScoreScratch score;  // of scored rows; without weights: there are none
     int kv_head, r0, r1, p0, p1;
     float* scratch;
+    ExactBlocks exact;  // in 4 bits: where the blocks are that these rows lie in
+    bool own;           // in 4 bits: whether rows attend to their own blocks here, behind the parts
 };
 
 // Adds to out the attention probability that every slot gets in one KV head from each scored row, summed over the
@@ -137,25 +150,44 @@ struct AttentionArgs {
 struct ScoreArgs {
     AttentionLayer at;
     ScoreScratch score;
-    int kv_head, n_parts;
+    int kv_head, n_parts, n_states;
     int rows;           // scored rows
     int length;         // row i of them attends to slots 0 … length + i
     float* out;         // row 0, this layer and KV head
     size_t row_stride;  // 0: all rows are added to the same slots, in their order
 };
 
-// Turns keys that are in the cache already by `delta` positions: slots s0…s1-1 of one layer and KV head.
+// The last, incomplete block of a memory of 4 bits: a block of its tail.
+struct LastBlock {
+    const KvPool* tail = nullptr;
+    int block = -1;
+};
+
+// Moves slots src over slots dst in one layer and KV head of a memory of 4 bits, n of each, nothing where src is
+// negative. Of `slots` in use the last n are given up; then those of the last, incomplete block go to `last`, which
+// had those of another one.
+struct MoveArgs {
+    const KvPool* kv;
+    LastBlock last;
+    const int32_t* blocks;
+    int layer, kv_head, slots, n;
+    const int32_t *src, *dst;
+};
+
+// Turns keys that are in the cache already by `delta` positions: slots 0…n-1 of one layer and KV head.
 struct TurnKeysArgs {
     const KvPool* kv;
+    LastBlock last;
     const int32_t* blocks;
     const double* freq;
-    int half, layer, kv_head, s0, s1;
+    int half, layer, kv_head, n;
     const int32_t* delta;  // of slot 0
 };
 
 // How far values lie from their weighted mean (Euclidean): slots 0…n-1 of one layer and KV head.
 struct SpreadArgs {
     const KvPool* kv;
+    LastBlock last;
     const int32_t* blocks;
     int layer, kv_head, n;
     const float* weights;  // of any sum; where it is 0 they count alike
@@ -186,9 +218,11 @@ struct KernelTable {
     void (*embed)(const EmbedArgs&);
     void (*rope_table)(const RopeTableArgs&);
     void (*rope_kv)(const RopeArgs&);
+    void (*pack_kv)(const PackKvArgs&);
     void (*attention)(const AttentionArgs&);
     void (*attention_merge)(const AttentionArgs&);
     void (*attention_score)(const ScoreArgs&);
+    void (*move_slots)(const MoveArgs&);
     void (*turn_keys)(const TurnKeysArgs&);
     void (*value_spread)(const SpreadArgs&);
     ArgmaxResult (*argmax)(const float* v, int n);
@@ -200,7 +234,7 @@ constexpr int kMaxPairs = 12;      // of rows and heads that pass over keys and 
 // Floats of scratch that `attention` needs: queries and running state of the item's pairs, scores of a batch.
 inline size_t attention_scratch(const AttentionLayer& at) {
     const size_t dim = round_up(at.head_dim, 16), pairs = static_cast<size_t>(2 * kAttentionRows) * at.per_kv();
-    return pairs * (2 * dim + 16) + kMaxPairs * (kPartSlots + dim) + 64;
+    return pairs * (2 * dim + 16) + kMaxPairs * (kPartSlots + dim) + (at.tail < 0 ? 0 : kMaxPairs * kPartSlots) + 64;
 }
 
 const KernelTable& kernels_scalar();

@@ -87,26 +87,67 @@ struct Activations {
 //   keys    [head_dim padded to 16][16 slots]: slots in the lanes, so a score needs no horizontal sum
 //   values  [16 slots][head_dim padded to 16]
 // in fp16, or in int8 with an fp16 scale for each slot and 32 channels behind each head's codes: [groups][16 slots].
+//
+// In 4 bits, for complete blocks: lines of 64 bytes, of which a 32-bit lane has 8 codes, the first one lowest
+//   keys    [head_dim / 8]: a lane is a slot, its codes are channels
+//   values  [head_dim / 16][2]: a lane is a channel, its codes are slots
+// and behind the codes of all layers, for each layer and head: scales and offsets of the keys' channels
+// [padded_dim] each, scales and zeros of the values, [groups][16 slots] each, and two fp16 that the scales and the
+// offsets of the keys are multiples of. What a code means: kv4_impl.h.
 constexpr int kKvGroup = 32;
+constexpr int kKv4Group = 32;
 
 struct KvPool {
     uint8_t* base = nullptr;
     int n_blocks = 0, n_layers = 0, n_kv = 0, head_dim = 0, bits = 16;
 
     int padded_dim() const { return static_cast<int>(round_up(head_dim, 16)); }
-    int groups() const { return (head_dim + kKvGroup - 1) / kKvGroup; }
-    size_t code_bytes() const { return static_cast<size_t>(kBlockSlots) * padded_dim() * (bits / 8); }
-    size_t head_bytes() const {
-        return bits == 16 ? code_bytes() : round_up(code_bytes() + groups() * kBlockSlots * sizeof(uint16_t), 64);
+    int groups() const {
+        const int group = bits == 4 ? kKv4Group : kKvGroup;
+        return (head_dim + group - 1) / group;
     }
+    size_t code_bytes() const { return static_cast<size_t>(kBlockSlots) * padded_dim() * bits / 8; }
+    // Of keys or values.
+    size_t head_bytes() const {
+        return bits != 8 ? code_bytes() : round_up(code_bytes() + groups() * kBlockSlots * sizeof(uint16_t), 64);
+    }
+    size_t grid_bytes() const { return bits == 4 ? 2 * (padded_dim() + groups() * kBlockSlots) + 4 : 0; }
     size_t layer_bytes() const { return 2 * n_kv * head_bytes(); }
     // Without the padding a block is often a power of two of bytes: a head's keys of all blocks would then share a few
     // cache sets and push each other out before they are read.
-    size_t block_bytes() const { return n_layers * layer_bytes() + 33 * 64; }
+    size_t block_bytes() const {
+        const size_t bytes = round_up(n_layers * (layer_bytes() + n_kv * grid_bytes()), 64);
+        return bytes + (bits != 4 ? 33 * 64 : bytes / 64 % 2 ? 0 : 64);
+    }
     uint8_t* keys(int block, int layer, int head) const {
         return base + block * block_bytes() + layer * layer_bytes() + 2 * head * head_bytes();
     }
     uint8_t* values(int block, int layer, int head) const { return keys(block, layer, head) + head_bytes(); }
+    // In 4 bits: what a head's codes mean.
+    uint8_t* grids(int block, int layer, int head) const {
+        return keys(block, n_layers, 0) + (layer * n_kv + head) * grid_bytes();
+    }
+};
+
+// Where the blocks of a span that are being written have their keys and values in 16 bits: in the pool of the tail, or,
+// if nobody needs them behind the step, in what one layer uses after the other.
+struct ExactBlocks {
+    const KvPool *tail, *scratch;
+    const int32_t* blocks;  // of the tail, -1: none
+    int layer, first;       // of the tail's layers; of the scratch blocks
+    int started;            // number of the block in the table that the first of them is
+
+    struct Place {
+        const KvPool* kv;
+        int block, layer;
+        uint8_t* keys(int head) const { return kv->keys(block, layer, head); }
+        uint8_t* values(int head) const { return kv->values(block, layer, head); }
+    };
+    // Of the table's block i.
+    Place at(int i) const {
+        const int block = blocks[i - started];
+        return block >= 0 ? Place{tail, block, layer} : Place{scratch, first + i - started, 0};
+    }
 };
 
 }  // namespace tinychat

@@ -111,12 +111,17 @@ void Program::linear(std::vector<LinearPart> parts, float* y, int ldy, const flo
 void Program::note_use(const AttentionLayer& at, int reach) {
     if (at.memory >= static_cast<int>(uses_.size())) uses_.resize(at.memory + 1);
     MemoryUse& use = uses_[at.memory];
-    use = {std::max(use.layers, at.layer + 1), at.n_kv, at.head_dim, std::max(use.reach, reach)};
+    use = {std::max(use.layers, at.layer + 1), at.n_kv, at.head_dim, std::max(use.reach, reach), at.tail};
+    if (at.tail < 0) return;
+    if (at.tail >= static_cast<int>(uses_.size())) uses_.resize(at.tail + 1);
+    MemoryUse& tail = uses_[at.tail];
+    tail = {std::max(tail.layers, at.layer + 1), at.n_kv, at.head_dim, 0, -1, true};
 }
 
 void Program::rope_kv(const AttentionLayer& at, float* qkv, const float* table, int half) {
     note_use(at, 1);
-    add(std::make_unique<RopeOp>(k_, at, qkv, table, half));
+    add(std::make_unique<RopeOp>(k_, at, qkv, table, half, &attention_));
+    if (at.tail >= 0) add(std::make_unique<PackKvOp>(k_, at, &attention_));
 }
 
 void Program::attention(const AttentionLayer& at, const float* qkv, float* out) {
@@ -164,9 +169,18 @@ void Program::lm_head(const LinearWeights* w, const Activations* x, float scale,
     add(std::make_unique<GreedyOp>(head));
 }
 
-void Program::move_slots(int memory, const int32_t* blocks, const int32_t* src, const int32_t* dst, int n) {
+void Program::move_slots(int memory, const int32_t* blocks, const int32_t* src, const int32_t* dst, int n, int slots,
+                         int exact) {
     std::lock_guard<std::mutex> lock(turn_);
     const KvPool& kv = pools_[memory];
+    if (kv.bits == 4) {
+        const LastBlock last = last_block(memory, exact);
+        for_heads(kv, [&](int layer, int head) {
+            const size_t at = (static_cast<size_t>(layer) * kv.n_kv + head) * n;
+            k_.move_slots({&kv, last, blocks, layer, head, slots, n, src + at, dst + at});
+        });
+        return;
+    }
     const size_t element = kv.bits / 8, row = kv.padded_dim() * element;
     for (int layer = 0; layer < kv.n_layers; layer++)
         for (int head = 0; head < kv.n_kv; head++)
@@ -189,40 +203,59 @@ void Program::move_slots(int memory, const int32_t* blocks, const int32_t* src, 
             }
 }
 
-void Program::turn_keys(int memory, const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n) {
+void Program::turn_keys(int memory, const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n,
+                        int exact) {
     std::lock_guard<std::mutex> lock(turn_);
     const KvPool& kv = pools_[memory];
+    const LastBlock last = last_block(memory, exact);
     for (int layer = 0; layer < kv.n_layers; layer++)
         for (int head = 0; head < kv.n_kv; head++)
-            k_.turn_keys({&kv, blocks, freq, half, layer, head, 0, n,
+            k_.turn_keys({&kv, last, blocks, freq, half, layer, head, n,
                           delta + (static_cast<size_t>(layer) * kv.n_kv + head) * n});
 }
 
-void Program::value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n) {
-    struct Heads final : Job {
-        void work(int) override {
-            for (int i = next++; i < kv->n_layers * kv->n_kv; i = next++) {
-                const size_t at = static_cast<size_t>(i) * n;
-                spread({kv, blocks, i / kv->n_kv, i % kv->n_kv, n, weights + at, out + at});
-            }
-        }
-        void (*spread)(const SpreadArgs&);
-        const KvPool* kv;
-        const int32_t* blocks;
-        const float* weights;
-        float* out;
-        int n;
-        std::atomic<int> next{0};
-    } job;
+void Program::value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n, int exact) {
     std::lock_guard<std::mutex> lock(turn_);
-    job.spread = k_.value_spread, job.kv = &pools_[memory], job.blocks = blocks, job.weights = weights, job.out = out,
-    job.n = n;
+    const KvPool& kv = pools_[memory];
+    const LastBlock last = last_block(memory, exact);
+    for_heads(kv, [&](int layer, int head) {
+        const size_t at = (static_cast<size_t>(layer) * kv.n_kv + head) * n;
+        k_.value_spread({&kv, last, blocks, layer, head, n, weights + at, out + at});
+    });
+}
+
+LastBlock Program::last_block(int memory, int exact) const {
+    return exact < 0 ? LastBlock{} : LastBlock{&pools_[use(memory).tail], exact};
+}
+
+template <class Work>
+void Program::for_heads(const KvPool& kv, Work work) {
+    struct Heads final : Job {
+        Heads(const KvPool& kv, Work& each) : kv(kv), each(each) {}
+        void work(int) override {
+            for (int i = next++; i < kv.n_layers * kv.n_kv; i = next++) each(i / kv.n_kv, i % kv.n_kv);
+        }
+        const KvPool& kv;
+        Work& each;
+        std::atomic<int> next{0};
+    } job(kv, work);
     pool_.run(job);
 }
 
 void Program::run(StepState& step) {
     std::lock_guard<std::mutex> lock(turn_);
     step.pools = pools_.data();
+    int scratch = 0;
+    for (size_t i = 0; i < step.spans.size(); i++)
+        for (int m = 0; m < static_cast<int>(uses_.size()); m++) {
+            if (uses_[m].tail < 0) continue;
+            SpanSlots& slots = step.slots_of(i, m);
+            slots.scratch = scratch;
+            const int end = slots.length + step.spans[i].rows;
+            scratch += (end + kBlockSlots - 1) / kBlockSlots - slots.length / kBlockSlots;
+        }
+    const size_t exact = attention_.exact_bytes * scratch + 64;
+    if (attention_.exact.size() < exact) attention_.exact.resize(exact + exact / 2);
     step_ = &step;
     for (auto& op : ops_) op->reserve(step, pool_.size());
     if (timing_) seconds_.assign(ops_.size(), 0.0);

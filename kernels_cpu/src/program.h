@@ -89,12 +89,16 @@ struct Routing {
 // at a time uses it.
 struct AttentionBuffers {
     std::vector<float> partial, weights, peaks, totals;
+    std::vector<uint8_t> exact;  // in 16 bits, the blocks that are written of memories of 4 bits: one layer's
+    size_t exact_bytes = 0;      // of one of them, at most
 };
 
 // What the recorded ops expect of a KV memory.
 struct MemoryUse {
     int layers = 0, n_kv = 0, head_dim = 0;
     int reach = 0;  // slots back from a row, itself included, that are read
+    int tail = -1;  // the memory of its newest blocks, if it is one of 4 bits
+    bool is_tail = false;
 };
 
 class Program : private Job {
@@ -136,11 +140,14 @@ class Program : private Job {
     KvPool kv(int memory) const { return memory < static_cast<int>(pools_.size()) ? pools_[memory] : KvPool{}; }
     void set_kv(int memory, const KvPool& kv);
     // Slots src of each layer and KV head over slots dst: [layers][kv_heads][n], those with src < 0 are skipped.
-    void move_slots(int memory, const int32_t* blocks, const int32_t* src, const int32_t* dst, int n);
+    // slots, exact: in a memory of 4 bits, those in use before, and the block of its tail; else nothing is looked at.
+    void move_slots(int memory, const int32_t* blocks, const int32_t* src, const int32_t* dst, int n, int slots,
+                    int exact);
     // The first n slots' keys turned by delta [layers][kv_heads][n] positions.
-    void turn_keys(int memory, const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n);
+    void turn_keys(int memory, const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n,
+                   int exact);
     // How far each of the first n slots' values lies from their weighted mean: all [layers][kv_heads][n].
-    void value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n);
+    void value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n, int exact);
 
     // Runs the step. Callers on several threads take turns. The inputs have been checked.
     void run(StepState& step);
@@ -192,6 +199,10 @@ class Program : private Job {
 
     void need_scratch(size_t floats);
     void note_use(const AttentionLayer& at, int reach);
+    LastBlock last_block(int memory, int exact) const;
+    // Runs `work(layer, head)` for all of them, by all threads together.
+    template <class Work>
+    void for_heads(const KvPool& kv, Work work);
 };
 
 }  // namespace tinychat

@@ -12,6 +12,8 @@
 namespace tinychat {
 namespace {
 
+constexpr int kMaxHeadDim = 1024;
+
 // 16 floats on any ISA.
 template <class S>
 struct V16 {

@@ -17,6 +17,10 @@ struct SpanSlots {
     float* scores = nullptr;
     int scored_rows = 0, score_slots = 0;
     bool sum_scores = false;
+    // Of a memory in 4 bits: the blocks of its tail that the rows are written to, -1 for none, from the block of slot
+    // `length` on; and where the step has blocks for all of them that one layer uses after the other.
+    const int32_t* exact = nullptr;
+    int scratch = 0;
 };
 
 // Consecutive rows of the step that belong to one sequence.

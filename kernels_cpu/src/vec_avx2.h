@@ -88,6 +88,9 @@ struct Avx2 {
     static I bits(F a) { return _mm256_castps_si256(a); }
 
     static I line(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+    // Codes of 4 bits, eight in a lane: the lowest one as a number; all but the first n.
+    static F nibble(I w) { return _mm256_cvtepi32_ps(_mm256_and_si256(w, _mm256_set1_epi32(15))); }
+    static I shift(I w, int n) { return _mm256_srli_epi32(w, 4 * n); }
     static I low(I w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
     template <int N>
     static I shift(I w) {

@@ -73,6 +73,12 @@ struct Avx512 {
     static I bits(F a) { return _mm512_castps_si512(a); }
 
     static I line(const uint8_t* p) { return _mm512_load_si512(p); }
+    // Codes of 4 bits, eight in a lane: the lowest one as a number; all but the first n.
+    static F nibble(I w) {
+        // The permutation looks at the lowest 4 bits alone.
+        return _mm512_permutexvar_ps(w, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    }
+    static I shift(I w, int n) { return _mm512_srli_epi32(w, 4 * n); }
     static I low(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
     // Within 16-bit lanes, left by N, or right by -N: what crosses a byte is masked off afterwards.
     template <int N>

@@ -69,6 +69,11 @@ struct Neon {
     static I bits(F a) { return vreinterpretq_s32_f32(a); }
 
     static I line(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+    // Codes of 4 bits, eight in a lane: the lowest one as a number; all but the first n.
+    static F nibble(I w) { return vcvtq_f32_s32(vandq_s32(w, vdupq_n_s32(15))); }
+    static I shift(I w, int n) {
+        return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(w), vdupq_n_s32(-4 * n)));
+    }
     static I low(I w) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(w), vdupq_n_u8(15))); }
     template <int N>
     static I shift(I w) {

@@ -201,6 +201,16 @@ struct Scalar {
         memcpy(r.v, p, sizeof r.v);
         return r;
     }
+    // Codes of 4 bits, eight in a lane: the lowest one as a number; all but the first n.
+    static F nibble(I w) {
+        F r;
+        TC_LANES r.v[i] = static_cast<float>(w.v[i] & 15);
+        return r;
+    }
+    static I shift(I w, int n) {
+        TC_LANES w.v[i] = static_cast<int32_t>(static_cast<uint32_t>(w.v[i]) >> 4 * n);
+        return w;
+    }
     static I low(I w) {
         TC_LANES w.v[i] &= 0x0f0f0f0f;
         return w;

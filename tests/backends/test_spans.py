@@ -38,6 +38,8 @@ MODELS = {
     "8-bit KV": (lambda: TinyCheckpoint(1, context_length=512), dict(kv_bits=8)),
     "windows": (lambda: windows(attn_soft_cap=2.0, logit_soft_cap=3.0), {}),
     "windows, 8-bit KV": (windows, dict(kv_bits=8, act_bits=16)),
+    "4-bit KV": (lambda: TinyCheckpoint(1, context_length=512), dict(kv_bits=4)),
+    "windows, 4-bit KV": (lambda: windows(attn_soft_cap=2.0), dict(kv_bits=4, act_bits=16)),
     "experts": (experts, {}),
 }
 
@@ -63,14 +65,14 @@ def test_spans_together_give_the_bits_of_each_alone(model, isa, monkeypatch):
             np.testing.assert_array_equal(a, b.argmax(axis=1))
 
 
-@pytest.mark.parametrize("model", ["plain", "windows"])
+@pytest.mark.parametrize("model", ["plain", "windows", "windows, 4-bit KV"])
 def test_the_reference_takes_several_spans(model):
-    policy = WeightPolicy("none", 16)
-    b = ReferenceBackend(MODELS[model][0](), policy)
+    policy, bits = WeightPolicy("none", 16), MODELS[model][1].get("kv_bits", 32)
+    b = ReferenceBackend(MODELS[model][0](), policy, kv_bits=bits)
     allocate(b, span_schedules.BLOCKS)
     apart = span_schedules.run(b, 1, 4, together=False)
     span_schedules.assert_same(span_schedules.run(b, 1, 4, together=True), apart, rtol=1e-3, atol=1e-3)
-    fast = CpuBackend(MODELS[model][0](), policy, act_bits=16)
+    fast = CpuBackend(MODELS[model][0](), policy, act_bits=16, kv_bits=min(bits, 16))
     allocate(fast, span_schedules.BLOCKS)
     span_schedules.assert_same(span_schedules.run(fast, 1, 4, together=True), apart, rtol=0.05, atol=0.05)
 

@@ -40,16 +40,34 @@ def filled(model, n, policy=None):
     return branch
 
 
+@pytest.fixture(params=["cpu", "reference"])
+def model4(request):
+    with tiny_model(ctx=256, backend=request.param, kv_bits=4) as m:
+        m.tokenizer.eos_ids = frozenset()
+        yield m
+
+
 @pytest.mark.parametrize("policy", [None, EvictionPolicy.of("h2o", 256), EvictionPolicy.of("h2o", 128)])
 def test_what_was_saved_goes_on_with_the_same_bits(model, path, policy):
-    n = 500 if policy and policy.budget == 128 else 200
+    goes_on(model, path, policy, 500 if policy and policy.budget == 128 else 200)
+
+
+@pytest.mark.parametrize("n", [192, 203])
+@pytest.mark.parametrize("policy", [None, EvictionPolicy.of("h2o", 128)])
+def test_what_was_saved_in_4_bits_goes_on_with_the_same_bits(model4, path, policy, n):
+    goes_on(model4, path, policy, n)
+
+
+def goes_on(model, path, policy, n):
+    bits = model.backend.kv_bits
     branch = filled(model, n, policy)
     assert kv_file.save(path, model, branch)
+    evicted = branch.evicted
     model.engine.run(branch, [5], 0)  # what happens after the save is not in the file
-    with tiny_model(ctx=256, backend=model.backend.name) as again:
+    with tiny_model(ctx=256, backend=model.backend.name, kv_bits=bits) as again:
         other = again.engine.branch(policy)
         assert kv_file.load(path, again, other) == n
-        assert (other.ids.tolist(), other.evicted) == (TEXT[:n], branch.evicted)
+        assert (other.ids.tolist(), other.evicted) == (TEXT[:n], evicted)
         np.testing.assert_array_equal(again.engine.run(other, [5], 0), replay(model, n, policy))
         for token in TEXT[600:700]:  # and through later evictions
             ours, theirs = again.engine.run(other, [token], 0), model.engine.run(branch, [token], 0)
@@ -60,7 +78,7 @@ def test_what_was_saved_goes_on_with_the_same_bits(model, path, policy):
 
 def replay(model, n, policy):
     """The logits of token 5 after the first n, computed in a fresh branch."""
-    with tiny_model(ctx=256, backend=model.backend.name) as fresh:
+    with tiny_model(ctx=256, backend=model.backend.name, kv_bits=model.backend.kv_bits) as fresh:
         return fresh.engine.run(filled(fresh, n, policy), [5], 0)
 
 

@@ -75,7 +75,7 @@ class Running:
         if c.drafts == "ngram":
             speculator = Speculator(PromptLookup(), Controller(3))
         elif c.drafts is not None:
-            answers = said_alone(c)
+            answers = said_alone(c, self.engine.backend.kv_bits)
             answer = answers[len(self.done)].token_ids if len(self.done) < len(answers) else []
             speculator = Speculator(HalfRight(prompt, answer, int(c.drafts)), Controller(int(c.drafts)))
         self.prompt = prompt
@@ -142,19 +142,19 @@ def draw(rng) -> Conversation:
 
 
 _alone: dict[Conversation, list[Any]] = {}
-_said: dict[Conversation, list[Any]] = {}
+_said: dict[tuple[Conversation, int], list[Any]] = {}
 
 
-def said_alone(c: Conversation) -> list[Any]:
+def said_alone(c: Conversation, kv_bits: int = 16) -> list[Any]:
     """The completions of this conversation without drafts, on a model that nobody else uses."""
     plain = Conversation(c.prompt, c.params, c.policy, None, c.then)
-    if plain not in _said:
-        with tiny_model(ctx=256, backend="cpu", eos_ids=(7,)) as m:
+    if (plain, kv_bits) not in _said:
+        with tiny_model(ctx=256, backend="cpu", eos_ids=(7,), kv_bits=kv_bits) as m:
             r = Running(plain, m.engine)
             while r.wish is not None:
                 step([r], random.Random(0))
-            _said[plain] = [d.completion for d in r.done]
-    return _said[plain]
+            _said[plain, kv_bits] = [d.completion for d in r.done]
+    return _said[plain, kv_bits]
 
 
 RNG = random.Random(11)
@@ -179,7 +179,8 @@ def play(model, rng, n):
         at += 1
         assert at < 5000, "somebody never ends"
     for r in running.values():
-        for done, alone in zip(r.done, said_alone(r.conversation), strict=False):
+        expected = said_alone(r.conversation, model.backend.kv_bits)
+        for done, alone in zip(r.done, expected, strict=False):
             got, c = done.completion, r.conversation
             if done is not r.done[0] and c.policy and seen["waited"]:
                 continue  # it may have been read again, and what its first answer attended to is lost
@@ -192,13 +193,13 @@ def play(model, rng, n):
             assert s.evicted_tokens == alone.stats.evicted_tokens
             seen += Counter(evicted=s.evicted_tokens, accepted=s.accepted_tokens)
             seen["rejected"] += s.drafted_tokens - s.accepted_tokens
-        assert r.cancel.is_set() or len(r.done) == len(said_alone(r.conversation))
+        assert r.cancel.is_set() or len(r.done) == len(expected)
     return seen
 
 
-def play_many(seeds, n, grows):
+def play_many(seeds, n, grows, kv_bits=16):
     """grows: there is memory for all of them; else they take it from each other, and wait."""
-    with tiny_model(ctx=256, backend="cpu", eos_ids=(7,), grows=grows) as m:
+    with tiny_model(ctx=256, backend="cpu", eos_ids=(7,), grows=grows, kv_bits=kv_bits) as m:
         seen: Counter[str] = Counter()
         for seed in seeds:
             rng = random.Random(seed)
@@ -215,11 +216,17 @@ def test_conversations_in_one_batch_say_what_each_says_alone(n, grows):
     play_many(range(60), n, grows)
 
 
+@pytest.mark.parametrize("grows", [True, False])
+def test_the_same_with_keys_and_values_in_4_bits(grows):
+    play_many(range(30), 6, grows, kv_bits=4)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kv_bits", [16, 4])
 @pytest.mark.parametrize("grows", [True, False])
 @pytest.mark.parametrize("n", [4, 8, 12])
-def test_conversations_in_one_batch_in_many_schedules(n, grows):
-    play_many(range(1000, 1600), n, grows)
+def test_conversations_in_one_batch_in_many_schedules(n, grows, kv_bits):
+    play_many(range(1000, 1600), n, grows, kv_bits)
 
 
 # What goes wrong for one

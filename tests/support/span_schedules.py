@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK, Slots, Span, Step
+from tinychat.backends.interface import BLOCK, Slots, Span, Step, Tails
 
 BLOCKS = 96
 LENGTH = 300  # tokens of the longest sequence: more than one part of the attention kernels
@@ -31,6 +31,9 @@ class Sequence:
         """The next rows; scores of the paged memories, if any rows are scored."""
         memories = []
         for m, (spec, table) in enumerate(zip(backend.memories, self.tables, strict=True)):
+            if spec.kind == "tail":
+                memories.append(Tails(self.exact(table, rows)))
+                continue
             seen = table.copy()
             if spec.kind == "window":  # what lies behind the window is never read
                 behind = max(0, self.at + 1 - spec.window) // BLOCK
@@ -43,6 +46,16 @@ class Sequence:
             memories.append(Slots(seen, self.at, scores, scored_rows))
         ids = self.ids[self.at : self.at + rows]
         return Span(ids, self.at + 7, logits_from, tuple(memories))  # as after an eviction of seven tokens
+
+    def exact(self, table: np.ndarray, rows: int) -> np.ndarray:
+        """Blocks of a tail: of those that are whole behind this step and were not begun before, every second
+        one is not left anywhere.
+        """
+        first, end = self.at // BLOCK, -(-(self.at + rows) // BLOCK)
+        blocks = table[first:end].copy()
+        whole = (self.at + rows) // BLOCK
+        blocks[[i - first for i in range(-(-self.at // BLOCK), whole) if i % 2]] = -1
+        return blocks
 
 
 def sequences(backend, rng: np.random.Generator, n: int) -> list[Sequence]:

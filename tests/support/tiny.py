@@ -152,7 +152,7 @@ def tiny_model(
     else:
         from tinychat.backends.reference import ReferenceBackend
 
-        on = ReferenceBackend(checkpoint, policy, threads=1)
+        on = ReferenceBackend(checkpoint, policy, threads=1, kv_bits=4 if kv_bits == 4 else 32)
     options = LoadOptions(ctx=ctx, quantize="none", head_bits=16)
     model = Model(checkpoint, on, "tiny", options, Drafts(options))
     if not grows:

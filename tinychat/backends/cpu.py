@@ -11,14 +11,14 @@ import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from tinychat.backends import pack_store
 from tinychat.backends.cpu_pack import CpuLayout, CpuWeights
 from tinychat.backends.cpu_recorder import Recorder
-from tinychat.backends.interface import Slots, Span, Step, memories_of
+from tinychat.backends.interface import Slots, Span, States, Step, Tails, memories_of, with_tails
 from tinychat.base import machine
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.kernels_cpu import _native
@@ -77,14 +77,15 @@ class CpuBackend:
         Raises UsageError for an unknown setting, or a TINYCHAT_ISA that this CPU does not run."""
         if act_bits not in (None, 8, 16):
             raise UsageError(f"act_bits={act_bits!r} is not known.", "Use 8 or 16.")
-        if kv_bits not in (8, 16):
-            raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 8 or 16.")
+        if kv_bits not in (4, 8, 16):
+            raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 4, 8 or 16.")
         try:
             self.isa = _native.isa()
         except RuntimeError as e:
             raise UsageError(*str(e).split("\n", 1)) from None
         self.cfg: ModelConfig = checkpoint.config
-        self.memories = memories_of(self.cfg)
+        memories = memories_of(self.cfg)
+        self.memories = with_tails(memories) if kv_bits == 4 else memories
         # Every ISA has an exact 8-bit dot product and it is the fastest path, so it runs unless asked.
         self.act_bits = act_bits or 8
         self.kv_bits = kv_bits
@@ -116,8 +117,7 @@ class CpuBackend:
 
     def kv_bytes_per_block(self, memory: int = 0) -> int:
         """Bytes of one block of BLOCK slots: keys and values of all layers of that memory."""
-        spec = self.memories[memory]
-        return _native.kv_block_bytes(len(spec.layers), spec.kv_heads, spec.head_dim, self.kv_bits)
+        return _native.kv_block_bytes(*self._shape(memory))
 
     def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
         """Have a KV pool of so many blocks; memory is touched only as blocks are used."""
@@ -141,10 +141,13 @@ class CpuBackend:
                 self._use_pool(memory, _Pool(pool, blocks))
 
     def _use_pool(self, memory: int, pool: _Pool) -> None:
-        spec = self.memories[memory]
-        shape = len(spec.layers), spec.kv_heads, spec.head_dim, self.kv_bits
         self._pools[memory] = pool
-        self._program.set_kv(memory, pool.bytes, pool.blocks, *shape)
+        self._program.set_kv(memory, pool.bytes, pool.blocks, *self._shape(memory))
+
+    def _shape(self, memory: int) -> tuple[int, int, int, int]:
+        spec = self.memories[memory]
+        bits = 16 if spec.kind == "tail" else self.kv_bits
+        return len(spec.layers), spec.kv_heads, spec.head_dim, bits
 
     def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
         """Copy a pool block, all layers (copy-on-write)."""
@@ -159,26 +162,36 @@ class CpuBackend:
         """Write what `read_blocks` gave into these blocks."""
         self._pools[memory].rows()[block_table] = data
 
-    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
+    def move_slots(
+        self,
+        block_table: np.ndarray,
+        src: np.ndarray,
+        dst: np.ndarray,
+        memory: int = 0,
+        slots: int = 0,
+        exact: int = -1,
+    ) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
         arrays = (np.ascontiguousarray(a, np.int32) for a in (block_table, src, dst))
-        self._program.move_slots(memory, *arrays)
+        self._program.move_slots(memory, *arrays, slots, exact)
 
-    def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
+    def value_spread(
+        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: int = -1
+    ) -> np.ndarray:
         """How far values lie from their weighted mean, float32 [layers, kv_heads, n]."""
         table = np.ascontiguousarray(block_table, np.int32)
         weights, out = np.ascontiguousarray(weights, np.float32), np.empty(weights.shape, np.float32)
-        self._program.value_spread(memory, table, weights, out)
+        self._program.value_spread(memory, table, weights, out, exact)
         return out
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
         ropes = [self.cfg.layers[layer].mixer.rope for layer in self.memories[memory].layers]
         for rope in {rope for rope in ropes if rope is not None}:
             here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
             turned = np.ascontiguousarray(np.where(here, delta, 0), np.int32)
-            self._program.turn_keys(memory, table, [float(f) for f in rope.frequencies()], turned)
+            self._program.turn_keys(memory, table, [float(f) for f in rope.frequencies()], turned, exact)
 
     def step(self, step: Step) -> np.ndarray:
         """Run the network. float32 [asked rows, vocab]."""
@@ -223,9 +236,14 @@ class CpuBackend:
 
 def _native_span(span: Span) -> tuple:
     """A span as the program takes it."""
-    memories = [
-        (np.ascontiguousarray(m.table, np.int32), m.length, m.scores, m.scored_rows)
-        for m in cast("tuple[Slots, ...]", span.memories)
-    ]
+    memories = [_native_memory(m) for m in span.memories]
     ids = np.ascontiguousarray(span.token_ids, np.int32)
     return ids, span.position, span.logits_from, tuple(memories)
+
+
+def _native_memory(has: Slots | States | Tails) -> tuple:
+    """What a span has in one memory, as the program takes it."""
+    if isinstance(has, Tails):
+        return np.ascontiguousarray(has.blocks, np.int32), 0, None, 0
+    assert isinstance(has, Slots)  # no state memories here
+    return np.ascontiguousarray(has.table, np.int32), has.length, has.scores, has.scored_rows

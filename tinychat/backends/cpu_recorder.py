@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends.cpu_pack import PackedLinear
-from tinychat.backends.interface import MemorySpec, place_of
+from tinychat.backends.interface import MemorySpec, place_of, tail_of
 from tinychat.kernels_cpu import _native
 from tinychat.network.config import AttentionConfig, RopeConfig
 
@@ -152,14 +152,18 @@ class Recorder:
         c, qkv = attention, q.qkv.floats
         table = self.tables[q.rope] if q.rope else Buffer(0)  # nothing is rotated
         out = Buffer(c.n_heads * c.head_dim)
+        memory, place = place_of(self.memories, layer)
+        tail = tail_of(self.memories, memory)
         at = _native.Attention(
             c.n_heads,
             c.n_kv_heads,
             c.head_dim,
-            *place_of(self.memories, layer),
+            memory,
+            place,
             scale=c.scale or 0.0,
             window=c.window,
             cap=c.soft_cap,
+            tail=-1 if tail is None else tail,
         )
         self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
         self._record([qkv, out], lambda p: p.attention(at, qkv.native, out.native))

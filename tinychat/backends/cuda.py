@@ -62,6 +62,10 @@ class CudaBackend:
 
         Raises UsageError for an unknown setting or where there is no usable GPU, MemoryBudgetError.
         """
+        if kv_bits == 4:
+            raise UsageError(
+                "The CUDA engine has no KV cache in 4 bits yet.", "Use --kv-bits 8, or --device cpu."
+            )
         if kv_bits not in (8, 16):
             raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 8 or 16.")
         self.cfg: ModelConfig = checkpoint.config
@@ -160,7 +164,15 @@ class CudaBackend:
                 self._device.upload(pool.block(int(block)), np.ascontiguousarray(row))
             self._device.synchronize()
 
-    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
+    def move_slots(
+        self,
+        block_table: np.ndarray,
+        src: np.ndarray,
+        dst: np.ndarray,
+        memory: int = 0,
+        slots: int = 0,
+        exact: int = -1,
+    ) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
         pool = self._pool(memory)
         with self._on_device():
@@ -169,7 +181,9 @@ class CudaBackend:
             pool.attention.move(pool.blocks, table, a, b, src.shape[2])
             self._device.synchronize()
 
-    def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
+    def value_spread(
+        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: int = -1
+    ) -> np.ndarray:
         """How far each slot's value lies from the weighted mean: float32 [layers, kv_heads, n]."""
         pool, out = self._pool(memory), np.empty(weights.shape, np.float32)
         with self._on_device():
@@ -180,7 +194,7 @@ class CudaBackend:
             self._device.synchronize()
         return out
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
         """Rotate the cached keys of the first slots by `delta` positions; blocks that a window has left
         behind may be -1.
         """

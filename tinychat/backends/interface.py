@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,19 +20,22 @@ class MemorySpec:
 
     kind         paged: keys and values of every token. window: of the last `window` tokens (what lies behind
                  is never read again, so its blocks may be given back). state: a fixed number of bytes a
-                 sequence. latent: one compressed row a token (no backend has it yet)
+                 sequence. latent: one compressed row a token (no backend has it yet). tail: the newest blocks
+                 of another memory, whose complete blocks are in 4 bits, in 16 bits
     layers       which layers of the model, ascending; arrays of one memory have their layers in this order
-    kv_heads, head_dim  of paged and window memories
+    kv_heads, head_dim  of paged, window and tail memories
     window       tokens that a token attends to, itself included; of window memories
     state_bytes  of one sequence, all its layers together; of state memories
+    of           index of the memory whose newest blocks it holds; of tail memories
     """
 
-    kind: Literal["paged", "window", "state", "latent"]
+    kind: Literal["paged", "window", "state", "latent", "tail"]
     layers: tuple[int, ...]
     kv_heads: int = 0
     head_dim: int = 0
     window: int = 0
     state_bytes: int = 0
+    of: int = -1
 
 
 def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
@@ -47,9 +50,20 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
     )
 
 
+def with_tails(memories: tuple[MemorySpec, ...]) -> tuple[MemorySpec, ...]:
+    """The same memories, with keys and values in 4 bits: a tail for each that has any, behind them all."""
+    kv = [(m, spec) for m, spec in enumerate(memories) if spec.kind in ("paged", "window")]
+    return *memories, *(replace(spec, kind="tail", window=0, of=m) for m, spec in kv)
+
+
+def tail_of(memories: tuple[MemorySpec, ...], memory: int) -> int | None:
+    """Index of the tail of a memory, if it has one."""
+    return next((m for m, spec in enumerate(memories) if spec.kind == "tail" and spec.of == memory), None)
+
+
 def place_of(memories: tuple[MemorySpec, ...], layer: int) -> tuple[int, int]:
     """Index of the memory that holds a layer's keys and values, and of the layer in it."""
-    kv = ((m, spec) for m, spec in enumerate(memories) if spec.kind != "state")
+    kv = ((m, spec) for m, spec in enumerate(memories) if spec.kind not in ("state", "tail"))
     return next((m, spec.layers.index(layer)) for m, spec in kv if layer in spec.layers)
 
 
@@ -89,6 +103,22 @@ class States:
 
 
 @dataclass(frozen=True)
+class Tails:
+    """Blocks that a span reads and leaves in a tail memory.
+
+    blocks  int32 [n], for the blocks of the other memory that the span's T rows are written to, from that of
+            slot `length` on: where their keys and values are left in 16 bits; -1 where nobody needs them
+            afterwards. If the first row begins inside of a block, the first of these has what lies before it
+
+    A row reads the block that it lies in exactly, as far as itself, and all earlier blocks in 4 bits. So what
+    it sees does not depend on how its sequence was cut, and rows that are taken back leave no trace: a block
+    is stored in 4 bits when its last slot is written, as often as that happens.
+    """
+
+    blocks: np.ndarray
+
+
+@dataclass(frozen=True)
 class Span:
     """T consecutive tokens of one sequence in a step.
 
@@ -101,7 +131,7 @@ class Span:
     token_ids: np.ndarray
     position: int
     logits_from: int
-    memories: tuple[Slots | States, ...]
+    memories: tuple[Slots | States | Tails, ...]
 
 
 @dataclass(frozen=True)
@@ -201,13 +231,29 @@ class Backend(Protocol):
         """Write what `read_blocks` gave into these blocks."""
         ...
 
-    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
+    # Below, `exact` is the block of the memory's tail that has the slots of the last, incomplete block of
+    # the table; -1: there is none.
+
+    def move_slots(
+        self,
+        block_table: np.ndarray,
+        src: np.ndarray,
+        dst: np.ndarray,
+        memory: int = 0,
+        slots: int = 0,
+        exact: int = -1,
+    ) -> None:
         """Keys and values of the logical slots `src` over those of `dst`: int32 [layers, kv_heads, n], and
         nothing where src is negative. Eviction fills the holes with the last slots.
+
+        slots: how many are in use, of which the last n are given up. A memory with a tail wants to know:
+        `exact` has the slots of another block then, the one that is the last from now on.
         """
         ...
 
-    def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
+    def value_spread(
+        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: int = -1
+    ) -> np.ndarray:
         """How far the value of each slot lies from the weighted mean of all of them, for the first n slots:
         Euclidean norms, float32 [layers, kv_heads, n].
 
@@ -215,7 +261,7 @@ class Backend(Protocol):
         """
         ...
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
         """Rotate the cached keys of the first n slots by `delta` positions: int32 [layers, kv_heads, n]."""
         ...
 

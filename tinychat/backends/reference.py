@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tinychat.backends.interface import Slots, Step, memories_of, place_of
+from tinychat.backends.interface import BLOCK, Slots, Step, Tails, memories_of, place_of, tail_of, with_tails
+from tinychat.backends.reference_kv4 import Kv4Pool
 from tinychat.backends.reference_memory import KvPool, StatePool, pool_slots, rotate
 from tinychat.base import machine
 from tinychat.kernels_cpu import _native
@@ -72,17 +73,25 @@ class ReferenceBackend:
         threads: int | None = None,
         kv_bits: int = 32,
     ):
-        """kv_bits: 32, or 16 or 8 to keep keys and values as the fast backends do."""
+        """kv_bits: 32, or 16, 8 or 4 to keep keys and values as the fast backends do."""
         if threads:
             torch.set_num_threads(threads)
         self.cfg: ModelConfig = checkpoint.config
         self.memories = memories_of(self.cfg)
+        if kv_bits == 4:
+            self.memories = with_tails(self.memories)
         self.family = FAMILIES[self.cfg.family]
         self.weights = self.family.load(_Loader(checkpoint, policy or WeightPolicy()), self.cfg)
         self.kv_bits = kv_bits
-        self.pools: list[Any] = [
-            StatePool(spec) if spec.kind == "state" else KvPool(spec, kv_bits) for spec in self.memories
-        ]
+        tails = {spec.of: KvPool(spec, 16) for spec in self.memories if spec.kind == "tail"}
+        self.pools: list[Any] = []
+        for m, spec in enumerate(self.memories):
+            if spec.kind == "state":
+                self.pools.append(StatePool(spec))
+            elif spec.kind == "tail":
+                self.pools.append(tails[spec.of])
+            else:
+                self.pools.append(Kv4Pool(spec, tails[m]) if m in tails else KvPool(spec, kv_bits))
         self._rope: dict[RopeConfig, torch.Tensor] = {}
 
     # Backend
@@ -115,15 +124,25 @@ class ReferenceBackend:
     def write_blocks(self, block_table: np.ndarray, data: np.ndarray, memory: int = 0) -> None:
         self.pools[memory].write(block_table, data)
 
-    def move_slots(self, block_table: np.ndarray, src: np.ndarray, dst: np.ndarray, memory: int = 0) -> None:
-        self.pools[memory].move_slots(block_table, src, dst)
+    def move_slots(
+        self,
+        block_table: np.ndarray,
+        src: np.ndarray,
+        dst: np.ndarray,
+        memory: int = 0,
+        slots: int = 0,
+        exact: int = -1,
+    ) -> None:
+        self.pools[memory].move_slots(block_table, src, dst, slots, exact)
 
-    def value_spread(self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0) -> np.ndarray:
-        return self.pools[memory].value_spread(block_table, weights)
+    def value_spread(
+        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: int = -1
+    ) -> np.ndarray:
+        return self.pools[memory].value_spread(block_table, weights, exact)
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0) -> None:
+    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
         ropes = [self.cfg.layers[layer].mixer.rope for layer in self.memories[memory].layers]
-        self.pools[memory].turn_keys(block_table, delta, ropes)
+        self.pools[memory].turn_keys(block_table, delta, ropes, exact)
 
     @torch.inference_mode()
     def step(self, step: Step) -> np.ndarray:
@@ -194,25 +213,61 @@ class ReferenceBackend:
     def attention(self, q, k, v, attention, layer):
         """Write the step's keys and values, attend to all that are visible: [rows, heads · head_dim]."""
         memory, index = place_of(self.memories, layer)
+        pool, tail = self.pools[memory], tail_of(self.memories, memory)
         parts = []
         for rows, span in zip(self.rows, self.spans, strict=True):
-            where = span.memories[memory], self.pools[memory], index
-            parts.append(self._attend(q[rows], k[rows], v[rows], attention, *where))
+            what = q[rows], k[rows], v[rows], attention, span.memories[memory], pool, index
+            parts.append(self._attend(*what) if tail is None else self._attend_4(*what, span.memories[tail]))
         return torch.cat(parts)
 
     def _attend(self, q, k, v, attention: AttentionConfig, slots: Slots, pool: KvPool, layer: int):
         """One span's attention. Slots that none of its rows sees are not read."""
-        t, end, window = q.shape[0], slots.length + q.shape[0], attention.window
-        first = max(0, slots.length + 1 - window) if window else 0
+        t, end = q.shape[0], slots.length + q.shape[0]
+        first = max(0, slots.length + 1 - attention.window) if attention.window else 0
         where = pool_slots(slots.table)[first:end]
         pool.kv[0, layer, where[-t:]] = pool.stored(k)
         pool.kv[1, layer, where[-t:]] = pool.stored(v)
-        keys, values = (pool.kv[i, layer, where].transpose(0, 1)[None] for i in (0, 1))
-        own, there = torch.arange(slots.length, end)[:, None], torch.arange(first, end)
+        return self._attend_to(
+            q, pool.kv[:, layer, where], attention, slots, layer, slots.scored_rows - t, end
+        )
+
+    def _attend_4(
+        self, q, k, v, attention: AttentionConfig, slots: Slots, pool: Kv4Pool, layer: int, tails: Tails
+    ):
+        """The same with keys and values in 4 bits: the rows of each block read that block as it is."""
+        began, end = slots.length % BLOCK, slots.length + q.shape[0]
+        exact = pool.tail.stored(torch.stack([k, v]))
+        if began:
+            before = int(tails.blocks[0]) * BLOCK
+            exact = torch.cat([pool.tail.kv[:, layer, before : before + began], exact], dim=1)
+        stored, out = pool_slots(slots.table), []
+        for i, block in enumerate(tails.blocks.tolist()):
+            start = (slots.length // BLOCK + i) * BLOCK  # its first slot
+            own = exact[:, i * BLOCK : (i + 1) * BLOCK]
+            if block >= 0:
+                pool.tail.kv[:, layer, block * BLOCK : block * BLOCK + own.shape[1]] = own
+            rows = slice(max(0, start - slots.length), start + BLOCK - slots.length)
+            first = max(0, max(start, slots.length) + 1 - attention.window) if attention.window else 0
+            kv = torch.cat([pool.kv[:, layer, stored[first:start]], own[:, max(0, first - start) :]], dim=1)
+            last = min(end, start + BLOCK)
+            scored = rows.start - (q.shape[0] - slots.scored_rows)
+            out.append(self._attend_to(q[rows], kv, attention, slots, layer, scored, last))
+            if own.shape[1] == BLOCK:
+                pool.pack(layer, int(slots.table[start // BLOCK]), *own)
+        return torch.cat(out)
+
+    def _attend_to(self, q, kv, attention: AttentionConfig, slots: Slots, layer: int, scored: int, end: int):
+        """Attention of rows of one span over keys and values [2, slots, kv_heads, dim] before `end`, where
+        the last row's own slot is. scored: the number of the first of them among the scored rows, negative
+        before these.
+        """
+        keys, values = (x.transpose(0, 1)[None] for x in kv)
+        own, first = torch.arange(end - q.shape[0], end)[:, None], end - kv.shape[1]
+        there = torch.arange(first, end)
         mask = there <= own
-        if window:
-            mask &= there > own - window
-        self._score(q, keys[0], mask, attention, slots, layer, first)
+        if attention.window:
+            mask &= there > own - attention.window
+        self._score(q, keys[0], mask, attention, slots, layer, scored, first)
         if attention.soft_cap:
             p = self._probabilities(q, keys[0], mask, attention)  # [kv_heads, heads of each, rows, slots]
             return torch.einsum("gjrs,gsd->rgjd", p, values[0]).flatten(1)
@@ -221,14 +276,17 @@ class ReferenceBackend:
         )
         return y[0].transpose(0, 1).flatten(1)
 
-    def _score(self, q, keys, mask, attention, slots: Slots, layer: int, first: int):
-        """Add what a span's last rows attended to in a layer, for eviction. first: slot of the first key."""
+    def _score(self, q, keys, mask, attention, slots: Slots, layer: int, scored: int, first: int):
+        """Add what those of these rows attended to in a layer that are scored, for eviction. first: slot of
+        the first key.
+        """
         if slots.scores is None:
             return
-        r = slots.scored_rows
-        p = self._probabilities(q[-r:], keys, mask[-r:], attention).sum(1)  # [kv_heads, rows, slots]
-        for i, row in enumerate(p.transpose(0, 1).numpy()):
-            slots.scores[i if len(slots.scores) == r else 0, layer, :, first : first + p.shape[2]] += row
+        skip = max(0, -scored)
+        p = self._probabilities(q[skip:], keys, mask[skip:], attention).sum(1)  # [kv_heads, rows, slots]
+        for i, row in enumerate(p.transpose(0, 1).numpy(), max(0, scored)):
+            at = i if len(slots.scores) == slots.scored_rows else 0
+            slots.scores[at, layer, :, first : first + p.shape[2]] += row
 
     def _probabilities(self, q, keys, mask, attention):
         """softmax(scale · q kᵀ) with soft cap, written out: [kv_heads, heads of each, rows, slots]."""

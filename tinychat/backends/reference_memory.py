@@ -35,6 +35,14 @@ def pool_slots(block_table: np.ndarray) -> torch.Tensor:
     return (table[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
 
 
+def spread(values: torch.Tensor, weights: np.ndarray) -> np.ndarray:
+    """How far values [layers, kv_heads, n, dim] lie from their weighted mean: `Backend.value_spread`."""
+    w = torch.from_numpy(weights)
+    w = torch.where(w.sum(2, keepdim=True) > 0, w, 1.0)
+    mean = (w[..., None] * values).sum(2, keepdim=True) / w.sum(2)[..., None, None]
+    return (values - mean).norm(dim=3).numpy()
+
+
 def _empty(*shape: int) -> torch.Tensor:
     try:
         return torch.empty(shape)
@@ -63,7 +71,8 @@ class KvPool:
 
     def read(self, table: np.ndarray) -> np.ndarray:
         blocks = self.kv.unflatten(2, (-1, BLOCK)).permute(2, 0, 1, 3, 4, 5)[table.tolist()]
-        return blocks.contiguous().numpy().reshape(len(table), -1).view(np.uint8)
+        floats = 2 * len(self.spec.layers) * BLOCK * self.spec.kv_heads * self.spec.head_dim
+        return blocks.contiguous().numpy().reshape(len(table), floats).view(np.uint8)
 
     def write(self, table: np.ndarray, data: np.ndarray) -> None:
         blocks = self.kv.unflatten(2, (-1, BLOCK))  # [2, layers, blocks, BLOCK, kv_heads, head_dim]
@@ -78,20 +87,21 @@ class KvPool:
         x = x.clamp(-65504, 65504).half().float()
         return x if self.bits == 16 else quantize_kv(x)
 
-    def move_slots(self, table: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+    # What eviction asks for. slots, exact: as of `Backend.move_slots`; only caches of 4 bits need them.
+
+    def move_slots(
+        self, table: np.ndarray, src: np.ndarray, dst: np.ndarray, slots: int = 0, exact: int = -1
+    ) -> None:
         layer, head, i = np.nonzero(src >= 0)
         to, from_ = (pool_slots(table)[a[layer, head, i]] for a in (dst, src))
         self.kv[:, layer, to, head] = self.kv[:, layer, from_, head]
 
-    def value_spread(self, table: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        n = weights.shape[2]
-        values = self.kv[1, :, pool_slots(table)[:n]].transpose(1, 2)  # [layers, kv_heads, n, dim]
-        w = torch.from_numpy(weights)
-        w = torch.where(w.sum(2, keepdim=True) > 0, w, 1.0)
-        mean = (w[..., None] * values).sum(2, keepdim=True) / w.sum(2)[..., None, None]
-        return (values - mean).norm(dim=3).numpy()
+    def value_spread(self, table: np.ndarray, weights: np.ndarray, exact: int = -1) -> np.ndarray:
+        return spread(self.kv[1, :, pool_slots(table)[: weights.shape[2]]].transpose(1, 2), weights)
 
-    def turn_keys(self, table: np.ndarray, delta: np.ndarray, ropes: list[RopeConfig | None]) -> None:
+    def turn_keys(
+        self, table: np.ndarray, delta: np.ndarray, ropes: list[RopeConfig | None], exact: int = -1
+    ) -> None:
         """ropes: of each layer."""
         slots = pool_slots(table)[: delta.shape[2]]
         for layer, rope in enumerate(ropes):

@@ -43,14 +43,14 @@ class Idle:
     def copy_block(self, src, dst, memory=0):
         pass
 
-    def move_slots(self, table, src, dst, memory=0):
+    def move_slots(self, table, src, dst, memory=0, slots=0, exact=-1):
         pass
 
-    def value_spread(self, table, weights, memory=0):
+    def value_spread(self, table, weights, memory=0, exact=-1):
         return np.ones_like(weights)
 
-    def turn_keys(self, table, delta, memory=0):
-        self.turned.append((memory, len(table) * BLOCK, np.unique(delta).tolist()))
+    def turn_keys(self, table, delta, memory=0, exact=-1):
+        self.turned.append((memory, delta.shape[2], np.unique(delta).tolist()))
 
     def step(self, step):
         (span,) = step.spans

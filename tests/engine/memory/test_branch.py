@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tinychat.backends.interface import BLOCK, MemorySpec
+from tinychat.backends.interface import BLOCK, MemorySpec, tail_of, with_tails
 from tinychat.engine.eviction import EvictionPolicy, Ledger
 from tinychat.engine.memory.branch import Branch, common_prefix
 from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
@@ -29,6 +29,8 @@ KINDS = {
     "state": (PAGED, STATE),
     "state only": (STATE,),
     "all": (PAGED, STATE, WINDOW),
+    "4 bits": with_tails((PAGED,)),
+    "all in 4 bits": with_tails((PAGED, STATE, NARROW, WINDOW)),
 }
 
 
@@ -76,10 +78,26 @@ class FakeMemories:
                     if slot >= 0:
                         slots[slot] = told[before + row]
                 continue
+            if spec.kind == "tail":
+                self.write_exactly(slots, has.blocks, before, told)
+                continue
             assert has.length == before
-            for i in range(before, before + len(ids)):
+            start, end = before, before + len(ids)
+            assert len(has.table) * BLOCK >= end
+            if tail_of(self.specs, memory) is not None:  # a block when its last slot is written
+                start, end = (n // BLOCK * BLOCK for n in (start, end))
+            for i in range(start, end):
                 slots[has.table[i // BLOCK] * BLOCK + i % BLOCK] = told[i]
         branch.commit(ids[: len(ids) if accepted is None else accepted])
+
+    def write_exactly(self, slots, blocks, before, told):
+        first = before // BLOCK
+        assert len(blocks) == -(-len(told) // BLOCK) - first
+        for i in range(first * BLOCK, before):  # what the rows of this block see beside their own
+            assert slots[blocks[0] * BLOCK + i % BLOCK] == told[i]
+        for i in range(before, len(told)):
+            if (block := blocks[i // BLOCK - first]) >= 0:
+                slots[block * BLOCK + i % BLOCK] = told[i]
 
     def check(self, branch):
         """Whatever the next token reads is what belongs there."""
@@ -89,7 +107,14 @@ class FakeMemories:
             if spec.kind == "state":
                 assert (slots[has.source] == told[-1]) if n else has.source == -1
                 continue
-            seen = range(max(0, n - spec.window + 1) if spec.kind == "window" else 0, n)
+            if spec.kind == "tail":
+                block = branch.parts[memory].last(n)
+                assert (block >= 0) == (n % BLOCK > 0)
+                for i in range(n // BLOCK * BLOCK, n):
+                    assert slots[block * BLOCK + i % BLOCK] == told[i]
+                continue
+            end = n if tail_of(self.specs, memory) is None else n // BLOCK * BLOCK
+            seen = range(max(0, n - spec.window + 1) if spec.kind == "window" else 0, end)
             held = set(branch.parts[memory].held())
             for i in seen:
                 assert has.table[i // BLOCK] in held
@@ -215,7 +240,7 @@ class MemoryMachine(RuleBasedStateMachine):
             for spec, part in zip(self.memories.specs, b.parts, strict=True):
                 if spec.kind == "window":
                     assert len(part.held()) <= -(-spec.window // BLOCK) + 2
-                elif spec.kind == "state":
+                elif spec.kind in ("state", "tail"):
                     assert len(part.held()) <= 2
 
     @invariant()

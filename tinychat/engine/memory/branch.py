@@ -18,14 +18,15 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK, Slots, States
+from tinychat.backends.interface import BLOCK, Slots, States, Tails
 from tinychat.engine.eviction import Ledger, Votes
 from tinychat.engine.memory.paged import Paged
 from tinychat.engine.memory.pool import PoolExhaustedError
 from tinychat.engine.memory.state import State
+from tinychat.engine.memory.tail import Tail
 from tinychat.engine.memory.window import Window
 
-Part = Paged | Window | State
+Part = Paged | Window | State | Tail
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -112,9 +113,13 @@ class Branch:
         """The longest prefix of n tokens that can be continued in every memory."""
         if n == own == len(self.ids):
             return n
-        while (least := min(part.longest(n, own, keys) for part in self.parts)) < n:
+        while (least := min(self._longest_in(part, n, own, keys) for part in self.parts)) < n:
             n = least
         return n
+
+    def _longest_in(self, part: Part, n: int, own: int, keys: Sequence[bytes]) -> int:
+        gone = self.evicted if part.thinned else 0
+        return part.longest(n - gone, own - gone, keys) + gone
 
     def _take(self, n: int, own: int, keys: Sequence[bytes], ids: Sequence[int]) -> None:
         """Hold the first n of `ids`, of which `own` are its own; `_longest` has allowed it."""
@@ -170,7 +175,9 @@ class Branch:
             self.drop_empty_blocks()
             raise
 
-    def spans(self, scores: np.ndarray | None = None, scored_rows: int = 0) -> tuple[Slots | States, ...]:
+    def spans(
+        self, scores: np.ndarray | None = None, scored_rows: int = 0
+    ) -> tuple[Slots | States | Tails, ...]:
         """Places of a step's rows in each memory; scores: of the one that a ledger watches."""
         return tuple(
             part.span(self.slots, scores, scored_rows) if part.thinned else part.span(len(self.ids))
@@ -239,6 +246,9 @@ class Branch:
         self.evicted += n
         self._floor = len(self.ids)
         self._keys = []
+        for part in self.parts:
+            if isinstance(part, Tail) and part.thinned:
+                part.thin(self.slots)
         return moves
 
     def reindex(self) -> list[np.ndarray | int]:

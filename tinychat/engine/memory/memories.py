@@ -9,12 +9,15 @@ from functools import partial
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK, Backend
+from tinychat.backends.interface import BLOCK, Backend, tail_of
 from tinychat.base.errors import MemoryBudgetError
 from tinychat.engine.eviction import EvictionPolicy, Ledger
 from tinychat.engine.memory.branch import Branch, Part
+from tinychat.engine.memory.paged import Paged
 from tinychat.engine.memory.pool import BlockPool
 from tinychat.engine.memory.sizes import blocks_at_first, blocks_of_one, new_parts, snapshot_spacing
+from tinychat.engine.memory.tail import Tail
+from tinychat.engine.memory.window import Window
 
 
 class Memories:
@@ -84,22 +87,33 @@ class Memories:
             branch.give_up(n)
             return
         table = np.array(branch.parts[memory].held(), np.int32)
+        slots, exact = branch.slots, self._exact(branch, memory)
         if ledger.watches:
             votes = ledger.votes()
             with np.errstate(over="ignore", invalid="ignore"):  # a damaged model's values
-                value = votes * self.backend.value_spread(table, votes, memory)
+                value = votes * self.backend.value_spread(table, votes, memory, exact)
         with branch.rewritten():
-            self.backend.move_slots(table, *branch.give_up(n, value), memory)
+            self.backend.move_slots(table, *branch.give_up(n, value), memory, slots, exact)
         branch.drop_empty_blocks()
+
+    def _exact(self, branch: Branch, memory: int) -> int:
+        """The block of a memory's tail that the branch's last slots are in; -1: they end with a whole block,
+        or there is no tail.
+        """
+        tail = tail_of(self.backend.memories, memory)
+        part = None if tail is None else branch.parts[tail]
+        return part.last(branch.filled(part)) if isinstance(part, Tail) else -1
 
     def renumber(self, branch: Branch) -> None:
         """Positions become consecutive, and keys turn; everything that it has is private."""
         with branch.rewritten():
             for memory, turns in enumerate(branch.reindex()):
-                held = np.array(branch.parts[memory].held(), np.int32)
-                if self.backend.memories[memory].kind == "state" or not len(held):
+                part = branch.parts[memory]
+                held = np.array(part.held(), np.int32)
+                if not isinstance(part, Paged | Window) or not len(held):
                     continue
                 if isinstance(turns, int):
-                    shape = (*self.backend.kv_heads(memory), len(held) * BLOCK)
+                    first = part.first if isinstance(part, Window) else 0
+                    shape = (*self.backend.kv_heads(memory), branch.filled(part) - first * BLOCK)
                     turns = np.full(shape, turns, np.int32)
-                self.backend.turn_keys(held, turns, memory)
+                self.backend.turn_keys(held, turns, memory, self._exact(branch, memory))

@@ -10,6 +10,7 @@ from tinychat.engine.memory.branch import Part
 from tinychat.engine.memory.paged import Paged
 from tinychat.engine.memory.pool import BlockPool
 from tinychat.engine.memory.state import State
+from tinychat.engine.memory.tail import Tail
 from tinychat.engine.memory.window import Window
 
 SPARE = 2  # blocks beside a full context: copy-on-write of the last one never fails for want of one
@@ -26,6 +27,8 @@ def blocks_of_one(spec: MemorySpec, n: int, rows: int) -> int:
     """
     if spec.kind == "state":
         return 2 + max(state.ROWS, 2 + rows // LEAST_SPACING)
+    if spec.kind == "tail":
+        return 2 + -(-state.ROWS // BLOCK) + SPARE
     whole = -(-n // BLOCK) + SPARE
     if spec.kind == "window":
         return min(whole, _window_blocks(spec) + -(-rows // BLOCK) + 1 + SPARE)
@@ -37,6 +40,8 @@ def blocks_at_first(spec: MemorySpec, n: int, rows: int) -> int:
     one = blocks_of_one(spec, n, rows)
     if spec.kind == "state":
         return one + 2 + state.SNAPSHOTS  # and what a fork holds
+    if spec.kind == "tail":
+        return one + 2  # likewise
     if spec.kind == "window":
         return min(-(-n // BLOCK) + SPARE, one + window.SNAPSHOTS * _window_blocks(spec))
     return one
@@ -91,6 +96,8 @@ def new_parts(specs: Sequence[MemorySpec], pools: Sequence[BlockPool], spacing: 
             parts.append(Window(pool, spec.window, spacing))
         elif spec.kind == "state":
             parts.append(State(pool, spacing))
+        elif spec.kind == "tail":
+            parts.append(Tail(pool, thinned=specs[spec.of].kind == "paged"))
         else:
             raise NotImplementedError(spec.kind)
     return parts

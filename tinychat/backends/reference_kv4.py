@@ -1,0 +1,241 @@
+"""The torch reference's keys and values in 4 bits: what every other backend's are compared with.
+
+A complete block of 16 slots, its keys by channel over the slots: code · scale + offset, where scales and
+offsets have 8 bits, times a half of the head each. Its values by slot over groups of 32 channels: (code +
+zero) · scale, where zeros have 8 bits, and scales 8 bits of their own, so that a slot that moves takes its
+value along.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tinychat.backends.interface import BLOCK, MemorySpec
+from tinychat.backends.reference_memory import KvPool, pool_slots, rotate, spread
+from tinychat.network.config import RopeConfig
+
+GROUP = 32  # channels of a value that share a scale
+LARGEST = 15  # code
+TINY = 1e-30  # in place of a scale or unit that is 0
+NOT_A_NUMBER = 0xFF  # code of a scale; larger than those that finite values have
+
+
+class KeyGrid(NamedTuple):
+    """What codes of keys mean, […, 1, kv_heads, head_dim]: code · scale + offset.
+
+    units  what scales and offsets are multiples of, [2, …, 1, kv_heads, 1]
+    """
+
+    scale: torch.Tensor
+    offset: torch.Tensor
+    units: torch.Tensor
+
+    @staticmethod
+    def over(k: torch.Tensor) -> KeyGrid:
+        """The grids that spread over the keys of blocks, [… slots, kv_heads, head_dim]. Nothing is cut off:
+        the largest keys matter most.
+        """
+        low = k.amin(-3, keepdim=True)
+        unit = (low.abs().amax(-1, keepdim=True) * np.float32(1 / 127)).half().float()
+        steps = KeyGrid._steps(k, KeyGrid._offsets(low, unit))
+        units = torch.stack([(steps.amax(-1, keepdim=True) * np.float32(1 / 255)).half().float(), unit])
+        return KeyGrid.within(k, units)[0]
+
+    @staticmethod
+    def within(k: torch.Tensor, units: torch.Tensor) -> tuple[KeyGrid, torch.Tensor]:
+        """The grids of these units, and whether they suffice for each channel."""
+        low = k.amin(-3, keepdim=True)
+        offset = KeyGrid._offsets(low, units[1])
+        up = (KeyGrid._steps(k, offset) / units[0].clamp_min(TINY) - 1e-3).ceil()
+        enough = (up <= 255) & ((low / units[1].clamp_min(TINY) + 1e-3).floor() >= -128)
+        return KeyGrid(up.clamp(0, 255) * units[0], offset, units), enough
+
+    @staticmethod
+    def _offsets(low: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+        return (low / unit.clamp_min(TINY) + 1e-3).floor().clamp(-128, 127) * unit
+
+    @staticmethod
+    def _steps(k: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        return ((k.amax(-3, keepdim=True) - offset) * np.float32(1 / LARGEST)).clamp_min(0)
+
+    def at(self, k: torch.Tensor) -> torch.Tensor:
+        """Where keys lie, in steps."""
+        return (k - self.offset) / self.scale.clamp_min(TINY)
+
+    def rounded(self, k: torch.Tensor) -> torch.Tensor:
+        """The nearest keys that there are codes for."""
+        return self.at(k).round().clamp(0, LARGEST) * self.scale + self.offset
+
+
+class Grid(NamedTuple):
+    """What codes of values mean: (code + zero) · scale."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    @staticmethod
+    def over(x: torch.Tensor, dim: int) -> Grid:
+        """The grid that spreads over the range of x in one dimension, which has length 1 in it."""
+        low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+        middle = (low + high) * 0.5
+        # Zeros have 8 bits: far from 0 the steps are wider.
+        step = torch.maximum((high - low) * np.float32(1 / LARGEST), middle.abs() * np.float32(1 / 111))
+        bits = (step * 4).half().view(torch.int16).int()
+        code = ((bits + 64) >> 7).clamp(1, 0xF7)
+        code[step.isnan()] = NOT_A_NUMBER
+        scale = (code << 7).short().view(torch.float16).float() * 0.25
+        return Grid(scale, (middle / scale - LARGEST / 2).round().clamp(-128, 127))
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """The nearest numbers that there are codes for."""
+        code = (x / self.scale - self.zero).round().clamp(0, LARGEST)
+        return (code + self.zero) * self.scale
+
+
+def rounded_values(v: torch.Tensor) -> torch.Tensor:
+    """Values [..., head_dim] as the cache gives them back."""
+    return torch.cat([Grid.over(g, -1).rounded(g) for g in v.split(GROUP, dim=-1)], dim=-1)
+
+
+class Kv4Pool(KvPool):
+    """Complete blocks in 4 bits: what they give back, and the grids of the keys. The incomplete ones are in
+    `tail`, as halves.
+
+    grids  [layers, blocks, kv_heads, head_dim + 1, 2]: scales and offsets, and behind them their units
+    """
+
+    def __init__(self, spec: MemorySpec, tail: KvPool):
+        super().__init__(spec, 4)
+        self.tail = tail
+        self.grids = torch.empty(len(spec.layers), 0, spec.kv_heads, spec.head_dim + 1, 2)
+        self._grid_bytes = len(spec.layers) * spec.kv_heads * (spec.head_dim + 1) * 2 * 4
+        self.bytes_per_block += self._grid_bytes
+
+    def allocate(self, n_blocks: int) -> None:
+        super().allocate(n_blocks)
+        before, (layers, _, *head) = self.grids, self.grids.shape
+        self.grids = torch.zeros(layers, n_blocks, *head)
+        kept = min(n_blocks, before.shape[1])
+        self.grids[:, :kept] = before[:, :kept]
+
+    def copy(self, src: int, dst: int) -> None:
+        super().copy(src, dst)
+        self.grids[:, dst] = self.grids[:, src]
+
+    def read(self, table: np.ndarray) -> np.ndarray:
+        grids = self.grids[:, table.tolist()].transpose(0, 1).contiguous().numpy()
+        grids = grids.reshape(len(table), self._grid_bytes // 4).view(np.uint8)
+        return np.concatenate([super().read(table), grids], axis=1)
+
+    def write(self, table: np.ndarray, data: np.ndarray) -> None:
+        blocks, grids = np.split(data, [data.shape[1] - self._grid_bytes], axis=1)
+        super().write(table, np.ascontiguousarray(blocks))
+        layers, _, *head = self.grids.shape
+        given = np.ascontiguousarray(grids).view(np.float32).reshape(len(table), layers, *head)
+        self.grids[:, table.tolist()] = torch.from_numpy(given.copy()).transpose(0, 1)
+
+    def _grid(self, block: int) -> KeyGrid:
+        """Grids of the keys of a block, all layers."""
+        grids = self.grids[:, block, None]  # [layers, 1, kv_heads, head_dim + 1, 2]
+        return KeyGrid(grids[..., :-1, 0], grids[..., :-1, 1], grids[..., -1:, :].movedim(-1, 0))
+
+    def _keep_grid(self, grids: torch.Tensor, grid: KeyGrid) -> None:
+        """Grids of keys to where they are kept, [… kv_heads, head_dim + 1, 2]."""
+        grids[..., :-1, 0], grids[..., :-1, 1] = grid.scale.squeeze(-3), grid.offset.squeeze(-3)
+        grids[..., -1:, :] = grid.units.movedim(0, -1).squeeze(-4)
+
+    # Complete blocks. k, v: [BLOCK, kv_heads, head_dim]
+
+    def _slots(self, block: int) -> slice:
+        return slice(block * BLOCK, (block + 1) * BLOCK)
+
+    def pack_keys(self, layer: int, block: int, k: torch.Tensor, heads: torch.Tensor | slice) -> None:
+        """Store the keys of a block, of these heads."""
+        grid = KeyGrid.over(k[:, heads])
+        self.kv[0, layer, self._slots(block)][:, heads] = grid.rounded(k[:, heads])
+        kept = self.grids[layer, block, heads].clone()
+        self._keep_grid(kept, grid)
+        self.grids[layer, block, heads] = kept
+
+    def pack(self, layer: int, block: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store a block that has got its last slot."""
+        self.pack_keys(layer, block, k, slice(None))
+        self.kv[1, layer, self._slots(block)] = rounded_values(v)
+
+    # What eviction asks for
+
+    def _with_exact(self, which: int, table: np.ndarray, n: int, exact: int) -> torch.Tensor:
+        """Keys (0) or values (1) of the first n slots [layers, n, kv_heads, head_dim]."""
+        found = self.kv[which][:, pool_slots(table)[:n]]
+        if n % BLOCK:
+            found[:, n - n % BLOCK :] = self.tail.kv[which][:, exact * BLOCK : exact * BLOCK + n % BLOCK]
+        return found
+
+    def move_slots(
+        self, table: np.ndarray, src: np.ndarray, dst: np.ndarray, slots: int = 0, exact: int = -1
+    ) -> None:
+        """A key that comes into a block takes the grid of its channel there if it fits, so that the others
+        stay what they are however often that happens; else the channel gets another one. Values keep theirs.
+        """
+        layer, head, i = np.nonzero(src >= 0)
+        from_, to = src[layer, head, i], dst[layer, head, i]
+        left = slots - src.shape[2]
+        k, v = (self._with_exact(which, table, slots, exact) for which in (0, 1))
+        incoming = v[layer, from_, head]
+        if slots % BLOCK:  # those of the last, incomplete block are exact so far, and stay it in the next one
+            late = (from_ >= slots - slots % BLOCK) & (to < left - left % BLOCK)
+            incoming[late] = rounded_values(incoming[late])
+        k[layer, to, head], v[layer, to, head] = k[layer, from_, head], incoming
+        moved = torch.zeros(*k.shape[:3], dtype=torch.bool)
+        moved[layer, to, head] = True
+        for b in range(left // BLOCK):
+            there = slice(b * BLOCK, (b + 1) * BLOCK)
+            self._replace(int(table[b]), k[:, there], v[:, there], moved[:, there])
+        if left % BLOCK:
+            there = slice(left - left % BLOCK, left)
+            for which, x in enumerate((k, v)):
+                at = exact * BLOCK
+                self.tail.kv[which][:, at : at + left % BLOCK] = self.tail.stored(x[:, there])
+
+    def _replace(self, block: int, k: torch.Tensor, v: torch.Tensor, moved: torch.Tensor) -> None:
+        """k, v: [layers, BLOCK, kv_heads, head_dim], of which those that moved (no dim) are new."""
+        old, stays = self._grid(block), ~moved[..., None]
+        at = old.at(k)
+        fits = (((at >= -0.5) & (at <= LARGEST + 0.5)) | stays).all(1, keepdim=True)
+        new, enough = KeyGrid.within(k, old.units)
+        enough = (enough | fits).all(-1, keepdim=True)  # of a head; else all of its channels begin anew
+        new = KeyGrid(*(torch.where(enough, a, b) for a, b in zip(new, KeyGrid.over(k), strict=True)))
+        fits &= enough
+        grid = KeyGrid(
+            torch.where(fits, old.scale, new.scale), torch.where(fits, old.offset, new.offset), new.units
+        )
+        self.kv[0][:, self._slots(block)] = torch.where(fits & stays, k, grid.rounded(k))
+        self.kv[1][:, self._slots(block)] = v
+        self._keep_grid(self.grids[:, block], grid)
+
+    def value_spread(self, table: np.ndarray, weights: np.ndarray, exact: int = -1) -> np.ndarray:
+        values = self._with_exact(1, table, weights.shape[2], exact).transpose(1, 2)
+        return spread(values, weights)
+
+    def turn_keys(
+        self, table: np.ndarray, delta: np.ndarray, ropes: list[RopeConfig | None], exact: int = -1
+    ) -> None:
+        """A block of which a key turns gets new ranges."""
+        n = delta.shape[2]
+        found = self._with_exact(0, table, n, exact)
+        for layer, rope in enumerate(ropes):
+            if rope is None:
+                continue
+            angle = torch.from_numpy(delta[layer]).double().T[..., None] * torch.from_numpy(
+                rope.frequencies()
+            )
+            keys = rotate(found[layer], angle.cos().float(), angle.sin().float())
+            for b in range(n // BLOCK):
+                turned = torch.from_numpy(delta[layer][:, b * BLOCK : (b + 1) * BLOCK].any(1))
+                self.pack_keys(layer, int(table[b]), keys[b * BLOCK : (b + 1) * BLOCK], turned)
+            if n % BLOCK:
+                at = exact * BLOCK
+                self.tail.kv[0, layer, at : at + n % BLOCK] = self.tail.stored(keys[n - n % BLOCK :])
