@@ -14,7 +14,7 @@ import numpy as np
 
 from tinychat.backends.cpu_pack import KERNELS
 from tinychat.backends.exact_form import ExactForm, Kernels
-from tinychat.backends.interface import BLOCK, Backend, Slots, Span, Step
+from tinychat.backends.interface import BLOCK, Backend, MemorySpec, Slots, Span, Step, Tails
 from tinychat.backends.plan import plan
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import TextDelta
@@ -108,28 +108,39 @@ def _why_more(bytes_per_token: float) -> str:
     return "other programs kept memory busy while its speed was measured: bench again when they rest"
 
 
+TAILS = 2  # blocks of a tail
+
+
 class Passes:
     """Steps of one made-up sequence of n tokens, without an engine."""
 
     def __init__(self, backend: Backend, vocab_size: int, n: int):
         """Raises MemoryBudgetError if its keys and values have no room."""
         self.backend, n_blocks = backend, -(-n // BLOCK)
-        memories = range(len(backend.memories))
-        need, free = n_blocks * sum(map(backend.kv_bytes_per_block, memories)), backend.free_memory()
-        if need > free:
+        blocks = [TAILS if spec.kind == "tail" else n_blocks for spec in backend.memories]
+        need = sum(each * backend.kv_bytes_per_block(memory) for memory, each in enumerate(blocks))
+        if need > (free := backend.free_memory()):
             raise MemoryBudgetError(
                 f"A cache of {n} tokens takes {human_bytes(need)} and {human_bytes(free)} are free.",
                 "Use smaller -p, -n and --context.",
             )
-        for memory in memories:
-            backend.allocate_kv(n_blocks, memory)
+        for memory, each in enumerate(blocks):
+            backend.allocate_kv(each, memory)
         self.table = np.arange(n_blocks, dtype=np.int32)
         self.ids = np.random.default_rng(0).integers(0, vocab_size, n, dtype=np.int32)
 
     def step(self, at: int, end: int) -> None:
         """Tokens `at` … end − 1; the last one gets logits."""
-        memories = tuple(Slots(self.table, at) for _ in self.backend.memories)
+        memories = tuple(self._place(spec, at, end) for spec in self.backend.memories)
         self.backend.step_greedy(Step((Span(self.ids[at:end], at, end - at - 1, memories),)))
+
+    def _place(self, spec: MemorySpec, at: int, end: int) -> Slots | Tails:
+        if spec.kind != "tail":
+            return Slots(self.table, at)
+        blocks = np.arange(at // BLOCK, -(-end // BLOCK), dtype=np.int32)
+        left = blocks % TAILS  # of these, those that are begun before this step or not complete behind it
+        left[(blocks * BLOCK >= at) & ((blocks + 1) * BLOCK <= end)] = -1
+        return Tails(left)
 
     def fill(self, n: int) -> float:
         """Prefill n tokens from the beginning. Returns tokens a second."""
@@ -149,7 +160,7 @@ class Passes:
         """Steps of so many rows behind `start` tokens, all with logits, as drafts are checked. Returns
         seconds a step.
         """
-        memories = tuple(Slots(self.table, start) for _ in self.backend.memories)
+        memories = tuple(self._place(spec, start, start + rows) for spec in self.backend.memories)
         step = Step((Span(self.ids[start : start + rows], start, 0, memories),))
         began = time.perf_counter()
         for _ in range(times):
@@ -158,7 +169,8 @@ class Passes:
 
     def kv_bytes(self, n: int) -> float:
         """Bytes of keys and values that attention reads behind n tokens."""
-        seen = (min(n, spec.window or n) for spec in self.backend.memories)
+        specs = self.backend.memories
+        seen = (BLOCK / 2 if spec.kind == "tail" else min(n, spec.window or n) for spec in specs)
         blocks = map(self.backend.kv_bytes_per_block, range(len(self.backend.memories)))
         return sum(size / BLOCK * slots for size, slots in zip(blocks, seen, strict=True))
 

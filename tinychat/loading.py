@@ -99,7 +99,7 @@ def make_backend(
         import_torch("The reference device")
         from tinychat.backends.reference import ReferenceBackend
 
-        return ReferenceBackend(checkpoint, policy, options.threads, kv_bits=8 if kv_bits == 8 else 32)
+        return ReferenceBackend(checkpoint, policy, options.threads, kv_bits=32 if kv_bits == 16 else kv_bits)
     from tinychat.backends.cpu import CpuBackend
 
     return CpuBackend(

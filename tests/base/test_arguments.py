@@ -177,7 +177,7 @@ WRONG_LOADS = {
     "threads": [0, -1, True, 1.0, "2", 10**9],
     "act_bits": [4, 8.0, "8", True],
     "head_bits": [4, 8.0, "8", None],
-    "kv_bits": [4, 16.0, "16", True, None],
+    "kv_bits": [2, 16.0, "16", True, None],
     "ctx": [0, -5, True, 4096.0, "4096"],
     "quantize": ["q4", None, 5, ["rtn"], np.arange(2)],
     "kv_budget": [-1, 1.5, "1", True],

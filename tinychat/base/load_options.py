@@ -39,7 +39,7 @@ class LoadOptions(Settings):
         about="What the KV caches of stored chats may take on disk together; 0: none.",
     ))
     kv_bits: int = setting(Choice(
-        16, (16, 8), group=ENGINE, help="Bits of the KV cache.", about="How keys and values are cached.",
+        16, (16, 8, 4), group=ENGINE, help="Bits of the KV cache.", about="How keys and values are cached.",
     ))
     device: str = setting(Choice(
         "auto", ("auto", "cpu", "cuda", "reference"), group=ENGINE, help="What computes.",
