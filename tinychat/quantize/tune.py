@@ -52,7 +52,7 @@ class Schedule:
 
     steps: int = 96
     batch: int = 2
-    rate: float = 1.5e-3
+    rate: float = 5e-4
     warmup: int = 8
     held_out: int = 8
     every: int = 16
