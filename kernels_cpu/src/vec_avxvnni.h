@@ -32,9 +32,7 @@ struct AvxVnni : Avx2 {
     static I prepare_s8(I w) { return _mm256_xor_si256(w, _mm256_set1_epi8(-128)); }
     static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) { return dp_bytes(a, w, word(x)); }
     // nsum fits 16 bits, so the 16-bit dot product with (128, 0) multiplies and adds in one.
-    static I finish_s8(Acc8 a, int32_t nsum) {
-        return dp_words(a, _mm256_set1_epi32(128), _mm256_set1_epi32(nsum));
-    }
+    static I finish_s8(Acc8 a, int32_t nsum) { return dp_words(a, _mm256_set1_epi32(128), _mm256_set1_epi32(nsum)); }
     static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) { return dp_words(a, w, word(x)); }
 };
 

@@ -236,13 +236,13 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     t.rope_table({freq.data(), half, 1.2, positions.data(), table.data(), 0, total});
     const AttentionLayer at{heads, kv, dim, 0, 1, 0.3f, bits == 8 ? length / 2 : 0, length == 5 ? 4.0f : 0.0f};
     // The last `rows` rows are the step's; the ones before only fill the cache.
-    t.rope_kv({at, qkv.data(), table.data(), half, &pool, blocks.data(), 0, 0, total});
+    t.rope_kv({at, qkv.data(), table.data(), half, &pool, blocks.data(), 0, 0, total, {}});
     const int parts = (total + kPartSlots - 1) / kPartSlots;
     Aligned<float> out(static_cast<size_t>(rows) * heads * dim), scratch(attention_scratch(at));
     Aligned<float> partial(split ? static_cast<size_t>(rows) * heads * parts * (pool.padded_dim() + 16) : 1);
     AttentionArgs a{};
     a.at = at, a.q = qkv.data() + static_cast<size_t>(length) * at.cols(), a.kv = &pool, a.blocks = blocks.data();
-    a.length = length, a.n_parts = parts, a.out = out.data(), a.scratch = scratch.data();
+    a.length = length, a.n_parts = parts, a.n_states = parts, a.out = out.data(), a.scratch = scratch.data();
     a.partial = split ? partial.data() : nullptr;
     const size_t pairs = static_cast<size_t>(rows) * heads;
     Aligned<float> weights(pairs * parts * kPartSlots), peaks(pairs * parts), totals(pairs * 2);
@@ -264,15 +264,15 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     Aligned<float> scores(static_cast<size_t>(kv) * (rows + 1) * total);
     for (int h = 0; h < kv; h++)
         for (bool sum : {false, true})
-            t.attention_score({at, score, h, parts, rows, length,
+            t.attention_score({at, score, h, parts, parts, rows, length,
                                scores.data() + (static_cast<size_t>(h) * (rows + 1) + (sum ? rows : 0)) * total,
                                sum ? 0 : static_cast<size_t>(total)});
     std::vector<int32_t> delta(total);
     for (int i = 0; i < total; i++) delta[i] = 3 * i - total;
-    t.turn_keys({&pool, blocks.data(), freq.data(), half, 1, 0, 0, total, delta.data()});
+    t.turn_keys({&pool, {}, blocks.data(), freq.data(), half, 1, 0, total, delta.data()});
     Aligned<float> weights_of(total), spread(total);
     for (int i = 0; i < total; i++) weights_of.data()[i] = i % 3 * 0.5f;
-    t.value_spread({&pool, blocks.data(), 1, 0, total, weights_of.data(), spread.data()});
+    t.value_spread({&pool, {}, blocks.data(), 1, 0, total, weights_of.data(), spread.data()});
     std::vector<float> result = out.copy();
     for (float s : spread.copy()) result.push_back(s);
     for (float s : scores.copy()) result.push_back(s);

@@ -106,7 +106,7 @@ def test_a_choice_is_one_of_those_and_says_which():
             continue
         for value in (*s.choices, *s.unlisted):
             assert getattr(LoadOptions(**{name: value}), name) == value
-        for wrong in ("xyz", 4, True, ["auto"], b"8", 8.0):
+        for wrong in ("xyz", 5, True, ["auto"], b"8", 8.0):
             with pytest.raises(UsageError, match=name) as e:
                 LoadOptions(**{name: wrong})
             assert all(str(c) in e.value.todo for c in s.choices) or "whole number" in e.value.todo

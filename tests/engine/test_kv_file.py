@@ -52,23 +52,29 @@ def test_what_was_saved_goes_on_with_the_same_bits(model, path, policy):
     goes_on(model, path, policy, 500 if policy and policy.budget == 128 else 200)
 
 
+def test_a_window_that_is_far_from_the_beginning_is_saved_and_found(path):
+    windows = dict(n_layers=2, window=24, windowed_layers=(0,))
+    with tiny_model(ctx=256, backend="cpu", **windows) as model:
+        goes_on(model, path, EvictionPolicy.of("h2o", 112), 310, **windows)
+
+
 @pytest.mark.parametrize("n", [192, 203])
 @pytest.mark.parametrize("policy", [None, EvictionPolicy.of("h2o", 128)])
 def test_what_was_saved_in_4_bits_goes_on_with_the_same_bits(model4, path, policy, n):
     goes_on(model4, path, policy, n)
 
 
-def goes_on(model, path, policy, n):
-    bits = model.backend.kv_bits
+def goes_on(model, path, policy, n, **options):
+    options |= dict(ctx=256, backend=model.backend.name, kv_bits=model.backend.kv_bits)
     branch = filled(model, n, policy)
     assert kv_file.save(path, model, branch)
     evicted = branch.evicted
     model.engine.run(branch, [5], 0)  # what happens after the save is not in the file
-    with tiny_model(ctx=256, backend=model.backend.name, kv_bits=bits) as again:
+    with tiny_model(**options) as again:
         other = again.engine.branch(policy)
         assert kv_file.load(path, again, other) == n
         assert (other.ids.tolist(), other.evicted) == (TEXT[:n], evicted)
-        np.testing.assert_array_equal(again.engine.run(other, [5], 0), replay(model, n, policy))
+        np.testing.assert_array_equal(again.engine.run(other, [5], 0), replay(options, n, policy))
         for token in TEXT[600:700]:  # and through later evictions
             ours, theirs = again.engine.run(other, [token], 0), model.engine.run(branch, [token], 0)
             np.testing.assert_array_equal(ours, theirs)
@@ -76,9 +82,9 @@ def goes_on(model, path, policy, n):
                 break
 
 
-def replay(model, n, policy):
+def replay(options, n, policy):
     """The logits of token 5 after the first n, computed in a fresh branch."""
-    with tiny_model(ctx=256, backend=model.backend.name, kv_bits=model.backend.kv_bits) as fresh:
+    with tiny_model(**options) as fresh:
         return fresh.engine.run(filled(fresh, n, policy), [5], 0)
 
 

@@ -49,7 +49,7 @@ class Window:
             raise PoolExhaustedError(self.pool)
         if end > len(self._table):
             table = np.zeros(max(end, 2 * len(self._table)), np.int32)
-            table[: self.end] = self._table[: self.end]
+            table[self.first : self.end] = self._table[self.first : self.end]
             self._table = table
         while self.end < end:
             self._table[self.end] = self.pool.allocate()
