@@ -234,7 +234,7 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     std::vector<long long> positions;
     for (int i = 0; i < total; i++) positions.push_back(i);
     t.rope_table({freq.data(), half, 1.2, positions.data(), table.data(), 0, total});
-    const AttentionLayer at{heads, kv, dim, 0, 1, 0.3f, bits == 8 ? length / 2 : 0, length == 5 ? 4.0f : 0.0f};
+    const AttentionLayer at{heads, kv, dim, 0, 1, -1, 0.3f, bits == 8 ? length / 2 : 0, length == 5 ? 4.0f : 0.0f};
     // The last `rows` rows are the step's; the ones before only fill the cache.
     t.rope_kv({at, qkv.data(), table.data(), half, &pool, blocks.data(), 0, 0, total, {}});
     const int parts = (total + kPartSlots - 1) / kPartSlots;
@@ -337,7 +337,7 @@ void test_threads() {
 // the second of which has a window and a memory of its own, and scores.
 std::vector<float> run_spans(const std::vector<float>& qkv, const std::vector<std::pair<int, int>>& spans, int threads,
                              bool together) {
-    const AttentionLayer layers[] = {{6, 2, 24, 0, 0, 0.2f, 0, 0.0f}, {6, 2, 24, 1, 0, 0.2f, 40, 3.0f}};
+    const AttentionLayer layers[] = {{6, 2, 24, 0, 0, -1, 0.2f, 0, 0.0f}, {6, 2, 24, 1, 0, -1, 0.2f, 40, 3.0f}};
     const int cols = layers[0].cols(), heads = 6 * 24, blocks_each = 70;
     const int n_blocks = blocks_each * static_cast<int>(spans.size());
     int rows = 0;
