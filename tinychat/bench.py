@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +20,8 @@ from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import TextDelta
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import cache_bytes, human_bytes
-from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.config import ExpertsConfig, ModelConfig
+from tinychat.network.config import ModelConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear
 from tinychat.synthetic import DEFAULT, SyntheticCheckpoint
@@ -49,40 +48,23 @@ class FormBytes:
     bytes: float
     rounded: bool
 
-    @staticmethod
-    def of(w: Linear, kernels: Kernels, name: str) -> FormBytes:
-        """Those of a linear, read once."""
-        exact = ExactForm.of(w, kernels, name)
-        runs = exact.form
-        given_bytes, bytes_ = w.form.n_bytes(*w.shape), runs.n_bytes(*exact.shape)
-        return FormBytes(str(w.form), given_bytes, str(runs), bytes_, exact.rounded)
-
 
 def forms_per_token(
     checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels = KERNELS
 ) -> list[FormBytes]:
     """What decoding one token reads, by form, the most bytes first: every linear of the body and the head (a
-    tied head is the embedding); of experts as many as a token takes. kernels: those of the backend.
+    tied head is the embedding); of experts as many as a token takes. Reads no weight. kernels: those of the
+    backend.
     """
-    c = checkpoint.config
     total: dict[tuple[str, str], FormBytes] = {}
-    by_shape: dict[tuple[int, int], FormBytes] = {}
-
-    def add(one: FormBytes, share: float = 1) -> None:
-        have = total.setdefault((one.given, one.runs_as), replace(one, given_bytes=0, bytes=0))
-        have.given_bytes += one.given_bytes * share
-        have.bytes += one.bytes * share
-
-    for i, layer in enumerate(c.layers):
-        taken = layer.mlp.taken / layer.mlp.n if isinstance(layer.mlp, ExpertsConfig) else 1
-        for name, shape in FAMILIES[c.family].linears(c, i).items():
-            read = policy.router if name.endswith("mlp.gate") else policy.linear
-            one = by_shape.get(shape) or FormBytes.of(read(checkpoint, name), kernels, name)
-            if isinstance(checkpoint, SyntheticCheckpoint):  # linears of a shape are alike
-                by_shape[shape] = one
-            add(one, taken if ".experts." in name else 1)
-    head = policy.head(checkpoint, "lm_head") or policy.embedding(checkpoint, "model.embed_tokens")
-    add(FormBytes.of(head, kernels, "of the head"))
+    for w in plan(checkpoint, policy, kernels):
+        if not w.share:
+            continue
+        given, runs = str(w.form), str(w.runs)
+        have = total.setdefault((given, runs), FormBytes(given, 0, runs, 0, rounded=False))
+        have.given_bytes += w.stored_bytes * w.share
+        have.bytes += w.runs_bytes * w.share
+        have.rounded |= w.for_want_of_kernels
     return sorted(total.values(), key=lambda one: -one.bytes)
 
 

@@ -41,6 +41,11 @@ class Planned:
         """Bytes in the form that runs: more than in the file where that packs codes tighter (TQ1_0)."""
         return self.runs.n_bytes(*self.shape)
 
+    @property
+    def for_want_of_kernels(self) -> bool:
+        """Whether these are codes that are rounded; floats are rounded because they are large."""
+        return self.rounded and not (isinstance(self.form, Form) and self.form.is_float)
+
 
 def plan(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> Iterator[Planned]:
     """Every linear and the embedding, in the order of the layers, as that policy and those kernels run them.
@@ -62,11 +67,7 @@ def plan(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> Iter
 
 def rounded(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> str | None:
     """A line about codes that these kernels do not read, so that they are rounded; None if there are none."""
-    found = [
-        w
-        for w in plan(checkpoint, policy, kernels)
-        if w.rounded and not (isinstance(w.form, Form) and w.form.is_float)
-    ]
+    found = [w for w in plan(checkpoint, policy, kernels) if w.for_want_of_kernels]
     if not found:
         return None
     forms = "; ".join(dict.fromkeys(str(w.form) for w in found))
