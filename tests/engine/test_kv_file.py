@@ -52,10 +52,12 @@ def test_what_was_saved_goes_on_with_the_same_bits(model, path, policy):
     goes_on(model, path, policy, 500 if policy and policy.budget == 128 else 200)
 
 
-def test_a_window_that_is_far_from_the_beginning_is_saved_and_found(path):
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("n", [310, 560])
+def test_a_window_that_is_far_from_the_beginning_is_saved_and_found(path, n, bits):
     windows = dict(n_layers=2, window=24, windowed_layers=(0,))
-    with tiny_model(ctx=256, backend="cpu", **windows) as model:
-        goes_on(model, path, EvictionPolicy.of("h2o", 112), 310, **windows)
+    with tiny_model(ctx=256, backend="cpu", kv_bits=bits, **windows) as model:
+        goes_on(model, path, EvictionPolicy.of("h2o", 112), n, **windows)
 
 
 @pytest.mark.parametrize("n", [192, 203])

@@ -52,6 +52,8 @@ def test_what_runs_is_described():
 def test_unknown_settings_and_wrong_steps_are_errors():
     with pytest.raises(UsageError):
         cuda(TinyCheckpoint(0), kv_bits=2)
+    with pytest.raises(UsageError, match="no KV cache in 4 bits yet"):
+        cuda(TinyCheckpoint(0), kv_bits=4)
     with pytest.raises(UnsupportedModelError, match="heads of 272") as e:
         cuda(TinyCheckpoint(0, head_dim=272, rope=RopeConfig(dim=272)))
     assert "--device cpu" in e.value.todo
