@@ -29,8 +29,10 @@ class Gate {
   public:
     uint32_t value() const { return value_.load(std::memory_order_acquire); }
 
+    // An exchange, not a store: either this sees the sleeper or the sleeper sees the value, and qemu (7.2, on x86)
+    // lets a load overtake a sequentially consistent store of AArch64. On x86 both compile to the same instruction.
     void open(uint32_t value) {
-        value_.store(value, std::memory_order_seq_cst);
+        value_.exchange(value, std::memory_order_seq_cst);
         if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
         std::lock_guard<std::mutex> lock(mutex_);
         changed_.notify_all();

@@ -54,7 +54,7 @@ def build(folder: Path, compiler: str, flags: list[str], isa_flags: dict[str, li
 
 
 def check(command: list[str]) -> str:
-    r = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    r = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, (r.stdout + r.stderr)[-4000:]
     assert r.stdout.endswith("passed\n")
     return r.stdout
