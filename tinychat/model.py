@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from tinychat.base.events import Completion, Done, Event
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import HEADROOM, human_bytes
 from tinychat.base.sampling_params import SamplingParams
+from tinychat.chat_request import ChatRequest
 from tinychat.engine.engine import Engine
 from tinychat.engine.eviction import SINKS, SMALLEST, EvictionPolicy
 from tinychat.engine.memory.sizes import memory_bytes, tokens_within
@@ -197,26 +198,38 @@ class Model:
         branch = self.engine.branch(self.eviction())
         return self.engine.generate(branch, ids, params, speculator=speculator)
 
-    def chat(self, messages: str | Iterable[Mapping[str, Any]], **sampling: Any) -> Completion:
+    @overload
+    def chat(
+        self, messages: str | Iterable[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: str | Iterable[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+    ) -> Generator[Event, None, None]: ...
+
+    def chat(
+        self, messages: str | Iterable[Mapping[str, Any]], *, stream: bool = False, **options: Any
+    ) -> Completion | Generator[Event, None, None]:
         """One answer to {"role", "content"} messages (a text is what the user says). A model without a chat
         template continues their text.
+
+        stream: the answer's events, while it is being made, in place of the whole. options: sampling
+        parameters, and `draft` as in `load`.
         """
-        messages = arguments.messages(messages)
-        speculator, params = self._settings(sampling)
-        said = [m["content"] for m in messages]
-        refuse_oversized(self.tokenizer, said, self.n_ctx, self.eviction() is not None)
-        if self.template is None:
-            text = "".join(m["content"] for m in messages)
-            ids, splitter = self.encode_prompt(text), None
-        else:
-            text = self.template.render(messages)
-            ids = self._bos(text) + self.template.encode(text)
-            splitter = self.template.splitter(text)
-        branch = self.engine.branch(self.eviction())
-        for event in self.engine.generate(branch, ids, params, speculator=speculator, splitter=splitter):
+        arguments.flag("stream", stream)
+        events = self.request(messages, **options).events(self)
+        if stream:
+            return events
+        for event in events:
             if isinstance(event, Done):
                 return event.completion
         raise AssertionError("a generation ends with Done")
+
+    def request(self, messages: str | Iterable[Mapping[str, Any]], **options: Any) -> ChatRequest:
+        """What `chat` asks for, checked. Raises UsageError."""
+        messages, draft = arguments.messages(messages), options.pop("draft", None)
+        return ChatRequest(messages, self.default_sampling.but(**options), draft)
 
     def session(self, system: str | None = None, **sampling: Any) -> Session:
         """A conversation with a memory. `draft`, `kv_budget` and `kv_policy` as in `load`; sampling
