@@ -35,7 +35,7 @@ FLOORS = [
     ("engine",),
     ("conversation",),
     ("answer",),
-    ("session",),
+    ("chat_request", "session"),
     ("model",),
     ("loading",),
     ("synthetic",),
