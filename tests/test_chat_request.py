@@ -20,7 +20,8 @@ def model():
 def test_a_stream_says_what_the_whole_says(model):
     whole = model.chat("Hello.", max_tokens=20, temperature=0)
     *said, done = model.chat("Hello.", max_tokens=20, temperature=0, stream=True)
-    assert isinstance(done, Done) and done.completion.token_ids == whole.token_ids
+    assert isinstance(done, Done)
+    assert done.completion.token_ids == whole.token_ids
     assert "".join(e.text for e in said) == whole.text == done.completion.text
     assert [e.token_id for e in said if isinstance(e, TextDelta)][: len(whole.token_ids)] == whole.token_ids
 
@@ -37,4 +38,6 @@ def test_a_request_is_cancelled_by_any_thread(model):
     first = next(e for e in events if isinstance(e, TextDelta))
     cancel.set()
     *_, done = events
-    assert first and done.finish_reason == "cancelled" and len(done.completion.token_ids) < 100
+    assert first
+    assert done.finish_reason == "cancelled"
+    assert len(done.completion.token_ids) < 100
