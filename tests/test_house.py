@@ -35,6 +35,7 @@ FLOORS = [
     ("engine",),
     ("conversation",),
     ("answer",),
+    ("dialogue",),
     ("chat_request", "session"),
     ("model",),
     ("loading",),

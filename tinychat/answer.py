@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import io
 from array import array
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from tinychat.base.events import Done, Event, FinishReason, TextDelta
 from tinychat.conversation import Message
-from tinychat.text.stopping import cut_ids
-
-if TYPE_CHECKING:
-    from tinychat.text.tokenizer import Tokenizer
 
 
 class AnswerInTheMaking:
@@ -33,11 +29,13 @@ class AnswerInTheMaking:
             m.stats = event.stats.as_dict()
             m.finish_reason = event.finish_reason  # last: whoever sees it takes the others as they are
 
-    def end(self, reason: FinishReason, tokenizer: Tokenizer) -> None:
-        """No more will come; `reason` holds unless it was said already."""
+    def end(self, reason: FinishReason, cut_ids: Callable[[list[int], str], list[int]]) -> None:
+        """No more will come; `reason` holds unless it was said already. cut_ids: the ids of an answer that
+        was cut to a text.
+        """
         m = self.message
         if m.finish_reason is None:
             # Tokens whose text was still held back were never said.
             m.content = self._said.getvalue()
-            m.ids = cut_ids(tokenizer, self._ids.tolist(), m.content)
+            m.ids = cut_ids(self._ids.tolist(), m.content)
             m.finish_reason = reason

@@ -1,31 +1,22 @@
-"""A conversation: a tree of messages, the token ids they were said in, one KV branch, one set of sampling
-parameters.
-"""
+"""A conversation with a model of this machine: the token ids it was held in, and one KV branch."""
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinychat.answer import AnswerInTheMaking
 from tinychat.base import arguments
-from tinychat.base.characters import whole
-from tinychat.base.claims import Claim
 from tinychat.base.errors import TinychatError, UsageError
-from tinychat.base.events import Event, FinishReason, Notice, Reading
-from tinychat.base.files import MAX_TEXT, read_text, write_atomically
-from tinychat.conversation import Message, Tree
+from tinychat.base.events import Event
+from tinychat.conversation import Message
+from tinychat.dialogue import Dialogue, Segments
 from tinychat.engine.eviction import SMALLEST
 from tinychat.engine.memory.branch import common_prefix
 from tinychat.engine.sampling import SamplingParams
-from tinychat.text.attachments import are_sound
 from tinychat.text.oversized import refuse_oversized
+from tinychat.text.stopping import cut_ids
 
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
@@ -34,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Message", "Session"]
 
 
-class Session:
+class Session(Dialogue):
     """One conversation with one model. Writes nothing anywhere unless told to (`save`).
 
     `send`, `regenerate` and `edit` yield events (TextDelta, Notice, then Done). Whatever was generated before
@@ -53,150 +44,16 @@ class Session:
         if not hasattr(model, "engine"):
             raise UsageError(f"The model is {arguments.shown(model)}.", "Give what tinychat.load returned.")
         self.model = model
-        params = model.default_sampling.but(**sampling)
-        self.system = system
+        super().__init__(system, model.default_sampling.but(**sampling))
         self.speculator = model.speculator(draft)
         self._eviction = model.eviction(kv_budget, kv_policy, chat=True)
         self._strict = bool(kv_budget or model.kv_budget)  # a budget was asked for
-        self.params = params
         self._branch = model.engine.branch(self._eviction)
         self._before: OwnedBranch | None = (
             None  # as it was before the last answer, for the next one in its place
         )
-        self._notices: list[str] = []  # to be said with the next answer
-        self._cancel = threading.Event()
-        self._claim = Claim()  # of the answer that is being made
-        self._claiming = threading.Lock()
 
-    # What was said
-
-    @property
-    def system(self) -> str | None:
-        """The system prompt; None leaves it to the chat template. Setting it holds from the next answer."""
-        return self._system
-
-    @system.setter
-    def system(self, text: str | None) -> None:
-        self._system = None if text is None else whole(arguments.text("The system prompt", text, empty=True))
-
-    @property
-    def params(self) -> SamplingParams:
-        """How the tokens of the next answers are chosen."""
-        return self._params
-
-    @params.setter
-    def params(self, params: SamplingParams) -> None:
-        if not isinstance(params, SamplingParams):
-            raise UsageError(f"The parameters are {arguments.shown(params)}.", "Use session.params.but(…).")
-        self._params = params
-
-    @cached_property
-    def tree(self) -> Tree:
-        """The messages; empty at first."""
-        return Tree()
-
-    @property
-    def nodes(self) -> list[Message]:
-        """Every message of every branch, a parent before its children."""
-        return self.tree.nodes
-
-    @nodes.setter
-    def nodes(self, nodes: list[Message]) -> None:
-        self.tree.nodes = nodes
-
-    @property
-    def leaf(self) -> int | None:
-        """Index of the message at the end of the present branch."""
-        return self.tree.leaf
-
-    @leaf.setter
-    def leaf(self, node: int | None) -> None:
-        self.tree.leaf = node
-
-    def path(self, leaf: int | None = None) -> list[int]:
-        """Node indexes from the first message to `leaf` (default: the present one)."""
-        return self.tree.path(None if leaf is None else self._node(leaf))
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """The present branch as `{"role", "content"}` dicts, the system prompt first if there is one; what an
-        answer thought before is its "reasoning".
-        """
-        out = [] if self._system is None else [{"role": "system", "content": self._system}]
-        for node in self.tree.messages():
-            reasoning, text = node.split()
-            more = {} if reasoning is None else {"reasoning": reasoning}
-            out.append({"role": node.role, "content": text, **more})
-        return out
-
-    def siblings(self, node: int) -> list[int]:
-        """The alternatives at a place (regenerated answers, edited messages), oldest first, `node` among
-        them.
-        """
-        return self.tree.siblings(self._node(node))
-
-    def switch(self, node: int) -> None:
-        """Make the branch through `node` the present one, down to its newest leaf."""
-        self.tree.switch(self._node(node))
-
-    def _node(self, node: int) -> int:
-        try:
-            return arguments.integer("The message", node, 0, len(self.nodes) - 1)
-        except UsageError:
-            raise UsageError(
-                f"There is no message {arguments.shown(node)}.", "Use an index of `nodes`."
-            ) from None
-
-    # Saying more
-
-    def send(
-        self, text: str, *, attachments: Sequence[dict[str, str]] = (), **sampling: Any
-    ) -> Generator[Event, None, None]:
-        """Say something and stream the answer. Sampling parameters given here hold for this answer only.
-
-        attachments: files that go with it, each `{"name", "text"}`; with some, the text may be empty.
-        """
-        message = self._message(text, None, attachments)
-        return self._answer(message, self.params.but(**sampling), follows=True)
-
-    @staticmethod
-    def _message(text: str, parent: int | None, attachments: Sequence[dict[str, str]]) -> Message:
-        if not are_sound(
-            files := arguments.items("attachments", attachments, 'files: [{"name": …, "text": …}]')
-        ):
-            raise UsageError(
-                "The attachments make no sense.", 'Give a list with a {"name": NAME, "text": TEXT} for each.'
-            )
-        text = whole(arguments.text("The message", text, empty=bool(files)))
-        files = [{k: whole(v) for k, v in a.items()} for a in files]
-        return Message("user", text, parent, attachments=files)
-
-    def regenerate(self, **sampling: Any) -> Generator[Event, None, None]:
-        """Answer the last user message again, as a new branch beside the old answer."""
-        question, leaf = self.tree.last("user"), self.leaf
-        if question is None or leaf is None:
-            raise UsageError("There is nothing to regenerate.", "Send a message first.")
-        params = self.params.but(**sampling)
-        if params.seed is not None and sampling.get("seed") is None and self.nodes[leaf].role == "assistant":
-            # The same seed would say the same again.
-            params = params.but(seed=params.seed + len(self.tree.siblings(leaf)))
-        return self._answer(question, params)
-
-    def edit(
-        self, node: int, text: str, *, attachments: Sequence[dict[str, str]] | None = None, **sampling: Any
-    ) -> Generator[Event, None, None]:
-        """Say `text` in place of the user message `node`, as a new branch, and stream the answer. The files
-        that went with it stay, unless others are given.
-        """
-        old = self.nodes[self._node(node)]
-        if old.role != "user":
-            raise UsageError(f"Message {node} is not one of yours.", "Edit a user message.")
-        files = old.attachments if attachments is None else attachments
-        return self._answer(self._message(text, old.parent, files), self.params.but(**sampling))
-
-    def cancel(self) -> None:
-        """Stop the running answer at the next step; what it has said stays. May be called from any thread."""
-        self._cancel.set()
+    # The prompt
 
     def count_tokens(self) -> int:
         """Tokens that the present conversation takes, with everything its template adds."""
@@ -206,73 +63,13 @@ class Session:
         generating = self.nodes[path[-1]].role == "user"
         return sum(len(ids) for _, ids in self._prompt(path, generating))
 
-    def _answer(
-        self, question: Message | int, params: SamplingParams, follows: bool = False
-    ) -> Generator[Event, None, None]:
-        """follows: the question goes behind what was said last when its answer begins."""
-        self._check_free()
-        self._cancel.clear()  # a cancel from here on counts, even before the first event is asked for
-        claim = Claim()
-        return claim.of(self._events(question, params, claim, follows))
-
-    def _check_free(self) -> None:
-        """Raises UsageError while an answer is being made. One that was cancelled and that nobody asks for
-        its last events ends here.
-        """
-        running = self._claim.generator
-        if running is None:
-            return
-        if self._cancel.is_set():
-            with suppress(ValueError):  # its thread is at work on it
-                running.close()
-                return
-        raise UsageError("This conversation is still answering.", "Cancel it, or wait for its last event.")
-
-    def _events(
-        self, question: Message | int, params: SamplingParams, claim: Claim, follows: bool
-    ) -> Generator[Event, None, None]:
-        with self._claiming:
-            self._check_free()
-            self._claim = claim
-        leaf, n_nodes = self.leaf, len(self.nodes)
-        answer: AnswerInTheMaking | None = None
-        ended: FinishReason = "error"  # unless Done comes or the listener leaves
-        try:
-            if isinstance(question, Message):
-                if follows:
-                    question.parent = leaf
-                self.nodes.append(question)
-                question = n_nodes
-            segments = self._asked(question)
-            while self._notices:
-                yield Notice(self._notices.pop(0))
-            for event in self._generate(segments, params):
-                if answer is None and isinstance(event, (Notice, Reading)):
-                    yield event
-                    continue
-                if answer is None:
-                    # From here on the question stands, whatever happens.
-                    answer = AnswerInTheMaking(question, *segments[-1])
-                    self.tree.append(answer.message)
-                answer.hear(event)
-                yield event
-        except (GeneratorExit, KeyboardInterrupt):
-            ended = "cancelled"
-            raise
-        finally:
-            if answer is None:
-                del self.nodes[n_nodes:]
-                self.leaf = leaf
-            else:
-                answer.end(ended, self.model.tokenizer)
-
-    def _asked(self, question: int) -> list[tuple[str, list[int]]]:
+    def _asked(self, question: int) -> Segments:
         """The prompt for a question, in segments. Refuses what can never fit before it is tokenized."""
         said = [self._system or "", self.nodes[question].as_read()]
         refuse_oversized(self.model.tokenizer, said, self.model.n_ctx, self._branch.ledger is not None)
         return self._prompt(self.path(question), True)
 
-    def _generate(self, segments: list[tuple[str, list[int]]], params: SamplingParams) -> Iterator[Event]:
+    def _generate(self, question: int, segments: Segments, params: SamplingParams) -> Iterator[Event]:
         prompt = [i for _, part in segments for i in part]
         self._go_back(prompt)
         template = self.model.template
@@ -280,6 +77,9 @@ class Session:
         return self.model.engine.generate(
             self._branch, prompt, params, self._cancel, self.speculator, splitter
         )
+
+    def _cut_ids(self, ids: list[int], text: str) -> list[int]:
+        return cut_ids(self.model.tokenizer, ids, text)
 
     def _go_back(self, prompt: list[int]) -> None:
         """Have the branch that continues into `prompt`, although eviction may have begun since."""
@@ -364,9 +164,7 @@ class Session:
         on at once when it is loaded. The JSON is complete without that file.
         """
         arguments.flag("memory", memory)
-        path = arguments.path("The path", path)
-        content = self.tree.as_dict(self.model.name, self._system, asdict(self.params))
-        write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace"))
+        path = self._write(path, self.model.name)
         if memory:
             from tinychat.engine import kv_file
 
@@ -402,21 +200,9 @@ class Session:
         """
         from tinychat.engine import kv_file
 
-        path = arguments.path("The path", path)
         if model is not None and not hasattr(model, "engine"):
             raise UsageError(f"The model is {arguments.shown(model)}.", "Give what tinychat.load returned.")
-        try:
-            saved = Tree.from_dict(json.loads(read_text(path, MAX_TEXT)))
-            params = SamplingParams(**saved.params)
-        except OSError as e:
-            raise TinychatError(
-                f"Cannot read {path}: {e.strerror}.", "Give the path of a saved conversation."
-            ) from e
-        except (ValueError, TypeError, RecursionError, UsageError) as e:
-            raise TinychatError(
-                f"{path} is not a conversation that tinychat saved ({_one_line(e)}).",
-                "Give a file that Session.save or /save wrote.",
-            ) from e
+        path, saved, params = cls._read(path)
         if model is None:
             import tinychat
 
@@ -430,7 +216,3 @@ class Session:
                 n.ids, n.prompt_ids, n.prompt_text = [], [], ""
         session.load_kv(kv_file.beside(path), stored=False)
         return session
-
-
-def _one_line(e: BaseException) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}".rstrip(": .")

@@ -1,0 +1,285 @@
+"""A conversation with somebody who answers: the tree of messages, a system prompt, sampling parameters, and
+one answer at a time. Who answers is said by what stands on it: `Session`, a model of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tinychat.answer import AnswerInTheMaking
+from tinychat.base import arguments
+from tinychat.base.characters import whole
+from tinychat.base.claims import Claim
+from tinychat.base.errors import TinychatError, UsageError
+from tinychat.base.events import Event, FinishReason, Notice, Reading
+from tinychat.base.files import MAX_TEXT, read_text, write_atomically
+from tinychat.base.sampling_params import SamplingParams
+from tinychat.base.settings import Settings
+from tinychat.conversation import Message, Saved, Tree
+from tinychat.text.attachments import are_sound
+
+Segments = list[tuple[str, list[int]]]  # a prompt's pieces with their token ids, where those are known
+
+
+class Dialogue:
+    """Base of conversations; a subclass answers. Writes nothing anywhere unless told to (`save`).
+
+    `send`, `regenerate` and `edit` yield events (TextDelta, Notice, then Done). Whatever was generated before
+    a cancel, an error or a closed iterator stays in the conversation.
+    """
+
+    PARAMS: ClassVar[type[Settings]] = SamplingParams
+
+    def __init__(self, system: str | None, params: Any):
+        self.system = system
+        self.params = params
+        self._notices: list[str] = []  # to be said with the next answer
+        self._cancel = threading.Event()
+        self._claim = Claim()  # of the answer that is being made
+        self._claiming = threading.Lock()
+
+    # Who answers
+
+    def _asked(self, question: int) -> Segments:
+        """The prompt for a question, in segments; the last one is new. Refuses what cannot be answered."""
+        raise NotImplementedError
+
+    def _generate(self, question: int, prompt: Segments, params: Any) -> Iterator[Event]:
+        """The answer's events, as they come; Done last."""
+        raise NotImplementedError
+
+    def _cut_ids(self, ids: list[int], text: str) -> list[int]:
+        """The ids of an answer that was cut to `text`."""
+        raise NotImplementedError
+
+    # What was said
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt; None leaves it to the chat template. Setting it holds from the next answer."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._system = None if text is None else whole(arguments.text("The system prompt", text, empty=True))
+
+    @property
+    def params(self) -> Any:
+        """How the tokens of the next answers are chosen: of the class `PARAMS`."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        if not isinstance(params, self.PARAMS):
+            raise UsageError(f"The parameters are {arguments.shown(params)}.", "Use session.params.but(…).")
+        self._params = params
+
+    @cached_property
+    def tree(self) -> Tree:
+        """The messages; empty at first."""
+        return Tree()
+
+    @property
+    def nodes(self) -> list[Message]:
+        """Every message of every branch, a parent before its children."""
+        return self.tree.nodes
+
+    @nodes.setter
+    def nodes(self, nodes: list[Message]) -> None:
+        self.tree.nodes = nodes
+
+    @property
+    def leaf(self) -> int | None:
+        """Index of the message at the end of the present branch."""
+        return self.tree.leaf
+
+    @leaf.setter
+    def leaf(self, node: int | None) -> None:
+        self.tree.leaf = node
+
+    def path(self, leaf: int | None = None) -> list[int]:
+        """Node indexes from the first message to `leaf` (default: the present one)."""
+        return self.tree.path(None if leaf is None else self._node(leaf))
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The present branch as `{"role", "content"}` dicts, the system prompt first if there is one; what an
+        answer thought before is its "reasoning".
+        """
+        out = [] if self._system is None else [{"role": "system", "content": self._system}]
+        for node in self.tree.messages():
+            reasoning, text = node.split()
+            more = {} if reasoning is None else {"reasoning": reasoning}
+            out.append({"role": node.role, "content": text, **more})
+        return out
+
+    def siblings(self, node: int) -> list[int]:
+        """The alternatives at a place (regenerated answers, edited messages), oldest first, `node` among
+        them.
+        """
+        return self.tree.siblings(self._node(node))
+
+    def switch(self, node: int) -> None:
+        """Make the branch through `node` the present one, down to its newest leaf."""
+        self.tree.switch(self._node(node))
+
+    def _node(self, node: int) -> int:
+        try:
+            return arguments.integer("The message", node, 0, len(self.nodes) - 1)
+        except UsageError:
+            raise UsageError(
+                f"There is no message {arguments.shown(node)}.", "Use an index of `nodes`."
+            ) from None
+
+    # Saying more
+
+    def send(
+        self, text: str, *, attachments: Sequence[dict[str, str]] = (), **sampling: Any
+    ) -> Generator[Event, None, None]:
+        """Say something and stream the answer. Sampling parameters given here hold for this answer only.
+
+        attachments: files that go with it, each `{"name", "text"}`; with some, the text may be empty.
+        """
+        message = self._message(text, None, attachments)
+        return self._answer(message, self.params.but(**sampling), follows=True)
+
+    @staticmethod
+    def _message(text: str, parent: int | None, attachments: Sequence[dict[str, str]]) -> Message:
+        if not are_sound(
+            files := arguments.items("attachments", attachments, 'files: [{"name": …, "text": …}]')
+        ):
+            raise UsageError(
+                "The attachments make no sense.", 'Give a list with a {"name": NAME, "text": TEXT} for each.'
+            )
+        text = whole(arguments.text("The message", text, empty=bool(files)))
+        files = [{k: whole(v) for k, v in a.items()} for a in files]
+        return Message("user", text, parent, attachments=files)
+
+    def regenerate(self, **sampling: Any) -> Generator[Event, None, None]:
+        """Answer the last user message again, as a new branch beside the old answer."""
+        question, leaf = self.tree.last("user"), self.leaf
+        if question is None or leaf is None:
+            raise UsageError("There is nothing to regenerate.", "Send a message first.")
+        params = self.params.but(**sampling)
+        if params.seed is not None and sampling.get("seed") is None and self.nodes[leaf].role == "assistant":
+            # The same seed would say the same again.
+            params = params.but(seed=params.seed + len(self.tree.siblings(leaf)))
+        return self._answer(question, params)
+
+    def edit(
+        self, node: int, text: str, *, attachments: Sequence[dict[str, str]] | None = None, **sampling: Any
+    ) -> Generator[Event, None, None]:
+        """Say `text` in place of the user message `node`, as a new branch, and stream the answer. The files
+        that went with it stay, unless others are given.
+        """
+        old = self.nodes[self._node(node)]
+        if old.role != "user":
+            raise UsageError(f"Message {node} is not one of yours.", "Edit a user message.")
+        files = old.attachments if attachments is None else attachments
+        return self._answer(self._message(text, old.parent, files), self.params.but(**sampling))
+
+    def cancel(self) -> None:
+        """Stop the running answer at the next step; what it has said stays. May be called from any thread."""
+        self._cancel.set()
+
+    # An answer
+
+    def _answer(
+        self, question: Message | int, params: Any, follows: bool = False
+    ) -> Generator[Event, None, None]:
+        """follows: the question goes behind what was said last when its answer begins."""
+        self._check_free()
+        self._cancel.clear()  # a cancel from here on counts, even before the first event is asked for
+        claim = Claim()
+        return claim.of(self._events(question, params, claim, follows))
+
+    def _check_free(self) -> None:
+        """Raises UsageError while an answer is being made. One that was cancelled and that nobody asks for
+        its last events ends here.
+        """
+        running = self._claim.generator
+        if running is None:
+            return
+        if self._cancel.is_set():
+            with suppress(ValueError):  # its thread is at work on it
+                running.close()
+                return
+        raise UsageError("This conversation is still answering.", "Cancel it, or wait for its last event.")
+
+    def _events(
+        self, question: Message | int, params: Any, claim: Claim, follows: bool
+    ) -> Generator[Event, None, None]:
+        with self._claiming:
+            self._check_free()
+            self._claim = claim
+        leaf, n_nodes = self.leaf, len(self.nodes)
+        answer: AnswerInTheMaking | None = None
+        ended: FinishReason = "error"  # unless Done comes or the listener leaves
+        try:
+            if isinstance(question, Message):
+                if follows:
+                    question.parent = leaf
+                self.nodes.append(question)
+                question = n_nodes
+            segments = self._asked(question)
+            while self._notices:
+                yield Notice(self._notices.pop(0))
+            for event in self._generate(question, segments, params):
+                if answer is None and isinstance(event, (Notice, Reading)):
+                    yield event
+                    continue
+                if answer is None:
+                    # From here on the question stands, whatever happens.
+                    answer = AnswerInTheMaking(question, *segments[-1])
+                    self.tree.append(answer.message)
+                answer.hear(event)
+                yield event
+        except (GeneratorExit, KeyboardInterrupt):
+            ended = "cancelled"
+            raise
+        finally:
+            if answer is None:
+                del self.nodes[n_nodes:]
+                self.leaf = leaf
+            else:
+                answer.end(ended, self._cut_ids)
+
+    # Keeping it
+
+    def _write(self, path: str | Path, model: str) -> Path:
+        """Write the conversation as JSON, atomically; where that is."""
+        path = arguments.path("The path", path)
+        content = self.tree.as_dict(model, self._system, self._params_as_kept())
+        write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace"))
+        return path
+
+    def _params_as_kept(self) -> dict[str, Any]:
+        """The sampling parameters as a file has them: what `SamplingParams` takes."""
+        return dict(vars(self.params))
+
+    @staticmethod
+    def _read(path: str | Path) -> tuple[Path, Saved, SamplingParams]:
+        """A saved conversation. Raises TinychatError for whatever is none."""
+        path = arguments.path("The path", path)
+        try:
+            saved = Tree.from_dict(json.loads(read_text(path, MAX_TEXT)))
+            return path, saved, SamplingParams(**saved.params)
+        except OSError as e:
+            raise TinychatError(
+                f"Cannot read {path}: {e.strerror}.", "Give the path of a saved conversation."
+            ) from e
+        except (ValueError, TypeError, RecursionError, UsageError) as e:
+            raise TinychatError(
+                f"{path} is not a conversation that tinychat saved ({_one_line(e)}).",
+                "Give a file that Session.save or /save wrote.",
+            ) from e
+
+
+def _one_line(e: BaseException) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}".rstrip(": .")
