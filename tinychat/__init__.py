@@ -47,6 +47,8 @@ _EXPORTS = {
     "Reading": "tinychat.base.events",
     "Done": "tinychat.base.events",
     "Completion": "tinychat.base.events",
+    "ToolCall": "tinychat.base.events",
+    "ToolCallDelta": "tinychat.base.events",
     "Stats": "tinychat.base.events",
     "TinychatError": "tinychat.base.errors",
     "UsageError": "tinychat.base.errors",
@@ -74,6 +76,8 @@ __all__ = [
     "Stats",
     "TextDelta",
     "TinychatError",
+    "ToolCall",
+    "ToolCallDelta",
     "UnsupportedModelError",
     "UsageError",
     "__version__",
@@ -91,7 +95,16 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
-    from tinychat.base.events import Completion, Done, Notice, Reading, Stats, TextDelta
+    from tinychat.base.events import (
+        Completion,
+        Done,
+        Notice,
+        Reading,
+        Stats,
+        TextDelta,
+        ToolCall,
+        ToolCallDelta,
+    )
     from tinychat.base.load_options import LoadOptions
     from tinychat.base.sampling_params import SamplingParams
     from tinychat.loading import load

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled", "context_full", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "context_full", "error", "tool_calls"]
 
 
 @dataclass
@@ -37,11 +37,27 @@ class Stats:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that a model asks for. `arguments`: a JSON object as text, without duplicate keys."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that a message of the assistant has it in."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
 @dataclass
 class Completion:
     """A finished answer: its text, the ids that were generated (without the stop token) and why it ended.
 
     `reasoning`: what the model thought before it answered, "" where it did not; its ids are among the others.
+    `tool_calls`: the whole calls in it, which are no part of the text; it then ends for the reason
+    "tool_calls", unless it was cut.
     """
 
     text: str
@@ -49,6 +65,16 @@ class Completion:
     finish_reason: FinishReason
     stats: Stats = field(default_factory=Stats)
     reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of the conversation that goes on with it."""
+        out: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            out["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            out["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        return out
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,23 @@ class TextDelta:
     def __post_init__(self):
         if not self.written and not self.reasoning:
             object.__setattr__(self, "written", self.text)
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """A piece of a call, in the order in which it is written.
+
+    The first one of a call, and no other, has its id and its name; `arguments` is a piece of JSON text.
+    index: 0 for the first call of the answer. damaged: the last one of a call that turned out to be none;
+    what was written of it follows as text.
+    """
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    damaged: bool = False
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,7 +142,7 @@ class Done:
     text: str = ""
 
 
-Event = TextDelta | Notice | Reading | Done
+Event = TextDelta | ToolCallDelta | Notice | Reading | Done
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
@@ -107,6 +150,10 @@ def event_to_json(event: Event) -> dict[str, Any]:
     if isinstance(event, TextDelta):
         reasoning = {"reasoning": event.reasoning} if event.reasoning else {}
         return {"event": "text", "text": event.text, **reasoning, "token_id": event.token_id}
+    if isinstance(event, ToolCallDelta):
+        said = {"id": event.id, "name": event.name} if event.name else {}
+        damaged = {"damaged": True} if event.damaged else {}
+        return {"event": "tool_call", "index": event.index, **said, "arguments": event.arguments, **damaged}
     if isinstance(event, Notice):
         return {"event": "notice", "message": event.message}
     if isinstance(event, Reading):
@@ -116,6 +163,7 @@ def event_to_json(event: Event) -> dict[str, Any]:
         "finish_reason": event.finish_reason,
         "text": event.completion.text,
         "reasoning": event.completion.reasoning,
+        **({"tool_calls": [c.as_dict() for c in calls]} if (calls := event.completion.tool_calls) else {}),
         "token_ids": event.completion.token_ids,
         "stats": event.stats.as_dict(),
     }
