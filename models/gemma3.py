@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tinychat.models import gemma2, llama, qwen3
 from tinychat.models.gemma2 import NORM_OFFSET, biases, linears, mlp
 from tinychat.models.llama import NAMES
+from tinychat.network import hf_config
 from tinychat.network.config import LayerConfig, ModelConfig, RopeConfig
 from tinychat.network.family import FromGGUF, FromHF, Metadata, Settings, Stack, WeightSource
 from tinychat.network.hf_rope import rope_config
@@ -33,12 +34,19 @@ def _from_gguf(m: Metadata, stack: Stack) -> tuple[LayerConfig, ...]:
 
 HF = {
     "Gemma3ForCausalLM": FromHF(
-        gemma2.DEFAULTS | {"_sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        # the published folders with vision say little of their text model
+        gemma2.DEFAULTS
+        | {"_sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+        | {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
+        | {"max_position_embeddings": 131072},
         ("query_pre_attn_scalar", "final_logit_softcapping"),
         windows=True,
         activation=("hidden_activation", "gelu_pytorch_tanh"),
         layers=_from_hf,
         constants=gemma2.constants_from_hf,
+        tensors=hf_config.WRAPPED,
+        model_type="gemma3_text",
+        wrappers=("Gemma3ForConditionalGeneration",),
     )
 }
 GGUF = {

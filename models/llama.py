@@ -8,13 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tinychat.network import hf_config
 from tinychat.network.config import AttentionConfig, LayerConfig, ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Settings, WeightSource
 from tinychat.network.ops import Handle, Ops
 
 HF = {
     "LlamaForCausalLM": FromHF(),
-    "MistralForCausalLM": FromHF({"sliding_window": 4096}, windows=True),
+    "MistralForCausalLM": FromHF(
+        {"sliding_window": 4096},
+        windows=True,
+        tensors=hf_config.WRAPPED,
+        model_type="mistral",
+        wrappers=("Mistral3ForConditionalGeneration",),
+    ),
     "MinistralForCausalLM": FromHF({"sliding_window": 4096}, windows=True),
 }
 NAMES = {

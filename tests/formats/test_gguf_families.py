@@ -43,6 +43,14 @@ ARCHS = {
     "mixtral": "llama",
     "mixtral window": "llama",
     "qwen3moe": "qwen3moe",
+    "olmo3": "olmo2",
+    "olmo3 yarn": "olmo2",
+    "exaone4": "exaone4",
+    "exaone4 small": "exaone4",
+    "ernie4.5": "ernie4_5",
+    "seed_oss": "seed_oss",
+    "glm4": "glm4",
+    "glm4 plain": "glm4",
 }
 
 

@@ -232,6 +232,12 @@ def test_silent_settings_are_those_of_transformers():
         "Granite",
         "Gemma2",
         "Gemma3",
+        "Olmo3",
+        "Exaone4",
+        "Ernie4_5",
+        "SeedOss",
+        "Glm",
+        "Glm4",
     )
     for name in (f"{n}ForCausalLM" for n in names):
         whole = getattr(transformers, name).config_class().to_dict()

@@ -46,6 +46,8 @@ FAMILY_CASES = (
     "gemma3",
     "mixtral all",
     "qwen3moe dense layers",
+    "glm4",
+    "ernie4.5 bias",
 )
 
 

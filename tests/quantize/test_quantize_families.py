@@ -42,6 +42,11 @@ FAMILIES = (
     "gemma3",
     "gemma3 scaled",
     "llama yarn magnitude",
+    "olmo3 yarn",
+    "exaone4",
+    "ernie4.5 bias",
+    "seed_oss",
+    "glm4",
 )
 ONE_EACH = tuple(name for name in FAMILIES if name not in ("phi3 partial", "gemma2 caps", "gemma3"))
 GGUF_CASES = {
@@ -59,6 +64,12 @@ GGUF_CASES = {
     "granite": "granite",
     "mixtral": "llama",
     "qwen3moe": "qwen3moe",
+    "olmo3": "olmo2",
+    "exaone4": "exaone4",
+    "exaone4 small": "exaone4",
+    "ernie4.5": "ernie4_5",
+    "seed_oss": "seed_oss",
+    "glm4": "glm4",
 }
 IDS = np.random.default_rng(1).integers(32, 127, 128).astype(np.int32)
 

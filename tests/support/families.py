@@ -10,6 +10,8 @@ import torch
 import transformers
 
 from tinychat.formats.hf import read_config
+from tinychat.models import FAMILIES
+from tinychat.network.family import in_file_order
 from tinychat.network.weights import DenseLinear
 
 SHAPE = dict(
@@ -39,7 +41,9 @@ class FromTransformers:
         return name + ".weight" in self.state
 
     def linear(self, name):
-        return DenseLinear(self.state[name + ".weight"], self.state.get(name + ".bias"))
+        stored = DenseLinear(self.state[name + ".weight"], self.state.get(name + ".bias"))
+        order = in_file_order(next(iter(FAMILIES[self.config.family].HF.values())), self.config, name)
+        return stored if order is None else stored.reordered(np.argsort(order))
 
     def vector(self, name):
         return self.state[name + ".weight"] + np.float32(self.config.family.startswith("gemma"))
@@ -250,5 +254,41 @@ CASES = {
         | dict(tie_word_embeddings=True, use_sliding_window=True, sliding_window=50),
     ),
     "qwen3moe one": ("Qwen3MoeForCausalLM", dict(QWEN3_MOE, num_experts_per_tok=1)),
+    "olmo3": ("Olmo3ForCausalLM", dict(num_hidden_layers=5, sliding_window=40)),
+    "olmo3 yarn": (
+        "Olmo3ForCausalLM",
+        dict(
+            num_key_value_heads=4,
+            attention_bias=True,
+            sliding_window=50,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": dict(rope_type="yarn", rope_theta=1e4, **YARN),
+                "sliding_attention": dict(rope_type="default", rope_theta=1e4),
+            },
+        ),
+    ),
+    "exaone4": ("Exaone4ForCausalLM", dict(sliding_window=30, num_hidden_layers=5, head_dim=32)),
+    "exaone4 small": (
+        "Exaone4ForCausalLM",
+        dict(sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True),
+    ),
+    "ernie4.5": ("Ernie4_5ForCausalLM", dict(head_dim=32)),
+    "ernie4.5 bias": (
+        "Ernie4_5ForCausalLM",
+        dict(head_dim=16, use_bias=True, tie_word_embeddings=False, **rope("linear", factor=2.0)),
+    ),
+    "seed_oss": ("SeedOssForCausalLM", dict(head_dim=32)),
+    "seed_oss bias": (
+        "SeedOssForCausalLM",
+        dict(head_dim=16, attention_out_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    ),
+    "glm": ("GlmForCausalLM", dict(head_dim=32)),
+    "glm4": ("Glm4ForCausalLM", dict(head_dim=16)),
+    "glm4 plain": (
+        "Glm4ForCausalLM",
+        dict(head_dim=32, attention_bias=False, tie_word_embeddings=True)
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75)),
+    ),
     "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
 }

@@ -152,8 +152,16 @@ def gemma(w: GGUFWriter, c, tensors: dict) -> None:
 
 
 def window(w: GGUFWriter, c, tensors: dict) -> None:
+    if c.model_type == "olmo3":
+        return pattern(w, c, tensors)
     if getattr(c, "sliding_window", None):
         w.add_sliding_window(c.sliding_window)
 
 
-METADATA = {"granite": granite, "gemma2": gemma, "gemma3": gemma}
+def pattern(w: GGUFWriter, c, tensors: dict) -> None:
+    if c.sliding_window:
+        w.add_sliding_window(c.sliding_window)
+        w.add_sliding_window_pattern([kind == "sliding_attention" for kind in c.layer_types])
+
+
+METADATA = {"granite": granite, "gemma2": gemma, "gemma3": gemma, "exaone4": pattern}

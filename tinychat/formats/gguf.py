@@ -19,6 +19,7 @@ from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, Tensor, type_of
 from tinychat.formats.gguf_parts import open_parts
 from tinychat.models import FAMILIES
 from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig
+from tinychat.network.family import in_file_order
 from tinychat.network.weight_form import Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
@@ -198,12 +199,8 @@ class GGUFCheckpoint:
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """Undo llama.cpp's interleaving of q and k heads (its row 2i is ours i, its 2i + 1 ours i + d/2)."""
-        module = name.rpartition(".")[2]
-        if module not in ("q_proj", "k_proj") or not self.form.interleaved:
-            return None
-        a = self._layer(name).mixer
-        heads, d = a.n_heads if module == "q_proj" else a.n_kv_heads, a.head_dim
-        return np.arange(heads * d).reshape(heads, d // 2, 2).swapaxes(1, 2).reshape(-1)
+        order = in_file_order(self.form, self.config, name)
+        return None if order is None else np.argsort(order)
 
     def _layer(self, name: str) -> LayerConfig:
         """The layer that a module belongs to."""

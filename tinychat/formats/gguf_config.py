@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +68,16 @@ class Metadata:
             raise self.file.damaged(f"the field {self.arch}.{key} {what}")
         return value
 
+    def flags(self, key: str, n: int, otherwise: Callable[[int], bool]) -> Callable[[int], bool]:
+        """What a list of n truth values says of layer i; `otherwise` where there is none."""
+        value = self.file.fields.get(f"{self.arch}.{key}")
+        if value is None:
+            return otherwise
+        given = np.asarray(value) if isinstance(value, list | np.ndarray) else np.zeros(0)
+        if given.dtype.kind not in "biu" or given.ndim != 1 or len(given) < n or (given > 1).any():
+            raise self.file.damaged(f"the field {self.arch}.{key} is no list of {n} truth values")
+        return lambda i: bool(given[i])
+
 
 ARCHITECTURES: dict[str, list[tuple[str, FromGGUF]]] = {
     name: [(family, module.GGUF[name]) for family, module in FAMILIES.items() if name in module.GGUF]
@@ -121,11 +132,6 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
         raise file.damaged(f"its heads have {head_dim} dimensions, an odd number")
     rope = _rope(file, m, head_dim)
     context = m.number("context_length")
-    if rope.dim != head_dim and form.interleaved:
-        raise UnsupportedModelError(
-            f"The GGUF rotates {rope.dim} of {head_dim} dimensions of a head.",
-            f"Partial rotation is not supported in a {family} model.",
-        )
     long: dict[str, Any] = {}
     if rope.kind == "longrope" and context > rope.original_context:
         factors = _factors(file, "rope_factors_long.weight", rope.dim)
@@ -141,7 +147,7 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
     )
     stack = Stack(m.number("block_count"), attention, DenseConfig(m.number("feed_forward_length")))
     names = file.tensors
-    return ModelConfig(
+    fields: dict[str, Any] = dict(
         family=family,
         hidden_size=hidden,
         layers=form.layers(m, stack),
@@ -153,9 +159,9 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
         mlp_bias="blk.0.ffn_down.bias" in names,
         bos_id=_token_id(file, "bos"),
         eos_ids=_eos_ids(file),
-        **form.constants(m),
         **long,
     )
+    return ModelConfig(**{**fields, **form.constants(m)})
 
 
 def _rope(file: GGUFFile, m: Metadata, head_dim: int) -> RopeConfig:

@@ -48,7 +48,7 @@ def carried(path: Path) -> Fields:
 
 def architecture(cfg: ModelConfig) -> tuple[str, FromGGUF]:
     """The `general.architecture` of a family, and how it reads. Raises UnsupportedModelError without one."""
-    forms = [(name, form) for name, form in FAMILIES[cfg.family].GGUF.items() if form.when is None]
+    forms = list(FAMILIES[cfg.family].GGUF.items())
     if not forms:
         raise UnsupportedModelError(f"GGUF has no name for a {cfg.family} model.", "Use another --format.")
     return forms[0]
@@ -89,11 +89,14 @@ def said(cfg: ModelConfig, name: str) -> tuple[Fields, dict[str, np.ndarray]]:
     }
     real |= {key: value for key, value in known.items() if key in form.options}
     scaling, tensors = _rope(cfg, rope)
+    slides = [layer.mixer.window > 0 for layer in cfg.layers]
     fields = {"general.architecture": Field(arch, T.STRING), "general.name": Field(name, T.STRING)}
     fields |= {f"{arch}.{key}": Field(int(v), T.UINT32) for key, v in whole.items()}
     fields |= {f"{arch}.{key}": Field(float(v), T.FLOAT32) for key, v in real.items()}
     kinds = {str: T.STRING, int: T.UINT32, float: T.FLOAT32}
     fields |= {f"{arch}.rope.scaling.{key}": Field(v, kinds[type(v)]) for key, v in scaling.items()}
+    if "attention.sliding_window_pattern" in form.options and any(slides):
+        fields[f"{arch}.attention.sliding_window_pattern"] = Field(slides, T.ARRAY, T.BOOL)
     draft: Any = _Draft(cfg, form, {key: f.value for key, f in fields.items()}, tensors)
     _check_config(cfg, read_config(draft)[1])
     return fields, tensors
@@ -186,16 +189,6 @@ def tensor_name(form: FromGGUF, name: str) -> str:
         return TOP[name]
     layer, _, module = name.removeprefix("model.layers.").partition(".")
     return f"blk.{layer}.{form.names[module]}"
-
-
-def in_file_order(form: FromGGUF, cfg: ModelConfig, name: str) -> np.ndarray | None:
-    """Rows of q and k as llama.cpp has them, neighbours rotated together: int64 [out]; None: as they are."""
-    module = name.rpartition(".")[2]
-    if module not in ("q_proj", "k_proj") or not form.interleaved:
-        return None
-    a = cfg.layers[int(name.split(".")[2])].mixer
-    heads = a.n_heads if module == "q_proj" else a.n_kv_heads
-    return np.arange(heads * a.head_dim).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def is_carried(checkpoint: Any) -> bool:

@@ -21,6 +21,7 @@ from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_j
 from tinychat.models import FAMILIES
 from tinychat.network import hf_config
 from tinychat.network.config import ModelConfig
+from tinychat.network.family import FromHF, in_file_order
 from tinychat.network.weight_form import Form
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ class HFCheckpoint:
             )
         self.json: dict[str, Any] = settings
         generation = read_json(self.path / "generation_config.json")
+        self.settings = hf_config.text_settings(self.json, ARCHITECTURES)
         self.config = read_config(self.json, generation)
         self.quantization = read_quantization(self.path, self.json)
         self._tensors = Tensors(self.path, self._by_module, self._wanted_file())
@@ -69,6 +71,16 @@ class HFCheckpoint:
 
     def linear(self, name: str) -> Linear:
         """A linear module or the embedding: each is quantized or not as its own tensors are."""
+        stored, order = self._linear(name), in_file_order(self._form, self.config, name)
+        if order is None:
+            return stored
+        try:
+            return stored.reordered(np.argsort(order))
+        except ValueError as e:
+            raise UnsupportedModelError(f"{name} cannot be read: {e}.", SUPPORTED) from e
+
+    def _linear(self, name: str) -> Linear:
+        """The same with its rows as they are stored."""
         if self._quantized(name):
             shape = self._shapes.get(name)
             bias = None if shape is None else self._bias(name, shape[0])
@@ -125,12 +137,16 @@ class HFCheckpoint:
         for f in self._tensors.files:
             f.check_unchanged()
 
+    @property
+    def _form(self) -> FromHF:
+        return ARCHITECTURES[hf_config.architecture(self.settings)][1]
+
     def _by_module(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors by the names of the family's modules, where its files have others."""
         renamed = {}
         for name, tensor in _prefixed(found).items():
             name = nf4.part_named(name)
-            for pattern, module in ARCHITECTURES[hf_config.architecture(self.json)][1].tensors:
+            for pattern, module in self._form.tensors:
                 name = re.sub(pattern, module, name)
             renamed[name] = tensor
         return experts.by_module(renamed, self.config)
@@ -218,7 +234,7 @@ def _prefixed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint that was saved without its head (`LlamaModel`), by their names in a model
     that has one, as transformers reads them.
     """
-    if not found or any(name.startswith(_BASE) for name in found):
+    if not found or any(name.startswith((_BASE, "language_model.")) for name in found):
         return found
     return {_BASE + name: tensor for name, tensor in found.items()}
 

@@ -97,6 +97,14 @@ class AttentionConfig:
         if self.rope is not None:
             self.rope.check(self.head_dim)
 
+    def neighbours(self, heads: int) -> np.ndarray:
+        """Rows of so many heads of queries or keys in the order of files that rotate neighbours (x[2i] and
+        x[2i + 1]): int64 [heads · head_dim], row i of such a file is row result[i] here.
+        """
+        rows, dim = np.arange(heads * self.head_dim).reshape(heads, -1), self.rope.dim if self.rope else None
+        turned = rows[:, :dim].reshape(heads, 2, -1).swapaxes(1, 2).reshape(heads, -1)
+        return np.concatenate([turned, rows[:, turned.shape[1] :]], axis=1).reshape(-1)
+
 
 @dataclass(frozen=True)
 class DenseConfig:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from tinychat.network.config import (
     MOST_LAYERS,
     AttentionConfig,
@@ -30,6 +32,12 @@ class Metadata(Protocol):
 
     def number(self, key: str, default: Any = None) -> Any:
         """The value. Raises CheckpointError where it is no number, or missing without a default."""
+        ...
+
+    def flags(self, key: str, n: int, otherwise: Callable[[int], bool]) -> Callable[[int], bool]:
+        """What a list of n truth values says of layer i; `otherwise` where there is none. Raises
+        CheckpointError for anything else.
+        """
         ...
 
 
@@ -75,6 +83,9 @@ class FromHF:
     constants     what ModelConfig has besides
     tensors       how its files call modules, as pairs of a regular expression and what is put in its place to
                   get the names of `linears` and `norms`
+    interleaved   whether its files hold rows of q and k for rotating neighbours (x[2i], x[2i + 1])
+    model_type    its name in the `text_config` of wrappers
+    wrappers      architectures of models of several inputs whose `text_config` may describe such a model
     """
 
     defaults: Settings = field(default_factory=dict)
@@ -85,6 +96,9 @@ class FromHF:
     layers: Callable[[Settings, Stack], tuple[LayerConfig, ...]] | None = None
     constants: Callable[[Settings], dict[str, Any]] = lambda settings: {}
     tensors: tuple[tuple[str, str], ...] = ()
+    interleaved: bool = False
+    model_type: str = ""
+    wrappers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,17 @@ class FromGGUF:
     options: tuple[str, ...] = ()
     layers: Callable[[Metadata, Stack], tuple[LayerConfig, ...]] = lambda metadata, stack: stack.layers()
     constants: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}
+
+
+def in_file_order(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> np.ndarray | None:
+    """Rows of the linear `name` in the order of its family's files: int64 [out], the places that they have
+    here; None: as they are.
+    """
+    module = name.rpartition(".")[2]
+    if module not in ("q_proj", "k_proj") or not form.interleaved:
+        return None
+    a = cfg.layers[int(name.split(".")[2])].mixer
+    return a.neighbours(a.n_heads if module == "q_proj" else a.n_kv_heads)
 
 
 class WeightSource(Protocol):

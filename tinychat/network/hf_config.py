@@ -45,6 +45,7 @@ def read(
     Raises UnsupportedModelError for an architecture, option or rope scaling that is not understood, by name,
     and CheckpointError where the file does not describe a model.
     """
+    given = text_settings(given, architectures)
     arch = architecture(given)
     if arch not in architectures:
         raise UnsupportedModelError(
@@ -75,6 +76,34 @@ def architecture(given: Settings) -> str:
     return str(named[0] if isinstance(named, list) else named)
 
 
+def text_settings(given: Settings, architectures: Mapping[str, tuple[str, FromHF]]) -> Settings:
+    """Settings of the text model that a wrapper for several inputs holds; those of another model as they are.
+
+    Raises UnsupportedModelError for a wrapper of a text model that is not known, by name.
+    """
+    outer, inner = architecture(given), given.get("text_config")
+    wrapped = {form.model_type: arch for arch, (_, form) in architectures.items() if outer in form.wrappers}
+    if not wrapped or not isinstance(inner, dict):
+        return given
+    name = str(inner.get("model_type", next(iter(wrapped))))
+    if name not in wrapped:
+        raise UnsupportedModelError(
+            f"A {outer} with a text model of the type {name!r} is not supported.",
+            f"Supported text models in it: {', '.join(wrapped)}.",
+        )
+    # what the text model does not say itself; two tensors that differ are never tied, whatever is said here
+    shared = {key: given[key] for key in ("bos_token_id", "eos_token_id") if given.get(key) is not None}
+    shared["tie_word_embeddings"] = given.get("tie_word_embeddings", inner.get("tie_word_embeddings", True))
+    return {**inner, **shared, "architectures": [wrapped[name]], "model_type": name}
+
+
+WRAPPED = (
+    (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
+    (r"^(?:model\.language_model|language_model\.model)\.", "model."),
+)
+"""How wrappers call the modules of their text model, as `FromHF.tensors` has it."""
+
+
 def _config(family: str, form: FromHF, cfg: Settings, generation: Settings) -> ModelConfig:
     hidden, heads = cfg["hidden_size"], cfg["num_attention_heads"]
     head_dim = cfg.get("head_dim") or hidden // heads
@@ -89,7 +118,7 @@ def _config(family: str, form: FromHF, cfg: Settings, generation: Settings) -> M
     stack = Stack(cfg["num_hidden_layers"], attention, DenseConfig(cfg["intermediate_size"]))
     eos = generation.get("eos_token_id")
     eos = cfg.get("eos_token_id") if eos is None else eos
-    return ModelConfig(
+    fields: dict[str, Any] = dict(
         family=family,
         hidden_size=hidden,
         layers=form.layers(cfg, stack) if form.layers else windowed(cfg, stack),
@@ -101,8 +130,8 @@ def _config(family: str, form: FromHF, cfg: Settings, generation: Settings) -> M
         bos_id=cfg.get("bos_token_id"),
         eos_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
         **ropes,
-        **form.constants(cfg),
     )
+    return ModelConfig(**{**fields, **form.constants(cfg)})
 
 
 def slides(cfg: Settings, otherwise: Callable[[int], bool] = lambda i: True) -> Callable[[int], bool]:

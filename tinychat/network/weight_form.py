@@ -192,7 +192,7 @@ class Coded:
         """(rows, columns)."""
         return self.codes.shape
 
-    def __getitem__(self, rows: slice) -> Coded:
+    def __getitem__(self, rows: slice | np.ndarray) -> Coded:
         """Some of the rows."""
         times = self.times if self.times is None or len(self.times) == 1 else self.times[rows]
         return Coded(self.kind, self.codes[rows], times)

@@ -118,6 +118,23 @@ class QuantizedLinear:
             rows=min(self.rows, len(codes)),
         )
 
+    def reordered(self, rows: np.ndarray) -> QuantizedLinear:
+        """Outputs in another order: int64 [out], the old places of the new ones.
+
+        Raises ValueError where outputs that share a scale would be torn apart.
+        """
+        beside = rows[:: self.rows] // self.rows
+        if not np.array_equal(np.repeat(beside, self.rows)[: len(rows)], rows // self.rows):
+            raise ValueError(f"{self.rows} rows that share a scale cannot be put in another order")
+        return replace(
+            self,
+            codes=self.codes[rows],
+            scales=self.scales[beside],
+            zeros=None if self.zeros is None else self.zeros[beside],
+            offsets=None if self.offsets is None else self.offsets[beside],
+            bias=None if self.bias is None else self.bias[rows],
+        )
+
     def _each_row(self, beside: np.ndarray) -> np.ndarray:
         """[out, in/group, 1] of what stands beside groups."""
         if self.rows > 1:
@@ -154,6 +171,11 @@ class DenseLinear:
     def part(self, start: int, end: int) -> DenseLinear:
         """Outputs start … end - 1, without the bias."""
         return DenseLinear(self.weight[start:end], bf16=self.bf16)
+
+    def reordered(self, rows: np.ndarray) -> DenseLinear:
+        """Outputs in another order: int64 [out], the old places of the new ones."""
+        bias = None if self.bias is None else self.bias[rows]
+        return replace(self, weight=self.weight[rows], bias=bias)
 
     def dequantize(self) -> np.ndarray:
         """float32 [out, in]."""

@@ -260,7 +260,7 @@ def write_weights(folder: Path, entries: list[Entry], shard_bytes: int = SHARD_B
 
 def write_settings(folder: Path, checkpoint: Checkpoint, quantization: dict[str, Any]) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
-    source = getattr(checkpoint, "json", None)  # a Hugging Face folder's own config.json, kept as it is
+    source = getattr(checkpoint, "settings", None)  # a Hugging Face folder's own, kept as they are
     config = dict(source) if source is not None else hf_config(checkpoint.config)
     config["torch_dtype"] = "float16"
     config.pop("dtype", None)

@@ -12,6 +12,7 @@ from tinychat.formats.gguf_blocks import UNPACK
 from tinychat.formats.gguf_pack import PACK
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
+from tinychat.network.family import FromGGUF, FromHF, in_file_order
 from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize.forward import apart, network
 from tinychat.quantize.nodes import BlockWeights
@@ -51,7 +52,9 @@ class StoredBlock:
         gguf, prefix, out = target.format == "gguf", f"model.layers.{self.layer}.", Tensors()
         for name, linear in self.linear.items():
             whole = prefix + name
-            own = _blocks(linear, whole, cfg, target) if gguf else _PACK[target.layout](linear)
+            order = in_file_order(_form(cfg, gguf), cfg, whole)
+            linear = linear if order is None else linear.reordered(order)
+            own = _blocks(linear, target) if gguf else _PACK[target.layout](linear)
             out |= {f"{whole}.{part}": a for part, a in own.items()}
         for name, v in self.norm.items():
             out[f"{prefix}{name}.weight"] = v if gguf else as_stored(v, cfg)
@@ -65,7 +68,9 @@ class StoredBlock:
         for name in _names(cfg, layer):
             own = f"{prefix}{name}."
             parts = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
-            out.linear[name] = _of_blocks(parts, own[:-1], cfg) if gguf else _unpack(parts, target)
+            linear = _of_blocks(parts) if gguf else _unpack(parts, target)
+            order = in_file_order(_form(cfg, gguf), cfg, own[:-1])
+            out.linear[name] = linear if order is None else linear.reordered(np.argsort(order))
         for name in (norm.removeprefix(prefix) for norm in FAMILIES[cfg.family].norms(cfg, layer)):
             out.norm[name] = tensors[f"{prefix}{name}.weight"].astype(np.float32) + offset
         return out
@@ -112,24 +117,24 @@ def _int_quantized(weight: QuantizedLinear) -> Tensors:
     return out if weight.bias is None else out | {"bias": weight.bias.astype(np.float16)}
 
 
-def _blocks(linear: QuantizedLinear, name: str, cfg: ModelConfig, target: Target) -> Tensors:
+def _form(cfg: ModelConfig, gguf: bool) -> FromHF | FromGGUF:
+    """How the family's files hold its linears."""
+    return gguf_metadata.architecture(cfg)[1] if gguf else next(iter(FAMILIES[cfg.family].HF.values()))
+
+
+def _blocks(linear: QuantizedLinear, target: Target) -> Tensors:
     """A linear's rows as GGUF's blocks, by the name of their type, and its bias."""
     kind = target.type_of(linear.shape[1])
-    order = gguf_metadata.in_file_order(gguf_metadata.architecture(cfg)[1], cfg, name)
     parts = {kind: PACK[kind](linear)}
     if linear.bias is not None:
         parts["bias"] = linear.bias.astype(np.float32)
-    return parts if order is None else {part: a[order] for part, a in parts.items()}
+    return parts
 
 
-def _of_blocks(parts: Tensors, name: str, cfg: ModelConfig) -> QuantizedLinear:
+def _of_blocks(parts: Tensors) -> QuantizedLinear:
     """The linear that `_blocks` gave these parts of."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    order = gguf_metadata.in_file_order(gguf_metadata.architecture(cfg)[1], cfg, name)
-    if order is not None:
-        back = np.argsort(order)
-        parts = {part: a[back] for part, a in parts.items()}
     ((kind, rows),) = ((part, a) for part, a in parts.items() if part in PACK)
     size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     linear = UNPACK[kind](rows.reshape(len(rows), -1, size))

@@ -1,0 +1,113 @@
+"""Folders of models that see as well: the text model in them, under every name that it has had."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import SHAPE, logits_of, relative_error
+from memories import allocate, step_of
+from safetensors.numpy import load_file, save_file
+from tiny import byte_tokenizer
+
+from tinychat.backends.reference import ReferenceBackend
+from tinychat.base.errors import UnsupportedModelError
+from tinychat.formats.hf import HFCheckpoint, read_config
+from tinychat.network.weight_policy import WeightPolicy
+from tinychat.quantize import quantize
+
+IDS = np.random.default_rng(1).integers(0, 258, 60).astype(np.int32)
+VISION = dict(
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    head_dim=16,
+    image_size=28,
+    patch_size=14,
+)
+GEMMA = dict(head_dim=16, sliding_window=24, query_pre_attn_scalar=16)
+# wrapper → its text model's type and settings, and the type of what sees
+CASES = {
+    "Gemma3ForConditionalGeneration": ("gemma3_text", GEMMA, "siglip_vision_model"),
+    "Mistral3ForConditionalGeneration": (
+        "mistral",
+        dict(sliding_window=None, head_dim=32),
+        "pixtral",
+    ),
+}
+
+
+def wrapper(name: str):
+    kind, text, vision = CASES[name]
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    given = dict(
+        text_config=dict(SHAPE, **text, model_type=kind), vision_config=dict(VISION, model_type=vision)
+    )
+    hf = cls(cls.config_class(**given, tie_word_embeddings=name.startswith("Gemma"))).float().eval()
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return hf
+
+
+def ours(folder) -> np.ndarray:
+    backend = ReferenceBackend(HFCheckpoint(folder), WeightPolicy("none", 16))
+    allocate(backend, 8)
+    return backend.step(step_of(backend, IDS, 0, 0, np.arange(8, dtype=np.int32), 0))
+
+
+@pytest.fixture(params=CASES)
+def saved(request, tmp_path):
+    """The wrapper, and its folder."""
+    hf = wrapper(request.param)
+    hf.save_pretrained(tmp_path / "whole")
+    byte_tokenizer().save(tmp_path / "whole")
+    return hf, tmp_path / "whole"
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_a_wrapper_gives_the_logits_of_transformers(saved, prefix):
+    hf, folder = saved
+    file = folder / "model.safetensors"
+    tensors = {k.replace("language_model.model.", prefix): v for k, v in load_file(file).items()}
+    if prefix == "model.language_model.":
+        tensors = {k.replace("language_model.lm_head.", "lm_head."): v for k, v in tensors.items()}
+    assert any(name.startswith(prefix) for name in tensors)
+    assert any("vision" in name for name in tensors)
+    save_file(tensors, file)
+    assert relative_error(ours(folder), logits_of(hf, IDS)) < 1e-4
+
+
+def test_a_quantized_wrapper_is_written_as_its_text_model(saved, tmp_path):
+    hf, folder = saved
+    quantize(HFCheckpoint(folder), tmp_path / "out", method="rtn", ranges="whole", group_size=32)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "text_config" not in written
+    assert "vision_config" not in written
+    assert type(transformers.AutoConfig.for_model(**written)) is type(hf.config.text_config)
+    assert relative_error(ours(tmp_path / "out"), logits_of(hf, IDS)) < 0.5
+
+
+def test_what_the_folder_says_itself_ends_an_answer():
+    text = dict(SHAPE, model_type="gemma3_text", head_dim=16, eos_token_id=1)
+    given = dict(architectures=["Gemma3ForConditionalGeneration"], text_config=text, eos_token_id=[1, 106])
+    assert read_config(given).eos_ids == (1, 106)
+
+
+def test_a_wrapper_of_an_unknown_text_model_is_refused_by_name():
+    given = dict(architectures=["Mistral3ForConditionalGeneration"], text_config=dict(model_type="mamba"))
+    with pytest.raises(UnsupportedModelError, match="mamba") as e:
+        read_config(given)
+    assert len(str(e.value).splitlines()) == 2
+    for strange in (["mistral"], {}, 5):
+        given["text_config"] = dict(model_type=strange)
+        with pytest.raises(UnsupportedModelError):
+            read_config(given)
+    for nothing in (None, [], "text"):
+        with pytest.raises(UnsupportedModelError):
+            read_config(dict(architectures=["Gemma3ForConditionalGeneration"], text_config=nothing))
