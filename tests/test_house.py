@@ -43,6 +43,7 @@ FLOORS = [
     ("bench", "perplexity"),
     ("chats",),
     ("process",),
+    ("serve",),
     ("tui",),
     ("cli",),
     ("__main__",),

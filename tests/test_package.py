@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "numpy", "textual", "transformers", "tokenizers", "rich", "jinja2", "gguf")
+HEAVY = (
+    "torch",
+    "numpy",
+    "textual",
+    "transformers",
+    "tokenizers",
+    "rich",
+    "jinja2",
+    "gguf",
+    "starlette",
+    "uvicorn",
+)
 
 
 def run(*args, **kwargs):

@@ -39,13 +39,31 @@ class ChatRequest:
         refuse_oversized(
             model.tokenizer, [m["content"] for m in self.messages], model.n_ctx, model.eviction() is not None
         )
-        ids, splitter = self._prompt(model)
+        ids, splitter = self.prompt(model)
         branch = model.engine.branch(model.eviction())
         yield from model.engine.generate(branch, ids, self.params, cancel, speculator, splitter)
 
-    def _prompt(self, model: ChatModel) -> tuple[list[int], Splitter | None]:
+    def prompt(self, model: ChatModel) -> tuple[list[int], Splitter | None]:
+        """The ids that the model reads, and what tells its reasoning from its answer. Raises UsageError where
+        the template refuses the messages.
+        """
         if model.template is None:
             return model.encode_prompt("".join(m["content"] for m in self.messages)), None
         text = model.template.render(self.messages)
         bos = [model.tokenizer.bos_id] if model.tokenizer.bos_id is not None and model.needs_bos(text) else []
         return bos + model.template.encode(text), model.template.splitter(text)
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """What the continuation of a bare prompt follows from: its ids, how tokens are chosen, who drafts."""
+
+    ids: list[int]
+    params: SamplingParams
+    draft: str | None = None
+
+    def events(self, model: ChatModel, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
+        """The continuation, as `ChatRequest.events` yields an answer."""
+        branch = model.engine.branch(model.eviction())
+        speculator = model.speculator(self.draft)
+        yield from model.engine.generate(branch, self.ids, self.params, cancel, speculator)

@@ -15,7 +15,7 @@ from tinychat.base.events import Completion, Done, Event
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import HEADROOM, human_bytes
 from tinychat.base.sampling_params import SamplingParams
-from tinychat.chat_request import ChatRequest
+from tinychat.chat_request import ChatRequest, PromptRequest
 from tinychat.engine.engine import Engine
 from tinychat.engine.eviction import SINKS, SMALLEST, EvictionPolicy
 from tinychat.engine.memory.sizes import memory_bytes, tokens_within
@@ -191,12 +191,16 @@ class Model:
         """Continue a bare prompt (text or ids; no chat template). Yields events; sampling parameters by
         keyword.
         """
-        speculator, params = self._settings(sampling)
+        return self.continuing(prompt, **sampling).events(self)
+
+    def continuing(self, prompt: str | Sequence[int], **options: Any) -> PromptRequest:
+        """What `generate` asks for, checked. Raises UsageError."""
+        draft = options.pop("draft", None)
+        params = self.default_sampling.but(**options)
         if isinstance(prompt, str):
             refuse_oversized(self.tokenizer, [prompt], self.n_ctx, self.eviction() is not None)
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._ids(prompt)
-        branch = self.engine.branch(self.eviction())
-        return self.engine.generate(branch, ids, params, speculator=speculator)
+        return PromptRequest(ids, params, draft)
 
     @overload
     def chat(
@@ -283,9 +287,3 @@ class Model:
 
     def _ids(self, given: Iterable[int]) -> list[int]:
         return arguments.token_ids(given, self.config.vocab_size)
-
-    def _settings(self, sampling: dict[str, Any]) -> tuple[Speculator, SamplingParams]:
-        """Speculator and sampling of one answer. The draft comes last: it may have to be loaded."""
-        draft = sampling.pop("draft", None)
-        params = self.default_sampling.but(**sampling)
-        return self.speculator(draft), params

@@ -1,0 +1,232 @@
+"""/v1/chat/completions by the official client and by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+
+import pytest
+from serving import events_of, serving
+from tiny import tiny_model
+
+HELLO = [{"role": "user", "content": "Hello."}]
+needs_client = pytest.mark.skipif(not importlib.util.find_spec("openai"), reason="needs openai")
+
+
+@pytest.fixture(scope="module")
+def model():
+    with tiny_model(ctx=256, backend="cpu", eos_ids=()) as m:
+        yield m
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with serving(model) as s:
+        yield s
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from openai import OpenAI
+
+    with OpenAI(base_url=server.url, api_key="none", max_retries=0) as c:
+        yield c
+
+
+def test_an_answer_is_what_the_model_says_itself(server, model):
+    here = model.chat(HELLO, temperature=0, max_tokens=12)
+    status, said, _ = server.chat(temperature=0, max_tokens=12)
+    choice = said["choices"][0]
+    assert status == 200
+    assert said["object"] == "chat.completion"
+    assert said["model"] == "tiny"
+    assert choice["message"] == {"role": "assistant", "content": here.text, "refusal": None}
+    assert choice["finish_reason"] == "length"
+    used = said["usage"]
+    assert (used["prompt_tokens"], used["completion_tokens"]) == (here.stats.prompt_tokens, 12)
+    assert used["total_tokens"] == here.stats.prompt_tokens + 12
+    assert used["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
+@needs_client
+def test_the_official_client_gets_whole_answers(client, model):
+    here = model.chat(HELLO, temperature=1, seed=5, max_tokens=12)
+    said = client.chat.completions.create(
+        model="tiny", messages=HELLO, temperature=1, seed=5, max_completion_tokens=12
+    )
+    assert said.choices[0].message.content == here.text
+    assert said.usage.completion_tokens == 12
+
+
+@needs_client
+def test_the_official_client_gets_streams(client, model):
+    here = model.chat(HELLO, temperature=1, seed=6, max_tokens=12)
+    asked = {"model": "tiny", "messages": HELLO, "temperature": 1, "seed": 6, "max_tokens": 12}
+    first, *chunks = client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    assert first.choices[0].delta.role == "assistant"
+    *said, finish, last = chunks
+    assert "".join(c.choices[0].delta.content for c in said) == here.text
+    assert finish.choices[0].finish_reason == "length"
+    assert not last.choices
+    assert last.usage.completion_tokens == 12
+    assert last.usage.prompt_tokens_details.cached_tokens == 16  # the whole block that the first run left
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert all(c.usage is None for c in chunks)
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+@needs_client
+def test_the_asynchronous_client_is_answered_beside_others(server, model):
+    from openai import AsyncOpenAI
+
+    here = [model.chat(HELLO, temperature=1, seed=i, max_tokens=8).text for i in range(4)]
+
+    async def ask(client, i):
+        asked = {"model": "tiny", "messages": HELLO, "temperature": 1, "seed": i, "max_tokens": 8}
+        if i % 2:
+            return (await client.chat.completions.create(**asked)).choices[0].message.content
+        stream = await client.chat.completions.create(**asked, stream=True)
+        return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+    async def all_of_them():
+        async with AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(4)))
+
+    assert asyncio.run(all_of_them()) == here
+
+
+@needs_client
+def test_the_official_client_raises_its_own_errors(client):
+    import openai
+
+    with pytest.raises(openai.BadRequestError) as e:
+        client.chat.completions.create(model="tiny", messages=HELLO, temperature=-1)
+    assert e.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError) as e:
+        client.chat.completions.create(model="gpt-9", messages=HELLO)
+    assert e.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as e:
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 500}])
+    assert e.value.code == "context_length_exceeded"
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_choices_differ_by_their_seed_and_the_prompt_is_read_once(server, model):
+    here = [model.chat("Choices.", temperature=1, seed=7 + i, max_tokens=8).text for i in range(3)]
+    _, said, _ = server.chat("Choices.", temperature=1, seed=7, max_tokens=8, n=3)
+    assert [c["message"]["content"] for c in said["choices"]] == here
+    assert said["usage"]["completion_tokens"] == 24
+    _, content, _ = server.chat("Choices.", temperature=1, seed=7, max_tokens=8, n=3, stream=True)
+    *chunks, done = events_of(content)
+    texts = ["", "", ""]
+    for choice in (c["choices"][0] for c in chunks):
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == here
+    assert done == "[DONE]"
+
+
+def test_a_stop_string_ends_an_answer(server, model):
+    whole = model.chat(HELLO, temperature=0, max_tokens=30).text
+    stop = next(c for c in whole if c.isascii())
+    _, said, _ = server.chat(temperature=0, max_tokens=30, stop=[stop])
+    assert said["choices"][0]["finish_reason"] == "stop"
+    assert said["choices"][0]["message"]["content"] == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "messages"),
+        ({"messages": []}, None),
+        ({"messages": HELLO, "max_tokens": "many"}, "max_tokens"),
+        ({"messages": HELLO, "top_p": 2}, "top_p"),
+        ({"messages": HELLO, "n": 0}, "n"),
+        ({"messages": HELLO, "n": 1000}, "n"),
+        ({"messages": HELLO, "stream": "yes"}, "stream"),
+        ({"messages": HELLO, "stream_options": []}, "stream_options"),
+        ({"messages": HELLO, "model": 3}, "model"),
+        ({"messages": HELLO, "logit_bias": {"3": 1}}, "logit_bias"),
+        ({"messages": HELLO, "stop": [""]}, "stop"),
+    ],
+)
+def test_what_is_wrong_is_named(server, body, param):
+    status, said, _ = server.ask("/v1/chat/completions", body)
+    assert status == 400
+    assert said["error"]["param"] == param
+    assert said["error"]["message"]
+    assert said["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'{"messages": NaN}', b"[" * 100_000])
+def test_a_body_that_is_no_json_object_is_refused(server, body):
+    status, said, _ = server.ask("/v1/chat/completions", body)
+    assert status == 400
+    assert said["error"]["code"] == "invalid_json"
+
+
+def test_unknown_fields_and_nulls_are_passed_over(server):
+    status, _, _ = server.chat(
+        max_tokens=1, user="me", metadata={"a": [1]}, stop=None, n=None, tools=[], store=True
+    )
+    assert status == 200
+    assert server.chat(max_tokens=1, seed=-1, presence_penalty=0.0)[0] == 200
+
+
+def test_unknown_paths_and_methods_have_the_error_object_too(server):
+    assert server.ask("/v1/nothing")[:1] == (404,)
+    status, said, headers = server.ask("/v1/chat/completions")
+    assert status == 405
+    assert said["error"]["type"] == "invalid_request_error"
+    assert "POST" in headers["allow"]
+    assert server.ask("/v1/models/none")[1]["error"]["code"] == "model_not_found"
+
+
+def test_texts_are_continued(server, model):
+    from tinychat.base.events import Done
+
+    *_, done = model.generate("Once", temperature=0, max_tokens=9)
+    assert isinstance(done, Done)
+    asked = {"prompt": ["Once", "Twice"], "temperature": 0, "max_tokens": 9}
+    _, said, _ = server.ask("/v1/completions", asked)
+    assert said["choices"][0]["text"] == done.completion.text
+    assert len(said["choices"]) == 2
+    assert said["usage"]["completion_tokens"] == 18
+    assert said["usage"]["prompt_tokens"] == len("OnceTwice")
+    ids = model.tokenizer.encode("Once")
+    _, content, _ = server.ask("/v1/completions", {**asked, "prompt": ids, "stream": True})
+    *chunks, end = events_of(content)
+    assert "".join(c["choices"][0]["text"] for c in chunks) == done.completion.text
+    assert end == "[DONE]"
+    for wrong in ([], [[]], {"a": 1}, [1, "a"], 3):
+        assert server.ask("/v1/completions", {"prompt": wrong})[1]["error"]["param"] == "prompt"
+    assert server.ask("/v1/completions", {"prompt": [999]})[0] == 400
+
+
+def test_texts_become_ids_and_ids_texts(server, model):
+    _, said, _ = server.ask("/tokenize", {"content": "Hello <|im_end|>"})
+    assert said["tokens"] == model.tokenizer.encode("Hello <|im_end|>")
+    assert said["count"] == len(said["tokens"])
+    assert server.ask("/detokenize", {"tokens": said["tokens"]})[1]["content"] == "Hello <|im_end|>"
+    _, chat, _ = server.ask("/tokenize", {"messages": HELLO})
+    assert chat["count"] == model.chat(HELLO, max_tokens=1).stats.prompt_tokens
+    assert server.ask("/detokenize", {"tokens": [1 << 40]})[1]["error"]["param"] == "tokens"
+    assert server.ask("/tokenize", {"content": 1})[1]["error"]["param"] == "content"
+
+
+def test_counts_are_told(server):
+    server.chat(max_tokens=3)
+    server.until(server.idle)
+    status, content, headers = server.ask("/metrics")
+    text = content.decode()
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
+    assert 'tinychat_requests_total{path="/v1/chat/completions",status="200"}' in text
+    assert "\ntinychat_running 0\n" in text
+    assert "\ntinychat_models_loaded 1\n" in text
+    assert server.ask("/health")[1]["status"] == "ok"
+    prometheus = pytest.importorskip("prometheus_client.parser")
+    names = {family.name for family in prometheus.text_string_to_metric_families(text)}
+    assert {"tinychat_generated_tokens", "tinychat_first_token_seconds"} <= names

@@ -1,0 +1,186 @@
+"""OpenAI's /v1/chat/completions."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from tinychat.base.events import Completion, Done, Event, FinishReason, Stats, TextDelta
+from tinychat.chat_request import ChatRequest
+from tinychat.serve.answers import Answer
+from tinychat.serve.fields import Fields
+from tinychat.serve.problems import ApiError
+from tinychat.serve.service import endpoint, error_of, service_of
+from tinychat.serve.streams import Stream, Whole, event
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from tinychat.model import Model
+
+REASONS: dict[FinishReason, str] = {"context_full": "length", "cancelled": "stop", "error": "stop"}
+# Fields that are passed on as they are, by the option of `Model.request` that takes them.
+PASSED = {
+    "tools": "tools",
+    "tool_choice": "tool_choice",
+    "parallel_tool_calls": "parallel_tool_calls",
+    "response_format": "response_format",
+    "reasoning_effort": "effort",
+    "think_budget": "think_budget",
+}
+PLAIN: dict[str, Any] = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
+
+
+@dataclasses.dataclass
+class Asked:
+    """A request for a chat completion, as the JSON says it."""
+
+    model: str | None
+    messages: Any
+    options: dict[str, Any]
+    n: int
+    stream: bool
+    usage: bool
+
+    @classmethod
+    def of(cls, fields: Fields, choices: int) -> Asked:
+        """Raises ApiError for what is wrong."""
+        messages = fields.need("messages")
+        known = {f.name for f in dataclasses.fields(ChatRequest)}
+        options = fields.sampling()
+        for name, option in PASSED.items():
+            if name not in fields or fields[name] == PLAIN.get(name):
+                continue
+            if option in known:
+                options[option] = fields[name]
+            elif name not in ("parallel_tool_calls", "reasoning_effort"):
+                raise ApiError(400, f"{name} is not supported.", param=name, code="unsupported_parameter")
+        return cls(
+            fields.text("model"),
+            messages,
+            options,
+            fields.whole("n", 1, choices) or 1,
+            fields.flag("stream"),
+            fields.object("stream_options").flag("include_usage"),
+        )
+
+    def requests(self, model: Model) -> list[ChatRequest]:
+        """One for each choice. Raises UsageError."""
+        first = model.request(self.messages, **self.options)
+        return [first, *(variant(first, i) for i in range(1, self.n))]
+
+
+def variant(request: Any, i: int) -> Any:
+    """The request for choice i: a seed that was given would say the same again."""
+    seed = request.params.seed
+    return request if seed is None else dataclasses.replace(request, params=request.params.but(seed=seed + i))
+
+
+def usage(stats: Sequence[Stats]) -> dict[str, Any]:
+    """Tokens that a request took; the prompt is read once for all choices."""
+    prompt, made = stats[0].prompt_tokens, sum(s.generated_tokens for s in stats)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": stats[0].cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(s.reasoning_tokens for s in stats)},
+    }
+
+
+def finish_reason(reason: FinishReason) -> str:
+    """Why an answer ended, in the API's words."""
+    return REASONS.get(reason, reason)
+
+
+async def completions_of(answer: Answer) -> list[Completion]:
+    """All choices, when they are there."""
+    found: dict[int, Completion] = {}
+    async with aclosing(answer.events()) as events:
+        async for index, said in events:
+            if isinstance(said, Done):
+                found[index] = said.completion
+    return [found[i] for i in sorted(found)]
+
+
+def message_of(completion: Completion) -> dict[str, Any]:
+    """The assistant's message."""
+    message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+    if completion.reasoning:
+        message["reasoning_content"] = completion.reasoning
+    return message
+
+
+def delta_of(said: Event) -> dict[str, Any]:
+    """What an event adds to the assistant's message; empty where that is nothing."""
+    delta: dict[str, Any] = {}
+    if isinstance(said, TextDelta):
+        if said.reasoning:
+            delta["reasoning_content"] = said.reasoning
+        if said.text:
+            delta["content"] = said.text
+    return delta
+
+
+class Form:
+    """The JSON of one response, whole or in chunks."""
+
+    def __init__(self, model: str):
+        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    async def whole(self, answer: Answer) -> dict[str, Any]:
+        """The response in one piece."""
+        found = await completions_of(answer)
+        choices = [
+            {
+                "index": i,
+                "message": message_of(c),
+                "logprobs": None,
+                "finish_reason": finish_reason(c.finish_reason),
+            }
+            for i, c in enumerate(found)
+        ]
+        head = {**self.head, "object": "chat.completion"}
+        return {**head, "choices": choices, "usage": usage([c.stats for c in found])}
+
+    async def chunks(self, answer: Answer, with_usage: bool) -> AsyncGenerator[bytes, None]:
+        """The response as server-sent events."""
+        stats: dict[int, Stats] = {}
+        begun: set[int] = set()
+        async with aclosing(answer.events()) as events:
+            async for index, said in events:
+                if index not in begun:
+                    begun.add(index)
+                    yield self._chunk(index, {"role": "assistant", "content": ""}, None, with_usage)
+                if delta := delta_of(said):
+                    yield self._chunk(index, delta, None, with_usage)
+                if isinstance(said, Done):
+                    stats[index] = said.stats
+                    yield self._chunk(index, {}, finish_reason(said.finish_reason), with_usage)
+        if with_usage:
+            counts = usage([stats[i] for i in sorted(stats)])
+            yield event({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": counts})
+        yield event("[DONE]")
+
+    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None, with_usage: bool) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        more = {"usage": None} if with_usage else {}
+        return event({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
+
+
+@endpoint()
+async def chat_completions(request: Request) -> Response:
+    """One answer, or several choices, to a conversation."""
+    service = service_of(request)
+    asked = Asked.of(await service.bodies.fields(request), service.limits.choices)
+    answer, name = await service.ask(asked.model, asked.requests)
+    form = Form(name)
+    if not asked.stream:
+        return Whole(form.whole(answer), error_of, answer.drop)
+    chunks = form.chunks(answer, asked.usage)
+    return Stream(chunks, error_of, lambda p: event(p.as_dict()), answer.drop, service.limits.quiet_time)

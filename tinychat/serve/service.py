@@ -1,0 +1,142 @@
+"""Everything that the endpoints have in common: models, turns, bodies, counts, and how an answer is begun."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import JSONResponse
+
+from tinychat.base.events import Done, Event
+from tinychat.serve import problems
+from tinychat.serve.answers import Answer, Work
+from tinychat.serve.bodies import Bodies
+from tinychat.serve.desk import Desk
+from tinychat.serve.limits import Limits
+from tinychat.serve.metrics import Metrics
+from tinychat.serve.problems import ApiError
+from tinychat.serve.rack import Lease, Rack
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from tinychat.chat_request import ChatRequest, PromptRequest
+    from tinychat.model import Model
+
+TIDY_SECONDS = 1.0
+
+
+class Service:
+    """One server. Made and used on its event loop."""
+
+    def __init__(self, rack: Rack, limits: Limits):
+        self.rack, self.limits = rack, limits
+        self.desk = Desk(limits.parallel, limits.waiting)
+        self.bodies, self.metrics = Bodies(limits), Metrics()
+        self._answers: set[Answer] = set()
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._tidy())
+
+    async def ask(
+        self, model: str | None, make: Callable[[Model], Sequence[ChatRequest | PromptRequest]]
+    ) -> tuple[Answer, str]:
+        """Begin the answers to requests that `make` makes for a model, on a thread, for it may take long; and
+        the name by which the model is served.
+
+        Raises ApiError, and what making the request raises.
+        """
+        lease = await self.rack.lease(model)
+        answer: Answer | None = None
+        try:
+            requests = await asyncio.to_thread(make, lease.model)
+            answer = self.begin(lease, [self._work(lease.model, request) for request in requests])
+            return answer, lease.name
+        finally:
+            if answer is None:
+                lease.end()
+
+    def begin(self, lease: Lease, work: Sequence[Work]) -> Answer:
+        """Begin answers that need a model; the lease ends with them. Raises ApiError."""
+
+        def over() -> None:
+            lease.end()
+            self._answers.discard(answer)
+
+        answer = Answer(self.desk, work, over)
+        self._answers.add(answer)
+        return answer
+
+    def _work(self, model: Model, request: ChatRequest | PromptRequest) -> Work:
+        def work(cancel: threading.Event) -> Iterator[Event]:
+            try:
+                for event in request.events(model, cancel):
+                    if isinstance(event, Done):
+                        self._call(self.metrics.done, event)
+                    yield event
+            except Exception as e:
+                self._call(self._failed, model, e)
+                raise
+
+        return work
+
+    def _failed(self, model: Model, error: BaseException) -> None:
+        self._spawn(self.rack.lost(model, error))
+
+    def _call(self, f: Callable[..., Any], *args: Any) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(f, *args)
+
+    def _spawn(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            await self.rack.tidy()
+
+    async def close(self) -> None:
+        """End what is running, and close the models. Idempotent."""
+        self.desk.close()
+        for answer in list(self._answers):
+            answer.cancel.set()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.to_thread(self.desk.join)
+        await self.rack.close()
+
+
+def service_of(request: Request) -> Service:
+    """The server that a request came to."""
+    return request.app.state.service
+
+
+def error_of(problem: ApiError) -> dict[str, Any]:
+    """An error as OpenAI's API has it."""
+    return problem.as_dict()
+
+
+def endpoint(error: Callable[[ApiError], dict[str, Any]] = error_of) -> Callable:
+    """A decorator of an endpoint: what it raises becomes an error as `error` writes it, and is counted."""
+
+    def decorate(f: Callable) -> Callable:
+        async def answered(request: Request) -> Response:
+            service = service_of(request)
+            try:
+                response = await f(request)
+            except Exception as e:
+                problem = problems.of(e)
+                response = JSONResponse(error(problem), problem.status, problem.headers)
+            path = request.scope["route"].path
+            service.metrics.count("tinychat_requests_total", path=path, status=str(response.status_code))
+            return response
+
+        return answered
+
+    return decorate

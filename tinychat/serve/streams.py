@@ -1,0 +1,144 @@
+"""Responses as server-sent events, and waiting for an answer no longer than the client does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.responses import JSONResponse, Response
+
+from tinychat.serve import problems
+from tinychat.serve.problems import ApiError
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+ALIVE = b": still here\n\n"  # a comment, which every client passes over
+HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """One server-sent event: a JSON value, or a text as it is."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {text}\n\n".encode(errors="replace")
+
+
+async def _gone(receive: Receive) -> None:
+    """Until the client closes its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` returns; it is cancelled, and None is returned, when the client goes away first."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+class Whole(Response):
+    """An answer in one piece, which is made while the client waits for it."""
+
+    def __init__(
+        self,
+        work: Coroutine[Any, Any, dict[str, Any]],
+        error: Callable[[ApiError], Any],
+        over: Callable[[], None],
+    ):
+        """error: the body of an error, as the API has it. over: called at the end, however that is."""
+        super().__init__()
+        self._work, self._error, self._over = work, error, over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wait for it, and send it."""
+        try:
+            made = await unless_gone(receive, self._work)
+        except Exception as e:
+            problem = problems.of(e)
+            response = JSONResponse(self._error(problem), problem.status, problem.headers)
+            return await response(scope, receive, send)
+        finally:
+            self._over()
+        if made is not None:
+            await JSONResponse(made)(scope, receive, send)
+
+
+class Stream(Response):
+    """Server-sent events. Until the first one is there, an error is a response of its own; later it is an
+    event. While none comes, comments say that the server is at work.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        error: Callable[[ApiError], Any],
+        error_event: Callable[[ApiError], bytes],
+        over: Callable[[], None],
+        quiet_time: float,
+    ):
+        """error: the body of an error response; error_event: an error as an event. over: called at the end,
+        however that is.
+        """
+        super().__init__()
+        self._chunks, self._error, self._error_event = chunks, error, error_event
+        self._over, self._quiet = over, quiet_time
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the end, or until the client is gone."""
+        gone = asyncio.ensure_future(_gone(receive))
+        following: asyncio.Future[bytes] | None = None
+        started = False
+
+        async def say(data: bytes, more: bool = True) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                head = [(b"content-type", b"text/event-stream; charset=utf-8")]
+                head += [(k.encode(), v.encode()) for k, v in HEADERS.items()]
+                await send({"type": "http.response.start", "status": 200, "headers": head})
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        try:
+            while not gone.done():
+                following = following or asyncio.ensure_future(_next(self._chunks))
+                either: set[asyncio.Future[Any]] = {following, gone}
+                await asyncio.wait(either, timeout=self._quiet, return_when=asyncio.FIRST_COMPLETED)
+                if following.done():
+                    done, following = following, None
+                    await say(done.result())
+                elif not gone.done():
+                    await say(ALIVE)
+        except StopAsyncIteration:
+            await say(b"", more=False)
+        except Exception as e:
+            problem = problems.of(e)
+            if started:
+                await say(self._error_event(problem), more=False)
+            else:
+                response = JSONResponse(self._error(problem), problem.status, problem.headers)
+                await response(scope, receive, send)
+        finally:
+            gone.cancel()
+            if following is not None:
+                following.cancel()
+                with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
+                    await following
+            await self._chunks.aclose()
+            self._over()
+
+
+async def _next(chunks: AsyncGenerator[bytes, None]) -> bytes:
+    # A future cannot hold StopAsyncIteration of a generator's own method; a coroutine's can.
+    return await chunks.__anext__()
