@@ -13,9 +13,15 @@ from tinychat.conversation import Message
 class AnswerInTheMaking:
     """`message` is whole once it has ended; what was said before is kept here, token by token."""
 
-    def __init__(self, question: int, prompt_text: str, prompt_ids: list[int]):
-        self.message = Message("assistant", "", question, prompt_text, prompt_ids)
-        self._said, self._ids = io.StringIO(), array("i")
+    def __init__(
+        self, question: int, prompt_text: str, prompt_ids: list[int], before: Message | None = None
+    ):
+        """before: the message, if its answer goes on."""
+        self.message = before or Message("assistant", "", question)
+        self.message.prompt_text, self.message.prompt_ids = prompt_text, prompt_ids
+        self.message.finish_reason = None
+        self._said, self._ids = io.StringIO(), array("i", self.message.ids)
+        self._said.write(self.message.content)
 
     def hear(self, event: Event) -> None:
         """Take in an event of the generation."""
@@ -25,7 +31,8 @@ class AnswerInTheMaking:
                 self._ids.append(event.token_id)
         elif isinstance(event, Done):
             m = self.message
-            m.content, m.ids = self._said.getvalue(), event.completion.token_ids
+            m.content = event.completion.written or self._said.getvalue()
+            m.ids = event.completion.token_ids
             m.stats = event.stats.as_dict()
             m.finish_reason = event.finish_reason  # last: whoever sees it takes the others as they are
 

@@ -54,6 +54,12 @@ class Dialogue:
         """The answer's events, as they come; Done last."""
         raise NotImplementedError
 
+    def _generate_more(
+        self, answer: Message, question: int, prompt: Segments, params: Any
+    ) -> Iterator[Event]:
+        """The events of an answer that goes on."""
+        raise UsageError("Here an answer cannot go on.", "Ask for the rest of it.")
+
     def _cut_ids(self, ids: list[int], text: str) -> list[int]:
         """The ids of an answer that was cut to `text`."""
         raise NotImplementedError
@@ -172,6 +178,17 @@ class Dialogue:
             params = params.but(seed=params.seed + len(self.tree.siblings(leaf)))
         return self._answer(question, params)
 
+    def go_on(self, **sampling: Any) -> Generator[Event, None, None]:
+        """Go on with the last answer, which was stopped, cut by its length or interrupted; only what is new
+        is said. `max_tokens` counts from here; a seed gives the text that it would have given in one go.
+        """
+        if self.leaf is None or self.nodes[self.leaf].role != "assistant":
+            raise UsageError("There is no answer to go on with.", "Send a message first, or regenerate.")
+        answer = self.nodes[self.leaf]
+        if answer.parent is None or answer.finish_reason in ("stop", "tool_calls"):
+            raise UsageError("The answer came to its end by itself.", "Ask for more, or regenerate.")
+        return self._answer(answer.parent, self.params.but(**sampling), before=answer)
+
     def edit(
         self, node: int, text: str, *, attachments: Sequence[dict[str, str]] | None = None, **sampling: Any
     ) -> Generator[Event, None, None]:
@@ -191,13 +208,19 @@ class Dialogue:
     # An answer
 
     def _answer(
-        self, question: Message | int, params: Any, follows: bool = False
+        self,
+        question: Message | int,
+        params: Any,
+        follows: bool = False,
+        before: Message | None = None,
     ) -> Generator[Event, None, None]:
-        """follows: the question goes behind what was said last when its answer begins."""
+        """follows: the question goes behind what was said last when its answer begins. before: the answer
+        that goes on.
+        """
         self._check_free()
         self._cancel.clear()  # a cancel from here on counts, even before the first event is asked for
         claim = Claim()
-        return claim.of(self._events(question, params, claim, follows))
+        return claim.of(self._events(question, params, claim, follows, before))
 
     def _check_free(self) -> None:
         """Raises UsageError while an answer is being made. One that was cancelled and that nobody asks for
@@ -213,7 +236,7 @@ class Dialogue:
         raise UsageError("This conversation is still answering.", "Cancel it, or wait for its last event.")
 
     def _events(
-        self, question: Message | int, params: Any, claim: Claim, follows: bool
+        self, question: Message | int, params: Any, claim: Claim, follows: bool, before: Message | None
     ) -> Generator[Event, None, None]:
         with self._claiming:
             self._check_free()
@@ -230,14 +253,19 @@ class Dialogue:
             segments = self._asked(question)
             while self._notices:
                 yield Notice(self._notices.pop(0))
-            for event in self._generate(question, segments, params):
+            if before is None:
+                events = self._generate(question, segments, params)
+            else:
+                events = self._generate_more(before, question, segments, params)
+            for event in events:
                 if answer is None and isinstance(event, (Notice, Reading)):
                     yield event
                     continue
                 if answer is None:
                     # From here on the question stands, whatever happens.
-                    answer = AnswerInTheMaking(question, *segments[-1])
-                    self.tree.append(answer.message)
+                    answer = AnswerInTheMaking(question, *segments[-1], before)
+                    if before is None:
+                        self.tree.append(answer.message)
                 answer.hear(event)
                 yield event
         except (GeneratorExit, KeyboardInterrupt):

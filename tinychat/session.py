@@ -13,10 +13,12 @@ from tinychat.base.events import Event
 from tinychat.conversation import Message
 from tinychat.dialogue import Dialogue, Segments
 from tinychat.engine.eviction import SMALLEST
+from tinychat.engine.generation import NOTHING, Begun
 from tinychat.engine.memory.branch import common_prefix
 from tinychat.engine.sampling import SamplingParams
 from tinychat.text.oversized import refuse_oversized
 from tinychat.text.stopping import cut_ids
+from tinychat.text.tokenizer import SOME_TEXT
 
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
@@ -70,12 +72,23 @@ class Session(Dialogue):
         return self._prompt(self.path(question), True)
 
     def _generate(self, question: int, segments: Segments, params: SamplingParams) -> Iterator[Event]:
+        return self._events_of(segments, params, NOTHING)
+
+    def _generate_more(
+        self, answer: Message, question: int, segments: Segments, params: SamplingParams
+    ) -> Iterator[Event]:
+        ids = answer.ids
+        if not ids or not self.model.tokenizer.knows(ids):  # another model wrote it
+            ids = self.model.tokenizer.encode(answer.content, after=SOME_TEXT)
+        return self._events_of(segments, params, Begun(ids, answer.content))
+
+    def _events_of(self, segments: Segments, params: SamplingParams, begun: Begun) -> Iterator[Event]:
         prompt = [i for _, part in segments for i in part]
-        self._go_back(prompt)
+        self._go_back([*prompt, *begun.ids])
         template = self.model.template
         splitter = template.splitter(segments[-1][0]) if template else None
         return self.model.engine.generate(
-            self._branch, prompt, params, self._cancel, self.speculator, splitter
+            self._branch, prompt, params, self._cancel, self.speculator, splitter, begun
         )
 
     def _cut_ids(self, ids: list[int], text: str) -> list[int]:

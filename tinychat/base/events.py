@@ -58,6 +58,7 @@ class Completion:
     `reasoning`: what the model thought before it answered, "" where it did not; its ids are among the others.
     `tool_calls`: the whole calls in it, which are no part of the text; it then ends for the reason
     "tool_calls", unless it was cut.
+    `written`: all of it with its markers, as the model wrote it.
     """
 
     text: str
@@ -66,6 +67,7 @@ class Completion:
     stats: Stats = field(default_factory=Stats)
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    written: str = ""
 
     def message(self) -> dict[str, Any]:
         """The answer as a message of the conversation that goes on with it."""

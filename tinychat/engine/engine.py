@@ -17,7 +17,7 @@ from tinychat.base.claims import Claim
 from tinychat.base.errors import UsageError
 from tinychat.base.events import Done, Event
 from tinychat.engine.eviction import EvictionPolicy
-from tinychat.engine.generation import Generation, Room, Wish
+from tinychat.engine.generation import NOTHING, Begun, Generation, Room, Wish
 from tinychat.engine.memory.memories import Memories
 from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
 from tinychat.engine.owned import OwnedBranch
@@ -224,14 +224,16 @@ class Engine:
         cancel: threading.Event | None = None,
         speculator: Speculator | None = None,
         splitter: Splitter | None = None,
+        begun: Begun = NOTHING,
     ) -> Iterator[Event]:
         """Continue `prompt` on `branch`. Yields TextDelta for each token, and Done last.
 
         speculator: drafts tokens that are verified several at a time; the text is the same without it.
         splitter: tells reasoning from the answer; without it all is the answer.
+        begun: an answer to the prompt that goes on; only what is new of it is said.
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
-        return self._served(branch, self.going(branch, prompt, params, cancel, speculator, splitter))
+        return self._served(branch, self.going(branch, prompt, params, cancel, speculator, splitter, begun))
 
     def going(
         self,
@@ -241,11 +243,12 @@ class Engine:
         cancel: threading.Event | None = None,
         speculator: Speculator | None = None,
         splitter: Splitter | None = None,
+        begun: Begun = NOTHING,
     ) -> Generator[Event | Wish, None, None]:
         """The same, for a caller who sees to what it wants in between (`Generation.events`)."""
-        self._check_prompt(prompt, branch.ledger is not None)
+        self._check_prompt([*prompt, *begun.ids], branch.ledger is not None)
         cancel, speculator = cancel or threading.Event(), speculator or Speculator()
-        generation = Generation(self, branch, list(prompt), params, cancel, speculator, splitter)
+        generation = Generation(self, branch, list(prompt), params, cancel, speculator, splitter, begun)
         return self._claimed(branch, generation.events())
 
     def _served(

@@ -63,6 +63,17 @@ class Room:
 Wish = Rows | Room
 
 
+@dataclass(frozen=True)
+class Begun:
+    """An answer that goes on: the ids of what it has, and what was said of it (`Completion.written`)."""
+
+    ids: Sequence[int] = ()
+    written: str = ""
+
+
+NOTHING = Begun()
+
+
 class Generation:
     """The state of one answer."""
 
@@ -75,14 +86,15 @@ class Generation:
         cancel: threading.Event,
         speculator: Speculator,
         splitter: Splitter | None = None,
+        begun: Begun = NOTHING,
     ):
         self.engine, self.branch, self.speculator = engine, branch, speculator
-        self.prompt, self.cancel = prompt, cancel
+        self.prompt, self.cancel = [*prompt, *begun.ids], cancel  # what is read first
         if params.max_tokens is None and branch.ledger:
             # Nothing else would end an answer that runs in circles.
             params = params.but(max_tokens=engine.n_ctx)
         self.params = params
-        self.context = array("i", prompt)  # and the answer's tokens so far; it may have no end
+        self.context = array("i", self.prompt)  # and the answer's tokens so far; it may have no end
         self.decoder = StreamDecoder(engine.tokenizer, continued=True)
         self.outlet = Outlet(params.stop, splitter)
         self.seed = choose_seed(params)
@@ -90,12 +102,27 @@ class Generation:
         self.n_seen = 0
         self.began_evicted = self.evicted_before = branch.evicted
         self.notices: list[str] = []
-        self.ids = array("i")
+        self.ids, self.n_begun = array("i", begun.ids), len(begun.ids)
         self._decided: list[int] = []  # by the last step
         self.steps = self.decided = 0  # decode steps, and the tokens that they decided
         self.chosen = 0  # the stop token counts as a step too
         self.text, self.reasoning, self.written = io.StringIO(), io.StringIO(), io.StringIO()
-        self.stats = Stats(prompt_tokens=len(prompt))
+        self.stats = Stats(prompt_tokens=len(self.prompt))
+        self._repeated = ""  # what was said before of that which the gates hold back
+        self._go_on(begun)
+
+    def _go_on(self, begun: Begun) -> None:
+        """Bring the gates to where an answer that goes on left them. They hold back what may become a marker
+        or a stop string, though it was said when the answer ended there: it is not said again.
+        """
+        for i, token in enumerate(begun.ids, 1):
+            said = self.outlet.push(self.decoder.push(token))
+            self._write(said)
+            if said.reasoning or self.outlet.thinking:
+                self.stats.reasoning_tokens = i
+        n = self.written.tell()
+        if begun.written.startswith(self.written.getvalue()):
+            self._repeated = begun.written[n:]
 
     def events(self) -> Generator[Event | Wish, None, None]:
         """Prefill, then a TextDelta a token, then Done. In between, what is needed for the next one: `Rows`
@@ -146,10 +173,20 @@ class Generation:
         yield self._done(reason, first, last)
 
     def _delta(self, said: Said, token: int | None) -> TextDelta:
+        self._write(said)
+        text, reasoning, written = said
+        if self._repeated and written:
+            known, self._repeated = self._repeated, ""
+            if written.startswith(known) or known.startswith(written):
+                again = known[: len(written)]
+                self._repeated = known[len(again) :]
+                text, reasoning, written = (s.removeprefix(again) for s in (text, reasoning, written))
+        return TextDelta(text, token, reasoning, written)
+
+    def _write(self, said: Said) -> None:
         self.text.write(said.text)
         self.reasoning.write(said.reasoning)
         self.written.write(said.written)
-        return TextDelta(said.text, token, said.reasoning, said.written)
 
     def _decide(self) -> Generator[Event | Wish, None, list[int]]:
         """A step and the tokens that it decides: none when the context is full, or when it is cancelled while
@@ -157,7 +194,7 @@ class Generation:
         """
         while (room := self._room()) >= 0:
             if self.params.max_tokens is not None:
-                room = min(room, self.params.max_tokens - len(self.ids) - 1)
+                room = min(room, self.params.max_tokens - self.generated - 1)
             room = min(room, self.engine.backend.max_rows - 1)
             draft = self.speculator.propose(self.context, room, self.params, self.seed)
             window = [self.context[-1], *draft.tokens]
@@ -225,7 +262,12 @@ class Generation:
         return len(decided)
 
     def _may_continue(self) -> bool:
-        return self.params.max_tokens is None or len(self.ids) < self.params.max_tokens
+        return self.params.max_tokens is None or self.generated < self.params.max_tokens
+
+    @property
+    def generated(self) -> int:
+        """Tokens that this generation has said."""
+        return len(self.ids) - self.n_begun
 
     def _prefill(self) -> Generator[Event | Wish, None, int | None]:
         """Fill the cache with the prompt; the token that follows it, or None if cancelled."""
@@ -372,7 +414,7 @@ class Generation:
         ids = self.ids.tolist()
         if self.outlet.stopped:
             ids = cut_ids(self.engine.tokenizer, ids, self.written.getvalue())
-        s.generated_tokens = len(self.ids)
+        s.generated_tokens = self.generated
         if self.chosen > 1:
             s.tpot_s = (last - first) / (self.chosen - 1)
             s.decode_tps = 1 / s.tpot_s if s.tpot_s else 0.0
@@ -382,5 +424,6 @@ class Generation:
         s.kv_bytes = self.engine.kv_bytes()
         s.evicted_tokens = self._given_up
         s.peak_rss_bytes = peak_rss()
-        completion = Completion(self.text.getvalue(), ids, reason, s, self.reasoning.getvalue())
+        written = self.written.getvalue()
+        completion = Completion(self.text.getvalue(), ids, reason, s, self.reasoning.getvalue(), written)
         return Done(reason, s, completion)
