@@ -23,6 +23,7 @@ COMMANDS = (
     Command("system", "[TEXT]", "set the system prompt; nothing shows it; - removes it"),
     Command("set", "[NAME VALUE]", f"sampling: {', '.join(SamplingParams.numbers())}"),
     Command("regen", "", "answer again, as a new branch"),
+    Command("continue", "", "go on with the last answer, where it was stopped or cut"),
     Command("edit", "[TEXT]", "change your last message, as a new branch"),
     Command("branch", "[N]", "go to branch N of the last answer; without N, the next one"),
     Command("new", "", "a new chat"),

@@ -93,6 +93,11 @@ class Conversation:
         self._saved = time.monotonic()
         return self.answer
 
+    def begin_more(self, answer: int) -> None:
+        """Go on with an answer; what it says is stored as it comes."""
+        self.tree.nodes[answer].finish_reason = None
+        self.answer, self._saved = answer, time.monotonic()
+
     def keep(self, at: int | None = None) -> None:
         """Store a message that has changed, or the chat itself; later, if that does not work now."""
         self.held.change(at)
@@ -103,7 +108,9 @@ class Conversation:
         """More of the answer. Stored now and then, beside the caller; `failed` hears of mistakes."""
         if self.answer is None:
             return
-        self.tree.nodes[self.answer].content += text
+        m = self.tree.nodes[self.answer]
+        m.content += text
+        m.ids = []  # those of an answer that goes on are not all of it; they come when it is finished
         if (now := time.monotonic()) - self._saved >= SAVE_SECONDS:
             self._saved = now
             self.held.change(self.answer)
@@ -138,5 +145,7 @@ class Conversation:
         return m
 
     def request(self, question: int, model: str) -> list[Message]:
-        """The path to a question, as the engine wants it. Ids of another model mean nothing to this one."""
+        """The path to a question, or to an answer that goes on, as the engine wants it. Ids of another model
+        mean nothing to this one.
+        """
         return [m.for_model(model) for m in self.tree.messages(question)]

@@ -101,6 +101,8 @@ def test_a_conversation_line_by_line(folder, here):
         assert "Error" not in answer
         t.type("/stats\r")
         assert "context" in t.expect(PROMPT)
+        t.type("/continue\r")
+        t.expect(PROMPT)
         t.type('"""\r')
         t.expect(r"\.\.\. ")
         t.type("line one\r")
@@ -187,7 +189,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_it(demo_gguf, here):
         t.type("Tell me a very long story.\r")
         t.expect(r"story\.\r\n[^>]*\w+ \w+ \w+")
         t.type("\x03")
-        t.expect(r"\(stopped\)")
+        t.expect(r"\(stopped: /continue goes on\)")
         t.expect(PROMPT)
         t.type("/save chat.json\r")
         t.expect(PROMPT)

@@ -68,9 +68,10 @@ class ScriptedEngine:
         self.requests.append(Answer(chat, path, system, params))
         script = self.scripts.pop(0) if self.scripts else Script()
         self.cancelled.clear()
-        self._task = asyncio.create_task(self._say(script))
+        before = path[-1] if path and path[-1].role == "assistant" else Message("assistant", "")
+        self._task = asyncio.create_task(self._say(script, before))
 
-    async def _say(self, s: Script) -> None:
+    async def _say(self, s: Script, before: Message) -> None:
         if s.waits:
             await self.cancelled.wait()
         self.on_event(Began(s.prompt_text, 10))
@@ -90,7 +91,8 @@ class ScriptedEngine:
             reason = "cancelled"
         n = len(said.split())
         stats = {"prompt_tokens": 10, "generated_tokens": n, "decode_tps": 20.0, "ttft_s": 0.25, **s.stats}
-        answer = Message("assistant", said, None, s.prompt_text, [1, 2], list(range(n)), reason)
+        ids = [*before.ids, *range(n)]
+        answer = Message("assistant", before.content + said, None, s.prompt_text, [1, 2], ids, reason)
         answer.stats = {"reasoning_tokens": thought or 0, **stats}
         self.on_event(Finished(answer))
 

@@ -49,6 +49,26 @@ def test_a_resumed_session_has_the_same_tree_and_ids_and_goes_on(store, model):
     resumed.close()
 
 
+def test_an_answer_that_goes_on_is_stored_as_it_grows(store, model, monkeypatch):
+    monkeypatch.setattr("tinychat.chats.keeper.SAVE_SECONDS", 0.0)
+    session = model.session(max_tokens=6, temperature=0)
+    keeper = Keeper(store, session)
+    first = [e.text for e in keeper.follow(session, session.send("hi"))]
+    said, seen = "".join(first), []
+    for event in keeper.follow(session, session.go_on()):
+        said += event.text
+        seen.append(store.messages(1)[1].content)
+    assert seen[2].startswith("".join(first))
+    assert len(seen[2]) > len("".join(first))
+    keeper.close()
+    question, answer = store.messages(1)
+    node = session.nodes[session.leaf]
+    assert (answer.content, answer.ids, answer.finish_reason) == (node.content, node.ids, node.finish_reason)
+    assert said == answer.content
+    assert len(answer.ids) == 12
+    assert question.content == "hi"
+
+
 def test_another_session_is_another_chat(store, model):
     first, second = model.session(max_tokens=2), model.session(max_tokens=2)
     keeper = Keeper(store, first)

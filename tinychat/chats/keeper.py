@@ -74,6 +74,7 @@ class Keeper:
         if not session.nodes:
             return
         self._said = True
+        self._reopen(so_far)
         for node in session.nodes[len(self._kept) :]:
             if node.role == "assistant":
                 self._open = self.held.add(replace(node, model=session.model.name))
@@ -84,7 +85,8 @@ class Keeper:
         self._finish()
         if self._open is not None:
             m = self.held.tree.nodes[self._open]
-            m.content = so_far or m.content
+            if so_far:  # behind what an answer that goes on had
+                m.content = self.session.nodes[self._open].content + so_far
             self.held.change(self._open)
         chat, tree = self.held.chat, self.held.tree
         if session.leaf is not None and (tree.leaf, chat.system) != (session.leaf, session.system):
@@ -101,6 +103,14 @@ class Keeper:
         if n < len(self._kept):
             del self._kept[n:]
             self.held.forget(n)
+
+    def _reopen(self, so_far: str) -> None:
+        """Follow the session where its last answer goes on."""
+        at = self.session.leaf
+        if self._open is None and at is not None and at < len(self._kept):
+            node, kept = self.session.nodes[at], self.held.tree.nodes[at]
+            if node.role == "assistant" and (so_far or len(node.ids) > len(kept.ids)):
+                self._open = at
 
     def _finish(self) -> None:
         """Take over the open message, once it is whole."""

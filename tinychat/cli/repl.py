@@ -24,6 +24,7 @@ HELP = f"""\
 /system [TEXT]        show or set the system prompt
 /set [NAME VALUE]     show or set {", ".join(SamplingParams.numbers())}
 /regen                answer again
+/continue             go on with an answer that was stopped or cut
 /edit TEXT            replace your last message
 /stats                timings of the last answer, context used
 /save FILE            write the conversation as JSON
@@ -91,13 +92,13 @@ class Repl:
             return
         reason = self.last.finish_reason
         if reason == "cancelled":
-            click.echo("(stopped)", err=True)
+            click.echo("(stopped: /continue goes on)", err=True)
         elif reason == "context_full":
             click.echo(
                 f"(the context of {self.session.model.n_ctx} tokens is full: /new starts over)", err=True
             )
         elif reason == "length":
-            click.echo("(cut by max_tokens)", err=True)
+            click.echo("(cut by max_tokens: /continue goes on)", err=True)
         if self.verbose:
             click.echo(describe(self.last.stats), err=True)
 
@@ -116,6 +117,8 @@ class Repl:
             self._set(rest)
         elif name == "regen":
             self._answer(s.regenerate())
+        elif name == "continue":
+            self._answer(s.go_on())
         elif name == "edit":
             users = [i for i in s.path() if s.nodes[i].role == "user"]
             if not users or not rest:

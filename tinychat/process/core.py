@@ -165,7 +165,8 @@ class Core:
         session = self._session(self.model, request)
         self.answering = session
         try:
-            self._stream(session, session.regenerate())
+            goes_on = request.path[-1:] and request.path[-1].role == "assistant"
+            self._stream(session, session.go_on() if goes_on else session.regenerate())
         finally:
             self.answering = None
             self.unsaved.add(request.chat)

@@ -34,7 +34,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer the user's message at the end of `path`. → Reading…, Began, Text…, then Finished or Failed.
+    """Answer the user's message at the end of `path`, or go on with the answer there. → Reading…, Began,
+    Text… (of what is new), then Finished (the whole) or Failed.
 
     chat: what the conversation is known by, from answer to answer. A chat whose key is a number has its KV
     cache kept under it, so that it goes on at once when it is resumed.

@@ -108,6 +108,16 @@ class ChatActions(Hearing):
             raise UsageError("There is nothing to answer again.", "Say something first.")
         await self.answer(question)
 
+    def command_continue(self, rest: str) -> None:
+        tree = self.conversation.tree
+        if self.answering:
+            raise UsageError("Still answering.", "esc stops it.")
+        if tree.leaf is None or tree.nodes[tree.leaf].role == "user":
+            raise UsageError("There is no answer to go on with.", "Say something, or /regen.")
+        if tree.nodes[tree.leaf].finish_reason == "stop":
+            raise UsageError("The answer came to its end by itself.", "Ask for more, or /regen.")
+        self.go_on(tree.leaf)
+
     async def command_edit(self, rest: str) -> None:
         tree = self.conversation.tree
         last = tree.last("user")
@@ -311,6 +321,9 @@ class ChatActions(Hearing):
                 self.app.ask_path("Save the code block as", lambda path: self.write_file(path, code))
             elif message.action == "edit" and question is not None:
                 self.begin_edit(question)
+            elif message.action == "continue":
+                self.command_continue("")
+                self.composer.input.focus()
             elif message.action == "regenerate":
                 await self.regenerate(question)
                 self.composer.input.focus()

@@ -76,6 +76,18 @@ class Answering(ChatParts):
         """Have a question answered, as a new branch if it was before."""
         node = self.conversation.begin_answer(question, self.model)
         await self.show_conversation()
+        self._begin(node, question)
+
+    def go_on(self, answer: int) -> None:
+        """Have an answer go on that was stopped or cut."""
+        self.conversation.begin_more(answer)
+        self._begin(answer, answer)
+        if self._turn is not None:
+            self._turn.reopen()
+            self._turn.update()
+
+    def _begin(self, node: int, question: int) -> None:
+        """Ask the engine for the answer at `node`; question: where the path ends that it hears."""
         self._turn = self.transcript.turn(node)
         if self._turn is not None:
             self._turn.running = {}
@@ -94,7 +106,7 @@ class Answering(ChatParts):
             return
         params = {**c.chat.params}
         if params.get("seed") is not None and self._turn is not None:
-            params["seed"] += len(self._turn.branches) - 1  # the same seed would say the same again
+            params["seed"] += self._turn.branches.index(self._turn.node)  # the same would say the same again
         self._asked, self._progress = time.monotonic(), None
         self.app.engine.answer(c.key, c.request(question, self.model), c.chat.system, params)
         self.question = None

@@ -152,7 +152,7 @@ class Hearing(Answering):
             return
         asked = self.conversation.tree.nodes[self.question]
         words = Words(asked.content, asked.attachments)
-        if words.may_exceed(self.context):
+        if asked.role == "user" and words.may_exceed(self.context):
             self.run_worker(self.weigh(words, self._ask_again, self.action_stop), group="weigh")
         else:
             self._ask()

@@ -37,6 +37,7 @@ class Turn(Lines, can_focus=True):
         Binding("s", "act('save_code', -1)", "save last code block"),
         Binding("e", "act('edit')", "edit as a new branch"),
         Binding("r", "act('regenerate')", "answer again as a new branch"),
+        Binding("g", "act('continue')", "go on, where it was stopped or cut"),
         Binding("left,h", "switch(-1)", "previous branch"),
         Binding("right,l", "switch(1)", "next branch"),
         Binding("t,enter", "unfold", "open or fold"),
@@ -44,7 +45,7 @@ class Turn(Lines, can_focus=True):
     ]
 
     class Action(TextualMessage):
-        """Action on a message: edit, regenerate, copy, copy_code, save_code, switch, leave or
+        """Action on a message: edit, regenerate, continue, copy, copy_code, save_code, switch, leave or
         move.
         """
 
@@ -91,9 +92,13 @@ class Turn(Lines, can_focus=True):
         self.thought, rest, closed = split_thought(self.message.content, self.prompt_text)
         self.thinking = not closed
         if not rest.startswith(self._fed):  # what was shown turned out to be reasoning
-            self.document, self._fed, self._sealed, self._n_sealed = Document(), "", [], 0
+            self.reopen()
         self.document.append(rest[len(self._fed) :])
         self._fed = rest
+
+    def reopen(self) -> None:
+        """More may come: the document is read again, since its end was taken for the end."""
+        self.document, self._fed, self._sealed, self._n_sealed = Document(), "", [], 0
 
     def update(self) -> float:
         """The message has changed; shows it, and returns the seconds that took."""
