@@ -13,9 +13,7 @@ from tinychat.conversation import Message
 class AnswerInTheMaking:
     """`message` is whole once it has ended; what was said before is kept here, token by token."""
 
-    def __init__(
-        self, question: int, prompt_text: str, prompt_ids: list[int], before: Message | None = None
-    ):
+    def __init__(self, question: int, prompt_text: str, prompt_ids: list[int], before: Message | None = None):
         """before: the message, if its answer goes on."""
         self.message = before or Message("assistant", "", question)
         self.message.prompt_text, self.message.prompt_ids = prompt_text, prompt_ids

@@ -425,5 +425,7 @@ class Generation:
         s.evicted_tokens = self._given_up
         s.peak_rss_bytes = peak_rss()
         written = self.written.getvalue()
-        completion = Completion(self.text.getvalue(), ids, reason, s, self.reasoning.getvalue(), written)
+        completion = Completion(
+            self.text.getvalue(), ids, reason, s, self.reasoning.getvalue(), written=written
+        )
         return Done(reason, s, completion)

@@ -208,7 +208,7 @@ class Core:
                 if isinstance(event, Done):
                     batch.close()
                     self.tell(Finished(session.tree.messages()[-1]))
-                else:
+                elif isinstance(event, TextDelta):
                     batch.add(event)
         finally:
             batch.close()
