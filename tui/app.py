@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import signal
 import sys
 import time
@@ -229,7 +230,7 @@ class ChatApp(Host):
         chat.show_loading()
         busy, was_busy = chat.answering or not chat.ready, self._was_busy
         self._was_busy = busy
-        if self.engine.pid is None or not (busy or was_busy):
+        if self.engine.pid in (None, os.getpid()) or not (busy or was_busy):  # a server's load is not ours
             chat.status.tell(cpu=None)
             return
         import psutil
@@ -341,11 +342,12 @@ def make_app(
     params: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     command: Sequence[str] | None = None,
+    engine: ChatEngine | None = None,
 ) -> ChatApp:
     """The chat screen, with a stored chat or a new one.
 
-    system and params hold in place of the stored chat's own. options are those of `tinychat.load`; command
-    starts the engine (default: `tinychat.process.worker`). Raises ChatLockedError.
+    system and params hold in place of the stored chat's own. options are those of `tinychat.load`; engine
+    answers, or what command starts (default: `tinychat.process.worker`). Raises ChatLockedError.
     """
     if chat is None:
         conversation = Conversation(store, model, system, params)
@@ -354,4 +356,4 @@ def make_app(
         conversation.chat.model = model
         conversation.chat.params |= params or {}
         conversation.chat.system = system or conversation.chat.system
-    return ChatApp(model, conversation, options=options, command=command)
+    return ChatApp(model, conversation, options=options, command=command, engine=engine)

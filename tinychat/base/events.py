@@ -98,6 +98,11 @@ class TextDelta:
         if not self.written and not self.reasoning:
             object.__setattr__(self, "written", self.text)
 
+    @property
+    def tokens(self) -> int:
+        """How many it is of."""
+        return int(self.token_id is not None)
+
 
 @dataclass(frozen=True)
 class ToolCallDelta:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinychat.base import locations
 from tinychat.base.errors import TinychatError
@@ -16,24 +16,23 @@ from tinychat.conversation import Message, Tree
 
 if TYPE_CHECKING:
     from tinychat.base.events import Event
-    from tinychat.session import Session
 
 SAVE_SECONDS = 0.7  # of an answer in the making, at most that much is not yet stored
 WAIT = 30.0  # seconds that the end of the program waits for another program's lock
 
 
 class Keeper:
-    """Ties a session to a chat in the store. Send answers through `follow`; nothing is stored before the
-    first.
+    """Ties a session (a server's too) to a chat in the store. Send answers through `follow`; nothing is
+    stored before the first.
     """
 
-    def __init__(self, store: ChatStore, session: Session, chat: Chat | None = None):
+    def __init__(self, store: ChatStore, session: Any, chat: Chat | None = None):
         self.store = store
         self._attach(session, chat)
         if chat is not None:
             self._restore()
 
-    def _attach(self, session: Session, chat: Chat | None = None) -> None:
+    def _attach(self, session: Any, chat: Chat | None = None) -> None:
         self.session = session
         self.held = OpenChat(self.store, chat or Chat(0, "", session.model.name, session.system))
         self._kept: list[Message] = []  # the session's messages that the chat has, at the same places
@@ -47,7 +46,7 @@ class Keeper:
         session.load_kv(locations.kv_file(str(chat.id)))
         session.system = chat.system if session.system is None else session.system
 
-    def follow(self, session: Session, events: Generator[Event, None, None]) -> Iterator[Event]:
+    def follow(self, session: Any, events: Generator[Event, None, None]) -> Iterator[Event]:
         """An answer's events as they are; what is said is stored as it comes, so that a program that is
         killed loses a second of it.
         """
@@ -63,7 +62,7 @@ class Keeper:
             events.close()  # now the session has what was said
             self.keep(session)
 
-    def keep(self, session: Session, so_far: str = "") -> None:
+    def keep(self, session: Any, so_far: str = "") -> None:
         """Store what was said since the last time, and what the answer in the making has said so far. What
         cannot be stored now is stored later. Another session than before is another chat.
         """

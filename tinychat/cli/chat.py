@@ -25,6 +25,7 @@ from tinychat.cli.options import (
     sampling_options,
 )
 from tinychat.cli.output import Printer, cancel_on_interrupt, describe
+from tinychat.cli.served import served, served_options
 from tinychat.cli.words import attached, gather, model_or_prompt
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from tinychat.chats.chat_store import ChatStore
     from tinychat.chats.keeper import Keeper
     from tinychat.chats.records import Chat
-    from tinychat.session import Session
 
 
 @click.command()
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     type=file_type(),
     help="Send this text file along; may be given several times.",
 )
+@served_options
 @click.option("-c", "--continue", "latest", is_flag=True, help="Go on with the chat spoken in last.")
 @click.option("--resume", type=CHAT_NUMBER, metavar="ID", help="Go on with chat ID (`tinychat chats`).")
 @click.option("--no-store", is_flag=True, help="Keep nothing of this conversation.")
@@ -60,15 +61,16 @@ if TYPE_CHECKING:
 def run(model: str, prompt: str | None, **o: Any) -> None:
     """Chat with MODEL, or answer PROMPT (with what is piped in put before it) and exit.
 
-    MODEL is an alias (`tinychat list --all`), a Hugging Face repo id, a local folder or a .gguf file. A
-    single argument with a space is the PROMPT; with -c or --resume a single word is, too.
+    MODEL is an alias (`tinychat list --all`), a Hugging Face repo id, a local folder or a .gguf file; with
+    --server the name of one of its models. A single argument with a space is the PROMPT; with -c or --resume
+    a single word is, too.
     """
     if o["as_json"] and o["stream_json"]:
         raise UsageError("--json and --stream-json exclude each other.", "Choose one.")
     resumed = o["latest"] or o["resume"] is not None
     named = given("model")
     if named and prompt is None:
-        found, prompt = model_or_prompt(model, resumed)
+        found, prompt = model_or_prompt(model, resumed, o["server"] is not None)
         model, named = found or DEFAULT_MODEL, found is not None
     # A chat keeps files as what they are, beside the question; one answer alone reads them as they are.
     attachments = attached(o["files"]) if resumed else []
@@ -86,6 +88,7 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     chat = _earlier(kept, o) if kept is not None and resumed else None
     if chat is not None and not named:
         model = chat.model
+    model, o["connector"] = served(model, o, named)
     if text is not None:
         sys.exit(_answer(model, text, attachments, kept, chat, o))
     assert kept is not None  # a conversation is
@@ -122,7 +125,13 @@ def _show(model: str, store: ChatStore, chat: Chat | None, o: dict[str, Any]) ->
         from tinychat.tui.app import make_app
 
         options = pick(o, LoadOptions.SETTINGS) | ({"keep_kv": False} if o["no_store"] else {})
-        app = make_app(model, store, chat, o["system"], pick(o, SamplingParams.SETTINGS), options)
+        engine = None
+        if o["connector"] is not None:
+            from tinychat.process.remote import RemoteEngine
+
+            engine = RemoteEngine(o["connector"])
+        params = pick(o, SamplingParams.SETTINGS)
+        app = make_app(model, store, chat, o["system"], params, options, engine=engine)
     return app.run_to_end()
 
 
@@ -161,11 +170,19 @@ def _answer(
         return code or int(keeper is not None and _close(keeper))
 
 
-@contextmanager
-def _session(model: str, o: dict[str, Any], kv_policy: str | None) -> Iterator[Session]:
+def _loaded(model: str, o: dict[str, Any]) -> Any:
+    """The model, of this machine or of a server."""
+    options = pick(o, LoadOptions.SETTINGS)
+    if o["connector"] is not None:
+        return o["connector"](model, options, lambda what, done, total: None)
     from tinychat.loading import load
 
-    with load(model, **pick(o, LoadOptions.SETTINGS), progress=partial(click.echo, err=True)) as loaded:
+    return load(model, **options, progress=partial(click.echo, err=True))
+
+
+@contextmanager
+def _session(model: str, o: dict[str, Any], kv_policy: str | None) -> Iterator[Any]:
+    with _loaded(model, o) as loaded:
         session = loaded.session(o["system"], kv_policy=kv_policy, **pick(o, SamplingParams.SETTINGS))
         if loaded.template is None:
             click.echo(
@@ -187,21 +204,25 @@ def given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _print(session: Session, events: Iterator[Event], o: dict[str, Any]) -> int:
+def _print(session: Any, events: Iterator[Event], o: dict[str, Any]) -> int:
     from tinychat.base.events import Done, Notice, event_to_json
 
     out = Printer()
     done: Done | None = None
     with cancel_on_interrupt(session) as interrupted:
-        for event in events:
-            if o["stream_json"]:
-                out.json(event_to_json(event))
-            elif not o["as_json"]:
-                out.show(event)
-            if isinstance(event, Notice):
-                click.echo(event.message, err=True)
-            if isinstance(event, Done):
-                done = event
+        try:
+            for event in events:
+                if o["stream_json"]:
+                    out.json(event_to_json(event))
+                elif not o["as_json"]:
+                    out.show(event)
+                if isinstance(event, Notice):
+                    click.echo(event.message, err=True)
+                if isinstance(event, Done):
+                    done = event
+        except BaseException:
+            out.end()  # an error begins a line of its own
+            raise
     if done is None:
         raise AssertionError("an answer ends with Done")
     if o["as_json"]:

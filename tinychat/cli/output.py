@@ -16,7 +16,7 @@ from tinychat.base.characters import is_unicode
 
 if TYPE_CHECKING:
     from tinychat.base.events import Event, Stats
-    from tinychat.session import Session
+    from tinychat.dialogue import Dialogue
 
 
 class Printer:
@@ -67,7 +67,7 @@ class Printer:
 
 
 @contextmanager
-def cancel_on_interrupt(session: Session) -> Iterator[list[bool]]:
+def cancel_on_interrupt(session: Dialogue) -> Iterator[list[bool]]:
     """Ctrl+C stops the answer and keeps what was said; a second one, while that takes long, interrupts for
     good.
     """
@@ -95,8 +95,9 @@ def describe(stats: Stats) -> str:
             f", {stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted, "
             f"{stats.tokens_per_step:.2f} tokens a step, speed-up {stats.draft_speedup:.2f}"
         )
+    reading = f", {stats.prefill_tps:.1f} tok/s" if stats.prefill_tps else ""  # a server does not tell
     return (
-        f"prompt {stats.prompt_tokens} tokens{reused}, {stats.prefill_tps:.1f} tok/s, first token after "
+        f"prompt {stats.prompt_tokens} tokens{reused}{reading}, first token after "
         f"{stats.ttft_s:.2f} s · answer {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
         f"{drafted}"
     )

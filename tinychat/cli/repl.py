@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +13,6 @@ from tinychat.base import errors, locations
 from tinychat.base.errors import UsageError
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.cli.output import Printer, cancel_on_interrupt, describe, show_events
-from tinychat.session import Session
 
 if TYPE_CHECKING:
     from tinychat.chats.keeper import Keeper
@@ -37,8 +36,8 @@ Text between lines of \"\"\" is one message; a \\ at a line's end continues it. 
 class Repl:
     """Reads lines, shows answers. ↑ brings back what was said before, in stored chats too."""
 
-    def __init__(self, session: Session, keeper: Keeper, verbose: bool = False):
-        """keeper: stores the conversation."""
+    def __init__(self, session: Any, keeper: Keeper, verbose: bool = False):
+        """session: a Session or a RemoteSession. keeper: stores the conversation."""
         self.session, self.keeper, self.verbose = session, keeper, verbose
         self.last = None
         self._warned = False  # of what leaving would lose
@@ -47,8 +46,9 @@ class Repl:
         """Until /exit, end of input, or Ctrl+C twice (which raises KeyboardInterrupt)."""
         self._history()
         model = self.session.model
-        facts = model.backend.describe()
-        click.echo(f"{model.name} · {facts['backend']} · {model.n_ctx} tokens of context · /help", err=True)
+        facts = model.describe()
+        ctx = f" · {facts['ctx']} tokens of context" if facts.get("ctx") else ""
+        click.echo(f"{model.name} · {facts['backend']}{ctx} · /help", err=True)
         warned = False
         while True:
             if news := self.keeper.held.news():
@@ -125,7 +125,8 @@ class Repl:
                 raise UsageError("There is no message to edit, or no text.", "Use /edit NEW TEXT.")
             self._answer(s.edit(users[-1], rest))
         elif name == "stats":
-            click.echo(f"context {s.count_tokens()} of {s.model.n_ctx} tokens", err=True)
+            limit = f" of {s.model.n_ctx}" if s.model.n_ctx else ""
+            click.echo(f"context {s.count_tokens()}{limit} tokens", err=True)
             if self.last is not None:
                 click.echo(describe(self.last.stats), err=True)
         elif name == "save":
@@ -134,11 +135,11 @@ class Repl:
             s.save(locations.written(rest))
             click.echo(f"Saved {rest}", err=True)
         elif name == "load":
-            self.session = Session.load(locations.written(rest), s.model)
+            self.session = type(s).load(locations.written(rest), s.model)
             for m in self.session.messages:
                 click.echo(f"{m['role']}: {m['content']}", err=True)
         elif name in ("new", "clear"):
-            self.session = Session(s.model, s.system)
+            self.session = type(s)(s.model, s.system)
             self.session.params, self.last = s.params, None
             click.echo("(a new conversation)", err=True)
         else:
@@ -162,11 +163,13 @@ class Repl:
             value = SamplingParams.parse(name, text)
             if value is None:
                 value = getattr(s.model.default_sampling, name)
-            s.params = SamplingParams.made({**vars(s.params), name: value})
+            s.params = s.PARAMS.made({**vars(s.params), name: value})
         elif words:
             raise UsageError("/set takes a name and a value.", "Use /set temperature 0.2.")
         for name in SamplingParams.SETTINGS:
-            click.echo(f"{name} {getattr(s.params, name)}", err=True)
+            value = getattr(s.params, name)
+            unset = value is None and s.PARAMS is not SamplingParams
+            click.echo(f"{name} {'(as the server has it)' if unset else value}", err=True)
 
     def _read(self) -> str:
         line = input(">>> ")

@@ -15,12 +15,14 @@ from tinychat.base.characters import whole
 from tinychat.base.errors import UsageError
 from tinychat.base.files import MAX_TEXT, read_prose
 from tinychat.cli.options import DEFAULT_MODEL
+from tinychat.process.address import split_name
 
 PATIENCE = 1.0  # seconds until it is said that stdin is being waited for
 
 
-def model_or_prompt(word: str, resumed: bool) -> tuple[str | None, str | None]:
-    """A single argument of `run` as (model, prompt), one of them None.
+def model_or_prompt(word: str, resumed: bool, served: bool = False) -> tuple[str | None, str | None]:
+    """A single argument of `run` as (model, prompt), one of them None. `served`: the model is a server's, and
+    any word may be one.
 
     What can be a model is one, unless a chat goes on: it knows its model, so only a model that is on this
     machine or an alias is taken for one. Text with a space is a prompt, and so is what has no Latin letter or
@@ -30,6 +32,10 @@ def model_or_prompt(word: str, resumed: bool) -> tuple[str | None, str | None]:
 
     if not word.strip():
         return None, None
+    if split_name(word)[1] is not None or (served and not resumed and len(word.split()) == 1):
+        return word, None
+    if served:
+        return None, word
     if store.is_known(word) if resumed else store.is_name(word):
         return word, None
     if resumed or len(word.split()) > 1 or not any(c.isascii() and c.isalnum() for c in word):

@@ -47,7 +47,7 @@ class Client:
         self._trusted = trusted_hosts
         proxies = urllib.request.ProxyHandler({"http": proxy, "https": proxy} if proxy else None)
         self._opener = urllib.request.build_opener(
-            proxies, urllib.request.HTTPSHandler(context=_context(cert, client_cert))
+            proxies, urllib.request.HTTPSHandler(context=tls_context(cert, client_cert))
         )
         self._unchecked = urllib.request.build_opener(
             proxies, urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
@@ -190,7 +190,10 @@ def disk_full(folder: Path, needed: int | None = None) -> DownloadError:
     )
 
 
-def _context(cert: str | None, client_cert: str | None) -> ssl.SSLContext:
+def tls_context(cert: str | None = None, client_cert: str | None = None) -> ssl.SSLContext:
+    """How servers are verified: by a certificate file that is given or in the environment, else as the system
+    does. Raises DownloadError for a file that cannot be read.
+    """
     cert = cert or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     context = ssl.create_default_context()
     try:
@@ -211,7 +214,7 @@ def _context(cert: str | None, client_cert: str | None) -> ssl.SSLContext:
     except OSError as e:
         raise DownloadError(
             f"The certificate file {cert or client_cert} cannot be read: {e.strerror or e}.",
-            "Correct PIP_CERT or pip's cert setting.",
+            "Correct PIP_CERT, REQUESTS_CA_BUNDLE or pip's cert setting.",
         ) from e
     return context
 

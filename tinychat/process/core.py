@@ -157,7 +157,7 @@ class Core:
         self.keeps = options.pop("keep_kv", True)
         model = self.model = self.load(request.model, options, progress)
         sampling = vars(model.default_sampling).copy()
-        self.tell(Loaded(model.describe(), sampling, model.template is not None))
+        self.tell(Loaded(model.describe(), sampling, model.template is not None, request.model))
 
     def _answer(self, request: Answer) -> None:
         if self.model is None:
@@ -224,8 +224,11 @@ class Core:
                 elif isinstance(question, Head):
                     value = self._head(question.text, question.tokens)
                 else:
-                    value = list_models() if isinstance(question, Models) else self._limits()
+                    value = self._models() if isinstance(question, Models) else self._limits()
             self.tell(Reply(question.id, value))
+
+    def _models(self) -> dict[str, Any]:
+        return list_models()
 
     def _count(self, text: str) -> int | None:
         return None if self.model is None else len(self.model.tokenizer.encode(text))
@@ -278,7 +281,7 @@ class _Batch:
             if self._thinking and delta.text and self.thought is None:
                 self.thought = self.tokens
             self._thinking |= bool(delta.reasoning)
-            self.tokens += delta.token_id is not None
+            self.tokens += delta.tokens
             self._pieces.append(delta.written)
             if time.monotonic() - self._last >= BATCH_SECONDS:
                 self._flush()

@@ -38,9 +38,12 @@ class LocalEngine(Asking):
         def tell(said: EngineEvent | Reply) -> None:
             loop.call_soon_threadsafe(self._hear_from, core, said)
 
-        core = self._core = Core(tell, self._load)
+        core = self._core = self._made_core(tell)
         self._thread = threading.Thread(target=core.run, name="engine", daemon=True)
         self._thread.start()
+
+    def _made_core(self, tell: Callable[[EngineEvent | Reply], None]) -> Core:
+        return Core(tell, self._load)
 
     def _hear_from(self, core: Core, said: EngineEvent | Reply) -> None:
         if core is self._core:  # what another one said before it was closed is no event

@@ -101,11 +101,14 @@ class Loading:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Ready to answer. `facts`: what `Model.describe` says; `sampling`: the model's own defaults."""
+    """Ready to answer. `facts`: what `Model.describe` says; `sampling`: the model's own defaults; `asked`:
+    the name that was asked for; the model's own may be another (`facts["model"]`).
+    """
 
     facts: dict[str, Any]
     sampling: dict[str, Any] = field(default_factory=dict)
     has_template: bool = True
+    asked: str = ""
 
 
 @dataclass(frozen=True)

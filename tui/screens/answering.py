@@ -252,12 +252,16 @@ class Answering(ChatParts):
             self.say("Still answering: esc stops it.")
             return
         busy = not self.ready and not self.trouble  # with another model: that process is ended
-        self.model, self.ready, self.trouble, self._deaths = name, False, "", []
+        self.ready, self.trouble, self._deaths = False, "", []
         self._load = ("", time.monotonic(), False)
-        if self.conversation.answer is not None:
-            self.conversation.tree.nodes[self.conversation.answer].model = name
-        self.conversation.chat.model = name
-        self.conversation.keep(self.conversation.answer)
+        self.call_model(name)
         self.status.tell(state="loading", model=name, backend=None, isa=None)
         self.say("")
         await self.app.load_model(name, afresh=busy)
+
+    def call_model(self, name: str) -> None:
+        """Call the model so, in the chat and the answer that waits for it."""
+        self.model = self.conversation.chat.model = name
+        if self.conversation.answer is not None:
+            self.conversation.tree.nodes[self.conversation.answer].model = name
+        self.conversation.keep(self.conversation.answer)

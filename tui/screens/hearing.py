@@ -136,8 +136,11 @@ class Hearing(Answering):
         self.status.tell(state=text)
 
     def _loaded(self, event: Loaded) -> None:
-        if event.facts.get("model", self.model) != self.model:
+        name = event.facts.get("model", self.model)
+        if (event.asked or name) != self.model:
             return  # another one was chosen meanwhile, and is next
+        if name != self.model:
+            self.call_model(name)
         self.ready, self.facts, self.defaults = True, event.facts, event.sampling
         self.trouble = ""
         f = event.facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import Any
 
 from textual.app import ComposeResult
 from textual.containers import Vertical
@@ -12,6 +13,7 @@ from textual.widgets import Input, Label, OptionList
 from textual.widgets.option_list import Option
 
 from tinychat.base.errors import TinychatError
+from tinychat.process.address import split_name
 from tinychat.tui.host import Host
 from tinychat.tui.screens.panel import PanelScreen
 from tinychat.tui.text import clean, shorten
@@ -53,20 +55,16 @@ class ModelScreen(PanelScreen[str]):
             found = await asyncio.wait_for(self.app.engine.models(), PATIENCE)
         state = self.query_one("#state", Label)
         if found is None:
-            state.update("The engine does not say what is installed; type a name.")
+            who = "server" if split_name(self.current)[1] else "engine"
+            state.update(f"The {who} does not say which models it has; type a name.")
             self.query_one(Input).focus()
             return
         options = []
         name_width = max(16, min(34, self.app.size.width - 46))  # what a narrow panel leaves for it
         for m in found["installed"]:
-            # Weights, and some room for the cache and everything else.
-            fits = m["size"] * 1.2 + 3e8 < found["memory"] or m["name"] == self.current
             mark = "●" if m["name"] == self.current else " "
-            line: list[str | tuple[str, str]] = [
-                f"{mark} {shorten(clean(m['name']), name_width):<{name_width}} {human_size(m['size']):>8}  ",
-                f"{clean(m['quantization']):<10}",
-                ("" if fits else " does not fit", "$error"),
-            ]
+            name = shorten(clean(m.get("label", m["name"])), name_width)
+            line = [f"{mark} {name:<{name_width}} ", *self._facts(m, found.get("memory"))]
             options.append(Option(Content.assemble(*line), m["name"]))
         for name in found["available"]:
             options.append(
@@ -81,7 +79,19 @@ class ModelScreen(PanelScreen[str]):
         chooser.add_options(options)
         chooser.highlighted = 0 if options else None
         chooser.focus()
-        state.update(f"{human_size(found['memory'])} of memory free · enter loads · esc closes")
+        where = found.get("server") or f"{human_size(found['memory'])} of memory free"
+        state.update(f"{where} · enter loads · esc closes")
+
+    def _facts(self, m: dict[str, Any], memory: int | None) -> list[str | tuple[str, str]]:
+        """What stands behind a name: a served model's context, or size, form and whether it fits."""
+        if memory is None:
+            return [f"{m['ctx']:,} tokens" if m.get("ctx") else ""]
+        # Weights, and some room for the cache and everything else.
+        fits = m["size"] * 1.2 + 3e8 < memory or m["name"] == self.current
+        return [
+            f"{human_size(m['size']):>8}  {clean(m['quantization']):<10}",
+            ("" if fits else " does not fit", "$error"),
+        ]
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Chosen."""

@@ -12,6 +12,7 @@ from textual.widgets import Static
 
 from tinychat.base.errors import TinychatError
 from tinychat.conversation import Message
+from tinychat.process.address import split_name
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.host import Host
@@ -24,7 +25,7 @@ from tinychat.tui.widgets.transcript import Transcript
 from tinychat.tui.widgets.turn import Turn
 
 WELCOME = """\
-Ask something. Everything you say is kept on this machine.
+Ask something. {where}
 
 enter send · ctrl+j new line · / commands · @file attach · esc stop
 ctrl+b chats · ctrl+p everything else · f1 keys · ctrl+q leave"""
@@ -124,10 +125,17 @@ class ChatParts(Surface, Screen[None]):
         branch = [(i, tree.nodes[i], siblings) for i, siblings in tree.branches()]
         await self.query("#welcome").remove()
         if not branch:
-            await self.transcript.mount(Static(WELCOME, id="welcome", markup=False), before=0)
+            await self.transcript.mount(Static(self._welcome(), id="welcome", markup=False), before=0)
         await self.transcript.show(branch)
         last = self.conversation.last("assistant")
         self.status.tell(used=self.conversation.tokens_used(), **status_of(last))
+
+    def _welcome(self) -> str:
+        server = split_name(self.model)[1]
+        where = "Everything you say is kept on this machine."
+        if server is not None:
+            where = f"What you say goes to {server.place}; the chat is kept on this machine."
+        return WELCOME.format(where=where)
 
     async def open(self, conversation: Conversation) -> None:
         """Another conversation."""

@@ -52,8 +52,9 @@ class StatsLines(Lines):
         f = self.facts
         rows = [("model", str(f.get("model", "")))]
         rows.append(("backend", " ".join(str(f[k]) for k in ("backend", "isa") if f.get(k))))
-        rows.append(("bits", f"activations {f.get('act_bits', '?')}, KV cache {f.get('kv_bits', '?')}"))
-        rows.append(("threads", str(f.get("threads", "?"))))
+        if not (served := f.get("server")):
+            rows.append(("bits", f"activations {f.get('act_bits', '?')}, KV cache {f.get('kv_bits', '?')}"))
+            rows.append(("threads", str(f.get("threads", "?"))))
         if not self.answers:
             return rows
         last = self.answers[-1].stats
@@ -62,13 +63,11 @@ class StatsLines(Lines):
         )
         rows.append(("last answer", f"{last.get('decode_tps', 0):.1f} tok/s, best {max(rates):.1f}"))
         prompt, cached = last.get("prompt_tokens", 0), last.get("cached_tokens", 0)
-        rows.append(
-            (
-                "last prompt",
-                f"{prompt} tokens, {cached} of them cached, {last.get('prefill_tps', 0):.0f} tok/s",
-            )
-        )
+        reading = "" if served else f", {last.get('prefill_tps', 0):.0f} tok/s"
+        rows.append(("last prompt", f"{prompt} tokens, {cached} of them cached{reading}"))
         rows.append(("first token", seconds(last.get("ttft_s", 0))))
+        if served:
+            return rows
         rows.append(("memory bandwidth", self._bandwidth(last)))
         rows.append(("KV cache", human_size(last.get("kv_bytes", 0))))
         rows.append(("engine's memory", f"{human_size(last.get('peak_rss_bytes', 0))} at its peak"))

@@ -1,0 +1,79 @@
+"""`tinychat run --server`: one answer, and a conversation line by line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli_helpers import on_terminal, tinychat
+from scripted_server import ScriptedServer, status
+
+from tinychat.chats.chat_store import ChatStore
+
+
+@pytest.fixture
+def played(here, monkeypatch):
+    for name in ("TINYCHAT_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with ScriptedServer() as s:
+        yield s
+
+
+def test_one_answer_and_what_is_wrong(played, tmp_path):
+    out = tinychat("run", "--server", played.url, "org/big-model", "think", "--json", "--temp", "0.5")
+    said = json.loads(out.stdout)
+    assert (said["text"], said["reasoning"]) == ("echo: think", "hidden thought")
+    assert said["model"] == f"org/big-model@{played.url}/v1"
+    assert said["stats"]["cached_tokens"] == 4
+    assert played.questions[-1]["temperature"] == 0.5
+    out = tinychat("run", "--server", played.url, "die", stdin="piped in")
+    assert (out.returncode, out.stdout) == (0, "echo: piped in\n")  # "die" is asked for as a model
+    cut = tinychat("run", "--server", played.url, "org/big-model", "die")
+    assert (cut.returncode, cut.stdout) == (1, "echo: die and then\n")
+    assert cut.stderr.startswith("Error: ")
+    assert len(cut.stderr.splitlines()) == 2
+
+
+def test_options_that_make_no_sense_are_refused_before_anything_is_asked(played):
+    for wrong in (
+        ["--server", played.url, "m", "hi", "--ctx", "100"],
+        ["--server", "nowhere:x", "m", "hi"],
+        ["--server", played.url, "--api-key-env", "NOT_SET", "m", "hi"],
+        ["--api-key-env", "X", "m", "hi"],
+        ["--server", "http://elsewhere", f"m@{played.url}/v1", "hi"],
+    ):
+        code, shown = on_terminal("run", *wrong)
+        assert code == 2
+        assert len(shown.splitlines()) == 2, shown
+    assert played.heard == []
+
+
+def test_a_chat_line_by_line_is_kept_and_goes_on_where_it_was_held(played, tmp_path):
+    typed = "think\n/set temperature 0.5\nsecond\n/regen\n/stats\n/save chat.json\n/new\nother\n/exit\n"
+    code, shown = on_terminal("run", "--server", played.url, "--plain", typed=typed)
+    assert code == 0, shown
+    assert "echo: second" in shown
+    assert "top_k (as the server has it)" in shown
+    assert f"org/big-model@{played.url}/v1 · server · 32768 tokens of context" in shown
+    assert played.questions[1]["temperature"] == 0.5
+    assert "temperature" not in played.questions[0]
+    code, shown = on_terminal("run", "--server", played.url, "--plain", typed="/load chat.json\nmore\n")
+    assert code == 0, shown
+    assert [m["content"] for m in played.questions[-1]["messages"]][-3:] == ["second", "echo: second", "more"]
+    out = tinychat("run", "--resume", "1", "and now?")  # its name says where it was held
+    assert out.stdout == "echo: and now?\n", out.stderr
+    store = ChatStore()
+    messages = store.messages(1)
+    assert messages[0].content == "think"
+    assert messages[1].split() == ("hidden thought", "echo: think")
+    assert store.chat(1).model == f"org/big-model@{played.url}/v1"
+    assert store.search("second")
+
+
+def test_a_failed_answer_line_by_line_leaves_the_conversation(played):
+    played.scripts = [status(400, {"error": {"message": "not like that"}})]
+    code, shown = on_terminal("run", "--server", played.url, "--plain", typed="one\ntwo\n/exit\n")
+    assert code == 0
+    assert "not like that" in shown
+    assert "echo: two" in shown
+    assert [m["content"] for m in played.questions[-1]["messages"]] == ["two"]
