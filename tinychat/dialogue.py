@@ -35,6 +35,7 @@ class Dialogue:
     """
 
     PARAMS: ClassVar[type[Settings]] = SamplingParams
+    CONTINUES: ClassVar[bool] = True  # whether an answer that was stopped or cut can go on
 
     def __init__(self, system: str | None, params: Any):
         self.system = system

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import signal
 import sys
 import time
@@ -230,7 +229,7 @@ class ChatApp(Host):
         chat.show_loading()
         busy, was_busy = chat.answering or not chat.ready, self._was_busy
         self._was_busy = busy
-        if self.engine.pid in (None, os.getpid()) or not (busy or was_busy):  # a server's load is not ours
+        if self.engine.pid is None or chat.facts.get("server") or not (busy or was_busy):
             chat.status.tell(cpu=None)
             return
         import psutil

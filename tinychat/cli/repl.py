@@ -91,14 +91,15 @@ class Repl:
         if self.last is None:
             return
         reason = self.last.finish_reason
+        more = ": /continue goes on" if self.session.CONTINUES else ""
         if reason == "cancelled":
-            click.echo("(stopped: /continue goes on)", err=True)
+            click.echo(f"(stopped{more})", err=True)
         elif reason == "context_full":
             click.echo(
                 f"(the context of {self.session.model.n_ctx} tokens is full: /new starts over)", err=True
             )
         elif reason == "length":
-            click.echo("(cut by max_tokens: /continue goes on)", err=True)
+            click.echo(f"(cut by max_tokens{more})", err=True)
         if self.verbose:
             click.echo(describe(self.last.stats), err=True)
 

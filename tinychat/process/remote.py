@@ -123,6 +123,7 @@ class RemoteSession(Dialogue):
     """A conversation with a model of a server. Nothing of it is kept there, as far as we know."""
 
     PARAMS: ClassVar[type[Settings]] = ServerParams
+    CONTINUES: ClassVar[bool] = False
 
     def __init__(self, model: ServedModel, system: str | None = None, **sampling: Any):
         super().__init__(system, model.default_sampling.but(**sampling))
