@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tinychat.process.protocol import ChatEngine
@@ -11,10 +11,11 @@ from tinychat.text.attachments import as_read
 
 @dataclass(frozen=True)
 class Words:
-    """A message before it is sent."""
+    """A message before it is sent. `waited`: it stood in line, so the composer has something else by now."""
 
     text: str
     attachments: list[dict[str, str]]
+    waited: bool = False
 
     @cached_property
     def as_read(self) -> str:
@@ -29,7 +30,7 @@ class Words:
         """Beginning that has that many tokens, with the question whole if it leaves room for the files."""
         text = self.text
         if not self.attachments:
-            return Words(await engine.head(text, tokens) or "", [])
+            return replace(self, text=await engine.head(text, tokens) or "")
         left = tokens - (await engine.count(text) or 0)
         kept = []
         for a in self.attachments:
@@ -43,4 +44,4 @@ class Words:
             left -= n
         if not kept:
             text = await engine.head(text, tokens) or ""
-        return Words(text, kept)
+        return replace(self, text=text, attachments=kept)

@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,28 @@ class ChatActions(Hearing):
             self.say("")
             await self.run_command(*command)
             return
-        if self.answering:
-            self.say("Still answering: esc stops it.")
-            return
         words = Words(message.text, message.attachments)
+        if not self.answering:
+            await self.say_words(words)
+        elif self.editing is not None:
+            self.say("Still answering: esc stops it.")
+        else:
+            self.composer.queue.put(replace(words, waited=True))
+            self.composer.clear()
+            self.say("")
+
+    async def say_words(self, words: Words) -> None:
+        """Send them; first it is made sure that the model can read them."""
         if self.ready and words.may_exceed(self.context):
-            self.run_worker(self.weigh(words, self.send), group="weigh", exclusive=True)
+            weighed = self.weigh(words, self.send, partial(self._not_said, words))
+            self.run_worker(weighed, group="weigh", exclusive=True)
         else:
             await self.send(words)
+
+    def _not_said(self, words: Words) -> None:
+        if words.waited:
+            self.composer.queue.put(words)
+            self.composer.take_back()
 
     async def run_command(self, name: str, rest: str) -> None:
         """A slash command."""

@@ -33,7 +33,8 @@ class Answering(ChatParts):
             parent = tree.nodes[parent].parent  # it never got an answer: say it anew beside it
         question = self.conversation.ask(words.text, parent, words.attachments)
         self.editing = None
-        self.composer.clear()
+        if not words.waited:
+            self.composer.clear()
         self.say("")
         await self.answer(question)
 
@@ -111,6 +112,10 @@ class Answering(ChatParts):
         self.app.engine.answer(c.key, c.request(question, self.model), c.chat.system, params)
         self.question = None
 
+    async def say_words(self, words: Words) -> None:
+        """Send words; above, it is made sure that the model can read them."""
+        raise NotImplementedError
+
     # Waiting for it
 
     def _watch(self) -> None:
@@ -166,6 +171,8 @@ class Answering(ChatParts):
     def _settle(self, turn: Turn | None, m: Message | None) -> None:
         """An answer has ended, one way or another."""
         self._stopping, self.question = False, None
+        if m is not None and m.finish_reason not in ("stop", "length"):
+            self.composer.take_back()  # nothing that waits is said after a stop or a failure
         if turn is not None and m is not None:
             turn.message, turn.running, turn.waiting = m, None, ""
             turn.prompt_text = m.prompt_text or turn.prompt_text

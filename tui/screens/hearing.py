@@ -110,6 +110,8 @@ class Hearing(Answering):
         self._settle(turn, self.conversation.finish(event.message))
         if event.message.finish_reason == "context_full":
             self.say(f"The context of {self.facts.get('ctx')} tokens is full: /new starts over.", error=True)
+        if self.composer.queue.words and event.message.finish_reason in ("stop", "length"):
+            await self.say_words(self.composer.queue.take(0))
 
     def show_loading(self) -> None:
         """How long a load that does not tell how far it is has taken."""

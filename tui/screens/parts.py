@@ -142,6 +142,7 @@ class ChatParts(Surface, Screen[None]):
         self.conversation.close()
         self.conversation = conversation
         self.editing = self.question = None
+        self.composer.take_back()
         self.say("")
         await self.show_conversation()
         self.refill()

@@ -19,6 +19,7 @@ from tinychat.tui.attachments import Attachment, complete_path, mentions, read
 from tinychat.tui.messages import Attached, Submitted
 from tinychat.tui.text import Line, clean
 from tinychat.tui.widgets.lines import Lines
+from tinychat.tui.widgets.queue import Queue
 from tinychat.tui.widgets.turn import human_size
 
 LONG_PASTE = 4000  # characters from which on a paste becomes an attachment
@@ -150,6 +151,7 @@ class Composer(Vertical):
 
     def compose(self):
         """The completions are mounted when first needed."""
+        yield Queue()
         yield Chips()
         yield Input(self)
 
@@ -166,6 +168,11 @@ class Composer(Vertical):
     def chips(self) -> Chips:
         """Files that are attached."""
         return self.query_one(Chips)
+
+    @property
+    def queue(self) -> Queue:
+        """Messages that wait for the end of the running answer."""
+        return self.query_one(Queue)
 
     @property
     def text(self) -> str:
@@ -211,6 +218,15 @@ class Composer(Vertical):
         self._files, self._pastes = files, kept
         self.text = text
         self._attached()
+
+    def take_back(self) -> None:
+        """Have what waits in the composer again, before what is typed, as one message."""
+        waiting = [self.queue.take(0) for _ in list(self.queue.words)]
+        if waiting:
+            texts = [t for w in waiting if (t := w.text.strip("\n"))]
+            files = [a for w in waiting for a in w.attachments]
+            files += [a.stored() for a in self.attachments if not a.problem]
+            self.restore("\n\n".join([*texts, *([self.text] if self.text else [])]), files)
 
     # Attachments
 
@@ -338,7 +354,11 @@ class Composer(Vertical):
     # History
 
     def recall(self, step: int) -> None:
-        """An earlier (1) or later (-1) message."""
+        """An earlier (1) or later (-1) message; one that waits is taken back first."""
+        if step > 0 and self.queue.words and not self.text and not self.attachments:
+            words = self.queue.take(-1)
+            self.restore(words.text, words.attachments)
+            return
         if self._recalled is None:
             if step < 0:
                 return
