@@ -165,6 +165,10 @@ class ChatApp(Host):
     def get_driver_class(self) -> type[Driver]:
         return TerminalDriver
 
+    def name_window(self, title: str) -> None:
+        if isinstance(self._driver, TerminalDriver):
+            self._driver.show_title(title)
+
     def _handle_exception(self, error: Exception) -> None:
         """End the program. Textual prints a page with everything that was said; two lines come later."""
         if self._exit and isinstance(getattr(error, "error", error), MountError):

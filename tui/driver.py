@@ -13,11 +13,13 @@ from textual.drivers.linux_driver import LinuxDriver
 
 from tinychat.tui.first_frame import usual_size
 from tinychat.tui.keyboard import Keyboard, bounded
+from tinychat.tui.text import clean
 
 READ = 1 << 16
 LOOK = 0.1  # seconds between two looks at whether to end
 REST = constants.ESCAPE_DELAY  # without a byte, after which a sequence that has begun is a key of its own
 PASTE_REST = 3.0  # without a byte, after which a paste has ended
+LONGEST_TITLE = 80
 MOST_WAITING = 5000  # events that the screen has not got to; then the terminal has to wait
 
 
@@ -27,6 +29,24 @@ class TerminalDriver(LinuxDriver):
     def __init__(self, app: Any, **options: Any):
         super().__init__(app, **options)
         self._size = self._size or self._get_terminal_size()
+        self._title = ""
+
+    def start_application_mode(self) -> None:
+        """Take the terminal; it keeps the title that its window had."""
+        super().start_application_mode()
+        self.write("\x1b[22;2t")
+        self.show_title(self._title)
+
+    def stop_application_mode(self) -> None:
+        """Give it back, and the title."""
+        self.write("\x1b[23;2t")
+        super().stop_application_mode()
+
+    def show_title(self, title: str) -> None:
+        """What the terminal's window or tab is called: one line without control characters."""
+        self._title = " ".join(clean(title).split())[:LONGEST_TITLE]
+        if self._title:
+            self.write(f"\x1b]2;{self._title}\x07")
 
     def _get_terminal_size(self) -> tuple[int, int]:
         """Size as the terminal says; some have none (0 × 0), and some claim more than anybody can see."""

@@ -35,6 +35,10 @@ class Host(App[None]):
         """Call outside of Textual's messages: what goes wrong ends the program as it would inside them."""
         raise NotImplementedError
 
+    def name_window(self, title: str) -> None:
+        """What the terminal calls its window or tab."""
+        raise NotImplementedError
+
     def leave(self, code: int = 0) -> None:
         """End; not at once if something would be lost."""
         raise NotImplementedError

@@ -56,3 +56,26 @@ async def test_after_a_stop_or_a_failure_nothing_is_said_and_nothing_is_lost(sto
         await wait_until(pilot, lambda: "two" in screen_text(app))
         app.engine.die()
         await wait_until(pilot, lambda: app.chat.composer.text == "fifth")
+
+
+async def test_a_bell_rings_at_the_end_of_a_long_answer_that_nobody_watches(store, monkeypatch):
+    app = make_app(store, "one", Script("two", waits=True), Script("three", waits=True))
+    rung, titles = [], []
+    monkeypatch.setattr(app, "bell", lambda: rung.append(None))
+    monkeypatch.setattr(app, "name_window", titles.append)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await say(pilot, "short")
+        await answered(pilot)
+        assert not rung
+        monkeypatch.setattr("tinychat.tui.screens.answering.LONG", 0.0)
+        await say(pilot, "long")
+        await wait_until(pilot, lambda: titles[-1] == "● short · tinychat")
+        app.app_focus = False  # a key gave it back
+        app.engine.cancelled.set()
+        await answered(pilot, 2)
+        assert titles[-1] == "short · tinychat"
+        assert len(rung) == 1
+        await say(pilot, "watched")
+        app.engine.cancelled.set()
+        await answered(pilot, 3)
+    assert len(rung) == 1

@@ -43,8 +43,10 @@ def test_the_installed_command_with_the_demo_model(tmp_path, demo_gguf):
         t.type("Tell me a long story about a fox.")  # the model is still loading
         t.press("Enter")
         t.wait(lambda s: re.search(r"● \d+ tokens", s) is not None, 120)
+        assert t.title == "● Tell me a long story about a fox. · tinychat"
         t.press("Escape")
         stopped = t.wait("stopped", 30)
+        t.wait(lambda s: t.title == "Tell me a long story about a fox. · tinychat")
         assert "▌ Tell me a long story about a fox." in stopped
         assert re.search(r"tok/s · first token \d+ ms|first token [\d.]+ s", stopped)
         assert re.search(r"context \d+/2048", stopped)

@@ -382,6 +382,7 @@ class ChatActions(Hearing):
             if chat_id == self.conversation.chat.id:
                 self.conversation.chat.title = title.strip()
                 self.conversation.keep()
+                self.name_window()
             else:
                 self.app.store.update(chat_id, title=title.strip())
             self.refill()

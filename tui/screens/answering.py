@@ -15,6 +15,7 @@ from tinychat.tui.words import Words
 
 TICK = 0.5  # seconds between two looks at what is shown beside the text
 MARGIN = 64  # tokens that a template may write around a message
+LONG = 10.0  # seconds of an answer after which a terminal that nobody looks at rings its bell
 PATIENCE = 10.0  # seconds that an engine may take to count tokens
 
 
@@ -93,13 +94,14 @@ class Answering(ChatParts):
         if self._turn is not None:
             self._turn.running = {}
         self.question, self._first, self._tokens, self._stopping = question, None, 0, False
-        self._asked = time.monotonic()
+        self._asked = self._wanted = time.monotonic()
         self._watch()
         if self.ready:
             self._ask()
         elif self.trouble:
             self.lack_model(self.trouble)
         self.refill()
+        self.name_window()
 
     def _ask(self) -> None:
         c, question = self.conversation, self.question
@@ -185,6 +187,9 @@ class Answering(ChatParts):
             **status_of(m),
         )
         self.refill()
+        self.name_window()
+        if not self.app.app_focus and time.monotonic() - self._wanted > LONG:
+            self.app.bell()  # somebody waits for it elsewhere
 
     # Stopping it
 

@@ -54,7 +54,8 @@ class ChatParts(Surface, Screen[None]):
         self.editing: int | None = None  # the user message that the composer's text will replace
         self._turn: Turn | None = None  # the answer in the making
         self.unheard = 0  # events of the engine that wait for their turn
-        self._asked = 0.0
+        self._asked = 0.0  # when the engine was asked
+        self._wanted = 0.0  # when the user asked
         self._first: tuple[float, int] | None = None
         self._progress: tuple[int, int, float] | None = None  # tokens read, of how many, when all will be
         self._read = 0  # tokens of the conversation before the answer
@@ -105,6 +106,11 @@ class ChatParts(Surface, Screen[None]):
         notice.set_class(error, "error")
         notice.display = bool(text)
 
+    def name_window(self) -> None:
+        """The chat's title, and whether it is being answered, where a terminal shows the name of a window."""
+        title = self.conversation.chat.title
+        self.app.name_window(f"{'● ' if self.answering else ''}{title + ' · ' if title else ''}tinychat")
+
     def complain(self, e: TinychatError) -> None:
         """Say what is wrong and what to do."""
         self.say(f"{e.what} {e.todo}", error=True)
@@ -127,6 +133,7 @@ class ChatParts(Surface, Screen[None]):
         if not branch:
             await self.transcript.mount(Static(self._welcome(), id="welcome", markup=False), before=0)
         await self.transcript.show(branch)
+        self.name_window()
         last = self.conversation.last("assistant")
         self.status.tell(used=self.conversation.tokens_used(), **status_of(last))
 
