@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tinychat.base.events import Event
+from tinychat.base.events import Done, Event
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.text.oversized import refuse_oversized
 
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
+    from tinychat.engine.speculation.speculator import Speculator
+    from tinychat.text.known_text import Known
     from tinychat.text.reasoning import Splitter
+
+BEGINNING = 200  # characters of a prompt's end that say whether the template itself opened a thought
 
 
 @dataclass(frozen=True)
@@ -39,19 +44,69 @@ class ChatRequest:
         refuse_oversized(
             model.tokenizer, [m["content"] for m in self.messages], model.n_ctx, model.eviction() is not None
         )
-        ids, splitter = self.prompt(model)
-        branch = model.engine.branch(model.eviction())
-        yield from model.engine.generate(branch, ids, self.params, cancel, speculator, splitter)
+        text, ids = self._read(model)
+        splitter = None if model.template is None else model.template.splitter(text)
+        yield from made(
+            model, ids, self, cancel, speculator, splitter, partial(self._written, model, text, ids)
+        )
 
-    def prompt(self, model: ChatModel) -> tuple[list[int], Splitter | None]:
-        """The ids that the model reads, and what tells its reasoning from its answer. Raises UsageError where
-        the template refuses the messages.
-        """
-        if model.template is None:
-            return model.encode_prompt("".join(m["content"] for m in self.messages)), None
-        text = model.template.render(self.messages)
+    def prompt(self, model: ChatModel) -> list[int]:
+        """The ids that the model reads. Raises UsageError where the template refuses the messages."""
+        return self._read(model)[1]
+
+    def _read(self, model: ChatModel) -> tuple[str, list[int]]:
+        """The prompt's text and ids. What the model read or wrote before keeps the ids that it had."""
+        template = model.template
+        if template is None:
+            text = "".join(m["content"] for m in self.messages)
+            return text, model.encode_prompt(text)
+        text = template.render(self.messages)
+        if known := model.known.find(text):
+            last = known.ids[-1]
+            return text, [*known.ids, *template.encode(text[known.characters :], after=last)]
         bos = [model.tokenizer.bos_id] if model.tokenizer.bos_id is not None and model.needs_bos(text) else []
-        return bos + model.template.encode(text), model.template.splitter(text)
+        return text, bos + template.encode(text)
+
+    def _written(self, model: ChatModel, text: str, ids: list[int], written: str, done: Done) -> list[Known]:
+        """Remember the answer's ids, under each text that it may have when it comes back."""
+        template, answer = model.template, done.completion
+        if template is None or not answer.token_ids:
+            return []
+        forms = dict.fromkeys(template.renderings(written, text[-BEGINNING:]))
+        return [model.known.add(text + form, [*ids, *answer.token_ids]) for form in forms]
+
+
+def made(
+    model: ChatModel,
+    ids: list[int],
+    request: ChatRequest | PromptRequest,
+    cancel: threading.Event | None,
+    speculator: Speculator,
+    splitter: Splitter | None = None,
+    written: Callable[[str, Done], list[Known]] = lambda text, done: [],
+) -> Generator[Event, None, None]:
+    """The events of an answer to ids, on a branch that has as much of them as is kept.
+
+    written: is told the whole that was written, and gives the texts whose ids are known now.
+    """
+    branch = model.engine.branch(model.eviction()) if model.shelf is None else model.shelf.take(ids)
+    events = model.engine.generate(branch, ids, request.params, cancel, speculator, splitter)
+    parts: list[str] = []
+    texts: list[Known] = []
+    done: Done | None = None
+    try:
+        for event in events:
+            if isinstance(event, Done):
+                done, texts = event, written("".join(parts), event)
+                break
+            parts.append(getattr(event, "written", ""))
+            yield event
+    finally:
+        events.close()
+        if model.shelf is not None:  # before anybody hears of the end, and comes back
+            model.shelf.put(branch, texts)
+    if done is not None:
+        yield done
 
 
 @dataclass(frozen=True)
@@ -64,6 +119,4 @@ class PromptRequest:
 
     def events(self, model: ChatModel, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """The continuation, as `ChatRequest.events` yields an answer."""
-        branch = model.engine.branch(model.eviction())
-        speculator = model.speculator(self.draft)
-        yield from model.engine.generate(branch, self.ids, self.params, cancel, speculator)
+        yield from made(model, self.ids, self, cancel, model.speculator(self.draft))

@@ -22,10 +22,12 @@ from tinychat.engine.memory.sizes import memory_bytes, tokens_within
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.session import Session
+from tinychat.text.known_text import KnownText
 from tinychat.text.oversized import refuse_oversized
 from tinychat.text.template import ChatTemplate
 
 if TYPE_CHECKING:
+    from tinychat.engine.shelf import Shelf
     from tinychat.engine.speculation.speculator import Speculator
 
 DEFAULT_CTX = 8192
@@ -86,6 +88,8 @@ class Model:
         self.draft = options.draft or ("ngram" if backend.row_independent else "none")
         self.draft_tokens = options.draft_tokens
         self.drafts = drafts
+        self.known = KnownText()
+        self.shelf: Shelf | None = None  # where conversations wait for their next request; a server has one
 
     def _fit_context(self, asked: int | None) -> int:
         most = max(self.config.context_length, asked or 0, BLOCK)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tinychat.model import Model
@@ -25,6 +26,7 @@ class Served:
     server: Server
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
+    made: int = 0  # tokens of the last answer, where a test notes it
 
     @property
     def url(self) -> str:
@@ -95,6 +97,7 @@ def serving(
     *models: Model | Callable[[], Model],
     names: tuple[str, ...] = (),
     limits: Limits | None = None,
+    folder: Path | None = None,
     **address: Any,
 ) -> Iterator[Served]:
     """Serve models, which stay the caller's, or what loads them."""
@@ -119,7 +122,7 @@ def serving(
             out.extend((server, asyncio.get_running_loop()))
             began.set()
 
-        await serve(loads, where, sockets, ready=ready, closing=closing)
+        await serve(loads, where, sockets, ready=ready, closing=closing, folder=folder)
 
     def work() -> None:
         try:

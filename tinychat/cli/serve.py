@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tinychat.base import locations
 from tinychat.base.errors import UsageError
 from tinychat.base.load_options import LoadOptions
 from tinychat.cli.options import DEFAULT_MODEL, answering_options, complete_models, loading_options, pick
@@ -89,7 +90,9 @@ def serve(model: str | None, others: tuple[str, ...], **o: Any) -> None:
         host = f"[{host}]" if ":" in host else host
         click.echo(f"Serving {', '.join(loads)} at http://{host}:{port}/v1 (Ctrl+C ends it).", err=True)
 
-    asyncio.run(run(loads, address, sockets, keep_alive=keep_alive, ready=ready))
+    asyncio.run(
+        run(loads, address, sockets, keep_alive=keep_alive, ready=ready, folder=locations.kv_file("x").parent)
+    )
 
 
 def _load(name: str, o: dict[str, Any]) -> Model:

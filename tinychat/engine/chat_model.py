@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from tinychat.backends.interface import Backend
 from tinychat.engine.engine import Engine
 from tinychat.engine.eviction import EvictionPolicy
+from tinychat.engine.owned import OwnedBranch
 from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.speculation.speculator import Speculator
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
 from tinychat.network.weight_policy import WeightPolicy
+from tinychat.text.known_text import Known, KnownText
 from tinychat.text.template import ChatTemplate
 from tinychat.text.tokenizer import Tokenizer
+
+
+class Kept(Protocol):
+    """Branches between two answers: `tinychat.engine.shelf.Shelf` is one."""
+
+    def take(self, ids: Sequence[int]) -> OwnedBranch: ...
+
+    def put(self, branch: OwnedBranch, texts: Sequence[Known] = ()) -> None: ...
 
 
 class ChatModel(Protocol):
@@ -30,6 +41,10 @@ class ChatModel(Protocol):
     default_sampling: SamplingParams
     kv_budget: int | None
     kv_disk_budget: int
+    known: KnownText
+
+    @property
+    def shelf(self) -> Kept | None: ...
 
     @property
     def n_ctx(self) -> int: ...

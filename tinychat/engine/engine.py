@@ -65,6 +65,7 @@ class Engine:
         self._in_step: list[OwnedBranch] = []  # have room in the step that is being prepared
         self._clock = 0
         self.closed = False
+        self.makes_way: Callable[[OwnedBranch], None] = lambda branch: None  # hears of an idle one first
 
     def branch(self, policy: EvictionPolicy | None = None) -> OwnedBranch:
         """A new, empty sequence. With a policy it may outgrow its budget; without, it ends where the context
@@ -225,7 +226,7 @@ class Engine:
         speculator: Speculator | None = None,
         splitter: Splitter | None = None,
         begun: Begun = NOTHING,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Continue `prompt` on `branch`. Yields TextDelta for each token, and Done last.
 
         speculator: drafts tokens that are verified several at a time; the text is the same without it.
@@ -343,7 +344,9 @@ class Engine:
         if self.memories.grow(pool, 2 if idle else 1):
             return True
         if idle:
-            min(idle, key=lambda b: b.last_used).free()  # recomputed when its owner speaks again
+            oldest = min(idle, key=lambda b: b.last_used)
+            self.makes_way(oldest)
+            oldest.free()  # recomputed when its owner speaks again
             return True
         younger = [b for b in others if branch.busy and b.since > branch.since]
         if younger:

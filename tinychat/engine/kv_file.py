@@ -16,6 +16,7 @@ import secrets
 import tempfile
 import zlib
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,29 +99,56 @@ def identity(model: ChatModel) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Copy:
+    """What a branch holds, in this program's memory: the content of a file."""
+
+    tensors: dict[str, np.ndarray]
+    about: dict[str, str]
+
+
+def copied(model: ChatModel, branch: OwnedBranch, notes: str = "") -> Copy | None:
+    """A copy of what the branch holds, while the engine is `changing`. None if it is not worth it, or larger
+    than the model's `kv_disk_budget` alone. notes: kept with it.
+    """
+    engine = model.engine
+    if engine.closed:  # its keys and values are gone; those of an earlier save stay
+        return None
+    saved = [part.saved(branch.filled(part)) for part in branch.parts]
+    size = sum(len(s) * engine.backend.kv_bytes_per_block(memory) for memory, s in enumerate(saved))
+    if len(branch) < WORTH or size > model.kv_disk_budget:
+        return None
+    tensors = {"ids": np.array(branch.ids, np.int32)}
+    for memory, blocks in enumerate(saved):
+        tensors[f"memory{memory}"] = engine.backend.read_blocks(np.array(blocks, np.int32), memory)
+    about = {"tinychat_kv": identity(model), "evicted": str(branch.evicted)}
+    if ledger := branch.ledger:
+        tensors |= {name: np.ascontiguousarray(getattr(ledger, name)) for name in LEDGER}
+        about |= {"next_position": str(ledger.next_position), "seen": str(ledger.seen)}
+    return Copy(tensors, {**about, "notes": notes} if notes else about)
+
+
 def save(path: Path, model: ChatModel, branch: OwnedBranch, stored: bool = True) -> bool:
     """Write what the branch holds, atomically, readable by its owner only. False if it is not worth it, or
     larger than the model's `kv_disk_budget` alone.
 
+    stored, and what is raised: as of `write`.
+    """
+    with model.engine.changing():
+        copy = copied(model, branch)
+    if copy is not None:
+        write(path, model, copy, stored)
+    return copy is not None
+
+
+def write(path: Path, model: ChatModel, copy: Copy, stored: bool = True) -> None:
+    """Write a file.
+
     stored: in the chat store, where files of chats spoken in longest ago go when all together are larger than
-    that; else in a folder of the user's, sealed.
+    the model's `kv_disk_budget`; else in a folder of the user's, sealed.
     Raises TinychatError when the disk is full.
     """
-    engine, disk_budget = model.engine, model.kv_disk_budget
-    with engine.changing():
-        if engine.closed:  # its keys and values are gone; those of an earlier save stay
-            return False
-        saved = [part.saved(branch.filled(part)) for part in branch.parts]
-        size = sum(len(s) * engine.backend.kv_bytes_per_block(memory) for memory, s in enumerate(saved))
-        if len(branch) < WORTH or size > disk_budget:
-            return False
-        tensors = {"ids": np.array(branch.ids, np.int32)}
-        for memory, blocks in enumerate(saved):
-            tensors[f"memory{memory}"] = engine.backend.read_blocks(np.array(blocks, np.int32), memory)
-        about = {"tinychat_kv": identity(model), "evicted": str(branch.evicted)}
-        if ledger := branch.ledger:
-            tensors |= {name: np.ascontiguousarray(getattr(ledger, name)) for name in LEDGER}
-            about |= {"next_position": str(ledger.next_position), "seen": str(ledger.seen)}
+    tensors, about = copy.tensors, dict(copy.about)
     try:
         about |= {"crc32": checksum(tensors)} if stored else {"seal": seal(tensors, about)}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -138,8 +166,16 @@ def save(path: Path, model: ChatModel, branch: OwnedBranch, stored: bool = True)
             f"Cannot keep the chat's KV cache: {e}.", "Free some space; the chat itself is kept."
         ) from e
     if stored:
-        _stay_within(path, disk_budget)
-    return True
+        _stay_within(path, model.kv_disk_budget)
+
+
+def about(path: Path, model: ChatModel) -> tuple[list[int], str] | None:
+    """The ids of a file and the notes in it; None if it is another model's. Raises as a damaged one does."""
+    with safe_open(path, "numpy") as f:
+        said = f.metadata() or {}
+        if said.get("tinychat_kv") != identity(model):
+            return None
+        return f.get_tensor("ids").tolist(), said.get("notes", "[]")
 
 
 def _stay_within(path: Path, disk_budget: int) -> None:

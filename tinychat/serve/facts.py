@@ -69,7 +69,7 @@ async def metrics(request: Request) -> Response:
 def tokens_of(model: Model, fields: Fields) -> list[int]:
     """Ids of a text (`content`, `prompt`) or of a conversation (`messages`). Raises ApiError, UsageError."""
     if "messages" in fields:
-        return model.request(fields["messages"]).prompt(model)[0]
+        return model.request(fields["messages"]).prompt(model)
     name = "prompt" if "prompt" in fields else "content"
     fields.need(name)
     text = fields.check(name, arguments.text, True)

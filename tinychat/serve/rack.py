@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinychat.base.errors import DeviceLostError, MemoryBudgetError
+from tinychat.engine.shelf import Shelf
 from tinychat.serve.problems import ApiError, busy
 
 if TYPE_CHECKING:
@@ -55,10 +56,14 @@ class Lease:
 class Rack:
     """Models by name. Changes happen on the event loop; loading and closing on threads, one at a time."""
 
-    def __init__(self, models: Mapping[str, Load], keep_alive: float | None = None):
+    def __init__(
+        self, models: Mapping[str, Load], keep_alive: float | None = None, folder: Path | None = None
+    ):
         """models: how each is loaded; the first one is meant where a request names none.
         keep_alive: seconds after which a model that nobody asks is unloaded; None: when room is needed.
+        folder: where conversations are kept that memory has no room for; None: nowhere.
         """
+        self._folder = folder
         self.models = {name: Held(name, load) for name, load in models.items()}
         self.keep_alive = keep_alive
         self._changing = asyncio.Lock()
@@ -100,7 +105,7 @@ class Rack:
         """Load it; where memory is short, those that nobody uses make way, the longest idle first."""
         while True:
             try:
-                return await asyncio.to_thread(held.load)
+                return await asyncio.to_thread(self._load, held)
             except MemoryBudgetError as e:
                 others = [h for h in self.models.values() if h.model is not None]
                 idle = [h for h in others if not h.users]
@@ -110,10 +115,27 @@ class Rack:
                     raise busy(503, f"{e.what} Other models are in use. Try again later.", 30) from e
                 await self._unload(min(idle, key=lambda h: h.used))
 
+    def _load(self, held: Held) -> Model:
+        model = held.load()
+        model.shelf = Shelf(model, self._folder)
+        return model
+
     async def _unload(self, held: Held) -> None:
         model, held.model = held.model, None
         if model is not None:
-            await asyncio.to_thread(self._closing, model)
+            await asyncio.to_thread(self._close, model)
+
+    def _close(self, model: Model) -> None:
+        if model.shelf is not None:
+            model.shelf.close()
+            model.shelf = None
+        self._closing(model)
+
+    async def save(self) -> None:
+        """Keep on disk what conversations have in memory."""
+        for model in [h.model for h in self.models.values() if h.model is not None]:
+            if model.shelf is not None:
+                await asyncio.to_thread(model.shelf.save)
 
     async def lost(self, model: Model, error: BaseException) -> None:
         """After an error that a model does not recover from, it is loaded again when it is asked for."""

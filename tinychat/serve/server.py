@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -117,12 +118,13 @@ async def serve(
     keep_alive: float | None = None,
     ready: Callable[[Server], None] = lambda server: None,
     closing: Callable[[Model], None] | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Serve models until SIGINT or SIGTERM. sockets: from `listen`. ready: is told when the first model is
-    there.
+    there. folder: as in `Rack`.
     """
     limits = address.limits
-    rack = Rack(models, keep_alive)
+    rack = Rack(models, keep_alive, folder)
     if closing is not None:
         rack.when_closing(closing)
     service = Service(rack, limits)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tinychat.model import Model
 
 TIDY_SECONDS = 1.0
+SAVE_SECONDS = 15.0  # without work, until conversations are saved
 
 
 class Service:
@@ -97,8 +98,12 @@ class Service:
         task.add_done_callback(self._tasks.discard)
 
     async def _tidy(self) -> None:
+        quiet = 0.0  # seconds without work
         while True:
             await asyncio.sleep(TIDY_SECONDS)
+            before, quiet = quiet, quiet + TIDY_SECONDS if not self.desk.running else 0.0
+            if before < SAVE_SECONDS <= quiet:
+                await self.rack.save()
             await self.rack.tidy()
 
     async def close(self) -> None:
