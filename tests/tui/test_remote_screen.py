@@ -8,7 +8,9 @@ import sys
 
 import pytest
 from scripted_server import ScriptedServer, answer, status
+from serving import serving
 from terminal import Terminal
+from tiny import tiny_model
 
 from tinychat.chats.chat_store import ChatStore
 
@@ -108,3 +110,21 @@ def test_a_server_that_is_not_there_yet(tmp_path):
             t.wait("ready · org/big-model")
             say(t, "early")
             t.wait("echo: early")
+
+
+def test_a_chat_with_tinychat_serve(tmp_path):
+    with (
+        tiny_model(ctx=512, backend="cpu", eos_ids=()) as model,
+        serving(model, key="sk-very-secret") as server,
+        opened(tmp_path, "--server", server.url, "--max-tokens", "8") as t,
+    ):
+        t.wait("ready · tiny")
+        say(t, "hello")
+        t.wait("8 tokens")
+        t.press("C-r")
+        t.wait("2/2")
+        t.wait(lambda s: "ready" in s and "8 tokens" in s)
+        t.press("C-q")
+        t.wait("ended with 0")
+    said = ChatStore(tmp_path / "chats.db").messages(1)
+    assert [m.finish_reason for m in said] == [None, "length", "length"]
