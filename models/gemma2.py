@@ -131,7 +131,7 @@ def mlp(ops: Ops, cfg: ModelConfig, w: Block, x: Handle) -> Handle:
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One decoder block. x: [T, hidden]."""
-    a = cfg.layers[layer].mixer
+    a = cfg.layers[layer].attention
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
     y = ops.linear(llama.attend(ops, a, q, k, v, layer), w.o)
     return mlp(ops, cfg, w, ops.rms_norm(y, w.attn_post_norm, cfg.norm_eps, add_to=x))
@@ -150,7 +150,7 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 
 def settings(cfg: ModelConfig) -> Settings:
     """Entries of config.json for such a model."""
-    a = cfg.layers[0].mixer
+    a = cfg.attentions[0]
     return {
         "architectures": ["Gemma2ForCausalLM"],
         "hidden_act": None,
@@ -158,6 +158,6 @@ def settings(cfg: ModelConfig) -> Settings:
         "query_pre_attn_scalar": round((a.scale or a.head_dim**-0.5) ** -2),
         "attn_logit_softcapping": a.soft_cap or None,
         "final_logit_softcapping": cfg.logit_soft_cap or None,
-        "sliding_window": max(layer.mixer.window for layer in cfg.layers) or cfg.context_length,
+        "sliding_window": max(a.window for a in cfg.attentions) or cfg.context_length,
         "layer_types": hf_config.layer_types(cfg),
     }

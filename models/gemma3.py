@@ -80,7 +80,7 @@ def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One decoder block. x: [T, hidden]."""
-    a = cfg.layers[layer].mixer
+    a = cfg.layers[layer].attention
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
     q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
     y = ops.linear(llama.attend(ops, a, q, k, v, layer), w.o)
@@ -99,7 +99,7 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 
 def settings(cfg: ModelConfig) -> Settings:
     """Entries of config.json for such a model."""
-    ropes = [layer.mixer.rope for layer in cfg.layers]
+    ropes = [a.rope for a in cfg.attentions]
     local = next((rope for rope in ropes if rope and rope != cfg.rope), None)
     mine = {
         "architectures": ["Gemma3ForCausalLM"],

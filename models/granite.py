@@ -70,7 +70,7 @@ def forward(ops: Ops, cfg: ModelConfig, w: Weights) -> Handle:
 
 def settings(cfg: ModelConfig) -> Settings:
     """Entries of config.json for such a model."""
-    a = cfg.layers[0].mixer
+    a = cfg.attentions[0]
     return {
         "architectures": ["GraniteForCausalLM"],
         "embedding_multiplier": cfg.embed_scale,

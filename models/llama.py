@@ -95,7 +95,7 @@ def attend(ops: Ops, a: AttentionConfig, q: Handle, k: Handle, v: Handle, layer:
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One pre-norm decoder block. x: [T, hidden]."""
-    a = cfg.layers[layer].mixer
+    a = cfg.layers[layer].attention
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
     x = ops.linear(attend(ops, a, q, k, v, layer), w.o, add_to=x)
     m = ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)
@@ -112,7 +112,7 @@ def forward(ops: Ops, cfg: ModelConfig, w: Weights, block: Callable[..., Handle]
 
 def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Names and [out, in] of a block's linears: what readers check and quantizers quantize."""
-    a, p = cfg.layers[layer].mixer, f"model.layers.{layer}."
+    a, p = cfg.layers[layer].attention, f"model.layers.{layer}."
     d, h, f = a.head_dim, cfg.hidden_size, cfg.layers[layer].mlp.size
     return {
         p + "self_attn.q_proj": (a.n_heads * d, h),

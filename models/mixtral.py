@@ -129,7 +129,7 @@ def experts(ops: Ops, mlp: ExpertsConfig, w: Experts, x: Handle, add_to: Handle)
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One pre-norm decoder block. x: [T, hidden]."""
-    a = cfg.layers[layer].mixer
+    a = cfg.layers[layer].attention
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
     x = ops.linear(llama.attend(ops, a, q, k, v, layer), w.o, add_to=x)
     m = ops.rms_norm(x, w.mlp_norm, cfg.norm_eps)

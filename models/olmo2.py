@@ -57,7 +57,7 @@ def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One post-norm decoder block. x: [T, hidden]."""
-    a = cfg.layers[layer].mixer
+    a = cfg.layers[layer].attention
     q, k, v = ops.split_heads(ops.linear(x, w.qkv), a)
     q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
     y = ops.linear(llama.attend(ops, a, q, k, v, layer), w.o)
@@ -73,7 +73,7 @@ def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
 
 def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
     """Names and [n] of a block's vectors."""
-    a, p = cfg.layers[layer].mixer, f"model.layers.{layer}."
+    a, p = cfg.layers[layer].attention, f"model.layers.{layer}."
     return {
         p + "self_attn.q_norm": (a.n_heads * a.head_dim,),
         p + "self_attn.k_norm": (a.n_kv_heads * a.head_dim,),

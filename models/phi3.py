@@ -36,7 +36,7 @@ def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
 
 def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Names and [out, in] of a block's linears."""
-    a, p = cfg.layers[layer].mixer, f"model.layers.{layer}."
+    a, p = cfg.layers[layer].attention, f"model.layers.{layer}."
     h, f = cfg.hidden_size, cfg.layers[layer].mlp.size
     return {
         p + "self_attn.qkv_proj": ((a.n_heads + 2 * a.n_kv_heads) * a.head_dim, h),
@@ -55,7 +55,7 @@ def settings(cfg: ModelConfig) -> Settings:
     """Entries of config.json for such a model."""
     rope = cfg.rope
     original = rope.original_context if rope and rope.kind == "longrope" else cfg.context_length
-    window = max(layer.mixer.window for layer in cfg.layers) or None
+    window = max(a.window for a in cfg.attentions) or None
     return {
         "architectures": ["Phi3ForCausalLM"],
         "original_max_position_embeddings": original,

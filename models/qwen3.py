@@ -40,7 +40,7 @@ def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
 
 def attention(ops: Ops, cfg: ModelConfig, w: Any, x: Handle, layer: int) -> Handle:
     """The attention half of a block that has norms of queries and keys. x: [T, hidden]."""
-    a = cfg.layers[layer].mixer
+    a = cfg.layers[layer].attention
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
     q, k = ops.norm_heads(q, k, w.q_norm, w.k_norm, cfg.norm_eps)
     return ops.linear(llama.attend(ops, a, q, k, v, layer), w.o, add_to=x)
@@ -65,7 +65,7 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 
 def head_norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
     """Those of queries and keys."""
-    d = cfg.layers[layer].mixer.head_dim
+    d = cfg.layers[layer].attention.head_dim
     return {f"model.layers.{layer}.self_attn.{name}": (d,) for name in ("q_norm", "k_norm")}
 
 

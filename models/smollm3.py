@@ -50,7 +50,7 @@ GGUF = {"smollm3": FromGGUF(NAMES, interleaved=True, layers=_from_gguf)}
 
 def settings(cfg: ModelConfig) -> Settings:
     """Entries of config.json for such a model."""
-    rotated = [int(layer.mixer.rope is not None) for layer in cfg.layers]
+    rotated = [int(a.rope is not None) for a in cfg.attentions]
     return {
         "architectures": ["SmolLM3ForCausalLM"],
         "no_rope_layers": rotated,

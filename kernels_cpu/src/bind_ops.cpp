@@ -96,10 +96,91 @@ void bind_experts(nb::class_<PyProgram>& program) {
             "routes"_a, "x"_a, "y"_a, "y += the experts' outputs, weighted");
 }
 
+// One layer's state; all layers of a memory are alike.
+StateLayer state_layer(const PyProgram& p, int memory, int layer, size_t floats) {
+    require(memory >= 0 && memory < 1 << 10 && layer >= 0 && layer < 1 << 20 && floats < size_t{1} << 30,
+            "there is no such state");
+    const MemoryUse use = p.program.use(memory);
+    require(use.layers == 0 || use.state == floats, "a memory's layers differ");
+    return {memory, layer, floats};
+}
+
+const float* vector_of(PyProgram& p, nb::handle given, size_t n) {
+    const auto v = nb::cast<In<float>>(given);
+    require(v.size() == n, "a vector does not fit");
+    p.keep_alive(given);
+    return v.data();
+}
+
+void bind_states(nb::class_<PyProgram>& program) {
+    program
+        .def(
+            "short_conv",
+            [](PyProgram& p, int memory, int layer, Floats x, nb::object weight, int width, Floats out) {
+                require(width >= 2 && width <= kMostTaps && x.cols == 3 * out.cols, "the convolution does not fit");
+                const size_t taps = static_cast<size_t>(out.cols) * width;
+                const StateLayer at = state_layer(p, memory, layer, taps - out.cols);
+                p.program.short_conv(at, x.p, vector_of(p, weight, taps), out.cols, width, out.p);
+            },
+            "memory"_a, "layer"_a, "x"_a, "weight"_a, "width"_a, "out"_a, "weight: [width, channels]")
+        .def(
+            "delta_rule",
+            [](PyProgram& p, int memory, int layer, std::vector<int> heads, bool tiled, std::vector<Floats> in,
+               std::vector<nb::object> weights, int width, Floats qkv, Floats gates, Floats out) {
+                require(heads.size() == 4 && in.size() == 3 && weights.size() == 3, "the delta rule does not fit");
+                for (int n : heads) require(n >= 1 && n <= 1024, "the heads do not fit");
+                const DeltaLayer at{heads[0], heads[1], heads[2], heads[3], tiled};
+                require(at.n_values % at.n_keys == 0 && at.values() <= 1 << 15, "the heads do not fit");
+                require(width >= 2 && width <= kMostTaps, "the convolution does not fit");
+                require(in[0].cols == at.channels() && in[1].cols == at.n_values && in[2].cols == at.n_values &&
+                            qkv.cols == at.channels() && gates.cols == 2 * at.n_values && out.cols == at.values(),
+                        "the shapes of the delta rule differ");
+                const size_t n = at.n_values, taps = static_cast<size_t>(at.channels()) * width;
+                const size_t floats = static_cast<size_t>(at.values()) * at.key_dim + taps - at.channels();
+                const float* conv = vector_of(p, weights[0], taps);
+                const DeltaGateArgs args{
+                    at,      qkv.p, in[1].p, in[2].p, vector_of(p, weights[1], n), vector_of(p, weights[2], n),
+                    gates.p, 0,     0};
+                p.program.delta_rule(state_layer(p, memory, layer, floats), at, in[0].p, conv, width, args, out.p);
+            },
+            "memory"_a, "layer"_a, "heads"_a, "tiled"_a, "inputs"_a, "weights"_a, "width"_a, "qkv"_a, "gates"_a,
+            "out"_a,
+            "heads: keys, values, key_dim, value_dim; inputs: qkv, beta, alpha; weights: conv [width, channels], "
+            "decay, "
+            "dt; qkv and gates: to be used")
+        .def(
+            "norm_gated",
+            [](PyProgram& p, Floats x, nb::object weight, Floats gate, float eps) {
+                const auto w = nb::cast<In<float>>(weight);
+                const int width = static_cast<int>(w.size());
+                require(width > 0 && x.cols % width == 0 && gate.cols == x.cols, "the norm's shapes differ");
+                p.keep_alive(weight);
+                p.program.gated_norm({x.p, gate.p, w.data(), x.cols, width, eps, 0, 0});
+            },
+            "x"_a, "weight"_a, "gate"_a, "eps"_a, "x = norm(x) * silu(gate)")
+        .def(
+            "sigmoid_mul",
+            [](PyProgram& p, Floats x, Floats gate) {
+                require(gate.cols > 0 && x.cols % gate.cols == 0, "the gates do not fit");
+                p.program.sigmoid_mul({x.p, gate.p, gate.cols, x.cols / gate.cols, 0, 0});
+            },
+            "x"_a, "gate"_a, "x = x * sigmoid(gate)")
+        .def(
+            "split_gates",
+            [](PyProgram& p, Floats x, int dim, Floats qkv, Floats gates) {
+                const int rest = qkv.cols - gates.cols;
+                require(dim > 0 && gates.cols % dim == 0 && rest >= 0 && x.cols == 2 * gates.cols + rest,
+                        "the gates do not fit");
+                p.program.split_gates(x.p, gates.cols / dim, dim, rest, qkv.p, gates.p);
+            },
+            "x"_a, "dim"_a, "qkv"_a, "gates"_a);
+}
+
 }  // namespace
 
 void bind_ops(nb::class_<PyProgram>& program) {
     bind_experts(program);
+    bind_states(program);
     program
         .def(
             "embed",

@@ -22,13 +22,27 @@ Array exactly(nb::handle h, const char* what) {
 // Numbers from Python fit an int or are refused.
 int number(nb::handle h) { return nb::cast<int>(h); }
 
+// States of a span, checked: the slots behind its rows, and the one before them.
+void add_states(const PyProgram& p, const nb::tuple& fields, int memory, int rows, SpanSlots& slots) {
+    const auto kept = exactly<In<int32_t>>(fields[0], "slots of states are int32");
+    const MemoryUse use = p.program.use(memory);
+    const StatePool pool = p.program.states(memory);
+    require(pool.floats >= use.layers * use.state, "the pool of states does not fit the ops");
+    require(static_cast<long long>(kept.size()) >= rows, "each row has a slot for its state, or -1");
+    for (int i = 0; i < rows; i++)
+        require(kept.data()[i] >= -1 && kept.data()[i] < pool.n_slots, "a slot is outside the pool of states");
+    slots.blocks = kept.data(), slots.length = number(fields[1]);
+    require(slots.length >= -1 && slots.length < pool.n_slots, "a slot is outside the pool of states");
+}
+
 // What a span has in one memory, checked against what the recorded ops read of it.
 void add_slots(const PyProgram& p, nb::handle given, int memory, int rows, SpanSlots& slots) {
     const auto fields = nb::cast<nb::tuple>(given);
     require(fields.size() == 4, "a memory of a span is blocks, length, scores and scored rows");
+    const MemoryUse use = p.program.use(memory);
+    if (use.state) return add_states(p, fields, memory, rows, slots);
     const auto blocks = exactly<In<int32_t>>(fields[0], "a block table is int32");
     const KvPool kv = p.program.kv(memory);
-    const MemoryUse use = p.program.use(memory);
     slots.blocks = blocks.data(), slots.length = number(fields[1]);
     if (use.is_tail) return;  // `add_exact` looks at it, from where it belongs to
     require(!use.layers || (kv.bits == 4) == (use.tail >= 0), "a memory of 4 bits and its tail go together");
@@ -208,6 +222,19 @@ void bind_program(nb::module_& m) {
                 p.pool_owners[memory] = pool;
             },
             "memory"_a, "pool"_a, "n_blocks"_a, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16)
+        .def(
+            "set_states",
+            [](PyProgram& p, int memory, nb::object pool, int n_slots, size_t floats) {
+                require(memory >= 0 && memory < kMostMemories, "there is no such memory");
+                auto bytes = exactly<Out<uint8_t>>(pool, "a pool is uint8");
+                StatePool states{reinterpret_cast<float*>(bytes.data()), n_slots, floats};
+                require(n_slots >= 0 && bytes.nbytes() / sizeof(float) >= floats * n_slots, "the pool is too small");
+                require(reinterpret_cast<uintptr_t>(bytes.data()) % sizeof(float) == 0, "states are aligned");
+                p.program.set_states(memory, states);
+                p.pool_owners.resize(std::max(p.pool_owners.size(), static_cast<size_t>(memory) + 1));
+                p.pool_owners[memory] = pool;
+            },
+            "memory"_a, "pool"_a, "n_slots"_a, "floats"_a, "floats: of one state, all layers together")
         .def(
             "move_slots",
             [](PyProgram& p, int memory, In<int32_t> blocks, In<int32_t> src, In<int32_t> dst, int slots, int exact) {

@@ -4,6 +4,7 @@
 
 #include "cpu_info.h"
 #include "layout.h"
+#include "state.h"
 
 namespace tinychat {
 
@@ -227,6 +228,11 @@ struct KernelTable {
     void (*value_spread)(const SpreadArgs&);
     ArgmaxResult (*argmax)(const float* v, int n);
     void (*finish_logits)(const LogitArgs&);
+    void (*short_conv)(const ConvArgs&);
+    void (*delta_gates)(const DeltaGateArgs&);
+    void (*delta_rule)(const DeltaArgs&);
+    void (*gated_norm)(const GatedNormArgs&);
+    void (*sigmoid_mul)(const SigmoidArgs&);
 };
 
 constexpr int kAttentionRows = 8;  // rows of one prefill attention item; few rows split over the context: up to twice

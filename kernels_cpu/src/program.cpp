@@ -11,6 +11,7 @@
 #include "attention_ops.h"
 #include "expert_ops.h"
 #include "program_ops.h"
+#include "state_ops.h"
 
 namespace tinychat {
 
@@ -161,6 +162,49 @@ void Program::expert_sum(const Routing* routing, const float* x, float* y, int c
     add(std::make_unique<ExpertSumOp>(routing, x, y, cols));
 }
 
+void Program::note_use(const StateLayer& at) {
+    if (at.memory >= static_cast<int>(uses_.size())) uses_.resize(at.memory + 1);
+    MemoryUse& use = uses_[at.memory];
+    use.layers = std::max(use.layers, at.layer + 1), use.state = at.floats;
+}
+
+void Program::short_conv(const StateLayer& at, const float* x, const float* weight, int channels, int width, float* y) {
+    note_use(at);
+    ConvArgs args{};
+    args.in = x, args.out = x + channels, args.x = x + 2 * channels, args.ld = static_cast<size_t>(3) * channels;
+    args.weight = weight, args.channels = channels, args.width = width, args.y = y, args.ldy = channels;
+    add(std::make_unique<ConvOp>(k_, args, at, 0));
+}
+
+void Program::delta_rule(const StateLayer& state, const DeltaLayer& at, const float* x, const float* weight, int width,
+                         const DeltaGateArgs& gates, float* y) {
+    note_use(state);
+    need_scratch(DeltaOp::scratch(at));
+    const int channels = at.channels();
+    ConvArgs conv{};
+    conv.x = x, conv.ld = channels, conv.weight = weight, conv.channels = channels, conv.width = width;
+    conv.silu = true, conv.y = gates.qkv, conv.ldy = channels;
+    add(std::make_unique<ConvOp>(k_, conv, state, static_cast<size_t>(at.values()) * at.key_dim));
+    add(std::make_unique<DeltaGateOp>(k_, gates));
+    DeltaArgs args{};
+    args.at = at, args.qkv = gates.qkv, args.gates = gates.gates, args.y = y;
+    add(std::make_unique<DeltaOp>(k_, &scratch_, args, state));
+}
+
+void Program::gated_norm(const GatedNormArgs& args) { add(std::make_unique<GatedNormOp>(k_, args)); }
+
+void Program::sigmoid_mul(const SigmoidArgs& args) { add(std::make_unique<SigmoidOp>(k_, args)); }
+
+void Program::split_gates(const float* x, int heads, int dim, int rest, float* qkv, float* gates) {
+    add(std::make_unique<SplitGatesOp>(x, heads, dim, rest, qkv, gates));
+}
+
+void Program::set_states(int memory, const StatePool& states) {
+    std::lock_guard<std::mutex> lock(turn_);
+    if (memory >= static_cast<int>(states_.size())) states_.resize(memory + 1);
+    states_[memory] = states;
+}
+
 void Program::lm_head(const LinearWeights* w, const Activations* x, float scale, float cap) {
     need_scratch(static_cast<size_t>(LmHeadOp::kRows) * LmHeadOp::kCols);
     auto op = std::make_unique<LmHeadOp>(k_, &scratch_, w, x, scale, cap);
@@ -244,7 +288,7 @@ void Program::for_heads(const KvPool& kv, Work work) {
 
 void Program::run(StepState& step) {
     std::lock_guard<std::mutex> lock(turn_);
-    step.pools = pools_.data();
+    step.pools = pools_.data(), step.states = states_.data();
     int scratch = 0;
     for (size_t i = 0; i < step.spans.size(); i++)
         for (int m = 0; m < static_cast<int>(uses_.size()); m++) {

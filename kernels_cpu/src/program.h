@@ -99,6 +99,7 @@ struct MemoryUse {
     int reach = 0;  // slots back from a row, itself included, that are read
     int tail = -1;  // the memory of its newest blocks, if it is one of 4 bits
     bool is_tail = false;
+    size_t state = 0;  // numbers of each layer, if it is one of states
 };
 
 class Program : private Job {
@@ -131,14 +132,26 @@ class Program : private Job {
                       std::vector<std::vector<ExpertInput>> inputs);
     void expert_linear(const Routing* routing, std::vector<std::vector<LinearPart>> parts, float* y, int ldy);
     void expert_sum(const Routing* routing, const float* x, float* y, int cols);
+    // y = out · conv(in · x), the three side by side in a row; a layer's state begins with that of its convolution.
+    void short_conv(const StateLayer& at, const float* x, const float* weight, int channels, int width, float* y);
+    // y = the delta rule over silu(conv(x)); conv: [rows, channels] and gates: [rows, 2 · value heads], to be used.
+    void delta_rule(const StateLayer& state, const DeltaLayer& at, const float* x, const float* weight, int width,
+                    const DeltaGateArgs& gates, float* y);
+    void gated_norm(const GatedNormArgs& args);  // of all rows
+    void sigmoid_mul(const SigmoidArgs& args);
+    void split_gates(const float* x, int heads, int dim, int rest, float* qkv, float* gates);
     void lm_head(const LinearWeights* w, const Activations* x, float scale = 1.0f, float cap = 0.0f);
 
     // KV memories: as many as pools were given, or ops ask for.
-    int memories() const { return static_cast<int>(std::max(pools_.size(), uses_.size())); }
+    int memories() const { return static_cast<int>(std::max({pools_.size(), states_.size(), uses_.size()})); }
     // What ops expect of a memory; nothing of one that they do not know.
     MemoryUse use(int memory) const { return memory < static_cast<int>(uses_.size()) ? uses_[memory] : MemoryUse{}; }
     KvPool kv(int memory) const { return memory < static_cast<int>(pools_.size()) ? pools_[memory] : KvPool{}; }
     void set_kv(int memory, const KvPool& kv);
+    StatePool states(int memory) const {
+        return memory < static_cast<int>(states_.size()) ? states_[memory] : StatePool{};
+    }
+    void set_states(int memory, const StatePool& states);
     // Slots src of each layer and KV head over slots dst: [layers][kv_heads][n], those with src < 0 are skipped.
     // slots, exact: in a memory of 4 bits, those in use before, and the block of its tail; else nothing is looked at.
     void move_slots(int memory, const int32_t* blocks, const int32_t* src, const int32_t* dst, int n, int slots,
@@ -183,6 +196,7 @@ class Program : private Job {
     AttentionBuffers attention_;
     std::vector<MemoryUse> uses_;
     std::vector<KvPool> pools_;
+    std::vector<StatePool> states_;
 
     std::mutex turn_;
     const StepState* step_ = nullptr;
@@ -199,6 +213,7 @@ class Program : private Job {
 
     void need_scratch(size_t floats);
     void note_use(const AttentionLayer& at, int reach);
+    void note_use(const StateLayer& at);
     LastBlock last_block(int memory, int exact) const;
     // Runs `work(layer, head)` for all of them, by all threads together.
     template <class Work>

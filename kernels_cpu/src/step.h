@@ -5,10 +5,12 @@
 #include <vector>
 
 #include "layout.h"
+#include "state.h"
 
 namespace tinychat {
 
-// Where a span lies in one of the program's KV memories, and what it wants of it.
+// Where a span lies in one of the program's memories, and what it wants of it. Of a state memory: `length` is the slot
+// of the state before its first row (-1: it begins), `blocks` are the slots that get the states behind its rows.
 struct SpanSlots {
     const int32_t* blocks = nullptr;  // logical slot s is slot s % 16 of pool block blocks[s / 16]
     int length = 0;                   // slots before the span's first row
@@ -36,13 +38,14 @@ struct StepState {
     int memories;  // KV memories of the program
     int rows = 0;  // of all spans
     std::vector<Span> spans;
-    std::vector<SpanSlots> slots;      // [spans][memories]
-    std::vector<int32_t> ids;          // [rows]
-    std::vector<long long> positions;  // [rows]
-    std::vector<int32_t> asked;        // rows that get logits, ascending: the tail of each span
-    float* logits = nullptr;           // [asked rows, vocab] or null
-    int32_t* greedy = nullptr;         // [asked rows] or null
-    const KvPool* pools = nullptr;     // [memories]; set by the program
+    std::vector<SpanSlots> slots;       // [spans][memories]
+    std::vector<int32_t> ids;           // [rows]
+    std::vector<long long> positions;   // [rows]
+    std::vector<int32_t> asked;         // rows that get logits, ascending: the tail of each span
+    float* logits = nullptr;            // [asked rows, vocab] or null
+    int32_t* greedy = nullptr;          // [asked rows] or null
+    const KvPool* pools = nullptr;      // [memories]; set by the program
+    const StatePool* states = nullptr;  // likewise
 
     int logit_rows() const { return static_cast<int>(asked.size()); }
     const SpanSlots& slots_of(size_t span, int memory) const { return slots[span * memories + memory]; }

@@ -4,6 +4,7 @@
 #include "attention_impl.h"
 #include "linear_impl.h"
 #include "rows_impl.h"
+#include "state_impl.h"
 
 namespace tinychat {
 namespace {
@@ -27,7 +28,12 @@ const KernelTable& make_table(const char* name) {
                                       turn_keys<S>,
                                       value_spread<S>,
                                       argmax<S>,
-                                      finish_logits<S>};
+                                      finish_logits<S>,
+                                      short_conv<S>,
+                                      delta_gates<S>,
+                                      delta_rule<S>,
+                                      gated_norm<S>,
+                                      sigmoid_mul<S>};
     return table;
 }
 

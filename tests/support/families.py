@@ -35,7 +35,8 @@ class FromTransformers:
 
     def __init__(self, hf):
         self.config = read_config({**hf.config.to_dict(), "architectures": [type(hf).__name__]})
-        self.state = {k: v.detach().numpy() for k, v in experts_apart(hf.state_dict()).items()}
+        state = experts_apart(hf.state_dict())
+        self.state = {as_modules_are_called(k): v.detach().numpy() for k, v in state.items()}
 
     def has(self, name):
         return name + ".weight" in self.state
@@ -58,6 +59,11 @@ class FromTransformers:
 
     def check_unchanged(self):
         pass
+
+
+def as_modules_are_called(name: str) -> str:
+    """A tensor of transformers' by the name of our module, where that is another one."""
+    return name.replace("model.embedding_norm.", "model.norm.")
 
 
 def experts_apart(state: dict) -> dict:
@@ -142,6 +148,8 @@ LONGROPE = dict(short_factor=[1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0], long_fact
 GRANITE = dict(
     embedding_multiplier=12.0, attention_multiplier=0.11, residual_multiplier=0.22, logits_scaling=8.0
 )
+
+CONVS = dict(layer_types=["conv", "full_attention", "conv"])
 
 QWEN3_MOE = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, head_dim=16)
 
@@ -289,6 +297,13 @@ CASES = {
         "Glm4ForCausalLM",
         dict(head_dim=32, attention_bias=False, tie_word_embeddings=True)
         | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75)),
+    ),
+    "lfm2": ("Lfm2ForCausalLM", CONVS),
+    "lfm2 wide": (
+        "Lfm2ForCausalLM",
+        dict(full_attn_idxs=[0, 3], conv_L_cache=7, block_auto_adjust_ff_dim=False, num_hidden_layers=4)
+        | dict(tie_word_embeddings=False, norm_eps=1e-3, num_key_value_heads=1)
+        | rope("linear", factor=3.0),
     ),
     "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
 }

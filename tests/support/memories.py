@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tinychat.backends.interface import Step
+import numpy as np
+
+from tinychat.backends.interface import Span, States, Step
 
 
 def allocate(backend, blocks):
@@ -12,6 +14,21 @@ def allocate(backend, blocks):
     return backend
 
 
-def step_of(backend, *args):
-    """One span, with the same table in each memory."""
-    return Step.of(*args, memories=len(backend.memories))
+def state_slot(length):
+    """Slot of the state behind so many tokens; none behind none."""
+    return length % 8 if length else -1
+
+
+def step_of(backend, ids, position, length, *args):
+    """One span, with the same table in each memory of keys and values; the state behind the last row is kept
+    where a step from there on looks for it.
+    """
+    (span,) = Step.of(ids, position, length, *args, memories=len(backend.memories)).spans
+    kept = np.full(len(ids), -1, np.int32)
+    kept[-1:] = state_slot(length + len(ids))
+    states = States(state_slot(length), kept)
+    kinds = [spec.kind for spec in backend.memories]
+    memories = tuple(
+        states if kind == "state" else has for kind, has in zip(kinds, span.memories, strict=True)
+    )
+    return Step((Span(span.token_ids, span.position, span.logits_from, memories),))

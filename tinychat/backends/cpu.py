@@ -39,7 +39,7 @@ def _anonymous(size: int) -> mmap.mmap:
 
 @dataclass
 class _Pool:
-    """The KV blocks of one memory."""
+    """The KV blocks of one memory, or its states."""
 
     map: mmap.mmap | None = None
     blocks: int = 0
@@ -116,7 +116,9 @@ class CpuBackend:
         return len(spec.layers), spec.kv_heads
 
     def kv_bytes_per_block(self, memory: int = 0) -> int:
-        """Bytes of one block of BLOCK slots: keys and values of all layers of that memory."""
+        """Bytes of one block of BLOCK slots: keys and values of all layers of that memory; or of a state."""
+        if self.memories[memory].kind == "state":
+            return self.memories[memory].state_bytes
         return _native.kv_block_bytes(*self._shape(memory))
 
     def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
@@ -142,7 +144,10 @@ class CpuBackend:
 
     def _use_pool(self, memory: int, pool: _Pool) -> None:
         self._pools[memory] = pool
-        self._program.set_kv(memory, pool.bytes, pool.blocks, *self._shape(memory))
+        if self.memories[memory].kind == "state":
+            self._program.set_states(memory, pool.bytes, pool.blocks, self.memories[memory].state_bytes // 4)
+        else:
+            self._program.set_kv(memory, pool.bytes, pool.blocks, *self._shape(memory))
 
     def _shape(self, memory: int) -> tuple[int, int, int, int]:
         spec = self.memories[memory]
@@ -187,7 +192,7 @@ class CpuBackend:
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
-        ropes = [self.cfg.layers[layer].mixer.rope for layer in self.memories[memory].layers]
+        ropes = [self.cfg.layers[layer].attention.rope for layer in self.memories[memory].layers]
         for rope in {rope for rope in ropes if rope is not None}:
             here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
             turned = np.ascontiguousarray(np.where(here, delta, 0), np.int32)
@@ -245,5 +250,6 @@ def _native_memory(has: Slots | States | Tails) -> tuple:
     """What a span has in one memory, as the program takes it."""
     if isinstance(has, Tails):
         return np.ascontiguousarray(has.blocks, np.int32), 0, None, 0
-    assert isinstance(has, Slots)  # no state memories here
+    if isinstance(has, States):
+        return np.ascontiguousarray(has.kept, np.int32), has.source, None, 0
     return np.ascontiguousarray(has.table, np.int32), has.length, has.scores, has.scored_rows

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends.cpu_pack import PackedLinear
-from tinychat.backends.interface import MemorySpec, place_of, tail_of
+from tinychat.backends.interface import MemorySpec, place_of, state_place, tail_of
 from tinychat.kernels_cpu import _native
 from tinychat.network.config import AttentionConfig, RopeConfig
 
@@ -131,6 +131,14 @@ class Recorder:
     def split_heads(self, qkv, attention):
         return Heads(qkv, attention), Heads(qkv, attention), Heads(qkv, attention)
 
+    def gated_heads(self, qkv, attention):
+        a, x = attention, qkv.floats
+        heads, gates = Buffer((a.n_heads + 2 * a.n_kv_heads) * a.head_dim), Buffer(a.n_heads * a.head_dim)
+        self._record(
+            [x, heads, gates], lambda p: p.split_gates(x.native, a.head_dim, heads.native, gates.native)
+        )
+        return *self.split_heads(Value(heads.cols, floats=heads), a), Value(gates.cols, floats=gates)
+
     def norm_heads(self, q, k, q_weight, k_weight, eps):
         a, qkv = q.attention, q.qkv.floats
         cols = [n * a.head_dim for n in (a.n_heads, a.n_kv_heads)]
@@ -168,6 +176,36 @@ class Recorder:
         self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
         self._record([qkv, out], lambda p: p.attention(at, qkv.native, out.native))
         return Value(out.cols, floats=out)
+
+    def short_conv(self, bcx, weight, conv, layer):
+        x, out = bcx.floats, Buffer(conv.channels)
+        at, taps = state_place(self.memories, layer), _taps_first(weight, conv.channels)
+        self._record([x, out], lambda p: p.short_conv(*at, x.native, taps, conv.width, out.native))
+        return Value(out.cols, floats=out)
+
+    def delta_rule(self, qkv, beta, alpha, weights, delta, layer):
+        d, inputs = delta, [qkv.floats, beta.floats, alpha.floats]
+        at, vectors = state_place(self.memories, layer), [_taps_first(weights.conv, d.channels)]
+        vectors += [np.ascontiguousarray(v) for v in (weights.decay, weights.dt)]
+        heads = [d.n_keys, d.n_values, d.key_dim, d.value_dim]
+        used, gates, out = Buffer(d.channels), Buffer(2 * d.n_values), Buffer(d.values)
+
+        def emit(p):
+            given, to = [b.native for b in inputs], (used.native, gates.native, out.native)
+            p.delta_rule(*at, heads, d.tiled, given, vectors, d.width, *to)
+
+        self._record([*inputs, used, gates, out], emit)
+        return Value(out.cols, floats=out)
+
+    def norm_gated(self, x, weight, gate, eps):
+        x, gate = x.floats, gate.floats
+        self._record([x, gate], lambda p: p.norm_gated(x.native, weight, gate.native, eps))
+        return Value(x.cols, floats=x)
+
+    def sigmoid_mul(self, x, gate):
+        x, gate = x.floats, gate.floats
+        self._record([x, gate], lambda p: p.sigmoid_mul(x.native, gate.native))
+        return Value(x.cols, floats=x)
 
     def silu_mul(self, gate_up):
         return self._gate(gate_up, "silu_mul")
@@ -306,6 +344,11 @@ class Recorder:
             rows.bits, rows.group = bits, w.native.group
         else:
             rows.as_float = True
+
+
+def _taps_first(weight: np.ndarray, channels: int) -> np.ndarray:
+    """A convolution's [channels, width] with channels side by side: [width, channels]."""
+    return np.ascontiguousarray(weight.reshape(channels, -1).T, np.float32)
 
 
 def _same_order(a: np.ndarray | None, b: np.ndarray | None) -> bool:

@@ -83,7 +83,7 @@ class CudaBackend:
         self._device = self._modules.device
         self.max_rows = MAX_ROWS
         shapes = [  # the layers of a memory are alike, but for rope and window
-            Shape(len(m.layers), c.layers[m.layers[0]].mixer.n_heads, m.kv_heads, m.head_dim, kv_bits)
+            Shape(len(m.layers), c.layers[m.layers[0]].attention.n_heads, m.kv_heads, m.head_dim, kv_bits)
             for m in self.memories
         ]
         self._steps: Steps | None = None
@@ -199,7 +199,7 @@ class CudaBackend:
         behind may be -1.
         """
         pool = self._pool(memory)
-        ropes = [self.cfg.layers[i].mixer.rope for i in self.memories[memory].layers]
+        ropes = [self.cfg.layers[i].attention.rope for i in self.memories[memory].layers]
         with self._on_device():
             table = self._open().table(block_table)
             for rope in {rope for rope in ropes if rope is not None}:

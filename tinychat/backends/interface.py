@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tinychat.network.config import ModelConfig
+from tinychat.network.config import AttentionConfig, ModelConfig
 
 BLOCK = 16  # slots in a KV block
 LARGEST_ROWS = 64  # rows of which `step_largest` gives the largest logits
@@ -41,12 +41,19 @@ class MemorySpec:
 def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
     """Memories that a sequence needs, in the order in which a span names them."""
     alike: dict[tuple[int, int, int], list[int]] = {}
+    states: dict[int, list[int]] = {}
     for i, layer in enumerate(cfg.layers):
         a = layer.mixer
-        alike.setdefault((a.window, a.n_kv_heads, a.head_dim), []).append(i)
+        if isinstance(a, AttentionConfig):
+            alike.setdefault((a.window, a.n_kv_heads, a.head_dim), []).append(i)
+        else:
+            states.setdefault(a.state_size, []).append(i)
     return tuple(
         MemorySpec("window" if window else "paged", tuple(alike[window, heads, dim]), heads, dim, window)
         for window, heads, dim in sorted(alike)  # those that see everything come first
+    ) + tuple(
+        MemorySpec("state", tuple(layers), state_bytes=4 * size * len(layers))
+        for size, layers in states.items()
     )
 
 
@@ -65,6 +72,12 @@ def place_of(memories: tuple[MemorySpec, ...], layer: int) -> tuple[int, int]:
     """Index of the memory that holds a layer's keys and values, and of the layer in it."""
     kv = ((m, spec) for m, spec in enumerate(memories) if spec.kind not in ("state", "tail"))
     return next((m, spec.layers.index(layer)) for m, spec in kv if layer in spec.layers)
+
+
+def state_place(memories: tuple[MemorySpec, ...], layer: int) -> tuple[int, int]:
+    """Index of the memory that holds a layer's state, and of the layer in it."""
+    states = ((m, spec) for m, spec in enumerate(memories) if spec.kind == "state")
+    return next((m, spec.layers.index(layer)) for m, spec in states if layer in spec.layers)
 
 
 @dataclass(frozen=True)

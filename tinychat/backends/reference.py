@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tinychat.backends.interface import BLOCK, Slots, Step, Tails, memories_of, place_of, tail_of, with_tails
 from tinychat.backends.reference_kv4 import Kv4Pool
 from tinychat.backends.reference_memory import KvPool, StatePool, pool_slots, rotate
+from tinychat.backends.reference_state import StateOps
 from tinychat.base import machine
 from tinychat.kernels_cpu import _native
 from tinychat.models import FAMILIES
@@ -56,7 +57,7 @@ class _Loader:
         return torch.from_numpy(head.dequantize()), bias
 
 
-class ReferenceBackend:
+class ReferenceBackend(StateOps):
     """Implements `Backend` and, eagerly, `Ops`."""
 
     name = "reference"
@@ -141,7 +142,7 @@ class ReferenceBackend:
         return self.pools[memory].value_spread(block_table, weights, exact)
 
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
-        ropes = [self.cfg.layers[layer].mixer.rope for layer in self.memories[memory].layers]
+        ropes = [self.cfg.layers[layer].attention.rope for layer in self.memories[memory].layers]
         self.pools[memory].turn_keys(block_table, delta, ropes, exact)
 
     @torch.inference_mode()
@@ -197,6 +198,13 @@ class ReferenceBackend:
         a = attention
         q, k, v = qkv.split([n * a.head_dim for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads)], dim=-1)
         return tuple(t.unflatten(-1, (-1, a.head_dim)) for t in (q, k, v))
+
+    def gated_heads(self, qkv, attention):
+        a = attention
+        q, kv = qkv.split([2 * a.n_heads * a.head_dim, 2 * a.n_kv_heads * a.head_dim], dim=-1)
+        q, gate = q.unflatten(-1, (-1, 2, a.head_dim)).unbind(-2)
+        k, v = kv.unflatten(-1, (2, -1, a.head_dim)).unbind(-3)
+        return q, k, v, gate.flatten(1)
 
     def norm_heads(self, q, k, q_weight, k_weight, eps):
         def norm(x, weight):
@@ -296,27 +304,6 @@ class ReferenceBackend:
         if cap:
             logits = cap * torch.tanh(logits / cap)
         return logits.masked_fill(~mask, -torch.inf).softmax(-1)
-
-    def recur(self, x, layer, update):
-        """The rows of each span through a layer's state: [rows, …]. Beside `Ops`: a verb of this backend
-        alone, for families that show what recurrent ones need.
-
-        update(state float32 [n], row of x) → what the state becomes, and the row's result. It is called row
-        by row, so that no result depends on how the rows are cut into steps.
-        """
-        recurrent = ((m, spec) for m, spec in enumerate(self.memories) if spec.kind == "state")
-        memory, index = next((m, s.layers.index(layer)) for m, s in recurrent if layer in s.layers)
-        pool = self.pools[memory].states
-        out = []
-        for rows, span in zip(self.rows, self.spans, strict=True):
-            states = span.memories[memory]
-            state = pool[states.source, index].clone() if states.source >= 0 else torch.zeros(pool.shape[2])
-            for row, kept in zip(x[rows], states.kept.tolist(), strict=True):
-                state, result = update(state, row)
-                out.append(result)
-                if kept >= 0:
-                    pool[kept, index] = state
-        return torch.stack(out)
 
     def silu_mul(self, gate_up):
         gate, up = gate_up.chunk(2, dim=-1)

@@ -171,7 +171,7 @@ class GGUFCheckpoint:
     def _name(self, name: str) -> str:
         """`model.layers.3.mlp.up_proj` → `blk.3.ffn_up`; an unknown name stays as it is and is not found."""
         if name in TOP:
-            return TOP[name]
+            return self.form.names.get(name, TOP[name])
         layer, dot, module = _EXPERT.sub("mlp.experts.", name.removeprefix("model.layers.")).partition(".")
         return f"blk.{layer}.{self.form.names[module]}" if dot and module in self.form.names else name
 

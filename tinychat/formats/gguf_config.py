@@ -12,7 +12,7 @@ import numpy as np
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf_file import GGUFFile
 from tinychat.models import FAMILIES
-from tinychat.network.config import AttentionConfig, DenseConfig, ModelConfig, RopeConfig
+from tinychat.network.config import MOST_LAYERS, AttentionConfig, DenseConfig, ModelConfig, RopeConfig
 from tinychat.network.family import FromGGUF, Stack
 from tinychat.network.hf_rope import yarn_factors
 from tinychat.text.tokenizer import TURN_ENDS
@@ -79,6 +79,17 @@ class Metadata:
         return lambda i: bool(given[i])
 
 
+    def each(self, key: str, n: int) -> list[int]:
+        """A whole number for each of n layers: a list of them, or one for all."""
+        value = self.file.fields.get(f"{self.arch}.{key}")
+        values = value.tolist() if isinstance(value, np.ndarray) else value
+        known = type(n) is int and 0 < n <= MOST_LAYERS
+        values = values if isinstance(values, list) or not known else [values] * n
+        if not known or len(values) < n or not all(type(v) in (int, bool) for v in values):
+            raise self.file.damaged(f"the field {self.arch}.{key} is not a whole number for each layer")
+        return [int(v) for v in values[:n]]
+
+
 ARCHITECTURES: dict[str, list[tuple[str, FromGGUF]]] = {
     name: [(family, module.GGUF[name]) for family, module in FAMILIES.items() if name in module.GGUF]
     for form in FAMILIES.values()
@@ -140,7 +151,7 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
     window = m.number("attention.sliding_window", 0)
     attention = AttentionConfig(
         heads,
-        m.number("attention.head_count_kv", heads),
+        _kv_heads(m, heads),
         head_dim,
         rope,
         window if 0 < window < context else 0,
@@ -162,6 +173,19 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
         **long,
     )
     return ModelConfig(**{**fields, **form.constants(m)})
+
+
+def _kv_heads(m: Metadata, heads: int) -> int:
+    """KV heads of the layers that attend: those of a list that are not 0."""
+    if f"{m.arch}.attention.head_count_kv" not in m.file.fields:
+        return heads
+    alike = set(m.each("attention.head_count_kv", m.number("block_count"))) - {0}
+    if len(alike) > 1:
+        raise UnsupportedModelError(
+            f"The GGUF has layers of {' and '.join(map(str, sorted(alike)))} KV heads.",
+            "Such models are not supported.",
+        )
+    return alike.pop() if alike else 0
 
 
 def _rope(file: GGUFFile, m: Metadata, head_dim: int) -> RopeConfig:

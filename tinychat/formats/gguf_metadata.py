@@ -7,7 +7,7 @@ What is said of a folder is read back and compared with what the folder says (he
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf_config import TOP, read_config
 from tinychat.formats.gguf_file import F32, Tensor
 from tinychat.models import FAMILIES
-from tinychat.network.config import DenseConfig, ModelConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, DenseConfig, ModelConfig, RopeConfig
 from tinychat.network.family import FromGGUF
 
 DROPPED = ("general.file_type", "general.quantization_version", "general.alignment", "GGUF.", "split.")
@@ -62,7 +62,7 @@ def said(cfg: ModelConfig, name: str) -> tuple[Fields, dict[str, np.ndarray]]:
     from gguf import GGUFValueType as T
 
     arch, form = architecture(cfg)
-    mixer, rope = cfg.layers[0].mixer, cfg.rope or RopeConfig(dim=cfg.head_dim)
+    mixer, rope = cfg.attentions[0], cfg.rope or RopeConfig(dim=cfg.head_dim)
     assert isinstance(cfg.layers[0].mlp, DenseConfig)
     whole = {
         "block_count": cfg.n_layers,
@@ -76,7 +76,7 @@ def said(cfg: ModelConfig, name: str) -> tuple[Fields, dict[str, np.ndarray]]:
         "rope.dimension_count": rope.dim,
         "vocab_size": cfg.vocab_size,
     }
-    if window := max(layer.mixer.window for layer in cfg.layers):
+    if window := max(a.window for a in cfg.attentions):
         whole["attention.sliding_window"] = window
     real = {"attention.layer_norm_rms_epsilon": cfg.norm_eps, "rope.freq_base": rope.theta}
     known = {
@@ -89,7 +89,7 @@ def said(cfg: ModelConfig, name: str) -> tuple[Fields, dict[str, np.ndarray]]:
     }
     real |= {key: value for key, value in known.items() if key in form.options}
     scaling, tensors = _rope(cfg, rope)
-    slides = [layer.mixer.window > 0 for layer in cfg.layers]
+    slides = [a.window > 0 for a in cfg.attentions]
     fields = {"general.architecture": Field(arch, T.STRING), "general.name": Field(name, T.STRING)}
     fields |= {f"{arch}.{key}": Field(int(v), T.UINT32) for key, v in whole.items()}
     fields |= {f"{arch}.{key}": Field(float(v), T.FLOAT32) for key, v in real.items()}
@@ -165,8 +165,10 @@ def _facts(cfg: ModelConfig) -> dict[str, Any]:
     }
     facts |= {name: getattr(cfg, name) for name in ("residual_scale", "logit_scale", "logit_soft_cap")}
     for i, layer in enumerate(cfg.layers):
-        a = layer.mixer
-        where = f"layer {i}"
+        where, a = f"layer {i}", layer.mixer
+        if not isinstance(a, AttentionConfig):
+            facts[f"{where} recurrence"] = astuple(a)
+            continue
         heads = (a.n_heads, a.n_kv_heads, a.head_dim)
         facts[f"{where} heads"] = heads
         facts[f"{where} window"] = a.window
@@ -186,7 +188,7 @@ def _alike(a: Any, b: Any) -> bool:
 def tensor_name(form: FromGGUF, name: str) -> str:
     """`model.layers.3.mlp.up_proj` → `blk.3.ffn_up`."""
     if name in TOP:
-        return TOP[name]
+        return form.names.get(name, TOP[name])
     layer, _, module = name.removeprefix("model.layers.").partition(".")
     return f"blk.{layer}.{form.names[module]}"
 

@@ -113,6 +113,9 @@ class HFCheckpoint:
         values = self._tensors.float32(f"{name}.weight")
         if not np.isfinite(values).all():
             raise CheckpointError(f"The weights of {name} hold NaN or infinity.", PULL_AGAIN)
+        for end, made_of in self._form.vectors.items():
+            if name.endswith(end):
+                return made_of(values)
         return values + np.float32(FAMILIES[self.config.family].NORM_OFFSET)
 
     def tokenizer(self) -> Tokenizer:
@@ -148,7 +151,7 @@ class HFCheckpoint:
             name = nf4.part_named(name)
             for pattern, module in self._form.tensors:
                 name = re.sub(pattern, module, name)
-            renamed[name] = tensor
+            renamed[name] = _without_inputs(tensor)
         return experts.by_module(renamed, self.config)
 
     def _wanted_file(self) -> str | None:
@@ -228,6 +231,13 @@ class HFCheckpoint:
             return None
         self._tensors.check(f"{name}.bias", (n,))
         return self._tensors.float32(f"{name}.bias")
+
+
+def _without_inputs(t: Tensor) -> Tensor:
+    """A convolution [channels, 1, width], each channel by itself, as [channels, width]."""
+    if len(t.shape) != 3 or t.shape[1] != 1 or t.dtype not in FLOATS:
+        return t
+    return replace(t, shape=(t.shape[0], t.shape[2]), read=lambda: t.read()[:, 0])
 
 
 def _prefixed(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ import numpy as np
 from tinychat.base.errors import CheckpointError
 
 MOST_LAYERS = 1024
+MOST_TAPS = 16  # tokens that a short convolution sees
+MOST_VALUES = 1 << 15  # of a token, all heads of a delta rule
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,71 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
+class ConvConfig:
+    """A gated causal convolution over the last few tokens, each channel by itself, in place of attention.
+
+    width  tokens that a token sees, itself included
+    """
+
+    channels: int
+    width: int
+
+    def __post_init__(self):
+        check_number("convolution", self.channels, 1 << 17)
+        _check_width(self.width)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that a sequence keeps: what the convolution saw of the last tokens."""
+        return (self.width - 1) * self.channels
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Gated delta rule behind a short convolution, in place of attention (Yang et al., Gated DeltaNet, 2024).
+
+    n_keys, key_dim      heads of queries and keys, and values in each
+    n_values, value_dim  heads of values, each with a state [key_dim, value_dim], and values in each
+    width                tokens that the convolution sees
+    tiled                value head i reads key head i mod n_keys; else i div (n_values / n_keys)
+    """
+
+    n_keys: int
+    n_values: int
+    key_dim: int
+    value_dim: int
+    width: int
+    tiled: bool = False
+
+    def __post_init__(self):
+        for name in ("n_keys", "n_values", "key_dim", "value_dim"):
+            check_number(f"delta rule's {name}", getattr(self, name), 1024)
+        _check_width(self.width)
+        if self.n_values % self.n_keys or self.values > MOST_VALUES:
+            raise _damaged(
+                f"The checkpoint has {self.n_values} value heads of {self.value_dim} for {self.n_keys} key heads."
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values of a token."""
+        return 2 * self.n_keys * self.key_dim + self.values
+
+    @property
+    def values(self) -> int:
+        """Values of a token, all heads."""
+        return self.n_values * self.value_dim
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that a sequence keeps: the heads' states, and what the convolution saw."""
+        return self.values * self.key_dim + (self.width - 1) * self.channels
+
+
+Recurrence = ConvConfig | DeltaConfig
+
+
+@dataclass(frozen=True)
 class DenseConfig:
     """One gated MLP for all tokens, of an intermediate size."""
 
@@ -144,8 +211,14 @@ class ExpertsConfig:
 class LayerConfig:
     """One decoder block: what mixes tokens, and what follows it."""
 
-    mixer: AttentionConfig
+    mixer: AttentionConfig | Recurrence
     mlp: DenseConfig | ExpertsConfig
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The mixer of a layer that attends."""
+        assert isinstance(self.mixer, AttentionConfig)
+        return self.mixer
 
 
 @dataclass(frozen=True)
@@ -194,8 +267,10 @@ class ModelConfig:
         _check_caps(self.logit_soft_cap)
         if not 0 < self.norm_eps < 1:
             raise _damaged(f"The checkpoint has norm epsilon {self.norm_eps!r}.")
+        if not self.attentions:
+            raise _damaged("The checkpoint has no layer with attention.")
         if self.long_rope is not None:
-            self.long_rope.check(self.layers[0].mixer.head_dim)
+            self.long_rope.check(self.head_dim)
         for token_id in (self.bos_id, *self.eos_ids):
             if token_id is not None and type(token_id) is not int:
                 raise _damaged(f"The checkpoint's token id {token_id!r} is not a number.")
@@ -206,22 +281,27 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def attentions(self) -> tuple[AttentionConfig, ...]:
+        """The mixers of the layers that attend, in their order."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig))
+
+    @property
     def rope(self) -> RopeConfig | None:
         """The rope of the layers that see farthest; None where nothing is rotated."""
-        mixers = sorted((layer.mixer for layer in self.layers), key=lambda a: a.window > 0)
-        return next((a.rope for a in mixers if a.rope), None)
+        far = sorted(self.attentions, key=lambda a: a.window > 0)
+        return next((a.rope for a in far if a.rope), None)
 
     @property
     def windowed(self) -> bool:
         """Whether there are layers in which a token does not attend to all before it."""
-        return any(layer.mixer.window for layer in self.layers)
+        return any(a.window for a in self.attentions)
 
     @property
     def may_evict(self) -> bool:
         """Whether cached tokens can be given up and renumbered: every layer turns its keys by angles that
         depend on the distance alone, or not at all.
         """
-        ropes = {layer.mixer.rope for layer in self.layers}
+        ropes = {a.rope for a in self.attentions}
         return all(rope is None or rope.kind not in ("dynamic", "longrope") for rope in ropes)
 
     def for_context(self, n: int) -> ModelConfig:
@@ -229,25 +309,25 @@ class ModelConfig:
         if n <= self.context_length or self.long_rope is None:
             return self
         layers = tuple(
-            replace(layer, mixer=replace(layer.mixer, rope=self.long_rope)) for layer in self.layers
+            replace(layer, mixer=replace(layer.attention, rope=self.long_rope)) for layer in self.layers
         )
         longer = replace(self, context_length=self.long_context, layers=layers)
         return replace(longer, long_context=0, long_rope=None)
 
     @property
     def n_heads(self) -> int:
-        """Query heads of the first layer."""
-        return self.layers[0].mixer.n_heads
+        """Query heads of the first layer that attends."""
+        return self.attentions[0].n_heads
 
     @property
     def n_kv_heads(self) -> int:
-        """Key and value heads of the first layer."""
-        return self.layers[0].mixer.n_kv_heads
+        """Key and value heads of the first layer that attends."""
+        return self.attentions[0].n_kv_heads
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of a head in the first layer."""
-        return self.layers[0].mixer.head_dim
+        """Dimensions of a head in the first layer that attends."""
+        return self.attentions[0].head_dim
 
     @property
     def n_experts(self) -> int:
@@ -262,6 +342,11 @@ def check_number(name: str, value: object, limit: int) -> None:
             f"The checkpoint's {name} is {value!r}, outside 1…{limit}.",
             "The file is damaged or not a language model; pull it again.",
         )
+
+
+def _check_width(width: object) -> None:
+    if type(width) is not int or not 2 <= width <= MOST_TAPS:
+        raise _damaged(f"The checkpoint has a convolution over {width!r} tokens, outside 2…{MOST_TAPS}.")
 
 
 def _check_scales(*scales: float | None) -> None:

@@ -15,6 +15,7 @@ from tinychat.network.config import (
     ExpertsConfig,
     LayerConfig,
     ModelConfig,
+    Recurrence,
     check_number,
 )
 from tinychat.network.ops import Handle, Ops
@@ -40,6 +41,10 @@ class Metadata(Protocol):
         """
         ...
 
+    def each(self, key: str, n: int) -> list[int]:
+        """A value for each of n layers, from a list or a single number. Raises CheckpointError."""
+        ...
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -60,7 +65,7 @@ class Stack:
 
     def layers(
         self,
-        mixer: Callable[[int], AttentionConfig] | None = None,
+        mixer: Callable[[int], AttentionConfig | Recurrence] | None = None,
         mlp: Callable[[int], DenseConfig | ExpertsConfig] | None = None,
     ) -> tuple[LayerConfig, ...]:
         """All layers; `mixer` and `mlp` say what layer i has where they are not all alike."""
@@ -81,6 +86,9 @@ class FromHF:
     activation    the setting that names it, and what it must be
     layers        the layers of a model
     constants     what ModelConfig has besides
+    mixers        types of layers, as `layer_types` names them, that it has beside those with attention
+    vectors       vectors that are no norms less NORM_OFFSET, by the ends of their names: what the network has
+                  of what the file has
     tensors       how its files call modules, as pairs of a regular expression and what is put in its place to
                   get the names of `linears` and `norms`
     interleaved   whether its files hold rows of q and k for rotating neighbours (x[2i], x[2i + 1])
@@ -95,6 +103,8 @@ class FromHF:
     activation: tuple[str, str] = ("hidden_act", "silu")
     layers: Callable[[Settings, Stack], tuple[LayerConfig, ...]] | None = None
     constants: Callable[[Settings], dict[str, Any]] = lambda settings: {}
+    mixers: tuple[str, ...] = ()
+    vectors: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
     tensors: tuple[tuple[str, str], ...] = ()
     interleaved: bool = False
     model_type: str = ""
@@ -111,6 +121,7 @@ class FromGGUF:
     options      those of `gguf_config.OPTIONS` that it has; `layers` and `constants` read them
     layers       the layers of a model
     constants    what ModelConfig has besides
+    tensors      tensors with names of another kind than the rest: what they would be called else
     """
 
     names: Mapping[str, str]
@@ -119,6 +130,7 @@ class FromGGUF:
     options: tuple[str, ...] = ()
     layers: Callable[[Metadata, Stack], tuple[LayerConfig, ...]] = lambda metadata, stack: stack.layers()
     constants: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}
+    tensors: tuple[tuple[str, str], ...] = ()
 
 
 def in_file_order(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> np.ndarray | None:
@@ -128,7 +140,7 @@ def in_file_order(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> np.nd
     module = name.rpartition(".")[2]
     if module not in ("q_proj", "k_proj") or not form.interleaved:
         return None
-    a = cfg.layers[int(name.split(".")[2])].mixer
+    a = cfg.layers[int(name.split(".")[2])].attention
     return a.neighbours(a.n_heads if module == "q_proj" else a.n_kv_heads)
 
 
@@ -167,8 +179,8 @@ class Family(Protocol):
         """Names and [out, in] of a block's linears: what readers check and quantizers quantize."""
         ...
 
-    def norms(self, cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
-        """Names and [n] of a block's vectors."""
+    def norms(self, cfg: ModelConfig, layer: int) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of a block's vectors: norms [n], convolutions [channels, width]."""
         ...
 
     def biases(self, cfg: ModelConfig) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "attention_multiplier": (None,),
     "attn_logit_softcapping": (None, 0),
     "clip_qkv": (None,),
+    "conv_bias": (None, False),
     "embedding_multiplier": (None, 1),
     "final_logit_softcapping": (None, 0),
     "logit_scale": (None, 1),
@@ -61,7 +62,7 @@ def read(
             f"config.json does not describe a {arch}: {type(e).__name__} {e}.",
             "The folder is damaged or incomplete; pull it again.",
         ) from e
-    rope, head_dim = config.rope, config.layers[0].mixer.head_dim
+    rope, head_dim = config.rope, config.head_dim
     if rope and rope.dim != head_dim and not form.partial_rope:
         raise UnsupportedModelError(
             f"The option partial_rotary_factor is not supported in a {arch}.",
@@ -170,7 +171,7 @@ EXPERTS = ("num_experts", "num_local_experts")
 
 def layer_types(cfg: ModelConfig) -> list[str]:
     """How config.json names which layers have a window."""
-    return ["sliding_attention" if layer.mixer.window else "full_attention" for layer in cfg.layers]
+    return ["sliding_attention" if a.window else "full_attention" for a in cfg.attentions]
 
 
 def windows_of(cfg: ModelConfig) -> Settings:
@@ -188,7 +189,7 @@ def _refuse(arch: str, form: FromHF, cfg: Settings) -> None:
         raise UnsupportedModelError(
             f"The activation {act!r} is not supported in a {arch}.", f"Supported: {needed}."
         )
-    known = ("full_attention", "sliding_attention") if form.windows else ("full_attention",)
+    known = (*form.mixers, "full_attention", *(("sliding_attention",) if form.windows else ()))
     types = cfg.get("layer_types") or []
     for layer_type in types if isinstance(types, list) else [types]:
         if layer_type not in known:

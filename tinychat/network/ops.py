@@ -8,11 +8,21 @@ the backend, so a model never sees them. Every handle has as many rows as the st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tinychat.network.config import AttentionConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, ConvConfig, DeltaConfig, RopeConfig
 
 Handle = Any
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """Vectors of a layer with a delta rule. conv: [channels, width]; decay, dt: [n_values]."""
+
+    conv: Handle
+    decay: Handle
+    dt: Handle
 
 
 class Ops(Protocol):
@@ -34,6 +44,13 @@ class Ops(Protocol):
         """[T, (heads + 2 kv_heads)·D] → q [T, heads, D], k and v [T, kv_heads, D]."""
         ...
 
+    def gated_heads(self, qkv: Handle, attention: AttentionConfig) -> tuple[Handle, Handle, Handle, Handle]:
+        """Heads of which each query has a gate beside it, and the gates.
+
+        [T, (2 heads + 2 kv_heads)·D] → q [T, heads, D], k and v [T, kv_heads, D], gates [T, heads·D].
+        """
+        ...
+
     def norm_heads(
         self, q: Handle, k: Handle, q_weight: Handle, k_weight: Handle, eps: float
     ) -> tuple[Handle, Handle]:
@@ -49,6 +66,41 @@ class Ops(Protocol):
 
         Scores are multiplied by the attention's scale and capped by its soft_cap; where it has a window, a
         token attends to the last `window` tokens only, itself included.
+        """
+        ...
+
+    def short_conv(self, bcx: Handle, weight: Handle, conv: ConvConfig, layer: int) -> Handle:
+        """C · conv(B · x): [T, 3 channels] → [T, channels]. A causal convolution over the sequence, each channel
+        by itself; what it saw of the last tokens is the layer's state.
+
+        weight: [channels, width], the last for the token itself.
+        """
+        ...
+
+    def delta_rule(
+        self,
+        qkv: Handle,
+        beta: Handle,
+        alpha: Handle,
+        weights: DeltaWeights,
+        delta: DeltaConfig,
+        layer: int,
+    ) -> Handle:
+        """Gated delta rule, token after token over each value head's state S [key_dim, value_dim]: [T, values].
+
+        q, k, v = silu(conv(qkv)); q and k of unit length, q divided by sqrt(key_dim);
+        S ← exp(decay · softplus(alpha + dt)) · S; S ← S + k (σ(beta) · (v − Sᵀk))ᵀ; the result is Sᵀq.
+        qkv: [T, channels]; beta, alpha: [T, n_values].
+        """
+        ...
+
+    def norm_gated(self, x: Handle, weight: Handle, gate: Handle, eps: float) -> Handle:
+        """RMS norm of every len(weight) columns, times silu(gate). It may replace x, which nobody else reads."""
+        ...
+
+    def sigmoid_mul(self, x: Handle, gate: Handle) -> Handle:
+        """x · σ(gate): [T, n]; of a gate with fewer columns each is for n / columns of x that follow each other.
+        It may replace x, which nobody else reads.
         """
         ...
 

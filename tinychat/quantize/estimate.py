@@ -21,7 +21,7 @@ PROBE = 768  # rows and columns of the product that is timed
 
 def memory(cfg: ModelConfig, n_tokens: int, method: str) -> int:
     """Bytes of one block and the calibration activations."""
-    a, h, f = cfg.layers[0].mixer, cfg.hidden_size, max(layer.mlp.size for layer in cfg.layers)
+    a, h, f = cfg.attentions[0], cfg.hidden_size, max(layer.mlp.size for layer in cfg.layers)
     block = 4 * (h * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads) + 3 * h * f)
     kept = 2 * h + f if method == "gptq" else 3 * h  # activations of a token
     return 4 * block + 4 * kept * n_tokens + 8 * 4 * max(h, f) ** 2 + 4 * cfg.vocab_size * h
@@ -37,7 +37,7 @@ def seconds(cfg: ModelConfig, n_tokens: int, length: int, method: str) -> float:
     if not n_tokens:
         return PLAIN * weights / 1e6
     passes, sums, swept = WORK[method]
-    a = cfg.layers[0].mixer
+    a = cfg.attentions[0]
     attention = 2 * length * a.n_heads * a.head_dim * cfg.n_layers
     work = n_tokens * (passes * (2 * weights + attention) + 2 * sums * 1.5 * products)
     return work / rate() + swept * weights / 1e6

@@ -18,7 +18,7 @@ def hf_config(c: ModelConfig) -> Settings:
     """Settings in Hugging Face's vocabulary. Raises UnsupportedModelError where a rope scaling has no name in
     it.
     """
-    a = c.layers[0].mixer
+    a = c.attentions[0]
     rope = c.rope or RopeConfig(dim=a.head_dim)
     config: Settings = {
         "hidden_act": "silu",
@@ -42,7 +42,7 @@ def hf_config(c: ModelConfig) -> Settings:
     }
     if rope.dim != a.head_dim:
         config["partial_rotary_factor"] = rope.dim / a.head_dim
-    if window := max(layer.mixer.window for layer in c.layers):
+    if window := max(a.window for a in c.attentions):
         config["sliding_window"] = window
     config |= FAMILIES[c.family].settings(c)
     (architecture,) = config["architectures"]

@@ -1,0 +1,200 @@
+// Recurrent layers: rows pass through a state one after the other, and every row takes the same roundings however the
+// rows are cut into steps.
+#pragma once
+
+#include "rows_impl.h"
+#include "state.h"
+
+namespace tinychat {
+namespace {
+
+template <class S>
+inline V16<S> sigmoid(V16<S> x) {
+    using V = V16<S>;
+    return V::set1(1.0f) / (exp16<S>(x * V::set1(-1.0f)) + V::set1(1.0f));
+}
+
+template <class S>
+inline V16<S> silu(V16<S> x) {
+    using V = V16<S>;
+    return x / (exp16<S>(x * V::set1(-1.0f)) + V::set1(1.0f));
+}
+
+template <class S>
+void short_conv(const ConvArgs& a) {
+    using V = V16<S>;
+    const int taps = a.width - 1;
+    for (int c = a.c0; c < a.c1; c += 16) {
+        const int n = a.c1 - c;
+        V seen[kMostTaps], weight[kMostTaps];
+        for (int j = 0; j < taps; j++)
+            seen[j] =
+                a.state.source ? V::load_n(a.state.source + static_cast<size_t>(j) * a.channels + c, n) : V::set1(0.0f);
+        for (int j = 0; j <= taps; j++) weight[j] = V::load_n(a.weight + static_cast<size_t>(j) * a.channels + c, n);
+        for (int r = 0; r < a.n; r++) {
+            const size_t at = r * a.ld + c;
+            V x = V::load_n(a.x + at, n);
+            if (a.in) x = x * V::load_n(a.in + at, n);
+            V y = V::set1(0.0f);
+            for (int j = 0; j < taps; j++) y = V::fma(weight[j], seen[j], y);
+            y = V::fma(weight[taps], x, y);
+            for (int j = 0; j + 1 < taps; j++) seen[j] = seen[j + 1];
+            seen[taps - 1] = x;
+            if (a.silu) y = silu<S>(y);
+            if (a.out) y = y * V::load_n(a.out + at, n);
+            y.store_n(a.y + r * a.ldy + c, n);
+            float* kept = a.state.behind(r);
+            for (int j = 0; kept && j < taps; j++) seen[j].store_n(kept + static_cast<size_t>(j) * a.channels + c, n);
+        }
+    }
+}
+
+// x of n values divided by its length, times scale.
+template <class S>
+inline void to_unit(float* x, int n, float scale) {
+    using V = V16<S>;
+    V squares = V::set1(0.0f);
+    for (int i = 0; i < n; i += 16) {
+        const V v = V::load_n(x + i, n - i);
+        squares = V::fma(v, v, squares);
+    }
+    const V by = V::set1(scale / std::sqrt(squares.sum() + 1e-6f));
+    for (int i = 0; i < n; i += 16) (V::load_n(x + i, n - i) * by).store_n(x + i, n - i);
+}
+
+template <class S>
+void delta_gates(const DeltaGateArgs& a) {
+    const int heads = a.at.n_values, dim = a.at.key_dim;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    for (int r = a.r0; r < a.r1; r++) {
+        float* q = a.qkv + static_cast<size_t>(r) * a.at.channels();
+        for (int h = 0; h < a.at.n_keys; h++) {
+            to_unit<S>(q + h * dim, dim, scale);
+            to_unit<S>(q + a.at.keys() + h * dim, dim, 1.0f);
+        }
+        const float *beta = a.beta + static_cast<size_t>(r) * heads, *alpha = a.alpha + static_cast<size_t>(r) * heads;
+        float* gates = a.gates + static_cast<size_t>(r) * 2 * heads;
+        for (int h = 0; h < heads; h++) {
+            const float x = alpha[h] + a.dt[h];
+            const float softplus = x > 20.0f ? x : std::log1p(std::exp(x));
+            gates[h] = std::exp(a.decay[h] * softplus);
+            gates[heads + h] = 1.0f / (1.0f + std::exp(-beta[h]));
+        }
+    }
+}
+
+// One row over columns of a state [dim][kDeltaColumns], NV vectors wide. Sums over the keys run in four chains, so that
+// they do not wait for each other.
+template <class S, int NV>
+inline void delta_row(float* state, int dim, const float* q, const float* k, const V16<S>* v, float g, float beta,
+                      V16<S>* y) {
+    using V = V16<S>;
+    constexpr int kChains = 4;
+    V sum[kChains][NV];
+    for (int c = 0; c < kChains; c++)
+        for (int j = 0; j < NV; j++) sum[c][j] = V::set1(0.0f);
+    int i = 0;
+    for (; i + kChains <= dim; i += kChains)
+        for (int c = 0; c < kChains; c++)
+            for (int j = 0; j < NV; j++)
+                sum[c][j] = V::fma(V::load(state + (i + c) * kDeltaColumns + 16 * j), V::set1(k[i + c]), sum[c][j]);
+    for (; i < dim; i++)
+        for (int j = 0; j < NV; j++)
+            sum[0][j] = V::fma(V::load(state + i * kDeltaColumns + 16 * j), V::set1(k[i]), sum[0][j]);
+    V change[NV];
+    for (int j = 0; j < NV; j++) {
+        const V there = (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]);
+        change[j] = V::fma(there, V::set1(-g), v[j]) * V::set1(beta);
+        for (int c = 0; c < kChains; c++) sum[c][j] = V::set1(0.0f);
+    }
+    const V decay = V::set1(g);
+    const auto step = [&](int at, V* out) {
+        for (int j = 0; j < NV; j++) {
+            float* p = state + at * kDeltaColumns + 16 * j;
+            const V s = V::fma(V::set1(k[at]), change[j], V::load(p) * decay);
+            s.store(p);
+            out[j] = V::fma(s, V::set1(q[at]), out[j]);
+        }
+    };
+    i = 0;
+    for (; i + kChains <= dim; i += kChains)
+        for (int c = 0; c < kChains; c++) step(i + c, sum[c]);
+    for (; i < dim; i++) step(i, sum[0]);
+    for (int j = 0; j < NV; j++) y[j] = (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]);
+}
+
+template <class S>
+void delta_rule(const DeltaArgs& a) {
+    using V = V16<S>;
+    const int dim = a.at.key_dim, c0 = a.block * kDeltaColumns, width = a.at.value_dim - c0;
+    const int cols = width < kDeltaColumns ? width : kDeltaColumns;
+    // Of this head's state the blocks before this one are whole.
+    const size_t at = static_cast<size_t>(dim) * (static_cast<size_t>(a.head) * a.at.value_dim + c0);
+    const size_t bytes = cols * sizeof(float);
+    const bool whole = cols == kDeltaColumns;
+    if (!whole || !a.state.source) memset(a.scratch, 0, sizeof(float) * dim * kDeltaColumns);
+    if (a.state.source && whole) memcpy(a.scratch, a.state.source + at, bytes * dim);
+    for (int i = 0; a.state.source && !whole && i < dim; i++)
+        memcpy(a.scratch + i * kDeltaColumns, a.state.source + at + static_cast<size_t>(i) * cols, bytes);
+    for (int r = 0; r < a.n; r++) {
+        const float* q = a.qkv + static_cast<size_t>(r) * a.at.channels() + a.at.key_head(a.head) * dim;
+        const float *k = q + a.at.keys(), *gates = a.gates + static_cast<size_t>(r) * 2 * a.at.n_values;
+        const float* v =
+            a.qkv + static_cast<size_t>(r) * a.at.channels() + 2 * a.at.keys() + a.head * a.at.value_dim + c0;
+        float* y = a.y + static_cast<size_t>(r) * a.at.values() + a.head * a.at.value_dim + c0;
+        const float g = gates[a.head], beta = gates[a.at.n_values + a.head];
+        V in[2] = {V::load_n(v, cols), cols > 16 ? V::load_n(v + 16, cols - 16) : V::set1(0.0f)}, out[2];
+        if constexpr (S::kLanes == 16) {  // registers for both vectors
+            delta_row<S, 2>(a.scratch, dim, q, k, in, g, beta, out);
+        } else {
+            delta_row<S, 1>(a.scratch, dim, q, k, in, g, beta, out);
+            delta_row<S, 1>(a.scratch + 16, dim, q, k, in + 1, g, beta, out + 1);
+        }
+        out[0].store_n(y, cols);
+        if (cols > 16) out[1].store_n(y + 16, cols - 16);
+        float* kept = a.state.behind(r);
+        if (kept && whole) memcpy(kept + at, a.scratch, bytes * dim);
+        for (int i = 0; kept && !whole && i < dim; i++)
+            memcpy(kept + at + static_cast<size_t>(i) * cols, a.scratch + i * kDeltaColumns, bytes);
+    }
+}
+
+template <class S>
+void gated_norm(const GatedNormArgs& a) {
+    using V = V16<S>;
+    for (int r = a.r0; r < a.r1; r++) {
+        float* x = a.x + static_cast<size_t>(r) * a.cols;
+        const float* gate = a.gate + static_cast<size_t>(r) * a.cols;
+        for (int c = 0; c < a.cols; c += a.width) {
+            const V inv = V::set1(inverse_rms<S>(x + c, a.width, a.eps));
+            for (int i = 0; i < a.width; i += 16) {
+                const int n = a.width - i;
+                const V y = V::load_n(x + c + i, n) * inv * V::load_n(a.weight + i, n);
+                (y * silu<S>(V::load_n(gate + c + i, n))).store_n(x + c + i, n);
+            }
+        }
+    }
+}
+
+template <class S>
+void sigmoid_mul(const SigmoidArgs& a) {
+    using V = V16<S>;
+    for (int r = a.r0; r < a.r1; r++) {
+        float* x = a.x + static_cast<size_t>(r) * a.gates * a.each;
+        const float* gate = a.gate + static_cast<size_t>(r) * a.gates;
+        if (a.each == 1) {
+            for (int i = 0; i < a.gates; i += 16) {
+                const int n = a.gates - i;
+                (V::load_n(x + i, n) * sigmoid<S>(V::load_n(gate + i, n))).store_n(x + i, n);
+            }
+            continue;
+        }
+        for (int h = 0; h < a.gates; h++, x += a.each) {
+            const V by = sigmoid<S>(V::set1(gate[h]));
+            for (int i = 0; i < a.each; i += 16) (V::load_n(x + i, a.each - i) * by).store_n(x + i, a.each - i);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace tinychat

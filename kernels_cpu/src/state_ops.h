@@ -1,0 +1,146 @@
+// The ops of recurrent layers: how each cuts its work. Rows of a span follow each other; channels and heads are apart.
+#pragma once
+
+#include "program_ops.h"
+
+namespace tinychat {
+
+// A layer's state for the rows of one span, `offset` numbers from where the layer begins.
+inline SpanState span_state(const StepState& s, size_t span, const StateLayer& at, size_t offset = 0) {
+    const SpanSlots& slots = s.slots_of(span, at.memory);
+    const StatePool& pool = s.states[at.memory];
+    float* base = pool.base + at.layer * at.floats + offset;
+    const float* source = slots.length < 0 ? nullptr : base + static_cast<size_t>(slots.length) * pool.floats;
+    return {source, base, pool.floats, slots.blocks};
+}
+
+class ConvOp : public Op {
+  public:
+    // Pointers of args are to row 0. offset: of its state in the layer's.
+    ConvOp(const KernelTable& k, const ConvArgs& args, const StateLayer& at, size_t offset)
+        : k_(k), args_(args), at_(at), offset_(offset) {}
+    const char* name() const override { return "short_conv"; }
+    int chunks(const StepState& s, int) override { return static_cast<int>(s.spans.size()) * across(); }
+    void run(const StepState& s, int c, int) override {
+        const size_t span = c / across(), first = s.spans[span].first;
+        ConvArgs a = args_;
+        a.c0 = c % across() * kColumns, a.c1 = std::min(a.channels, a.c0 + kColumns);
+        a.n = s.spans[span].rows, a.state = span_state(s, span, at_, offset_);
+        a.x += first * a.ld, a.y += first * a.ldy;
+        if (a.in) a.in += first * a.ld, a.out += first * a.ld;
+        k_.short_conv(a);
+    }
+
+  private:
+    static constexpr int kColumns = 256;
+    int across() const { return pieces(args_.channels, kColumns); }
+    const KernelTable& k_;
+    ConvArgs args_;
+    StateLayer at_;
+    size_t offset_;
+};
+
+class DeltaGateOp : public Op {
+  public:
+    DeltaGateOp(const KernelTable& k, const DeltaGateArgs& args) : k_(k), args_(args) {}
+    const char* name() const override { return "delta_gates"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
+    void run(const StepState& s, int c, int) override {
+        DeltaGateArgs a = args_;
+        a.r0 = c * piece(), a.r1 = std::min(s.rows, (c + 1) * piece());
+        k_.delta_gates(a);
+    }
+
+  private:
+    int piece() const { return row_piece(2 * args_.at.keys()); }
+    const KernelTable& k_;
+    DeltaGateArgs args_;
+};
+
+class DeltaOp : public Op {
+  public:
+    DeltaOp(const KernelTable& k, const std::vector<float*>* scratch, const DeltaArgs& args, const StateLayer& at)
+        : k_(k), scratch_(scratch), args_(args), at_(at) {}
+    static size_t scratch(const DeltaLayer& at) { return static_cast<size_t>(at.key_dim) * kDeltaColumns; }
+    const char* name() const override { return "delta_rule"; }
+    int chunks(const StepState& s, int) override { return static_cast<int>(s.spans.size()) * each(); }
+    void run(const StepState& s, int c, int thread) override {
+        const size_t span = c / each(), first = s.spans[span].first;
+        DeltaArgs a = args_;
+        a.head = c % each() / a.at.blocks(), a.block = c % each() % a.at.blocks();
+        a.n = s.spans[span].rows, a.state = span_state(s, span, at_);
+        a.qkv += first * a.at.channels(), a.gates += first * 2 * a.at.n_values, a.y += first * a.at.values();
+        a.scratch = (*scratch_)[thread];
+        k_.delta_rule(a);
+    }
+
+  private:
+    int each() const { return args_.at.n_values * args_.at.blocks(); }
+    const KernelTable& k_;
+    const std::vector<float*>* scratch_;
+    DeltaArgs args_;
+    StateLayer at_;
+};
+
+class GatedNormOp : public Op {
+  public:
+    GatedNormOp(const KernelTable& k, const GatedNormArgs& args) : k_(k), args_(args) {}
+    const char* name() const override { return "norm_gated"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, row_piece(args_.cols)); }
+    void run(const StepState& s, int c, int) override {
+        GatedNormArgs a = args_;
+        a.r0 = c * row_piece(a.cols), a.r1 = std::min(s.rows, (c + 1) * row_piece(a.cols));
+        k_.gated_norm(a);
+    }
+
+  private:
+    const KernelTable& k_;
+    GatedNormArgs args_;
+};
+
+class SigmoidOp : public Op {
+  public:
+    SigmoidOp(const KernelTable& k, const SigmoidArgs& args) : k_(k), args_(args) {}
+    const char* name() const override { return "sigmoid_mul"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
+    void run(const StepState& s, int c, int) override {
+        SigmoidArgs a = args_;
+        a.r0 = c * piece(), a.r1 = std::min(s.rows, (c + 1) * piece());
+        k_.sigmoid_mul(a);
+    }
+
+  private:
+    int piece() const { return row_piece(args_.gates * args_.each); }
+    const KernelTable& k_;
+    SigmoidArgs args_;
+};
+
+// Queries that have a gate beside them each, apart: rows [heads][2][dim] and what follows them → rows of queries and
+// what follows, and rows of gates.
+class SplitGatesOp : public Op {
+  public:
+    SplitGatesOp(const float* x, int heads, int dim, int rest, float* qkv, float* gates)
+        : x_(x), heads_(heads), dim_(dim), rest_(rest), qkv_(qkv), gates_(gates) {}
+    const char* name() const override { return "split_gates"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
+    void run(const StepState& s, int c, int) override {
+        const int last = std::min(s.rows, (c + 1) * piece()), queries = heads_ * dim_;
+        const size_t bytes = dim_ * sizeof(float);
+        for (int r = c * piece(); r < last; r++) {
+            const float* x = x_ + static_cast<size_t>(r) * (2 * queries + rest_);
+            float *q = qkv_ + static_cast<size_t>(r) * (queries + rest_),
+                  *gate = gates_ + static_cast<size_t>(r) * queries;
+            for (int h = 0; h < heads_; h++, x += 2 * dim_, gate += dim_, q += dim_)
+                memcpy(q, x, bytes), memcpy(gate, x + dim_, bytes);
+            memcpy(q, x, rest_ * sizeof(float));
+        }
+    }
+
+  private:
+    int piece() const { return row_piece(2 * heads_ * dim_ + rest_); }
+    const float* x_;
+    int heads_, dim_, rest_;
+    float *qkv_, *gates_;
+};
+
+}  // namespace tinychat

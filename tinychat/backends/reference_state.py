@@ -1,0 +1,104 @@
+"""The verbs of recurrent layers on the torch reference: fp32, row by row in the order of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tinychat.backends.interface import MemorySpec, Span, state_place
+from tinychat.network.config import DeltaConfig
+
+
+class StateOps:
+    """Part of `ReferenceBackend`: `rows`, `spans` are those of the step."""
+
+    memories: tuple[MemorySpec, ...]
+    pools: list[Any]
+    rows: list[slice]
+    spans: tuple[Span, ...]
+
+    def recur(self, x, layer, update):
+        """The rows of each span through a layer's state: [rows, …]. Beside `Ops`: a verb of this backend
+        alone, for families that show what recurrent ones need.
+
+        update(state float32 [n], row of x) → what the state becomes, and the row's result. It is called row
+        by row, so that no result depends on how the rows are cut into steps.
+        """
+        out = []
+        for rows, state, kept in self._passes(layer):
+            to = dict(kept)
+            for i, row in enumerate(x[rows]):
+                state, result = update(state, row)
+                out.append(result)
+                if i in to:
+                    to[i].copy_(state)
+        return torch.stack(out)
+
+    def short_conv(self, bcx, weight, conv, layer):
+        b, c, x = bcx.chunk(3, dim=-1)
+        x, out = b * x, []
+        for rows, state, kept in self._passes(layer):
+            y, seen = convolved(x[rows], state, weight)
+            for i, to in kept:
+                to.copy_(seen[i + 1 : i + conv.width].flatten())
+            out.append(y)
+        return c * torch.cat(out)
+
+    def delta_rule(self, qkv, beta, alpha, weights, delta, layer):
+        out = []
+        beta, decay = beta.sigmoid(), torch.exp(weights.decay * F.softplus(alpha + weights.dt))
+        for rows, state, kept in self._passes(layer):
+            heads, before = state.split([delta.values * delta.key_dim, (delta.width - 1) * delta.channels])
+            y, seen = convolved(qkv[rows], before, weights.conv)
+            q, k, v = delta_heads(F.silu(y), delta)
+            heads, to = heads.view(-1, delta.key_dim, delta.value_dim), dict(kept)
+            for i in range(len(y)):
+                heads = heads * decay[rows][i, :, None, None]
+                change = (v[i] - torch.einsum("hkv,hk->hv", heads, k[i])) * beta[rows][i, :, None]
+                heads = heads + k[i][..., None] * change[:, None]
+                out.append(torch.einsum("hkv,hk->hv", heads, q[i]).flatten())
+                if i in to:
+                    to[i].copy_(torch.cat([heads.flatten(), seen[i + 1 : i + delta.width].flatten()]))
+        return torch.stack(out)
+
+    def norm_gated(self, x, weight, gate, eps):
+        heads = x.unflatten(-1, (-1, len(weight)))
+        return (heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps) * weight).flatten(1) * F.silu(gate)
+
+    def sigmoid_mul(self, x, gate):
+        return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.sigmoid()[..., None]).flatten(1)
+
+    def _passes(self, layer: int) -> Iterator[tuple[slice, torch.Tensor, list[tuple[int, torch.Tensor]]]]:
+        """Rows of each span, the layer's state before them, and where the states behind rows are kept."""
+        memory, index = state_place(self.memories, layer)
+        pool = self.pools[memory].states
+        for rows, span in zip(self.rows, self.spans, strict=True):
+            states: Any = span.memories[memory]
+            before = pool[states.source, index].clone() if states.source >= 0 else torch.zeros(pool.shape[2])
+            slots = enumerate(states.kept.tolist())
+            yield rows, before, [(i, pool[slot, index]) for i, slot in slots if slot >= 0]
+
+
+def convolved(
+    x: torch.Tensor, before: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [T, C] behind those before them through a causal convolution: [T, C], and all rows that it saw."""
+    seen = torch.cat([before.view(-1, x.shape[1]), x])
+    return sum((w * seen[i : i + len(x)] for i, w in enumerate(weight.view(x.shape[1], -1).T)), torch.zeros(())), seen
+
+
+def delta_heads(qkv: torch.Tensor, delta: DeltaConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of each value head: [..., n_values, key_dim or value_dim]."""
+    keys = delta.n_keys * delta.key_dim
+    q, k, v = qkv.split([keys, keys, delta.values], dim=-1)
+    each = delta.n_values // delta.n_keys
+
+    def unit(x: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(-1, (-1, delta.key_dim))
+        x = x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
+        return torch.cat([x] * each, dim=-2) if delta.tiled else x.repeat_interleave(each, dim=-2)
+
+    return unit(q) * delta.key_dim**-0.5, unit(k), v.unflatten(-1, (-1, delta.value_dim))
