@@ -60,10 +60,10 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int]]:
 
 def settings(cfg: ModelConfig) -> Settings:
     """Entries of config.json for such a model."""
-    window = max(layer.mixer.window for layer in cfg.layers) or None
-    if any(layer.mixer.rope is None for layer in cfg.layers):
+    window = max(a.window for a in cfg.attentions) or None
+    if any(a.rope is None for a in cfg.attentions):
         window = window or cfg.context_length
-    types = ["full_attention" if layer.mixer.rope is None else "sliding_attention" for layer in cfg.layers]
+    types = ["full_attention" if a.rope is None else "sliding_attention" for a in cfg.attentions]
     return {
         "architectures": ["Exaone4ForCausalLM"],
         "sliding_window": window,

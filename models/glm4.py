@@ -46,7 +46,7 @@ def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
     """One decoder block. x: [T, hidden]."""
-    a = cfg.layers[layer].mixer
+    a = cfg.layers[layer].attention
     q, k, v = ops.split_heads(ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv), a)
     y = ops.linear(llama.attend(ops, a, q, k, v, layer), w.o)
     x = ops.rms_norm(y, w.attn_post_norm, cfg.norm_eps, add_to=x)

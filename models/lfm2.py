@@ -1,5 +1,5 @@
-"""LFM2: most layers mix tokens by a gated short convolution in place of attention; the others are Qwen3's, all
-under names of their own (Liquid AI, LFM2 Technical Report, 2025).
+"""LFM2: most layers mix tokens by a gated short convolution in place of attention; the others are Qwen3's,
+all under names of their own (Liquid AI, LFM2 Technical Report, 2025).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from tinychat.models import llama, qwen3
 from tinychat.network.config import ConvConfig, DenseConfig, LayerConfig, ModelConfig
-from tinychat.network.family import FromGGUF, FromHF, Metadata, Settings, Stack, WeightSource
+from tinychat.network.family import FromGGUF, FromHF, Kept, Metadata, Settings, Stack, WeightSource
 from tinychat.network.ops import Handle, Ops
 
 DEFAULTS: Settings = {
@@ -92,6 +92,7 @@ HF = {
         layers=_from_hf,
         constants=constants,
         mixers=("conv",),
+        vectors={"conv.conv": Kept(write=lambda a: a[:, None])},
         tensors=((r"^model\.embedding_norm\.", "model.norm."),),
     )
 }

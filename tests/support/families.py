@@ -47,7 +47,11 @@ class FromTransformers:
         return stored if order is None else stored.reordered(np.argsort(order))
 
     def vector(self, name):
-        return self.state[name + ".weight"] + np.float32(self.config.family.startswith("gemma"))
+        own, family = STRANGE.get(name.rpartition(".")[2]), self.config.family
+        if own is not None:
+            return own(self.state[name + ".weight"])
+        plain = not family.startswith(("gemma", "qwen3_5")) or name.endswith("linear_attn.norm")
+        return self.state[name + ".weight"] + np.float32(not plain)
 
     def tokenizer(self):
         from tiny import byte_tokenizer
@@ -61,9 +65,19 @@ class FromTransformers:
         pass
 
 
+# What is no weight of a linear or norm: how the network has it, of what transformers has.
+STRANGE = {
+    "A_log": lambda a: -np.exp(a),
+    "dt_bias": lambda a: a,
+    "conv1d": lambda a: a[:, 0],
+    "conv": lambda a: a[:, 0],
+}
+
+
 def as_modules_are_called(name: str) -> str:
     """A tensor of transformers' by the name of our module, where that is another one."""
-    return name.replace("model.embedding_norm.", "model.norm.")
+    name = name.replace("model.embedding_norm.", "model.norm.")
+    return name + ".weight" if name.endswith(("A_log", "dt_bias")) else name
 
 
 def experts_apart(state: dict) -> dict:
@@ -111,11 +125,14 @@ def random_model(name: str, **changes):
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     hf = cls(cls.config_class(**{**SHAPE, **changes})).float().eval()
-    one = 0.0 if name.startswith("Gemma") else 1.0  # Gemma's files hold norms as what they differ from one
+    less = name.startswith(("Gemma", "Qwen3_5", "Qwen3Next"))  # hold norms as what they differ from one
     with torch.no_grad():
         for parameter, p in hf.named_parameters():
             if "norm" in parameter:
+                one = 0.0 if less and "linear_attn" not in parameter else 1.0
                 p.uniform_(one - 0.5, one + 0.5)
+            elif parameter.endswith("A_log"):
+                p.uniform_(-3, 1)
             else:
                 p.normal_(0, 0.7 if parameter.endswith("bias") else 1.2 / math.sqrt(p.shape[-1]))
     return hf
@@ -150,6 +167,14 @@ GRANITE = dict(
 )
 
 CONVS = dict(layer_types=["conv", "full_attention", "conv"])
+
+DELTA = dict(
+    num_hidden_layers=4,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+)
 
 QWEN3_MOE = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, head_dim=16)
 
@@ -304,6 +329,15 @@ CASES = {
         dict(full_attn_idxs=[0, 3], conv_L_cache=7, block_auto_adjust_ff_dim=False, num_hidden_layers=4)
         | dict(tie_word_embeddings=False, norm_eps=1e-3, num_key_value_heads=1)
         | rope("linear", factor=3.0),
+    ),
+    "qwen3.5": ("Qwen3_5ForCausalLM", dict(DELTA, head_dim=32)),
+    "qwen3.5 listed": (
+        "Qwen3_5ForCausalLM",
+        dict(DELTA, head_dim=16, linear_num_key_heads=4, linear_num_value_heads=4, num_hidden_layers=3)
+        | dict(layer_types=["full_attention", "linear_attention", "linear_attention"])
+        | dict(linear_conv_kernel_dim=3, linear_key_head_dim=24, linear_value_head_dim=40)
+        | dict(tie_word_embeddings=True, attention_bias=True, num_key_value_heads=1)
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
     ),
     "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
 }

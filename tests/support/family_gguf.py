@@ -31,12 +31,15 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
     w.add_block_count(c.num_hidden_layers)
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(c.hidden_size)
-    w.add_feed_forward_length(c.intermediate_size)
+    dense = [t for name, t in hf.state_dict().items() if name.endswith(("up_proj.weight", "w3.weight"))]
+    w.add_feed_forward_length(len(dense[0]) if dense else c.intermediate_size)
     w.add_head_count(c.num_attention_heads)
-    w.add_head_count_kv(c.num_key_value_heads)
+    types = getattr(c, "layer_types", None) or [""]
+    kv_heads = [c.num_key_value_heads * (kind != "conv") for kind in types]
+    w.add_head_count_kv(kv_heads if "conv" in types else c.num_key_value_heads)
     w.add_key_length(head_dim)
     w.add_value_length(head_dim)
-    w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    w.add_layer_norm_rms_eps(c.norm_eps if arch == "lfm2" else c.rms_norm_eps)
     w.add_vocab_size(c.vocab_size)
     tensors = dict(hf.state_dict())
     experts(w, c, tensors)
@@ -121,6 +124,11 @@ def rope(w: GGUFWriter, c, head_dim: int, tensors: dict) -> None:
     dim = int(head_dim * p.get("partial_rotary_factor", 1.0))
     w.add_rope_dimension_count(dim)
     w.add_rope_freq_base(p["rope_theta"])
+    if p["rope_type"] == "linear":
+        from gguf import RopeScalingType
+
+        w.add_rope_scaling_type(RopeScalingType.LINEAR)
+        w.add_rope_scaling_factor(p["factor"])
     if p["rope_type"] == "yarn":
         from gguf import RopeScalingType
 
@@ -164,4 +172,43 @@ def pattern(w: GGUFWriter, c, tensors: dict) -> None:
         w.add_sliding_window_pattern([kind == "sliding_attention" for kind in c.layer_types])
 
 
-METADATA = {"granite": granite, "gemma2": gemma, "gemma3": gemma, "exaone4": pattern}
+def convolutions(w: GGUFWriter, c, tensors: dict) -> None:
+    """LFM2Model of llama.cpp's converter."""
+    w.add_shortconv_l_cache(c.conv_L_cache)
+    for name in [n for n in tensors if "conv.conv" in n]:
+        tensors[name] = tensors[name].squeeze(1)
+
+
+def deltas(w: GGUFWriter, c, tensors: dict) -> None:
+    """Qwen3NextModel and Qwen3_5TextModel of llama.cpp's converter: value heads of one key head lie apart."""
+    w.add_ssm_conv_kernel(c.linear_conv_kernel_dim)
+    w.add_ssm_state_size(c.linear_key_head_dim)
+    w.add_ssm_group_count(c.linear_num_key_heads)
+    w.add_ssm_time_step_rank(c.linear_num_value_heads)
+    w.add_ssm_inner_size(c.linear_value_head_dim * c.linear_num_value_heads)
+    recurrent = [kind == "linear_attention" for kind in c.layer_types]
+    w.add_array("qwen35.attention.recurrent_layers", recurrent)
+    keys, dim = c.linear_num_key_heads, c.linear_value_head_dim
+
+    def apart(t: torch.Tensor, size: int = 1) -> torch.Tensor:
+        return t.unflatten(0, (keys, -1, size)).transpose(0, 1).flatten(0, 2).contiguous()
+
+    for name in [n for n in tensors if "linear_attn" in n]:
+        t = tensors.pop(name)
+        if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+            first = 2 * keys * c.linear_key_head_dim
+            t = torch.cat([t[:first], apart(t[first:], dim)]).squeeze(1)
+        elif name.endswith("in_proj_z.weight"):
+            t = apart(t, dim)
+        elif name.endswith("out_proj.weight"):
+            t = apart(t.T, dim).T.contiguous()
+        elif not name.endswith("norm.weight"):
+            t = apart(t)
+        if name.endswith("A_log"):
+            t = -torch.exp(t)
+        tensors[name.replace(".dt_bias", ".dt_proj.bias")] = t
+    for name in [n for n in tensors if n.endswith("norm.weight") and "linear_attn" not in n]:
+        tensors[name] = tensors[name] + 1
+
+
+METADATA = {"lfm2": convolutions, "qwen35": deltas, "granite": granite, "gemma2": gemma, "gemma3": gemma, "exaone4": pattern}

@@ -85,6 +85,11 @@ class Recorder:
         )
         return Value(a.n_heads * a.head_dim, halves=out)
 
+    def short_conv(self, *args):
+        raise NotImplementedError  # `CudaBackend` refuses models with states before
+
+    gated_heads = delta_rule = norm_gated = sigmoid_mul = short_conv
+
     def silu_mul(self, gate_up):
         return self._gate("silu_mul", gate_up)
 

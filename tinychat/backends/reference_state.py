@@ -66,7 +66,9 @@ class StateOps:
 
     def norm_gated(self, x, weight, gate, eps):
         heads = x.unflatten(-1, (-1, len(weight)))
-        return (heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps) * weight).flatten(1) * F.silu(gate)
+        return (heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps) * weight).flatten(1) * F.silu(
+            gate
+        )
 
     def sigmoid_mul(self, x, gate):
         return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.sigmoid()[..., None]).flatten(1)
@@ -87,7 +89,9 @@ def convolved(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [T, C] behind those before them through a causal convolution: [T, C], and all rows that it saw."""
     seen = torch.cat([before.view(-1, x.shape[1]), x])
-    return sum((w * seen[i : i + len(x)] for i, w in enumerate(weight.view(x.shape[1], -1).T)), torch.zeros(())), seen
+    return sum(
+        (w * seen[i : i + len(x)] for i, w in enumerate(weight.view(x.shape[1], -1).T)), torch.zeros(())
+    ), seen
 
 
 def delta_heads(qkv: torch.Tensor, delta: DeltaConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

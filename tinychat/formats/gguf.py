@@ -35,6 +35,7 @@ class GGUFCheckpoint:
         self.file, self._files = open_parts(self.path)
         self.fields = self.file.fields
         self.form, self.config = read_config(self.file)
+        self._name_tensors()
         self._hash: str | None = None
         self._check_tensors()
 
@@ -121,6 +122,13 @@ class GGUFCheckpoint:
             name = type_of(t.kind)[0]
             sums[name] = sums.get(name, 0) + t.n_bytes
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+    def _name_tensors(self) -> None:
+        """Give tensors that the architecture names in its own way the names of the others."""
+        for pattern, name in self.form.tensors:
+            for given in [n for n in self.file.tensors if re.search(pattern, n)]:
+                usual = re.sub(pattern, name, given)
+                self.file.tensors[usual] = replace(self.file.tensors.pop(given), name=usual)
 
     def _check_tensors(self) -> None:
         """All that the model needs is there in its shape, and nothing that would change what it computes."""

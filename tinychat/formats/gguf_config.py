@@ -78,13 +78,12 @@ class Metadata:
             raise self.file.damaged(f"the field {self.arch}.{key} is no list of {n} truth values")
         return lambda i: bool(given[i])
 
-
     def each(self, key: str, n: int) -> list[int]:
         """A whole number for each of n layers: a list of them, or one for all."""
         value = self.file.fields.get(f"{self.arch}.{key}")
-        values = value.tolist() if isinstance(value, np.ndarray) else value
+        listed: Any = value.tolist() if isinstance(value, np.ndarray) else value
         known = type(n) is int and 0 < n <= MOST_LAYERS
-        values = values if isinstance(values, list) or not known else [values] * n
+        values: list[Any] = listed if isinstance(listed, list) else [listed] * n if known else []
         if not known or len(values) < n or not all(type(v) in (int, bool) for v in values):
             raise self.file.damaged(f"the field {self.arch}.{key} is not a whole number for each layer")
         return [int(v) for v in values[:n]]

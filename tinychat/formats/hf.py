@@ -21,7 +21,7 @@ from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_j
 from tinychat.models import FAMILIES
 from tinychat.network import hf_config
 from tinychat.network.config import ModelConfig
-from tinychat.network.family import FromHF, in_file_order
+from tinychat.network.family import FromHF, in_file_order, kept
 from tinychat.network.weight_form import Form
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
@@ -113,10 +113,7 @@ class HFCheckpoint:
         values = self._tensors.float32(f"{name}.weight")
         if not np.isfinite(values).all():
             raise CheckpointError(f"The weights of {name} hold NaN or infinity.", PULL_AGAIN)
-        for end, made_of in self._form.vectors.items():
-            if name.endswith(end):
-                return made_of(values)
-        return values + np.float32(FAMILIES[self.config.family].NORM_OFFSET)
+        return kept(FAMILIES[self.config.family], name).read(values)
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer

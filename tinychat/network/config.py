@@ -151,7 +151,8 @@ class DeltaConfig:
         _check_width(self.width)
         if self.n_values % self.n_keys or self.values > MOST_VALUES:
             raise _damaged(
-                f"The checkpoint has {self.n_values} value heads of {self.value_dim} for {self.n_keys} key heads."
+                f"The checkpoint has {self.n_values} value heads of {self.value_dim} for"
+                f" {self.n_keys} key heads."
             )
 
     @property

@@ -76,6 +76,19 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How a folder holds what a block has beside linears and norms: vectors, convolutions, gates.
+
+    read, write  from the file to the network, and back; a convolution is read as [channels, width]
+    part         how the tensor's name goes on behind the module's
+    """
+
+    read: Callable[[np.ndarray], np.ndarray] = lambda a: a
+    write: Callable[[np.ndarray], np.ndarray] = lambda a: a
+    part: str = ".weight"
+
+
+@dataclass(frozen=True)
 class FromHF:
     """How config.json reads for one entry of `architectures`, and what its tensors are called.
 
@@ -87,8 +100,7 @@ class FromHF:
     layers        the layers of a model
     constants     what ModelConfig has besides
     mixers        types of layers, as `layer_types` names them, that it has beside those with attention
-    vectors       vectors that are no norms less NORM_OFFSET, by the ends of their names: what the network has
-                  of what the file has
+    vectors       those of `norms` that are no norms, by the ends of their names
     tensors       how its files call modules, as pairs of a regular expression and what is put in its place to
                   get the names of `linears` and `norms`
     interleaved   whether its files hold rows of q and k for rotating neighbours (x[2i], x[2i + 1])
@@ -104,7 +116,7 @@ class FromHF:
     layers: Callable[[Settings, Stack], tuple[LayerConfig, ...]] | None = None
     constants: Callable[[Settings], dict[str, Any]] = lambda settings: {}
     mixers: tuple[str, ...] = ()
-    vectors: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
+    vectors: Mapping[str, Kept] = field(default_factory=dict)
     tensors: tuple[tuple[str, str], ...] = ()
     interleaved: bool = False
     model_type: str = ""
@@ -144,6 +156,14 @@ def in_file_order(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> np.nd
     return a.neighbours(a.n_heads if module == "q_proj" else a.n_kv_heads)
 
 
+def kept(family: Family, name: str) -> Kept:
+    """How a folder of that family holds one of its `norms`."""
+    vectors = next(iter(family.HF.values())).vectors
+    offset = np.float32(family.NORM_OFFSET)
+    norm = Kept(lambda a: a + offset, lambda a: a - offset)
+    return next((own for end, own in vectors.items() if name.endswith(end)), norm)
+
+
 class WeightSource(Protocol):
     """A backend's loader: gives the handle of each weight by its name, `model.layers.0.mlp.up_proj`."""
 
@@ -180,7 +200,9 @@ class Family(Protocol):
         ...
 
     def norms(self, cfg: ModelConfig, layer: int) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of a block's vectors: norms [n], convolutions [channels, width]."""
+        """Names and shapes of what a block has besides, read in floats and never quantized: norms [n],
+        convolutions [channels, width], gates [out, in].
+        """
         ...
 
     def biases(self, cfg: ModelConfig) -> tuple[str, ...]:

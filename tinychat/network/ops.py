@@ -70,8 +70,8 @@ class Ops(Protocol):
         ...
 
     def short_conv(self, bcx: Handle, weight: Handle, conv: ConvConfig, layer: int) -> Handle:
-        """C · conv(B · x): [T, 3 channels] → [T, channels]. A causal convolution over the sequence, each channel
-        by itself; what it saw of the last tokens is the layer's state.
+        """C · conv(B · x): [T, 3 channels] → [T, channels]. Each channel by itself and causal; what the
+        convolution saw of the last tokens is the layer's state.
 
         weight: [channels, width], the last for the token itself.
         """
@@ -86,7 +86,7 @@ class Ops(Protocol):
         delta: DeltaConfig,
         layer: int,
     ) -> Handle:
-        """Gated delta rule, token after token over each value head's state S [key_dim, value_dim]: [T, values].
+        """Gated delta rule, token after token on each value head's state S [key_dim, value_dim]: [T, values].
 
         q, k, v = silu(conv(qkv)); q and k of unit length, q divided by sqrt(key_dim);
         S ← exp(decay · softplus(alpha + dt)) · S; S ← S + k (σ(beta) · (v − Sᵀk))ᵀ; the result is Sᵀq.
@@ -95,12 +95,12 @@ class Ops(Protocol):
         ...
 
     def norm_gated(self, x: Handle, weight: Handle, gate: Handle, eps: float) -> Handle:
-        """RMS norm of every len(weight) columns, times silu(gate). It may replace x, which nobody else reads."""
+        """RMS norm of every len(weight) columns, times silu(gate). It may replace x: nobody else reads it."""
         ...
 
     def sigmoid_mul(self, x: Handle, gate: Handle) -> Handle:
-        """x · σ(gate): [T, n]; of a gate with fewer columns each is for n / columns of x that follow each other.
-        It may replace x, which nobody else reads.
+        """x · σ(gate): [T, n]; of a gate with fewer columns each is for as many neighbours of x. It may
+        replace x: nobody else reads it.
         """
         ...
 

@@ -85,7 +85,7 @@ def round_to_nearest(
         else:
             metric = Metric.diagonal(importance[name])
             linear[name] = refine(v, metric, compensated(v, metric, of_inputs))
-    norms = {k: norm16(v, cfg) for k, v in w.norm.items()}
+    norms = {k: norm16(k, v, cfg) for k, v in w.norm.items()}
     return QuantizedBlock(linear, dict(w.bias), norms, w.layer)
 
 
@@ -127,7 +127,7 @@ class BlockQuantizer:
             self._last(half, w, out, float_w, x_f, x_q, goes_on=half is not halves[-1])
 
         # What goes on is what the stored block computes, so that a resumed run sees the same numbers.
-        out.norm = {k: norm16(v, self.forward.cfg) for k, v in w.norm.items()}
+        out.norm = {k: norm16(k, v, self.forward.cfg) for k, v in w.norm.items()}
         out.bias = {k: v.half().float() for k, v in w.bias.items()}
         return out, x_f, self._run(start, out.weights())
 
@@ -275,7 +275,7 @@ class BlockQuantizer:
     def _fold(self, group: Group, w: BlockWeights, out: QuantizedBlock, s: torch.Tensor) -> None:
         """Divide what comes before the linears of a group by their scales."""
         if group.norm is not None:
-            w.norm[group.norm] = norm16(w.norm[group.norm] / s, self.forward.cfg)
+            w.norm[group.norm] = norm16(group.norm, w.norm[group.norm] / s, self.forward.cfg)
         if group.rows is None:
             return
         s = of_rows(s, group)

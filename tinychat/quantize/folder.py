@@ -231,8 +231,8 @@ def rest(checkpoint: Checkpoint) -> list[Entry]:
     names = ["model.embed_tokens"] + ([] if cfg.tie_embeddings else ["lm_head"])
     shapes = {name: tuple(checkpoint.linear(name).shape) for name in names}
     entries = [Entry(f"{n}.weight", "F16", shape, partial(half, n)) for n, shape in shapes.items()]
-    norm = finite(as_stored(checkpoint.vector("model.norm"), cfg), "model.norm")
-    return [*entries, Entry.of("model.norm.weight", norm)]
+    norms = as_stored("model.norm", checkpoint.vector("model.norm"), cfg)
+    return [*entries, *(Entry.of(name, finite(norm, "model.norm")) for name, norm in norms.items())]
 
 
 def write_weights(folder: Path, entries: list[Entry], shard_bytes: int = SHARD_BYTES) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
+from tinychat.network.family import kept
 from tinychat.quantize.forward import Group
 from tinychat.quantize.nodes import BlockWeights
 
@@ -13,10 +14,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def norm16(v: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
-    """A norm's weight as a file in fp16 gives it back."""
-    offset = FAMILIES[cfg.family].NORM_OFFSET
-    return (v - offset).half().float() + offset if offset else v.half().float()
+def norm16(name: str, v: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
+    """A norm's weight (or what else is kept) as a file in fp16 gives it back."""
+    import torch
+
+    own = kept(FAMILIES[cfg.family], name)
+    stored = torch.from_numpy(own.write(v.detach().numpy())).half().float()
+    return torch.from_numpy(own.read(stored.numpy().reshape(v.shape)))
 
 
 def bounded(s: torch.Tensor, group: Group, limit: float) -> torch.Tensor:
@@ -37,7 +41,7 @@ def exact_in_norm(group: Group, w: BlockWeights, s: torch.Tensor, cfg: ModelConf
     if group.norm is None:
         return s
     norm = w.norm[group.norm]
-    folded = norm16(norm / s, cfg)
+    folded = norm16(group.norm, norm / s, cfg)
     usable = (folded != 0) & (norm != 0)
     return (norm / folded).where(usable, s)
 

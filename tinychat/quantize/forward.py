@@ -138,8 +138,10 @@ def _folds(x: Node) -> dict[str, Any]:
     if x.op == "rms_norm":
         return {"norm": short(x.weights[0])}
     made_of = x.inputs[-1] if x.inputs else x
-    if x.op in ("silu_mul", "gelu_mul") and isinstance(made_of, Product):
+    if x.op in ("silu_mul", "gelu_mul", "short_conv") and isinstance(made_of, Product):
         return {"rows": made_of.parts[1]}
+    if x.op == "sigmoid_mul":  # the gate stays as it is
+        return _folds(x.inputs[0])
     if x.op == "attention" and made_of.op == "heads":
         (qkv,) = made_of.inputs
         assert isinstance(qkv, Product)
@@ -235,8 +237,9 @@ def read_block(checkpoint: Checkpoint, layer: int) -> BlockWeights:
         if linear.bias is not None:
             bias = torch.from_numpy(finite(np.array(linear.bias, np.float32), name + ".bias"))
             w.bias |= apart(cfg, layer, inside, bias)
-    for name in family.norms(cfg, layer):
-        w.norm[name.removeprefix(prefix)] = torch.from_numpy(finite(np.array(checkpoint.vector(name)), name))
+    for name, shape in family.norms(cfg, layer).items():
+        vector = finite(np.array(checkpoint.vector(name)).reshape(shape), name)
+        w.norm[name.removeprefix(prefix)] = torch.from_numpy(vector)
     return w
 
 

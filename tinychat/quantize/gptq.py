@@ -75,7 +75,7 @@ class GPTQQuantizer:
         Returns the quantized block and its output.
         """
         f, now = self.forward, w.copy()
-        now.norm = {k: norm16(v, f.cfg) for k, v in w.norm.items()}
+        now.norm = {k: norm16(k, v, f.cfg) for k, v in w.norm.items()}
         now.bias = {k: v.half().float() for k, v in w.bias.items()}
         out = QuantizedBlock({}, now.bias, now.norm, w.layer)
         for half in f.halves(w.layer):

@@ -12,7 +12,7 @@ from tinychat.formats.gguf_blocks import UNPACK
 from tinychat.formats.gguf_pack import PACK
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
-from tinychat.network.family import FromGGUF, FromHF, in_file_order
+from tinychat.network.family import FromGGUF, FromHF, Kept, in_file_order, kept
 from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize.forward import apart, network
 from tinychat.quantize.nodes import BlockWeights
@@ -57,22 +57,23 @@ class StoredBlock:
             own = _blocks(linear, target) if gguf else _PACK[target.layout](linear)
             out |= {f"{whole}.{part}": a for part, a in own.items()}
         for name, v in self.norm.items():
-            out[f"{prefix}{name}.weight"] = v if gguf else as_stored(v, cfg)
+            out |= {f"{prefix}{name}.weight": v} if gguf else as_stored(prefix + name, v, cfg)
         return out
 
     @classmethod
     def read(cls, tensors: Tensors, cfg: ModelConfig, layer: int, target: Target) -> StoredBlock:
         """The block that `tensors` gave these of."""
         gguf, prefix, out = target.format == "gguf", f"model.layers.{layer}.", cls(layer, {}, {})
-        offset = np.float32(0 if gguf else FAMILIES[cfg.family].NORM_OFFSET)
         for name in _names(cfg, layer):
             own = f"{prefix}{name}."
             parts = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
             linear = _of_blocks(parts) if gguf else _unpack(parts, target)
             order = in_file_order(_form(cfg, gguf), cfg, own[:-1])
             out.linear[name] = linear if order is None else linear.reordered(np.argsort(order))
-        for name in (norm.removeprefix(prefix) for norm in FAMILIES[cfg.family].norms(cfg, layer)):
-            out.norm[name] = tensors[f"{prefix}{name}.weight"].astype(np.float32) + offset
+        for name, shape in FAMILIES[cfg.family].norms(cfg, layer).items():
+            own = Kept() if gguf else kept(FAMILIES[cfg.family], name)
+            stored = tensors[f"{name}{own.part}"].astype(np.float32).reshape(shape)
+            out.norm[name.removeprefix(prefix)] = own.read(stored)
         return out
 
     def weights(self, cfg: ModelConfig) -> BlockWeights:
@@ -98,10 +99,11 @@ def unpacked(tensors: Tensors, cfg: ModelConfig, layer: int, target: Target) -> 
     return StoredBlock.read(tensors, cfg, layer, target).weights(cfg)
 
 
-def as_stored(norm: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-    """A norm in float16, less what its family adds to what files hold."""
+def as_stored(name: str, norm: np.ndarray, cfg: ModelConfig) -> Tensors:
+    """A norm, or what else a block has beside linears, as its family's folders hold it, in float16."""
+    own = kept(FAMILIES[cfg.family], name)
     with np.errstate(over="ignore"):
-        return (norm - np.float32(FAMILIES[cfg.family].NORM_OFFSET)).astype(np.float16)
+        return {f"{name}{own.part}": own.write(norm).astype(np.float16)}
 
 
 def _names(cfg: ModelConfig, layer: int) -> list[str]:

@@ -13,7 +13,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base.errors import UnsupportedModelError
-from tinychat.network.config import AttentionConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, ConvConfig, DeltaConfig, RopeConfig
+from tinychat.network.ops import DeltaWeights
+from tinychat.quantize.recurrence import conv_over, delta_over
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +86,10 @@ def short(name: str) -> str:
     return name.split(".", 3)[3] if name.startswith("model.layers.") else name
 
 
+class Routing(tuple[str, ...]):
+    """Names of a linear that chooses: it stays as it is stored, among the norms of its block."""
+
+
 class Names:
     """A `WeightSource` whose handles are the names."""
 
@@ -96,8 +102,8 @@ class Names:
     def linear(self, *names: str) -> tuple[str, ...]:
         return names
 
-    def router(self, name: str) -> tuple[str, ...]:
-        return (name,)
+    def router(self, name: str) -> Routing:
+        return Routing((name,))
 
     def head(self, name: str, tied_to: str) -> str:
         return name
@@ -124,6 +130,8 @@ class Recorder:
         return y if add_to is None else self._add(add_to, y)
 
     def linear(self, x: Node, weight: tuple[str, ...], add_to: Node | None = None) -> Node:
+        if isinstance(weight, Routing):
+            return self._node("gates", (x,), lambda w, x: x @ w.norm[short(weight[0])].T, *weight)
         y = Product("linear", (x,), _product(tuple(map(short, weight))), weight)
         self.nodes.append(y)
         return y if add_to is None else self._add(add_to, y)
@@ -137,6 +145,20 @@ class Recorder:
             return self._node("heads", (qkv,), lambda w, x: x[i].unflatten(-1, (-1, d)).transpose(1, 2))
 
         return part(0), part(1), part(2)
+
+    def gated_heads(self, qkv: Product, attention: AttentionConfig) -> tuple[Node, Node, Node, Node]:
+        d, kv = attention.head_dim, attention.n_kv_heads * attention.head_dim
+        qkv.cut(2 * attention.n_heads * d, kv, kv)
+
+        def half(i: int) -> Callable[..., Any]:
+            return lambda w, x: x[0].unflatten(-1, (-1, 2, d))[..., i, :]
+
+        def part(i: int) -> Node:
+            return self._node("heads", (qkv,), lambda w, x: x[i].unflatten(-1, (-1, d)).transpose(1, 2))
+
+        q = self._node("heads", (qkv,), lambda w, x: half(0)(w, x).transpose(1, 2))
+        gate = self._node("gates", (qkv,), lambda w, x: half(1)(w, x).flatten(2))
+        return q, part(1), part(2), gate
 
     def norm_heads(self, q: Node, k: Node, q_weight: str, k_weight: str, eps: float) -> tuple[Node, Node]:
         def normed(x: Node, weight: str) -> Node:
@@ -164,6 +186,39 @@ class Recorder:
         node = self._node("attention", (q, k, v), run)
         node.attention = attention
         return node
+
+    def short_conv(self, bcx: Product, weight: str, conv: ConvConfig, layer: int) -> Node:
+        name, n = short(weight), conv.channels
+        bcx.cut(n, n, n)
+        return self._node(
+            "short_conv", (bcx,), lambda w, x: x[1] * conv_over(x[0] * x[2], w.norm[name]), weight
+        )
+
+    def delta_rule(
+        self, qkv: Node, beta: Node, alpha: Node, weights: DeltaWeights, delta: DeltaConfig, layer: int
+    ) -> Node:
+        names = (weights.conv, weights.decay, weights.dt)
+
+        def run(w: BlockWeights, qkv: torch.Tensor, beta: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+            return delta_over(qkv, beta, alpha, *(w.norm[short(name)] for name in names), delta)
+
+        return self._node("delta_rule", (qkv, beta, alpha), run, *names)
+
+    def norm_gated(self, x: Node, weight: str, gate: Node, eps: float) -> Node:
+        from torch.nn import functional
+
+        def run(w: BlockWeights, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            scale = w.norm[short(weight)]
+            heads = _norm(x.unflatten(-1, (-1, len(scale))), scale, eps)
+            return heads.flatten(-2) * functional.silu(gate)
+
+        return self._node("norm_gated", (x, gate), run, weight)
+
+    def sigmoid_mul(self, x: Node, gate: Node) -> Node:
+        def run(w: BlockWeights, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.sigmoid()[..., None]).flatten(-2)
+
+        return self._node("sigmoid_mul", (x, gate), run)
 
     def silu_mul(self, gate_up: Product) -> Node:
         from torch.nn import functional

@@ -98,7 +98,7 @@ class SmoothQuantizer:
         for name in group.names:
             w.linear[name] = w.linear[name] * s
         if group.norm is not None:
-            w.norm[group.norm] = norm16(w.norm[group.norm] / s, self.forward.cfg)
+            w.norm[group.norm] = norm16(group.norm, w.norm[group.norm] / s, self.forward.cfg)
         if group.rows is not None:
             rows = of_rows(s, group)
             w.linear[group.rows] = w.linear[group.rows] / rows[:, None]
