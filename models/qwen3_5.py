@@ -37,8 +37,13 @@ def layers_from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
         types = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(stack.n)]
     if len(types) < stack.n:
         raise ValueError(f"layer_types names {len(types)} layers")
-    sizes = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
-    delta = DeltaConfig(*(c[name] for name in sizes), c["linear_conv_kernel_dim"])
+    delta = DeltaConfig(
+        n_keys=c["linear_num_key_heads"],
+        n_values=c["linear_num_value_heads"],
+        key_dim=c["linear_key_head_dim"],
+        value_dim=c["linear_value_head_dim"],
+        width=c["linear_conv_kernel_dim"],
+    )
     return stack.layers(lambda i: delta if types[i] == "linear_attention" else stack.attention)
 
 
@@ -138,8 +143,8 @@ def load_mixer(w: WeightSource, p: str, layer: LayerConfig) -> Mixer:
     norm = w.vector(p + "input_layernorm")
     if not isinstance(layer.mixer, DeltaConfig):
         qkv = w.linear(*(p + name for name in llama.ATTENTION[:3]))
-        heads = [w.vector(f"{p}self_attn.{name}") for name in ("q_norm", "k_norm")]
-        return Mixer(norm, Attention(qkv, *heads, out=w.linear(p + "self_attn.o_proj")))
+        q_norm, k_norm = (w.vector(f"{p}self_attn.{name}") for name in ("q_norm", "k_norm"))
+        return Mixer(norm, Attention(qkv, q_norm, k_norm, w.linear(p + "self_attn.o_proj")))
     p += "linear_attn."
     qkv, z = w.linear(p + "in_proj_qkv"), w.linear(p + "in_proj_z")
     beta, alpha = w.router(p + "in_proj_b"), w.router(p + "in_proj_a")

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from recurrent import recurrent_model
+from recurrent import delta_model, recurrent_model
 from tiny import tiny_model
 
 from tinychat.engine import kv_file
@@ -213,19 +213,29 @@ class WindowMachine(ConversationMachine):
 
 
 class RecurrentMachine(ConversationMachine):
-    """Full attention, a window and a state."""
+    """Full attention, a window and a convolution."""
 
     model = staticmethod(recurrent_model)
+
+
+class DeltaMachine(ConversationMachine):
+    """Full attention, in 4 bits, and delta rules."""
+
+    @staticmethod
+    def model(**options):
+        return delta_model(kv_bits=4, **options)
 
 
 ConversationMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 ConversationMachine8.TestCase.settings = settings(max_examples=10, stateful_step_count=40, deadline=None)
 WindowMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
-RecurrentMachine.TestCase.settings = settings(max_examples=4, stateful_step_count=20, deadline=None)
+RecurrentMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
+DeltaMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
 TestConversations = ConversationMachine.TestCase
 TestConversations8 = ConversationMachine8.TestCase
 TestWindows = WindowMachine.TestCase
 TestRecurrent = RecurrentMachine.TestCase
+TestDelta = DeltaMachine.TestCase
 
 
 @pytest.mark.slow

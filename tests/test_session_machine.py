@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from recurrent import recurrent_model
+from recurrent import delta_model, recurrent_model
 from session_helpers import conversation_ids, opening, turn
 from tiny import tiny_model
 
@@ -83,16 +83,24 @@ class SessionMachine(RuleBasedStateMachine):
 
 
 class RecurrentSessionMachine(SessionMachine):
-    """Layers with full attention, with a window and with a state."""
+    """Layers with full attention, with a window and with a convolution."""
 
     make = staticmethod(recurrent_model)
+
+
+class DeltaSessionMachine(SessionMachine):
+    """Layers with full attention and with a delta rule."""
+
+    make = staticmethod(delta_model)
 
 
 SessionMachine.TestCase.settings = settings(
     max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
-RecurrentSessionMachine.TestCase.settings = settings(
-    max_examples=4, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)
-)
+for machine in (RecurrentSessionMachine, DeltaSessionMachine):
+    machine.TestCase.settings = settings(
+        max_examples=8, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
+    )
 TestSession = SessionMachine.TestCase
 TestRecurrentSession = RecurrentSessionMachine.TestCase
+TestDeltaSession = DeltaSessionMachine.TestCase

@@ -8,6 +8,7 @@ import span_schedules
 from backend_steps import TABLE
 from families import CASES, FromTransformers, random_model
 from memories import allocate
+from recurrent import RecurrentCheckpoint
 from tiny import TinyCheckpoint
 
 from tinychat.backends.cpu import CpuBackend
@@ -41,6 +42,8 @@ MODELS = {
     "4-bit KV": (lambda: TinyCheckpoint(1, context_length=512), dict(kv_bits=4)),
     "windows, 4-bit KV": (lambda: windows(attn_soft_cap=2.0), dict(kv_bits=4, act_bits=16)),
     "experts": (experts, {}),
+    "convolutions": (lambda: RecurrentCheckpoint("lfm2"), {}),
+    "delta rules, 4-bit KV": (lambda: RecurrentCheckpoint("qwen3_5"), dict(kv_bits=4)),
 }
 
 

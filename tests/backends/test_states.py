@@ -1,99 +1,112 @@
-"""Recurrent layers in the reference backend: rows go through a state one by one, any row's may be kept."""
+"""Layers with a state: rows go through it one by one, however they are cut, and any row's may be kept."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from tiny import TinyCheckpoint
+from memories import allocate, state_slot
+from recurrent import LAYERS, RecurrentCheckpoint
 
-from tinychat.backends import reference
-from tinychat.backends.interface import MemorySpec, Span, States, Step
+from tinychat.backends.cpu import CpuBackend
+from tinychat.backends.interface import Slots, Span, States, Step, memories_of
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.models import FAMILIES, llama
 from tinychat.network.weight_policy import WeightPolicy
 
-SIZE = 64  # values of a layer's state
-IDS = np.random.default_rng(3).integers(0, 258, 40).astype(np.int32)
+IDS = np.random.default_rng(3).integers(0, 258, 60).astype(np.int32)
+TABLE = np.arange(8, dtype=np.int32)
 
 
-def update(state, row):
-    state = 0.5 * state + row
-    return state, state * row
+@pytest.fixture(params=LAYERS)
+def family(request, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
+    return request.param
 
 
-def forward(ops, cfg, w):
-    """An embedding and two recurrences, one behind the other, whose last state a row's logits show."""
-    return ops.recur(ops.recur(ops.embed(w.embed), 0, update), 1, update)[ops.asked]
+@pytest.fixture(params=[CpuBackend, ReferenceBackend], ids=["cpu", "reference"])
+def backend(request, family):
+    checkpoint, policy = RecurrentCheckpoint(family), WeightPolicy("none", 16)
+    return allocate(request.param(checkpoint, policy, threads=2), 20)
 
 
-@pytest.fixture
-def backend(monkeypatch):
-    spec = MemorySpec("state", (0, 1), state_bytes=2 * 4 * SIZE)
-    monkeypatch.setattr(reference, "memories_of", lambda cfg: (spec,))
-    monkeypatch.setitem(FAMILIES, "toy", SimpleNamespace(load=llama.load, forward=forward))
-    b = ReferenceBackend(TinyCheckpoint(5, family="toy"), WeightPolicy("none", 16))
-    b.allocate_kv(8)
-    return b
+def state(b) -> int:
+    """The memory of states."""
+    return next(m for m, spec in enumerate(b.memories) if spec.kind == "state")
 
 
-def truth(b, ids):
-    """float32 [T, SIZE], the rows in a plain loop."""
-    x = b.weights.embed[0].numpy()[ids]
-    for _ in range(2):
-        state, out = np.zeros(SIZE, np.float32), np.empty_like(x)
-        for i, row in enumerate(x):
-            state = np.float32(0.5) * state + row
-            out[i] = state * row
-        x = out
-    return x
-
-
-def span(start, end, source, kept=()):
-    """kept: (token, slot) pairs of the sequence."""
+def span(b, start, end, source=None, kept=(), ids=IDS, table=TABLE):
+    """kept: (token, slot) pairs of the sequence; the state behind the last token has its usual slot too."""
     slots = np.full(end - start, -1, np.int32)
+    slots[-1] = state_slot(end)
     for token, slot in kept:
         slots[token - start] = slot
-    return Span(IDS[start:end], start, 0, (States(source, slots),))
+    has = States(state_slot(start) if source is None else source, slots)
+    memories = [has if m == state(b) else Slots(table, start) for m in range(len(b.memories))]
+    return Span(ids[start:end], start, 0, tuple(memories))
+
+
+def equal(b, ours, theirs):
+    if b.row_independent:
+        np.testing.assert_array_equal(ours, theirs)
+    else:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def whole(b):
+    return b.step(Step((span(b, 0, len(IDS), table=TABLE + 8),)))
+
+
+def test_states_of_alike_layers_are_one_memory(family):
+    cfg = RecurrentCheckpoint(family).config
+    (spec,) = (m for m in memories_of(cfg) if m.kind == "state")
+    mixers = [cfg.layers[i].mixer for i in spec.layers]
+    assert spec.state_bytes == 4 * sum(m.state_size for m in mixers)
+    assert len(mixers) == {"lfm2": 1, "qwen3_5": 2}[family]
 
 
 def test_rows_pass_one_by_one_however_they_are_cut(backend):
-    expected = truth(backend, IDS)
-    for cuts in ([40], [1] * 40, [7, 1, 16, 16]):
-        at, source, out = 0, -1, []
+    expected = whole(backend)
+    for cuts in ([1] * 60, [7, 1, 2, 33, 16, 1]):
+        at, out = 0, []
         for n in cuts:
-            out.append(backend.step(Step((span(at, at + n, source, [(at + n - 1, 3)]),))))
-            at, source = at + n, 3
-        np.testing.assert_array_equal(np.concatenate(out), expected)
+            out.append(backend.step(Step((span(backend, at, at + n),))))
+            at += n
+        equal(backend, np.concatenate(out), expected)
 
 
 def test_a_draft_rolls_back_to_an_earlier_row(backend):
-    expected = truth(backend, IDS)
-    backend.step(Step((span(0, 10, -1, [(9, 0)]),)))
-    draft = Span(
-        IDS[[10, 11, 0, 0]], 10, 0, (States(0, np.array([0, 1, 2, 4], np.int32)),)
-    )  # 0 is source too
-    np.testing.assert_array_equal(backend.step(Step((draft,)))[:2], expected[10:12])
-    np.testing.assert_array_equal(backend.step(Step((span(12, 20, 1),))), expected[12:20])
-    np.testing.assert_array_equal(backend.step(Step((span(11, 20, 0),))), expected[11:20])
+    b, expected, draft = backend, whole(backend), IDS.copy()
+    b.step(Step((span(b, 0, 10, kept=[(9, 10)]),)))
+    draft[12:14] = 0
+    kept = [(10, 10), (11, 11), (12, 12), (13, 13)]  # the first is where the state before them is, too
+    equal(b, b.step(Step((span(b, 10, 14, 10, kept, draft),)))[:2], expected[10:12])
+    equal(b, b.step(Step((span(b, 12, 20, 11, ids=IDS),))), expected[12:20])
+    equal(b, b.step(Step((span(b, 11, 20, 10, ids=IDS),))), expected[11:20])
 
 
-def test_spans_have_states_of_their_own(backend):
-    expected = truth(backend, IDS)
-    backend.step(Step((span(0, 5, -1, [(4, 0)]), span(0, 9, -1, [(8, 1)]))))
-    out = backend.step(Step((span(5, 20, 0, [(19, 0)]), span(9, 10, 1), span(0, 3, -1))))
-    np.testing.assert_array_equal(out, np.concatenate([expected[5:20], expected[9:10], expected[:3]]))
+def test_sequences_in_one_step_have_states_of_their_own(backend):
+    b, expected, tables = backend, whole(backend), (TABLE, TABLE[::-1] + 8)
+    b.step(Step((span(b, 0, 5, kept=[(4, 15)]), span(b, 0, 9, kept=[(8, 16)], table=tables[1]))))
+    spans = span(b, 5, 20, 15, [(19, 17)]), span(b, 9, 10, 16, [(9, 18)], table=tables[1])
+    equal(b, b.step(Step(spans)), np.concatenate([expected[5:20], expected[9:10]]))
 
 
 def test_states_are_copied_saved_and_put_elsewhere(backend):
-    expected = truth(backend, IDS)
-    backend.step(Step((span(0, 12, -1, [(11, 2)]),)))
-    saved = backend.read_blocks(np.array([2], np.int32))
-    assert saved.shape == (1, backend.kv_bytes_per_block()) == (1, 2 * 4 * SIZE)
-    backend.copy_block(2, 6)
-    backend.allocate_kv(20)  # a pool that grows keeps what it holds
-    backend.write_blocks(np.array([17], np.int32), saved)
-    backend.write_blocks(np.array([2], np.int32), np.full_like(saved, 0xFF))
-    for slot in (6, 17):
-        np.testing.assert_array_equal(backend.step(Step((span(12, 40, slot),))), expected[12:])
+    b, expected, m = backend, whole(backend), state(backend)
+    b.step(Step((span(b, 0, 12, kept=[(11, 2)]),)))
+    saved = b.read_blocks(np.array([2], np.int32), m)
+    assert saved.shape == (1, b.kv_bytes_per_block(m)) == (1, b.memories[m].state_bytes)
+    b.copy_block(2, 6, m)
+    b.allocate_kv(40, m)  # a pool that grows keeps what it holds
+    b.write_blocks(np.array([37], np.int32), saved, m)
+    b.write_blocks(np.array([2], np.int32), np.full_like(saved, 0xFF), m)
+    for slot in (6, 37):
+        equal(b, b.step(Step((span(b, 12, 40, slot),))), expected[12:40])
+
+
+def test_a_slot_outside_the_pool_is_refused(family):
+    b = allocate(CpuBackend(RecurrentCheckpoint(family), WeightPolicy("none", 16), threads=1), 20)
+    for wrong in (20, -2):
+        with pytest.raises(ValueError, match="slot"):
+            b.step(Step((span(b, 0, 3, kept=[(1, wrong)]),)))
+        with pytest.raises(ValueError, match="slot"):
+            b.step(Step((span(b, 3, 5, wrong),)))

@@ -238,6 +238,8 @@ def test_silent_settings_are_those_of_transformers():
         "SeedOss",
         "Glm",
         "Glm4",
+        "Lfm2",
+        "Qwen3_5",
     )
     for name in (f"{n}ForCausalLM" for n in names):
         whole = getattr(transformers, name).config_class().to_dict()

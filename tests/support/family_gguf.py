@@ -211,4 +211,11 @@ def deltas(w: GGUFWriter, c, tensors: dict) -> None:
         tensors[name] = tensors[name] + 1
 
 
-METADATA = {"lfm2": convolutions, "qwen35": deltas, "granite": granite, "gemma2": gemma, "gemma3": gemma, "exaone4": pattern}
+METADATA = {
+    "lfm2": convolutions,
+    "qwen35": deltas,
+    "granite": granite,
+    "gemma2": gemma,
+    "gemma3": gemma,
+    "exaone4": pattern,
+}

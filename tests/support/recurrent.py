@@ -1,117 +1,94 @@
-"""A tiny model that has every kind of memory: full attention, a sliding window, and a recurrent layer.
-
-It runs on the torch reference, whose results depend on how many rows run at once; so its rows run one by one.
-"""
+"""Tiny models with every kind of memory: full attention, a sliding window, and layers with a state."""
 
 from __future__ import annotations
 
-from unittest.mock import patch
+from functools import partial
+from pathlib import Path
 
 import numpy as np
-import torch
-from tiny import TinyCheckpoint
+from tiny import TEMPLATE, byte_tokenizer
 
-from tinychat.backends import reference
-from tinychat.backends.interface import MemorySpec, Slots, Span, States, Step
-from tinychat.models import llama
+from tinychat.backends.cpu import CpuBackend
+from tinychat.models import FAMILIES
+from tinychat.network.config import (
+    AttentionConfig,
+    ConvConfig,
+    DeltaConfig,
+    DenseConfig,
+    LayerConfig,
+    ModelConfig,
+    RopeConfig,
+)
 from tinychat.network.weight_policy import WeightPolicy
+from tinychat.network.weights import DenseLinear
 
-RECURRENT = 2  # the layer that has a state in place of keys and values
 WINDOW = 24
-HIDDEN = 64
+FULL = AttentionConfig(4, 2, 16, RopeConfig(dim=8))
+SLIDING = AttentionConfig(4, 2, 16, RopeConfig(dim=8, theta=500.0), WINDOW)
+LAYERS = {
+    "lfm2": (FULL, SLIDING, ConvConfig(64, 4)),
+    "qwen3_5": (DeltaConfig(2, 4, 16, 16, 4), FULL, DeltaConfig(2, 4, 16, 16, 4)),
+}
 
 
-def block(ops, cfg, w, x, layer):
-    """Llama's, but one layer mixes by a gated running mean."""
-    if layer != RECURRENT:
-        return llama.block(ops, cfg, w, x, layer)
-    rows = ops.linear(ops.rms_norm(x, w.attn_norm, cfg.norm_eps), w.qkv)
-    x = ops.linear(ops.recur(rows, layer, update), w.o, add_to=x)
-    gate_up = ops.linear(ops.rms_norm(x, w.mlp_norm, cfg.norm_eps), w.gate_up)
-    return ops.linear(ops.silu_mul(gate_up), w.down, add_to=x)
+class RecurrentCheckpoint:
+    """Random fp32 weights from a seed; implements the Checkpoint protocol."""
+
+    def __init__(self, family: str, seed: int = 0, template: str | None = TEMPLATE, **changes):
+        layers = tuple(LayerConfig(mixer, DenseConfig(96)) for mixer in LAYERS[family])
+        shape = dict(hidden_size=64, vocab_size=258, context_length=256, tie_embeddings=True, eos_ids=(257,))
+        self.config = c = ModelConfig(family, layers=layers, **(shape | changes))
+        self.path, self.template, self.seed = Path(f"recurrent-{family}-{seed}"), template, seed
+        rng, of = np.random.default_rng(seed), FAMILIES[family]
+        linears = {"model.embed_tokens": (c.vocab_size, c.hidden_size)}
+        others = {"model.norm": (c.hidden_size,)}
+        for i in range(c.n_layers):
+            linears |= of.linears(c, i)
+            others |= of.norms(c, i)
+        linears |= {
+            name: shape for name, shape in others.items() if name.endswith(("in_proj_a", "in_proj_b"))
+        }
+        self.weights = {
+            name: rng.normal(0, 1.5 / np.sqrt(k), (n, k)).astype(np.float32)
+            for name, (n, k) in linears.items()
+        }
+        self.vectors = {name: rng.uniform(0.5, 2, n).astype(np.float32) for name, n in others.items()}
+        for name, v in self.vectors.items():
+            if name.endswith("A_log"):  # as it multiplies: a state that forgets in some tens of tokens
+                v *= -0.1
+
+    def has(self, name):
+        return name in self.weights or name in self.vectors
+
+    def linear(self, name):
+        return DenseLinear(self.weights[name])
+
+    def vector(self, name):
+        return self.vectors[name]
+
+    def tokenizer(self):
+        return byte_tokenizer(self.template)
+
+    def fingerprint(self, tell=None):
+        return f"{self.path}-{self.config!r}"
+
+    def check_unchanged(self):
+        pass
 
 
-def update(state, row):
-    """The next state, and what comes out. row: a gate and an input for each value."""
-    gate = torch.sigmoid(row[:HIDDEN] + 1)
-    state = gate * state + (1 - gate) * row[HIDDEN:]
-    return state, torch.tanh(state) * 2
-
-
-class Family:
-    """What the backend wants of a family."""
-
-    load = staticmethod(llama.load)
-
-    @staticmethod
-    def forward(ops, cfg, w):
-        return llama.forward(ops, cfg, w, block)
-
-
-def one_row(has, i, n, previous, scratch):
-    """What row i of n has in one memory, and where its state goes."""
-    if isinstance(has, States):
-        kept = int(has.kept[i]) if has.kept[i] >= 0 else scratch
-        return States(has.source if i == 0 else previous, np.array([kept], np.int32)), kept
-    voter, scores = i - (n - has.scored_rows), has.scores
-    if scores is None or voter < 0:
-        return Slots(has.table, has.length + i), previous
-    row = scores[voter : voter + 1] if len(scores) == has.scored_rows else scores
-    return Slots(has.table, has.length + i, row, 1), previous
-
-
-class RecurrentBackend(reference.ReferenceBackend):
-    row_independent = True
-    max_rows = 64
-
-    def __init__(self, checkpoint, kinds):
-        paged, window, state = (
-            MemorySpec("paged", (0,), 2, 16),
-            MemorySpec("window", (1,), 2, 16, WINDOW),
-            MemorySpec("state", (RECURRENT,), state_bytes=4 * HIDDEN),
-        )
-        if "window" not in kinds:
-            paged, window = MemorySpec("paged", (0, 1), 2, 16), None
-        memories = tuple(spec for spec in (paged, window, state) if spec)
-        with patch.object(reference, "memories_of", lambda cfg: memories):
-            super().__init__(checkpoint, WeightPolicy("none", 16), threads=1)
-        self.family, self.scratch = Family, 0
-
-    def allocate_kv(self, n_blocks, memory=0):
-        if self.memories[memory].kind == "state":
-            self.scratch, n_blocks = n_blocks, n_blocks + 1
-        super().allocate_kv(n_blocks, memory)
-
-    def step(self, step):
-        out = [self._row(span, i) for span in step.spans for i in self._begin_span(span)]
-        return np.concatenate(out)
-
-    def _begin_span(self, span):
-        self._previous = -1
-        return range(len(span.token_ids))
-
-    def _row(self, span, i):
-        memories, previous = [], self._previous
-        for has in span.memories:
-            row, kept = one_row(has, i, len(span.token_ids), previous, self.scratch)
-            memories.append(row)
-            if isinstance(row, States):
-                self._previous = kept
-        alone = Span(span.token_ids[i : i + 1], span.position + i, int(i < span.logits_from), tuple(memories))
-        return super().step(Step((alone,)))
-
-
-def recurrent_model(ctx=256, kinds=("window", "state"), grows=True, **changes):
-    """A Model of that kind."""
+def recurrent_model(ctx=256, family="lfm2", grows=True, kv_bits=16, **changes):
+    """A Model of that kind on the CPU, whose rows do not depend on each other. grows: as of `tiny_model`."""
     from tinychat.base.load_options import LoadOptions
     from tinychat.loading import Drafts
     from tinychat.model import Model
 
-    windows = dict(window=WINDOW, windowed_layers=(1,)) if "window" in kinds else {}
-    checkpoint = TinyCheckpoint(n_layers=3, **windows, **changes)
-    backend = RecurrentBackend(checkpoint, kinds)
+    checkpoint = RecurrentCheckpoint(family, **changes)
+    backend = CpuBackend(checkpoint, WeightPolicy("none", 16), threads=1, kv_bits=kv_bits)
     options = LoadOptions(ctx=ctx, quantize="none", head_bits=16)
     model = Model(checkpoint, backend, "recurrent", options, Drafts(options))
     if not grows:
         model.engine.memories.more_bytes = lambda: 0
     return model
+
+
+delta_model = partial(recurrent_model, family="qwen3_5")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK, Slots, Span, Step, Tails
+from tinychat.backends.interface import BLOCK, Slots, Span, States, Step, Tails
 
 BLOCKS = 96
 LENGTH = 300  # tokens of the longest sequence: more than one part of the attention kernels
@@ -33,6 +33,11 @@ class Sequence:
         for m, (spec, table) in enumerate(zip(backend.memories, self.tables, strict=True)):
             if spec.kind == "tail":
                 memories.append(Tails(self.exact(table, rows)))
+                continue
+            if spec.kind == "state":
+                kept = np.full(rows, -1, np.int32)
+                kept[-1] = table[(self.at + rows) % len(table)]
+                memories.append(States(int(table[self.at % len(table)]) if self.at else -1, kept))
                 continue
             seen = table.copy()
             if spec.kind == "window":  # what lies behind the window is never read

@@ -1,4 +1,4 @@
-"""The verbs of recurrent layers on the torch reference: fp32, row by row in the order of a sequence."""
+"""Verbs of layers with a state, on the torch reference: fp32, row by row in the order of a sequence."""
 
 from __future__ import annotations
 
@@ -19,23 +19,6 @@ class StateOps:
     pools: list[Any]
     rows: list[slice]
     spans: tuple[Span, ...]
-
-    def recur(self, x, layer, update):
-        """The rows of each span through a layer's state: [rows, …]. Beside `Ops`: a verb of this backend
-        alone, for families that show what recurrent ones need.
-
-        update(state float32 [n], row of x) → what the state becomes, and the row's result. It is called row
-        by row, so that no result depends on how the rows are cut into steps.
-        """
-        out = []
-        for rows, state, kept in self._passes(layer):
-            to = dict(kept)
-            for i, row in enumerate(x[rows]):
-                state, result = update(state, row)
-                out.append(result)
-                if i in to:
-                    to[i].copy_(state)
-        return torch.stack(out)
 
     def short_conv(self, bcx, weight, conv, layer):
         b, c, x = bcx.chunk(3, dim=-1)

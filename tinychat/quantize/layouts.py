@@ -71,9 +71,9 @@ class StoredBlock:
             order = in_file_order(_form(cfg, gguf), cfg, own[:-1])
             out.linear[name] = linear if order is None else linear.reordered(np.argsort(order))
         for name, shape in FAMILIES[cfg.family].norms(cfg, layer).items():
-            own = Kept() if gguf else kept(FAMILIES[cfg.family], name)
-            stored = tensors[f"{name}{own.part}"].astype(np.float32).reshape(shape)
-            out.norm[name.removeprefix(prefix)] = own.read(stored)
+            form = Kept() if gguf else kept(FAMILIES[cfg.family], name)
+            stored = tensors[f"{name}{form.part}"].astype(np.float32).reshape(shape)
+            out.norm[name.removeprefix(prefix)] = form.read(stored)
         return out
 
     def weights(self, cfg: ModelConfig) -> BlockWeights:

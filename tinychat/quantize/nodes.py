@@ -200,7 +200,8 @@ class Recorder:
         names = (weights.conv, weights.decay, weights.dt)
 
         def run(w: BlockWeights, qkv: torch.Tensor, beta: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-            return delta_over(qkv, beta, alpha, *(w.norm[short(name)] for name in names), delta)
+            conv, decay, dt = (w.norm[short(name)] for name in names)
+            return delta_over(qkv, beta, alpha, conv, decay, dt, delta)
 
         return self._node("delta_rule", (qkv, beta, alpha), run, *names)
 
