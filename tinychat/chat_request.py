@@ -37,8 +37,8 @@ class ChatRequest:
     def events(self, model: ChatModel, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """The answer, as a session yields one: TextDelta, Notice and Reading, and Done last.
 
-        cancel: set by any thread, it ends the answer between two steps. Raises UsageError before anything is
-        computed if the conversation does not fit the context, or the template refuses it.
+        cancel: set by any thread, it ends the answer between two steps. Raises UsageError at once, before the
+        first event is asked for, if the conversation does not fit the context, or the template refuses it.
         """
         speculator = model.speculator(self.draft)
         refuse_oversized(
@@ -46,9 +46,8 @@ class ChatRequest:
         )
         text, ids = self._read(model)
         splitter = None if model.template is None else model.template.splitter(text)
-        yield from made(
-            model, ids, self, cancel, speculator, splitter, partial(self._written, model, text, ids)
-        )
+        written = partial(self._written, model, text, ids)
+        return made(model, ids, self, cancel, speculator, splitter, written)
 
     def prompt(self, model: ChatModel) -> list[int]:
         """The ids that the model reads. Raises UsageError where the template refuses the messages."""
@@ -87,8 +86,22 @@ def made(
 ) -> Generator[Event, None, None]:
     """The events of an answer to ids, on a branch that has as much of them as is kept.
 
-    written: is told the whole that was written, and gives the texts whose ids are known now.
+    written: is told the whole that was written, and gives the texts whose ids are known now. Raises
+    UsageError at once if the ids do not fit the context.
     """
+    model.engine.check_prompt(ids, model.eviction() is not None)
+    return _made(model, ids, request, cancel, speculator, splitter, written)
+
+
+def _made(
+    model: ChatModel,
+    ids: list[int],
+    request: ChatRequest | PromptRequest,
+    cancel: threading.Event | None,
+    speculator: Speculator,
+    splitter: Splitter | None,
+    written: Callable[[str, Done], list[Known]],
+) -> Generator[Event, None, None]:
     branch = model.engine.branch(model.eviction()) if model.shelf is None else model.shelf.take(ids)
     events = model.engine.generate(branch, ids, request.params, cancel, speculator, splitter)
     parts: list[str] = []
@@ -119,4 +132,4 @@ class PromptRequest:
 
     def events(self, model: ChatModel, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """The continuation, as `ChatRequest.events` yields an answer."""
-        yield from made(model, self.ids, self, cancel, model.speculator(self.draft))
+        return made(model, self.ids, self, cancel, model.speculator(self.draft))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
@@ -214,11 +214,11 @@ class Model:
     @overload
     def chat(
         self, messages: str | Iterable[Mapping[str, Any]], *, stream: Literal[True], **options: Any
-    ) -> Generator[Event, None, None]: ...
+    ) -> Iterator[Event]: ...
 
     def chat(
         self, messages: str | Iterable[Mapping[str, Any]], *, stream: bool = False, **options: Any
-    ) -> Completion | Generator[Event, None, None]:
+    ) -> Completion | Iterator[Event]:
         """One answer to {"role", "content"} messages (a text is what the user says). A model without a chat
         template continues their text.
 

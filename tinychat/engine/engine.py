@@ -208,7 +208,7 @@ class Engine:
 
         With an eviction policy, in steps of BLOCK tokens, as if they had been drafted: nearly token by token.
         """
-        self._check_prompt(ids, policy is not None)
+        self.check_prompt(ids, policy is not None)
         branch, chunk = self.branch(policy), BLOCK if policy else self.backend.max_rows
         while True:
             steps = (self.run(branch, ids[i : i + chunk], 0, held=i) for i in range(0, len(ids), chunk))
@@ -247,7 +247,7 @@ class Engine:
         begun: Begun = NOTHING,
     ) -> Generator[Event | Wish, None, None]:
         """The same, for a caller who sees to what it wants in between (`Generation.events`)."""
-        self._check_prompt([*prompt, *begun.ids], branch.ledger is not None)
+        self.check_prompt([*prompt, *begun.ids], branch.ledger is not None)
         cancel, speculator = cancel or threading.Event(), speculator or Speculator()
         generation = Generation(self, branch, list(prompt), params, cancel, speculator, splitter, begun)
         return self._claimed(branch, generation.events())
@@ -302,7 +302,8 @@ class Engine:
             self.closed = True
             self.backend.close()
 
-    def _check_prompt(self, prompt: Sequence[int], evicts: bool = False) -> None:
+    def check_prompt(self, prompt: Sequence[int], evicts: bool = False) -> None:
+        """Raises UsageError if the prompt is empty or, where nothing is given up, has no room in the context."""
         if len(prompt) == 0:
             raise UsageError("The prompt is empty.", "Give at least one character.")
         if len(prompt) > self.n_ctx and not evicts:
