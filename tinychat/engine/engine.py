@@ -303,7 +303,7 @@ class Engine:
             self.backend.close()
 
     def check_prompt(self, prompt: Sequence[int], evicts: bool = False) -> None:
-        """Raises UsageError if the prompt is empty, or has no room in the context where nothing is given up."""
+        """Raises UsageError if the prompt is empty, or finds no room where nothing is given up."""
         if len(prompt) == 0:
             raise UsageError("The prompt is empty.", "Give at least one character.")
         if len(prompt) > self.n_ctx and not evicts:
