@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ROUTES = [
     Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
     Route("/v1/completions", completions.completions, methods=["POST"]),
+    Route("/v1/embeddings", facts.embeddings, methods=["POST"]),
     Route("/v1/models", facts.models, methods=["GET"]),
     Route("/v1/models/{name:path}", facts.model, methods=["GET"]),
     Route("/health", facts.health, methods=["GET"]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import ClientDisconnect
 
 from tinychat.serve.fields import Fields
-from tinychat.serve.problems import ApiError, busy
+from tinychat.serve.problems import ApiError, busy, cut
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -53,13 +53,13 @@ class Bodies:
                 if taken > limits.body:
                     raise self._too_long()
                 if self._bytes > limits.bodies:
-                    raise busy(503, "Too many long requests are being read. Try again later.", 5)
+                    raise cut(busy(503, "Too many long requests are being read. Try again later.", 5))
                 parts.append(part)
 
         try:
             await asyncio.wait_for(parts_of(), limits.body_time)
         except asyncio.TimeoutError:
-            raise ApiError(408, "The body did not come in time.", headers={"connection": "close"}) from None
+            raise cut(ApiError(408, "The body did not come in time.")) from None
         except ClientDisconnect:
             raise ApiError(400, "The client has gone.") from None
         finally:
@@ -68,9 +68,7 @@ class Bodies:
 
     def _too_long(self) -> ApiError:
         most = self._limits.body >> 20
-        return ApiError(
-            413, f"The request is larger than {most} MB.", code="too_large", headers={"connection": "close"}
-        )
+        return cut(ApiError(413, f"The request is larger than {most} MB.", code="too_large"))
 
 
 def _refuse(name: str) -> Any:

@@ -58,6 +58,12 @@ def busy(status: int, message: str, seconds: float) -> ApiError:
     return ApiError(status, message, code=code, headers={"retry-after": str(after)})
 
 
+def cut(error: ApiError) -> ApiError:
+    """The same where the request was not read to its end: the connection cannot go on."""
+    error.headers["connection"] = "close"
+    return error
+
+
 def of(e: BaseException) -> ApiError:
     """Any exception as what the client is told."""
     if isinstance(e, ApiError):
