@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from tinychat.text.oversized import refuse_oversized
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.speculation.speculator import Speculator
+    from tinychat.text.calls.caller import Caller
     from tinychat.text.known_text import Known
     from tinychat.text.reasoning import Splitter
 
@@ -28,30 +30,56 @@ class ChatRequest:
     messages  the conversation, each `{"role", "content"}`, checked by `arguments.messages`
     params    how its tokens are chosen
     draft     as in `tinychat.load`; None is the model's own
+    tools     that the model may call, in OpenAI's form, checked by `tools.tools`
+    tool_choice  "auto", "none", "required", or the name of the tool that must be called
+    parallel_tool_calls  whether an answer may have several calls
     """
 
     messages: list[dict[str, Any]]
     params: SamplingParams
     draft: str | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
 
     def events(self, model: ChatModel, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
-        """The answer, as a session yields one: TextDelta, Notice and Reading, and Done last.
+        """The answer, as a session yields one: TextDelta, Notice and Reading, and Done last; and
+        ToolCallDelta where the model calls tools.
 
         cancel: set by any thread, it ends the answer between two steps. Raises UsageError at once, before the
         first event is asked for, if the conversation does not fit the context, or the template refuses it.
         """
         speculator = model.speculator(self.draft)
-        refuse_oversized(
-            model.tokenizer, [m["content"] for m in self.messages], model.n_ctx, model.eviction() is not None
-        )
+        refuse_oversized(model.tokenizer, list(self._texts()), model.n_ctx, model.eviction() is not None)
         text, ids = self._read(model)
         splitter = None if model.template is None else model.template.splitter(text)
         written = partial(self._written, model, text, ids)
-        return made(model, ids, self, cancel, speculator, splitter, written)
+        return made(model, ids, self, cancel, speculator, splitter, written, self._caller(model))
 
     def prompt(self, model: ChatModel) -> list[int]:
         """The ids that the model reads. Raises UsageError where the template refuses the messages."""
         return self._read(model)[1]
+
+    def _texts(self) -> Iterator[str]:
+        """What is to be read, but for what the template adds."""
+        for m in self.messages:
+            yield m["content"]
+            yield from (call["function"]["arguments"] for call in m.get("tool_calls", ()))
+        if self.tools:
+            yield json.dumps(self.tools, ensure_ascii=False)
+
+    @property
+    def _callable(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of."""
+        if self.tool_choice == "none":
+            return []
+        named = [t for t in self.tools if t["function"]["name"] == self.tool_choice]
+        return named or self.tools
+
+    def _caller(self, model: ChatModel) -> Caller | None:
+        if not self._callable or model.template is None:
+            return None
+        return model.template.tools.caller(self._callable, None if self.parallel_tool_calls else 1)
 
     def _read(self, model: ChatModel) -> tuple[str, list[int]]:
         """The prompt's text and ids. What the model read or wrote before keeps the ids that it had."""
@@ -59,7 +87,10 @@ class ChatRequest:
         if template is None:
             text = "".join(m["content"] for m in self.messages)
             return text, model.encode_prompt(text)
-        text = template.render(self.messages)
+        if self.tools or any(m["role"] == "tool" or "tool_calls" in m for m in self.messages):
+            text = template.tools.render(self.messages, self._callable)
+        else:
+            text = template.render(self.messages)
         if known := model.known.find(text):
             last = known.ids[-1]
             return text, [*known.ids, *template.encode(text[known.characters :], after=last)]
@@ -72,6 +103,9 @@ class ChatRequest:
         if template is None or not answer.token_ids:
             return []
         forms = dict.fromkeys(template.renderings(written, text[-BEGINNING:]))
+        if answer.tool_calls:
+            messages = [*self.messages, answer.message()]
+            forms = dict.fromkeys(template.tools.renderings(messages, self._callable, text, written))
         return [model.known.add(text + form, [*ids, *answer.token_ids]) for form in forms]
 
 
@@ -83,6 +117,7 @@ def made(
     speculator: Speculator,
     splitter: Splitter | None = None,
     written: Callable[[str, Done], list[Known]] = lambda text, done: [],
+    caller: Caller | None = None,
 ) -> Generator[Event, None, None]:
     """The events of an answer to ids, on a branch that has as much of them as is kept.
 
@@ -90,7 +125,7 @@ def made(
     UsageError at once if the ids do not fit the context.
     """
     model.engine.check_prompt(ids, model.eviction() is not None)
-    return _made(model, ids, request, cancel, speculator, splitter, written)
+    return _made(model, ids, request, cancel, speculator, splitter, written, caller)
 
 
 def _made(
@@ -101,9 +136,10 @@ def _made(
     speculator: Speculator,
     splitter: Splitter | None,
     written: Callable[[str, Done], list[Known]],
+    caller: Caller | None,
 ) -> Generator[Event, None, None]:
     branch = model.engine.branch(model.eviction()) if model.shelf is None else model.shelf.take(ids)
-    events = model.engine.generate(branch, ids, request.params, cancel, speculator, splitter)
+    events = model.engine.generate(branch, ids, request.params, cancel, speculator, splitter, caller=caller)
     parts: list[str] = []
     texts: list[Known] = []
     done: Done | None = None

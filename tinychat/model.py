@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 import numpy as np
 
 from tinychat.backends.interface import BLOCK, Backend
-from tinychat.base import arguments
+from tinychat.base import arguments, tools
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.base.events import Completion, Done, Event
 from tinychat.base.load_options import LoadOptions
@@ -223,7 +223,8 @@ class Model:
         template continues their text.
 
         stream: the answer's events, while it is being made, in place of the whole. options: sampling
-        parameters, and `draft` as in `load`.
+        parameters, `draft` as in `load`, and of tools: `tools` (functions, or schemas as OpenAI's API has
+        them), `tool_choice` ("auto", "none", "required", or a name) and `parallel_tool_calls`.
         """
         arguments.flag("stream", stream)
         events = self.request(messages, **options).events(self)
@@ -237,7 +238,13 @@ class Model:
     def request(self, messages: str | Iterable[Mapping[str, Any]], **options: Any) -> ChatRequest:
         """What `chat` asks for, checked. Raises UsageError."""
         messages, draft = arguments.messages(messages), options.pop("draft", None)
-        return ChatRequest(messages, self.default_sampling.but(**options), draft)
+        given = tools.tools(options.pop("tools", None))
+        choice = tools.tool_choice(options.pop("tool_choice", "auto"), given)
+        several = arguments.flag("parallel_tool_calls", options.pop("parallel_tool_calls", True))
+        if given and self.template is None:
+            raise UsageError(f"{self.name} has no chat template, and knows no tools.", "Choose a chat model.")
+        params = self.default_sampling.but(**options)
+        return ChatRequest(messages, params, draft, given, choice, several)
 
     def session(self, system: str | None = None, **sampling: Any) -> Session:
         """A conversation with a memory. `draft`, `kv_budget` and `kv_policy` as in `load`; sampling

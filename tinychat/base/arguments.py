@@ -11,6 +11,7 @@ from typing import Any
 
 from tinychat.base.errors import UsageError
 
+CALL = '{"id": "…", "type": "function", "function": {"name": "…", "arguments": "{…}"}}'
 MESSAGE = '{"role": "user", "content": "…"}'
 
 
@@ -103,21 +104,79 @@ def token_ids(value: Any, vocabulary: int) -> list[int]:
 
 
 def messages(value: Any) -> list[dict[str, Any]]:
-    """A conversation from any iterable of messages, or from a text, which is what the user says."""
+    """A conversation from any iterable of messages, or from a text, which is what the user says.
+
+    Each has a role and a content, which becomes a text: it may be given as None beside calls of tools, or as
+    a list of texts. Calls (`tool_calls`) and results (role `tool`) are as OpenAI's API has them; the
+    arguments of a call become JSON text.
+    """
     if isinstance(value, str):
         value = [{"role": "user", "content": text("The message", value)}]
     found = items("The conversation", value, f"messages: [{MESSAGE}]")
     if not found:
         raise UsageError("The conversation has no messages.", f"Give at least one: [{MESSAGE}].")
-    for m in found:
-        if not isinstance(m, Mapping) or not all(isinstance(m.get(k), str) for k in ("role", "content")):
-            raise UsageError(f"{shown(m)} is not a message.", f"Use {MESSAGE}.")
-        if len(m) > 2:  # what else a template may want is a stranger to us
-            try:
-                json.dumps(dict(m))
-            except (TypeError, ValueError, RecursionError):
-                raise UsageError(
-                    "A message holds what no chat template can read.",
-                    "Use strings, numbers, booleans, None, lists and dicts, not too deep in each other.",
-                ) from None
-    return [dict(m) for m in found]
+    return [_message(m) for m in found]
+
+
+def _message(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
+        raise UsageError(f"{shown(given)} is not a message.", f"Use {MESSAGE}.")
+    m = dict(given)
+    calls = m.get("tool_calls")
+    m["content"] = _content(given, bool(calls))
+    if calls:
+        m["tool_calls"] = [_call(c) for c in items("tool_calls", calls, "calls")]
+    else:
+        m.pop("tool_calls", None)
+    if len(m) > 2:  # what else a template may want is a stranger to us
+        try:
+            json.dumps(m)
+        except (TypeError, ValueError, RecursionError):
+            raise UsageError(
+                "A message holds what no chat template can read.",
+                "Use strings, numbers, booleans, None, lists and dicts, not too deep in each other.",
+            ) from None
+    return m
+
+
+def _content(m: Mapping[str, Any], calls: bool) -> str:
+    content = m.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and calls:
+        return ""
+    parts = content if isinstance(content, (list, tuple)) and content else [None]
+    texts = [
+        p.get("text") if isinstance(p, Mapping) and p.get("type", "text") == "text" else None for p in parts
+    ]
+    if not all(isinstance(t, str) for t in texts):
+        other = next(
+            (p.get("type") for p in parts if isinstance(p, Mapping) and p.get("type") != "text"), None
+        )
+        if isinstance(other, str) and other != "text":
+            raise UsageError(
+                f"A message has a part of type {shown(other)}.", "Give texts; no model here reads others."
+            )
+        raise UsageError(f"{shown(m)} is not a message.", f"Use {MESSAGE}.")
+    return "\n".join(t for t in texts if t is not None)
+
+
+def _call(given: Any) -> dict[str, Any]:
+    """A call in a message. Its arguments are an object, as JSON text or as such."""
+    function = given.get("function", given) if isinstance(given, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
+        raise UsageError(f"{shown(given)} is not a call of a tool.", f"Use {CALL}.")
+    value = function.get("arguments")
+    try:
+        value = json.loads(value, strict=False) if isinstance(value, str) and value.strip() else value or {}
+        if not isinstance(value, Mapping):
+            raise TypeError
+        written = json.dumps(dict(value), ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        arguments = shown(function.get("arguments"))
+        raise UsageError(
+            f"A call of {name} has the arguments {arguments}, which are no JSON object.", f"Use {CALL}."
+        ) from None
+    out = {"type": "function", "function": {"name": name, "arguments": written}}
+    return {"id": given["id"], **out} if isinstance(given.get("id"), str) else out

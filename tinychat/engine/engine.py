@@ -25,6 +25,7 @@ from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.scheduler import Rows, Scheduler
 from tinychat.engine.speculation.speculator import Speculator
 from tinychat.engine.step import Part, run_step
+from tinychat.text.calls.caller import Caller
 from tinychat.text.reasoning import Splitter
 from tinychat.text.tokenizer import Tokenizer
 
@@ -226,15 +227,17 @@ class Engine:
         speculator: Speculator | None = None,
         splitter: Splitter | None = None,
         begun: Begun = NOTHING,
+        caller: Caller | None = None,
     ) -> Generator[Event, None, None]:
         """Continue `prompt` on `branch`. Yields TextDelta for each token, and Done last.
 
         speculator: drafts tokens that are verified several at a time; the text is the same without it.
-        splitter: tells reasoning from the answer; without it all is the answer.
+        splitter: tells reasoning from the answer; without it all is the answer. caller: finds calls of tools.
         begun: an answer to the prompt that goes on; only what is new of it is said.
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
-        return self._served(branch, self.going(branch, prompt, params, cancel, speculator, splitter, begun))
+        going = self.going(branch, prompt, params, cancel, speculator, splitter, begun, caller)
+        return self._served(branch, going)
 
     def going(
         self,
@@ -245,11 +248,14 @@ class Engine:
         speculator: Speculator | None = None,
         splitter: Splitter | None = None,
         begun: Begun = NOTHING,
+        caller: Caller | None = None,
     ) -> Generator[Event | Wish, None, None]:
         """The same, for a caller who sees to what it wants in between (`Generation.events`)."""
         self.check_prompt([*prompt, *begun.ids], branch.ledger is not None)
         cancel, speculator = cancel or threading.Event(), speculator or Speculator()
-        generation = Generation(self, branch, list(prompt), params, cancel, speculator, splitter, begun)
+        generation = Generation(
+            self, branch, list(prompt), params, cancel, speculator, splitter, begun, caller
+        )
         return self._claimed(branch, generation.events())
 
     def _served(

@@ -29,6 +29,7 @@ from tinychat.engine.scheduler import Rows
 from tinychat.engine.speculation import Draft
 from tinychat.engine.speculation.acceptance import rejection
 from tinychat.engine.speculation.speculator import Speculator
+from tinychat.text.calls.caller import Caller
 from tinychat.text.reasoning import Splitter
 from tinychat.text.stopping import Outlet, Said, cut_ids
 from tinychat.text.tokenizer import StreamDecoder, Tokenizer
@@ -87,6 +88,7 @@ class Generation:
         speculator: Speculator,
         splitter: Splitter | None = None,
         begun: Begun = NOTHING,
+        caller: Caller | None = None,
     ):
         self.engine, self.branch, self.speculator = engine, branch, speculator
         self.prompt, self.cancel = [*prompt, *begun.ids], cancel  # what is read first
@@ -95,8 +97,9 @@ class Generation:
             params = params.but(max_tokens=engine.n_ctx)
         self.params = params
         self.context = array("i", self.prompt)  # and the answer's tokens so far; it may have no end
-        self.decoder = StreamDecoder(engine.tokenizer, continued=True)
-        self.outlet = Outlet(params.stop, splitter)
+        self.shown = caller.shown if caller else frozenset[int]()
+        self.decoder = StreamDecoder(engine.tokenizer, continued=True, shown=self.shown)
+        self.outlet = Outlet(params.stop, splitter, caller)
         self.seed = choose_seed(params)
         self.seen: set[int] = set()  # the first n_seen of the context, where they are penalized
         self.n_seen = 0
@@ -156,10 +159,10 @@ class Generation:
             self.ids.append(token)
             self.context.append(token)
             thinking = self.outlet.thinking
-            yield self._delta(self.outlet.push(self.decoder.push(token)), token)
+            yield from self._deltas(self.outlet.push(self.decoder.push(token)), token)
             if thinking or self.outlet.thinking:
                 self.stats.reasoning_tokens = len(self.ids)
-            if self.outlet.stopped:
+            if self.outlet.stopped or self.outlet.called:
                 reason = "stop"
                 break
             if self.cancel.is_set() and self._may_continue():
@@ -167,21 +170,24 @@ class Generation:
                 break
         for rest in (self.outlet.push(self.decoder.flush()), self.outlet.flush()):
             if any(rest):
-                yield self._delta(rest, None)
+                yield from self._deltas(rest, None)
         if self.outlet.stopped:
             reason = "stop"
+        if reason == "stop" and self.outlet.calls:
+            reason = "tool_calls"
         yield self._done(reason, first, last)
 
-    def _delta(self, said: Said, token: int | None) -> TextDelta:
+    def _deltas(self, said: Said, token: int | None) -> Iterator[Event]:
         self._write(said)
-        text, reasoning, written = said
+        text, reasoning, written, calls = said
         if self._repeated and written:
             known, self._repeated = self._repeated, ""
             if written.startswith(known) or known.startswith(written):
                 again = known[: len(written)]
                 self._repeated = known[len(again) :]
                 text, reasoning, written = (s.removeprefix(again) for s in (text, reasoning, written))
-        return TextDelta(text, token, reasoning, written)
+        yield TextDelta(text, token, reasoning, written)
+        yield from calls
 
     def _write(self, said: Said) -> None:
         self.text.write(said.text)
@@ -413,7 +419,7 @@ class Generation:
         s = self.stats
         ids = self.ids.tolist()
         if self.outlet.stopped:
-            ids = cut_ids(self.engine.tokenizer, ids, self.written.getvalue())
+            ids = cut_ids(self.engine.tokenizer, ids, self.written.getvalue(), self.shown)
         s.generated_tokens = self.generated
         if self.chosen > 1:
             s.tpot_s = (last - first) / (self.chosen - 1)
@@ -424,8 +430,6 @@ class Generation:
         s.kv_bytes = self.engine.kv_bytes()
         s.evicted_tokens = self._given_up
         s.peak_rss_bytes = peak_rss()
-        written = self.written.getvalue()
-        completion = Completion(
-            self.text.getvalue(), ids, reason, s, self.reasoning.getvalue(), written=written
-        )
+        text, reasoning, written = (s.getvalue() for s in (self.text, self.reasoning, self.written))
+        completion = Completion(text, ids, reason, s, reasoning, self.outlet.calls, written=written)
         return Done(reason, s, completion)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tinychat.text.tokenizer import Tokenizer
 
 # A guard is OPEN, the characters' UTF-8 in hexadecimal digits, CLOSE.
+CALLS = "tool_calls"  # the key of a message whose markers the template writes
 OPEN, CLOSE = "\ue0ff", "\ue0fe"
 _GUARD = re.compile(f"{OPEN}([0-9A-Fa-f]+){CLOSE}")
 # Literals in a template: in quotes, and between its blocks.
@@ -36,6 +37,10 @@ _SOUGHT = re.compile(
 )
 # What models write around their thoughts and their calls of tools.
 _SPOKEN = re.compile(r"</?(?:tool_call|tool_calls|tool_response|answer)>")
+
+
+class Trusted(str):
+    """A text whose markers are meant as such, and stay: ours, with what others wrote guarded already."""
 
 
 class Markers:
@@ -74,12 +79,16 @@ class Markers:
         self._finder: tokenizers.Tokenizer | None = None
 
     def guard(self, value: Any, spoken: bool = False) -> Any:
-        """`value` with every marker guarded, in all its strings however deep. spoken: it is an answer."""
+        """`value` with every marker guarded, in all its strings however deep. spoken: it is an answer, whose
+        own markers stay, but for those in the calls that it has.
+        """
+        if isinstance(value, Trusted):
+            return str(value)
         if isinstance(value, str):
             return self._guard(value, spoken)
         if isinstance(value, dict):
             spoken = spoken or value.get("role") == "assistant"
-            return {self.guard(k): self.guard(v, spoken) for k, v in value.items()}
+            return {self.guard(k): self.guard(v, spoken and k != CALLS) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.guard(v, spoken) for v in value]
         return value
@@ -151,6 +160,20 @@ def reveal(text: str) -> tuple[str, list[tuple[int, int]]]:
         length += len(guarded)
         at = match.end()
     return "".join([*out, text[at:]]), spans
+
+
+def beginning(text: str, revealed: str) -> str | None:
+    """The beginning of rendered text that reveals exactly this; None if it begins otherwise."""
+    if not reveal(text)[0].startswith(revealed):
+        return None
+    at = n = 0  # characters of the text, and those that they reveal
+    for match in _GUARD.finditer(text):
+        if n + match.start() - at >= len(revealed):
+            break
+        n += match.start() - at + len(reveal(match[0])[0])
+        at = match.end()
+    stop = at + len(revealed) - n
+    return text[:stop] if reveal(text[:stop])[0] == revealed else None
 
 
 def _begins(ordered: list[str], beginning: str) -> bool:

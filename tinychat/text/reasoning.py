@@ -132,6 +132,11 @@ class Splitter:
         """Whether a marker may be arriving: nothing was decided yet, and something waits."""
         return self._step == self._beginning and bool(self._held.strip())
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of the answer has come yet, as far as one can tell."""
+        return not self.thinking and not self._said["answer"] and not self._held.strip()
+
     def push(self, written: str) -> list[Piece]:
         """The pieces that are certain now."""
         if self._step == self._plain and not self._held:

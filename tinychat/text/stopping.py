@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from tinychat.base.events import ToolCall, ToolCallDelta
+from tinychat.text.calls.caller import Caller, Part
 from tinychat.text.reasoning import Piece, Splitter
 from tinychat.text.tokenizer import SOME_TEXT, Tokenizer
 
@@ -66,21 +68,27 @@ class StopMatcher:
 
 
 class Said(NamedTuple):
-    """Text that became certain: of the answer, of the reasoning, and as it was written."""
+    """Text that became certain: of the answer, of the reasoning, and as it was written; and of calls."""
 
     text: str
     reasoning: str
     written: str
+    calls: Sequence[ToolCallDelta] = ()
 
 
 class Outlet:
-    """Filter of a stream of text: the answer up to the first stop string in it, and the
-    reasoning before it.
+    """Filter of a stream of text: the answer up to the first stop string in it, the reasoning before it, and
+    the calls in both.
     """
 
-    def __init__(self, stop: tuple[str, ...] = (), splitter: Splitter | None = None):
-        """splitter: None takes everything for the answer."""
-        self.splitter, self.matcher = splitter, StopMatcher(stop)
+    def __init__(
+        self, stop: tuple[str, ...] = (), splitter: Splitter | None = None, caller: Caller | None = None
+    ):
+        """splitter: None takes everything for the answer. caller: None knows no calls."""
+        self.splitter, self.matcher, self.caller = splitter, StopMatcher(stop), caller
+        if caller is not None:
+            caller.begins = self._begins
+        self._answered = False
         self._waiting: deque[Piece] = deque()  # pieces of the answer that the matcher has, and what is behind
 
     @property
@@ -93,21 +101,63 @@ class Outlet:
         """Whether reasoning is being written."""
         return self.splitter is not None and self.splitter.thinking
 
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The whole calls so far."""
+        return self.caller.calls if self.caller else []
+
+    @property
+    def called(self) -> bool:
+        """Whether all the calls have come that there may be."""
+        return self.caller is not None and self.caller.enough
+
     def push(self, written: str) -> Said:
         """More of the stream."""
+        if self.caller is not None:
+            return self._without_calls(self.caller.push(written))
+        return self._text(written)
+
+    def flush(self) -> Said:
+        """Its end."""
+        said = self._without_calls(self.caller.flush()) if self.caller else Said("", "", "")
+        if self.splitter is None:
+            text = self.matcher.flush()
+            return Said(said.text + text, said.reasoning, said.written + text, said.calls)
+        first = self._pass(self.splitter.flush())
+        text = self.matcher.flush()
+        written = said.written + first.written + self._written(len(text))
+        return Said(said.text + first.text + text, said.reasoning + first.reasoning, written, said.calls)
+
+    def _text(self, written: str) -> Said:
         if self.splitter is None:
             text = self.matcher.push(written)
             return Said(text, "", text)
         return self._pass(self.splitter.push(written))
 
-    def flush(self) -> Said:
-        """Its end."""
-        if self.splitter is None:
-            text = self.matcher.flush()
-            return Said(text, "", text)
-        first = self._pass(self.splitter.flush())
+    def _without_calls(self, parts: Iterable[Part]) -> Said:
+        assert self.caller is not None
+        text = reasoning = written = ""
+        for part in parts:
+            if self.stopped or (self.called and not part.called):
+                break
+            said = self._call(part.text) if part.called else self._text(part.text)
+            text, reasoning, written = text + said.text, reasoning + said.reasoning, written + said.written
+            self._answered = self._answered or bool(said.text.strip())
+        return Said(text, reasoning, written, self.caller.take())
+
+    def _call(self, written: str) -> Said:
+        """A call: what may have begun a stop string before it has not."""
         text = self.matcher.flush()
-        return Said(first.text + text, first.reasoning, first.written + self._written(len(text)))
+        if self.splitter is None:
+            return Said(text, "", text + written)
+        self._waiting.append(Piece("marker", "", "" if self.stopped else written))
+        return Said(text, "", self._written(len(text)))
+
+    def _begins(self) -> bool:
+        """Whether nothing of the answer has come yet."""
+        if self.splitter is not None and not self.splitter.fresh:
+            return False
+        return not self._answered and not self.matcher.held
 
     def _pass(self, pieces: Iterable[Piece]) -> Said:
         text = reasoning = ""
@@ -137,12 +187,14 @@ class Outlet:
         return out
 
 
-def cut_ids(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
+def cut_ids(
+    tokenizer: Tokenizer, ids: list[int], text: str, shown: frozenset[int] = frozenset()
+) -> list[int]:
     """The ids of an answer that a stop string cut to `text`: kept as generated up to the cut, re-encoded
-    across it.
+    across it. shown: as for `StreamDecoder`.
     """
     for n in range(len(ids), -1, -1):
-        head = tokenizer.decode(ids[:n], continued=True)
+        head = tokenizer.decode(ids[:n], continued=True, shown=shown)
         if text.startswith(head):
             break
     return ids[:n] + tokenizer.encode(text[len(head) :], after=SOME_TEXT)  # it goes on from a prompt

@@ -12,6 +12,7 @@ from tinychat.text import rendering
 from tinychat.text.chat_templates import DEFAULT, TOOLS
 from tinychat.text.markers import Markers, reveal
 from tinychat.text.reasoning import Splitter, pieces_of, split_thought, tags_in
+from tinychat.text.tool_template import ToolTemplate
 
 if TYPE_CHECKING:
     from tinychat.text.tokenizer import Tokenizer
@@ -65,6 +66,11 @@ class ChatTemplate:
         given["add_generation_prompt"] = add_generation_prompt
         source = self.source if given["tools"] is None else self.sources.get(TOOLS, self.source)
         return rendering.render(source, given)
+
+    @functools.cached_property
+    def tools(self) -> ToolTemplate:
+        """The template for conversations with tools."""
+        return ToolTemplate(self)
 
     def splitter(self, text: str) -> Splitter:
         """Tells reasoning from the answer in what a model writes behind rendered text."""

@@ -38,6 +38,9 @@ TURN_ENDS = (
     "<EOT>",
     "<｜end▁of▁sentence｜>",
     "</s>",
+    "<|tool_response>",  # Gemma 4: the result of a call is to come
+    "<start_function_response>",
+    "<|observation|>",
 )
 # Where <|end|> ends a channel (gpt-oss, Solar), these end the answer.
 ANSWER_ENDS = ("<|return|>", "<|call|>", "<|calls|>", "<|flush|>")
@@ -229,13 +232,20 @@ class Tokenizer:
             return set()
         return {t.content for i, t in self._added.items() if t.normalized and i in self.markers}
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True, continued: bool = False) -> str:
+    def decode(
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special: bool = True,
+        continued: bool = False,
+        shown: frozenset[int] = frozenset(),
+    ) -> str:
         """Text of `ids`, as the tokenizer's own decoder has it; bytes that are not UTF-8 become U+FFFD.
 
         SentencePiece vocabularies write "Hello" as "▁Hello", so a text's first space is dropped, unless
-        `continued` says that other text goes before.
+        `continued` says that other text goes before. shown: as for `StreamDecoder`.
         """
-        stream = StreamDecoder(self, skip_special=skip_special, continued=continued)
+        stream = StreamDecoder(self, skip_special=skip_special, continued=continued, shown=shown)
         return "".join([stream.push(i) for i in ids]) + stream.flush()
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -348,9 +358,17 @@ class StreamDecoder:
     returns.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, continued: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special: bool = True,
+        continued: bool = False,
+        shown: frozenset[int] = frozenset(),
+    ):
+        """shown: control tokens that are text here, as those that mark calls."""
         self._piece = tokenizer.piece
-        self._skip = tokenizer.silent_ids if skip_special else frozenset()
+        self._skip = tokenizer.silent_ids - shown if skip_special else frozenset()
         self._joiner = Joiner(tokenizer._decoding, continued)
         self._first = None if continued else tokenizer.first_piece
 
