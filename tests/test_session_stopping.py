@@ -157,3 +157,30 @@ def test_one_answer_at_a_time(model):
     first.close()
     stream.close()
     say(session, "now", max_tokens=1)
+
+
+def test_an_answer_that_runs_in_a_circle_ends_where_it_is_asked_to(model, monkeypatch):
+    model.tokenizer.eos_ids = frozenset()
+    circle = spell("ab")
+
+    def step(s):
+        out = inner(s)
+        if len(out):
+            at = s.spans[0].position + len(s.spans[0].token_ids)
+            out[-1], out[-1, circle[at % 2]] = -1.0, 1.0
+        return out
+
+    inner = model.backend.step
+    monkeypatch.setattr(model.backend, "step", step)
+    monkeypatch.setattr("tinychat.text.repeating.WINDOW", 40)
+    session = model.session(temperature=0, draft="none")
+    assert say(session, "hello", max_tokens=90).finish_reason == "length"
+    session.ends_circles = True
+    done = list(session.regenerate(max_tokens=90))[-1]
+    assert (done.finish_reason, done.completion.finish_reason) == ("repeating", "repeating")
+    assert session.nodes[session.leaf].finish_reason == "repeating"
+    assert len(done.completion.token_ids) == 40
+    assert done.completion.text == session.messages[-1]["content"]
+    # It may be wanted: going on counts from the start.
+    assert list(session.go_on(max_tokens=30))[-1].finish_reason == "length"
+    assert list(session.go_on(max_tokens=90))[-1].finish_reason == "repeating"

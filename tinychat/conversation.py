@@ -16,7 +16,7 @@ from tinychat.text.attachments import are_sound, as_read
 from tinychat.text.reasoning import split_thought
 
 FORMAT = 1  # of saved conversations
-REASONS = ("stop", "length", "cancelled", "context_full", "error", "tool_calls")
+REASONS = ("stop", "length", "cancelled", "context_full", "error", "tool_calls", "repeating")
 TITLE_LENGTH = 60
 LATEST = 4102444800.0  # the year 2100: what a clock may say at most
 # How a field leaves: always, only where something is in it (so that earlier versions read the file if not),

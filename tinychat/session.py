@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base import arguments
 from tinychat.base.errors import TinychatError, UsageError
-from tinychat.base.events import Event
+from tinychat.base.events import Done, Event, TextDelta
 from tinychat.conversation import Message
 from tinychat.dialogue import Dialogue, Segments
 from tinychat.engine.eviction import SMALLEST
@@ -17,6 +18,7 @@ from tinychat.engine.generation import NOTHING, Begun
 from tinychat.engine.memory.branch import common_prefix
 from tinychat.engine.sampling import SamplingParams
 from tinychat.text.oversized import refuse_oversized
+from tinychat.text.repeating import Circle
 from tinychat.text.stopping import cut_ids
 from tinychat.text.tokenizer import SOME_TEXT
 
@@ -46,6 +48,7 @@ class Session(Dialogue):
         if not hasattr(model, "engine"):
             raise UsageError(f"The model is {arguments.shown(model)}.", "Give what tinychat.load returned.")
         self.model = model
+        self.ends_circles = False  # whether an answer that only repeats itself ends ("repeating")
         super().__init__(system, model.default_sampling.but(**sampling))
         self.speculator = model.speculator(draft)
         self._eviction = model.eviction(kv_budget, kv_policy, chat=True)
@@ -87,9 +90,22 @@ class Session(Dialogue):
         self._go_back([*prompt, *begun.ids])
         template = self.model.template
         splitter = template.splitter(segments[-1][0]) if template else None
-        return self.model.engine.generate(
+        events = self.model.engine.generate(
             self._branch, prompt, params, self._cancel, self.speculator, splitter, begun
         )
+        return self._until_circle(events) if self.ends_circles else events
+
+    def _until_circle(self, events: Iterator[Event]) -> Iterator[Event]:
+        """End an answer that runs in a circle, as a cancel would end it."""
+        circle = Circle()
+        for event in events:
+            if isinstance(event, TextDelta) and event.token_id is not None:
+                if circle.push(event.token_id, event.written):
+                    self._cancel.set()
+            elif isinstance(event, Done) and circle.closed and event.finish_reason == "cancelled":
+                completion = replace(event.completion, finish_reason="repeating")
+                event = Done("repeating", event.stats, completion)
+            yield event
 
     def _cut_ids(self, ids: list[int], text: str) -> list[int]:
         return cut_ids(self.model.tokenizer, ids, text)

@@ -68,3 +68,17 @@ async def test_one_that_is_stopped_before_it_said_more_is_as_it_was(store):
         await pilot.press("escape")
         await wait_until(pilot, lambda: not app.chat.answering)
     assert (store.messages(1)[1].content, store.messages(1)[1].ids) == ("half", [0])
+
+
+async def test_one_that_ran_in_a_circle_is_answered_again_with_a_penalty(store):
+    app = make_app(store, Script("again again again", reason="repeating"), "Better.", "third")
+    async with app.run_test(size=(100, 30)) as pilot:
+        await say(pilot, "go")
+        await wait_until(pilot, lambda: "stopped: repeating (p: retry)" in screen_text(app))
+        app.chat.transcript.turns[-1].focus()
+        await pilot.press("p")
+        await wait_until(pilot, lambda: "Better." in screen_text(app) and not app.chat.answering)
+        await say(pilot, "and")
+        await wait_until(pilot, lambda: "third" in screen_text(app))
+    params = [r.params.get("repeat_penalty") for r in app.engine.requests]
+    assert params == [None, 1.15, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled", "context_full", "error", "tool_calls"]
+FinishReason = Literal["stop", "length", "cancelled", "context_full", "error", "tool_calls", "repeating"]
 
 
 @dataclass

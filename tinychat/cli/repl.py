@@ -86,6 +86,7 @@ class Repl:
 
     def _answer(self, events) -> None:
         out = Printer()
+        self.session.ends_circles = True
         with cancel_on_interrupt(self.session):
             self.last = show_events(self.keeper.follow(self.session, events), out)
         if self.last is None:
@@ -97,6 +98,10 @@ class Repl:
         elif reason == "context_full":
             click.echo(
                 f"(the context of {self.session.model.n_ctx} tokens is full: /new starts over)", err=True
+            )
+        elif reason == "repeating":
+            click.echo(
+                "(stopped: repeating; /set repeat_penalty 1.1 and /regen, or /continue goes on)", err=True
             )
         elif reason == "length":
             click.echo(f"(cut by max_tokens{more})", err=True)

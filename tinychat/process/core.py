@@ -185,6 +185,7 @@ class Core:
         self.sessions[key] = session
         while len(self.sessions) > KEPT_SESSIONS:
             self.sessions.popitem(last=False)
+        session.ends_circles = True
         session.system = request.system
         session.params = model.default_sampling.but(**request.params)
         session.tree = Tree.of_path(request.path)

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,8 @@ from tinychat.tui.theme import SHORT_NAMES, THEMES
 from tinychat.tui.widgets.surface import Row
 from tinychat.tui.widgets.turn import Turn, human_size
 from tinychat.tui.words import Words
+
+PENALTY = {"repeat_penalty": 1.15}  # of an answer in place of one that ran in a circle
 
 
 # One file because it is a flat list: a short method for each thing that a user can do.
@@ -114,14 +117,15 @@ class ChatActions(Hearing):
     def command_regen(self, rest: str) -> Any:
         return self.regenerate()
 
-    async def regenerate(self, question: int | None = None) -> None:
-        """Answer a question (default: the last one) again."""
+    async def regenerate(self, question: int | None = None, once: Mapping[str, Any] | None = None) -> None:
+        """Answer a question (default: the last one) again; once: sampling parameters of this answer alone."""
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
         if question is None:
             question = self.conversation.tree.last("user")
         if question is None:
             raise UsageError("There is nothing to answer again.", "Say something first.")
+        self.once = dict(once or {})
         await self.answer(question)
 
     def command_continue(self, rest: str) -> None:
@@ -340,8 +344,8 @@ class ChatActions(Hearing):
             elif message.action == "continue":
                 self.command_continue("")
                 self.composer.input.focus()
-            elif message.action == "regenerate":
-                await self.regenerate(question)
+            elif message.action in ("regenerate", "penalize"):
+                await self.regenerate(question, PENALTY if message.action == "penalize" else {})
                 self.composer.input.focus()
         except TinychatError as e:
             self.complain(e)

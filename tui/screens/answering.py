@@ -107,7 +107,7 @@ class Answering(ChatParts):
         c, question = self.conversation, self.question
         if question is None:
             return
-        params = {**c.chat.params}
+        params, self.once = {**c.chat.params, **self.once}, {}
         if params.get("seed") is not None and self._turn is not None:
             params["seed"] += self._turn.branches.index(self._turn.node)  # the same would say the same again
         self._asked, self._progress = time.monotonic(), None

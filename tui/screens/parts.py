@@ -51,6 +51,7 @@ class ChatParts(Surface, Screen[None]):
         )  # what loading does, since when, whether that tells how far
         self._escaped = 0.0  # when esc was last pressed beside a load
         self.question: int | None = None  # a question that the engine has not got yet
+        self.once: dict[str, Any] = {}  # sampling parameters of the next answer alone
         self.editing: int | None = None  # the user message that the composer's text will replace
         self._turn: Turn | None = None  # the answer in the making
         self.unheard = 0  # events of the engine that wait for their turn

@@ -19,6 +19,7 @@ FOLD_LINES = 14  # longer messages of the user are folded
 REASONS = {
     "cancelled": ("stopped", "notice"),
     "length": ("cut: length limit", "notice"),
+    "repeating": ("stopped: repeating (p: retry)", "notice"),
     "context_full": ("cut: context full", "bad"),
     "error": ("cut: the engine failed", "bad"),
     None: ("cut: the program ended", "bad"),
@@ -37,6 +38,7 @@ class Turn(Lines, can_focus=True):
         Binding("s", "act('save_code', -1)", "save last code block"),
         Binding("e", "act('edit')", "edit as a new branch"),
         Binding("r", "act('regenerate')", "answer again as a new branch"),
+        Binding("p", "act('penalize')", "answer again with a penalty on repeating"),
         Binding("g", "act('continue')", "go on, where it was stopped or cut"),
         Binding("left,h", "switch(-1)", "previous branch"),
         Binding("right,l", "switch(1)", "next branch"),
@@ -45,8 +47,8 @@ class Turn(Lines, can_focus=True):
     ]
 
     class Action(TextualMessage):
-        """Action on a message: edit, regenerate, continue, copy, copy_code, save_code, switch, leave or
-        move.
+        """Action on a message: edit, regenerate, penalize, continue, copy, copy_code, save_code, switch, leave
+        or move.
         """
 
         def __init__(self, turn: Turn, action: str, argument: int = 0):
