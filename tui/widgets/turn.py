@@ -47,8 +47,8 @@ class Turn(Lines, can_focus=True):
     ]
 
     class Action(TextualMessage):
-        """Action on a message: edit, regenerate, penalize, continue, copy, copy_code, save_code, switch, leave
-        or move.
+        """Action on a message: edit, regenerate, penalize, continue, copy, copy_code, save_code, switch,
+        leave or move.
         """
 
         def __init__(self, turn: Turn, action: str, argument: int = 0):
