@@ -28,12 +28,13 @@ from tinychat.base import locations
 from tinychat.base.errors import TinychatError
 from tinychat.base.files import read_bytes
 from tinychat.engine.memory.pool import PoolExhaustedError
+from tinychat.engine.memory.state import State
 
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.engine import OwnedBranch
 
-VERSION = 3
+VERSION = 4
 SECRET = 32  # bytes
 WORTH = 64  # tokens; fewer are read again as fast
 LEDGER = ("positions", "born", "scores")
@@ -121,6 +122,8 @@ def copied(model: ChatModel, branch: OwnedBranch, notes: str = "") -> Copy | Non
     tensors = {"ids": np.array(branch.ids, np.int32)}
     for memory, blocks in enumerate(saved):
         tensors[f"memory{memory}"] = engine.backend.read_blocks(np.array(blocks, np.int32), memory)
+        if isinstance(part := branch.parts[memory], State):
+            tensors[f"places{memory}"] = np.array(part.places(len(branch)), np.int32)
     about = {"tinychat_kv": identity(model), "evicted": str(branch.evicted)}
     if ledger := branch.ledger:
         tensors |= {name: np.ascontiguousarray(getattr(ledger, name)) for name in LEDGER}
@@ -241,6 +244,8 @@ def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: d
         raise ValueError("ids")
     slots = len(ids) - evicted
     for i, (part, blocks) in enumerate(zip(branch.parts, memories, strict=True)):
+        if isinstance(part, State):
+            part.expect(_places(read[f"places{i}"], len(ids)))
         expected = (part.blocks_of(slots if part.thinned else len(ids)), engine.backend.kv_bytes_per_block(i))
         if blocks.dtype != np.uint8 or blocks.shape != expected:
             raise ValueError("shapes")
@@ -261,6 +266,13 @@ def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: d
             positions, born, scores = (read[name] for name in LEDGER)
             ledger.restore(positions, born, scores, int(about["next_position"]), int(about["seen"]))
     return len(ids)
+
+
+def _places(given: np.ndarray, length: int) -> list[int]:
+    """Numbers of tokens behind which states were saved, the first behind all. Raises ValueError."""
+    if given.dtype != np.int32 or given.ndim != 1 or not 1 <= len(given) <= 2 or given[0] != length:
+        raise ValueError("places")
+    return given.tolist()
 
 
 def _check_ledger(

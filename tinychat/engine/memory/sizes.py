@@ -26,7 +26,7 @@ def blocks_of_one(spec: MemorySpec, n: int, rows: int) -> int:
     rows.
     """
     if spec.kind == "state":
-        return 2 + max(state.ROWS, 2 + rows // LEAST_SPACING)
+        return 3 + max(state.ROWS, 3 + rows // LEAST_SPACING)
     if spec.kind == "tail":
         return 2 + -(-state.ROWS // BLOCK) + SPARE
     whole = -(-n // BLOCK) + SPARE

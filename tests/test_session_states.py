@@ -1,0 +1,84 @@
+"""Conversations with models that keep a state: a turn reads what is new, though no state can be cut back."""
+
+from __future__ import annotations
+
+import pytest
+from recurrent import delta_model, recurrent_model
+from session_helpers import conversation_ids
+from tiny import TEMPLATE
+
+from tinychat.backends.interface import BLOCK
+from tinychat.engine.memory.branch import common_prefix
+from tinychat.session import Session
+
+LONG = "x" * 4000
+# As templates of reasoning models: what an answer begins with, and all up to its end, is gone one turn later.
+STRIPPED = TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}").replace(
+    "assistant\n{%", "assistant\n<think>\n{%"
+)
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
+
+
+def long_context(make, template):
+    return make(ctx=4608, template=template, context_length=8192)
+
+
+def read(done) -> int:
+    """Tokens of the prompt that were computed."""
+    return done.stats.prompt_tokens - done.stats.cached_tokens
+
+
+@pytest.mark.parametrize("make", [recurrent_model, delta_model], ids=["convolution", "delta rule"])
+def test_a_turn_of_a_long_chat_reads_what_is_new(make):
+    with long_context(make, TEMPLATE) as model:
+        session = model.session(temperature=0, max_tokens=20, kv_policy="none")
+        for turn, text in enumerate((LONG, "and then?", "and?")):
+            *_, done = session.send(text)
+            new = len(f"<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+            assert read(done) <= (new if turn else 1 << 20)
+
+
+@pytest.mark.parametrize("make", [recurrent_model, delta_model], ids=["convolution", "delta rule"])
+def test_reasoning_that_is_stripped_costs_the_answer_and_two_blocks(make):
+    with long_context(make, STRIPPED) as model:
+        session = model.session(temperature=0, max_tokens=20, kv_policy="none")
+        before: list[int] = []
+        for turn in range(9):  # the prompt ends everywhere in a block
+            *_, done = session.send(LONG if turn == 0 else "y" * (turn + 5))
+            node = session.nodes[session.leaf]
+            prompt = list(session._branch.ids)[: done.stats.prompt_tokens]
+            if turn:
+                assert read(done) < len(prompt) - common_prefix(before, prompt) + 2 * BLOCK
+                assert read(done) < 200
+            before = prompt
+            node.content = "thoughts</think>" + node.content
+            node.ids = None
+
+
+def test_a_long_chat_with_stripped_reasoning_goes_on_from_its_file(tmp_path):
+    with long_context(delta_model, STRIPPED) as model:
+        session = model.session(temperature=0, max_tokens=20, kv_policy="none")
+        list(session.send(LONG))
+        session.save(tmp_path / "chat.json")
+        *_, expected = session.send("and then?")
+    with long_context(delta_model, STRIPPED) as model:
+        back = Session.load(tmp_path / "chat.json", model)
+        *_, done = back.send("and then?")
+        assert done.completion.token_ids == expected.completion.token_ids
+        assert conversation_ids(back) == conversation_ids(session)
+        assert read(done) < 200
+
+
+def test_another_answer_and_an_edit_go_on_from_the_nearest_state():
+    with long_context(delta_model, TEMPLATE) as model:
+        session = model.session(temperature=0, max_tokens=40, kv_policy="none")
+        list(session.send(LONG))
+        list(session.send("z" * 300))
+        *_, again = session.regenerate()
+        assert read(again) <= 2 * BLOCK
+        *_, edited = session.edit(2, "another")
+        assert read(edited) < 100
