@@ -284,8 +284,8 @@ def random_ids(n, seed=0):
 
 
 def kept_before(kind, n):
-    """Tokens of a prompt of n that can be gone on from: a state is kept a block before the last whole one, and
-    a window in 4 bits may not reach back from there.
+    """Tokens of a prompt of n that can be gone on from: a state is kept a block before the last whole one,
+    and a window in 4 bits may not reach back from there.
     """
     kinds = [spec.kind for spec in KINDS[kind]]
     blocks = ("state" in kinds) + ("state" in kinds and "window" in kinds and "tail" in kinds)
