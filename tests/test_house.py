@@ -38,6 +38,7 @@ FLOORS = [
     ("dialogue",),
     ("chat_request", "session"),
     ("model",),
+    ("tool_loop",),
     ("loading",),
     ("synthetic",),
     ("bench", "perplexity"),

@@ -49,6 +49,7 @@ _EXPORTS = {
     "Completion": "tinychat.base.events",
     "ToolCall": "tinychat.base.events",
     "ToolCallDelta": "tinychat.base.events",
+    "run_tools": "tinychat.tool_loop",
     "Stats": "tinychat.base.events",
     "TinychatError": "tinychat.base.errors",
     "UsageError": "tinychat.base.errors",
@@ -82,6 +83,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "run_tools",
 ]
 
 TYPE_CHECKING = False  # as in typing, without importing it
@@ -110,6 +112,7 @@ if TYPE_CHECKING:
     from tinychat.loading import load
     from tinychat.model import Model
     from tinychat.session import Session
+    from tinychat.tool_loop import run_tools
 
 
 def __getattr__(name: str):
