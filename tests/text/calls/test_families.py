@@ -453,3 +453,19 @@ def test_only_so_many_calls_as_there_may_be():
                 break
         assert [c.name for c in caller.calls] == [calls[0][0]]
         assert {d.index for d in caller.take()} == {0}
+
+
+SPELLING = ["hermes", "mistral", "deepseek", "kimi", "lfm2", "olmo", "granite-3", "command", "apertus", "nemotron",
+            "gigachat", "functionary", "tool-calls"]  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(["text", "number", "k_1"]), VALUES, max_size=3))
+@settings(max_examples=25, deadline=None)
+def test_what_is_spelled_for_a_template_is_read_back(arguments):
+    for name in SPELLING:
+        text = SYNTAXES[name].spell([("alpha", arguments), ("beta_2", {})])
+        calls, said, _, _ = read(name, [text])
+        assert [(c.name, json.loads(c.arguments)) for c in calls] == [("alpha", arguments), ("beta_2", {})], (
+            name
+        )
+        assert not said.strip()

@@ -12,6 +12,7 @@ from tinychat.text.calls.json_text import DEEPEST, DamagedError
 
 LONGEST = 1 << 20  # characters
 _STRING = re.compile(r"""(\"{3}|'{3}).*?\1|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_ESCAPED = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _NAMES = {"true": True, "false": False, "null": None}  # as models write them that think in JSON
 
 
@@ -25,6 +26,17 @@ def read_value(text: str) -> Any:
             return _value(ast.parse(_STRING.sub(_on_one_line, text.strip()), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise DamagedError from None
+
+
+def written_value(value: Any) -> str:
+    """A value of JSON as Python writes it; texts keep all characters but those that would end them."""
+    if isinstance(value, str):
+        return "'" + re.sub(r"[\\'\n\r\t]", lambda m: _ESCAPED[m[0]], value) + "'"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{written_value(k)}: {written_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(written_value, value)) + "]"
+    return repr(value)
 
 
 def _on_one_line(match: re.Match[str]) -> str:

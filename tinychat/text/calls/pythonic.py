@@ -9,7 +9,7 @@ from typing import Any
 
 from tinychat.text.calls.json_text import DamagedError
 from tinychat.text.calls.objects import BARE, Objects
-from tinychat.text.calls.python_values import LONGEST, read_value
+from tinychat.text.calls.python_values import LONGEST, read_value, written_value
 from tinychat.text.calls.source import Source, Waiting
 from tinychat.text.calls.syntax import Found, as_json
 
@@ -77,7 +77,7 @@ class Pythonic:
 
     def spell(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
         """As a `Syntax` does it."""
-        texts = (f"{name}({', '.join(f'{k}={v!r}' for k, v in a.items())})" for name, a in calls)
+        texts = (f"{name}({', '.join(f'{k}={written_value(v)}' for k, v in a.items())})" for name, a in calls)
         opening, closing = (self.opens or ("",))[0], (self.closes or ("",))[0]
         if self.listed:
             return f"{opening}[{', '.join(texts)}]{closing}"
