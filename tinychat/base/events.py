@@ -59,6 +59,7 @@ class Completion:
     `tool_calls`: the whole calls in it, which are no part of the text; it then ends for the reason
     "tool_calls", unless it was cut.
     `written`: all of it with its markers, as the model wrote it.
+    `stop`: the stop string that ended it, if one did.
     """
 
     text: str
@@ -68,6 +69,7 @@ class Completion:
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     written: str = ""
+    stop: str | None = None
 
     def message(self) -> dict[str, Any]:
         """The answer as a message of the conversation that goes on with it."""

@@ -431,5 +431,6 @@ class Generation:
         s.evicted_tokens = self._given_up
         s.peak_rss_bytes = peak_rss()
         text, reasoning, written = (s.getvalue() for s in (self.text, self.reasoning, self.written))
-        completion = Completion(text, ids, reason, s, reasoning, self.outlet.calls, written=written)
+        stop = self.outlet.matcher.matched
+        completion = Completion(text, ids, reason, s, reasoning, self.outlet.calls, written, stop)
         return Done(reason, s, completion)

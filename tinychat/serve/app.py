@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from tinychat.serve import chat, completions, facts
+from tinychat.serve import anthropic, chat, completions, facts, responses
 from tinychat.serve.guard import Guard
 from tinychat.serve.problems import ApiError
 
@@ -25,6 +25,10 @@ ROUTES = [
     Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
     Route("/v1/completions", completions.completions, methods=["POST"]),
     Route("/v1/embeddings", facts.embeddings, methods=["POST"]),
+    Route("/v1/messages", anthropic.messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
+    Route("/v1/responses", responses.responses, methods=["POST"]),
+    Route("/v1/responses/{id}", responses.response, methods=["GET", "DELETE"]),
     Route("/v1/models", facts.models, methods=["GET"]),
     Route("/v1/models/{name:path}", facts.model, methods=["GET"]),
     Route("/health", facts.health, methods=["GET"]),
