@@ -97,15 +97,17 @@ class ChatRequest:
         bos = [model.tokenizer.bos_id] if model.tokenizer.bos_id is not None and model.needs_bos(text) else []
         return text, bos + template.encode(text)
 
-    def _written(self, model: ChatModel, text: str, ids: list[int], written: str, done: Done) -> list[Known]:
+    def _written(self, model: ChatModel, text: str, ids: list[int], done: Done) -> list[Known]:
         """Remember the answer's ids, under each text that it may have when it comes back."""
         template, answer = model.template, done.completion
+        written = answer.written
         if template is None or not answer.token_ids:
             return []
         forms = dict.fromkeys(template.renderings(written, text[-BEGINNING:]))
         if answer.tool_calls:
             messages = [*self.messages, answer.message()]
-            forms = dict.fromkeys(template.tools.renderings(messages, self._callable, text, written))
+            whole = answer.finish_reason == "tool_calls"
+            forms = dict.fromkeys(template.tools.renderings(messages, self._callable, text, written, whole))
         return [model.known.add(text + form, [*ids, *answer.token_ids]) for form in forms]
 
 
@@ -116,12 +118,12 @@ def made(
     cancel: threading.Event | None,
     speculator: Speculator,
     splitter: Splitter | None = None,
-    written: Callable[[str, Done], list[Known]] = lambda text, done: [],
+    written: Callable[[Done], list[Known]] = lambda done: [],
     caller: Caller | None = None,
 ) -> Generator[Event, None, None]:
     """The events of an answer to ids, on a branch that has as much of them as is kept.
 
-    written: is told the whole that was written, and gives the texts whose ids are known now. Raises
+    written: is told of the end, and gives the texts whose ids are known now. Raises
     UsageError at once if the ids do not fit the context.
     """
     model.engine.check_prompt(ids, model.eviction() is not None)
@@ -135,20 +137,18 @@ def _made(
     cancel: threading.Event | None,
     speculator: Speculator,
     splitter: Splitter | None,
-    written: Callable[[str, Done], list[Known]],
+    written: Callable[[Done], list[Known]],
     caller: Caller | None,
 ) -> Generator[Event, None, None]:
     branch = model.engine.branch(model.eviction()) if model.shelf is None else model.shelf.take(ids)
     events = model.engine.generate(branch, ids, request.params, cancel, speculator, splitter, caller=caller)
-    parts: list[str] = []
     texts: list[Known] = []
     done: Done | None = None
     try:
         for event in events:
             if isinstance(event, Done):
-                done, texts = event, written("".join(parts), event)
+                done, texts = event, written(event)
                 break
-            parts.append(getattr(event, "written", ""))
             yield event
     finally:
         events.close()

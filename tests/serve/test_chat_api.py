@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 
 import pytest
+from said import says
 from serving import events_of, serving
 from tiny import tiny_model
 
 HELLO = [{"role": "user", "content": "Hello."}]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
+    },
+}
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
 needs_client = pytest.mark.skipif(not importlib.util.find_spec("openai"), reason="needs openai")
 
 
 @pytest.fixture(scope="module")
 def model():
-    with tiny_model(ctx=256, backend="cpu", eos_ids=()) as m:
+    with tiny_model(ctx=2048, backend="cpu", eos_ids=(), context_length=2048) as m:
         yield m
 
 
@@ -108,7 +119,7 @@ def test_the_official_client_raises_its_own_errors(client):
         client.chat.completions.create(model="gpt-9", messages=HELLO)
     assert e.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as e:
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 500}])
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 2500}])
     assert e.value.code == "context_length_exceeded"
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
@@ -140,7 +151,12 @@ def test_a_stop_string_ends_an_answer(server, model):
     ("body", "param"),
     [
         ({}, "messages"),
-        ({"messages": []}, None),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hello."}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": HELLO, "tools": [TOOL], "tool_choice": "other"}, "tool_choice"),
+        ({"messages": HELLO, "tools": [TOOL], "parallel_tool_calls": 3}, "parallel_tool_calls"),
         ({"messages": HELLO, "max_tokens": "many"}, "max_tokens"),
         ({"messages": HELLO, "top_p": 2}, "top_p"),
         ({"messages": HELLO, "n": 0}, "n"),
@@ -230,3 +246,50 @@ def test_counts_are_told(server):
     prometheus = pytest.importorskip("prometheus_client.parser")
     names = {family.name for family in prometheus.text_string_to_metric_families(text)}
     assert {"tinychat_generated_tokens", "tinychat_first_token_seconds"} <= names
+
+
+def test_a_conversation_may_have_parts_and_a_developer(server, model):
+    here = model.chat([{"role": "system", "content": "Be brief."}, *HELLO], temperature=0, max_tokens=5)
+    parts = [{"role": "developer", "content": "Be brief."}]
+    parts += [{"role": "user", "content": [{"type": "text", "text": "Hello."}]}]
+    _, said, _ = server.ask("/v1/chat/completions", {"messages": parts, "temperature": 0, "max_tokens": 5})
+    assert said["choices"][0]["message"]["content"] == here.text
+
+
+@needs_client
+def test_tools_are_called_by_the_official_client(client, model, monkeypatch):
+    says(monkeypatch, model, f"I add.\n{CALL}", f"{CALL}\n{CALL}", "It is 5.")
+    messages = [{"role": "user", "content": "2 + 3?"}]
+    said = client.chat.completions.create(model="tiny", messages=messages, tools=[TOOL]).choices[0]
+    (call,) = said.message.tool_calls
+    assert (said.finish_reason, said.message.content, call.function.name) == ("tool_calls", "I add.", "add")
+    assert json.loads(call.function.arguments) == {"a": 2, "b": 3}
+    calls: dict[int, list[str]] = {}
+    for chunk in client.chat.completions.create(model="tiny", messages=messages, tools=[TOOL], stream=True):
+        (choice,) = chunk.choices
+        for part in choice.delta.tool_calls or ():
+            if part.index not in calls:
+                assert part.id
+                assert part.type == "function"
+                calls[part.index] = [part.function.name, ""]
+            calls[part.index][1] += part.function.arguments
+        assert not choice.delta.content
+    assert choice.finish_reason == "tool_calls"
+    assert [(n, json.loads(a)) for n, a in calls.values()] == [("add", {"a": 2, "b": 3})] * 2
+    messages += [said.message, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
+    last = client.chat.completions.create(model="tiny", messages=messages, tools=[TOOL])
+    assert last.choices[0].message.content == "It is 5."
+    used = last.usage  # the call keeps the ids that were written: what was read with it is not read again
+    assert used.prompt_tokens - used.prompt_tokens_details.cached_tokens < 100
+
+
+def test_what_was_no_call_after_all_is_text(server, model, monkeypatch):
+    says(monkeypatch, model, "<tool_call>\n{never mind")
+    body = {"messages": HELLO, "tools": [TOOL]}
+    _, said, _ = server.ask("/v1/chat/completions", body)
+    assert said["choices"][0]["message"]["content"] == "<tool_call>\n{never mind"
+    _, content, _ = server.ask("/v1/chat/completions", {**body, "stream": True})
+    *chunks, _ = events_of(content)
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert "".join(d.get("content") or "" for d in deltas) == "<tool_call>\n{never mind"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from said import says
 from serving import serving
 from tiny import tiny_model
 
@@ -49,6 +50,35 @@ def test_thirty_turns_read_only_what_is_new():
             ((read, total),) = turns(server, messages, 1, first=i)
             assert total - had - 1 <= read <= total - had < 48
             had = total
+
+
+def test_turns_of_tool_calls_read_only_what_is_new(tmp_path, monkeypatch):
+    """Calls as a model writes them, in another order and with other spaces than the template would; their ids
+    are known when they come back as JSON, also after a restart.
+    """
+    tool = {"type": "function", "function": {"name": "look", "description": "Looks at a place. " * 20}}
+    calls = [
+        f'I look.\n<tool_call>\n{{"arguments":{{"b":  {i}, "a": "é"}} , "name": "look"}}\n</tool_call>'
+        for i in range(10)
+    ]
+    messages, had = [SYSTEM, {"role": "user", "content": "Look around."}], 0
+    for part in (calls[:6], calls[6:]):
+        with make() as model, serving(model, folder=tmp_path) as server:
+            says(monkeypatch, model, *part)
+            for _ in part:
+                status, said, _ = server.ask("/v1/chat/completions", {"messages": messages, "tools": [tool]})
+                message, used = said["choices"][0]["message"], said["usage"]
+                assert (status, said["choices"][0]["finish_reason"]) == (200, "tool_calls")
+                read = used["prompt_tokens"] - used["prompt_tokens_details"]["cached_tokens"]
+                assert read <= used["prompt_tokens"] - had
+                assert read < 100 or not had
+                had = used["prompt_tokens"] + used["completion_tokens"] - 1
+                result = {
+                    "role": "tool",
+                    "tool_call_id": message["tool_calls"][0]["id"],
+                    "content": "Nothing.",
+                }
+                messages += [message, result]
 
 
 def test_several_conversations_keep_their_own():

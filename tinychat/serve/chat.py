@@ -9,7 +9,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from tinychat.base.events import Completion, Done, Event, FinishReason, Stats, TextDelta
+from tinychat.base import arguments, tools
+from tinychat.base.errors import UsageError
+from tinychat.base.events import Completion, Done, Event, FinishReason, Stats, TextDelta, ToolCallDelta
 from tinychat.chat_request import ChatRequest
 from tinychat.serve.answers import Answer
 from tinychat.serve.fields import Fields
@@ -24,16 +26,9 @@ if TYPE_CHECKING:
     from tinychat.model import Model
 
 REASONS: dict[FinishReason, str] = {"context_full": "length", "cancelled": "stop", "error": "stop"}
-# Fields that are passed on as they are, by the option of `Model.request` that takes them.
-PASSED = {
-    "tools": "tools",
-    "tool_choice": "tool_choice",
-    "parallel_tool_calls": "parallel_tool_calls",
-    "response_format": "response_format",
-    "reasoning_effort": "effort",
-    "think_budget": "think_budget",
-}
-PLAIN: dict[str, Any] = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
+# Fields beside the tools that are passed on as they are, by the option of `Model.request` that takes them.
+PASSED = {"response_format": "response_format", "reasoning_effort": "effort", "think_budget": "think_budget"}
+PLAIN: dict[str, Any] = {"response_format": {"type": "text"}}
 
 
 @dataclasses.dataclass
@@ -50,15 +45,16 @@ class Asked:
     @classmethod
     def of(cls, fields: Fields, choices: int) -> Asked:
         """Raises ApiError for what is wrong."""
-        messages = fields.need("messages")
+        fields.need("messages")
+        messages = fields.check("messages", _messages)
+        options = {**fields.sampling(), **_tools(fields)}
         known = {f.name for f in dataclasses.fields(ChatRequest)}
-        options = fields.sampling()
         for name, option in PASSED.items():
             if name not in fields or fields[name] == PLAIN.get(name):
                 continue
             if option in known:
                 options[option] = fields[name]
-            elif name not in ("parallel_tool_calls", "reasoning_effort"):
+            elif name == "response_format":
                 raise ApiError(400, f"{name} is not supported.", param=name, code="unsupported_parameter")
         return cls(
             fields.text("model"),
@@ -73,6 +69,25 @@ class Asked:
         """One for each choice. Raises UsageError."""
         first = model.request(self.messages, **self.options)
         return [first, *(variant(first, i) for i in range(1, self.n))]
+
+
+def _messages(name: str, value: Any) -> list[dict[str, Any]]:
+    """The conversation, with the newer name of the system's role as its older one."""
+    if not isinstance(value, list):
+        raise UsageError(f"{name} is {arguments.shown(value)}.", f"Give a list: [{arguments.MESSAGE}].")
+    found = arguments.messages(value)
+    return [{**m, "role": "system"} if m["role"] == "developer" else m for m in found]
+
+
+def _tools(fields: Fields) -> dict[str, Any]:
+    """The tools, and what is to be done with them."""
+    given = fields.check("tools", lambda name, value: tools.tools(value)) or []
+    if not given:
+        return {}
+    choice = fields.check("tool_choice", lambda name, value: tools.tool_choice(value, given))
+    several = fields.check("parallel_tool_calls", arguments.flag)
+    options = {"tools": given, "tool_choice": choice, "parallel_tool_calls": several}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def variant(request: Any, i: int) -> Any:
@@ -110,9 +125,9 @@ async def completions_of(answer: Answer) -> list[Completion]:
 
 def message_of(completion: Completion) -> dict[str, Any]:
     """The assistant's message."""
-    message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
-    if completion.reasoning:
-        message["reasoning_content"] = completion.reasoning
+    message = {**completion.message(), "refusal": None}
+    if completion.tool_calls and not completion.text:
+        message["content"] = None
     return message
 
 
@@ -124,6 +139,12 @@ def delta_of(said: Event) -> dict[str, Any]:
             delta["reasoning_content"] = said.reasoning
         if said.text:
             delta["content"] = said.text
+    if isinstance(said, ToolCallDelta) and not said.damaged:
+        call: dict[str, Any] = {"index": said.index, "function": {"arguments": said.arguments}}
+        if said.name:
+            call = {"index": said.index, "id": said.id, "type": "function"}
+            call["function"] = {"name": said.name, "arguments": said.arguments}
+        delta["tool_calls"] = [call]
     return delta
 
 

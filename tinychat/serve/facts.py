@@ -83,7 +83,8 @@ async def embeddings(request: Request) -> Response:
 def tokens_of(model: Model, fields: Fields) -> list[int]:
     """Ids of a text (`content`, `prompt`) or of a conversation (`messages`). Raises ApiError, UsageError."""
     if "messages" in fields:
-        return model.request(fields["messages"]).prompt(model)
+        more = {"tools": fields["tools"]} if "tools" in fields else {}
+        return model.request(fields["messages"], **more).prompt(model)
     name = "prompt" if "prompt" in fields else "content"
     fields.need(name)
     text = fields.check(name, arguments.text, True)

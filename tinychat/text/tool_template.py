@@ -119,17 +119,40 @@ class ToolTemplate:
         return self._template.render(out, add_generation_prompt, tools=listed)
 
     def renderings(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], prompt: str, written: str
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        prompt: str,
+        written: str,
+        whole: bool = False,
     ) -> Iterator[str]:
         """How what a model wrote behind `prompt`, with calls, stands in the text of the conversation that
-        goes on with it: the last of these messages. None where the template writes it in other words.
+        goes on with it: the last of these messages. None where the template leaves some of it out.
+
+        whole: the message says all that was written, so that the template's text stands for it, although that
+        has other spaces or another order.
         """
         try:
             text = self.render(messages, tools, False)
         except TinychatError:
             return
-        if text.startswith(prompt) and (form := beginning(text[len(prompt) :], written)) is not None:
+        if not text.startswith(prompt):
+            return
+        behind, end = text[len(prompt) :], self._answers_end
+        thought = self._template.guard(messages[-1].get("reasoning_content") or "", spoken=True).strip()
+        if (form := beginning(behind, written)) is not None:
             yield form
+        elif whole and end and behind.endswith(end) and thought in behind:
+            yield behind.removesuffix(end)
+
+    @cached_property
+    def _answers_end(self) -> str:
+        """What the template writes behind an answer; nothing where that is not known."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!answer!"}]
+        try:
+            return self._template.render(messages, False).rpartition("!answer!")[2]
+        except TinychatError:
+            return ""
 
     @cached_property
     def _shown(self) -> frozenset[int]:
