@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from answers import CALLS, EVENTS, done
+from said import says
 from serving import serving
 from tiny import tiny_model
 
@@ -18,7 +19,7 @@ GREEDY = {"temperature": 0}  # which newer clients of Anthropic's have no argume
 
 @pytest.fixture(scope="module")
 def model():
-    with tiny_model(ctx=256, backend="cpu", eos_ids=()) as m:
+    with tiny_model(ctx=1024, backend="cpu", eos_ids=()) as m:
         yield m
 
 
@@ -119,7 +120,7 @@ def test_errors_reach_anthropics_client(anthropic, server, played):
     for error, wrong in (
         (package.BadRequestError, {"extra_body": {"temperature": -1}}),
         (package.BadRequestError, {"max_tokens": 0}),
-        (package.BadRequestError, {"messages": [{"role": "user", "content": "x" * 500}]}),
+        (package.BadRequestError, {"messages": [{"role": "user", "content": "x" * 2000}]}),
         (package.NotFoundError, {"model": "claude"}),
     ):
         with pytest.raises(error) as e:
@@ -228,7 +229,7 @@ def test_errors_reach_openais_client(openai, server, played):
 
     for error, wrong in (
         (package.BadRequestError, {"temperature": -1}),
-        (package.BadRequestError, {"input": "x" * 500}),
+        (package.BadRequestError, {"input": "x" * 2000}),
         (package.BadRequestError, {"input": [{"type": "magic"}]}),
         (package.NotFoundError, {"model": "gpt-9"}),
     ):
@@ -253,3 +254,50 @@ def test_halves_of_characters_come_back_as_something_that_can_be_sent(server):
     status, said, _ = server.ask("/v1/responses", body)
     assert status == 200
     assert said["instructions"] == "\ufffd"
+
+
+# Tools, from a script to a result
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def test_an_agent_of_anthropics_calls_a_tool_and_hears_its_result(anthropic, model, monkeypatch):
+    says(monkeypatch, model, f"I look. {CALL}", f"I look. {CALL}", "Rain.")
+    tools = [{"name": "weather", "description": "Tells the weather.", "input_schema": SCHEMA}]
+    asked = {"model": "tiny", "max_tokens": 100, "tools": tools, "messages": HELLO}
+    whole = anthropic.messages.create(**asked, tool_choice={"type": "auto"})
+    with anthropic.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    for said in (whole, streamed):
+        assert [b.type for b in said.content] == ["text", "tool_use"]
+        assert (said.content[1].name, said.content[1].input) == ("weather", {"city": "Bern"})
+        assert said.stop_reason == "tool_use"
+    result = {"type": "tool_result", "tool_use_id": streamed.content[1].id, "content": "rain"}
+    asked["messages"] = [
+        *HELLO,
+        {"role": "assistant", "content": streamed.content},
+        {"role": "user", "content": [result]},
+    ]
+    counted = anthropic.messages.count_tokens(model="tiny", messages=asked["messages"], tools=tools)
+    said = anthropic.messages.create(**asked)
+    assert (said.content[0].text, said.stop_reason) == ("Rain.", "end_turn")
+    assert said.usage.input_tokens + said.usage.cache_read_input_tokens == counted.input_tokens
+    assert said.usage.cache_read_input_tokens > 100  # what was said before is not read again
+
+
+def test_an_agent_of_openais_calls_a_tool_and_hears_its_result(openai, model, monkeypatch):
+    says(monkeypatch, model, f"I look. {CALL}", f"I look. {CALL}", "Rain.")
+    tool = {"type": "function", "name": "weather", "description": "Tells the weather.", "parameters": SCHEMA}
+    asked = {"model": "tiny", "tools": [tool, {"type": "web_search"}], "max_output_tokens": 100}
+    whole = openai.responses.create(**asked, input="Hello.", tool_choice="auto")
+    with openai.responses.stream(**asked, input="Hello.") as stream:
+        streamed = stream.get_final_response()
+    for said in (whole, streamed):
+        assert [i.type for i in said.output] == ["message", "function_call"]
+        assert (said.output[1].name, said.output[1].arguments) == ("weather", '{"city": "Bern"}')
+    result = {"type": "function_call_output", "call_id": streamed.output[1].call_id, "output": "rain"}
+    said = openai.responses.create(**asked, input=[result], previous_response_id=streamed.id)
+    assert (said.output_text, said.status) == ("Rain.", "completed")
+    assert said.usage.input_tokens_details.cached_tokens > 100
