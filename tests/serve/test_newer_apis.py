@@ -70,6 +70,19 @@ def test_messages_are_what_the_model_says(anthropic, model):
     assert "".join(b.text for b in cut.content) == here.text[: here.text.index(stop)]
 
 
+def test_wishes_that_a_model_does_not_know_are_passed_over(anthropic, openai, model):
+    here = model.chat(HELLO, temperature=0, max_tokens=8).text
+    wishes = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "output_config": {"effort": "xhigh"}}
+    said = anthropic.messages.create(
+        model="tiny", messages=HELLO, max_tokens=8, extra_body={**GREEDY, **wishes}
+    )
+    assert said.content[0].text == here
+    said = openai.responses.create(
+        model="tiny", input="Hello.", reasoning={"effort": "xhigh"}, temperature=0, max_output_tokens=8
+    )
+    assert said.output_text == here
+
+
 def test_tokens_of_a_message_are_counted_as_they_are_read(anthropic, model):
     counted = anthropic.messages.count_tokens(model="tiny", messages=HELLO)
     assert counted.input_tokens == model.chat(HELLO, max_tokens=1).stats.prompt_tokens

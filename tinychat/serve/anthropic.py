@@ -14,7 +14,17 @@ from starlette.responses import JSONResponse
 
 from tinychat.base.events import Completion, Done, FinishReason, Stats
 from tinychat.serve.answers import Answer
-from tinychat.serve.blocks import Block, Blocks, Step, blocks_of, call_of, supported, texts_of, tool_of
+from tinychat.serve.blocks import (
+    Block,
+    Blocks,
+    Step,
+    blocks_of,
+    call_of,
+    request_of,
+    supported,
+    texts_of,
+    tool_of,
+)
 from tinychat.serve.chat import completions_of
 from tinychat.serve.fields import Fields
 from tinychat.serve.problems import ApiError, wrong
@@ -74,7 +84,7 @@ class Asked:
 
     def requests(self, model: Model) -> list[ChatRequest]:
         """The one request. Raises UsageError."""
-        return [model.request(self.messages, **self.options)]
+        return [request_of(model, self.messages, self.options)]
 
 
 # What is asked

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import JSONResponse
 
 from tinychat.base.characters import whole
-from tinychat.serve.blocks import call_of, supported, texts_of, tool_of
+from tinychat.serve.blocks import call_of, request_of, supported, texts_of, tool_of
 from tinychat.serve.fields import Fields
 from tinychat.serve.problems import ApiError, wrong
 from tinychat.serve.response_form import Form
@@ -74,7 +74,7 @@ class Asked:
 
     def requests(self, model: Model) -> list[ChatRequest]:
         """The one request. Raises UsageError."""
-        return [model.request(_merged(self.instructions, self.messages), **self.options)]
+        return [request_of(model, _merged(self.instructions, self.messages), self.options)]
 
 
 class Kept:
