@@ -23,6 +23,7 @@ from textual.widget import MountError
 from tinychat.base import locations
 from tinychat.base.errors import TinychatError
 from tinychat.base.files import read_text
+from tinychat.base.preferences import Preferences
 from tinychat.chats.chat_store import Chat, ChatStore
 from tinychat.process.client import EngineClient
 from tinychat.process.protocol import ChatEngine, EngineEvent, Loading, Text
@@ -32,7 +33,7 @@ from tinychat.tui.driver import TerminalDriver
 from tinychat.tui.host import Host
 from tinychat.tui.output import Terminal, paintable
 from tinychat.tui.screens.chat import ChatScreen
-from tinychat.tui.theme import DARK, THEMES
+from tinychat.tui.theme import DARK, SHORT_NAMES, THEMES
 
 POLL_SECONDS = 1.0  # how often memory and load are looked at while an answer runs
 PATIENCE = 1.0  # seconds that the screen may stand still because another program holds the store's lock
@@ -59,8 +60,10 @@ class ChatApp(Host):
         engine: ChatEngine | None = None,
         command: Sequence[str] | None = None,
         settings: Path | None = None,
+        preferences: Preferences | None = None,
     ):
         super().__init__()
+        self.preferences = preferences or Preferences(locations.config_file())
         self.model, self.conversation, self.options = model, conversation, dict(options or {})
         self.store = conversation.store
         self.store.patience = PATIENCE
@@ -76,7 +79,7 @@ class ChatApp(Host):
         self._early: list[events.Event] | None = []  # keys from before there was a place for them
         for theme in THEMES:
             self.register_theme(theme)
-        name = self._settings.get("theme")
+        name = SHORT_NAMES.get(self.preferences.theme or "") or self._settings.get("theme")
         self.theme = name if isinstance(name, str) and name in self.available_themes else DARK.name
 
     def get_default_screen(self) -> Screen:
@@ -215,7 +218,7 @@ class ChatApp(Host):
         except TinychatError as e:
             self.chat.lack_model(f"{e.what} {e.todo}")
             return
-        self.engine.load(name, self.options)
+        self.engine.load(name, {**self.preferences.of(name).load, **self.options})
 
     def download_pace(self, event: Loading) -> tuple[float, float]:
         """Bytes a second over the last few seconds, and seconds that are left; 0 while unknown."""
@@ -346,11 +349,13 @@ def make_app(
     options: dict[str, Any] | None = None,
     command: Sequence[str] | None = None,
     engine: ChatEngine | None = None,
+    preferences: Preferences | None = None,
 ) -> ChatApp:
     """The chat screen, with a stored chat or a new one.
 
     system and params hold in place of the stored chat's own. options are those of `tinychat.load`; engine
-    answers, or what command starts (default: `tinychat.process.worker`). Raises ChatLockedError.
+    answers, or what command starts (default: `tinychat.process.worker`). preferences: what holds where
+    options say nothing. Raises ChatLockedError.
     """
     if chat is None:
         conversation = Conversation(store, model, system, params)
@@ -359,4 +364,6 @@ def make_app(
         conversation.chat.model = model
         conversation.chat.params |= params or {}
         conversation.chat.system = system or conversation.chat.system
-    return ChatApp(model, conversation, options=options, command=command, engine=engine)
+    return ChatApp(
+        model, conversation, options=options, command=command, engine=engine, preferences=preferences
+    )

@@ -36,6 +36,7 @@ COMMANDS = (
     Command("copy", "[code|chat]", "copy the last answer, its last code block, or the chat"),
     Command("think", "", "open or fold the last reasoning"),
     Command("stats", "", "speed over this chat, memory, bandwidth"),
+    Command("default", "", "have new chats begin as this one: its model, system prompt and sampling"),
     Command("theme", "[dark|light|contrast]", "colours"),
     Command("exit", "", "leave"),
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from textual.app import App
 
+from tinychat.base.preferences import Preferences
 from tinychat.chats.chat_store import ChatStore
 from tinychat.process.protocol import ChatEngine, Loading
 
@@ -17,7 +18,8 @@ class Host(App[None]):
 
     store: ChatStore
     engine: ChatEngine
-    options: dict[str, Any]  # of loading a model
+    options: dict[str, Any]  # of loading any model
+    preferences: Preferences  # of loading one, where these say nothing
 
     async def start_engine(self) -> None:
         """A new engine in place of the present one, and the model into it."""

@@ -22,6 +22,15 @@ def home() -> Path:
     return written(override) if override else Path(platformdirs.user_data_dir("tinychat"))
 
 
+def config_file() -> Path:
+    """The user's own settings (`tinychat.base.preferences`): with everything else where `TINYCHAT_HOME` is
+    set, and else in the platform's folder for such files.
+    """
+    override = os.environ.get("TINYCHAT_HOME")
+    folder = written(override) if override else Path(platformdirs.user_config_dir("tinychat"))
+    return folder / "config.toml"
+
+
 def models_dir() -> Path:
     """One folder a pulled model."""
     return home() / "models"

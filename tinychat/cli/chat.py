@@ -13,6 +13,7 @@ import click
 
 from tinychat.base.errors import UsageError
 from tinychat.base.load_options import LoadOptions
+from tinychat.base.preferences import Preferences, Section
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.cli.options import (
     CHAT_NUMBER,
@@ -25,6 +26,8 @@ from tinychat.cli.options import (
     sampling_options,
 )
 from tinychat.cli.output import Printer, cancel_on_interrupt, describe
+from tinychat.cli.preferred import load_options
+from tinychat.cli.preferred import sampling_options as sampling_from
 from tinychat.cli.served import served, served_options
 from tinychat.cli.words import attached, gather, model_or_prompt
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", default=DEFAULT_MODEL, metavar="[MODEL]", shell_complete=complete_models)
+@click.argument("model", required=False, metavar="[MODEL]", shell_complete=complete_models)
 @click.argument("prompt", required=False)
 @click.option("-s", "--system", help="System prompt.")
 @sampling_options
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, finish_reason, stats.")
 @click.option("--stream-json", is_flag=True, help="One JSON object an event.")
 @click.option("-v", "--verbose", is_flag=True, help="Timings on stderr.")
-def run(model: str, prompt: str | None, **o: Any) -> None:
+def run(model: str | None, prompt: str | None, **o: Any) -> None:
     """Chat with MODEL, or answer PROMPT (with what is piped in put before it) and exit.
 
     MODEL is an alias (`tinychat list --all`), a Hugging Face repo id, a local folder or a .gguf file; with
@@ -68,10 +71,10 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     if o["as_json"] and o["stream_json"]:
         raise UsageError("--json and --stream-json exclude each other.", "Choose one.")
     resumed = o["latest"] or o["resume"] is not None
-    named = given("model")
-    if named and prompt is None:
-        found, prompt = model_or_prompt(model, resumed, o["server"] is not None)
-        model, named = found or DEFAULT_MODEL, found is not None
+    if model is not None and prompt is None:
+        model, prompt = model_or_prompt(model, resumed, o["server"] is not None)
+    named, preferences = model is not None, Preferences.read()
+    model = model or preferences.model or DEFAULT_MODEL
     # A chat keeps files as what they are, beside the question; one answer alone reads them as they are.
     attachments = attached(o["files"]) if resumed else []
     text = gather(prompt, () if resumed else o["files"])
@@ -89,13 +92,26 @@ def run(model: str, prompt: str | None, **o: Any) -> None:
     if chat is not None and not named:
         model = chat.model
     model, o["connector"] = served(model, o, named)
+    _prefer(preferences, model, o, chat)
     if text is not None:
         sys.exit(_answer(model, text, attachments, kept, chat, o))
     assert kept is not None  # a conversation is
     if o["plain"] or os.environ.get("TERM") in ("dumb", "unknown"):
         _converse(model, kept, chat, o)
     else:
-        sys.exit(_show(model, kept, chat, o))
+        sys.exit(_show(model, kept, chat, o, preferences))
+
+
+def _prefer(preferences: Preferences, model: str, o: dict[str, Any], chat: Chat | None) -> None:
+    """Add what the file says: `sampling` and `load`. A chat that goes on has its own words and sampling, and
+    how a server's model is loaded is not ours to say.
+    """
+    section = preferences.of(model) if o["connector"] is None else Section(preferences.general.system)
+    o["load"] = load_options(section, o)
+    o["sampling"] = pick(o, SamplingParams.SETTINGS)
+    if chat is None:
+        o["sampling"] = sampling_from(section, o)
+        o["system"] = section.system if o["system"] is None else o["system"]
 
 
 def _open_store(o: dict[str, Any]) -> ChatStore:
@@ -117,7 +133,9 @@ def _earlier(store: ChatStore, o: dict[str, Any]) -> Chat | None:
     return chat
 
 
-def _show(model: str, store: ChatStore, chat: Chat | None, o: dict[str, Any]) -> int:
+def _show(
+    model: str, store: ChatStore, chat: Chat | None, o: dict[str, Any], preferences: Preferences
+) -> int:
     """A conversation on the screen; the exit code."""
     from tinychat.tui.first_frame import first_frame
 
@@ -130,14 +148,15 @@ def _show(model: str, store: ChatStore, chat: Chat | None, o: dict[str, Any]) ->
             from tinychat.process.remote import RemoteEngine
 
             engine = RemoteEngine(o["connector"])
-        params = pick(o, SamplingParams.SETTINGS)
-        app = make_app(model, store, chat, o["system"], params, options, engine=engine)
+        app = make_app(
+            model, store, chat, o["system"], o["sampling"], options, engine=engine, preferences=preferences
+        )
     return app.run_to_end()
 
 
 def _converse(model: str, store: ChatStore, chat: Chat | None, o: dict[str, Any]) -> None:
     """A conversation line by line."""
-    with _session(model, o, o["kv_policy"]) as session:
+    with _session(model, o, None) as session:
         from tinychat.chats.keeper import Keeper
         from tinychat.cli.repl import Repl
 
@@ -158,8 +177,9 @@ def _answer(
 ) -> int:
     """One answer on stdout, kept in the store if there is one; the exit code."""
     # It ends where its context does; a conversation goes on.
-    once = "none" if chat is None and not o["kv_budget"] else None
-    with _session(model, o, o["kv_policy"] or once) as session:
+    load = o["load"]
+    once = "none" if chat is None and not (load.get("kv_budget") or load.get("kv_policy")) else None
+    with _session(model, o, once) as session:
         keeper = None
         if store is not None:
             from tinychat.chats.keeper import Keeper
@@ -172,18 +192,17 @@ def _answer(
 
 def _loaded(model: str, o: dict[str, Any]) -> Any:
     """The model, of this machine or of a server."""
-    options = pick(o, LoadOptions.SETTINGS)
     if o["connector"] is not None:
-        return o["connector"](model, options, lambda what, done, total: None)
+        return o["connector"](model, o["load"], lambda what, done, total: None)
     from tinychat.loading import load
 
-    return load(model, **options, progress=partial(click.echo, err=True))
+    return load(model, **o["load"], progress=partial(click.echo, err=True))
 
 
 @contextmanager
 def _session(model: str, o: dict[str, Any], kv_policy: str | None) -> Iterator[Any]:
     with _loaded(model, o) as loaded:
-        session = loaded.session(o["system"], kv_policy=kv_policy, **pick(o, SamplingParams.SETTINGS))
+        session = loaded.session(o["system"], kv_policy=kv_policy, **o["sampling"])
         if loaded.template is None:
             click.echo(
                 "This model has no chat template: it continues your text instead of answering.", err=True
@@ -197,11 +216,6 @@ def _close(keeper: Keeper) -> bool:
     if lost:
         click.echo(lost, err=True)
     return bool(lost)
-
-
-def given(name: str) -> bool:
-    """Whether that parameter of the running command was on the command line."""
-    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _print(session: Any, events: Iterator[Event], o: dict[str, Any]) -> int:

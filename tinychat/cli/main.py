@@ -13,7 +13,7 @@ import click
 from tinychat import __version__
 from tinychat.base import errors, terminal
 from tinychat.base.characters import make_printable
-from tinychat.cli import chat, chats, doctor, models, reports, serve
+from tinychat.cli import chat, chats, doctor, models, preferred, reports, serve
 
 INTERRUPTED = 130
 
@@ -44,7 +44,7 @@ def cli() -> None:
     """Chat with a language model on your own machine."""
 
 
-groups = (chat, serve, chats, models, reports, doctor)
+groups = (chat, serve, chats, models, reports, doctor, preferred)
 for command in (c for group in groups for c in group.commands):
     cli.add_command(command)
 

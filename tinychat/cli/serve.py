@@ -10,8 +10,9 @@ import click
 
 from tinychat.base import locations
 from tinychat.base.errors import UsageError
-from tinychat.base.load_options import LoadOptions
-from tinychat.cli.options import DEFAULT_MODEL, answering_options, complete_models, loading_options, pick
+from tinychat.base.preferences import Preferences
+from tinychat.cli.options import DEFAULT_MODEL, answering_options, complete_models, loading_options
+from tinychat.cli.preferred import load_options
 
 if TYPE_CHECKING:
     from tinychat.model import Model
@@ -71,13 +72,16 @@ def serve(model: str | None, others: tuple[str, ...], **o: Any) -> None:
     It listens on this machine only (http://127.0.0.1:8080/v1), unless --host says otherwise; then clients
     must send the key. docs/serve.md says how to point other programs at it.
     """
-    names = list(dict.fromkeys([*([model] if model else []), *others])) or [DEFAULT_MODEL]
+    preferences = Preferences.read()
+    names = list(dict.fromkeys([*([model] if model else []), *others]))
+    names = names or [preferences.model or DEFAULT_MODEL]
     from tinychat.serve.limits import Limits
     from tinychat.serve.rack import served_name
     from tinychat.serve.server import Address, listen
     from tinychat.serve.server import serve as run
 
-    loads = {served_name(name): partial(_load, name, o) for name in names}
+    options = {name: load_options(preferences.of(name), o) for name in names}
+    loads = {served_name(name): partial(_load, name, options[name]) for name in names}
     if len(loads) < len(names):
         raise UsageError("Two models would be served under one name.", "Give each of them once.")
     limits = Limits(parallel=o["parallel"])
@@ -95,11 +99,11 @@ def serve(model: str | None, others: tuple[str, ...], **o: Any) -> None:
     )
 
 
-def _load(name: str, o: dict[str, Any]) -> Model:
+def _load(name: str, options: dict[str, Any]) -> Model:
     from tinychat.loading import load
 
     click.echo(f"Loading {name}.", err=True)
-    return load(name, **pick(o, LoadOptions.SETTINGS), progress=partial(click.echo, err=True))
+    return load(name, **options, progress=partial(click.echo, err=True))
 
 
 commands = [serve]

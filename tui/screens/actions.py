@@ -298,6 +298,14 @@ class ChatActions(Hearing):
     def command_stats(self, rest: str) -> None:
         self.action_stats()
 
+    def command_default(self, rest: str) -> None:
+        chat, path = self.conversation.chat, self.app.preferences.path
+        try:
+            self.app.preferences.keep_chat(self.model, chat.system, SamplingParams.sound(chat.params))
+        except OSError as e:
+            raise TinychatError(f"{path} cannot be written: {e.strerror}.", "Make room, or mend it.") from e
+        self.say(f"New chats begin like this one: {path}")
+
     def command_theme(self, rest: str) -> None:
         names = {**SHORT_NAMES, **{name: name for name in self.app.available_themes}}
         if rest and rest not in names:

@@ -109,7 +109,7 @@ class ChatParts(Surface, Screen[None]):
 
     def name_window(self) -> None:
         """The chat's title, and whether it is being answered, where a terminal shows the name of a window."""
-        title = self.conversation.chat.title
+        title = "" if self.app.store.in_memory else self.conversation.chat.title  # terminals may keep it
         self.app.name_window(f"{'● ' if self.answering else ''}{title + ' · ' if title else ''}tinychat")
 
     def complain(self, e: TinychatError) -> None:
