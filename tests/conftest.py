@@ -18,7 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Truths that tests compare with and that tinychat itself can do without. Where one is not installed, what
 # needs it skips, names it and is counted.
-TRUTHS = tuple(name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None)
+TRUTHS = tuple(
+    name for name in ("torch", "transformers", "jsonschema") if importlib.util.find_spec(name) is None
+)
 
 
 @pytest.hookimpl(wrapper=True)

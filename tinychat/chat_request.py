@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.base.events import Done, Event
 from tinychat.base.sampling_params import SamplingParams
+from tinychat.engine.guide import Guide, guide_for
 from tinychat.text.oversized import refuse_oversized
+from tinychat.text.response_format import Form
 
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
@@ -33,6 +35,9 @@ class ChatRequest:
     tools     that the model may call, in OpenAI's form, checked by `tools.tools`
     tool_choice  "auto", "none", "required", or the name of the tool that must be called
     parallel_tool_calls  whether an answer may have several calls
+    form      what the answer is held to, after a thought if there is one (`response_format`)
+    think     whether the model reasons first, and
+    effort    how much: where the template knows these; None is the model's own
     """
 
     messages: list[dict[str, Any]]
@@ -41,6 +46,9 @@ class ChatRequest:
     tools: list[dict[str, Any]] = field(default_factory=list)
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
+    form: Form | None = None
+    think: bool | None = None
+    effort: str | None = None
 
     def events(self, model: ChatModel, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """The answer, as a session yields one: TextDelta, Notice and Reading, and Done last; and
@@ -53,8 +61,9 @@ class ChatRequest:
         refuse_oversized(model.tokenizer, list(self._texts()), model.n_ctx, model.eviction() is not None)
         text, ids = self._read(model)
         splitter = None if model.template is None else model.template.splitter(text)
-        written = partial(self._written, model, text, ids)
-        return made(model, ids, self, cancel, speculator, splitter, written, self._caller(model))
+        written, caller = partial(self._written, model, text, ids), self._caller(model)
+        guide = guide_for(model.tokenizer, model.template, splitter, self.form, self.params.think_budget)
+        return made(model, ids, self, cancel, speculator, splitter, written, caller, guide)
 
     def prompt(self, model: ChatModel) -> list[int]:
         """The ids that the model reads. Raises UsageError where the template refuses the messages."""
@@ -87,10 +96,11 @@ class ChatRequest:
         if template is None:
             text = "".join(m["content"] for m in self.messages)
             return text, model.encode_prompt(text)
+        switches = template.switches(self.think, self.effort)
         if self.tools or any(m["role"] == "tool" or "tool_calls" in m for m in self.messages):
-            text = template.tools.render(self.messages, self._callable)
+            text = template.tools.render(self.messages, self._callable, **switches)
         else:
-            text = template.render(self.messages)
+            text = template.render(self.messages, **switches)
         if known := model.known.find(text):
             last = known.ids[-1]
             return text, [*known.ids, *template.encode(text[known.characters :], after=last)]
@@ -120,6 +130,7 @@ def made(
     splitter: Splitter | None = None,
     written: Callable[[Done], list[Known]] = lambda done: [],
     caller: Caller | None = None,
+    guide: Guide | None = None,
 ) -> Generator[Event, None, None]:
     """The events of an answer to ids, on a branch that has as much of them as is kept.
 
@@ -127,7 +138,7 @@ def made(
     UsageError at once if the ids do not fit the context.
     """
     model.engine.check_prompt(ids, model.eviction() is not None)
-    return _made(model, ids, request, cancel, speculator, splitter, written, caller)
+    return _made(model, ids, request, cancel, speculator, splitter, written, caller, guide)
 
 
 def _made(
@@ -139,9 +150,11 @@ def _made(
     splitter: Splitter | None,
     written: Callable[[Done], list[Known]],
     caller: Caller | None,
+    guide: Guide | None,
 ) -> Generator[Event, None, None]:
     branch = model.engine.branch(model.eviction()) if model.shelf is None else model.shelf.take(ids)
-    events = model.engine.generate(branch, ids, request.params, cancel, speculator, splitter, caller=caller)
+    params, generate = request.params, model.engine.generate
+    events = generate(branch, ids, params, cancel, speculator, splitter, caller=caller, guide=guide)
     texts: list[Known] = []
     done: Done | None = None
     try:

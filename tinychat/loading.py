@@ -60,6 +60,8 @@ def load(
     loaded.eviction(options.kv_budget, options.kv_policy)  # refuse what cannot work now, not in mid-chat
     if options.think is not None:
         loaded.think(options.think)
+    if options.effort is not None:
+        loaded.effort(options.effort)
     return loaded
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 import numpy as np
 
 from tinychat.backends.interface import BLOCK, Backend
-from tinychat.base import arguments, tools
+from tinychat.base import arguments
+from tinychat.base import tools as checked_tools
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.base.events import Completion, Done, Event
 from tinychat.base.load_options import LoadOptions
@@ -22,8 +23,11 @@ from tinychat.engine.memory.sizes import memory_bytes, tokens_within
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.session import Session
+from tinychat.text import grammar
 from tinychat.text.known_text import KnownText
 from tinychat.text.oversized import refuse_oversized
+from tinychat.text.response_format import Form
+from tinychat.text.response_format import response_format as response_format_of
 from tinychat.text.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -114,6 +118,12 @@ class Model:
         if self.template is None:
             raise UsageError(f"{self.name} has no chat template.", "Leave out --think and --no-think.")
         self.template.think(on)
+
+    def effort(self, level: str) -> None:
+        """How much to reason before answering. Raises UsageError where the template has no levels."""
+        if self.template is None:
+            raise UsageError(f"{self.name} has no chat template.", "Leave out --effort.")
+        self.template.effort(level)
 
     @property
     def n_ctx(self) -> int:
@@ -223,7 +233,7 @@ class Model:
         template continues their text.
 
         stream: the answer's events, while it is being made, in place of the whole. options: sampling
-        parameters, `draft` as in `load`, and of tools: `tools` (functions, or schemas as OpenAI's API has
+        parameters, those of `request`, and of tools: `tools` (functions, or schemas as OpenAI's API has
         them), `tool_choice` ("auto", "none", "required", or a name) and `parallel_tool_calls`.
         """
         arguments.flag("stream", stream)
@@ -235,16 +245,40 @@ class Model:
                 return event.completion
         raise AssertionError("a generation ends with Done")
 
-    def request(self, messages: str | Iterable[Mapping[str, Any]], **options: Any) -> ChatRequest:
-        """What `chat` asks for, checked. Raises UsageError."""
-        messages, draft = arguments.messages(messages), options.pop("draft", None)
-        given = tools.tools(options.pop("tools", None))
-        choice = tools.tool_choice(options.pop("tool_choice", "auto"), given)
-        several = arguments.flag("parallel_tool_calls", options.pop("parallel_tool_calls", True))
+    def request(
+        self,
+        messages: str | Iterable[Mapping[str, Any]],
+        *,
+        draft: str | None = None,
+        response_format: Mapping[str, Any] | Form | None = None,
+        think: bool | None = None,
+        effort: str | None = None,
+        tools: Any = None,
+        tool_choice: Any = "auto",
+        parallel_tool_calls: bool = True,
+        **sampling: Any,
+    ) -> ChatRequest:
+        """What `chat` asks for, checked. Raises UsageError.
+
+        draft: as in `load`. response_format: what the answer is held to: `{"type": "json_schema",
+        "json_schema": {"schema": …}}`, `{"type": "json_object"}`, `{"type": "regex", "pattern": …}`,
+        `{"type": "choice", "choices": […]}` or `{"type": "grammar", "grammar": …}`. think: whether to reason
+        before answering, effort: how much, where the chat template knows these.
+        """
+        messages, form = arguments.messages(messages), response_format_of(response_format)
+        given = checked_tools.tools(tools)
+        choice = checked_tools.tool_choice(tool_choice, given)
+        several = arguments.flag("parallel_tool_calls", parallel_tool_calls)
         if given and self.template is None:
             raise UsageError(f"{self.name} has no chat template, and knows no tools.", "Choose a chat model.")
-        params = self.default_sampling.but(**options)
-        return ChatRequest(messages, params, draft, given, choice, several)
+        params = self.default_sampling.but(**sampling)
+        if (think is not None or effort is not None) and self.template is not None:
+            self.template.switches(think, effort)
+        elif think is not None or effort is not None:
+            raise UsageError(f"{self.name} has no chat template.", "Leave out think and effort.")
+        if form is not None:
+            grammar.matcher(form, self.tokenizer)  # says now what is wrong with it
+        return ChatRequest(messages, params, draft, given, choice, several, form, think, effort)
 
     def session(self, system: str | None = None, **sampling: Any) -> Session:
         """A conversation with a memory. `draft`, `kv_budget` and `kv_policy` as in `load`; sampling

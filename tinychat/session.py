@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,15 @@ from tinychat.base.events import Done, Event, TextDelta
 from tinychat.conversation import Message
 from tinychat.dialogue import Dialogue, Segments
 from tinychat.engine.eviction import SMALLEST
-from tinychat.engine.generation import NOTHING, Begun
+from tinychat.engine.guide import Guide, guide_for
 from tinychat.engine.memory.branch import common_prefix
 from tinychat.engine.sampling import SamplingParams
+from tinychat.engine.wishes import NOTHING, Begun
+from tinychat.text import grammar
+from tinychat.text import response_format as formats
 from tinychat.text.oversized import refuse_oversized
 from tinychat.text.repeating import Circle
+from tinychat.text.response_format import Form
 from tinychat.text.stopping import cut_ids
 from tinychat.text.tokenizer import SOME_TEXT
 
@@ -43,6 +47,7 @@ class Session(Dialogue):
         draft: str | None = None,
         kv_budget: int | None = None,
         kv_policy: str | None = None,
+        response_format: Mapping[str, Any] | Form | None = None,
         **sampling: Any,
     ):
         if not hasattr(model, "engine"):
@@ -50,6 +55,9 @@ class Session(Dialogue):
         self.model = model
         self.ends_circles = False  # whether an answer that only repeats itself ends ("repeating")
         super().__init__(system, model.default_sampling.but(**sampling))
+        self._form: Form | None = None
+        self._guide: Guide | None = None  # of the last answer
+        self.response_format = response_format  # type: ignore[assignment]  # it takes more than it gives
         self.speculator = model.speculator(draft)
         self._eviction = model.eviction(kv_budget, kv_policy, chat=True)
         self._strict = bool(kv_budget or model.kv_budget)  # a budget was asked for
@@ -90,8 +98,10 @@ class Session(Dialogue):
         self._go_back([*prompt, *begun.ids])
         template = self.model.template
         splitter = template.splitter(segments[-1][0]) if template else None
+        guide = guide_for(self.model.tokenizer, template, splitter, self._form, params.think_budget)
+        self._guide = guide
         events = self.model.engine.generate(
-            self._branch, prompt, params, self._cancel, self.speculator, splitter, begun
+            self._branch, prompt, params, self._cancel, self.speculator, splitter, begun, guide=guide
         )
         return self._until_circle(events) if self.ends_circles else events
 
@@ -106,6 +116,25 @@ class Session(Dialogue):
                 completion = replace(event.completion, finish_reason="repeating")
                 event = Done("repeating", event.stats, completion)
             yield event
+
+    def end_thought(self) -> None:
+        """Have the running answer close its thought, if it is thinking, and begin the answer proper. May be
+        called from any thread.
+        """
+        if (guide := self._guide) is not None:
+            guide.hurried = True
+
+    @property
+    def response_format(self) -> Form | None:
+        """Form that the next answers are held to, as in `Model.request`; None: they are free."""
+        return self._form
+
+    @response_format.setter
+    def response_format(self, value: Mapping[str, Any] | Form | None) -> None:
+        form = formats.response_format(value)
+        if form is not None:
+            grammar.matcher(form, self.model.tokenizer)  # says now what is wrong with it
+        self._form = form
 
     def _cut_ids(self, ids: list[int], text: str) -> list[int]:
         return cut_ids(self.model.tokenizer, ids, text)

@@ -16,7 +16,7 @@ def says(monkeypatch: pytest.MonkeyPatch, model, *answers: str) -> None:
     ]
     begun: list[Generation] = []
 
-    def choose(self: Generation, row, drafted, q=None, before: Sequence[int] = ()) -> int:
+    def choose(self: Generation, row, drafted, q=None, before: Sequence[int] = (), guide=None) -> int:
         if self not in begun:
             begun.append(self)
         script = scripts[min(begun.index(self), len(scripts) - 1)]

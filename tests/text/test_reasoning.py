@@ -168,7 +168,7 @@ def model(request, monkeypatch):
     ) as m:
         m.script = "[THINK]hm stop[/THINK]Yes, stop.</s>"
 
-        def choose(generation, row, drafted, q=None, before=()):
+        def choose(generation, row, drafted, q=None, before=(), guide=None):
             at = len(generation.context) + len(before) - len(generation.prompt)
             return m.tokenizer.encode(m.script, special=True)[at]
 

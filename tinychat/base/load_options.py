@@ -76,6 +76,11 @@ class LoadOptions(Settings):
         None, group=ANSWER, help="Whether the model reasons before it answers.",
         about="Whether the model reasons before it answers, where its chat template has a switch for that.",
     ))
+    effort: str | None = setting(Choice(
+        None, ("low", "medium", "high"), ("none", "minimal", "xhigh", "max"), group=ANSWER,
+        help="How much the model reasons before it answers.",
+        about="How much the model reasons before it answers, where its chat template has levels for that.",
+    ))
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -28,6 +28,12 @@ class SamplingParams(Settings):
     max_tokens: int | None = setting(Whole(
         None, help="Tokens of the answer, at most.", hint="of an answer; empty: no limit",
     ))
+    think_budget: int | None = setting(Whole(
+        None, unit="tokens", help="Tokens of a thought, at most.",
+        hint="of a thought, which is closed then; empty: no limit",
+        about="Tokens of reasoning, at most: then the thought is closed as the chat template closes it, and "
+        "the answer begins.",
+    ))
     seed: int | None = setting(Whole(
         None, help="Same seed, same text.", hint="same seed, same text; empty: another each time",
     ))

@@ -29,13 +29,15 @@ from tinychat.cli.output import Printer, cancel_on_interrupt, describe
 from tinychat.cli.preferred import load_options
 from tinychat.cli.preferred import sampling_options as sampling_from
 from tinychat.cli.served import served, served_options
-from tinychat.cli.words import attached, gather, model_or_prompt
+from tinychat.cli.words import attached, gather, model_or_prompt, schema_of
 
 if TYPE_CHECKING:
     from tinychat.base.events import Event
     from tinychat.chats.chat_store import ChatStore
     from tinychat.chats.keeper import Keeper
     from tinychat.chats.records import Chat
+
+CUT = 5  # exit code: the answer was cut before it had the form that was asked for
 
 
 @click.command()
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 @click.option("--resume", type=CHAT_NUMBER, metavar="ID", help="Go on with chat ID (`tinychat chats`).")
 @click.option("--no-store", is_flag=True, help="Keep nothing of this conversation.")
 @click.option("--plain", is_flag=True, help="Line by line instead of the chat screen.")
+@click.option("--schema", metavar="FILE|JSON", help="Hold one answer to this JSON schema.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, finish_reason, stats.")
 @click.option("--stream-json", is_flag=True, help="One JSON object an event.")
 @click.option("-v", "--verbose", is_flag=True, help="Timings on stderr.")
@@ -91,8 +94,12 @@ def run(model: str | None, prompt: str | None, **o: Any) -> None:
     chat = _earlier(kept, o) if kept is not None and resumed else None
     if chat is not None and not named:
         model = chat.model
+    if o["schema"] is not None:
+        o["schema"] = schema_of(o["schema"], alone=text is not None)
     model, o["connector"] = served(model, o, named)
     _prefer(preferences, model, o, chat)
+    if o["schema"] is not None and o["connector"] is not None:
+        raise UsageError("--schema is for models of this machine.", "Leave out --schema, or --server.")
     if text is not None:
         sys.exit(_answer(model, text, attachments, kept, chat, o))
     assert kept is not None  # a conversation is
@@ -185,6 +192,7 @@ def _answer(
             from tinychat.chats.keeper import Keeper
 
             keeper = Keeper(store, session, chat)
+        session.response_format = o["schema"]
         events = session.send(text, attachments=attachments)
         code = _print(session, keeper.follow(session, events) if keeper else events, o)
         return code or int(keeper is not None and _close(keeper))
@@ -254,6 +262,9 @@ def _print(session: Any, events: Iterator[Event], o: dict[str, Any]) -> int:
         click.echo(f"The context of {session.model.n_ctx} tokens is full.", err=True)
     if o["verbose"]:
         click.echo(describe(done.stats), err=True)
+    if o["schema"] is not None and done.finish_reason in ("length", "context_full"):
+        click.echo("The answer was cut before it was complete: it is no valid JSON.", err=True)
+        return CUT
     return 130 if interrupted else 0
 
 

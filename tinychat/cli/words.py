@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from tinychat.base.errors import UsageError
 from tinychat.base.files import MAX_TEXT, read_prose
 from tinychat.cli.options import DEFAULT_MODEL
 from tinychat.process.address import split_name
+
+if TYPE_CHECKING:
+    from tinychat.text.response_format import Form
 
 PATIENCE = 1.0  # seconds until it is said that stdin is being waited for
 
@@ -49,6 +53,20 @@ def model_or_prompt(word: str, resumed: bool, served: bool = False) -> tuple[str
 def attached(files: tuple[Path, ...]) -> list[dict[str, str]]:
     """Text files as attachments. Raises UsageError for what is none."""
     return [{"name": whole(f.name), "text": read_prose(f)} for f in files]
+
+
+def schema_of(given: str, alone: bool) -> Form:
+    """The JSON schema that was given, as such or as the name of a file; alone: whether it is for one answer.
+
+    Raises UsageError.
+    """
+    from tinychat.text.response_format import of_schema
+
+    if not alone:
+        raise UsageError(
+            "--schema is for one answer.", 'Give a prompt: tinychat run MODEL "…" --schema FILE.'
+        )
+    return of_schema(given if given.lstrip()[:1] in ("{", "[") else read_prose(Path(given)))
 
 
 def gather(prompt: str | None, files: tuple[Path, ...] = ()) -> str | None:

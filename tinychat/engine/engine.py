@@ -17,7 +17,8 @@ from tinychat.base.claims import Claim
 from tinychat.base.errors import UsageError
 from tinychat.base.events import Done, Event
 from tinychat.engine.eviction import EvictionPolicy
-from tinychat.engine.generation import NOTHING, Begun, Generation, Room, Wish
+from tinychat.engine.generation import Generation
+from tinychat.engine.guide import Guide
 from tinychat.engine.memory.memories import Memories
 from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
 from tinychat.engine.owned import OwnedBranch
@@ -25,6 +26,7 @@ from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.scheduler import Rows, Scheduler
 from tinychat.engine.speculation.speculator import Speculator
 from tinychat.engine.step import Part, run_step
+from tinychat.engine.wishes import NOTHING, Begun, Room, Wish
 from tinychat.text.calls.caller import Caller
 from tinychat.text.reasoning import Splitter
 from tinychat.text.tokenizer import Tokenizer
@@ -228,15 +230,17 @@ class Engine:
         splitter: Splitter | None = None,
         begun: Begun = NOTHING,
         caller: Caller | None = None,
+        guide: Guide | None = None,
     ) -> Generator[Event, None, None]:
         """Continue `prompt` on `branch`. Yields TextDelta for each token, and Done last.
 
         speculator: drafts tokens that are verified several at a time; the text is the same without it.
         splitter: tells reasoning from the answer; without it all is the answer. caller: finds calls of tools.
+        guide: says which tokens may come, and which ones have to.
         begun: an answer to the prompt that goes on; only what is new of it is said.
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
-        going = self.going(branch, prompt, params, cancel, speculator, splitter, begun, caller)
+        going = self.going(branch, prompt, params, cancel, speculator, splitter, begun, caller, guide)
         return self._served(branch, going)
 
     def going(
@@ -249,12 +253,13 @@ class Engine:
         splitter: Splitter | None = None,
         begun: Begun = NOTHING,
         caller: Caller | None = None,
+        guide: Guide | None = None,
     ) -> Generator[Event | Wish, None, None]:
         """The same, for a caller who sees to what it wants in between (`Generation.events`)."""
         self.check_prompt([*prompt, *begun.ids], branch.ledger is not None)
         cancel, speculator = cancel or threading.Event(), speculator or Speculator()
         generation = Generation(
-            self, branch, list(prompt), params, cancel, speculator, splitter, begun, caller
+            self, branch, list(prompt), params, cancel, speculator, splitter, begun, caller, guide
         )
         return self._claimed(branch, generation.events())
 

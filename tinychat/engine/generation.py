@@ -11,68 +11,30 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK, Backend
+from tinychat.backends.interface import BLOCK
 from tinychat.base.events import Completion, Done, Event, FinishReason, Notice, Reading, Stats, TextDelta
 from tinychat.base.machine import peak_rss
 from tinychat.engine.eviction import Votes
+from tinychat.engine.guide import Guide
 from tinychat.engine.memory.pool import PoolExhaustedError
 from tinychat.engine.owned import OwnedBranch
-from tinychat.engine.sampling import SamplingParams, choose_seed, greedy, sample
+from tinychat.engine.sampling import SamplingParams, choose_seed, greedy, masked, sample
 from tinychat.engine.scheduler import Rows
 from tinychat.engine.speculation import Draft
 from tinychat.engine.speculation.acceptance import rejection
+from tinychat.engine.speculation.control import MAX_DRAFT
 from tinychat.engine.speculation.speculator import Speculator
+from tinychat.engine.wishes import NOTHING, Begun, Home, Room, Wish
 from tinychat.text.calls.caller import Caller
 from tinychat.text.reasoning import Splitter
 from tinychat.text.stopping import Outlet, Said, cut_ids
-from tinychat.text.tokenizer import StreamDecoder, Tokenizer
-
-
-class Home(Protocol):
-    """Facts that a generation needs of the engine that it lives in."""
-
-    backend: Backend
-    tokenizer: Tokenizer
-    n_ctx: int
-    trained_context: int
-
-    def changing(self) -> AbstractContextManager[None]:
-        """Context for one change of branches."""
-        ...
-
-    def kv_bytes(self) -> int:
-        """Bytes of the KV pool that hold something."""
-        ...
-
-
-@dataclass(frozen=True)
-class Room:
-    """A sequence wants room for n tokens: others hold all the memory, or took what it had."""
-
-    branch: OwnedBranch
-    n: int
-    cancel: threading.Event
-
-
-Wish = Rows | Room
-
-
-@dataclass(frozen=True)
-class Begun:
-    """An answer that goes on: the ids of what it has, and what was said of it (`Completion.written`)."""
-
-    ids: Sequence[int] = ()
-    written: str = ""
-
-
-NOTHING = Begun()
+from tinychat.text.tokenizer import StreamDecoder
 
 
 class Generation:
@@ -89,6 +51,7 @@ class Generation:
         splitter: Splitter | None = None,
         begun: Begun = NOTHING,
         caller: Caller | None = None,
+        guide: Guide | None = None,
     ):
         self.engine, self.branch, self.speculator = engine, branch, speculator
         self.prompt, self.cancel = [*prompt, *begun.ids], cancel  # what is read first
@@ -100,6 +63,7 @@ class Generation:
         self.shown = caller.shown if caller else frozenset[int]()
         self.decoder = StreamDecoder(engine.tokenizer, continued=True, shown=self.shown)
         self.outlet = Outlet(params.stop, splitter, caller)
+        self.guide = guide
         self.seed = choose_seed(params)
         self.seen: set[int] = set()  # the first n_seen of the context, where they are penalized
         self.n_seen = 0
@@ -119,6 +83,8 @@ class Generation:
         or a stop string, though it was said when the answer ended there: it is not said again.
         """
         for i, token in enumerate(begun.ids, 1):
+            if self.guide is not None and self.guide.push(token):
+                self.outlet.answers()
             said = self.outlet.push(self.decoder.push(token))
             self._write(said)
             if said.reasoning or self.outlet.thinking:
@@ -158,13 +124,17 @@ class Generation:
                 break
             self.ids.append(token)
             self.context.append(token)
+            if self.guide is not None and self.guide.push(token):
+                self.outlet.answers()
             thinking = self.outlet.thinking
             yield from self._deltas(self.outlet.push(self.decoder.push(token)), token)
             if thinking or self.outlet.thinking:
                 self.stats.reasoning_tokens = len(self.ids)
-            if self.outlet.stopped or self.outlet.called:
+            if self.outlet.stopped or self.outlet.called or (self.guide is not None and self.guide.finished):
                 reason = "stop"
                 break
+            if self.guide is not None and self.guide.over:
+                self.guide = None
             if self.cancel.is_set() and self._may_continue():
                 reason = "cancelled"
                 break
@@ -202,10 +172,11 @@ class Generation:
             if self.params.max_tokens is not None:
                 room = min(room, self.params.max_tokens - self.generated - 1)
             room = min(room, self.engine.backend.max_rows - 1)
-            draft = self.speculator.propose(self.context, room, self.params, self.seed)
+            draft = self._draft(room)
             window = [self.context[-1], *draft.tokens]
             held = len(self.context) - 1
             rows = Rows(self.branch, window, 0, self.params, partial(self._verify, draft), held=held)
+            rows.masked = self._masks
             try:
                 yield rows
             except PoolExhaustedError:
@@ -214,7 +185,7 @@ class Generation:
                 continue
             decided = self._decided
             kept = len(decided) - 1
-            if not rows.shared:  # with a prompt's chunk: its time says nothing of what drafts cost
+            if not rows.shared and not draft.forced:  # its time says nothing of what drafts cost otherwise
                 self.speculator.note(kept, rows.seconds)
             self.stats.drafted_tokens += len(draft.tokens)
             self.stats.accepted_tokens += kept
@@ -222,6 +193,20 @@ class Generation:
             self.decided += len(decided)
             return decided
         return []
+
+    def _draft(self, room: int) -> Draft:
+        """Guesses for the next window: what has to come, or else what somebody drafts."""
+        guide = self.guide
+        if guide is not None:
+            if guide.hurried:
+                guide.hurry()
+            if self.speculator.drafter is not None and (due := guide.forced(min(room, MAX_DRAFT))):
+                return Draft(due, forced=True)
+        return self.speculator.propose(self.context, room, self.params, self.seed, guide)
+
+    @property
+    def _masks(self) -> bool:
+        return self.guide is not None and self.guide.reads
 
     def _take_notices(self) -> Iterator[Notice]:
         if self._given_up and self.branch.ledger and not self.evicted_before:
@@ -258,12 +243,18 @@ class Generation:
         them all. Returns how many that are: as many of its rows stay.
         """
         decided: list[int] = []
+        guide = self.guide
         for i, row in enumerate(out):
             drafted = draft.tokens[i] if i < len(draft.tokens) else None
             q = draft.distributions[i] if drafted is not None and draft.distributions else None
-            decided.append(self._choose(row, drafted, q, decided))
+            decided.append(self._choose(row, drafted, q, decided, guide))
             if decided[-1] != drafted or drafted in self.engine.tokenizer.eos_ids:
                 break
+            if guide is not None:  # the answer's own goes on when these are given out
+                guide = guide.fork() if guide is self.guide else guide
+                guide.push(drafted)
+                if guide.finished:
+                    break
         self._decided = decided
         return len(decided)
 
@@ -384,6 +375,7 @@ class Generation:
         rows = Rows(self.branch, ids, len(ids) - last, self.params, prompt=True, held=at, room=end - at)
         rows.votes_from = votes_from - at
         if last:
+            rows.masked = self._masks
             rows.take = partial(self._begin, len(ids))
             rows.then = partial(self._was_read, again)
         if not again:
@@ -398,12 +390,22 @@ class Generation:
 
     def _begin(self, n: int, out: Sequence[Any]) -> int:
         """The first token, from the logits of the prompt's last. All n rows stay."""
-        self._decided = [self._choose(out[0], None)]
+        again = self.context[len(self.prompt) :]  # the answer is there, and its prompt is read once more
+        self._decided = [again[0] if again else self._choose(out[0], None, guide=self.guide)]
         return n
 
-    def _choose(self, row, drafted: int | None, q=None, before: Sequence[int] = ()) -> int:
-        """The token that follows the context and `before`, from its row of logits (or its argmax)."""
-        if self.params.greedy:
+    def _choose(
+        self, row, drafted: int | None, q=None, before: Sequence[int] = (), guide: Guide | None = None
+    ) -> int:
+        """The token that follows the context and `before`, from its row of logits (or its argmax), where
+        `guide` is.
+        """
+        due = guide.next() if guide is not None else None
+        if isinstance(due, int):
+            return due
+        if due is not None:
+            row = masked(row, due)
+        elif self.params.greedy:
             return greedy(row)
         position = len(self.context) + len(before)
         seen = None

@@ -76,7 +76,11 @@ def _order(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _filtered(ids: np.ndarray, x: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-    """Logits that top-p and min-p leave of x, best first. Each takes a beginning; the shorter one counts."""
+    """Logits that top-p and min-p leave of x, best first. Each takes a beginning; the shorter one counts.
+    What is minus infinity (`masked`) is left out first.
+    """
+    n = int(np.count_nonzero(x > -np.inf))
+    ids, x = ids[:n], x[:n]
     odds = _odds(x, params)
     return _first(min(_nucleus(odds, params, odds.sum()), _likely(odds, params)), ids, odds)
 
@@ -102,6 +106,27 @@ def _likely(odds: np.ndarray, params: SamplingParams) -> int:
 
 def _first(n: int, ids: np.ndarray, odds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids[:n], odds[:n] / odds[:n].sum()
+
+
+def masked(row: np.ndarray | LargestLogits, allowed: np.ndarray) -> np.ndarray | LargestLogits:
+    """A row of logits in which only some tokens are left: bool [≤ vocab], which of the first. The others are
+    minus infinity, or missing among the largest. Raises CheckpointError for a row that has no largest.
+    """
+    if isinstance(row, LargestLogits):
+        if len(row.ids):
+            _check_finite(row.values[0])
+        known = row.ids < len(allowed)
+        known[known] = allowed[row.ids[known]]
+        n = int(np.count_nonzero(allowed))
+        return LargestLogits(row.ids[known], row.values[known], n, 0.0, lambda: _masked(row.whole(), allowed))
+    return _masked(row, allowed)
+
+
+def _masked(row: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    _check_finite(row.max())
+    out = np.full_like(row, -np.inf)
+    np.copyto(out[: len(allowed)], row[: len(allowed)], where=allowed[: len(row)])
+    return out
 
 
 def largest_suffice(params: SamplingParams) -> bool:

@@ -39,6 +39,7 @@ class Rows:
     logits_from  rows from this one on get logits
     params       how tokens are chosen from these. Then the rows may be what suffices for that: ids where it
                  is greedy, or `LargestLogits`
+    masked       whether some tokens may be ruled out: then no id suffices
     take         is given the rows of logits, and says how many of the tokens stay in the branch. It may be
                  called by any thread, and again after an interrupt; the rows hold until it returns. Of a
                  prompt it is called with the last token
@@ -63,6 +64,7 @@ class Rows:
     held: int | None = None
     room: int | None = None
     cancel: threading.Event | None = None
+    masked: bool = False
 
     ran: int = 0
     done: bool = False

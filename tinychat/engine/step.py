@@ -37,7 +37,7 @@ class Part:
     @property
     def greedy(self) -> bool:
         """Whether ids are all that it takes."""
-        return self.rows.params is not None and self.rows.params.greedy
+        return self.rows.params is not None and self.rows.params.greedy and not self.rows.masked
 
     def voting(self) -> AbstractContextManager[None]:
         """While votes are added where they stay: where that fails, the branch is given up."""

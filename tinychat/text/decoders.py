@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import functools
 import json
 import re
@@ -104,6 +105,15 @@ class Joiner:
         if continued:
             for step in self._whole:
                 step.continued()
+
+    def fork(self) -> Joiner:
+        """Another one at the same place, which goes on by itself."""
+        other = copy.copy(self)
+        other._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        other._utf8.setstate(self._utf8.getstate())
+        other._run = bytearray(self._run)
+        other._whole = [copy.copy(step) for step in self._whole]
+        return other
 
     def push(self, piece: bytes | int | str) -> str:
         if isinstance(piece, bytes):

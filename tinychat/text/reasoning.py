@@ -7,9 +7,10 @@ and answer are read from it. Markers count at the beginning only: an answer may 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Set
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Tags(NamedTuple):
@@ -83,6 +84,11 @@ def tags_in(vocabulary: Set[str]) -> tuple[Tags, ...]:
     return (*TAGS, *found)
 
 
+def opens(text: str, tags: tuple[Tags, ...]) -> bool:
+    """Whether a token's text begins a thought, or the naming of a channel."""
+    return text == CHANNEL or any(t.start == text for t in tags if not t.phrase)
+
+
 def markers_in(vocabulary: Set[str]) -> Set[str]:
     """The tokens of a vocabulary that mark reasoning: they are text even where they are control tokens, for
     without them reasoning would run into the answer.
@@ -116,8 +122,10 @@ class Splitter:
         before = prompt[-200:].rstrip()
         opened = next((t for t in self._tags if before.endswith(t.start)), None)
         self.thinking = opened is not None or before.endswith(f"{CHANNEL}analysis{MESSAGE}")
+        self._closed = any(before.endswith(t.end) for t in self._tags)  # a thought, by the template
         self._now = opened
         self._held = ""
+        self._gap = 0  # characters of that before the answer, where somebody said that it begins
         self._fresh = True  # at the beginning of reasoning or answer, where line breaks say nothing
         self._said = {"reasoning": False, "answer": False}
         self._step = self._thought if opened else self._body if self.thinking else self._beginning
@@ -136,6 +144,50 @@ class Splitter:
     def fresh(self) -> bool:
         """Whether nothing of the answer has come yet, as far as one can tell."""
         return not self.thinking and not self._said["answer"] and not self._held.strip()
+
+    @property
+    def place(self) -> Literal["beginning", "thought", "header", "gap", "answer"]:
+        """Where the stream is: before anything was decided, in a thought, where a channel is named, between
+        a thought and what follows, in the answer.
+        """
+        if self.thinking:
+            return "thought"
+        if self._step == self._beginning:
+            return "header" if self._held.strip() else "answer" if self._closed else "beginning"
+        if self._step == self._header:
+            return "header"
+        return "gap" if self._step == self._after else "answer"
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing but the answer can follow."""
+        return self._step in (self._plain, self._answering)
+
+    @property
+    def at_line_start(self) -> bool:
+        """Whether the last character of what is being thought ends a line."""
+        return self.thinking and self._held.endswith("\n")
+
+    @property
+    def gap(self) -> str:
+        """White space that was written since a thought ended."""
+        return self._held if self._step == self._after else ""
+
+    @property
+    def end(self) -> str:
+        """What ends the thought that is open, or ended the last one; "" where channels do."""
+        return self._now.end if self._now is not None else ""
+
+    def answers(self) -> None:
+        """What comes from here on is the answer, whatever it looks like."""
+        self._gap, self.thinking, self._step = len(self._held), False, self._answering
+
+    def fork(self) -> Splitter:
+        """Another one at the same place, which goes on by itself."""
+        other = copy.copy(self)
+        other._said = dict(self._said)
+        other._step = getattr(other, self._step.__name__)
+        return other
 
     def push(self, written: str) -> list[Piece]:
         """The pieces that are certain now."""
@@ -213,6 +265,10 @@ class Splitter:
         elif self._until(out, "answer", self._now.answer_end) is not None:
             self._take(out, "marker", len(self._now.answer_end))
             self._step = self._plain
+
+    def _answering(self, out: list[Piece]) -> None:
+        self._take(out, "marker", self._gap)
+        self._step = self._plain
 
     def _plain(self, out: list[Piece]) -> None:
         self._take(out, "answer", len(self._held))

@@ -111,6 +111,11 @@ class Outlet:
         """Whether all the calls have come that there may be."""
         return self.caller is not None and self.caller.enough
 
+    def answers(self) -> None:
+        """What comes from here on is the answer, whatever it looks like."""
+        if self.splitter is not None:
+            self.splitter.answers()
+
     def push(self, written: str) -> Said:
         """More of the stream."""
         if self.caller is not None:

@@ -7,18 +7,31 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from tinychat.base import arguments
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.text import rendering
 from tinychat.text.chat_templates import DEFAULT, TOOLS
 from tinychat.text.markers import Markers, reveal
-from tinychat.text.reasoning import Splitter, pieces_of, split_thought, tags_in
+from tinychat.text.reasoning import (
+    CHANNEL,
+    END,
+    MESSAGE,
+    START,
+    Splitter,
+    opens,
+    pieces_of,
+    split_thought,
+    tags_in,
+)
 from tinychat.text.tool_template import ToolTemplate
 
 if TYPE_CHECKING:
     from tinychat.text.tokenizer import Tokenizer
 
 SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch: Qwen3 and SmolLM3, Granite
+EFFORT, EFFORTS = "reasoning_effort", ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what messages call it; the first has precedence
+LONGEST_CLOSING = 200
 
 
 class ChatTemplate:
@@ -42,12 +55,35 @@ class ChatTemplate:
 
     def think(self, on: bool) -> None:
         """Whether the model reasons before it answers. Raises UsageError where the template has no switch."""
-        named = [name for name in SWITCHES if re.search(rf"\b{name}\b", self.source)]
-        if not named:
-            raise UsageError(
-                "The model's chat template has no switch for reasoning.", "Leave out --think and --no-think."
-            )
-        self._settings = dict.fromkeys(named, on)
+        self._settings |= self.switches(think=on)
+
+    def effort(self, level: str) -> None:
+        """How much the model reasons first. Raises UsageError where the template has no levels."""
+        self._settings |= self.switches(effort=level)
+
+    def switches(self, think: bool | None = None, effort: str | None = None) -> dict[str, Any]:
+        """What `render` has to be given for that; nothing where they are None. Raises UsageError where the
+        template does not know it.
+        """
+        found: dict[str, Any] = {}
+        if think is not None:
+            arguments.flag("think", think)
+            named = [name for name in SWITCHES if re.search(rf"\b{name}\b", self.source)]
+            if not named:
+                raise UsageError(
+                    "The model's chat template has no switch for reasoning.",
+                    "Leave out --think and --no-think.",
+                )
+            found |= dict.fromkeys(named, think)
+        if effort is not None:
+            arguments.choice("effort", effort, EFFORTS, f"Use one of {', '.join(EFFORTS)}.")
+            if not re.search(rf"\b{EFFORT}\b", self.source):
+                raise UsageError(
+                    "The model's chat template has no levels of effort.",
+                    "Leave it out; --think-budget bounds what any model thinks.",
+                )
+            found[EFFORT] = effort
+        return found
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
         """The prompt's text, with guards in place of markers that messages spell (`markers.reveal`).
@@ -75,6 +111,40 @@ class ChatTemplate:
     def splitter(self, text: str) -> Splitter:
         """Tells reasoning from the answer in what a model writes behind rendered text."""
         return Splitter(text, self.source, self._tags)
+
+    @functools.cached_property
+    def openers(self) -> frozenset[int]:
+        """The tokens with which a model of this template may begin a thought of its own accord."""
+        known = "\n".join(self.sources.values())
+        markers = self.tokenizer.markers.items()
+        return frozenset(i for i, text in markers if text in known and opens(text, self._tags))
+
+    @property
+    def thinks(self) -> bool:
+        """Whether a model of this template may think of its own accord."""
+        phrases = (t.start for t in self._tags if t.phrase)
+        return bool(self.openers) or any(start in self.source for start in phrases)
+
+    def closing(self, end: str) -> str:
+        """What stands between a thought, which `end` ends, and the answer; "": where channels do."""
+        written = self._between
+        if end:
+            return written if end in written else f"\n{end}\n\n"
+        return written if written.startswith(END) else f"{END}{START}assistant{CHANNEL}final{MESSAGE}"
+
+    @functools.cached_property
+    def _between(self) -> str:
+        """What the template itself writes between a thought and the answer; "": it leaves thoughts out."""
+        thought, answer = "Thinking aloud.", "Answering."
+        message = {"role": "assistant", "content": answer, **dict.fromkeys(REASONING, thought)}
+        try:
+            text = self.render([{"role": "user", "content": "?"}, message], False)
+        except TinychatError:  # some want more than that of a conversation
+            return ""
+        at = text.find(thought)
+        end = text.find(answer, at) if at >= 0 else -1
+        found = text[at + len(thought) : end] if end >= 0 else ""
+        return found if len(found) <= LONGEST_CLOSING else ""
 
     def answer(self, written: str, prompt: str) -> dict[str, Any]:
         """The message of what a model wrote behind `prompt`, for rendering: with its reasoning apart where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -255,6 +256,14 @@ class Tokenizer:
             return piece.encode()
         return b"" if piece is None else piece if isinstance(piece, bytes) else bytes([piece])
 
+    def text_bytes(self, token_id: int) -> bytes:
+        """The bytes of text that one token becomes in the middle of an answer."""
+        piece = self.piece(token_id)
+        if not isinstance(piece, str) or not self._decoding.whole:
+            return self.token_bytes(token_id)
+        joiner = Joiner(self._decoding, continued=True)
+        return (joiner.push(piece) + joiner.flush()).encode()
+
     def piece(self, token_id: int) -> bytes | int | str | None:
         """Piece of text that one token stands for (`Decoding.piece`); None outside the vocabulary."""
         try:
@@ -383,6 +392,12 @@ class StreamDecoder:
             return ""
         self._first = None
         return self._joiner.push(piece)
+
+    def fork(self) -> StreamDecoder:
+        """Another one at the same place, which goes on by itself."""
+        other = copy.copy(self)
+        other._joiner = self._joiner.fork()
+        return other
 
     def flush(self) -> str:
         """Text that was still held back at the end of the stream."""

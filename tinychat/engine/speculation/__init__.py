@@ -16,11 +16,12 @@ from tinychat.engine.sampling import SamplingParams
 @dataclass
 class Draft:
     """Guessed tokens. `distributions[i]`: (ids, probabilities) that token i was drawn from; empty: all on the
-    token.
+    token. forced: nothing else can come.
     """
 
     tokens: list[int]
     distributions: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    forced: bool = False
 
 
 class Drafter(Protocol):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tinychat.base.errors import TinychatError
+from tinychat.engine.guide import Guide
 from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.speculation import Draft, Drafter
 from tinychat.engine.speculation.control import Controller
@@ -35,8 +36,15 @@ class Speculator:
             except Exception as e:
                 self._drop(e)
 
-    def propose(self, context: Sequence[int], room: int, params: SamplingParams, seed: int) -> Draft:
-        """Guesses for what follows `context`, as many as pay, at most `room`."""
+    def propose(
+        self,
+        context: Sequence[int],
+        room: int,
+        params: SamplingParams,
+        seed: int,
+        guide: Guide | None = None,
+    ) -> Draft:
+        """Guesses for what follows `context`, as many as pay, at most `room`, none that `guide` refuses."""
         if self.drafter is None:
             return Draft([])
         began = time.perf_counter()
@@ -46,6 +54,9 @@ class Speculator:
         except Exception as e:
             self._drop(e)
             return Draft([])
+        if guide is not None and draft.tokens:
+            n = guide.fitting(draft.tokens)
+            draft = Draft(draft.tokens[:n], draft.distributions[:n])
         self._drafted, self._draft_s = len(draft.tokens), time.perf_counter() - began
         return draft
 

@@ -1,0 +1,179 @@
+"""Thoughts of bounded length, and answers of a form behind them, whatever the model would rather say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from speaker import HARMONY, OPENED, QWEN, saying, speaker
+
+from tinychat.base.errors import UsageError
+from tinychat.base.events import TextDelta
+
+YES_NO = {
+    "type": "json_schema",
+    "json_schema": {
+        "schema": {
+            "type": "object",
+            "properties": {"a": {"enum": ["yes", "no"]}},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
+    },
+}
+ENDLESS = "hm, hm, " * 100
+
+
+def thinker(opening="<think>\n", closing="</think>\n\n"):
+    """Thinks without end; once the thought is closed, it says "Well, yes."."""
+
+    def wish(said):
+        thought = opening + ENDLESS
+        if closing.strip() not in said:
+            return thought[len(said) :] if thought.startswith(said) else "h"
+        answer = "Well, yes."
+        told = said.partition(closing)[2]
+        return answer[len(told) :] if answer.startswith(told) else ""
+
+    return wish
+
+
+def channels(said):
+    analysis = "<|channel|>analysis<|message|>" + ENDLESS
+    if "final<|message|>" not in said:
+        return analysis[len(said) :] if analysis.startswith(said) else "h"
+    told = said.partition("final<|message|>")[2]
+    return "Well, yes."[len(told) :] if "Well, yes.".startswith(told) else ""
+
+
+CASES = {
+    "qwen": (QWEN, thinker(), "<think>\n"),
+    "opened": (OPENED, thinker(opening=""), ""),
+    "channels": (HARMONY, channels, "<|channel|>analysis<|message|>"),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request, monkeypatch):
+    template, wish, opening = request.param
+    with speaker(monkeypatch, template, wish) as model:
+        yield model, opening
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_a_thought_is_closed_at_its_budget_and_the_answer_begins(case, draft, temperature):
+    model, opening = case
+    settings = dict(draft=draft, temperature=temperature, seed=1, think_budget=30, max_tokens=200)
+    done = model.chat("Well?", **settings)
+    assert (done.text, done.finish_reason) == ("Well, yes.", "stop")
+    spent = len(model.tokenizer.encode(opening, special=True))
+    assert done.reasoning.rstrip() == ENDLESS[: 30 - spent].rstrip()
+    closing = "<|end|>" if model.template.source == HARMONY else "\n</think>"
+    assert done.stats.reasoning_tokens == 30 + len(model.tokenizer.encode(closing, special=True))
+    whole = model.chat("Well?", **{**settings, "think_budget": None})
+    assert (whole.text, whole.finish_reason) == ("", "length")
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 3, 7, 11])
+def test_drafts_and_budgets_of_any_length_agree(case, budget):
+    model, _ = case
+    say = dict(temperature=1, seed=budget, max_tokens=70, think_budget=budget)
+    plain = model.chat("hm, hm, hm, Well?", draft="none", **say)
+    for k in (2, 8):
+        session = model.session(draft="ngram", **say)
+        session.speculator.controller.fixed = k
+        *_, done = session.send("hm, hm, hm, Well?")
+        assert done.completion.token_ids == plain.token_ids
+        assert (done.completion.text, done.completion.reasoning) == (plain.text, plain.reasoning)
+    assert plain.text == "Well, yes."
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_an_answer_of_a_form_comes_after_the_thought(case, draft):
+    model, _ = case
+    done = model.chat("Well?", response_format=YES_NO, think_budget=20, temperature=1, seed=2, draft=draft)
+    assert json.loads(done.text) in ({"a": "yes"}, {"a": "no"})
+    assert done.finish_reason == "stop"
+    assert done.reasoning.startswith("hm, hm")
+
+
+def test_a_model_cannot_end_its_answer_in_a_thought_where_a_form_is_asked_for(monkeypatch):
+    with speaker(monkeypatch, OPENED, saying("hm")) as model:
+        done = model.chat("Well?", response_format=YES_NO, think_budget=15, temperature=0, max_tokens=60)
+        assert json.loads(done.text)
+        assert model.chat("Well?", temperature=0, max_tokens=60).text == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "reasoning"),
+    [
+        ('<think>\nhm\n</think>\n\n{"a":"no"}', "hm"),
+        ('<think>\nhm\n</think>{"a":"no"}', "hm"),
+        ('{"a":"no"}', ""),
+        ('Sure! {"a":"no"}', ""),
+    ],
+)
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_a_model_that_ends_its_thought_itself_is_heard_and_the_gap_is_written_as_the_template_has_it(
+    monkeypatch, script, reasoning, draft
+):
+    with speaker(monkeypatch, QWEN, saying(script)) as model:
+        session = model.session(response_format=YES_NO, temperature=0, draft=draft)
+        *deltas, done = session.send("Well?")
+        assert json.loads(done.completion.text)["a"] in ("yes", "no")
+        assert done.completion.reasoning == reasoning
+        written = "".join(e.written for e in deltas if isinstance(e, TextDelta))
+        assert session.nodes[-1].content == written == model.tokenizer.decode(done.completion.token_ids)
+        if reasoning:
+            assert written.startswith("<think>\nhm\n</think>\n\n{")
+
+
+def test_an_answer_that_looks_like_a_thought_is_one_where_its_form_says_so(monkeypatch):
+    with speaker(monkeypatch, QWEN, saying("<think>yes</think>")) as model:
+        spelled = {"type": "regex", "pattern": "\n?<think>(yes|no)</think>"}
+        done = model.chat("Well?", response_format=spelled, think=False, temperature=0)
+        assert (done.text, done.reasoning) in (
+            (f"{n}<think>{a}</think>", "") for n in ("", "\n") for a in ("yes", "no")
+        )
+
+
+def test_without_a_thought_the_form_holds_from_the_first_token(monkeypatch):
+    with speaker(monkeypatch, QWEN, thinker()) as model:
+        done = model.chat("Well?", response_format=YES_NO, think=False, temperature=0)
+        assert (json.loads(done.text)["a"] in ("yes", "no"), done.reasoning) == (True, "")
+
+
+def test_a_thought_ends_when_somebody_wants_it(case):
+    model, _ = case
+    session = model.session(temperature=0, max_tokens=200, draft="ngram")
+    events = session.send("Well?")
+    for _ in range(40):
+        next(events)
+    session.end_thought()
+    *_, done = events
+    assert done.completion.text == "Well, yes."
+    assert 30 <= done.stats.reasoning_tokens < 60
+    session.end_thought()  # nobody is thinking
+    *_, done = session.send("And?", think_budget=5)
+    assert done.completion.text == "Well, yes."
+
+
+def test_a_form_that_is_cut_says_length(case):
+    model, _ = case
+    done = model.chat("Well?", response_format=YES_NO, think_budget=3, max_tokens=45, temperature=0)
+    short = model.chat("Well?", response_format=YES_NO, think_budget=3, max_tokens=6, temperature=0)
+    assert done.finish_reason == "stop"
+    assert short.finish_reason == "length"
+
+
+def test_levels_of_effort_and_the_switch_are_the_templates(monkeypatch):
+    with speaker(monkeypatch, HARMONY, channels) as model:
+        model.chat("Well?", effort="high", think_budget=3)
+        assert model.template.render([], **model.template.switches(effort="low")).startswith("Reasoning: low")
+        with pytest.raises(UsageError, match="effort='sideways' is not known"):
+            model.request("Well?", effort="sideways")
+    with speaker(monkeypatch, OPENED, thinker()) as model:
+        for settings, why in (({"effort": "low"}, "no levels of effort"), ({"think": True}, "no switch")):
+            with pytest.raises(UsageError, match=why):
+                model.request("Well?", **settings)
