@@ -86,14 +86,16 @@ NAMES = {
     "operator_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
+LAST_NORM = (r"^model\.embedding_norm\.", "model.norm.")
+KEPT = {"conv.conv": Kept(write=lambda a: a[:, None])}
 HF = {
     "Lfm2ForCausalLM": FromHF(
         DEFAULTS | ADJUSTED,
         layers=_from_hf,
         constants=constants,
         mixers=("conv",),
-        vectors={"conv.conv": Kept(write=lambda a: a[:, None])},
-        tensors=((r"^model\.embedding_norm\.", "model.norm."),),
+        vectors=KEPT,
+        tensors=(LAST_NORM,),
     )
 }
 GGUF = {"lfm2": FromGGUF(NAMES, layers=layers_from_gguf)}

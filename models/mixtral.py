@@ -18,6 +18,7 @@ from tinychat.network.ops import Handle, Ops
 __all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
 
 ROUTER = "mlp.gate"
+BIAS = "mlp.expert_bias"
 EXPERT_NAMES = NAMES | {
     ROUTER: "ffn_gate_inp",
     "mlp.experts.gate_proj": "ffn_gate_exps",
@@ -75,6 +76,7 @@ class Experts:
     router: Handle
     gate_up: list[Handle]
     down: list[Handle]
+    bias: Handle | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def load_experts(w: WeightSource, p: str, mlp: ExpertsConfig) -> Experts:
         router=w.router(p + ROUTER),
         gate_up=[w.linear(e + "gate_proj", e + "up_proj") for e in names],
         down=[w.linear(e + "down_proj") for e in names],
+        bias=w.vector(p + BIAS) if mlp.biased else None,
     )
 
 
@@ -122,7 +125,8 @@ def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
 
 def experts(ops: Ops, mlp: ExpertsConfig, w: Experts, x: Handle, add_to: Handle) -> Handle:
     """The experts that each token takes, weighted and added up. x: [T, hidden], normed."""
-    routes = ops.route(ops.linear(x, w.router), mlp.taken, mlp.normalize)
+    scores = ops.linear(x, w.router)
+    routes = ops.route(scores, mlp.taken, mlp.normalize, mlp.sigmoid, w.bias, mlp.scale)
     h = ops.silu_mul(ops.expert_linear(x, w.gate_up, routes))
     return ops.expert_sum(ops.expert_linear(h, w.down, routes), routes, add_to)
 
@@ -143,10 +147,14 @@ def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
 
 def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Names and [out, in] of a block's linears, the router among them."""
-    mlp, p, h = experts_of(cfg.layers[layer]), f"model.layers.{layer}.", cfg.hidden_size
     shapes = {name: s for name, s in llama.linears(cfg, layer).items() if "self_attn" in name}
-    shapes[p + ROUTER] = (mlp.n, h)
-    f = mlp.size
+    return shapes | expert_linears(cfg, layer)
+
+
+def expert_linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """Names and [out, in] of the linears of a block's experts, the router among them."""
+    mlp, p, h = experts_of(cfg.layers[layer]), f"model.layers.{layer}.", cfg.hidden_size
+    shapes, f = {p + ROUTER: (mlp.n, h)}, mlp.size
     for e in range(mlp.n):
         names = ("gate_proj", "up_proj", "down_proj")
         shapes |= {f"{p}mlp.experts.{e}.{n}": s for n, s in zip(names, ((f, h), (f, h), (h, f)), strict=True)}

@@ -14,7 +14,7 @@ import numpy as np
 
 from tinychat.backends.cpu_pack import KERNELS
 from tinychat.backends.exact_form import ExactForm, Kernels
-from tinychat.backends.interface import BLOCK, Backend, MemorySpec, Slots, Span, Step, Tails
+from tinychat.backends.interface import BLOCK, Backend, MemorySpec, Slots, Span, States, Step, Tails
 from tinychat.backends.plan import plan
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import TextDelta
@@ -91,15 +91,20 @@ def _why_more(bytes_per_token: float) -> str:
 
 
 TAILS = 2  # blocks of a tail
+STATES = 2  # slots of states, in turn
 
 
 class Passes:
     """Steps of one made-up sequence of n tokens, without an engine."""
 
-    def __init__(self, backend: Backend, vocab_size: int, n: int):
-        """Raises MemoryBudgetError if its keys and values have no room."""
+    def __init__(self, backend: Backend, vocab_size: int, n: int, rows: int = 0):
+        """rows: of the largest step that checks drafts, each of which keeps its state.
+
+        Raises MemoryBudgetError if its keys and values have no room.
+        """
         self.backend, n_blocks = backend, -(-n // BLOCK)
-        blocks = [TAILS if spec.kind == "tail" else n_blocks for spec in backend.memories]
+        few = {"tail": TAILS, "state": STATES + rows}
+        blocks = [few.get(spec.kind, n_blocks) for spec in backend.memories]
         need = sum(each * backend.kv_bytes_per_block(memory) for memory, each in enumerate(blocks))
         if need > (free := backend.free_memory()):
             raise MemoryBudgetError(
@@ -108,6 +113,7 @@ class Passes:
             )
         for memory, each in enumerate(blocks):
             backend.allocate_kv(each, memory)
+        self._state = 0  # slot of the state behind the last step
         self.table = np.arange(n_blocks, dtype=np.int32)
         self.ids = np.random.default_rng(0).integers(0, vocab_size, n, dtype=np.int32)
 
@@ -115,8 +121,16 @@ class Passes:
         """Tokens `at` … end − 1; the last one gets logits."""
         memories = tuple(self._place(spec, at, end) for spec in self.backend.memories)
         self.backend.step_greedy(Step((Span(self.ids[at:end], at, end - at - 1, memories),)))
+        self._state = 1 - self._state
 
-    def _place(self, spec: MemorySpec, at: int, end: int) -> Slots | Tails:
+    def _place(self, spec: MemorySpec, at: int, end: int, each: bool = False) -> Slots | States | Tails:
+        """each: of drafts, any of which may be the last one that stays."""
+        if spec.kind == "state":
+            kept = np.full(end - at, -1, np.int32)
+            kept[-1] = 1 - self._state
+            if each:
+                kept = np.arange(STATES, STATES + end - at, dtype=np.int32)
+            return States(self._state if at else -1, kept)
         if spec.kind != "tail":
             return Slots(self.table, at)
         blocks = np.arange(at // BLOCK, -(-end // BLOCK), dtype=np.int32)
@@ -142,7 +156,7 @@ class Passes:
         """Steps of so many rows behind `start` tokens, all with logits, as drafts are checked. Returns
         seconds a step.
         """
-        memories = tuple(self._place(spec, start, start + rows) for spec in self.backend.memories)
+        memories = tuple(self._place(spec, start, start + rows, rows > 1) for spec in self.backend.memories)
         step = Step((Span(self.ids[start : start + rows], start, 0, memories),))
         began = time.perf_counter()
         for _ in range(times):
@@ -150,11 +164,13 @@ class Passes:
         return (time.perf_counter() - began) / times
 
     def kv_bytes(self, n: int) -> float:
-        """Bytes of keys and values that attention reads behind n tokens."""
-        specs = self.backend.memories
-        seen = (BLOCK / 2 if spec.kind == "tail" else min(n, spec.window or n) for spec in specs)
-        blocks = map(self.backend.kv_bytes_per_block, range(len(self.backend.memories)))
-        return sum(size / BLOCK * slots for size, slots in zip(blocks, seen, strict=True))
+        """Bytes of keys and values that attention reads behind n tokens, and of states, read and written."""
+        total = 0.0
+        for memory, spec in enumerate(self.backend.memories):
+            seen = BLOCK / 2 if spec.kind == "tail" else min(n, spec.window or n)
+            share = 2 if spec.kind == "state" else seen / BLOCK
+            total += share * self.backend.kv_bytes_per_block(memory)
+        return total
 
 
 def _spread(rates: list[float]) -> float:
@@ -178,7 +194,9 @@ def measure(
     bandwidth: a plain multi-threaded read (on a GPU: a copy), GB/s; taken before, between and after, and the
     best one counts. rows: of steps that check drafts, each timed in turns with steps of one.
     """
-    passes = Passes(backend, config.vocab_size, max(n_prompt, max(contexts) + n_gen, *rows))
+    passes = Passes(
+        backend, config.vocab_size, max(n_prompt, max(contexts) + n_gen, *rows), max(rows, default=0)
+    )
     reads = [bandwidth()]
     passes.fill(min(64, n_prompt))
     passes.decode(0, min(8, n_gen))

@@ -12,6 +12,8 @@ from tinychat.base.errors import UsageError
 from tinychat.models import FAMILIES
 from tinychat.network.config import (
     AttentionConfig,
+    ConvConfig,
+    DeltaConfig,
     DenseConfig,
     ExpertsConfig,
     LayerConfig,
@@ -53,6 +55,29 @@ SHAPES["qwen3-30b-a3b"] = replace(
     family="qwen3_moe",
     layers=(LayerConfig(AttentionConfig(32, 4, 128, RopeConfig(dim=128)), ExpertsConfig(128, 8, 768)),) * 48,
 )
+
+
+def _lfm2(hidden: int, ffn: int, attending: tuple[int, ...], layers: int) -> ModelConfig:
+    mlp, attention = DenseConfig(ffn), AttentionConfig(hidden // 64, 8, 64, RopeConfig(1e6, 64))
+    mixers = [attention if i in attending else ConvConfig(hidden, 3) for i in range(layers)]
+    shape = _shape(hidden, ffn, layers, hidden // 64, 8, 65536, tied=True)
+    return replace(shape, family="lfm2", layers=tuple(LayerConfig(mixer, mlp) for mixer in mixers))
+
+
+def _qwen35(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, values: int) -> ModelConfig:
+    attention, delta = (
+        AttentionConfig(heads, kv_heads, 256, RopeConfig(1e7, 64)),
+        DeltaConfig(16, values, 128, 128, 4),
+    )
+    mixers = [delta if (i + 1) % 4 else attention for i in range(layers)]
+    shape = _shape(hidden, ffn, layers, heads, kv_heads, 248320, tied=True)
+    made = tuple(LayerConfig(mixer, DenseConfig(ffn)) for mixer in mixers)
+    return replace(shape, family="qwen3_5", layers=made)
+
+
+SHAPES["lfm2-1.2b"] = _lfm2(2048, 8192, (2, 5, 8, 10, 12, 14), 16)
+SHAPES["qwen3.5-0.8b"] = _qwen35(1024, 3584, 24, 8, 2, 16)
+SHAPES["qwen3.5-4b"] = _qwen35(2560, 9216, 32, 16, 4, 32)
 
 DEFAULT = "int4"  # 4-bit with zero points as AWQ has it, in the largest group up to 128 that divides a width
 
@@ -115,7 +140,7 @@ class SyntheticCheckpoint:
         self.config, self.form = SHAPES[shape], form
         self.path = Path(f"synthetic-{shape}" if form == DEFAULT else f"synthetic-{shape}-{form}")
         self._made: dict[tuple, Linear] = {}
-        self._linears = FAMILIES[self.config.family].linears(self.config, 0)
+        self._linears, self._others = _modules(self.config)
         for name, (_, k) in self._linears.items():
             needed = 1 if form == DEFAULT else _divisor(FORMS[form])
             if not name.endswith("mlp.gate") and k % needed:
@@ -134,12 +159,12 @@ class SyntheticCheckpoint:
         body = name not in ("lm_head", "model.embed_tokens")
         if not body:
             n, k = c.vocab_size, c.hidden_size
-        elif name.endswith("mlp.gate"):
-            shape = self._linears["model.layers.0.mlp.gate"]
-            return DenseLinear(np.random.default_rng(0).normal(0, 1, shape).astype(np.float32))
+        elif name.endswith("mlp.gate") or _inside(name) in self._others:
+            shape = self._linears.get(_inside(name)) or self._others[_inside(name)]
+            size = 1 if name.endswith("mlp.gate") else shape[-1] ** -0.5
+            return DenseLinear(np.random.default_rng(0).normal(0, size, shape).astype(np.float32))
         else:
-            tail = name.split(".", 3)[-1]
-            n, k = self._linears[f"model.layers.0.{tail}"]
+            n, k = self._linears[_inside(name)]
         has_bias = c.attention_bias and name.endswith(("q_proj", "k_proj", "v_proj"))
         key = (n, k, body, has_bias)
         if key not in self._made:
@@ -154,9 +179,9 @@ class SyntheticCheckpoint:
         return w.form, w.form.n_bytes(*w.shape)
 
     def vector(self, name: str) -> np.ndarray:
-        """Ones."""
-        c = self.config
-        return np.ones(c.head_dim if name.endswith(("q_norm", "k_norm")) else c.hidden_size, np.float32)
+        """Ones; of what decays, less a tenth: a state that forgets in some tokens."""
+        shape = self._others.get(_inside(name), (self.config.hidden_size,))
+        return np.full(shape, -0.1 if name.endswith("A_log") else 1, np.float32)
 
     def fingerprint(self, tell: Any = None) -> str:
         """The names of shape and form say it all."""
@@ -184,6 +209,20 @@ class SyntheticCheckpoint:
         if self.form != DEFAULT:
             return FORMS[self.form]
         return Form(4, "unsigned", next(g for g in (128, 64, 32) if k % g == 0), "fp16", "zero")
+
+
+def _inside(name: str) -> str:
+    """A module's name inside its block."""
+    return name.split(".", 3)[-1]
+
+
+def _modules(cfg: ModelConfig) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+    """Linears of all layers by their names inside a block, and what else blocks have: their shapes."""
+    family, linears, others = FAMILIES[cfg.family], {}, {}
+    for i in {layer: i for i, layer in reversed(list(enumerate(cfg.layers)))}.values():
+        linears |= {_inside(name): shape for name, shape in family.linears(cfg, i).items()}
+        others |= {_inside(name): shape for name, shape in family.norms(cfg, i).items()}
+    return linears, others
 
 
 def _divisor(form: Form) -> int:

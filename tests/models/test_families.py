@@ -239,6 +239,7 @@ def test_silent_settings_are_those_of_transformers():
         "Glm",
         "Glm4",
         "Lfm2",
+        "Lfm3",
         "Qwen3_5",
     )
     for name in (f"{n}ForCausalLM" for n in names):

@@ -35,8 +35,8 @@ class FromTransformers:
 
     def __init__(self, hf):
         self.config = read_config({**hf.config.to_dict(), "architectures": [type(hf).__name__]})
-        state = experts_apart(hf.state_dict())
-        self.state = {as_modules_are_called(k): v.detach().numpy() for k, v in state.items()}
+        state = experts_apart({as_modules_are_called(k): v for k, v in hf.state_dict().items()})
+        self.state = {k: v.detach().numpy() for k, v in state.items()}
 
     def has(self, name):
         return name + ".weight" in self.state
@@ -71,13 +71,16 @@ STRANGE = {
     "dt_bias": lambda a: a,
     "conv1d": lambda a: a[:, 0],
     "conv": lambda a: a[:, 0],
+    "expert_bias": lambda a: a,
 }
 
 
 def as_modules_are_called(name: str) -> str:
     """A tensor of transformers' by the name of our module, where that is another one."""
     name = name.replace("model.embedding_norm.", "model.norm.")
-    return name + ".weight" if name.endswith(("A_log", "dt_bias")) else name
+    for parts in ("gate.", "experts.", "expert_bias"):
+        name = name.replace(f"feed_forward.{parts}", f"mlp.{parts}")
+    return name + ".weight" if name.endswith(("A_log", "dt_bias", "expert_bias")) else name
 
 
 def experts_apart(state: dict) -> dict:
@@ -135,6 +138,9 @@ def random_model(name: str, **changes):
                 p.uniform_(-3, 1)
             else:
                 p.normal_(0, 0.7 if parameter.endswith("bias") else 1.2 / math.sqrt(p.shape[-1]))
+        for buffer, b in hf.named_buffers():
+            if buffer.endswith("expert_bias"):
+                b.uniform_(-0.3, 0.3)
     return hf
 
 
@@ -175,6 +181,8 @@ DELTA = dict(
     linear_key_head_dim=32,
     linear_value_head_dim=32,
 )
+
+LFM2_MOE = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64, num_dense_layers=1)
 
 QWEN3_MOE = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, head_dim=16)
 
@@ -329,6 +337,16 @@ CASES = {
         dict(full_attn_idxs=[0, 3], conv_L_cache=7, block_auto_adjust_ff_dim=False, num_hidden_layers=4)
         | dict(tie_word_embeddings=False, norm_eps=1e-3, num_key_value_heads=1)
         | rope("linear", factor=3.0),
+    ),
+    "lfm3": (
+        "Lfm3ForCausalLM",
+        dict(head_dim=16, sliding_window=40, conv_L_cache=7),
+    ),
+    "lfm3 listed": (
+        "Lfm3ForCausalLM",
+        dict(head_dim=32, sliding_window=30, num_hidden_layers=4, conv_L_cache=3, tie_word_embeddings=False)
+        | dict(layer_types=["sliding_attention", "conv", "full_attention", "sliding_attention"])
+        | dict(num_key_value_heads=1, attention_bias=True),
     ),
     "qwen3.5": ("Qwen3_5ForCausalLM", dict(DELTA, head_dim=32)),
     "qwen3.5 listed": (

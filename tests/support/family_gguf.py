@@ -39,7 +39,7 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
     w.add_head_count_kv(kv_heads if "conv" in types else c.num_key_value_heads)
     w.add_key_length(head_dim)
     w.add_value_length(head_dim)
-    w.add_layer_norm_rms_eps(c.norm_eps if arch == "lfm2" else c.rms_norm_eps)
+    w.add_layer_norm_rms_eps(c.norm_eps if arch.startswith("lfm2") else c.rms_norm_eps)
     w.add_vocab_size(c.vocab_size)
     tensors = dict(hf.state_dict())
     experts(w, c, tensors)
@@ -179,6 +179,27 @@ def convolutions(w: GGUFWriter, c, tensors: dict) -> None:
         tensors[name] = tensors[name].squeeze(1)
 
 
+def routed_convolutions(w: GGUFWriter, c, tensors: dict) -> None:
+    """Lfm2MoeModel of llama.cpp's converter."""
+    from gguf import ExpertGatingFuncType
+
+    convolutions(w, c, tensors)
+    w.add_expert_count(c.num_experts)
+    w.add_expert_used_count(c.num_experts_per_tok)
+    w.add_expert_feed_forward_length(c.moe_intermediate_size)
+    w.add_leading_dense_block_count(c.num_dense_layers)
+    w.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    for name in [n for n in tensors if "feed_forward.expert" in n]:
+        prefix, t = name.rpartition("feed_forward.")[0].removeprefix("model."), tensors.pop(name)
+        if name.endswith("expert_bias"):
+            tensors[f"model.{prefix}feed_forward.expert_bias.bias"] = t
+        elif name.endswith("down_proj"):
+            tensors[f"{prefix}feed_forward.experts.w2.weight"] = t
+        else:
+            for part, half in zip(("w1", "w3"), t.chunk(2, dim=1), strict=True):
+                tensors[f"{prefix}feed_forward.experts.{part}.weight"] = half
+
+
 def deltas(w: GGUFWriter, c, tensors: dict) -> None:
     """Qwen3NextModel and Qwen3_5TextModel of llama.cpp's converter: value heads of one key head lie apart."""
     w.add_ssm_conv_kernel(c.linear_conv_kernel_dim)
@@ -213,6 +234,7 @@ def deltas(w: GGUFWriter, c, tensors: dict) -> None:
 
 METADATA = {
     "lfm2": convolutions,
+    "lfm2moe": routed_convolutions,
     "qwen35": deltas,
     "granite": granite,
     "gemma2": gemma,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tinychat.backends.interface import MemorySpec, place_of
+from tinychat.base.errors import UnsupportedModelError
 from tinychat.kernels_cuda import experts, layout
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.program import Buffer, Program
@@ -96,7 +97,11 @@ class Recorder:
     def gelu_mul(self, gate_up):
         return self._gate("gelu_mul", gate_up)
 
-    def route(self, scores, n, normalize):
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
+        if sigmoid or bias is not None or scale != 1:
+            raise UnsupportedModelError(
+                "The GPU has no kernel for a router of experts by sigmoid.", "Use --device cpu."
+            )
         return experts.route(self.program, scores.floats, scores.cols, n, normalize)
 
     def expert_linear(self, x, weights, routes):

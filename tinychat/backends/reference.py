@@ -313,11 +313,14 @@ class ReferenceBackend(StateOps):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
 
-    def route(self, scores, n, normalize):
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
+        weights = scores.sigmoid() if sigmoid else scores.softmax(-1)
         # sorted rather than topk, which promises nothing on a tie
-        weights, experts = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        weights, experts = weights[:, :n], experts[:, :n]
-        return experts, weights / weights.sum(-1, keepdim=True) if normalize else weights
+        chosen = weights if bias is None else weights + bias
+        experts = chosen.sort(dim=-1, descending=True, stable=True).indices[:, :n]
+        weights = weights.gather(-1, experts)
+        total = weights.sum(-1, keepdim=True) + (1e-6 if sigmoid else 0.0)
+        return experts, (weights / total if normalize else weights) * scale
 
     def expert_linear(self, x, weights, routes):
         experts, _ = routes

@@ -18,8 +18,10 @@ MOST_VALUES = 1 << 15  # of a token, all heads of a delta rule
 class RopeConfig:
     """Rotary embedding: base, rotated dimensions, and how a scaling changes the frequencies.
 
-    kind       none | linear | dynamic | llama3 | factors | yarn | longrope; the last three divide each
-               frequency by its own of `factors` ("factors": GGUF's rope_freqs.weight, llama3 written out)
+    kind       none | linear | dynamic | llama3 | factors | yarn | longrope | proportional; factors, yarn and
+               longrope divide each frequency by its own of `factors` ("factors": GGUF's rope_freqs.weight,
+               llama3 written out)
+    turned     pairs of a proportional rope that turn, the first ones; the others stay
     magnitude  rotated dimensions of queries and keys are multiplied by it (YaRN's and longrope's attention
                factor)
     """
@@ -33,12 +35,14 @@ class RopeConfig:
     original_context: int = 8192
     factors: tuple[float, ...] = ()
     magnitude: float = 1.0
+    turned: int = 0
 
     def frequencies(self) -> np.ndarray:
         """float64 [dim / 2] radians a position."""
         inv = self.theta ** -(np.arange(0, self.dim, 2, dtype=np.float64) / self.dim)
-        if self.kind == "linear":
-            return inv / self.factor
+        if self.kind in ("linear", "proportional"):
+            turns = np.arange(len(inv)) < (self.turned if self.kind == "proportional" else len(inv))
+            return np.where(turns, inv / self.factor, 0.0)
         if self.kind in ("factors", "yarn", "longrope"):
             return inv / np.asarray(self.factors, dtype=np.float64)
         if self.kind == "llama3":
@@ -63,7 +67,8 @@ class RopeConfig:
                 frequencies = self.frequencies()
         except ValueError:  # stored factors of another number
             frequencies = np.zeros(1)
-        if not (np.isfinite(frequencies) & (frequencies > 0)).all():
+        stays = (frequencies == 0) & (self.kind == "proportional") & (self.turned > 0)
+        if not (np.isfinite(frequencies) & ((frequencies > 0) | stays)).all():
             raise _damaged(
                 f"The checkpoint's rope scaling {self.kind!r} gives frequencies that are not positive."
             )
@@ -192,12 +197,18 @@ class ExpertsConfig:
     taken      how many of them a token takes
     size       the intermediate size of each
     normalize  the weights of those that a token takes are made to sum to one
+    sigmoid    weights are the sigmoids of scores, not their softmax
+    biased     experts are chosen by their weights plus a bias
+    scale      what the weights are multiplied by in the end
     """
 
     n: int
     taken: int
     size: int
     normalize: bool = True
+    sigmoid: bool = False
+    biased: bool = False
+    scale: float = 1.0
 
     def __post_init__(self):
         whole = all(type(n) is int for n in (self.n, self.taken, self.size))
@@ -206,6 +217,7 @@ class ExpertsConfig:
                 f"The checkpoint has {self.n!r} experts of the size {self.size!r} in a layer, and a token"
                 f" takes {self.taken!r}."
             )
+        _check_scales(self.scale)
 
 
 @dataclass(frozen=True)

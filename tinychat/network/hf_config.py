@@ -31,9 +31,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": (None, 1),
     "rope_interleaved": (None, False),
+    "use_attention_gate": (None, True),
     "use_bidirectional_attention": (None, False),
     "use_mrope": (None, False),
     "use_qk_norm": (None, False),
+    "use_sandwich_norm": (None, True),
 }
 
 

@@ -21,6 +21,7 @@ FIELDS: dict[str, tuple[set[str], set[str]]] = {
         {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
          "mscale_all_dim", "truncate"},
     ),
+    "proportional": (set(), {"factor"}),
     "longrope": (
         {"short_factor", "long_factor"},
         {"factor", "attention_factor", "original_max_position_embeddings"},
@@ -57,6 +58,9 @@ def rope_config(cfg: dict[str, Any], head_dim: int, long: bool = False) -> RopeC
         )
     original = cfg.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
     original = int(original or cfg.get("max_position_embeddings", 2048))
+    if kind == "proportional":
+        factor, turned = float(params.get("factor", 1.0)), int(partial * head_dim // 2)
+        return RopeConfig(theta, head_dim, kind, factor, turned=turned)
     base = RopeConfig(theta=theta, dim=int(head_dim * partial))
     if long:
         params["short_factor"] = params["long_factor"]

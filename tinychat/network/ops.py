@@ -112,10 +112,20 @@ class Ops(Protocol):
         """[T, 2F] → gelu(first half) · second half, by GELU's tanh formula: [T, F]."""
         ...
 
-    def route(self, scores: Handle, n: int, normalize: bool) -> Handle:
+    def route(
+        self,
+        scores: Handle,
+        n: int,
+        normalize: bool,
+        sigmoid: bool = False,
+        bias: Handle | None = None,
+        scale: float = 1.0,
+    ) -> Handle:
         """Choice of n experts for each token: those of the largest softmax(scores), which weighs them.
 
         scores: [T, experts], one for each expert. `normalize`: a token's weights are made to sum to one.
+        sigmoid: weights are σ(score), each by itself. bias: [experts], added where weights are compared, not
+        where they weigh. scale: what all weights are multiplied by in the end.
         Ties go to the expert with the lower number.
         """
         ...

@@ -235,7 +235,15 @@ class Recorder:
             "gelu_mul", (gate_up,), lambda w, x: functional.gelu(x[0], approximate="tanh") * x[1]
         )
 
-    def route(self, scores: Node, n: int, normalize: bool) -> Any:
+    def route(
+        self,
+        scores: Node,
+        n: int,
+        normalize: bool,
+        sigmoid: bool = False,
+        bias: str | None = None,
+        scale: float = 1.0,
+    ) -> Any:
         raise UnsupportedModelError(
             "A mixture of experts cannot be quantized yet.",
             'It runs with quantize="rtn", or as someone quantized it.',
