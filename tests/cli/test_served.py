@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 
 import pytest
-from cli_helpers import on_terminal, tinychat
+from cli_helpers import TINYCHAT, on_terminal, tinychat
 from scripted_server import ScriptedServer, status
 
 from tinychat.chats.chat_store import ChatStore
@@ -77,3 +79,17 @@ def test_a_failed_answer_line_by_line_leaves_the_conversation(played):
     assert "not like that" in shown
     assert "echo: two" in shown
     assert [m["content"] for m in played.questions[-1]["messages"]] == ["two"]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(played):
+    command = [*TINYCHAT, "run", "--server", played.url, "org/big-model", "slow"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as p:
+        assert p.stdout is not None
+        said = ""
+        while "word3" not in said:
+            said += p.stdout.read(1)
+        p.send_signal(signal.SIGINT)
+        said += p.stdout.read()
+    assert p.returncode == 130
+    assert said.startswith("echo: slow word0")
+    assert said.endswith("\n")

@@ -13,6 +13,7 @@ from scripted_server import ScriptedServer, answer, status
 
 from tinychat.base.errors import ModelNotFoundError, TinychatError, UsageError
 from tinychat.base.events import Done, Notice
+from tinychat.conversation import Message, Tree
 from tinychat.process import remote, server
 from tinychat.process.address import Address, KeySource
 from tinychat.process.remote import Connector, RemoteSession
@@ -105,6 +106,17 @@ def test_what_was_thought_is_not_told_again(played):
     assert session.nodes[1].split() == ("hidden thought", "echo: think")
     said(session, "more")
     assert [m["content"] for m in played.questions[-1]["messages"]] == ["think", "echo: think", "more"]
+
+
+def test_questions_without_an_answer_leave_turns_that_alternate(played):
+    session = connected(played.url).session()
+    said = [("one", "", "error"), ("two", "", "cancelled"), ("three", "3", "stop"), ("four", "", None)]
+    path = []
+    for text, reply, reason in said:
+        path += [Message("user", text), Message("assistant", reply, finish_reason=reason)]
+    session.tree = Tree.of_path([*path, Message("user", "five")])
+    list(session.regenerate())
+    assert [m["content"] for m in played.questions[0]["messages"]] == ["two\n\nthree", "3", "five"]
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 50])

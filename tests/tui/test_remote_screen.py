@@ -96,6 +96,56 @@ def test_a_chat_with_a_server(tmp_path):
     assert ChatStore(tmp_path / "chats.db").chat(1).model == f"small@{played.url}/v1"
 
 
+def breaks_off(how):
+    """Something is said, and then that."""
+
+    def play(h):
+        h.begin()
+        h.say(content="so far")
+        how(h)
+
+    return play
+
+
+FAILURES = [
+    (status(400, {"error": {"message": "not \x1b[2Jso"}}), "refuses the question (400): not"),
+    (status(403, b"no entry", "text/plain"), "does not accept the key (403): no entry."),
+    (status(404), "does not have that (404)."),
+    (status(413), "refuses the question (413)."),
+    (status(501), "failed (501)."),
+    (status(308, Location="http://elsewhere/v1"), "Use that address: --server http://elsewhere/v1"),
+    (status(200, b"<html>", "text/html"), "answers with text/html"),
+    (lambda h: h.begin(Content_Encoding="br"), "answers with br"),
+    (breaks_off(lambda h: h.raw(b"data: " + b"x" * (2 << 20))), "a line without end"),
+    (breaks_off(lambda h: h.raw(b"data: {{\n\n")), "broken JSON"),
+    (
+        breaks_off(lambda h: h.raw(b'data: {"error": {"message": "CUDA out of memory"}}\n\n')),
+        "out of memory.",
+    ),
+    (breaks_off(lambda h: h.reset()), "was lost."),
+    (breaks_off(lambda h: None), "ended its answer early."),
+]
+
+
+def test_every_failure_is_said_and_the_chat_goes_on(tmp_path):
+    with ScriptedServer() as played, opened(tmp_path, "--server", played.url) as t:
+        t.wait("ready · org/big-model")
+        for i, (script, words) in enumerate(FAILURES):
+            played.scripts = [script]
+            say(t, f"try {i}")
+            t.wait(lambda s, words=words: words in " ".join(s.split()))
+        assert len(played.questions) == len(FAILURES)
+        say(t, "well?")
+        t.wait("echo: well?")
+        said = [m["content"] for m in played.questions[-1]["messages"]]
+        assert said == [*(w for i in range(8, 13) for w in (f"try {i}", "so far")), "well?"]
+        t.wait("ready")
+        t.press("C-q")
+        t.wait("ended with 0")
+    answers = [m for m in ChatStore(tmp_path / "chats.db").messages(1) if m.role == "assistant"]
+    assert [m.content for m in answers if m.content] == ["so far"] * 5 + ["echo: well?"]
+
+
 def test_a_server_that_is_not_there_yet(tmp_path):
     with ScriptedServer() as gone:
         url = gone.url

@@ -144,9 +144,22 @@ class RemoteSession(Dialogue):
         return []
 
     def _messages(self, question: int) -> list[dict[str, str]]:
-        """The conversation to a question; what was thought before is not told again."""
-        out = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return out + [{"role": m.role, "content": m.split()[1]} for m in self.tree.messages(question)]
+        """The conversation to a question; what was thought before is not told again.
+
+        Servers want turns that alternate, with something in each: a question whose answer failed before it
+        began is left out, as a session takes it back; one whose answer is empty is one with the next.
+        """
+        out: list[dict[str, str]] = []
+        for m in self.tree.messages(question):
+            text = m.split()[1]
+            if m.role == "assistant" and not text:
+                if m.finish_reason in (None, "error") and out and out[-1]["role"] == "user":
+                    out.pop()
+            elif out and out[-1]["role"] == m.role:
+                out[-1]["content"] += f"\n\n{text}"
+            else:
+                out.append({"role": m.role, "content": text})
+        return out if self.system is None else [{"role": "system", "content": self.system}, *out]
 
     def _generate(self, question: int, prompt: Segments, params: ServerParams) -> Iterator[Event]:
         attempt = 1
