@@ -36,6 +36,7 @@ COMMANDS = (
     Command("copy", "[code|chat]", "copy the last answer, its last code block, or the chat"),
     Command("think", "", "open or fold the last reasoning"),
     Command("stats", "", "speed over this chat, memory, bandwidth"),
+    Command("prompt", "NAME [TEXT]", "send a prompt of your own, prompts/NAME.md beside config.toml", True),
     Command("default", "", "have new chats begin as this one: its model, system prompt and sampling"),
     Command("theme", "[dark|light|contrast]", "colours"),
     Command("exit", "", "leave"),
@@ -60,3 +61,9 @@ def complete(text: str) -> list[Command]:
     if not text.startswith("/") or any(c.isspace() for c in text):
         return []
     return [c for c in COMMANDS if c.name.startswith(text[1:].lower())]
+
+
+def prompt_begun(text: str) -> str | None:
+    """The beginning of a prompt's name that is being typed behind /prompt; None elsewhere."""
+    command, space, name = text.partition(" ")
+    return name if command == "/prompt" and space and not any(c.isspace() for c in name) else None

@@ -47,3 +47,21 @@ def test_config_shows_who_says_what(home):
     x = tinychat("config", "x", **here).stdout
     assert '8                 config.toml, [models."x"]' in x
     assert "asked for" in x
+
+
+def test_a_prompt_of_one_s_own_is_asked_by_name(home, tmp_path):
+    here = home("[sampling]\nmax_tokens = 3\n")
+    (tmp_path / "home" / "prompts").mkdir()
+    prompt = tmp_path / "home" / "prompts" / "up.md"
+    prompt.write_text(
+        f'+++\nmodel = "{tmp_path / "model"}"\nsampling.max_tokens = 2\n+++\nShout: {{{{input}}}}!'
+    )
+    answer = json.loads(tinychat("run", "-p", "up", "--json", stdin="softly", **here).stdout)
+    assert answer["stats"]["generated_tokens"] == 2
+    again = json.loads(tinychat("run", tmp_path / "model", "Shout: softly!", "--json", **here).stdout)
+    assert again["stats"]["prompt_tokens"] == answer["stats"]["prompt_tokens"]
+    word = json.loads(tinychat("run", "-p", "up", "softly", "--json", "--max-tokens", "1", **here).stdout)
+    assert word["stats"]["generated_tokens"] == 1
+    assert word["stats"]["prompt_tokens"] == answer["stats"]["prompt_tokens"]
+    r = tinychat("run", "-p", "down", "softly", **here)
+    assert "There is no prompt down." in r.stderr

@@ -50,3 +50,24 @@ async def test_new_chats_begin_as_this_one(store, tmp_path):
         await say(pilot, "/default")
         await wait_until(pilot, lambda: "line 1" in screen_text(app))
     assert preferences.path.read_text() == "model = "
+
+
+async def test_a_prompt_is_completed_and_sent_with_its_settings(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "shout.md").write_text(
+        '+++\nsystem = "Loud."\nsampling.top_k = 2\n+++\n/help {{input}}!'
+    )
+    engine = Engine()
+    app = make_app("demo", store, engine=engine, preferences=Preferences(tmp_path / "config.toml"))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await wait_until(pilot, lambda: app.chat.ready)
+        await pilot.press(*"/prompt sh")
+        await wait_until(pilot, lambda: "shout" in screen_text(app))
+        await pilot.press("tab", *"hello", "enter")
+        await answered(pilot)
+        await say(pilot, "/prompt whisper x")
+        await wait_until(pilot, lambda: "There is no prompt whisper." in screen_text(app))
+    (request,) = engine.requests
+    assert [m.content for m in request.path] == ["/help hello!"]
+    assert (request.system, request.params) == ("Loud.", {"top_k": 2})

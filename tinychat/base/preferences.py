@@ -80,7 +80,7 @@ class Preferences:
         except (OSError, TinychatError, ValueError) as e:
             said = getattr(e, "strerror", None) or getattr(e, "what", None) or "it is not UTF-8"
             raise UsageError(f"{path} cannot be read: {said}.", "Mend it, or remove it.") from e
-        return _Reader(path, text).read()
+        return Reader(path, text).read()
 
     def with_chat(self, model: str, system: str | None, sampling: Mapping[str, Any]) -> str:
         """The file's text with these as the defaults of new conversations; comments and order stay."""
@@ -111,7 +111,7 @@ class Preferences:
         write_atomically(self.path, self.with_chat(model, system, sampling).encode())
 
 
-class _Reader:
+class Reader:
     """Checks every word: what is misspelled must not be passed over in silence."""
 
     def __init__(self, path: Path, text: str):
@@ -119,15 +119,8 @@ class _Reader:
         self.text = text
 
     def read(self) -> Preferences:
-        import tomlkit
-        from tomlkit.exceptions import ParseError, TOMLKitError
-
-        try:
-            found = tomlkit.parse(self.text).unwrap()
-        except ParseError as e:
-            raise self._wrong(e.line, re.sub(r" at line \d+ col \d+$", "", str(e))) from e
-        except (TOMLKitError, RecursionError, ValueError) as e:
-            raise self._wrong(None, " ".join(str(e).split())) from e
+        """config.toml. Raises UsageError, which names the line."""
+        found = self._parsed()
         self._known(found, (), (*ALONE, *KINDS, "models"))
         models = found.get("models", {})
         if not isinstance(models, dict):
@@ -142,6 +135,23 @@ class _Reader:
         if theme not in (None, *THEMES):
             raise self._wrong_at(("theme",), f"theme is {arguments.shown(theme)}. Use {', '.join(THEMES)}")
         return Preferences(self.path, model, theme, self._section(found, ()), sections)
+
+    def prompt(self) -> Preferences:
+        """What a prompt's file says before its text: model, system and sampling."""
+        found = self._parsed()
+        self._known(found, (), ("model", "system", "sampling"))
+        return Preferences(self.path, self._text(found, (), "model"), None, self._section(found, ()))
+
+    def _parsed(self) -> dict[str, Any]:
+        import tomlkit
+        from tomlkit.exceptions import ParseError, TOMLKitError
+
+        try:
+            return tomlkit.parse(self.text).unwrap()
+        except ParseError as e:
+            raise self._wrong(e.line, re.sub(r" at line \d+ col \d+$", "", str(e))) from e
+        except (TOMLKitError, RecursionError, ValueError) as e:
+            raise self._wrong(None, " ".join(str(e).split())) from e
 
     def _section(self, given: Mapping[str, Any], at: tuple[str, ...]) -> Section:
         values: dict[str, dict[str, Any]] = {}
@@ -174,17 +184,19 @@ class _Reader:
 
     def _wrong(self, line: int | None, what: str) -> UsageError:
         where = f"{self.path}, line {line}" if line else str(self.path)
-        return UsageError(f"{where}: {what.rstrip('.')}.", "Mend it; `tinychat config` shows what holds.")
+        return UsageError(f"{where}: {what.rstrip('.')}.", "Mend it, or take it out.")
 
     def _line(self, key: tuple[str, ...]) -> int | None:
-        """Where a key stands: its last word, in the section of the others or with them before it."""
+        """Where a key, or something in it, first stands."""
         section: tuple[str, ...] = ()
         for n, line in enumerate(self.lines, 1):
             if header := re.match(r"\s*\[([^\[\]]+)\]\s*(#.*)?$", line):
                 section = _words(header[1])
-                if section == key:
+                if section[: len(key)] == key:
                     return n
-            elif (pair := re.match(r"\s*([^=#]+?)\s*=", line)) and (*section, *_words(pair[1])) == key:
+            elif (pair := re.match(r"\s*([^=#]+?)\s*=", line)) and (*section, *_words(pair[1]))[
+                : len(key)
+            ] == key:
                 return n
         return None
 

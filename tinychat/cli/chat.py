@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tinychat.base import prompts
 from tinychat.base.errors import UsageError
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.preferences import Preferences, Section
@@ -44,6 +45,14 @@ CUT = 5  # exit code: the answer was cut before it had the form that was asked f
 @click.argument("model", required=False, metavar="[MODEL]", shell_complete=complete_models)
 @click.argument("prompt", required=False)
 @click.option("-s", "--system", help="System prompt.")
+@click.option(
+    "-p",
+    "--prompt",
+    "kept",
+    metavar="NAME",
+    shell_complete=lambda c, p, begun: [n for n in prompts.names() if n.startswith(begun)],
+    help="A prompt of your own, prompts/NAME.md beside config.toml; the words go where it says {{input}}.",
+)
 @sampling_options
 @answering_options
 @loading_options
@@ -75,12 +84,16 @@ def run(model: str | None, prompt: str | None, **o: Any) -> None:
         raise UsageError("--json and --stream-json exclude each other.", "Choose one.")
     resumed = o["latest"] or o["resume"] is not None
     if model is not None and prompt is None:
-        model, prompt = model_or_prompt(model, resumed, o["server"] is not None)
+        some = resumed or o["kept"] is not None
+        model, prompt = model_or_prompt(model, some, o["server"] is not None)
     named, preferences = model is not None, Preferences.read()
-    model = model or preferences.model or DEFAULT_MODEL
+    own = None if o["kept"] is None else prompts.find(o["kept"])
+    model = model or (own and own.model) or preferences.model or DEFAULT_MODEL
     # A chat keeps files as what they are, beside the question; one answer alone reads them as they are.
     attachments = attached(o["files"]) if resumed else []
     text = gather(prompt, () if resumed else o["files"])
+    if own is not None:
+        text = own.filled(text)
     if text is None and attachments:
         text = ""
     if text is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -97,7 +110,7 @@ def run(model: str | None, prompt: str | None, **o: Any) -> None:
     if o["schema"] is not None:
         o["schema"] = schema_of(o["schema"], alone=text is not None)
     model, o["connector"] = served(model, o, named)
-    _prefer(preferences, model, o, chat)
+    _prefer(preferences, model, o, chat, own)
     if o["schema"] is not None and o["connector"] is not None:
         raise UsageError("--schema is for models of this machine.", "Leave out --schema, or --server.")
     if text is not None:
@@ -109,11 +122,15 @@ def run(model: str | None, prompt: str | None, **o: Any) -> None:
         sys.exit(_show(model, kept, chat, o, preferences))
 
 
-def _prefer(preferences: Preferences, model: str, o: dict[str, Any], chat: Chat | None) -> None:
-    """Add what the file says: `sampling` and `load`. A chat that goes on has its own words and sampling, and
+def _prefer(
+    preferences: Preferences, model: str, o: dict[str, Any], chat: Chat | None, own: prompts.Prompt | None
+) -> None:
+    """Add what the files say: `sampling` and `load`. A chat that goes on has its own words and sampling, and
     how a server's model is loaded is not ours to say.
     """
     section = preferences.of(model) if o["connector"] is None else Section(preferences.general.system)
+    if own is not None:
+        section = own.section.over(section)
     o["load"] = load_options(section, o)
     o["sampling"] = pick(o, SamplingParams.SETTINGS)
     if chat is None:

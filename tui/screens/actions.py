@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinychat.base import locations
+from tinychat.base import locations, prompts
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.base.files import read_bytes, write_atomically
 from tinychat.base.sampling_params import SamplingParams
@@ -42,7 +42,9 @@ class ChatActions(Hearing):
             self.say("")
             await self.run_command(*command)
             return
-        words = Words(message.text, message.attachments)
+        await self._submit(Words(message.text, message.attachments))
+
+    async def _submit(self, words: Words) -> None:
         if not self.answering:
             await self.say_words(words)
         elif self.editing is not None:
@@ -297,6 +299,15 @@ class ChatActions(Hearing):
 
     def command_stats(self, rest: str) -> None:
         self.action_stats()
+
+    async def command_prompt(self, rest: str) -> None:
+        name, _, words = rest.partition(" ")
+        prompt, chat = prompts.find(name), self.conversation.chat
+        text = prompt.filled(words)
+        if not self.conversation.tree.nodes:  # a chat that has begun keeps its own
+            chat.system = chat.system if prompt.system is None else prompt.system
+            chat.params = {**chat.params, **prompt.sampling}
+        await self._submit(Words(text, []))
 
     def command_default(self, rest: str) -> None:
         chat, path = self.conversation.chat, self.app.preferences.path

@@ -14,6 +14,7 @@ from textual.containers import Vertical
 from textual.widgets import OptionList, TextArea
 from textual.widgets.option_list import Option
 
+from tinychat.base import prompts
 from tinychat.tui import commands
 from tinychat.tui.attachments import Attachment, complete_path, mentions, read
 from tinychat.tui.messages import Attached, Submitted
@@ -275,6 +276,9 @@ class Composer(Vertical):
             options = [Option(f"/{c.name} {c.argument}".ljust(30) + c.help, c.name) for c in found]
             if len(found) == 1 and text[1:] == found[0].name:
                 options = []
+        elif (begun := commands.prompt_begun(text)) is not None:
+            self._kind = "prompt"
+            options = [Option(clean(n), n) for n in prompts.names() if n.startswith(begun) and n != begun]
         elif (fragment := self._fragment()) is not None:
             self._kind = "file"
             options = [Option(clean(name), name) for name in complete_path(fragment)]
@@ -337,6 +341,9 @@ class Composer(Vertical):
                 self.text = f"/{chosen}"
                 return False
             self.text = f"/{chosen} "
+            return True
+        if self._kind == "prompt":
+            self.text = f"/prompt {chosen} "
             return True
         fragment = self._fragment() or ""
         row, column = self.input.cursor_location
