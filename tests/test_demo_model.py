@@ -229,3 +229,27 @@ def test_command_line_knows_paris_and_stdout_has_the_answer_only(demo_gguf, tmp_
     assert "tok/s" not in out.stdout
     assert "<|" not in out.stdout
     assert ("tok/s" in out.stderr) == (how == "argument")
+
+
+def test_it_calls_a_tool_that_it_must_call_and_hears_the_result(demo_gguf):
+    asked = []
+
+    def capital(country: str) -> str:
+        """Name of a country's capital.
+
+        Args:
+            country: Its name.
+        """
+        asked.append(country)
+        return "Paris"
+
+    with tinychat.load(str(demo_gguf), ctx=2048) as model:
+        how = {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 0, "max_tokens": 60}
+        run = tinychat.run_tools(model, QUESTION, [capital], most_turns=1, **how)
+        call, result, answer = run.messages[1:4]
+        (called,) = call["tool_calls"]
+        assert called["function"] == {"name": "capital", "arguments": '{"country": "France"}'}
+        assert asked == ["France"]
+        assert (result["tool_call_id"], result["content"]) == (called["id"], "Paris")
+        assert answer["role"] == "assistant"
+        assert run.completion.stats.cached_tokens > 100  # of the first prompt and its call, all that stays

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import pytest
 from said import says
@@ -202,6 +203,46 @@ def test_a_tool_may_be_chosen_as_openai_names_it(model):
         "?", tools=[add, shout], tool_choice={"type": "function", "function": {"name": "add"}}
     )
     assert request.tool_choice == "add"
+
+
+def choose(unit: Literal["C", "F"], on: bool):
+    """Chooses."""
+
+
+@pytest.mark.parametrize("choice", ["required", "choose"])
+def test_a_required_call_comes_whatever_the_model_is_and_fits_its_schema(model, choice):
+    seen = set()
+    for seed in range(3):
+        how = {"tool_choice": choice, "parallel_tool_calls": False, "temperature": 1, "seed": seed}
+        first, drafted = (
+            model.chat("?", tools=[choose, add], max_tokens=300, draft=draft, **how)
+            for draft in ("none", "ngram")
+        )
+        assert first.token_ids == drafted.token_ids  # a draft changes nothing
+        if first.finish_reason == "length":  # in a number without end
+            continue
+        assert (first.text, first.finish_reason) == ("", "tool_calls")
+        (call,) = first.tool_calls
+        seen.add(call.name)
+        given = json.loads(call.arguments)
+        if call.name == "choose":
+            assert given["unit"] in ("C", "F")
+            assert given["on"] in (True, False)
+        else:
+            assert all(isinstance(given[k], int) for k in ("a", "b"))
+        assert len(given) == 2
+    assert seen
+    assert choice == "required" or seen == {"choose"}
+
+
+def test_strict_arguments_are_held_and_an_answer_in_words_is_free(model):
+    tool = {**model.request("?", tools=[add]).tools[0]["function"], "strict": True}
+    assert model.request("?", tools=[tool]).form is not None
+    assert model.request("?", tools=[add]).form is None
+    assert model.request("?", tools=[tool], tool_choice="none").form is None
+    held = model.chat("?", tools=[tool], temperature=0, max_tokens=20)
+    assert (held.tool_calls, held.finish_reason) == ([], "length")  # a tiny model says no call
+    assert len(held.text) > 5
 
 
 def test_calls_are_told_as_json_lines(model, monkeypatch):

@@ -278,6 +278,9 @@ class Model:
             raise UsageError(f"{self.name} has no chat template.", "Leave out think and effort.")
         if form is not None:
             grammar.matcher(form, self.tokenizer)  # says now what is wrong with it
+        if self.template is not None and choice != "none":
+            told = [t for t in given if t["function"]["name"] == choice] or given
+            form = self.template.tools.form(told, choice != "auto", several, form) if told else form
         return ChatRequest(messages, params, draft, given, choice, several, form, think, effort)
 
     def session(self, system: str | None = None, **sampling: Any) -> Session:

@@ -51,7 +51,7 @@ def run_tools(
 
     functions: typed, with docstrings, of which schemas are made (`Model.chat`). most_turns: answers with
     calls, at most. allow: is asked before each call; where it says False, the model is told so. options: of
-    `Model.chat`.
+    `Model.chat`; a call that they require is required of the first answer.
 
     What a function raises, a call that does not fit it and a name that nobody has are told to the model as
     text. Raises UsageError for what is no function.
@@ -59,14 +59,17 @@ def run_tools(
     known = {t.__name__: t for t in _functions(functions)}
     arguments.integer("most_turns", most_turns, 1)
     said = arguments.messages(messages)
+    options["tools"] = list(known.values())
     for turn in range(most_turns + 1):
-        answer = model.chat(said, tools=list(known.values()), **options)
+        answer = model.chat(said, **options)
         said.append(answer.message())
         if answer.finish_reason != "tool_calls" or turn == most_turns:
             break
         for call in answer.tool_calls:
             result = run_call(call, known) if allow(call) else "Error: the user does not allow this call."
             said.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result})
+        if options.get("tool_choice") != "none":
+            options["tool_choice"] = "auto"
     return ToolRun(answer, said)
 
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tinychat.base.errors import TinychatError
 from tinychat.text.calls.caller import Caller
 from tinychat.text.calls.families import HERMES, SYNTAXES
+from tinychat.text.calls.held import form_of_calls
 from tinychat.text.calls.syntax import ID_LENGTH, Syntax
 from tinychat.text.markers import CALLS, Trusted, beginning
 
 if TYPE_CHECKING:
+    from tinychat.text.response_format import Form
     from tinychat.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -103,20 +105,26 @@ class ToolTemplate:
         parameters = {f["name"]: f.get("parameters", {}) for f in functions}
         return Caller(self.syntax, parameters, self._shown, most)
 
+    def form(
+        self, tools: Sequence[Mapping[str, Any]], required: bool, several: bool, answer: Form | None
+    ) -> Form | None:
+        """What an answer with these tools is held to (`held.form_of_calls`)."""
+        return form_of_calls(self.syntax, tools, self._template.tokenizer, required, several, answer)
+
     def render(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
+        **extra: Any,
     ) -> str:
         """A conversation's text, as `ChatTemplate.render` gives it. tools: in OpenAI's form."""
         out = self._with_calls(messages)
-        if not tools:
-            return self._template.render(out, add_generation_prompt)
-        if not self.habits.lists:
-            return self._template.render(self._with_prompt(out, tools), add_generation_prompt)
-        listed = [_without_strict(t) for t in tools]
-        return self._template.render(out, add_generation_prompt, tools=listed)
+        if tools and self.habits.lists:
+            extra["tools"] = [_without_strict(t) for t in tools]
+        elif tools:
+            out = self._with_prompt(out, tools)
+        return self._template.render(out, add_generation_prompt, **extra)
 
     def renderings(
         self,

@@ -100,16 +100,15 @@ class Gemma:
     def spell(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
         """As a `Syntax` does it."""
         return "".join(
-            f"{self.opens[0]}call:{name}{self._spelled(arguments, bare_keys=True)}{self.closes[0]}"
+            f"{self.opens[0]}call:{name}{self._spelled(arguments)}{self.closes[0]}"
             for name, arguments in calls
         )
 
-    def _spelled(self, value: Any, bare_keys: bool = False) -> str:
+    def _spelled(self, value: Any) -> str:
         if isinstance(value, str):
             return f"{self.quote}{value}{self.quote}"
         if isinstance(value, dict):
-            edge = "" if bare_keys else self.quote
-            return "{" + ",".join(f"{edge}{k}{edge}:{self._spelled(v)}" for k, v in value.items()) + "}"
+            return "{" + ",".join(f"{k}:{self._spelled(v)}" for k, v in value.items()) + "}"
         if isinstance(value, list):
             return "[" + ",".join(map(self._spelled, value)) + "]"
         return as_json(value)

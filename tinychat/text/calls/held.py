@@ -1,0 +1,258 @@
+"""Grammars that hold an answer to calls of tools, and their arguments to the tools' schemas.
+
+They are llguidance's dialect of Lark. Markers that are tokens of the vocabulary stand in them by number, for
+the text of an answer has none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tinychat.base.errors import UsageError
+from tinychat.text import grammar
+from tinychat.text.calls.gemma import Gemma
+from tinychat.text.calls.held_values import Values
+from tinychat.text.calls.named import Named
+from tinychat.text.calls.objects import Objects
+from tinychat.text.calls.pythonic import Pythonic
+from tinychat.text.calls.syntax import Syntax, as_json
+from tinychat.text.calls.tagged import Tagged, kinds_of
+from tinychat.text.response_format import Form, of_schema
+
+if TYPE_CHECKING:
+    from tinychat.text.tokenizer import Tokenizer
+
+CLOSED = {"type": "object", "additionalProperties": False}  # what a schema means that does not say
+LOOSE = {"type": "object"}  # what arguments are held to that need not fit a schema
+ARGUMENTS = "{}"  # what stands for them in a call that is spelled
+_BARE = r"/([ \n]*[^{\[ \n](?s:.*))?/"  # what does not look like a call without a marker
+
+
+class Held:
+    """The grammar of calls of some tools, as one model writes them.
+
+    tools: (name, parameters) of each; the parameters are JSON schemas that llguidance takes.
+    """
+
+    def __init__(self, syntax: Syntax, tools: Sequence[tuple[str, Mapping[str, Any]]], tokenizer: Tokenizer):
+        self._syntax, self._tools = syntax, tools
+        self._ids = {text: i for i, text in tokenizer.markers.items()}
+        self._markers = re.compile(
+            "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or r"\b\B"
+        )
+        self._rules: list[str] = []
+
+    def grammar(self, required: bool, several: bool, form: Mapping[str, Any] | None = None) -> str | None:
+        """The grammar; None where calls of this syntax cannot be held to one.
+
+        required: there must be a call. several: there may be more than one. form: JSON schema of an answer
+        without calls; None leaves its text free.
+        """
+        calls = self._calls(several)
+        if calls is None:
+            return None
+        if required:
+            start = "calls"
+        elif form is not None:
+            start = "form | calls"
+            self._rules.append(f"form: %json {json.dumps(form, ensure_ascii=False)}")
+        else:
+            start = "text | calls" if self._syntax.bare else "text calls?"
+            self._rules.append(f"text: TEXT\nTEXT: {self._text()}")
+        return "\n".join((f"start: {start}", f"calls: {calls}", *self._rules, r"WS: /\n{0,2}/"))
+
+    def _calls(self, several: bool) -> str | None:
+        syntax = self._syntax
+        if isinstance(syntax, Tagged):
+            return self._tagged(syntax, several)
+        if isinstance(syntax, Gemma):
+            return self._gemma(syntax, several)
+        if isinstance(syntax, Pythonic) and syntax.objects:
+            opens = () if syntax.bare else syntax.opens
+            keys = ("name", "parameters") if syntax.bare else ("name", "arguments")
+            syntax = Objects(opens, syntax.closes, listed=not syntax.bare, keys=keys)
+        if not isinstance(syntax, (Objects, Named)) or (isinstance(syntax, Named) and syntax.ends != "{"):
+            return None
+        return self._of_json(syntax, several)
+
+    def _of_json(self, syntax: Objects | Named, several: bool) -> str:
+        """Calls whose arguments are JSON: what stands before, between and behind them is as it is spelled."""
+        before, between, behind = [], [], ""
+        for i, (name, parameters) in enumerate(self._tools):
+            first, second, behind = syntax.spell([(name, {}), (name, {})]).split(ARGUMENTS)
+            self._rules.append(f"arguments_{i}: %json {json.dumps(parameters, ensure_ascii=False)}")
+            before.append(f"{self._lark(first)} arguments_{i}")
+            between.append(f"{self._lark(second)} arguments_{i}")
+        more = f" ({' | '.join(between)})*" if several else ""
+        return f"({' | '.join(before)}){more} {self._lark(behind)}"
+
+    def _gemma(self, syntax: Gemma, several: bool) -> str:
+        calls = []
+        for i, (name, parameters) in enumerate(self._tools):
+            values = Values(syntax.quote, parameters, self._lark, f"v{i}")
+            before, behind = f"{syntax.opens[0]}call:{name}", syntax.closes[0]
+            root = values.rule({"properties": {}, **parameters, "type": "object"})
+            calls.append(f"{self._lark(before)} {root} {self._lark(behind)}")
+            self._rules += values.rules
+        self._rules.append("call: " + "\n    | ".join(calls))
+        return "call+" if several else "call"
+
+    def _tagged(self, syntax: Tagged, several: bool) -> str:
+        calls = []
+        for i, (name, parameters) in enumerate(self._tools):
+            end = "".join(e for e in (syntax.name_ends[0].strip(), syntax.head_end) if e)
+            parts = [self._lark(syntax.call + name + end), "WS"]
+            required = parameters.get("required", ())
+            properties = parameters.get("properties", {})
+            for k, (key, schema) in enumerate(properties.items()):
+                shared = {n: parameters[n] for n in ("$defs", "definitions") if n in parameters}
+                self._rules.append(
+                    f"p{i}_{k}: {' '.join(self._parameter(syntax, key, schema, shared, f'v{i}_{k}'))}"
+                )
+                parts.append(f"(p{i}_{k} WS)" + ("" if key in required else "?"))
+            calls.append(" ".join([*parts, self._lark(syntax.call_end)]))
+        self._rules.append("call: " + "\n    | ".join(calls))
+        more = " (WS call)*" if several else ""
+        if not syntax.section[0]:
+            return f"call{more}"
+        start, end = map(self._lark, syntax.section)
+        self._rules.append(f"section: {start} WS call{more} WS {end}")
+        return "section" + (" (WS section)*" if several else "")
+
+    def _parameter(
+        self, syntax: Tagged, key: str, schema: Any, shared: Mapping[str, Any], rule: str
+    ) -> Iterator[str]:
+        kinds = kinds_of(schema)
+        told = ""
+        if syntax.typed:
+            name, _, value = syntax.typed.partition("=")
+            other = (
+                '"false"'
+                if value == '"true"'
+                else as_json(min(kinds - {"null"} or {"null"}) if kinds else "object")
+            )
+            told = f" {name}={value if kinds == {'string'} else other}"
+        edge = "\n" if syntax.lines else ""
+        yield self._lark(syntax.key + key + syntax.key_ends[0] + told + syntax.tag_end)
+        if syntax.between:
+            yield "WS"
+            yield self._lark(syntax.between)
+        end = edge + syntax.value_end
+        choices = schema.get("enum") if isinstance(schema, Mapping) else None
+        if edge:
+            yield self._lark(edge)
+        if kinds != {"string"}:
+            self._rules.append(
+                f"{rule}: %json {json.dumps({**shared, **schema} if isinstance(schema, Mapping) else {})}"
+            )
+        elif isinstance(choices, list) and all(isinstance(c, str) for c in choices):
+            self._rules.append(f"{rule}: {' | '.join(map(self._plain, choices))}")
+        elif syntax.value_end in self._ids:
+            self._rules.append(f"{rule}: V{rule[1:]}\nV{rule[1:]}: /(?s:.*)/")
+            end = syntax.value_end
+        else:
+            self._rules.append(f"{rule}[suffix={self._plain(end)}]: /(?s:.*)/")
+            end = ""
+        yield rule
+        if end:
+            yield self._lark(end)
+
+    def _text(self) -> str:
+        """Text in which no call begins."""
+        if self._syntax.bare:
+            return _BARE
+        plain = [o for o in self._syntax.opens if not self._markers.search(o)]
+        return "/(?s:.*)/" + "".join(
+            " & ~/(?s:.*){}(?s:.*)/".format(re.escape(o).replace("/", r"\/").replace("\n", "n"))
+            for o in plain
+        )
+
+    def _lark(self, text: str) -> str:
+        """A text with its markers, as a sequence."""
+        out, at = [], 0
+        for match in self._markers.finditer(text):
+            out += [self._plain(text[at : match.start()]), f"<[{self._ids[match[0]]}]>"]
+            at = match.end()
+        out.append(self._plain(text[at:]))
+        return " ".join(part for part in out if part != '""') or '""'
+
+    @staticmethod
+    def _plain(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+
+def form_of_calls(
+    syntax: Syntax,
+    tools: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    required: bool,
+    several: bool,
+    answer: Form | None = None,
+) -> Form | None:
+    """What an answer with calls is held to; None: nothing.
+
+    tools: in OpenAI's form. Arguments are held to the schemas of those that are `strict`, and to all where a
+    call is required. answer: form of an answer without calls.
+
+    Raises UsageError where a schema cannot be held to, or a call cannot be required of the model.
+    """
+    functions = [t["function"] for t in tools]
+    strict = [required or f.get("strict") is True for f in functions]
+    if answer is not None and answer.kind != "json_schema":
+        raise UsageError(
+            "An answer with tools can be held to a JSON schema, and to no other form.",
+            "Leave out one of them.",
+        )
+    if not any(strict) and answer is None:
+        return None
+    schemas = [{**CLOSED, **f["parameters"]} if s else LOOSE for f, s in zip(functions, strict, strict=True)]
+    named = [(f["name"], _taken(s)) for f, s in zip(functions, schemas, strict=True)]
+    said = None if answer is None else {**json.loads(answer.text), "x-guidance": grammar.OPTIONS}
+    text = Held(syntax, named, tokenizer).grammar(required, several, said)
+    if text is None:
+        if required or answer is not None:
+            raise UsageError(
+                "This model writes calls in a syntax that its answers cannot be held to.",
+                'Use tool_choice="auto", and no response_format beside tools.',
+            )
+        return None
+    form = Form("lark", text)
+    try:
+        grammar.matcher(form, tokenizer)
+    except UsageError as e:
+        _blame(functions, schemas, tokenizer)
+        raise UsageError(
+            f"The tools cannot be held to: {e.what}", "Use simpler schemas, or fewer tools."
+        ) from e
+    return form
+
+
+def _taken(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema as llguidance takes it: exact, and with the white space that answers have."""
+    return {**json.loads(of_schema(with_null(schema)).text), "x-guidance": grammar.OPTIONS}
+
+
+def _blame(
+    functions: Sequence[Mapping[str, Any]], schemas: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+) -> None:
+    """Raise UsageError for the tool whose schema is wrong by itself."""
+    for function, schema in zip(functions, schemas, strict=True):
+        try:
+            grammar.matcher(of_schema(with_null(schema)), tokenizer)
+        except UsageError as e:
+            raise UsageError(f"The tool {function['name']}: {e.what}", e.todo) from e
+
+
+def with_null(schema: Any, depth: int = 0) -> Any:
+    """A schema that says `nullable` (as schemas of functions do) in words of JSON Schema."""
+    if isinstance(schema, list):
+        return [with_null(s, depth + 1) for s in schema]
+    if not isinstance(schema, Mapping) or depth > 100:
+        return schema
+    out = {k: with_null(v, depth + 1) for k, v in schema.items()}
+    if isinstance(out.get("nullable"), bool) and out.pop("nullable"):
+        return {"anyOf": [out, {"type": "null"}]}
+    return out
