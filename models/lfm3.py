@@ -37,7 +37,7 @@ def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
     return stack.layers(lambda i: mixers[types[i]])
 
 
-GATE = "self_attn.g_proj"
+GATE = "self_attn.gate_proj"  # as files call it
 HF = {
     "Lfm3ForCausalLM": FromHF(
         lfm2.DEFAULTS | {"head_dim": 128, "conv_L_cache": 7, "sliding_window": 256, "rope_parameters": ROPES},
@@ -46,7 +46,7 @@ HF = {
         constants=lfm2.constants,
         mixers=("conv",),
         vectors=lfm2.KEPT | {GATE: Kept()},
-        tensors=(lfm2.LAST_NORM,),
+        tensors=(lfm2.LAST_NORM, (r"\.self_attn\.g_proj\.", ".self_attn.gate_proj.")),
     )
 }
 GGUF: dict[str, FromGGUF] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tinychat.base.errors import UnsupportedModelError
 from tinychat.models import llama
 from tinychat.models.llama import NAMES
 from tinychat.network import hf_config
@@ -251,5 +252,10 @@ def mixer_settings(cfg: ModelConfig) -> dict[str, Any]:
 
 def settings(cfg: ModelConfig) -> Settings:
     """Entries of config.json for such a model."""
+    if any(isinstance(layer.mixer, DeltaConfig) and layer.mixer.tiled for layer in cfg.layers):
+        raise UnsupportedModelError(
+            "A GGUF holds the value heads of a Qwen3.5 in an order that config.json has no word for.",
+            "Use --format gguf, or quantize the original folder.",
+        )
     mine = {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}
     return mine | mixer_settings(cfg)

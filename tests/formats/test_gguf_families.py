@@ -16,6 +16,7 @@ from tinychat.backends.cpu_pack import KERNELS
 from tinychat.backends.plan import plan
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, TinychatError, UnsupportedModelError, UsageError
+from tinychat.formats import gguf_metadata
 from tinychat.formats.gguf import GGUFCheckpoint
 from tinychat.network.weight_form import Form
 from tinychat.network.weight_policy import WeightPolicy
@@ -71,6 +72,29 @@ def test_logits_equal_transformers(case, tmp_path):
     ours = np.concatenate([backend.step(step_of(backend, IDS[a:b], a, a, TABLE, 0)) for a, b in steps])
     assert relative_error(ours, logits_of(hf, IDS)) < 1e-4
     assert checkpoint.tokenizer().vocab_size == 258
+
+
+def test_layers_that_predict_further_tokens_are_not_read(tmp_path, monkeypatch):
+    cls, changes = CASES["qwen3.5"]
+    hf = random_model(cls, **changes)
+    given = {name: getattr(GGUFWriter, name) for name in ("add_block_count", "add_tokenizer_model")}
+
+    def further(w, model):
+        w.add_uint32("qwen35.nextn_predict_layers", 1)
+        w.add_tensor("blk.4.nextn.eh_proj.weight", np.ones((64, 128), np.float32))
+        given["add_tokenizer_model"](w, model)
+
+    monkeypatch.setattr(GGUFWriter, "add_block_count", lambda w, n: given["add_block_count"](w, n + 1))
+    monkeypatch.setattr(GGUFWriter, "add_tokenizer_model", further)
+    write(tmp_path / "m.gguf", hf, "qwen35")
+    checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
+    assert checkpoint.config.n_layers == 4
+    backend = allocate(ReferenceBackend(checkpoint, WeightPolicy("none", 16)), 8)
+    ours = backend.step(step_of(backend, IDS[:30], 0, 0, TABLE, 0))
+    assert relative_error(ours, logits_of(hf, IDS[:30])) < 1e-4
+    fields = gguf_metadata.carried(tmp_path / "m.gguf")
+    assert fields["qwen35.block_count"].value == 4
+    assert "qwen35.nextn_predict_layers" not in fields
 
 
 def mixed(name: str) -> Kind | None:

@@ -48,6 +48,9 @@ FAMILY_CASES = (
     "qwen3moe dense layers",
     "glm4",
     "ernie4.5 bias",
+    "lfm2",
+    "lfm3",
+    "qwen3.5",
 )
 
 

@@ -256,6 +256,14 @@ def test_a_gguf_of_another_family_is_quantized_too(tmp_path, text):
     assert relative_error(logits(tmp_path / "out"), logits_of(hf, IDS)) < 0.5
 
 
+def test_an_order_of_heads_that_config_json_cannot_say_is_refused_before_anything_is_written(tmp_path):
+    cls, changes = CASES["qwen3.5"]
+    write_gguf(tmp_path / "m.gguf", random_model(cls, **changes), "qwen35")
+    with pytest.raises(UnsupportedModelError, match="value heads"):
+        quantize(GGUFCheckpoint(tmp_path / "m.gguf"), tmp_path / "out", method="rtn")
+    assert not (tmp_path / "out").exists()
+
+
 def test_mixtures_of_experts_are_refused(tmp_path, text):
     cls, changes = CASES["mixtral"]
     random_model(cls, **changes).save_pretrained(tmp_path / "source")

@@ -77,7 +77,9 @@ STRANGE = {
 
 def as_modules_are_called(name: str) -> str:
     """A tensor of transformers' by the name of our module, where that is another one."""
-    name = name.replace("model.embedding_norm.", "model.norm.")
+    name = name.replace("model.embedding_norm.", "model.norm.").replace(
+        "self_attn.g_proj", "self_attn.gate_proj"
+    )
     for parts in ("gate.", "experts.", "expert_bias"):
         name = name.replace(f"feed_forward.{parts}", f"mlp.{parts}")
     return name + ".weight" if name.endswith(("A_log", "dt_bias", "expert_bias")) else name

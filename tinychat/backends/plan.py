@@ -101,6 +101,8 @@ def _kind(name: str) -> str:
         "embed_tokens": "embedding",
         "lm_head": "head",
         "self_attn.": "attention",
+        "linear_attn.": "attention",
+        ".conv.": "attention",
         "mlp.experts.": "experts",
     }
     return next((kind for part, kind in where.items() if part in name), "mlp")

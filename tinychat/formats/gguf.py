@@ -14,7 +14,7 @@ from tinychat.base.errors import UnsupportedModelError
 from tinychat.base.files import MappedFile
 from tinychat.base.identity import Tell, content_hash
 from tinychat.formats.gguf_blocks import UNPACK
-from tinychat.formats.gguf_config import ROPE_TENSORS, TOP, read_config
+from tinychat.formats.gguf_config import FURTHER, ROPE_TENSORS, TOP, read_config
 from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, Tensor, type_of
 from tinychat.formats.gguf_parts import open_parts
 from tinychat.models import FAMILIES
@@ -24,6 +24,7 @@ from tinychat.network.weight_form import Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
 
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.")
 _EXPERT = re.compile(r"mlp\.experts\.(\d{1,6})\.")
 
 
@@ -156,7 +157,10 @@ class GGUFCheckpoint:
             elif bias is None and name.endswith(family.biases(cfg)):
                 raise self.file.damaged(f"the tensor {self._name(name) + '.bias'!r} is missing")
             allowed |= self._tensor_scales(name, tensor)
+        further = self.fields.get(f"{self.fields['general.architecture']}.{FURTHER}")
         for name in self.file.tensors:
+            if further and (layer := _BLOCK.match(name)) and int(layer[1]) >= cfg.n_layers:
+                continue
             if name not in allowed and not name.endswith(("attn_rot_embd", "rotary_emb.inv_freq")):
                 raise UnsupportedModelError(
                     f"The GGUF has a tensor {name!r} that a {cfg.family} model does not have.",

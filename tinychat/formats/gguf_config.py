@@ -19,6 +19,7 @@ from tinychat.text.tokenizer import TURN_ENDS
 
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+FURTHER = "nextn_predict_layers"  # layers behind all others that predict further tokens; they are not read
 # Metadata that changes what is computed.
 OPTIONS = (
     "attention.clamp_kqv",
@@ -155,7 +156,11 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
         rope,
         window if 0 < window < context else 0,
     )
-    stack = Stack(m.number("block_count"), attention, DenseConfig(m.number("feed_forward_length")))
+    stack = Stack(
+        m.number("block_count") - m.number(FURTHER, 0),
+        attention,
+        DenseConfig(m.number("feed_forward_length")),
+    )
     names = file.tensors
     fields: dict[str, Any] = dict(
         family=family,

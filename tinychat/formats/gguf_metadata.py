@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinychat.base.errors import UnsupportedModelError
-from tinychat.formats.gguf_config import TOP, read_config
+from tinychat.formats.gguf_config import FURTHER, TOP, read_config
 from tinychat.formats.gguf_file import F32, Tensor
 from tinychat.models import FAMILIES
 from tinychat.network.config import AttentionConfig, DenseConfig, ModelConfig, RopeConfig
@@ -38,12 +38,16 @@ def carried(path: Path) -> Fields:
     """The fields of a GGUF that has been read and checked, but those that say how it is quantized."""
     from gguf import GGUFReader
 
-    fields = GGUFReader(path).fields
-    return {
+    fields = {
         key: Field(f.contents(), f.types[0], f.types[-1] if len(f.types) > 1 else None)
-        for key, f in fields.items()
+        for key, f in GGUFReader(path).fields.items()
         if not key.startswith(DROPPED)
     }
+    arch = fields["general.architecture"].value
+    if further := fields.pop(f"{arch}.{FURTHER}", None):  # these layers are not written
+        count = fields[f"{arch}.block_count"]
+        fields[f"{arch}.block_count"] = count._replace(value=count.value - further.value)
+    return fields
 
 
 def architecture(cfg: ModelConfig) -> tuple[str, FromGGUF]:
