@@ -19,7 +19,13 @@ from pathlib import Path
 import gguf
 from llama_cpp import Llama
 
-PRES = ("smollm", "gpt-2", "llama-bpe", "qwen2", "default", "dbrx", "refact", "gpt-4o", "tekken")
+PRES = (
+    "smollm", "gpt-2", "llama-bpe", "qwen2", "default", "dbrx", "refact", "gpt-4o", "tekken",
+    "qwen35", "command-r", "falcon", "deepseek-llm", "deepseek-coder", "deepseek-v3", "glm4", "kimi-k2",
+    "superbpe", "bailingmoe", "seed-coder", "minimax-m2", "exaone4", "exaone-moe", "hunyuan", "hunyuan-dense",
+    "lfm2", "llama4", "tiny_aya", "youtu", "jais-2", "bloom", "viking", "minicpm5", "stablelm2",
+    "chatglm-bpe",
+)  # fmt: skip
 FIXED = [
     "Hello, world!",
     "\n\n1",

@@ -9,6 +9,7 @@ from golden import GOLDEN, sentencepiece_fields
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats.gguf_file import GGUFFile
+from tinychat.formats.gguf_splits import ALIASES, SPLITS
 from tinychat.formats.gguf_tokenizer import from_gguf
 
 
@@ -17,11 +18,12 @@ def fields(demo_gguf):
     return GGUFFile(demo_gguf).fields
 
 
-def differences(tokenizer, expected, special, composed=False):
+def differences(tokenizer, expected, special, composed=False, without=""):
     pairs = list(zip(GOLDEN["texts"][: len(expected)], expected, strict=True))
     if composed:
         pairs = [(t, ids) for t, ids in pairs if unicodedata.is_normalized("NFC", t)]
-    assert len(pairs) > 100
+    pairs = [(t, ids) for t, ids in pairs if not set(t) & set(without)]
+    assert len(pairs) > 80
     return [t for t, ids in pairs if tokenizer.encode(t, special=special) != ids]
 
 
@@ -31,13 +33,21 @@ def test_demo_model_gives_the_ids_of_llama_cpp(fields, special):
     assert differences(from_gguf(fields), expected, special) == []
 
 
-@pytest.mark.parametrize(
-    "pre", ["gpt-2", "llama-bpe", "qwen2", "default", "dbrx", "refact", "gpt-4o", "tekken"]
-)
+# White space and digits of the models' own tokenizers, whose patterns these are, that are none for llama.cpp
+APART = {"deepseek-llm": "\u2028", "deepseek-coder": "\u2028", "tiny_aya": "५६٣٤"}
+
+
+@pytest.mark.parametrize("pre", GOLDEN["byte_level"])
 def test_other_pre_tokenizers_give_the_ids_of_llama_cpp(fields, pre):
     tokenizer = from_gguf({**fields, "tokenizer.ggml.pre": pre})
     # Qwen's own tokenizer composes letters and accents first, llama.cpp does not.
-    assert differences(tokenizer, GOLDEN["byte_level"][pre][0], False, composed=pre == "qwen2") == []
+    expected, without = GOLDEN["byte_level"][pre][0], APART.get(pre, "")
+    assert differences(tokenizer, expected, False, composed=pre == "qwen2", without=without) == []
+
+
+def test_no_pattern_is_untried():
+    assert {ALIASES.get(name, name) for name in GOLDEN["byte_level"]} == set(SPLITS)
+    assert not set(ALIASES) & set(SPLITS)
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -84,7 +94,7 @@ def test_a_turn_end_that_the_file_forgot_to_mark_ends_turns():
     assert len(tokens) - 1 in tokenizer.special_ids
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "no-such", 7, None])
+@pytest.mark.parametrize("name", ["kimi-k9", "no-such", 7, None])
 def test_unknown_pre_tokenizer_is_refused_by_name(fields, name):
     with pytest.raises(UnsupportedModelError, match=repr(name)):
         from_gguf({**fields, "tokenizer.ggml.pre": name})

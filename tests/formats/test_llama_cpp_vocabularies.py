@@ -12,7 +12,8 @@ from tinychat.formats.gguf_file import GGUFFile
 from tinychat.formats.gguf_tokenizer import from_gguf
 
 FOLDER = os.environ.get("TINYCHAT_TEST_VOCABULARIES", "")
-READ = {"gpt-2", "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2", "refact"}
+READ = {"gpt-2", "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2", "refact", "qwen35", "gemma-4", "falcon"}
+READ |= {"command-r", "deepseek-coder", "deepseek-llm", "starcoder"}
 
 
 @pytest.mark.slow

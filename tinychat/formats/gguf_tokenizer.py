@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
+from tinychat.formats.gguf_splits import ALIASES, BEGIN, COMPOSED, SPLITS, WHOLE
 from tinychat.text import chat_templates
 from tinychat.text.decoders import char_of_byte
 from tinychat.text.tokenizer import TURN_ENDS, Tokenizer, is_space
@@ -20,43 +21,6 @@ MAX_SPLITS = (
     300_000_000  # characters that are compared to find the merges; the largest vocabularies take 30 M
 )
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = (
-    r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# words that begin with capitals, then small letters; llama.cpp's own spelling of OpenAI's o200k pattern
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+END"
-    r"|[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*END"
-    r"|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SHORT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?"
-# Each pattern splits what the one before left whole; what lies between two matches is a piece of its own.
-SPLITS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "qwen2": (_LLAMA3.replace("{1,3}", ""),),
-    "dbrx": (_LLAMA3,),
-    "gpt-4o": (_CASED.replace("END", _SHORT).replace("DIGITS", "{1,3}"),),
-    "tekken": (_CASED.replace("END", "").replace("DIGITS", ""),),
-}
-COMPOSED = ("qwen2",)  # letters and their accents are composed first; llama.cpp leaves that out
-ALIASES = {
-    "llama3": "llama-bpe",
-    "llama-v3": "llama-bpe",
-    "falcon3": "llama-bpe",
-    "deepseek-r1-qwen": "qwen2",
-    "refact": "smollm",
-    "smaug-bpe": "dbrx",
-    "phi-2": "gpt-2",
-    "mpt": "gpt-2",
-    "olmo": "gpt-2",
-    "jais": "gpt-2",
-}
 
 
 def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
@@ -83,14 +47,17 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     if named == "gpt2":
         pre = fields.get("tokenizer.ggml.pre", "default")
         backend = _byte_level(fields, vocab, pre)
-        bos_by_default = ALIASES.get(pre, pre) == "llama-bpe"
+        bos_by_default = ALIASES.get(pre, pre) in BEGIN
+    elif named == "gemma4":
+        backend = _merged_letters(fields, tokens, vocab)
+        bos_by_default = True
     elif named == "llama":
         backend = _sentencepiece(fields, tokens, vocab, types)
         bos_by_default = True
     else:
         raise UnsupportedModelError(
             f"The GGUF tokenizer {_named(kind)} is not supported.",
-            'Supported: "gpt2" (byte-level BPE), "llama" (SentencePiece).',
+            'Supported: "gpt2" (byte-level BPE), "llama" (SentencePiece), "gemma4" (merges of letters).',
         )
     _add_tokens(backend, tokens, types, _stripping(fields, named, vocab))
     return _finish(fields, backend, tokens, bos_by_default)
@@ -105,16 +72,7 @@ def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int], pre: Any) -> t
             f"The GGUF pre-tokenizer {_named(pre)} is not supported.",
             f"Supported: {', '.join(sorted({*SPLITS, *ALIASES}))}.",
         )
-    merges = [tuple(line.split(" ", 1)) for line in _strings(fields, "tokenizer.ggml.merges")]
-    if any(len(pair) != 2 for pair in merges):
-        raise _damaged("has a merge that is not a pair")
-    settings = dict(vocab=vocab, ignore_merges=name in ("llama-bpe", "tekken"))
-    try:
-        backend = tk.Tokenizer(_bpe(merges=merges, **settings))
-    except CheckpointError:
-        # a merge of or into what is no token: llama.cpp never applies it, or undoes it
-        merges = [(a, b) for a, b in merges if a in vocab and b in vocab and a + b in vocab]
-        backend = tk.Tokenizer(_bpe(merges=merges, **settings))
+    backend = tk.Tokenizer(_merging(fields, vocab, ignore_merges=name in WHOLE))
     splits: list[Any] = [tk.pre_tokenizers.Split(tk.Regex(pattern), "isolated") for pattern in SPLITS[name]]
     splits.append(tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     missing = "".join(c for c in char_of_byte().values() if c not in vocab)
@@ -125,6 +83,40 @@ def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int], pre: Any) -> t
         backend.normalizer = tk.normalizers.NFC()
     backend.decoder = tk.decoders.ByteLevel()
     return backend
+
+
+def _merging(fields: Mapping[str, Any], vocab: dict[str, int], **settings: Any) -> Any:
+    """BPE with the merges of the file."""
+    merges = [tuple(line.split(" ", 1)) for line in _strings(fields, "tokenizer.ggml.merges")]
+    if any(len(pair) != 2 for pair in merges):
+        raise _damaged("has a merge that is not a pair")
+    try:
+        return _bpe(vocab=vocab, merges=merges, **settings)
+    except CheckpointError:
+        # a merge of or into what is no token: llama.cpp never applies it, or undoes it
+        merges = [(a, b) for a, b in merges if a in vocab and b in vocab and a + b in vocab]
+        return _bpe(vocab=vocab, merges=merges, **settings)
+
+
+def _merged_letters(
+    fields: Mapping[str, Any], tokens: list[str], vocab: dict[str, int]
+) -> tokenizers.Tokenizer:
+    """Gemma 4's: merges of letters in whole lines, spaces as ▁, bytes for letters that are no token."""
+    import tokenizers as tk
+
+    unknown = _unknown(fields, tokens)
+    backend = tk.Tokenizer(_merging(fields, vocab, byte_fallback=True, fuse_unk=True, unk_token=unknown))
+    backend.normalizer = tk.normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(r"[^\n]+|[\n]+"), "isolated")
+    decoders = [tk.decoders.Replace("▁", " "), tk.decoders.ByteFallback(), tk.decoders.Fuse()]
+    backend.decoder = tk.decoders.Sequence(decoders)
+    return backend
+
+
+def _unknown(fields: Mapping[str, Any], tokens: list[str]) -> str | None:
+    """The token that stands for what is none."""
+    i = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    return tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
 
 
 def _sentencepiece(
@@ -148,15 +140,13 @@ def _sentencepiece(
             if (left := token[:k]) in vocab and (right := token[k:]) in vocab:
                 merges.append((-scores[i], i, (left, right)))
     merges.sort(key=lambda m: m[:2])
-    unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
-    known = type(unknown) is int and 0 <= unknown < len(tokens)
     backend = tk.Tokenizer(
         _bpe(
             vocab=vocab,
             merges=[pair for _, _, pair in merges],
             byte_fallback=True,
             fuse_unk=True,
-            unk_token=tokens[unknown] if known else None,
+            unk_token=_unknown(fields, tokens),
         )
     )
     prefix = _flag(fields, "tokenizer.ggml.add_space_prefix", True)

@@ -11,14 +11,16 @@ from typing import Any
 
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf_metadata import Field, Fields
-from tinychat.formats.gguf_tokenizer import BYTE, CONTROL, SPLITS, UNKNOWN, USER_DEFINED, from_gguf
+from tinychat.formats.gguf_splits import SPLITS
+from tinychat.formats.gguf_tokenizer import BYTE, CONTROL, UNKNOWN, USER_DEFINED, from_gguf
 from tinychat.text.tokenizer import Tokenizer
 
 NORMAL, UNUSED = 1, 5
 PROBE = (
     "The other day the quick brown foxes jumped over the lazy dogs; then they thought better of it.\n"
     "They'll say: it's 1,234,567.89 — or 12345 — don't\tWE'VE  two  spaces\n\n\n   and indents?!\r\n"
-    "def f(x_1, yy): return x_1 ** 2  # naïve café ÀÉ Straße, 你好，世界。 привет мир، مرحبا 🙂👍🏽 한국어\n"
+    "def f(x_1, yy): return x_1 ** 2  # naïve café ÀÉ Straße, 你好，世界。 привет мир، مرحبا 🙂👍🏽\n"
+    "한국어 हिन्दी ไม่ "
     "http://example.org/a_b?c=d&e=100%25 <b>HTML</b> camelCaseWords SHOUTING iPhone15Pro 3.14e-10 $5 #tag @me"
 )
 
