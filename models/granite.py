@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,7 @@ GGUF = {
 }
 
 
-def forward(ops: Ops, cfg: ModelConfig, w: Weights) -> Handle:
+def forward(ops: Ops, cfg: ModelConfig, w: Weights, block: Callable[..., Handle] = block) -> Handle:
     """Token ids (the step's input) to logits.
 
     x ← x + r·f(norm(x)) is, for y = x / r, y ← y + f(norm(y)) with the norm's epsilon divided by r²: so the

@@ -86,11 +86,13 @@ def load(w: WeightSource, cfg: ModelConfig, load_block: LoadBlock = load_block) 
     return Weights(embed, blocks, norm=w.vector("model.norm"), head=w.head("lm_head", tied_to=embed))
 
 
-def attend(ops: Ops, a: AttentionConfig, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
+def attend(
+    ops: Ops, a: AttentionConfig, q: Handle, k: Handle, v: Handle, layer: int, sinks: Handle | None = None
+) -> Handle:
     """Attention with queries and keys rotated, where the layer rotates them: [T, heads·D]."""
     if a.rope:
         q, k = ops.rope(q, k, a.rope)
-    return ops.attention(q, k, v, a, layer)
+    return ops.attention(q, k, v, a, layer, sinks)
 
 
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:

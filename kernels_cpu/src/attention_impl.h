@@ -308,11 +308,17 @@ inline void finish_pair(const AttentionArgs& a, const float* state, int row, int
     using V = V16<S>;
     const int d = a.at.head_dim;
     float* out = a.out + (static_cast<size_t>(row) * a.at.n_heads + head) * d;
+    float total = state[1];
+    if (a.at.sinks) {
+        float power[16] = {a.at.sinks[head] - state[0]}, sink[16];
+        exp16<S>(V::load(power)).store(sink);
+        total += sink[0];
+    }
     if (a.score.weights && row >= a.score.from) {
         float* totals = a.score.totals + (static_cast<size_t>(row - a.score.from) * a.at.n_heads + head) * 2;
-        totals[0] = state[0], totals[1] = state[1];
+        totals[0] = state[0], totals[1] = total;
     }
-    const V inv = V::set1(1.0f / state[1]);
+    const V inv = V::set1(1.0f / total);
     for (int i = 0; i < d; i += 16) (V::load(state + kState + i) * inv).store_n(out + i, d - i);
 }
 

@@ -45,7 +45,8 @@ class RopeOp : public Op {
             const int stop = std::min(end, span.first + span.rows);
             k_.rope_kv({at_, qkv_ + static_cast<size_t>(span.first) * at_.cols(),
                         table_ + static_cast<size_t>(span.first) * 2 * half_, half_, &s.pools[at_.memory], slots.blocks,
-                        slots.length, row - span.first, stop - span.first, exact_.of(s, slots)});
+                        slots.length, row - span.first, stop - span.first, exact_.of(s, slots),
+                        s.positions.data() + span.first});
             row = stop;
         }
     }
@@ -58,6 +59,24 @@ class RopeOp : public Op {
     const float* table_;
     int half_;
     ExactOf exact_;
+};
+
+// Queries and keys rotated in place, for what is done to them before they are attended with.
+class RotateOp : public Op {
+  public:
+    RotateOp(const KernelTable& k, const RotateArgs& args) : k_(k), args_(args) {}
+    const char* name() const override { return "rotate"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
+    void run(const StepState& s, int c, int) override {
+        RotateArgs a = args_;
+        a.r0 = c * piece(), a.r1 = std::min(s.rows, (c + 1) * piece());
+        k_.rotate(a);
+    }
+
+  private:
+    int piece() const { return row_piece(args_.heads * args_.head_dim); }
+    const KernelTable& k_;
+    RotateArgs args_;
 };
 
 // Stores the blocks that this step completes in 4 bits. One piece is one of them.
@@ -212,7 +231,7 @@ class AttentionOp : public Op {
     void score(const StepState& s, size_t i, const AttentionArgs& of) const {
         const SpanSlots& slots = s.slots_of(i, at_.memory);
         if (!slots.scored_rows) return;
-        ScoreArgs a{at_, of.score, of.kv_head, of.n_parts, of.n_states};
+        ScoreArgs a{at_, of.score, of.kv_head, of.n_parts, of.n_states, 0, 0, nullptr, 0};
         a.rows = slots.scored_rows, a.length = slots.length + of.score.from;
         const KvPool& kv = *of.kv;
         a.row_stride = slots.sum_scores ? 0 : static_cast<size_t>(kv.n_layers) * kv.n_kv * slots.score_slots;

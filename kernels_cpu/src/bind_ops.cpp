@@ -32,11 +32,17 @@ std::vector<std::vector<LinearPart>> expert_parts(
 }
 
 // silu_mul or gelu_mul.
-auto gate_mul(bool gelu) {
-    return [gelu](PyProgram& p, Floats x, Rows out) {
+auto gate_mul(GateKind kind) {
+    return [kind](PyProgram& p, Floats x, Rows out) {
         require(x.cols == 2 * out.a->k, "gate and up do not fit");
-        p.program.gate_mul(x.p, out.a, gelu);
+        p.program.gate_mul(x.p, out.a, {kind});
     };
+}
+
+void expert_gate_mul(PyProgram& p, const Routes& routes, const Floats& x, const Rows& out, const GateFunction& f) {
+    require(x.cols == 2 * out.a->k, "gate and up do not fit");
+    require(x.rows >= routes.slots() && out.rows >= routes.slots(), "there are too few slots");
+    p.program.gate_mul(x.p, out.a, f, routes.r);
 }
 
 void bind_experts(nb::class_<PyProgram>& program) {
@@ -81,12 +87,15 @@ void bind_experts(nb::class_<PyProgram>& program) {
             "routes"_a, "experts"_a, "out"_a)
         .def(
             "expert_silu_mul",
-            [](PyProgram& p, Routes routes, Floats x, Rows out) {
-                require(x.cols == 2 * out.a->k, "gate and up do not fit");
-                require(x.rows >= routes.slots() && out.rows >= routes.slots(), "there are too few slots");
-                p.program.gate_mul(x.p, out.a, false, routes.r);
+            [](PyProgram& p, Routes routes, Floats x, Rows out) { expert_gate_mul(p, routes, x, out, {}); }, "routes"_a,
+            "x"_a, "out"_a)
+        .def(
+            "expert_clamped_mul",
+            [](PyProgram& p, Routes routes, Floats x, Rows out, float limit, float alpha) {
+                require(limit > 0.0f && alpha > 0.0f, "limit and alpha are positive");
+                expert_gate_mul(p, routes, x, out, {GateKind::kClamped, limit, alpha});
             },
-            "routes"_a, "x"_a, "out"_a)
+            "routes"_a, "x"_a, "out"_a, "limit"_a, "alpha"_a)
         .def(
             "expert_sum",
             [](PyProgram& p, Routes routes, Floats x, Floats y) {
@@ -218,6 +227,15 @@ void bind_ops(nb::class_<PyProgram>& program) {
             },
             "x"_a, "weight"_a, "eps"_a, "y"_a, "y += norm(x)")
         .def(
+            "rms_norm_rows",
+            [](PyProgram& p, Floats x, nb::object weight, float eps) {
+                auto w = nb::cast<In<float>>(weight);
+                require(static_cast<int>(w.size()) == x.cols, "the norm's shapes differ");
+                p.keep_alive(weight);
+                p.program.rms_norm_rows(x.p, w.data(), eps, x.cols);
+            },
+            "x"_a, "weight"_a, "eps"_a, "x = norm(x)")
+        .def(
             "norm_heads",
             [](PyProgram& p, Floats qkv, nb::object q_weight, nb::object k_weight, int q_cols, int k_cols, float eps) {
                 auto q = nb::cast<In<float>>(q_weight), k = nb::cast<In<float>>(k_weight);
@@ -258,6 +276,15 @@ void bind_ops(nb::class_<PyProgram>& program) {
             },
             "parts"_a, "out"_a, "add_to"_a.none())
         .def(
+            "rotate",
+            [](PyProgram& p, Attention attention, Floats qkv, Floats table) {
+                const AttentionLayer& at = attention.at;
+                require(qkv.cols == at.cols() && table.cols <= at.head_dim, "the heads do not fit");
+                p.program.rotate({qkv.p, static_cast<size_t>(qkv.cols), at.n_heads + at.n_kv, at.head_dim, table.p,
+                                  table.cols / 2, 0, 0});
+            },
+            "attention"_a, "qkv"_a, "table"_a, "queries and keys, in place")
+        .def(
             "rope_kv",
             [](PyProgram& p, Attention attention, Floats qkv, Floats table) {
                 const AttentionLayer& at = attention.at;
@@ -272,11 +299,20 @@ void bind_ops(nb::class_<PyProgram>& program) {
                 const AttentionLayer& at = attention.at;
                 require(qkv.cols == at.cols() && out.cols == at.n_heads * at.head_dim, "the heads do not fit");
                 p.check_memory(at);
+                if (at.sinks) p.keep_alive(attention.owner);
                 p.program.attention(at, qkv.p, out.p);
             },
             "attention"_a, "qkv"_a, "out"_a)
-        .def("silu_mul", gate_mul(false), "x"_a, "out"_a)
-        .def("gelu_mul", gate_mul(true), "x"_a, "out"_a)
+        .def("silu_mul", gate_mul(GateKind::kSilu), "x"_a, "out"_a)
+        .def("gelu_mul", gate_mul(GateKind::kGelu), "x"_a, "out"_a)
+        .def(
+            "clamped_mul",
+            [](PyProgram& p, Floats x, Rows out, float limit, float alpha) {
+                require(x.cols == 2 * out.a->k, "gate and up do not fit");
+                require(limit > 0.0f && alpha > 0.0f, "limit and alpha are positive");
+                p.program.gate_mul(x.p, out.a, {GateKind::kClamped, limit, alpha});
+            },
+            "x"_a, "out"_a, "limit"_a, "alpha"_a)
         .def(
             "lm_head",
             [](PyProgram& p, nb::object weight, Rows x, float scale, float cap) {

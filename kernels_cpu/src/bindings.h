@@ -86,6 +86,7 @@ struct Rows {
 };
 struct Attention {
     AttentionLayer at;
+    nb::object owner;  // of the sinks
 };
 struct Routes {
     Routing* r;

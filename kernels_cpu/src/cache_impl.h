@@ -173,7 +173,10 @@ void rope_kv(const RopeArgs& a) {
         const float* k = q + static_cast<size_t>(a.at.n_heads) * d;
         const float* v = k + static_cast<size_t>(a.at.n_kv) * d;
         const float* table = a.table + static_cast<size_t>(r) * 2 * a.half;
-        for (int h = 0; h < a.at.n_heads; h++) rotate_head<S>(q + h * d, table, a.half, d, a.at.scale, q + h * d);
+        float scale = a.at.scale;
+        if (a.at.slope != 0.0)
+            scale *= static_cast<float>(1.0 + a.at.slope * std::log1p(std::floor(a.positions[r] / a.at.original)));
+        for (int h = 0; h < a.at.n_heads; h++) rotate_head<S>(q + h * d, table, a.half, d, scale, q + h * d);
         const int slot = a.length + r, i = slot / kBlockSlots, in_block = slot % kBlockSlots;
         const ExactBlocks::Place to =
             a.kv->bits == 4 ? a.exact.at(i) : ExactBlocks::Place{a.kv, a.blocks[i], a.at.layer};
@@ -185,6 +188,15 @@ void rope_kv(const RopeArgs& a) {
             store_slot<S>(*to.kv, x, to.values(h), in_block, false);
         }
     }
+}
+
+template <class S>
+void rotate(const RotateArgs& a) {
+    for (int r = a.r0; r < a.r1; r++)
+        for (int h = 0; h < a.heads; h++) {
+            float* x = a.x + r * a.ld + static_cast<size_t>(h) * a.head_dim;
+            rotate_head<S>(x, a.table + static_cast<size_t>(r) * 2 * a.half, a.half, a.head_dim, 1.0f, x);
+        }
 }
 
 // Channels i … i+15 of a value.

@@ -51,13 +51,20 @@ struct QuantizeArgs {
     int r0, r1;
 };
 
-// f(gate) · up, columns c0…c1-1 (multiples of the weight group except the last) of rows r0…r1-1; f is SiLU, or GELU by
-// its tanh formula.
+// What becomes of a gate g and what it lets through, u: silu(g) · u; gelu(g) · u by GELU's tanh formula; or, clamped,
+// g' · σ(alpha · g') · (u' + 1) with g' = min(g, limit) and u' in ±limit.
+enum class GateKind { kSilu, kGelu, kClamped };
+struct GateFunction {
+    GateKind kind = GateKind::kSilu;
+    float limit = 0.0f, alpha = 1.0f;
+};
+
+// Columns c0…c1-1 (multiples of the weight group except the last) of rows r0…r1-1 of f(gate, up).
 struct GateArgs {
     const float *gate, *up;  // row 0, column c0
     size_t ld;
     Activations out;
-    bool gelu;
+    GateFunction f;
     int r0, r1, c0, c1;
 };
 
@@ -82,11 +89,14 @@ struct RopeTableArgs {
 // One layer's attention: its heads, where its keys and values lie, and how its scores become probabilities.
 struct AttentionLayer {
     int n_heads, n_kv, head_dim;
-    int memory, layer;  // which KV memory of the program, and which of its layers
-    int tail;           // the memory that has its newest blocks in 16 bits, if it is one of 4 bits; else -1
-    float scale;        // queries are multiplied by it
-    int window;         // a row attends to the last so many slots; 0: to all
-    float cap;          // scores become cap · tanh(score / cap); 0: they stay
+    int memory, layer;             // which KV memory of the program, and which of its layers
+    int tail;                      // the memory that has its newest blocks in 16 bits, if it is one of 4 bits; else -1
+    float scale;                   // queries are multiplied by it
+    int window;                    // a row attends to the last so many slots; 0: to all
+    float cap;                     // scores become cap · tanh(score / cap); 0: they stay
+    const float* sinks = nullptr;  // one more score of each head that weighs nothing but counts in the sum; or null
+    double slope = 0.0;            // queries at position p are multiplied by 1 + slope · log(1 + ⌊p / original⌋) too
+    double original = 1.0;
 
     int per_kv() const { return n_heads / n_kv; }
     int cols() const { return (n_heads + 2 * n_kv) * head_dim; }
@@ -104,7 +114,18 @@ struct RopeArgs {
     const int32_t* blocks;
     int length;  // slots before row 0
     int r0, r1;
-    ExactBlocks exact;  // where they go to in a memory of 4 bits
+    ExactBlocks exact;           // where they go to in a memory of 4 bits
+    const long long* positions;  // of the rows
+};
+
+// Rotates the heads of rows r0…r1-1 in place.
+struct RotateArgs {
+    float* x;  // [rows, ld], heads first
+    size_t ld;
+    int heads, head_dim;
+    const float* table;
+    int half;
+    int r0, r1;
 };
 
 // Stores the complete block i of a table in 4 bits, all KV heads of a layer.
@@ -219,6 +240,7 @@ struct KernelTable {
     void (*embed)(const EmbedArgs&);
     void (*rope_table)(const RopeTableArgs&);
     void (*rope_kv)(const RopeArgs&);
+    void (*rotate)(const RotateArgs&);
     void (*pack_kv)(const PackKvArgs&);
     void (*attention)(const AttentionArgs&);
     void (*attention_merge)(const AttentionArgs&);

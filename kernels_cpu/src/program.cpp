@@ -96,6 +96,13 @@ void Program::rms_norm_add(const float* x, const float* weight, float eps, float
     activations_.push_back(std::move(out));
 }
 
+void Program::rms_norm_rows(float* x, const float* weight, float eps, int k) {
+    auto out = std::make_unique<Activations>();
+    out->f = x, out->k = k;
+    add(std::make_unique<NormOp>(k_, x, weight, eps, out.get(), nullptr, false));
+    activations_.push_back(std::move(out));
+}
+
 void Program::norm_heads(const HeadNormArgs& args) { add(std::make_unique<HeadNormOp>(k_, args)); }
 
 void Program::quantize(const float* x, const int32_t* perm, Activations* out, bool tail) {
@@ -119,6 +126,8 @@ void Program::note_use(const AttentionLayer& at, int reach) {
     tail = {std::max(tail.layers, at.layer + 1), at.n_kv, at.head_dim, 0, -1, true};
 }
 
+void Program::rotate(const RotateArgs& args) { add(std::make_unique<RotateOp>(k_, args)); }
+
 void Program::rope_kv(const AttentionLayer& at, float* qkv, const float* table, int half) {
     note_use(at, 1);
     add(std::make_unique<RopeOp>(k_, at, qkv, table, half, &attention_));
@@ -140,9 +149,9 @@ void Program::set_kv(int memory, const KvPool& kv) {
     pools_[memory] = kv;
 }
 
-void Program::gate_mul(const float* x, Activations* out, bool gelu, const Routing* routing) {
-    const bool fused = !routing && last_linear_ && last_linear_->fuse_gate(x, out, gelu);
-    add(std::make_unique<GateOp>(k_, x, out, gelu, routing, fused ? last_linear_ : nullptr));
+void Program::gate_mul(const float* x, Activations* out, const GateFunction& f, const Routing* routing) {
+    const bool fused = !routing && last_linear_ && last_linear_->fuse_gate(x, out, f);
+    add(std::make_unique<GateOp>(k_, x, out, f, routing, fused ? last_linear_ : nullptr));
 }
 
 void Program::route(const float* scores, Routing* routing, bool normalize) {

@@ -121,12 +121,14 @@ class Program : private Job {
     // tail: only the rows that get logits, moved to the front
     void rms_norm(const float* x, const float* weight, float eps, Activations* out, bool tail);
     void rms_norm_add(const float* x, const float* weight, float eps, float* y, int k);
-    void norm_heads(const HeadNormArgs& args);  // of all rows
+    void rms_norm_rows(float* x, const float* weight, float eps, int k);  // in place
+    void norm_heads(const HeadNormArgs& args);                            // of all rows
     void quantize(const float* x, const int32_t* perm, Activations* out, bool tail);
     void linear(std::vector<LinearPart> parts, float* y, int ldy, const float* add);
+    void rotate(const RotateArgs& args);  // of all rows
     void rope_kv(const AttentionLayer& at, float* qkv, const float* table, int half);
     void attention(const AttentionLayer& at, const float* qkv, float* out);
-    void gate_mul(const float* x, Activations* out, bool gelu, const Routing* routing = nullptr);
+    void gate_mul(const float* x, Activations* out, const GateFunction& f, const Routing* routing = nullptr);
     void route(const float* scores, Routing* routing, bool normalize);
     void expert_input(const Routing* routing, const float* x, bool from_rows,
                       std::vector<std::vector<ExpertInput>> inputs);

@@ -122,11 +122,11 @@ class LinearOp : public Op {
         for (const auto& p : parts_) tiles_ += p.w->tiles();
     }
     // What follows is f(y[:, :k]) · y[:, k:2k] → out. False: it must be done by itself.
-    bool fuse_gate(const float* y, const Activations* out, bool gelu) {
+    bool fuse_gate(const float* y, const Activations* out, const GateFunction& f) {
         if (y != y_ || add_ || out->k * 2 != ldy_ || out->k % kTile || out->group > kGateColumns) return false;
         for (const auto& p : parts_)
             if (p.column % kTile) return false;
-        gate_out_ = out, gelu_ = gelu;
+        gate_out_ = out, gate_ = f;
         return true;
     }
     bool fused(const StepState& s) const { return gate_out_ && s.rows > 2 * kRowBlock; }
@@ -188,7 +188,7 @@ class LinearOp : public Op {
             const int n = std::min(kPanelRows, r1 - row);
             outputs(c0, c1, row, n, scratch);
             outputs(k + c0, k + c1, row, n, up);
-            k_.gate_mul({scratch, up, kGateColumns, gate_out_->from_row(row), gelu_, 0, n, c0, c1});
+            k_.gate_mul({scratch, up, kGateColumns, gate_out_->from_row(row), gate_, 0, n, c0, c1});
         }
     }
     // Columns c0…c1-1 of y, of n rows, side by side.
@@ -211,17 +211,19 @@ class LinearOp : public Op {
     const float* add_;
     int tiles_ = 0, piece_ = 1, rows_ = 0, rows_piece_ = 0;
     const Activations* gate_out_ = nullptr;
-    bool gelu_ = false;
+    GateFunction gate_;
 };
 
 class GateOp : public Op {
   public:
     // routing: x and out are rows of experts, [slots]; or null. before: the linear that makes x, where that may do it
     // all; or null.
-    GateOp(const KernelTable& k, const float* x, const Activations* out, bool gelu, const Routing* routing,
+    GateOp(const KernelTable& k, const float* x, const Activations* out, const GateFunction& f, const Routing* routing,
            const LinearOp* before)
-        : k_(k), x_(x), out_(out), gelu_(gelu), routing_(routing), before_(before) {}
-    const char* name() const override { return gelu_ ? "gelu_mul" : "silu_mul"; }
+        : k_(k), x_(x), out_(out), f_(f), routing_(routing), before_(before) {}
+    const char* name() const override {
+        return f_.kind == GateKind::kSilu ? "silu_mul" : f_.kind == GateKind::kGelu ? "gelu_mul" : "clamped_mul";
+    }
     int chunks(const StepState& s, int) override {
         if (before_ && before_->fused(s)) return 0;
         return (routing_ ? routing_->end : s.rows) * pieces(out_->k, cols());
@@ -231,7 +233,7 @@ class GateOp : public Op {
         if (routing_ && routing_->row_of[row] < 0) return;
         const size_t ld = static_cast<size_t>(2) * out_->k;
         const float* gate = x_ + col;
-        k_.gate_mul({gate, gate + out_->k, ld, *out_, gelu_, row, row + 1, col, std::min(out_->k, col + cols())});
+        k_.gate_mul({gate, gate + out_->k, ld, *out_, f_, row, row + 1, col, std::min(out_->k, col + cols())});
     }
 
   private:
@@ -240,7 +242,7 @@ class GateOp : public Op {
     const KernelTable& k_;
     const float* x_;
     const Activations* out_;
-    bool gelu_;
+    GateFunction f_;
     const Routing* routing_;
     const LinearOp* before_;
 };

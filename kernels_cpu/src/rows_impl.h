@@ -295,11 +295,26 @@ void quantize(const QuantizeArgs& a) {
     }
 }
 
-template <class S>
-void gate_mul(const GateArgs& a) {
+// f(gate, up) of 16 columns.
+template <class S, GateKind kind>
+inline V16<S> gated(const GateFunction& f, V16<S> g, V16<S> up) {
     using V = V16<S>;
+    if constexpr (kind == GateKind::kClamped) {
+        const typename S::F limit = S::set1(f.limit), below = S::set1(-f.limit);
+        g = V::map([=](auto x) { return S::select_lt(limit, x, limit, x); }, g);  // NaN stays
+        up = V::map([=](auto x) { return S::select_lt(x, below, below, S::select_lt(limit, x, limit, x)); }, up);
+        const V e = exp16<S>(g * V::set1(-f.alpha));
+        return g / (e + V::set1(1.0f)) * (up + V::set1(1.0f));
+    }
     // GELU's tanh formula is x · sigmoid(2 √(2/π) (x + 0.044715 x³))
-    const V linear = V::set1(1.5957691216f), cubic = V::set1(0.0713548163f);
+    const V z = kind == GateKind::kGelu ? g * V::fma(g * g, V::set1(0.0713548163f), V::set1(1.5957691216f)) : g;
+    const V e = exp16<S>(z * V::set1(-1.0f));
+    return g / (e + V::set1(1.0f)) * up;
+}
+
+template <class S, GateKind kind>
+void gate_rows(const GateArgs& a) {
+    using V = V16<S>;
     const int k = a.out.k;
     float y[kSpan];
     for (int r = a.r0; r < a.r1; r++) {
@@ -309,16 +324,23 @@ void gate_mul(const GateArgs& a) {
             const int span = a.c1 - i < kSpan ? a.c1 - i : kSpan;
             for (int j = 0; j < span; j += 16) {
                 const int n = span - j;
-                const V g = V::load_n(gate + j, n);
-                const V z = a.gelu ? g * V::fma(g * g, cubic, linear) : g;
-                const V e = exp16<S>(z * V::set1(-1.0f));
-                const V v = g / (e + V::set1(1.0f)) * V::load_n(up + j, n);
+                const V v = gated<S, kind>(a.f, V::load_n(gate + j, n), V::load_n(up + j, n));
                 if (a.out.f) v.store_n(a.out.f + static_cast<size_t>(r) * k + i + j, n);
                 v.store(y + j);
             }
             if (a.out.q) quantizer.add(y, span);
         }
     }
+}
+
+template <class S>
+void gate_mul(const GateArgs& a) {
+    if (a.f.kind == GateKind::kClamped)
+        gate_rows<S, GateKind::kClamped>(a);
+    else if (a.f.kind == GateKind::kGelu)
+        gate_rows<S, GateKind::kGelu>(a);
+    else
+        gate_rows<S, GateKind::kSilu>(a);
 }
 
 // A row of the embedding: one lane of its tile. The tile's other rows come along in the same cache lines; cheaper than

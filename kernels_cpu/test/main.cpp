@@ -199,10 +199,18 @@ void test_rows(const KernelTable& t, const KernelTable& scalar) {
         expect(same(a.f.copy(), b.f.copy()) && same(a.q.copy(), b.q.copy()) && same(a.gsum.copy(), b.gsum.copy()) &&
                    same(a.scale.copy(), b.scale.copy()) && same(a.nsum.copy(), b.nsum.copy()),
                what + " rms_norm");
-        for (bool gelu : {false, true}) {
-            t.gate_mul({x.data(), x.data() + k, static_cast<size_t>(2 * k), c.a, gelu, 0, rows, 0, k});
-            scalar.gate_mul({x.data(), x.data() + k, static_cast<size_t>(2 * k), d.a, gelu, 0, rows, 0, k});
-            expect(same(c.f.copy(), d.f.copy()) && same(c.q.copy(), d.q.copy()), what + (gelu ? " gelu" : " silu"));
+        for (GateKind gate : {GateKind::kSilu, GateKind::kGelu, GateKind::kClamped}) {
+            const GateFunction f{gate, 0.5f, 1.702f};
+            t.gate_mul({x.data(), x.data() + k, static_cast<size_t>(2 * k), c.a, f, 0, rows, 0, k});
+            scalar.gate_mul({x.data(), x.data() + k, static_cast<size_t>(2 * k), d.a, f, 0, rows, 0, k});
+            expect(same(c.f.copy(), d.f.copy()) && same(c.q.copy(), d.q.copy()),
+                   what + " gate " + std::to_string(static_cast<int>(gate)));
+        }
+        for (int each : {1, k}) {
+            auto gated = x, expected = x;
+            t.sigmoid_mul({gated.data(), x.data() + k * rows, k / each, each, 0, rows});
+            scalar.sigmoid_mul({expected.data(), x.data() + k * rows, k / each, each, 0, rows});
+            expect(same(gated, expected), what + " sigmoid_mul");
         }
         auto heads = x, expected = x;
         t.norm_heads(
@@ -234,9 +242,12 @@ std::vector<float> run_attention(const KernelTable& t, int heads, int kv, int di
     std::vector<long long> positions;
     for (int i = 0; i < total; i++) positions.push_back(i);
     t.rope_table({freq.data(), half, 1.2, positions.data(), table.data(), 0, total});
-    const AttentionLayer at{heads, kv, dim, 0, 1, -1, 0.3f, bits == 8 ? length / 2 : 0, length == 5 ? 4.0f : 0.0f};
+    AttentionLayer at{heads, kv, dim, 0, 1, -1, 0.3f, bits == 8 ? length / 2 : 0, length == 5 ? 4.0f : 0.0f};
+    std::vector<float> sinks;
+    for (int h = 0; h < heads; h++) sinks.push_back(0.5f * h - 1.0f);
+    if (length == 250) at.sinks = sinks.data(), at.slope = 0.1, at.original = 64;
     // The last `rows` rows are the step's; the ones before only fill the cache.
-    t.rope_kv({at, qkv.data(), table.data(), half, &pool, blocks.data(), 0, 0, total, {}});
+    t.rope_kv({at, qkv.data(), table.data(), half, &pool, blocks.data(), 0, 0, total, {}, positions.data()});
     const int parts = (total + kPartSlots - 1) / kPartSlots;
     Aligned<float> out(static_cast<size_t>(rows) * heads * dim), scratch(attention_scratch(at));
     Aligned<float> partial(split ? static_cast<size_t>(rows) * heads * parts * (pool.padded_dim() + 16) : 1);
@@ -429,7 +440,7 @@ std::vector<float> run_experts(std::vector<std::unique_ptr<Weights>>& w, const s
     p.route(s, r, true);
     p.expert_input(r, in, true, inputs);
     p.expert_linear(r, first, gate_up, 2 * f);
-    p.gate_mul(gate_up, mid, false, r);
+    p.gate_mul(gate_up, mid, {}, r);
     p.expert_linear(r, second, down, k);
     p.expert_sum(r, down, y, k);
     std::vector<int32_t> zero(rows);

@@ -56,6 +56,14 @@ ARCHS = {
     "seed_oss": "seed_oss",
     "glm4": "glm4",
     "glm4 plain": "glm4",
+    "ministral3": "mistral3",
+    "ministral3 window": "mistral3",
+    "hunyuan": "hunyuan-dense",
+    "hunyuan alpha": "hunyuan-dense",
+    "granite_swa": "granite_swa",
+    "qwen2moe": "qwen2moe",
+    "gpt-oss": "gpt-oss",
+    "gpt-oss yarn": "gpt-oss",
 }
 
 

@@ -49,6 +49,9 @@ FAMILIES = (
     "ernie4.5 bias",
     "seed_oss",
     "glm4",
+    "ministral3",
+    "hunyuan alpha",
+    "granite_swa thetas",
 )
 ONE_EACH = tuple(name for name in FAMILIES if name not in ("phi3 partial", "gemma2 caps", "gemma3"))
 GGUF_CASES = {
@@ -74,6 +77,11 @@ GGUF_CASES = {
     "ernie4.5": "ernie4_5",
     "seed_oss": "seed_oss",
     "glm4": "glm4",
+    "ministral3": "mistral3",
+    "hunyuan": "hunyuan-dense",
+    "granite_swa": "granite_swa",
+    "gpt-oss yarn": "gpt-oss",
+    "qwen2moe": "qwen2moe",
 }
 IDS = np.random.default_rng(1).integers(32, 127, 128).astype(np.int32)
 

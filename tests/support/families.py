@@ -51,7 +51,8 @@ class FromTransformers:
         if own is not None:
             return own(self.state[name + ".weight"])
         plain = not family.startswith(("gemma", "qwen3_5")) or name.endswith("linear_attn.norm")
-        return self.state[name + ".weight"] + np.float32(not plain)
+        stored = self.state[name if name in self.state else name + ".weight"]
+        return stored + np.float32(not plain)
 
     def tokenizer(self):
         from tiny import byte_tokenizer
@@ -91,13 +92,28 @@ def experts_apart(state: dict) -> dict:
     for name, t in state.items():
         prefix, _, linear = name.rpartition(".")
         if not prefix.endswith("mlp.experts"):
-            out[name] = t
+            out[name.replace(".mlp.router.", ".mlp.gate.")] = t
+            continue
+        if f"{prefix}.down_proj_bias" in state:
+            out |= gpt_oss_apart(name, t)
             continue
         for e, one in enumerate(t):
             parts = one.chunk(2) if linear == "gate_up_proj" else (one,)
             names = ("gate_proj", "up_proj") if linear == "gate_up_proj" else (linear,)
             out |= {f"{prefix}.{e}.{n}.weight": p for n, p in zip(names, parts, strict=True)}
     return out
+
+
+def gpt_oss_apart(name: str, t) -> dict:
+    """One linear for each expert of gpt-oss, whose rows of gate and up come in turn, the other way round."""
+    prefix, _, linear = name.rpartition(".")
+    part = "bias" if linear.endswith("_bias") else "weight"
+    linear = linear.removesuffix("_bias")
+    rows = t if part == "bias" else t.transpose(1, 2)
+    cut = (
+        {"gate_proj": rows[:, ::2], "up_proj": rows[:, 1::2]} if linear == "gate_up_proj" else {linear: rows}
+    )
+    return {f"{prefix}.{e}.{n}.{part}": one for n, p in cut.items() for e, one in enumerate(p)}
 
 
 def set_weight(hf, name: str, weight: np.ndarray) -> None:
@@ -187,6 +203,16 @@ DELTA = dict(
 LFM2_MOE = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64, num_dense_layers=1)
 
 QWEN3_MOE = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, head_dim=16)
+
+SLOPED = dict(
+    llama_4_scaling_beta=0.4, mscale=1.0, mscale_all_dim=1.0, factor=4.0, original_max_position_embeddings=32
+)
+QWEN2_MOE = dict(
+    num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64, shared_expert_intermediate_size=96
+)
+
+GPT_OSS = dict(num_local_experts=8, num_experts_per_tok=2, head_dim=32, attn_implementation="eager")
+GPT_OSS |= rope("default")
 
 # name → transformers' class, and how its config differs from SHAPE
 CASES = {
@@ -358,6 +384,42 @@ CASES = {
         | dict(linear_conv_kernel_dim=3, linear_key_head_dim=24, linear_value_head_dim=40)
         | dict(tie_word_embeddings=True, attention_bias=True, num_key_value_heads=1)
         | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+    ),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        dict(head_dim=16, **rope("yarn", **YARN, llama_4_scaling_beta=0.1)),
+    ),
+    "ministral3 window": (
+        "Ministral3ForCausalLM",
+        dict(head_dim=32, sliding_window=60, tie_word_embeddings=True)
+        | rope("yarn", **SLOPED, beta_fast=16.0, beta_slow=2.0),
+    ),
+    "hunyuan": ("HunYuanDenseV1ForCausalLM", dict(head_dim=32)),
+    "hunyuan alpha": (
+        "HunYuanDenseV1ForCausalLM",
+        dict(head_dim=16, attention_bias=True, tie_word_embeddings=True)
+        | rope("dynamic", alpha=50.0, factor=1.0, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0),
+    ),
+    "granite_swa": (
+        "GraniteSWAForCausalLM",
+        dict(GRANITE, num_hidden_layers=5, sliding_window=30, layer_rope_theta=None),
+    ),
+    "granite_swa thetas": (
+        "GraniteSWAForCausalLM",
+        dict(GRANITE, sliding_window=50, attention_bias=True, layer_rope_theta=[0, 1e4, 500.0])
+        | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ),
+    "qwen2moe": ("Qwen2MoeForCausalLM", dict(QWEN2_MOE, use_sliding_window=False)),
+    "qwen2moe dense layers": (
+        "Qwen2MoeForCausalLM",
+        dict(QWEN2_MOE, mlp_only_layers=[0], norm_topk_prob=True, tie_word_embeddings=True)
+        | dict(use_sliding_window=True, sliding_window=50, max_window_layers=2, qkv_bias=False),
+    ),
+    "gpt-oss": ("GptOssForCausalLM", dict(GPT_OSS, sliding_window=30)),
+    "gpt-oss yarn": (
+        "GptOssForCausalLM",
+        dict(GPT_OSS, num_hidden_layers=4, sliding_window=128, num_key_value_heads=1)
+        | rope("yarn", truncate=False, beta_fast=32.0, beta_slow=1.0, **YARN),
     ),
     "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
 }

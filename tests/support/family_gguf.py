@@ -15,8 +15,9 @@ from gguf.quants import dequantize
 from tiny_gguf import permute
 
 ARCHS = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+NAMED_AS = {"granite_swa": "granite"}  # younger than the package
 # LlamaModel and what the converter derives from it: rows of q and k in pairs
-PERMUTED = ("llama", "smollm3", "granite")
+PERMUTED = ("llama", "smollm3", "granite", "granite_swa", "mistral3")
 
 
 def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda name: None) -> None:
@@ -52,7 +53,7 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
     w.add_token_merges(["a b"])
     w.add_eos_token_id(257)
     w.add_bos_token_id(256)
-    names = get_tensor_name_map(ARCHS[arch], c.num_hidden_layers)
+    names = get_tensor_name_map(ARCHS[NAMED_AS.get(arch, arch)], c.num_hidden_layers)
     for name, t in tensors.items():
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
@@ -103,12 +104,16 @@ SCALES = dict.fromkeys(Kind, 1 / 16) | {
 
 
 def experts(w: GGUFWriter, c, tensors: dict) -> None:
-    if not hasattr(c, "num_local_experts"):
+    n = getattr(c, "num_local_experts", None) or getattr(c, "num_experts", None)
+    if not n:
         return
-    w.add_expert_count(c.num_local_experts)
+    w.add_expert_count(n)
     w.add_expert_used_count(c.num_experts_per_tok)
-    if hasattr(c, "moe_intermediate_size"):
-        w.add_expert_feed_forward_length(c.moe_intermediate_size)
+    size = getattr(c, "moe_intermediate_size", c.intermediate_size if c.model_type == "gpt_oss" else None)
+    if size:
+        w.add_expert_feed_forward_length(size)
+    if c.model_type == "gpt_oss":
+        return gpt_oss(tensors)
     for name in [n for n in tensors if n.endswith("experts.gate_up_proj")]:
         prefix, gate_up = name.removesuffix("gate_up_proj"), tensors.pop(name)
         for part, t in zip(("gate_proj", "up_proj"), gate_up.chunk(2, dim=1), strict=True):
@@ -118,12 +123,29 @@ def experts(w: GGUFWriter, c, tensors: dict) -> None:
         tensors[name.replace("mlp.gate", "block_sparse_moe.gate")] = tensors.pop(name)
 
 
+def gpt_oss(tensors: dict) -> None:
+    """GptOssModel.modify_tensors."""
+    sinks(tensors)
+    for name in [n for n in tensors if ".mlp.experts." in n]:
+        prefix, _, linear = name.rpartition(".")
+        part, t = "bias" if linear.endswith("_bias") else "weight", tensors.pop(name)
+        rows, linear = t if part == "bias" else t.transpose(1, 2), linear.removesuffix("_bias")
+        if linear == "gate_up_proj":
+            tensors[f"{prefix}.gate_proj.{part}"] = rows[:, ::2]
+            tensors[f"{prefix}.up_proj.{part}"] = rows[:, 1::2]
+        else:
+            tensors[f"{prefix}.{linear}.{part}"] = rows
+
+
 def rope(w: GGUFWriter, c, head_dim: int, tensors: dict) -> None:
     p = c.rope_parameters
     p = p.get("full_attention", p)
     dim = int(head_dim * p.get("partial_rotary_factor", 1.0))
     w.add_rope_dimension_count(dim)
-    w.add_rope_freq_base(p["rope_theta"])
+    theta = p["rope_theta"]
+    if p.get("alpha"):  # HunYuanModel.set_gguf_parameters
+        theta *= p["alpha"] ** (head_dim / (head_dim - 2))
+    w.add_rope_freq_base(theta)
     if p["rope_type"] == "linear":
         from gguf import RopeScalingType
 
@@ -135,6 +157,13 @@ def rope(w: GGUFWriter, c, head_dim: int, tensors: dict) -> None:
         w.add_rope_scaling_type(RopeScalingType.YARN)
         w.add_rope_scaling_factor(p["factor"])
         w.add_rope_scaling_orig_ctx_len(p["original_max_position_embeddings"])
+        if p.get("beta_fast"):
+            w.add_rope_scaling_yarn_beta_fast(p["beta_fast"])
+            w.add_rope_scaling_yarn_beta_slow(p["beta_slow"])
+        if p.get("mscale_all_dim"):
+            w.add_rope_scaling_yarn_log_mul(p["mscale_all_dim"])
+        if p.get("llama_4_scaling_beta"):
+            w.add_attn_temperature_scale(p["llama_4_scaling_beta"])
     if p["rope_type"] == "longrope":  # Phi3MiniModel.generate_extra_tensors
         original, factor = c.original_max_position_embeddings, c.max_position_embeddings
         factor /= original
@@ -157,6 +186,23 @@ def gemma(w: GGUFWriter, c, tensors: dict) -> None:
         w.add_attn_logit_softcapping(c.attn_logit_softcapping)
     if c.final_logit_softcapping:
         w.add_final_logit_softcapping(c.final_logit_softcapping)
+
+
+def granite_swa(w: GGUFWriter, c, tensors: dict) -> None:
+    granite(w, c, tensors)
+    pattern(w, c, tensors)
+    sinks(tensors)
+
+
+def sinks(tensors: dict) -> None:
+    for name in [n for n in tensors if n.endswith("sinks")]:
+        tensors[f"blk.{name.split('.')[2]}.attn_sinks.weight"] = tensors.pop(name)
+
+
+def shared_expert(w: GGUFWriter, c, tensors: dict) -> None:
+    w.add_expert_shared_feed_forward_length(c.shared_expert_intermediate_size)
+    for name in [n for n in tensors if n.endswith("shared_expert_gate.weight")]:
+        tensors[name] = tensors[name].squeeze(0)
 
 
 def window(w: GGUFWriter, c, tensors: dict) -> None:
@@ -240,4 +286,6 @@ METADATA = {
     "gemma2": gemma,
     "gemma3": gemma,
     "exaone4": pattern,
+    "granite_swa": granite_swa,
+    "qwen2moe": shared_expert,
 }

@@ -61,7 +61,8 @@ class Routes:
 class Value:
     """A handle: `floats` holds it in fp32, `rows` as linears read it; either may be missing.
 
-    tail: only the rows that get logits, moved to the front.
+    tail: only the rows that get logits, moved to the front. changed: the floats of `rows` are no longer those
+    that what wrote them has put into integers.
     """
 
     cols: int
@@ -69,6 +70,7 @@ class Value:
     rows: Buffer | None = None
     tail: bool = False
     consumed: bool = False
+    changed: bool = False
 
 
 @dataclass(eq=False)
@@ -141,6 +143,10 @@ class Recorder:
 
     def norm_heads(self, q, k, q_weight, k_weight, eps):
         a, qkv = q.attention, q.qkv.floats
+        if q.rope is not None:  # normed behind the rope, so that attention must not rotate
+            at, table = _native.Attention(a.n_heads, a.n_kv_heads, a.head_dim), self.tables[q.rope]
+            self._record([qkv, table], lambda p: p.rotate(at, qkv.native, table.native))
+            q, k = Heads(q.qkv, a), Heads(k.qkv, a)
         cols = [n * a.head_dim for n in (a.n_heads, a.n_kv_heads)]
         self._record([qkv], lambda p: p.norm_heads(qkv.native, q_weight, k_weight, *cols, eps))
         return q, k
@@ -156,7 +162,7 @@ class Recorder:
             self._record([table], emit)
         return Heads(q.qkv, q.attention, rope), Heads(k.qkv, k.attention, rope)
 
-    def attention(self, q, k, v, attention, layer):
+    def attention(self, q, k, v, attention, layer, sinks=None):
         c, qkv = attention, q.qkv.floats
         table = self.tables[q.rope] if q.rope else Buffer(0)  # nothing is rotated
         out = Buffer(c.n_heads * c.head_dim)
@@ -172,6 +178,9 @@ class Recorder:
             window=c.window,
             cap=c.soft_cap,
             tail=-1 if tail is None else tail,
+            sinks=sinks,
+            slope=c.slope,
+            original=c.original,
         )
         self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
         self._record([qkv, out], lambda p: p.attention(at, qkv.native, out.native))
@@ -203,9 +212,13 @@ class Recorder:
         return Value(x.cols, floats=x)
 
     def sigmoid_mul(self, x, gate):
-        x, gate = x.floats, gate.floats
-        self._record([x, gate], lambda p: p.sigmoid_mul(x.native, gate.native))
-        return Value(x.cols, floats=x)
+        floats, rows, gate = x.floats, x.rows, gate.floats
+        if rows is None:
+            self._record([floats, gate], lambda p: p.sigmoid_mul(floats.native, gate.native))
+            return Value(x.cols, floats=floats)
+        rows.as_float, x.consumed = True, True
+        self._record([rows, gate], lambda p: p.sigmoid_mul(rows.native.floats, gate.native))
+        return Value(x.cols, rows=rows, changed=True)
 
     def silu_mul(self, gate_up):
         return self._gate(gate_up, "silu_mul")
@@ -213,15 +226,18 @@ class Recorder:
     def gelu_mul(self, gate_up):
         return self._gate(gate_up, "gelu_mul")
 
-    def _gate(self, gate_up, op):
+    def clamped_mul(self, gate_up, limit, alpha):
+        return self._gate(gate_up, "clamped_mul", limit, alpha)
+
+    def _gate(self, gate_up, op, *numbers):
         source, routes = gate_up.floats, gate_up.floats.routes
         rows = Buffer(gate_up.cols // 2, rows=True, routes=routes)
         if routes is None:
-            self._record([source, rows], lambda p: getattr(p, op)(source.native, rows.native))
+            self._record([source, rows], lambda p: getattr(p, op)(source.native, rows.native, *numbers))
         else:
             self._record(
                 [routes, source, rows],
-                lambda p: getattr(p, f"expert_{op}")(routes.native, source.native, rows.native),
+                lambda p: getattr(p, f"expert_{op}")(routes.native, source.native, rows.native, *numbers),
             )
         return Value(rows.cols, rows=rows)
 
@@ -290,6 +306,7 @@ class Recorder:
         """`x` in the form that `w` reads: integers if it is quantized, in the order of its inputs."""
         quantized, group = w.native.quantized, w.native.group
         taken = x.rows is not None and x.rows.bits and (x.rows.bits, x.rows.group) != (bits, group)
+        taken = taken or x.changed
         if x.rows is not None and w.perm is None and not (quantized and taken):
             self._want(x.rows, w, bits)  # a norm or activation: its own op writes the form
             x.consumed = True

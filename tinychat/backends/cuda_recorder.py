@@ -64,6 +64,8 @@ class Recorder:
 
     def norm_heads(self, q, k, q_weight, k_weight, eps):
         c, qkv = q.attention, q.qkv
+        if q.rope is not None:
+            raise _not_yet("norms of queries and keys behind their rotation")
         offset = 0
         for weight, heads in ((q_weight, c.n_heads), (k_weight, c.n_kv_heads)):
             n = weight.size // 4  # a head's, or all heads' as one
@@ -76,7 +78,11 @@ class Recorder:
             self.tables[rope] = self.program.rope_table(rope.frequencies(), rope.magnitude)
         return Heads(q.qkv, q.attention, rope), Heads(k.qkv, k.attention, rope)
 
-    def attention(self, q, k, v, attention, layer):
+    def attention(self, q, k, v, attention, layer, sinks=None):
+        if sinks is not None:
+            raise _not_yet("attention with sinks")
+        if attention.slope:
+            raise _not_yet("queries that are scaled by their position")
         table = self.tables[q.rope] if q.rope else None
         pairs = len(q.rope.frequencies()) if q.rope else 0
         memory, place = place_of(self.memories, layer)
@@ -89,13 +95,19 @@ class Recorder:
     def short_conv(self, *args):
         raise NotImplementedError  # `CudaBackend` refuses models with states before
 
-    gated_heads = delta_rule = norm_gated = sigmoid_mul = short_conv
+    gated_heads = delta_rule = norm_gated = short_conv
 
     def silu_mul(self, gate_up):
         return self._gate("silu_mul", gate_up)
 
     def gelu_mul(self, gate_up):
         return self._gate("gelu_mul", gate_up)
+
+    def sigmoid_mul(self, x, gate):
+        raise _not_yet("sigmoid gates")
+
+    def clamped_mul(self, gate_up, limit, alpha):
+        raise _not_yet("clamped gates")
 
     def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
         if sigmoid or bias is not None or scale != 1:
@@ -138,3 +150,7 @@ class Recorder:
         if w.perm is None:
             x.halves = halves
         return halves
+
+
+def _not_yet(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"The model has {what}, which a GPU does not run yet.", "Use --device cpu.")

@@ -95,7 +95,7 @@ def _planned(
 
 def _kind(name: str) -> str:
     """Kind of module that a name is of."""
-    if name.endswith("mlp.gate"):
+    if name.endswith(("mlp.gate", "mlp.shared_expert_gate")):
         return "router"
     where = {
         "embed_tokens": "embedding",

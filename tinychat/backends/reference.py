@@ -218,11 +218,15 @@ class ReferenceBackend(StateOps):
         cos, sin = ((rope.magnitude * f(angle)).float()[:, None] for f in (torch.cos, torch.sin))
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
-    def attention(self, q, k, v, attention, layer):
+    def attention(self, q, k, v, attention, layer, sinks=None):
         """Write the step's keys and values, attend to all that are visible: [rows, heads · head_dim]."""
         memory, index = place_of(self.memories, layer)
         pool, tail = self.pools[memory], tail_of(self.memories, memory)
         parts = []
+        if attention.slope:
+            far = torch.log1p(torch.floor(self.positions / attention.original))
+            q = q * (1 + attention.slope * far).float()[:, None, None]
+        self.sinks = sinks
         for rows, span in zip(self.rows, self.spans, strict=True):
             what = q[rows], k[rows], v[rows], attention, span.memories[memory], pool, index
             parts.append(self._attend(*what) if tail is None else self._attend_4(*what, span.memories[tail]))
@@ -276,7 +280,7 @@ class ReferenceBackend(StateOps):
         if attention.window:
             mask &= there > own - attention.window
         self._score(q, keys[0], mask, attention, slots, layer, scored, first)
-        if attention.soft_cap:
+        if attention.soft_cap or self.sinks is not None:
             p = self._probabilities(q, keys[0], mask, attention)  # [kv_heads, heads of each, rows, slots]
             return torch.einsum("gjrs,gsd->rgjd", p, values[0]).flatten(1)
         y = F.scaled_dot_product_attention(
@@ -297,13 +301,17 @@ class ReferenceBackend(StateOps):
             slots.scores[at, layer, :, first : first + p.shape[2]] += row
 
     def _probabilities(self, q, keys, mask, attention):
-        """softmax(scale · q kᵀ) with soft cap, written out: [kv_heads, heads of each, rows, slots]."""
+        """softmax(scale · q kᵀ) with soft cap and sinks: [kv_heads, heads of each, rows, slots]."""
         scale, cap = attention.scale or q.shape[-1] ** -0.5, attention.soft_cap
         groups = q.shape[1] // keys.shape[0]
         logits = torch.einsum("rgjd,gsd->gjrs", q.unflatten(1, (-1, groups)), keys) * scale
         if cap:
             logits = cap * torch.tanh(logits / cap)
-        return logits.masked_fill(~mask, -torch.inf).softmax(-1)
+        logits = logits.masked_fill(~mask, -torch.inf)
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sink = self.sinks.view(keys.shape[0], -1, 1, 1).expand(-1, -1, q.shape[0], 1)
+        return torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
 
     def silu_mul(self, gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
@@ -312,6 +320,11 @@ class ReferenceBackend(StateOps):
     def gelu_mul(self, gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
+
+    def clamped_mul(self, gate_up, limit, alpha):
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
     def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
         weights = scores.sigmoid() if sigmoid else scores.softmax(-1)

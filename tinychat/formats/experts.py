@@ -2,7 +2,8 @@
 
 transformers 5  mlp.experts.gate_up_proj [experts, 2 · size, hidden] and down_proj, if not saved in the
                 original format; in FP8 with gate_up_proj_scale_inv [experts, blocks, blocks]
-gpt-oss         mlp.experts.gate_up_proj_blocks and _scales: a row of gate and a row of up in turn
+gpt-oss         mlp.experts.gate_up_proj_blocks and _scales: a row of gate and a row of up in turn; in 16 bits
+                mlp.experts.gate_up_proj [experts, hidden, 2 · size], turned round, with _bias beside it
 MLX             mlp.switch_mlp.gate_proj.weight, .scales, .biases
 """
 
@@ -44,7 +45,8 @@ def by_module(tensors: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]
     for name, t in tensors.items():
         stacked = bool(t.shape) and t.shape[0] in counts
         if stacked and (match := _FUSED.fullmatch(name)) and match[3] in _PARTS:
-            out |= _apart(match[1], match[2], match[3], t) or {name: t}
+            turned = match[3] is None and len(t.shape) == 3 and f"{name}_bias" in tensors
+            out |= _apart(match[1], match[2], match[3], _turned(t) if turned else t, turned) or {name: t}
         elif stacked and (match := _SWITCH.fullmatch(name)):
             prefix = match[1].replace("block_sparse_moe", "mlp")
             for e in range(t.shape[0]):
@@ -56,8 +58,19 @@ def by_module(tensors: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]
     return out
 
 
-def _apart(prefix: str, linear: str, suffix: str | None, t: Tensor) -> dict[str, Tensor]:
-    """Each expert's own tensors; none where the rows of gate and up cannot be told apart."""
+def _turned(t: Tensor) -> Tensor:
+    """A tensor [experts, in, out] as [experts, out, in]."""
+    return replace(t, shape=(t.shape[0], *t.shape[:0:-1]), read=lambda: t.read().swapaxes(1, 2))
+
+
+def _apart(
+    prefix: str, linear: str, suffix: str | None, t: Tensor, in_turn: bool = False
+) -> dict[str, Tensor]:
+    """Each expert's own tensors; none where the rows of gate and up cannot be told apart.
+
+    in_turn  a row of the one and a row of the other follow each other
+    """
+    in_turn = in_turn or suffix in _IN_TURN
     linears = ("gate_proj", "up_proj") if linear == "gate_up_proj" else (linear,)
     count, rows = len(linears), t.shape[1] if len(t.shape) > 1 else 1
     if count == 2 and rows > 1 and rows % 2:
@@ -65,7 +78,7 @@ def _apart(prefix: str, linear: str, suffix: str | None, t: Tensor) -> dict[str,
     out = {}
     for i, name in enumerate(linears):
         whole = count == 1 or rows == 1  # a scale of both
-        half = slice(i, None, 2) if suffix in _IN_TURN else slice(i * rows // 2, (i + 1) * rows // 2)
+        half = slice(i, None, 2) if in_turn else slice(i * rows // 2, (i + 1) * rows // 2)
         of_expert = slice(None) if whole else half
         shape = t.shape[1:] if whole else (rows // 2, *t.shape[2:])
         for e in range(t.shape[0]):

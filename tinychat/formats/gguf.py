@@ -151,7 +151,7 @@ class GGUFCheckpoint:
             allowed.add(tensor.name)
             bias = self.file.tensors.get(self._name(name) + ".bias")
             if bias is not None and len(shape) == 2:
-                if bias.shape != shape[:1]:
+                if self._tensor(name, ".bias").shape != shape[:1]:
                     raise self.file.damaged(f"the tensor {bias.name!r} has the shape {list(bias.shape)}")
                 allowed.add(bias.name)
             elif bias is None and name.endswith(family.biases(cfg)):
@@ -191,13 +191,19 @@ class GGUFCheckpoint:
         tensor = self.file.tensors.get(self._name(name) + suffix)
         if tensor is None:
             raise self.file.damaged(f"the tensor {self._name(name) + suffix!r} is missing")
-        expert = _EXPERT.search(name)
-        return self._one_of(tensor, self._layer(name).mlp, int(expert[1])) if expert else tensor
+        if expert := _EXPERT.search(name):
+            dimensions = 3 if suffix == ".weight" else 2
+            return self._one_of(tensor, self._layer(name).mlp, int(expert[1]), dimensions)
+        if suffix == ".weight" and name.endswith(self.form.flat) and len(tensor.shape) == 1:
+            return replace(tensor, shape=(1, *tensor.shape))
+        return tensor
 
-    def _one_of(self, tensor: Tensor, mlp: DenseConfig | ExpertsConfig, expert: int) -> Tensor:
-        """One expert's part of a tensor [experts, out, in]."""
+    def _one_of(
+        self, tensor: Tensor, mlp: DenseConfig | ExpertsConfig, expert: int, dimensions: int
+    ) -> Tensor:
+        """One expert's part of a tensor [experts, out, in], or of biases [experts, out]."""
         n = mlp.n if isinstance(mlp, ExpertsConfig) else 0
-        if len(tensor.shape) != 3 or tensor.shape[0] != n:
+        if len(tensor.shape) != dimensions or tensor.shape[0] != n:
             raise self.file.damaged(
                 f"the tensor {tensor.name!r} has the shape {list(tensor.shape)} for {n} experts"
             )

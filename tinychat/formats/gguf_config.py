@@ -25,6 +25,7 @@ OPTIONS = (
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
     "attention.scale",
+    "attention.temperature_scale",
     "attn_logit_softcapping",
     "embedding_scale",
     "expert_count",
@@ -37,10 +38,7 @@ OPTIONS = (
     "residual_scale",
     "rope.scaling.alpha",
     "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_log_multiplier",
 )
 
 
@@ -218,8 +216,10 @@ def _rope(file: GGUFFile, m: Metadata, head_dim: int) -> RopeConfig:
         original = m.number("rope.scaling.original_context_length", m.number("context_length"))
         if original <= 0 or not 1 < base["theta"] < math.inf or factor < 1:
             raise file.damaged("its rope scaling makes no sense")
-        factors = yarn_factors(base["theta"], dim, factor, original)
-        magnitude *= 1 + 0.1 * math.log(factor)
+        fast, slow = (m.number(f"rope.scaling.yarn_beta_{end}", n) for end, n in (("fast", 32), ("slow", 1)))
+        factors = yarn_factors(base["theta"], dim, factor, original, float(fast), float(slow))
+        log = 0.1 * math.log(factor)
+        magnitude *= (1 + log) / (1 + float(m.number("rope.scaling.yarn_log_multiplier", 0.0)) * log)
         return RopeConfig(
             kind="yarn",
             factor=factor,

@@ -82,6 +82,9 @@ class AttentionConfig:
     window    tokens that a token attends to, itself included; 0: all before it
     scale     what scores are multiplied by; None: 1 / sqrt(head_dim)
     soft_cap  c: scores become c·tanh(score / c); 0: they stay
+    slope     queries at position p are multiplied by 1 + slope · log(1 + ⌊p / original⌋); 0: they are not
+    original  tokens of context that the model was first trained with
+    turnable  whether a cached key can be turned to another position: not if it was changed behind its rope
     """
 
     n_heads: int
@@ -91,6 +94,9 @@ class AttentionConfig:
     window: int = 0
     scale: float | None = None
     soft_cap: float = 0.0
+    slope: float = 0.0
+    original: int = 1
+    turnable: bool = True
 
     def __post_init__(self):
         for name, limit in (("n_heads", 1024), ("n_kv_heads", 1024), ("head_dim", 1024)):
@@ -98,7 +104,8 @@ class AttentionConfig:
         if self.n_heads % self.n_kv_heads:
             raise _damaged(f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.")
         _check_scales(self.scale)
-        _check_caps(self.soft_cap)
+        _check_caps(self.soft_cap, self.slope)
+        check_number("original context", self.original, 1 << 25)
         if not isinstance(self.window, int) or self.window < 0:
             raise _damaged(f"The checkpoint's sliding window is {self.window!r} tokens.")
         if self.rope is not None:
@@ -200,6 +207,9 @@ class ExpertsConfig:
     sigmoid    weights are the sigmoids of scores, not their softmax
     biased     experts are chosen by their weights plus a bias
     scale      what the weights are multiplied by in the end
+    shared     the intermediate size of an MLP that every token takes besides; 0: there is none
+    limit      of what gate and up projections give, clamped (`Ops.clamped_mul`); 0: it is silu(gate) · up
+    alpha      of that gate's sigmoid
     """
 
     n: int
@@ -209,9 +219,15 @@ class ExpertsConfig:
     sigmoid: bool = False
     biased: bool = False
     scale: float = 1.0
+    shared: int = 0
+    limit: float = 0.0
+    alpha: float = 1.0
 
     def __post_init__(self):
-        whole = all(type(n) is int for n in (self.n, self.taken, self.size))
+        whole = all(type(n) is int for n in (self.n, self.taken, self.size, self.shared))
+        _check_caps(self.limit)
+        _check_scales(self.alpha)
+        whole = whole and 0 <= self.shared <= 1 << 19
         if not (whole and 1 <= self.taken <= min(self.n, 64) and 1 <= self.size <= 1 << 19):
             raise _damaged(
                 f"The checkpoint has {self.n!r} experts of the size {self.size!r} in a layer, and a token"
@@ -311,11 +327,11 @@ class ModelConfig:
 
     @property
     def may_evict(self) -> bool:
-        """Whether cached tokens can be given up and renumbered: every layer turns its keys by angles that
-        depend on the distance alone, or not at all.
+        """Whether cached tokens can be given up and renumbered: every layer turns its keys last, by angles
+        that depend on the distance alone, or not at all.
         """
-        ropes = {a.rope for a in self.attentions}
-        return all(rope is None or rope.kind not in ("dynamic", "longrope") for rope in ropes)
+        fixed = ("dynamic", "longrope")
+        return all(a.turnable and (a.rope is None or a.rope.kind not in fixed) for a in self.attentions)
 
     def for_context(self, n: int) -> ModelConfig:
         """The config that a context of n tokens needs: another one only where it is a long context."""

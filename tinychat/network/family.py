@@ -103,6 +103,7 @@ class FromHF:
     vectors       those of `norms` that are no norms, by the ends of their names
     tensors       how its files call modules, as pairs of a regular expression and what is put in its place to
                   get the names of `linears` and `norms`
+    rope_fields   fields of a rope scaling that it has beside those that all have
     interleaved   whether its files hold rows of q and k for rotating neighbours (x[2i], x[2i + 1])
     model_type    its name in the `text_config` of wrappers
     wrappers      architectures of models of several inputs whose `text_config` may describe such a model
@@ -118,6 +119,7 @@ class FromHF:
     mixers: tuple[str, ...] = ()
     vectors: Mapping[str, Kept] = field(default_factory=dict)
     tensors: tuple[tuple[str, str], ...] = ()
+    rope_fields: tuple[str, ...] = ()
     interleaved: bool = False
     model_type: str = ""
     wrappers: tuple[str, ...] = ()
@@ -130,6 +132,7 @@ class FromGGUF:
     names        a block's modules: the names of `linears` and `norms` → GGUF's
     when         what tells it from another family of the same architecture
     interleaved  whether rows of q and k are stored for rotating neighbours (x[2i], x[2i + 1])
+    flat         ends of the names of linears with one output that are stored as vectors
     options      those of `gguf_config.OPTIONS` that it has; `layers` and `constants` read them
     layers       the layers of a model
     constants    what ModelConfig has besides
@@ -139,6 +142,7 @@ class FromGGUF:
     names: Mapping[str, str]
     when: Callable[[Metadata], bool] | None = None
     interleaved: bool = False
+    flat: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     layers: Callable[[Metadata, Stack], tuple[LayerConfig, ...]] = lambda metadata, stack: stack.layers()
     constants: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}

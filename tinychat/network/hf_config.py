@@ -110,7 +110,7 @@ WRAPPED = (
 def _config(family: str, form: FromHF, cfg: Settings, generation: Settings) -> ModelConfig:
     hidden, heads = cfg["hidden_size"], cfg["num_attention_heads"]
     head_dim = cfg.get("head_dim") or hidden // heads
-    ropes = _ropes(cfg, head_dim)
+    ropes = _ropes(cfg, head_dim, form.rope_fields)
     attention = AttentionConfig(
         heads,
         cfg.get("num_key_value_heads") or heads,
@@ -211,9 +211,11 @@ def _context(cfg: Settings) -> int:
     return cfg.get("max_position_embeddings", 2048)
 
 
-def _ropes(cfg: Settings, head_dim: int) -> dict[str, Any]:
-    """The rope and the context that it is for; a second pair where longrope has one."""
-    rope, context = rope_config(cfg, head_dim), _context(cfg)
+def _ropes(cfg: Settings, head_dim: int, fields: tuple[str, ...]) -> dict[str, Any]:
+    """The rope and the context that it is for; a second pair where longrope has one. fields: those of a
+    scaling that the family has beside those of all.
+    """
+    rope, context = rope_config(cfg, head_dim, also=fields), _context(cfg)
     if rope.kind != "longrope" or context <= rope.original_context:
         return {"rope": rope, "context_length": context}
     long = {"long_rope": rope_config(cfg, head_dim, long=True), "long_context": context}

@@ -30,8 +30,11 @@ FIELDS: dict[str, tuple[set[str], set[str]]] = {
 NOTES = {"finetuned"}  # fields that say how the model was made and change nothing (Yarn's own checkpoints)
 
 
-def rope_config(cfg: dict[str, Any], head_dim: int, long: bool = False) -> RopeConfig:
+def rope_config(
+    cfg: dict[str, Any], head_dim: int, long: bool = False, also: tuple[str, ...] = ()
+) -> RopeConfig:
     """The rope of a model's config.json; long: with longrope's factors for a context beyond the original one.
+    also: fields that a scaling may have besides.
 
     Raises UnsupportedModelError for a scaling, or a field of one, that is not understood.
     """
@@ -50,6 +53,7 @@ def rope_config(cfg: dict[str, Any], head_dim: int, long: bool = False) -> RopeC
     nothing_said = kind == "yarn" and "factor" not in params  # null stands for the ratio of the contexts
     params = {name: value for name, value in params.items() if value is not None and name not in NOTES}
     needed, allowed = FIELDS[kind]
+    allowed = allowed | set(also)
     if kind != "default" and (nothing_said or not needed <= set(params) <= needed | allowed):
         raise UnsupportedModelError(
             f"The rope scaling {kind!r} has the fields {sorted(params)}, expected {sorted(needed)}"
@@ -76,6 +80,8 @@ def _linear(base: RopeConfig, params: dict, original: int, cfg: dict) -> RopeCon
 
 
 def _dynamic(base: RopeConfig, params: dict, original: int, cfg: dict) -> RopeConfig:
+    if alpha := params.get("alpha"):  # Hunyuan's: another base, whatever the length
+        return RopeConfig(base.theta * float(alpha) ** (base.dim / (base.dim - 2)), base.dim)
     # Up to the trained context, where ours ends, it changes nothing (`_compute_dynamic_ntk_parameters`).
     return RopeConfig(base.theta, base.dim, "dynamic", factor=float(params["factor"]))
 

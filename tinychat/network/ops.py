@@ -61,11 +61,21 @@ class Ops(Protocol):
         """Rotate q and k at the step's positions; halves convention (x[i], x[i + D/2]) as in Hugging Face."""
         ...
 
-    def attention(self, q: Handle, k: Handle, v: Handle, attention: AttentionConfig, layer: int) -> Handle:
+    def attention(
+        self,
+        q: Handle,
+        k: Handle,
+        v: Handle,
+        attention: AttentionConfig,
+        layer: int,
+        sinks: Handle | None = None,
+    ) -> Handle:
         """Write k and v to the layer's cache slots; causal GQA attention over the cache: [T, heads·D].
 
         Scores are multiplied by the attention's scale and capped by its soft_cap; where it has a window, a
-        token attends to the last `window` tokens only, itself included.
+        token attends to the last `window` tokens only, itself included; where it has a slope, queries are
+        scaled by their position. sinks: [heads], one more score of each head, which takes its share of the
+        weights and gives nothing.
         """
         ...
 
@@ -110,6 +120,10 @@ class Ops(Protocol):
 
     def gelu_mul(self, gate_up: Handle) -> Handle:
         """[T, 2F] → gelu(first half) · second half, by GELU's tanh formula: [T, F]."""
+        ...
+
+    def clamped_mul(self, gate_up: Handle, limit: float, alpha: float) -> Handle:
+        """[T, 2F] → g·σ(alpha·g)·(u + 1): [T, F], of the halves g, at most `limit`, and u, within ±limit."""
         ...
 
     def route(

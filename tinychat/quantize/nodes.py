@@ -179,11 +179,16 @@ class Recorder:
 
         return turned(q), turned(k)
 
-    def attention(self, q: Node, k: Node, v: Node, attention: AttentionConfig, layer: int) -> Node:
-        def run(w: BlockWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return _attention(q, k, v, attention).transpose(1, 2).flatten(2)
+    def attention(
+        self, q: Node, k: Node, v: Node, attention: AttentionConfig, layer: int, sinks: str | None = None
+    ) -> Node:
+        names = () if sinks is None else (sinks,)
 
-        node = self._node("attention", (q, k, v), run)
+        def run(w: BlockWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            own = [w.norm[short(name)] for name in names]
+            return _attention(q, k, v, attention, *own).transpose(1, 2).flatten(2)
+
+        node = self._node("attention", (q, k, v), run, *names)
         node.attention = attention
         return node
 
@@ -234,6 +239,9 @@ class Recorder:
         return self._node(
             "gelu_mul", (gate_up,), lambda w, x: functional.gelu(x[0], approximate="tanh") * x[1]
         )
+
+    def clamped_mul(self, gate_up: Product, limit: float, alpha: float) -> Node:
+        raise NotImplementedError  # `route` comes first
 
     def route(
         self,
@@ -317,18 +325,27 @@ def _rotate(x: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionConfig) -> torch.Tensor:
-    """Causal attention within each window; q, k, v and result [S, heads, T, D]."""
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionConfig, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Causal attention within each window; q, k, v and result [S, heads, T, D]. sinks: [heads]."""
     import torch
 
     t, cap, window = q.shape[2], a.soft_cap, a.window
+    if a.slope:
+        far = torch.log1p(torch.floor(torch.arange(t, dtype=torch.float64) / a.original))
+        q = q * (1 + a.slope * far).float()[:, None]
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    if not cap and not 0 < window < t:
+    if not cap and sinks is None and not 0 < window < t:
         return sdpa(q, k, v, is_causal=True, scale=a.scale, enable_gqa=True)
     distance = torch.arange(t)[:, None] - torch.arange(t)
     seen = (distance >= 0) & (distance < (window or t))
-    if not cap:
+    if not cap and sinks is None:
         return sdpa(q, k, v, attn_mask=seen, scale=a.scale, enable_gqa=True)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (a.scale or q.shape[-1] ** -0.5) / cap)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    scores = q @ k.transpose(2, 3) * (a.scale or q.shape[-1] ** -0.5)
+    scores = (cap * torch.tanh(scores / cap) if cap else scores).masked_fill(~seen, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1) @ v
+    one_more = sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, one_more], dim=-1).softmax(-1)[..., :-1] @ v

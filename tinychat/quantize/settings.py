@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.base.errors import UnsupportedModelError
+from tinychat.formats.hf import read_config
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig, RopeConfig
 
@@ -46,7 +47,23 @@ def hf_config(c: ModelConfig) -> Settings:
         config["sliding_window"] = window
     config |= FAMILIES[c.family].settings(c)
     (architecture,) = config["architectures"]
+    _check_ropes(c, config)
     return {"model_type": architecture.removesuffix("ForCausalLM").lower()} | config
+
+
+def _check_ropes(c: ModelConfig, config: Settings) -> None:
+    """Raises UnsupportedModelError where the settings say other ropes than the config has."""
+    for there, here in zip(read_config(config).layers, c.layers, strict=True):
+        a, b = (getattr(layer.mixer, "rope", None) for layer in (there, here))
+        if (a is None) != (b is None) or (a and b and not _alike(a, b)):
+            raise UnsupportedModelError(
+                "The GGUF's rope scaling has no words in config.json.",
+                "Quantize the original Hugging Face checkpoint instead.",
+            )
+
+
+def _alike(a: RopeConfig, b: RopeConfig) -> bool:
+    return a.dim == b.dim and np.allclose(a.frequencies(), b.frequencies(), rtol=1e-4)
 
 
 def one_or_many(ids: Iterable[int]) -> int | list[int] | None:
