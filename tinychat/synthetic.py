@@ -79,6 +79,14 @@ SHAPES["lfm2-1.2b"] = _lfm2(2048, 8192, (2, 5, 8, 10, 12, 14), 16)
 SHAPES["qwen3.5-0.8b"] = _qwen35(1024, 3584, 24, 8, 2, 16)
 SHAPES["qwen3.5-4b"] = _qwen35(2560, 9216, 32, 16, 4, 32)
 
+_NEAR = AttentionConfig(64, 8, 64, RopeConfig(theta=150000.0), window=128)
+_GPT_OSS = ExpertsConfig(32, 4, 2880, limit=7.0, alpha=1.702)
+SHAPES["gpt-oss-20b"] = replace(
+    _shape(2880, 2880, 24, 45, 9, 201088, tied=False, bias=True),
+    family="gpt_oss",
+    layers=(LayerConfig(_NEAR, _GPT_OSS), LayerConfig(replace(_NEAR, window=0), _GPT_OSS)) * 12,
+)
+
 DEFAULT = "int4"  # 4-bit with zero points as AWQ has it, in the largest group up to 128 that divides a width
 
 # Forms of files that people have: llama.cpp's types, and those of checkpoint folders.
@@ -165,7 +173,8 @@ class SyntheticCheckpoint:
             return DenseLinear(np.random.default_rng(0).normal(0, size, shape).astype(np.float32))
         else:
             n, k = self._linears[_inside(name)]
-        has_bias = c.attention_bias and name.endswith(("q_proj", "k_proj", "v_proj"))
+        biased = FAMILIES[c.family].biases(c) if c.family == "gpt_oss" else ("q_proj", "k_proj", "v_proj")
+        has_bias = body and c.attention_bias and name.endswith(biased)
         key = (n, k, body, has_bias)
         if key not in self._made:
             bias = np.zeros(n, np.float32) if has_bias else None

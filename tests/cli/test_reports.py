@@ -56,7 +56,7 @@ def test_doctor_says_in_sentences_what_it_measured_and_decided_and_what_fits(her
     # Bandwidth divided by bytes, within the memory that is free.
     facts = {"read_bandwidth_gb_s": 20.0, "memory_free_bytes": 2_000_000_000, "models": []}
     fits = {row["name"]: row for row in doctor._fits(facts)}
-    assert fits["smollm2-360m"]["tokens_per_s"] == pytest.approx(20e9 / 229e6, rel=0.01)
+    assert fits["qwen3-0.6b"]["tokens_per_s"] == pytest.approx(20e9 / 639e6, rel=0.01)
     assert "llama-3.1-8b" not in fits
     assert all(row["memory_bytes"] <= 2_000_000_000 for row in fits.values())
     assert doctor._fits(facts | {"memory_free_bytes": 1000}) == []

@@ -58,6 +58,22 @@ def test_gelu_mul(isa, k):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", [3, 96, 5000])
+def test_clamped_mul(isa, k):
+    rng = np.random.default_rng(k)
+    x = (rng.normal(size=(3, 2 * k)) * 5).astype(np.float32)
+    x[0, : min(k, 8)] = [0.0, -0.0, 100.0, -100.0, 7.0, -7.0, 1e30, -30.0][: min(k, 8)]
+    b = Bench(isa)
+    out = b.p.rows(k, True, 0, 0)
+    b.p.clamped_mul(b.input(x), out, 7.0, 1.702)
+    b.run(3)
+    gate, up = torch.from_numpy(x).double().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    expected = (gate * torch.sigmoid(1.702 * gate) * (up + 1)).numpy()
+    np.testing.assert_allclose(b.view(out.floats, 3), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("k", [5, 64, 100])
 def test_a_norm_is_added_to_the_residual(isa, k):
     rng = np.random.default_rng(k)

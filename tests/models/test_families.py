@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from families import CASES, FromTransformers, logits_of, random_model, relative_error, usual_error
+from families import (
+    CASES,
+    FromTransformers,
+    logits_of,
+    random_config,
+    random_model,
+    relative_error,
+    usual_error,
+)
 from memories import allocate, step_of
 
 from tinychat.backends.cpu import CpuBackend
+from tinychat.backends.cuda_recorder import check
 from tinychat.backends.interface import memories_of
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats.hf import read_config
 from tinychat.formats.subset import LayerSubset
+from tinychat.models import FAMILIES as MODELS
 from tinychat.network.config import DenseConfig, ExpertsConfig
 from tinychat.network.weight_policy import WeightPolicy
 
@@ -113,6 +123,26 @@ def test_a_subset_of_layers_keeps_what_each_of_them_is():
         ExpertsConfig,
         DenseConfig,
     ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_refuses_by_name_what_it_has_no_kernels_for(case):
+    refused = {
+        "gpt-oss": "sinks",
+        "granite_swa": "sinks",
+        "qwen2moe": "sigmoid",
+        "hunyuan": "behind their rotation",
+    }
+    refused |= {"ministral3": "position", "qwen3.5": "", "lfm2": ""}  # these two by their memories
+    cls, changes = CASES[case]
+    cfg = read_config(random_config(cls, **changes))
+    word = next((word for name, word in refused.items() if case.startswith(name)), None)
+    if word:
+        with pytest.raises(UnsupportedModelError, match=word) as e:
+            check(MODELS[cfg.family], cfg)
+        assert len(str(e.value).splitlines()) == 2
+    elif word is None:
+        check(MODELS[cfg.family], cfg)
 
 
 def test_layers_that_are_alike_share_a_memory():

@@ -141,6 +141,12 @@ def as_files_name_it(name: str, cls: str) -> str:
     return name.replace(".mlp.", ".block_sparse_moe.")
 
 
+def random_config(name: str, **changes) -> dict:
+    """The config.json of such a model."""
+    config = getattr(transformers, name).config_class(**{**SHAPE, **changes})
+    return config.to_dict() | {"architectures": [name]}
+
+
 def random_model(name: str, **changes):
     """A transformers model whose every parameter, norms and biases too, is random."""
     cls = getattr(transformers, name)

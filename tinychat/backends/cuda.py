@@ -14,7 +14,7 @@ import numpy as np
 
 from tinychat.backends.cuda_device import free_memory, open_modules
 from tinychat.backends.cuda_pack import Loader
-from tinychat.backends.cuda_recorder import Recorder
+from tinychat.backends.cuda_recorder import Recorder, check
 from tinychat.backends.interface import BLOCK, LargestLogits, MemorySpec, Slots, Step, memories_of
 from tinychat.base.errors import (
     DeviceLostError,
@@ -79,6 +79,7 @@ class CudaBackend:
                 f"{checkpoint.path.name} has {c.n_experts} experts in a layer; {experts.MOST} are the most.",
                 "Use --device cpu.",
             )
+        check(FAMILIES[c.family], c)
         self._modules = modules or open_modules()
         self._device = self._modules.device
         self.max_rows = MAX_ROWS

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tinychat.backends.interface import MemorySpec, place_of
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.kernels_cuda import experts, layout
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.program import Buffer, Program
-from tinychat.network.config import AttentionConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig
+from tinychat.network.family import Family
 
 
 @dataclass(eq=False)
@@ -64,8 +67,6 @@ class Recorder:
 
     def norm_heads(self, q, k, q_weight, k_weight, eps):
         c, qkv = q.attention, q.qkv
-        if q.rope is not None:
-            raise _not_yet("norms of queries and keys behind their rotation")
         offset = 0
         for weight, heads in ((q_weight, c.n_heads), (k_weight, c.n_kv_heads)):
             n = weight.size // 4  # a head's, or all heads' as one
@@ -79,10 +80,6 @@ class Recorder:
         return Heads(q.qkv, q.attention, rope), Heads(k.qkv, k.attention, rope)
 
     def attention(self, q, k, v, attention, layer, sinks=None):
-        if sinks is not None:
-            raise _not_yet("attention with sinks")
-        if attention.slope:
-            raise _not_yet("queries that are scaled by their position")
         table = self.tables[q.rope] if q.rope else None
         pairs = len(q.rope.frequencies()) if q.rope else 0
         memory, place = place_of(self.memories, layer)
@@ -93,9 +90,9 @@ class Recorder:
         return Value(a.n_heads * a.head_dim, halves=out)
 
     def short_conv(self, *args):
-        raise NotImplementedError  # `CudaBackend` refuses models with states before
+        raise NotImplementedError  # `CudaBackend` refuses models with states before, and `check` the others
 
-    gated_heads = delta_rule = norm_gated = short_conv
+    gated_heads = delta_rule = norm_gated = sigmoid_mul = clamped_mul = short_conv
 
     def silu_mul(self, gate_up):
         return self._gate("silu_mul", gate_up)
@@ -103,17 +100,7 @@ class Recorder:
     def gelu_mul(self, gate_up):
         return self._gate("gelu_mul", gate_up)
 
-    def sigmoid_mul(self, x, gate):
-        raise _not_yet("sigmoid gates")
-
-    def clamped_mul(self, gate_up, limit, alpha):
-        raise _not_yet("clamped gates")
-
     def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
-        if sigmoid or bias is not None or scale != 1:
-            raise UnsupportedModelError(
-                "The GPU has no kernel for a router of experts by sigmoid.", "Use --device cpu."
-            )
         return experts.route(self.program, scores.floats, scores.cols, n, normalize)
 
     def expert_linear(self, x, weights, routes):
@@ -150,6 +137,48 @@ class Recorder:
         if w.perm is None:
             x.halves = halves
         return halves
+
+
+class _Trial:
+    """Weights and `Ops` that are names and nothing: a forward pass with them raises UnsupportedModelError for
+    what `Recorder` has no kernels for.
+    """
+
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        return lambda *given, **also: given[0] if given else None
+
+    def split_heads(self, qkv, attention):
+        return None, None, None
+
+    def rope(self, q, k, rope):
+        return rope, rope
+
+    def norm_heads(self, q, k, q_weight, k_weight, eps):
+        if q is not None:
+            raise _not_yet("norms of queries and keys behind their rotation")
+        return q, k
+
+    def attention(self, q, k, v, attention, layer, sinks=None):
+        if sinks is not None:
+            raise _not_yet("attention with sinks")
+        if attention.slope:
+            raise _not_yet("queries that are scaled by their position")
+
+    def sigmoid_mul(self, x, gate):
+        raise _not_yet("sigmoid gates")
+
+    def clamped_mul(self, gate_up, limit, alpha):
+        raise _not_yet("clamped gates")
+
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
+        if sigmoid or bias is not None or scale != 1:
+            raise _not_yet("a router by sigmoids")
+
+
+def check(family: Family, cfg: ModelConfig) -> None:
+    """Raises UnsupportedModelError for a model with parts that there are no kernels for, by their names."""
+    trial: Any = _Trial()
+    family.forward(trial, cfg, family.load(trial, cfg))
 
 
 def _not_yet(what: str) -> UnsupportedModelError:

@@ -67,11 +67,26 @@ def list_models(everything: bool, as_json: bool) -> None:
         click.echo("No models yet. tinychat pull smollm2-135m gets one (94 MB).", err=True)
         return
     cells = [[r["name"], human_bytes(r["size"]), r["quantization"] or "", r["source"] or ""] for r in rows]
-    for a in available:
-        draft, doubt = a["draft"] and f"--draft {a['draft']}", None if a["verified"] else "unverified"
-        what = " · ".join(filter(None, [a["license"], draft, doubt, a["source"]]))
-        cells.append([a["name"], human_bytes(a["size"]), "not pulled", what])
-    tables.show(cells, ("model", "size", "weights", "source"), dim=range(len(rows), len(cells)))
+    if cells:
+        tables.show(cells, ("model", "size", "weights", "source"))
+        click.echo() if available else None
+    if available:
+        _show_available(available)
+
+
+def _show_available(available: list[dict[str, Any]]) -> None:
+    """Models that can be pulled, the smallest first; where from is said in short, by the repository."""
+    cells = []
+    for a in sorted(available, key=lambda a: a["size"]):
+        where = "/".join(a["source"].partition(":")[2].split("/")[:2])
+        draft = f"--draft {a['draft']}" if a["draft"] else ""
+        cells.append(
+            [a["name"], human_bytes(a["size"]), a["license"], " ".join(filter(None, [where, draft]))]
+        )
+    tables.show(cells, ("to be pulled", "size", "licence", "from, and what drafts for it"))
+    unverified = sum(not a["verified"] for a in available)
+    if unverified:
+        click.echo(f"{unverified} of them are unverified: nobody has run these with tinychat yet.", err=True)
 
 
 @click.command()

@@ -63,37 +63,56 @@ ALIASES: dict[str, Alias] = {
         "SmolLM2 135M Instruct, the demo model",
         verified=True,
     ),
-    "smollm2-360m": Alias(
-        (
-            _hf("bartowski/SmolLM2-360M-Instruct-GGUF/SmolLM2-360M-Instruct-Q4_0.gguf"),
-            _hf("HuggingFaceTB/SmolLM2-360M-Instruct"),
-        ),
-        229_000_000,
-        "SmolLM2 360M Instruct",
-        draft="smollm2-135m",
+    "qwen3-0.6b": Alias(
+        (_hf("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"), _hf("Qwen/Qwen3-0.6B")),
+        639_000_000,
+        "Qwen3 0.6B",
+        family="qwen3",
     ),
-    "smollm2-1.7b": Alias(
-        (
-            _hf("HuggingFaceTB/SmolLM2-1.7B-Instruct-GGUF/smollm2-1.7b-instruct-q4_k_m.gguf"),
-            _hf("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
-        ),
-        1_060_000_000,
-        "SmolLM2 1.7B Instruct",
-        draft="smollm2-135m",
+    "lfm2-1.2b": Alias(
+        (_hf("LiquidAI/LFM2-1.2B-GGUF/LFM2-1.2B-Q4_K_M.gguf"), _hf("LiquidAI/LFM2-1.2B")),
+        731_000_000,
+        "LFM2 1.2B",
+        family="lfm2",
+        license="lfm1.0",
     ),
-    "tinyllama-1.1b": Alias(
+    "gemma-3-1b": Alias(
         (
-            _hf("TheBloke/TinyLlama-1.1B-Chat-v1.0-AWQ"),
-            _hf("TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF/tinyllama-1.1b-chat-v1.0.Q4_K_M.gguf"),
+            _hf("ggml-org/gemma-3-1b-it-GGUF/gemma-3-1b-it-Q4_K_M.gguf"),
+            _hf("unsloth/gemma-3-1b-it-GGUF/gemma-3-1b-it-Q4_K_M.gguf"),
         ),
-        770_000_000,
-        "TinyLlama 1.1B Chat",
+        806_000_000,
+        "Gemma 3 1B it",
+        family="gemma3",
+        license="gemma",
     ),
     "llama-3.2-1b": Alias(
         (_hf("bartowski/Llama-3.2-1B-Instruct-GGUF/Llama-3.2-1B-Instruct-Q4_K_M.gguf"),),
         810_000_000,
         "Llama 3.2 1B Instruct",
         license="llama3.2",
+    ),
+    "granite-3.3-2b": Alias(
+        (
+            _hf("ibm-granite/granite-3.3-2b-instruct-GGUF/granite-3.3-2b-instruct-Q4_K_M.gguf"),
+            _hf("ibm-granite/granite-3.3-2b-instruct"),
+        ),
+        1_550_000_000,
+        "Granite 3.3 2B Instruct",
+        family="granite",
+    ),
+    "qwen3-1.7b": Alias(
+        (_hf("Qwen/Qwen3-1.7B-GGUF/Qwen3-1.7B-Q8_0.gguf"), _hf("Qwen/Qwen3-1.7B")),
+        1_830_000_000,
+        "Qwen3 1.7B",
+        draft="qwen3-0.6b",
+        family="qwen3",
+    ),
+    "smollm3-3b": Alias(
+        (_hf("ggml-org/SmolLM3-3B-GGUF/SmolLM3-Q4_K_M.gguf"), _hf("HuggingFaceTB/SmolLM3-3B")),
+        1_920_000_000,
+        "SmolLM3 3B",
+        family="smollm3",
     ),
     "llama-3.2-3b": Alias(
         (_hf("bartowski/Llama-3.2-3B-Instruct-GGUF/Llama-3.2-3B-Instruct-Q4_K_M.gguf"),),
@@ -102,45 +121,95 @@ ALIASES: dict[str, Alias] = {
         draft="llama-3.2-1b",
         license="llama3.2",
     ),
-    "qwen2.5-0.5b": Alias(
-        (_hf("Qwen/Qwen2.5-0.5B-Instruct-AWQ"), _hf("Qwen/Qwen2.5-0.5B-Instruct")),
-        460_000_000,
-        "Qwen2.5 0.5B Instruct",
-        family="qwen2",
+    "ministral-3-3b": Alias(
+        (
+            _hf("unsloth/Ministral-3-3B-Instruct-2512-GGUF/Ministral-3-3B-Instruct-2512-Q4_K_M.gguf"),
+            _hf("mistralai/Ministral-3-3B-Instruct-2512"),
+        ),
+        2_150_000_000,
+        "Ministral 3 3B Instruct",
+        family="ministral3",
     ),
-    "qwen2.5-7b": Alias(
-        (_hf("Qwen/Qwen2.5-7B-Instruct-AWQ"),),
-        5_580_000_000,
-        "Qwen2.5 7B Instruct",
-        draft="qwen2.5-0.5b",
-        family="qwen2",
-    ),
-    "qwen3-0.6b": Alias(
-        (_hf("Qwen/Qwen3-0.6B"), _hf("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf")),
-        1_500_000_000,
-        "Qwen3 0.6B",
-        family="qwen3",
+    "gemma-3-4b": Alias(
+        (
+            _hf("ggml-org/gemma-3-4b-it-GGUF/gemma-3-4b-it-Q4_K_M.gguf"),
+            _hf("unsloth/gemma-3-4b-it-GGUF/gemma-3-4b-it-Q4_K_M.gguf"),
+        ),
+        2_490_000_000,
+        "Gemma 3 4B it",
+        family="gemma3",
+        license="gemma",
     ),
     "qwen3-4b": Alias(
-        (_hf("Qwen/Qwen3-4B-AWQ"),), 2_670_000_000, "Qwen3 4B", draft="qwen3-0.6b", family="qwen3"
+        (
+            _hf("unsloth/Qwen3-4B-Instruct-2507-GGUF/Qwen3-4B-Instruct-2507-Q4_K_M.gguf"),
+            _hf("Qwen/Qwen3-4B-Instruct-2507"),
+        ),
+        2_500_000_000,
+        "Qwen3 4B Instruct 2507",
+        draft="qwen3-0.6b",
+        family="qwen3",
+    ),
+    "qwen3.5-4b": Alias(
+        (_hf("unsloth/Qwen3.5-4B-GGUF/Qwen3.5-4B-Q4_K_M.gguf"), _hf("Qwen/Qwen3.5-4B")),
+        2_740_000_000,
+        "Qwen3.5 4B",
+        family="qwen3_5",
+    ),
+    "ministral-3-8b": Alias(
+        (
+            _hf("mistralai/Ministral-3-8B-Instruct-2512-GGUF/Ministral-3-8B-Instruct-2512-Q4_K_M.gguf"),
+            _hf("mistralai/Ministral-3-8B-Instruct-2512"),
+        ),
+        5_200_000_000,
+        "Ministral 3 8B Instruct",
+        draft="ministral-3-3b",
+        family="ministral3",
+    ),
+    "qwen3.5-9b": Alias(
+        (_hf("unsloth/Qwen3.5-9B-GGUF/Qwen3.5-9B-Q4_K_M.gguf"), _hf("Qwen/Qwen3.5-9B")),
+        5_700_000_000,
+        "Qwen3.5 9B",
+        family="qwen3_5",
     ),
     "llama-3.1-8b": Alias(
         (
-            _hf("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4"),
             _hf("bartowski/Meta-Llama-3.1-8B-Instruct-GGUF/Meta-Llama-3.1-8B-Instruct-Q4_K_M.gguf"),
+            _hf("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4"),
         ),
-        5_740_000_000,
+        4_920_000_000,
         "Llama 3.1 8B Instruct",
         draft="llama-3.2-1b",
         license="llama3.1",
     ),
-    "mistral-7b": Alias(
+    "qwen3-8b": Alias(
+        (_hf("Qwen/Qwen3-8B-AWQ"),), 6_100_000_000, "Qwen3 8B", draft="qwen3-0.6b", family="qwen3"
+    ),
+    "gpt-oss-20b": Alias(
+        (_hf("openai/gpt-oss-20b"), _hf("ggml-org/gpt-oss-20b-GGUF/gpt-oss-20b-mxfp4.gguf")),
+        13_800_000_000,
+        "gpt-oss 20B",
+        family="gpt_oss",
+    ),
+    "mistral-small-24b": Alias(
         (
-            _hf("TheBloke/Mistral-7B-Instruct-v0.2-AWQ"),
-            _hf("TheBloke/Mistral-7B-Instruct-v0.2-GGUF/mistral-7b-instruct-v0.2.Q4_K_M.gguf"),
+            _hf(
+                "unsloth/Mistral-Small-3.2-24B-Instruct-2506-GGUF"
+                "/Mistral-Small-3.2-24B-Instruct-2506-Q4_K_M.gguf"
+            ),
+            _hf("mistralai/Mistral-Small-3.2-24B-Instruct-2506"),
         ),
-        4_150_000_000,
-        "Mistral 7B Instruct v0.2",
+        14_330_000_000,
+        "Mistral Small 3.2 24B Instruct",
+    ),
+    "qwen3-30b-a3b": Alias(
+        (
+            _hf("unsloth/Qwen3-30B-A3B-Instruct-2507-GGUF/Qwen3-30B-A3B-Instruct-2507-Q4_K_M.gguf"),
+            _hf("Qwen/Qwen3-30B-A3B-Instruct-2507"),
+        ),
+        18_600_000_000,
+        "Qwen3 30B-A3B Instruct 2507",
+        family="qwen3_moe",
     ),
 }
 
