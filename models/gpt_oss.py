@@ -131,13 +131,13 @@ def biases(cfg: ModelConfig) -> tuple[str, ...]:
 def settings(cfg: ModelConfig) -> Settings:
     """Entries of config.json for such a model."""
     mlp, rope = mixtral.experts_of(cfg.layers[0]), cfg.rope
-    scaled = rope is not None and rope.kind == "yarn"
-    own = {"factor": rope.factor, "original_max_position_embeddings": rope.original_context} if scaled else {}
+    scaling: Settings = {}
+    if rope is not None and rope.kind == "yarn":
+        own = {"factor": rope.factor, "original_max_position_embeddings": rope.original_context}
+        scaling["rope_scaling"] = {**YARN, **own, "rope_theta": rope.theta}
     return {
+        **scaling,
         "architectures": ["GptOssForCausalLM"],
-        "rope_parameters": YARN | own
-        if scaled
-        else {"rope_type": "default", "rope_theta": rope and rope.theta},
         "model_type": "gpt_oss",
         "num_local_experts": mlp.n,
         "num_experts_per_tok": mlp.taken,

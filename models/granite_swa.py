@@ -61,7 +61,7 @@ HF = {
 GGUF = {
     "granite_swa": replace(
         granite.GGUF["granite"],
-        names=granite.GGUF["granite"].names | {SINKS: "attn_sinks"},
+        names={**granite.GGUF["granite"].names, SINKS: "attn_sinks"},
         options=(*granite.GGUF["granite"].options, "attention.sliding_window_pattern"),
         layers=_from_gguf,
     )
