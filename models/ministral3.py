@@ -32,7 +32,8 @@ def _sloped(a: AttentionConfig, slope: float) -> AttentionConfig:
 
 
 def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
-    slope = float((c.get("rope_parameters") or {}).get("llama_4_scaling_beta") or 0)
+    scaling = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    slope = float(scaling.get("llama_4_scaling_beta") or 0)
     a = _sloped(stack.attention, slope)
     return hf_config.windowed(c, replace(stack, attention=a))
 

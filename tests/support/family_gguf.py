@@ -32,7 +32,7 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
     w.add_block_count(c.num_hidden_layers)
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(c.hidden_size)
-    dense = [t for name, t in hf.state_dict().items() if name.endswith(("up_proj.weight", "w3.weight"))]
+    dense = [t for name, t in hf.state_dict().items() if name.endswith(("mlp.up_proj.weight", ".w3.weight"))]
     w.add_feed_forward_length(len(dense[0]) if dense else c.intermediate_size)
     w.add_head_count(c.num_attention_heads)
     types = getattr(c, "layer_types", None) or [""]

@@ -56,6 +56,8 @@ def read(
         )
     family, form = architectures[arch]
     cfg = {**form.defaults, **given}
+    if given.get("rope_scaling"):  # the older name of what a default may stand for
+        cfg["rope_parameters"] = given.get("rope_parameters")
     _refuse(arch, form, cfg)
     try:
         config = _config(family, form, cfg, generation or {})
