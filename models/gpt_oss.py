@@ -70,7 +70,7 @@ HF = {
         hf_config.EXPERTS,
         windows=True,
         layers=_from_hf,
-        tensors=((r"\.mlp\.router\.", ".mlp.gate."),),
+        tensors=((r"\.mlp\.router\.", ".mlp.gate."), (r"\.sinks$", ".sinks.weight")),
         vectors={SINKS: Kept(part="")},
     )
 }

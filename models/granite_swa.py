@@ -55,6 +55,7 @@ HF = {
         windows=True,
         layers=_from_hf,
         constants=granite.HF["GraniteForCausalLM"].constants,
+        tensors=((r"\.sinks$", ".sinks.weight"),),
         vectors={SINKS: Kept(part="")},
     )
 }
