@@ -252,3 +252,22 @@ def test_calls_are_told_as_json_lines(model, monkeypatch):
     first = {"event": "tool_call", "index": 0, "id": answer.tool_calls[0].id, "name": "add", "arguments": ""}
     assert lines[0] == first | {"arguments": lines[0]["arguments"]}
     assert "".join(line["arguments"] for line in lines) == answer.tool_calls[0].arguments
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_a_required_call_comes_behind_the_thought(monkeypatch):
+    with tiny_model(ctx=4096, backend="cpu", context_length=4096, template=THINKS) as model:
+        how = {"tools": [choose], "tool_choice": "required", "parallel_tool_calls": False}
+        answer = model.chat("?", think_budget=8, max_tokens=300, temperature=1, seed=1, **how)
+        assert answer.finish_reason == "tool_calls"
+        assert answer.stats.reasoning_tokens >= 8
+        assert answer.text == ""
+        assert len(answer.reasoning) > 0
+        assert answer.tool_calls[0].name == "choose"
+        assert set(json.loads(answer.tool_calls[0].arguments)) == {"unit", "on"}
