@@ -141,6 +141,11 @@ def test_errors_reach_anthropics_client(anthropic, server, played):
         assert e.value.body["type"] == "error"
         assert e.value.body["error"]["message"]
 
+    assert [m.id for m in anthropic.models.list()] == ["tiny"]
+    _, said, _ = server.ask("/v1/messages", asked, {"Origin": "http://a.page"})
+    assert said["error"]["type"] == "permission_error"
+    assert server.ask("/v1/messages")[1]["type"] == "error"
+
     def breaks():
         yield TextDelta("so far", 1)
         raise RuntimeError("broken")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,6 +14,7 @@ from starlette.routing import Route
 from tinychat.serve import anthropic, chat, completions, facts, responses
 from tinychat.serve.guard import Guard
 from tinychat.serve.problems import ApiError
+from tinychat.serve.service import error_of
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -44,15 +45,20 @@ def make_app(
     """The ASGI application over a service. key, local, origins: as in `Guard`."""
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(Guard, key=key, local=local, origins=tuple(origins))],
+        middleware=[Middleware(Guard, key=key, local=local, origins=tuple(origins), form=_error)],
         exception_handlers={HTTPException: _not_found},
     )
     app.state.service = service
     return app
 
 
+def _error(path: str, problem: ApiError) -> dict[str, Any]:
+    """An error in the form of the API that a path belongs to."""
+    return anthropic.error_of(problem) if path.startswith("/v1/messages") else error_of(problem)
+
+
 async def _not_found(request: Request, e: Exception) -> Response:
     assert isinstance(e, HTTPException)
     said = "is not known" if e.status_code == 404 else f"does not take {request.method[:20]}"
     problem = ApiError(e.status_code, f"{request.url.path[:200]} {said}.", code="not_found")
-    return JSONResponse(problem.as_dict(), e.status_code, headers=e.headers)
+    return JSONResponse(_error(request.url.path, problem), e.status_code, headers=e.headers)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -43,10 +43,18 @@ def host_of(header: str) -> str:
 class Guard:
     """ASGI middleware: Host, Origin, Sec-Fetch-Site and the key, before anything of the body is read."""
 
-    def __init__(self, app: ASGIApp, key: str | None, local: bool, origins: Iterable[str] = ()):
+    def __init__(
+        self,
+        app: ASGIApp,
+        key: str | None,
+        local: bool,
+        origins: Iterable[str] = (),
+        form: Callable[[str, ApiError], Any] = lambda path, problem: problem.as_dict(),
+    ):
         """key: None asks for none. local: the server listens on loopback only, so a Host that is another name
-        is a web page's trick. origins: of web pages that may ask.
+        is a web page's trick. origins: of web pages that may ask. form: the body of an error on a path.
         """
+        self._form = form
         self._app, self._local = app, local
         self._key = None if key is None else key.encode()
         self._origins = frozenset(o.rstrip("/").lower() for o in origins)
@@ -65,7 +73,7 @@ class Guard:
                 self._check_key(headers)
         except ApiError as e:
             more = {**e.headers, **self._cross(origin), "connection": "close"}
-            return await JSONResponse(e.as_dict(), e.status, more)(scope, receive, send)
+            return await JSONResponse(self._form(scope["path"], e), e.status, more)(scope, receive, send)
 
         async def shared(message: Message) -> None:
             if message["type"] == "http.response.start":
