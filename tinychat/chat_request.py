@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tinychat.base.events import Done, Event
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.engine.guide import Guide, guide_for
+from tinychat.engine.odds import Odds
 from tinychat.text.oversized import refuse_oversized
 from tinychat.text.response_format import Form
 
@@ -38,6 +39,7 @@ class ChatRequest:
     form      what the answer is held to, after a thought if there is one (`response_format`)
     think     whether the model reasons first, and
     effort    how much: where the template knows these; None is the model's own
+    logprobs  log-probabilities that come with each token: of it and of so many of the likeliest; None: none
     """
 
     messages: list[dict[str, Any]]
@@ -49,6 +51,7 @@ class ChatRequest:
     form: Form | None = None
     think: bool | None = None
     effort: str | None = None
+    logprobs: int | None = None
 
     def events(self, model: ChatModel, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """The answer, as a session yields one: TextDelta, Notice and Reading, and Done last; and
@@ -154,7 +157,10 @@ def _made(
 ) -> Generator[Event, None, None]:
     branch = model.engine.branch(model.eviction()) if model.shelf is None else model.shelf.take(ids)
     params, generate = request.params, model.engine.generate
-    events = generate(branch, ids, params, cancel, speculator, splitter, caller=caller, guide=guide)
+    odds = None if request.logprobs is None else Odds(request.logprobs)
+    events = generate(
+        branch, ids, params, cancel, speculator, splitter, caller=caller, guide=guide, odds=odds
+    )
     texts: list[Known] = []
     done: Done | None = None
     try:
@@ -178,6 +184,7 @@ class PromptRequest:
     ids: list[int]
     params: SamplingParams
     draft: str | None = None
+    logprobs: int | None = None
 
     def events(self, model: ChatModel, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """The continuation, as `ChatRequest.events` yields an answer."""

@@ -20,6 +20,7 @@ from tinychat.chat_request import ChatRequest, PromptRequest
 from tinychat.engine.engine import Engine
 from tinychat.engine.eviction import SINKS, SMALLEST, EvictionPolicy
 from tinychat.engine.memory.sizes import memory_bytes, tokens_within
+from tinychat.engine.odds import MOST
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.session import Session
@@ -209,12 +210,12 @@ class Model:
 
     def continuing(self, prompt: str | Sequence[int], **options: Any) -> PromptRequest:
         """What `generate` asks for, checked. Raises UsageError."""
-        draft = options.pop("draft", None)
+        draft, odds = options.pop("draft", None), _top(options.pop("logprobs", None))
         params = self.default_sampling.but(**options)
         if isinstance(prompt, str):
             refuse_oversized(self.tokenizer, [prompt], self.n_ctx, self.eviction() is not None)
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._ids(prompt)
-        return PromptRequest(ids, params, draft)
+        return PromptRequest(ids, params, draft, odds)
 
     @overload
     def chat(
@@ -256,6 +257,7 @@ class Model:
         tools: Any = None,
         tool_choice: Any = "auto",
         parallel_tool_calls: bool = True,
+        logprobs: int | None = None,
         **sampling: Any,
     ) -> ChatRequest:
         """What `chat` asks for, checked. Raises UsageError.
@@ -264,6 +266,7 @@ class Model:
         "json_schema": {"schema": …}}`, `{"type": "json_object"}`, `{"type": "regex", "pattern": …}`,
         `{"type": "choice", "choices": […]}` or `{"type": "grammar", "grammar": …}`. think: whether to reason
         before answering, effort: how much, where the chat template knows these.
+        logprobs: how many of the likeliest tokens are told with each one's log-probability.
         """
         messages, form = arguments.messages(messages), response_format_of(response_format)
         given = checked_tools.tools(tools)
@@ -271,7 +274,7 @@ class Model:
         several = arguments.flag("parallel_tool_calls", parallel_tool_calls)
         if given and self.template is None:
             raise UsageError(f"{self.name} has no chat template, and knows no tools.", "Choose a chat model.")
-        params = self.default_sampling.but(**sampling)
+        odds, params = _top(logprobs), self.default_sampling.but(**sampling)
         if (think is not None or effort is not None) and self.template is not None:
             self.template.switches(think, effort)
         elif think is not None or effort is not None:
@@ -281,7 +284,7 @@ class Model:
         if self.template is not None and choice != "none":
             told = [t for t in given if t["function"]["name"] == choice] or given
             form = self.template.tools.form(told, choice != "auto", several, form) if told else form
-        return ChatRequest(messages, params, draft, given, choice, several, form, think, effort)
+        return ChatRequest(messages, params, draft, given, choice, several, form, think, effort, odds)
 
     def session(self, system: str | None = None, **sampling: Any) -> Session:
         """A conversation with a memory. `draft`, `kv_budget` and `kv_policy` as in `load`; sampling
@@ -335,3 +338,7 @@ class Model:
 
     def _ids(self, given: Iterable[int]) -> list[int]:
         return arguments.token_ids(given, self.config.vocab_size)
+
+
+def _top(logprobs: int | None) -> int | None:
+    return None if logprobs is None else arguments.integer("logprobs", logprobs, 0, MOST)

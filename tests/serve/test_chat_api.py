@@ -6,10 +6,14 @@ import asyncio
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 from said import says
 from serving import events_of, serving
 from tiny import tiny_model
+
+from tinychat.base.errors import UsageError
+from tinychat.engine.sampling import log_softmax
 
 HELLO = [{"role": "user", "content": "Hello."}]
 TOOL = {
@@ -293,3 +297,124 @@ def test_what_was_no_call_after_all_is_text(server, model, monkeypatch):
     deltas = [c["choices"][0]["delta"] for c in chunks]
     assert "".join(d.get("content") or "" for d in deltas) == "<tool_call>\n{never mind"
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def likelihoods(model, prompt, ids):
+    """log p of each of `ids` behind the prompt, by the model's whole rows."""
+    rows = log_softmax(model.logits([*prompt, *ids]))
+    return [rows[len(prompt) - 1 + i] for i in range(len(ids))]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "seed": 3}])
+def test_log_probabilities_are_those_of_the_models_own_logits(server, model, options):
+    here = model.chat(HELLO, max_tokens=10, **options)
+    asked = {"messages": HELLO, "max_tokens": 10, "logprobs": True, "top_logprobs": 3, **options}
+    _, said, _ = server.ask("/v1/chat/completions", asked)
+    (choice,) = said["choices"]
+    assert choice["message"]["content"] == here.text  # choosing is not touched
+    entries, rows = (
+        choice["logprobs"]["content"],
+        likelihoods(model, model.request(HELLO).prompt(model), here.token_ids),
+    )
+    assert len(entries) == len(here.token_ids)
+    for entry, row, token in zip(entries, rows, here.token_ids, strict=True):
+        assert entry["logprob"] == pytest.approx(row[token], abs=1e-4)
+        assert bytes(entry["bytes"]) == model.tokenizer.token_bytes(token)
+        best = np.sort(row)[::-1][:3]
+        assert [t["logprob"] for t in entry["top_logprobs"]] == pytest.approx(best.tolist(), abs=1e-4)
+    _, content, _ = server.ask("/v1/chat/completions", {**asked, "stream": True})
+    *chunks, _ = events_of(content)
+    streamed = [e for c in chunks for e in (c["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert streamed == entries
+
+
+def test_text_completions_have_log_probabilities_too(server, model):
+    asked = {"prompt": "Once", "max_tokens": 6, "temperature": 0, "logprobs": 2}
+    _, said, _ = server.ask("/v1/completions", asked)
+    found = said["choices"][0]["logprobs"]
+    assert [len(found[k]) for k in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [6] * 4
+    assert found["token_logprobs"][0] == pytest.approx(max(found["top_logprobs"][0].values()))
+    assert found["text_offset"][0] == 0
+    _, content, _ = server.ask("/v1/completions", {**asked, "stream": True})
+    *chunks, _ = events_of(content)
+    parts = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
+    assert {k: [x for p in parts for x in p[k]] for k in found} == found
+
+
+@needs_client
+def test_the_official_client_reads_log_probabilities(client):
+    said = client.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=4, logprobs=True, top_logprobs=2
+    )
+    content = said.choices[0].logprobs.content
+    assert len(content) == 4
+    assert len(content[0].top_logprobs) == 2
+    assert (
+        client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2).choices[0].logprobs is None
+    )
+
+
+def test_log_probabilities_asked_for_wrongly_are_named(server):
+    assert server.chat(top_logprobs=2)[1]["error"]["param"] == "top_logprobs"
+    assert server.chat(logprobs=True, top_logprobs=21)[1]["error"]["param"] == "top_logprobs"
+    assert server.chat(logprobs=5)[1]["error"]["param"] == "logprobs"
+    assert server.ask("/v1/completions", {"prompt": "x", "logprobs": True})[1]["error"]["param"] == "logprobs"
+
+
+def test_answers_beside_one_that_wants_log_probabilities_stay_what_they_are(model):
+    """In Python too, and with what a stop string holds back."""
+    plain = model.chat(HELLO, temperature=1, seed=4, max_tokens=8)
+    *events, done = model.chat(HELLO, temperature=1, seed=4, max_tokens=8, logprobs=0, stream=True)
+    assert done.completion.token_ids == plain.token_ids
+    told = [e.logprobs for e in events if e.token_id is not None]
+    assert [t.token_id for t in told] == plain.token_ids
+    assert all(t.logprob < 0 and not t.top for t in told)
+    with pytest.raises(UsageError):
+        model.chat(HELLO, logprobs=-1)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 2]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_have_the_form_that_was_asked_for(server, model):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    asked = {"messages": HELLO, "response_format": form, "temperature": 1, "seed": 1, "max_tokens": 60}
+    _, said, _ = server.ask("/v1/chat/completions", asked)
+    text = said["choices"][0]["message"]["content"]
+    assert json.loads(text)["a"] in (1, 2)
+    assert said["choices"][0]["finish_reason"] == "stop"
+    _, content, _ = server.ask("/v1/chat/completions", {**asked, "stream": True, "logprobs": True})
+    *chunks, _ = events_of(content)
+    assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks) == text
+    plain = server.chat(temperature=0, max_tokens=3)[1]["choices"]
+    assert server.chat(temperature=0, max_tokens=3, response_format={"type": "text"})[1]["choices"] == plain
+
+
+@needs_client
+def test_the_official_client_gets_json_of_a_strict_schema(client):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    said = client.chat.completions.create(
+        model="tiny", messages=HELLO, response_format=form, temperature=1, seed=2, max_tokens=60
+    )
+    assert json.loads(said.choices[0].message.content)["a"] in (1, 2)
+
+
+def test_a_form_that_makes_no_sense_is_named(server):
+    for wrong in ({"type": "xml"}, {"type": "json_schema"}, "json", {"type": "regex", "pattern": 3}):
+        status, said, _ = server.chat(response_format=wrong)
+        assert (status, said["error"]["param"]) == (400, "response_format")
+    wrong = {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}
+    assert server.chat(response_format=wrong)[0] == 400
+
+
+def test_what_the_template_does_not_know_of_thinking_is_passed_over(server):
+    """Agents say with every request how much shall be thought."""
+    plain = server.chat(temperature=0, max_tokens=3)[1]["choices"]
+    for wish in ({"reasoning_effort": "high"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        assert server.chat(temperature=0, max_tokens=3, **wish)[1]["choices"] == plain
+    assert server.chat(reasoning_effort=3)[1]["error"]["param"] == "reasoning_effort"

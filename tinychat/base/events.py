@@ -82,19 +82,31 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of the probabilities that the model itself gave to a token and to the likeliest in
+    its place, (id, log-probability) each, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class TextDelta:
     """One token. `text` may be empty: half a character, or held back because it may begin a stop string or
     reasoning.
 
     `reasoning` is what the model thinks before it answers, `written` all that it wrote, with the markers
     between the two. What was held back and turned out to be text at the very end comes in a last delta
-    without a token (None).
+    without a token (None). `logprobs` of the token, where they were asked for.
     """
 
     text: str
     token_id: int | None
     reasoning: str = ""
     written: str = ""
+    logprobs: Logprobs | None = None
 
     def __post_init__(self):
         if not self.written and not self.reasoning:

@@ -21,6 +21,7 @@ from tinychat.engine.generation import Generation
 from tinychat.engine.guide import Guide
 from tinychat.engine.memory.memories import Memories
 from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
+from tinychat.engine.odds import Odds
 from tinychat.engine.owned import OwnedBranch
 from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.scheduler import Rows, Scheduler
@@ -231,16 +232,18 @@ class Engine:
         begun: Begun = NOTHING,
         caller: Caller | None = None,
         guide: Guide | None = None,
+        odds: Odds | None = None,
     ) -> Generator[Event, None, None]:
         """Continue `prompt` on `branch`. Yields TextDelta for each token, and Done last.
 
         speculator: drafts tokens that are verified several at a time; the text is the same without it.
         splitter: tells reasoning from the answer; without it all is the answer. caller: finds calls of tools.
         guide: says which tokens may come, and which ones have to.
+        odds: notes what the model thought of each token.
         begun: an answer to the prompt that goes on; only what is new of it is said.
         Raises UsageError before anything is computed if the prompt is empty or leaves no room in the context.
         """
-        going = self.going(branch, prompt, params, cancel, speculator, splitter, begun, caller, guide)
+        going = self.going(branch, prompt, params, cancel, speculator, splitter, begun, caller, guide, odds)
         return self._served(branch, going)
 
     def going(
@@ -254,12 +257,13 @@ class Engine:
         begun: Begun = NOTHING,
         caller: Caller | None = None,
         guide: Guide | None = None,
+        odds: Odds | None = None,
     ) -> Generator[Event | Wish, None, None]:
         """The same, for a caller who sees to what it wants in between (`Generation.events`)."""
         self.check_prompt([*prompt, *begun.ids], branch.ledger is not None)
         cancel, speculator = cancel or threading.Event(), speculator or Speculator()
         generation = Generation(
-            self, branch, list(prompt), params, cancel, speculator, splitter, begun, caller, guide
+            self, branch, list(prompt), params, cancel, speculator, splitter, begun, caller, guide, odds
         )
         return self._claimed(branch, generation.events())
 

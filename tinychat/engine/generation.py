@@ -23,8 +23,9 @@ from tinychat.base.machine import peak_rss
 from tinychat.engine.eviction import Votes
 from tinychat.engine.guide import Guide
 from tinychat.engine.memory.pool import PoolExhaustedError
+from tinychat.engine.odds import Odds
 from tinychat.engine.owned import OwnedBranch
-from tinychat.engine.sampling import SamplingParams, choose_seed, greedy, masked, sample
+from tinychat.engine.sampling import SamplingParams, best_of, choose_seed, greedy, masked, sample
 from tinychat.engine.scheduler import Rows
 from tinychat.engine.speculation import Draft
 from tinychat.engine.speculation.acceptance import rejection
@@ -52,13 +53,14 @@ class Generation:
         begun: Begun = NOTHING,
         caller: Caller | None = None,
         guide: Guide | None = None,
+        odds: Odds | None = None,
     ):
         self.engine, self.branch, self.speculator = engine, branch, speculator
         self.prompt, self.cancel = [*prompt, *begun.ids], cancel  # what is read first
         if params.max_tokens is None and branch.ledger:
             # Nothing else would end an answer that runs in circles.
             params = params.but(max_tokens=engine.n_ctx)
-        self.params = params
+        self.params, self.odds = params, odds
         self.context = array("i", self.prompt)  # and the answer's tokens so far; it may have no end
         self.shown = caller.shown if caller else frozenset[int]()
         self.decoder = StreamDecoder(engine.tokenizer, continued=True, shown=self.shown)
@@ -156,7 +158,8 @@ class Generation:
                 again = known[: len(written)]
                 self._repeated = known[len(again) :]
                 text, reasoning, written = (s.removeprefix(again) for s in (text, reasoning, written))
-        yield TextDelta(text, token, reasoning, written)
+        told = self.odds.told(len(self.context) - 1) if self.odds and token is not None else None
+        yield TextDelta(text, token, reasoning, written, told)
         yield from calls
 
     def _write(self, said: Said) -> None:
@@ -175,7 +178,7 @@ class Generation:
             draft = self._draft(room)
             window = [self.context[-1], *draft.tokens]
             held = len(self.context) - 1
-            rows = Rows(self.branch, window, 0, self.params, partial(self._verify, draft), held=held)
+            rows = Rows(self.branch, window, 0, self._rows_for, partial(self._verify, draft), held=held)
             rows.masked = self._masks
             try:
                 yield rows
@@ -248,6 +251,8 @@ class Generation:
             drafted = draft.tokens[i] if i < len(draft.tokens) else None
             q = draft.distributions[i] if drafted is not None and draft.distributions else None
             decided.append(self._choose(row, drafted, q, decided, guide))
+            if self.odds:
+                self.odds.note(len(self.context) + len(decided) - 1, row, decided[-1])
             if decided[-1] != drafted or drafted in self.engine.tokenizer.eos_ids:
                 break
             if guide is not None:  # the answer's own goes on when these are given out
@@ -257,6 +262,11 @@ class Generation:
                     break
         self._decided = decided
         return len(decided)
+
+    @property
+    def _rows_for(self) -> SamplingParams | None:
+        """Settings that rows need to suffice for; None where whole ones are wanted."""
+        return None if self.odds else self.params
 
     def _may_continue(self) -> bool:
         return self.params.max_tokens is None or self.generated < self.params.max_tokens
@@ -372,7 +382,7 @@ class Generation:
             votes_from = n if again else end - ledger.policy.voters(end, slots + end - at, n)
         ids = self.prompt[at : min(end, at + self.engine.backend.max_rows)]
         last = at + len(ids) == n
-        rows = Rows(self.branch, ids, len(ids) - last, self.params, prompt=True, held=at, room=end - at)
+        rows = Rows(self.branch, ids, len(ids) - last, self._rows_for, prompt=True, held=at, room=end - at)
         rows.votes_from = votes_from - at
         if last:
             rows.masked = self._masks
@@ -392,6 +402,8 @@ class Generation:
         """The first token, from the logits of the prompt's last. All n rows stay."""
         again = self.context[len(self.prompt) :]  # the answer is there, and its prompt is read once more
         self._decided = [again[0] if again else self._choose(out[0], None, guide=self.guide)]
+        if self.odds and not again:
+            self.odds.note(len(self.context), out[0], self._decided[0])
         return n
 
     def _choose(
@@ -406,7 +418,7 @@ class Generation:
         if due is not None:
             row = masked(row, due)
         elif self.params.greedy:
-            return greedy(row)
+            return greedy(best_of(row) if self.odds else row)
         position = len(self.context) + len(before)
         seen = None
         if self.params.penalizes:

@@ -7,9 +7,13 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from tinychat.base.events import Done, Event, TextDelta
 from tinychat.serve.desk import Desk, Place
+
+if TYPE_CHECKING:
+    from tinychat.model import Model
 
 Work = Callable[[threading.Event], Iterator[Event]]  # the events of an answer that ends when the flag is set
 
@@ -19,11 +23,14 @@ class Answer:
     steps of the engine; a turn is given back when its thread is done, not before.
     """
 
-    def __init__(self, desk: Desk, work: Sequence[Work], over: Callable[[], None] = lambda: None):
-        """over: called on the event loop when no thread works on it any more.
+    def __init__(
+        self, desk: Desk, model: Model, work: Sequence[Work], over: Callable[[], None] = lambda: None
+    ):
+        """model: whose answer it is. over: called on the event loop when no thread works on it any more.
 
         Raises ApiError where there is no place in the line.
         """
+        self.model = model
         self._desk, self._work, self._over = desk, work, over
         self._places = desk.admit(len(work))
         self._left = len(work)

@@ -5,19 +5,31 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base import arguments, tools
 from tinychat.base.errors import UsageError
-from tinychat.base.events import Completion, Done, Event, FinishReason, Stats, TextDelta, ToolCallDelta
+from tinychat.base.events import (
+    Completion,
+    Done,
+    Event,
+    FinishReason,
+    Logprobs,
+    Stats,
+    TextDelta,
+    ToolCallDelta,
+)
 from tinychat.chat_request import ChatRequest
+from tinychat.serve import odds
 from tinychat.serve.answers import Answer
+from tinychat.serve.blocks import request_of
 from tinychat.serve.fields import Fields
-from tinychat.serve.problems import ApiError
 from tinychat.serve.service import endpoint, error_of, service_of
 from tinychat.serve.streams import Stream, Whole, event
+from tinychat.text.response_format import response_format
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -26,9 +38,6 @@ if TYPE_CHECKING:
     from tinychat.model import Model
 
 REASONS: dict[FinishReason, str] = {"context_full": "length", "cancelled": "stop", "error": "stop"}
-# Fields beside the tools that are passed on as they are, by the option of `Model.request` that takes them.
-PASSED = {"response_format": "response_format", "reasoning_effort": "effort", "think_budget": "think_budget"}
-PLAIN: dict[str, Any] = {"response_format": {"type": "text"}}
 
 
 @dataclasses.dataclass
@@ -48,14 +57,11 @@ class Asked:
         fields.need("messages")
         messages = fields.check("messages", _messages)
         options = {**fields.sampling(), **_tools(fields)}
-        known = {f.name for f in dataclasses.fields(ChatRequest)}
-        for name, option in PASSED.items():
-            if name not in fields or fields[name] == PLAIN.get(name):
-                continue
-            if option in known:
-                options[option] = fields[name]
-            elif name == "response_format":
-                raise ApiError(400, f"{name} is not supported.", param=name, code="unsupported_parameter")
+        if (top := odds.asked(fields)) is not None:
+            options["logprobs"] = top
+        options |= _thought(fields)
+        if (form := fields.check("response_format", lambda name, value: response_format(value))) is not None:
+            options["response_format"] = form
         return cls(
             fields.text("model"),
             messages,
@@ -67,7 +73,7 @@ class Asked:
 
     def requests(self, model: Model) -> list[ChatRequest]:
         """One for each choice. Raises UsageError."""
-        first = model.request(self.messages, **self.options)
+        first = request_of(model, self.messages, self.options)
         return [first, *(variant(first, i) for i in range(1, self.n))]
 
 
@@ -88,6 +94,17 @@ def _tools(fields: Fields) -> dict[str, Any]:
     several = fields.check("parallel_tool_calls", arguments.flag)
     options = {"tools": given, "tool_choice": choice, "parallel_tool_calls": several}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _thought(fields: Fields) -> dict[str, Any]:
+    """Whether to reason first, and how much: OpenAI's field, and the switch that other servers know."""
+    options: dict[str, Any] = {}
+    think = fields.object("chat_template_kwargs").check("enable_thinking", arguments.flag)
+    if think is not None:
+        options["think"] = think
+    if (effort := fields.text("reasoning_effort")) is not None:
+        options |= {"think": False} if effort == "none" else {"effort": effort}
+    return options
 
 
 def variant(request: Any, i: int) -> Any:
@@ -115,12 +132,26 @@ def finish_reason(reason: FinishReason) -> str:
 
 async def completions_of(answer: Answer) -> list[Completion]:
     """All choices, when they are there."""
+    return [completion for completion, _ in await choices_of(answer)]
+
+
+async def choices_of(answer: Answer) -> list[tuple[Completion, list[Logprobs]]]:
+    """All choices with the log-probabilities of their tokens, when they are there."""
     found: dict[int, Completion] = {}
+    told: defaultdict[int, list[Logprobs]] = defaultdict(list)
     async with aclosing(answer.events()) as events:
         async for index, said in events:
             if isinstance(said, Done):
                 found[index] = said.completion
-    return [found[i] for i in sorted(found)]
+            elif isinstance(said, TextDelta) and said.logprobs:
+                told[index].append(said.logprobs)
+    return [(found[i], told[i]) for i in sorted(found)]
+
+
+def logprobs_of(answer: Answer, told: Sequence[Logprobs]) -> dict[str, Any] | None:
+    """The `logprobs` of a choice."""
+    tokenizer = answer.model.tokenizer
+    return {"content": [odds.chat_entry(tokenizer, t) for t in told], "refusal": None} if told else None
 
 
 def message_of(completion: Completion) -> dict[str, Any]:
@@ -156,18 +187,18 @@ class Form:
 
     async def whole(self, answer: Answer) -> dict[str, Any]:
         """The response in one piece."""
-        found = await completions_of(answer)
+        found = await choices_of(answer)
         choices = [
             {
                 "index": i,
                 "message": message_of(c),
-                "logprobs": None,
+                "logprobs": logprobs_of(answer, told),
                 "finish_reason": finish_reason(c.finish_reason),
             }
-            for i, c in enumerate(found)
+            for i, (c, told) in enumerate(found)
         ]
         head = {**self.head, "object": "chat.completion"}
-        return {**head, "choices": choices, "usage": usage([c.stats for c in found])}
+        return {**head, "choices": choices, "usage": usage([c.stats for c, _ in found])}
 
     async def chunks(self, answer: Answer, with_usage: bool) -> AsyncGenerator[bytes, None]:
         """The response as server-sent events."""
@@ -178,8 +209,10 @@ class Form:
                 if index not in begun:
                     begun.add(index)
                     yield self._chunk(index, {"role": "assistant", "content": ""}, None, with_usage)
-                if delta := delta_of(said):
-                    yield self._chunk(index, delta, None, with_usage)
+                told = [said.logprobs] if isinstance(said, TextDelta) and said.logprobs else []
+                if (delta := delta_of(said)) or told:
+                    delta = delta or {"content": ""}
+                    yield self._chunk(index, delta, None, with_usage, logprobs_of(answer, told))
                 if isinstance(said, Done):
                     stats[index] = said.stats
                     yield self._chunk(index, {}, finish_reason(said.finish_reason), with_usage)
@@ -188,8 +221,10 @@ class Form:
             yield event({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": counts})
         yield event("[DONE]")
 
-    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None, with_usage: bool) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _chunk(
+        self, index: int, delta: dict[str, Any], reason: str | None, with_usage: bool, logprobs: Any = None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         more = {"usage": None} if with_usage else {}
         return event({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
 

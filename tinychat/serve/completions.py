@@ -10,9 +10,11 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base.events import Done, Stats, TextDelta
+from tinychat.engine.odds import MOST
 from tinychat.serve.answers import Answer
-from tinychat.serve.chat import completions_of, finish_reason, usage, variant
+from tinychat.serve.chat import choices_of, finish_reason, usage, variant
 from tinychat.serve.fields import Fields
+from tinychat.serve.odds import TextOdds
 from tinychat.serve.problems import ApiError, wrong
 from tinychat.serve.service import endpoint, error_of, service_of
 from tinychat.serve.streams import Stream, Whole, event
@@ -53,16 +55,19 @@ class Asked:
     @classmethod
     def of(cls, fields: Fields, choices: int) -> Asked:
         """Raises ApiError for what is wrong."""
-        for name in ("suffix", "echo", "logprobs"):
+        for name in ("suffix", "echo"):
             if name in fields and fields[name] not in (False, ""):
                 raise ApiError(400, f"{name} is not supported.", param=name, code="unsupported_parameter")
         prompts, n = prompts_of(fields), fields.whole("n", 1, choices) or 1
         if len(prompts) * n > choices:
             raise wrong("prompt", f"{len(prompts)} prompts, {n} choices each; at most {choices} together.")
+        options: dict[str, Any] = {"max_tokens": LENGTH, **fields.sampling()}
+        if (top := fields.whole("logprobs", 0, MOST)) is not None:
+            options["logprobs"] = top
         return cls(
             fields.text("model"),
             prompts,
-            {"max_tokens": LENGTH, **fields.sampling()},
+            options,
             n,
             fields.flag("stream"),
             fields.object("stream_options").flag("include_usage"),
@@ -90,20 +95,23 @@ class Form:
 
     async def whole(self, answer: Answer) -> dict[str, Any]:
         """The response in one piece."""
-        found = await completions_of(answer)
-        choices = [
-            _choice(i, c.reasoning + c.text, finish_reason(c.finish_reason)) for i, c in enumerate(found)
-        ]
-        return {**self.head, "choices": choices, "usage": self.asked.counts([c.stats for c in found])}
+        found = await choices_of(answer)
+        choices = []
+        for i, (c, told) in enumerate(found):
+            odds = TextOdds(answer.model.tokenizer).of(told) if told else None
+            choices.append(_choice(i, c.reasoning + c.text, finish_reason(c.finish_reason), odds))
+        return {**self.head, "choices": choices, "usage": self.asked.counts([c.stats for c, _ in found])}
 
     async def chunks(self, answer: Answer) -> AsyncGenerator[bytes, None]:
         """The response as server-sent events."""
         stats: dict[int, Stats] = {}
         more = {"usage": None} if self.asked.usage else {}
+        odds = [TextOdds(answer.model.tokenizer) for _ in range(len(answer))]
         async with aclosing(answer.events()) as events:
             async for index, said in events:
-                if isinstance(said, TextDelta) and said.text:
-                    yield event({**self.head, "choices": [_choice(index, said.text, None)], **more})
+                if isinstance(said, TextDelta) and (said.text or said.logprobs):
+                    told = odds[index].of([said.logprobs]) if said.logprobs else None
+                    yield event({**self.head, "choices": [_choice(index, said.text, None, told)], **more})
                 if isinstance(said, Done):
                     stats[index] = said.stats
                     choice = _choice(index, "", finish_reason(said.finish_reason))
@@ -114,8 +122,8 @@ class Form:
         yield event("[DONE]")
 
 
-def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+def _choice(index: int, text: str, reason: str | None, logprobs: Any = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 @endpoint()

@@ -68,7 +68,7 @@ class Service:
             lease.end()
             self._answers.discard(answer)
 
-        answer = Answer(self.desk, work, over)
+        answer = Answer(self.desk, lease.model, work, over)
         self._answers.add(answer)
         return answer
 
