@@ -164,6 +164,8 @@ def test_a_result_that_spells_markers_forges_nothing(model):
     ({"tools": [{"name": "a", "parameters": {"type": "string"}}]}, "no schema of an object"),
     ({"tools": [{"name": "a", "parameters": {"x": {1, 2}}}]}, "JSON"),
     ({"tools": [{"name": "a", "description": 3}]}, "description"),
+    ({"tools": [{"name": "a", "parameters": {"x": float("nan")}}]}, "JSON"),
+    ({"tools": [{"name": "a", "parameters": json.loads('{"a": ' * 200 + "1" + "}" * 200)}]}, "too deep"),
     ({"tools": [add, add]}, "Two tools"),
     ({"tools": [lambda x: x]}, "no type"),
     ({"tools": [add], "tool_choice": "sub"}, "tool_choice"),
@@ -178,16 +180,25 @@ def test_tools_that_make_no_sense_are_refused_before_anything_is_done(model, opt
     assert e.value.todo
 
 
+def called(arguments: str) -> dict:
+    function = {"name": "a", "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+
+
 @pytest.mark.parametrize("message", [
     {"role": "assistant", "content": None},
     {"role": "assistant", "content": None, "tool_calls": [3]},
-    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "a", "arguments": "[1]"}}]},
-    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]},
+    called("[1]"),
+    called("{"),
+    called('{"x": NaN}'),
+    called('{"a": ' * 200 + "1" + "}" * 200),
+    {"role": "tool", "content": "x", "tool_call_id": 3},
+    {"role": "tool", "content": "x", "name": ["a"]},
     {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
     {"role": "user", "content": []},
     {"role": "user", "content": [{"type": "text"}]},
     {"role": "user", "content": {"text": "x"}},
-])  # fmt: skip
+], ids=lambda m: str(m)[:40])  # fmt: skip
 def test_messages_that_make_no_sense_are_refused(model, message):
     with pytest.raises(UsageError):
         model.request([{"role": "user", "content": "?"}, message])

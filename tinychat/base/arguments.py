@@ -12,6 +12,7 @@ from typing import Any
 from tinychat.base.errors import UsageError
 
 CALL = '{"id": "…", "type": "function", "function": {"name": "…", "arguments": "{…}"}}'
+DEEPEST = 100  # lists and dicts in each other
 MESSAGE = '{"role": "user", "content": "…"}'
 
 
@@ -103,6 +104,18 @@ def token_ids(value: Any, vocabulary: int) -> list[int]:
     return [integer("A token id", i, 0, vocabulary - 1) for i in ids]
 
 
+def is_shallow(value: Any, most: int = DEEPEST) -> bool:
+    """Whether lists and dicts are in each other at most so deep."""
+    left = [(value, 0)]
+    while left:
+        v, depth = left.pop()
+        if depth > most:
+            return False
+        inner = v.values() if isinstance(v, Mapping) else v if isinstance(v, (list, tuple)) else ()
+        left += [(i, depth + 1) for i in inner]
+    return True
+
+
 def messages(value: Any) -> list[dict[str, Any]]:
     """A conversation from any iterable of messages, or from a text, which is what the user says.
 
@@ -124,6 +137,9 @@ def _message(given: Any) -> dict[str, Any]:
     m = dict(given)
     calls = m.get("tool_calls")
     m["content"] = _content(given, bool(calls))
+    for key in ("tool_call_id", "name"):
+        if m.get(key) is not None:
+            text(f"{key} of a message", m[key], empty=True)
     if calls:
         m["tool_calls"] = [_call(c) for c in items("tool_calls", calls, "calls")]
     else:
@@ -172,7 +188,9 @@ def _call(given: Any) -> dict[str, Any]:
         value = json.loads(value, strict=False) if isinstance(value, str) and value.strip() else value or {}
         if not isinstance(value, Mapping):
             raise TypeError
-        written = json.dumps(dict(value), ensure_ascii=False)
+        if not is_shallow(value):
+            raise ValueError
+        written = json.dumps(dict(value), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         arguments = shown(function.get("arguments"))
         raise UsageError(

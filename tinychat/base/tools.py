@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tinychat.base.arguments import choice, items, shown
+from tinychat.base.arguments import choice, is_shallow, items, shown
 from tinychat.base.errors import UsageError
 
 MOST_TOOLS = 512
@@ -46,11 +46,13 @@ def tools(value: Any) -> list[dict[str, Any]]:
         if names.count(name) > 1:
             raise UsageError(f"Two tools have the name {name}.", "Give each a name of its own.")
     try:
-        length = len(json.dumps(found))
+        if not is_shallow(found):
+            raise ValueError
+        length = len(json.dumps(found, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         raise UsageError(
-            "A tool's schema holds what JSON cannot.",
-            "Use strings, numbers, booleans, None, lists and dicts.",
+            "A tool's schema holds what JSON cannot, or is too deep.",
+            "Use strings, finite numbers, booleans, None, lists and dicts.",
         ) from None
     if len(found) > MOST_TOOLS or length > LONGEST_SCHEMAS:
         raise UsageError(
