@@ -56,11 +56,18 @@ void bind_experts(nb::class_<PyProgram>& program) {
             "n_experts"_a, "taken"_a)
         .def(
             "route",
-            [](PyProgram& p, Floats scores, Routes routes, bool normalize) {
+            [](PyProgram& p, Floats scores, Routes routes, bool normalize, bool sigmoid, nb::object bias, float scale) {
                 require(scores.cols == routes.r->n_experts, "there is not one score for each expert");
-                p.program.route(scores.p, routes.r, normalize);
+                const float* added = nullptr;
+                if (!bias.is_none()) {
+                    const auto b = nb::cast<In<float>>(bias);
+                    require(static_cast<int>(b.size()) == scores.cols, "a bias does not fit");
+                    p.keep_alive(bias);
+                    added = b.data();
+                }
+                p.program.route(scores.p, routes.r, {normalize, sigmoid, added, scale});
             },
-            "scores"_a, "routes"_a, "normalize"_a)
+            "scores"_a, "routes"_a, "normalize"_a, "sigmoid"_a = false, "bias"_a = nb::none(), "scale"_a = 1.0f)
         .def(
             "expert_input",
             [](PyProgram& p, Routes routes, Floats x, std::vector<std::vector<std::pair<Rows, nb::object>>> inputs) {

@@ -10,8 +10,8 @@ namespace tinychat {
 // microseconds a row.
 class RouteOp : public Op {
   public:
-    RouteOp(const float* scores, Routing* routing, bool normalize)
-        : scores_(scores), r_(routing), normalize_(normalize), p_(routing->n_experts) {}
+    RouteOp(const float* scores, Routing* routing, const RouteRule& rule)
+        : scores_(scores), r_(routing), rule_(rule), p_(routing->n_experts) {}
     const char* name() const override { return "route"; }
     int chunks(const StepState&, int) override { return 1; }
     void run(const StepState& s, int, int) override {
@@ -22,24 +22,38 @@ class RouteOp : public Op {
   private:
     // The row's experts, ascending, and their weights. A NaN is never the largest, but something is always chosen.
     void choose(int row) {
-        const float* x = scores_ + static_cast<size_t>(row) * r_->n_experts;
-        const float top = *std::max_element(x, x + r_->n_experts);
-        float total = 0.0f, kept = 0.0f;
-        for (int e = 0; e < r_->n_experts; e++) total += p_[e] = std::exp(x[e] - top);
-        for (float& p : p_) p /= total;
+        weigh(scores_ + static_cast<size_t>(row) * r_->n_experts);
+        float kept = 0.0f;
         int32_t* expert = &r_->experts[static_cast<size_t>(row) * r_->taken];
         float* weight = &r_->weights[static_cast<size_t>(row) * r_->taken];
         left_ = p_;
+        for (int e = 0; rule_.bias && e < r_->n_experts; e++) left_[e] += rule_.bias[e];
         for (int n = 0; n < r_->taken; n++) {
             int best = -1;
             for (int e = 0; e < r_->n_experts; e++)
-                if (left_[e] != kTaken && (best < 0 || left_[e] > left_[best])) best = e;
+                if (left_[e] > kTaken && (best < 0 || left_[e] > left_[best])) best = e;
+            for (int e = 0; best < 0; e++)
+                if (left_[e] != kTaken) best = e;  // NaN
             expert[n] = best;
             kept += p_[best];
             left_[best] = kTaken;
         }
         std::sort(expert, expert + r_->taken);
-        for (int n = 0; n < r_->taken; n++) weight[n] = normalize_ ? p_[expert[n]] / kept : p_[expert[n]];
+        if (rule_.sigmoid) kept += 1e-6f;  // all may be next to nothing
+        for (int n = 0; n < r_->taken; n++)
+            weight[n] = (rule_.normalize ? p_[expert[n]] / kept : p_[expert[n]]) * rule_.scale;
+    }
+    // p_: the softmax of the scores, or the sigmoid of each.
+    void weigh(const float* x) {
+        const int n = r_->n_experts;
+        if (rule_.sigmoid) {
+            for (int e = 0; e < n; e++) p_[e] = 1.0f / (1.0f + std::exp(-x[e]));
+            return;
+        }
+        const float top = *std::max_element(x, x + n);
+        float total = 0.0f;
+        for (int e = 0; e < n; e++) total += p_[e] = std::exp(x[e] - top);
+        for (float& p : p_) p /= total;
     }
     // Slots for all rows, expert by expert, rows in their order.
     void place(int rows) {
@@ -64,10 +78,10 @@ class RouteOp : public Op {
         }
     }
 
-    static constexpr float kTaken = -1.0f;
+    static constexpr float kTaken = -INFINITY;
     const float* scores_;
     Routing* r_;
-    bool normalize_;
+    RouteRule rule_;
     std::vector<float> p_, left_;
 };
 

@@ -154,8 +154,8 @@ void Program::gate_mul(const float* x, Activations* out, const GateFunction& f, 
     add(std::make_unique<GateOp>(k_, x, out, f, routing, fused ? last_linear_ : nullptr));
 }
 
-void Program::route(const float* scores, Routing* routing, bool normalize) {
-    add(std::make_unique<RouteOp>(scores, routing, normalize));
+void Program::route(const float* scores, Routing* routing, const RouteRule& rule) {
+    add(std::make_unique<RouteOp>(scores, routing, rule));
 }
 
 void Program::expert_input(const Routing* routing, const float* x, bool from_rows,

@@ -58,6 +58,14 @@ struct ExpertInput {
     const int32_t* perm;
 };
 
+// How scores become the weights of experts, of which the largest are taken.
+struct RouteRule {
+    bool normalize;               // the weights of those that are taken sum to one
+    bool sigmoid = false;         // each score by itself, not a softmax of all
+    const float* bias = nullptr;  // [experts], added to the weights to choose by them
+    float scale = 1.0f;           // the weights are multiplied by it in the end
+};
+
 // Which experts the rows of a step take. Each row has a slot with each of its experts; the slots of an expert follow
 // each other from a multiple of kRowBlock on, so that its linears see them as rows of their own.
 struct Routing {
@@ -129,7 +137,7 @@ class Program : private Job {
     void rope_kv(const AttentionLayer& at, float* qkv, const float* table, int half);
     void attention(const AttentionLayer& at, const float* qkv, float* out);
     void gate_mul(const float* x, Activations* out, const GateFunction& f, const Routing* routing = nullptr);
-    void route(const float* scores, Routing* routing, bool normalize);
+    void route(const float* scores, Routing* routing, const RouteRule& rule);
     void expert_input(const Routing* routing, const float* x, bool from_rows,
                       std::vector<std::vector<ExpertInput>> inputs);
     void expert_linear(const Routing* routing, std::vector<std::vector<LinearPart>> parts, float* y, int ldy);

@@ -46,6 +46,7 @@ ARCHS = {
     "qwen3moe": "qwen3moe",
     "lfm2": "lfm2",
     "lfm2 wide": "lfm2",
+    "lfm2moe": "lfm2moe",
     "qwen3.5": "qwen35",
     "qwen3.5 listed": "qwen35",
     "olmo3": "olmo2",

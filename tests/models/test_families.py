@@ -271,6 +271,7 @@ def test_silent_settings_are_those_of_transformers():
         "Glm",
         "Glm4",
         "Lfm2",
+        "Lfm2Moe",
         "Lfm3",
         "Qwen3_5",
         "Ministral3",

@@ -372,6 +372,12 @@ CASES = {
         | dict(tie_word_embeddings=False, norm_eps=1e-3, num_key_value_heads=1)
         | rope("linear", factor=3.0),
     ),
+    "lfm2moe": ("Lfm2MoeForCausalLM", dict(LFM2_MOE, **CONVS)),
+    "lfm2moe plain": (
+        "Lfm2MoeForCausalLM",
+        dict(LFM2_MOE, **CONVS, use_expert_bias=False, norm_topk_prob=False, num_dense_layers=0)
+        | dict(routed_scaling_factor=0.4, tie_word_embeddings=False, num_experts_per_tok=8),
+    ),
     "lfm3": (
         "Lfm3ForCausalLM",
         dict(head_dim=16, sliding_window=40, conv_L_cache=7),

@@ -243,9 +243,8 @@ class Recorder:
 
     def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
         source, routes = scores.floats, Routes(scores.cols, n)
-        if sigmoid or bias is not None or scale != 1:
-            raise NotImplementedError("no kernel for a router by sigmoid")
-        self._record([source, routes], lambda p: p.route(source.native, routes.native, normalize))
+        rule = (normalize, sigmoid, bias, scale)
+        self._record([source, routes], lambda p: p.route(source.native, routes.native, *rule))
         return routes
 
     def expert_linear(self, x, weights, routes):
