@@ -99,10 +99,13 @@ class Recorder:
 
     # Ops
 
-    def embed(self, weight, scale=1.0):
+    def embed(self, weight, scale=1.0, norm_eps=0.0):
         (w,) = weight
         out = Buffer(w.shape[1])
         self._record([out], lambda p: p.embed(w.native, out.native, scale))
+        if norm_eps:
+            ones = np.ones(out.cols, np.float32)
+            self._record([out], lambda p: p.rms_norm_rows(out.native, ones, norm_eps))
         return Value(out.cols, floats=out)
 
     def rms_norm(self, x, weight, eps, add_to=None):
@@ -143,6 +146,8 @@ class Recorder:
 
     def norm_heads(self, q, k, q_weight, k_weight, eps):
         a, qkv = q.attention, q.qkv.floats
+        one = np.ones(a.head_dim, np.float32)
+        q_weight, k_weight = (one if w is None else w for w in (q_weight, k_weight))
         if q.rope is not None:  # normed behind the rope, so that attention must not rotate
             at, table = _native.Attention(a.n_heads, a.n_kv_heads, a.head_dim), self.tables[q.rope]
             self._record([qkv, table], lambda p: p.rotate(at, qkv.native, table.native))

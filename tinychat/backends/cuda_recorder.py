@@ -43,7 +43,7 @@ class Recorder:
         self.program, self.memories = program, memories
         self.tables: dict[RopeConfig, Buffer] = {}
 
-    def embed(self, weight, scale=1.0):
+    def embed(self, weight, scale=1.0, norm_eps=0.0):
         (w,) = weight
         return Value(w.shape.k, floats=self.program.embed(w, scale))
 

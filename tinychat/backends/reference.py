@@ -183,8 +183,9 @@ class ReferenceBackend(StateOps):
 
     # Ops
 
-    def embed(self, weight, scale=1.0):
-        return weight[0][self.ids] * scale
+    def embed(self, weight, scale=1.0, norm_eps=0.0):
+        x = weight[0][self.ids] * scale
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm_eps) if norm_eps else x
 
     def rms_norm(self, x, weight, eps, add_to=None):
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
@@ -208,6 +209,8 @@ class ReferenceBackend(StateOps):
 
     def norm_heads(self, q, k, q_weight, k_weight, eps):
         def norm(x, weight):
+            if weight is None:
+                weight = torch.ones(x.shape[-1])
             spans = x.flatten(1).unflatten(1, (-1, len(weight)))
             return self.rms_norm(spans, weight, eps).reshape(x.shape)
 

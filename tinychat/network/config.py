@@ -259,6 +259,7 @@ class ModelConfig:
     residual_scale  what a block adds to the residual is multiplied by
     logit_scale     what logits are multiplied by
     logit_soft_cap  c: logits become c·tanh(logit / c); 0: they stay
+    post_norm_eps   epsilon of norms behind attention and MLP, in a family where it is another
     long_context    a longer context that the model knows too, with `long_rope` (longrope's second factors)
     """
 
@@ -277,6 +278,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_soft_cap: float = 0.0
+    post_norm_eps: float = 0.0
     long_context: int = 0
     long_rope: RopeConfig | None = None
 

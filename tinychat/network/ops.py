@@ -28,8 +28,10 @@ class DeltaWeights:
 class Ops(Protocol):
     """The verbs. Shapes: T tokens in the step, H hidden, D head_dim."""
 
-    def embed(self, weight: Handle, scale: float = 1.0) -> Handle:
-        """Rows of the embedding for the step's token ids, multiplied by `scale`: [T, H]."""
+    def embed(self, weight: Handle, scale: float = 1.0, norm_eps: float = 0.0) -> Handle:
+        """Rows of the embedding for the step's token ids, multiplied by `scale`: [T, H]. norm_eps: that of an
+        RMS norm of these without weights; 0: they are not normed.
+        """
         ...
 
     def rms_norm(self, x: Handle, weight: Handle, eps: float, add_to: Handle | None = None) -> Handle:
@@ -52,9 +54,11 @@ class Ops(Protocol):
         ...
 
     def norm_heads(
-        self, q: Handle, k: Handle, q_weight: Handle, k_weight: Handle, eps: float
+        self, q: Handle, k: Handle, q_weight: Handle | None, k_weight: Handle | None, eps: float
     ) -> tuple[Handle, Handle]:
-        """RMS norm of q and k: of each head where a weight has D values, of all heads as one where more."""
+        """RMS norm of q and k: of each head where a weight has D values, of all heads as one where more; of
+        each head without weights where there is none.
+        """
         ...
 
     def rope(self, q: Handle, k: Handle, rope: RopeConfig) -> tuple[Handle, Handle]:

@@ -117,10 +117,13 @@ class Recorder:
         self.rows = rows
         self.nodes: list[Node] = []
 
-    def embed(self, weight: str, scale: float = 1.0) -> Node:
+    def embed(self, weight: str, scale: float = 1.0, norm_eps: float = 0.0) -> Node:
         def run(w: BlockWeights, ids: torch.Tensor) -> torch.Tensor:
+            import torch
+
             x = w.linear[weight][ids]
-            return x if scale == 1 else x * scale
+            x = x if scale == 1 else x * scale
+            return _norm(x, torch.ones(x.shape[-1]), norm_eps) if norm_eps else x
 
         return self._node("embed", (IDS,), run, weight)
 
@@ -160,8 +163,12 @@ class Recorder:
         gate = self._node("gates", (qkv,), lambda w, x: half(1)(w, x).flatten(2))
         return q, part(1), part(2), gate
 
-    def norm_heads(self, q: Node, k: Node, q_weight: str, k_weight: str, eps: float) -> tuple[Node, Node]:
-        def normed(x: Node, weight: str) -> Node:
+    def norm_heads(
+        self, q: Node, k: Node, q_weight: str | None, k_weight: str | None, eps: float
+    ) -> tuple[Node, Node]:
+        def normed(x: Node, weight: str | None) -> Node:
+            if weight is None:
+                return self._node("norm_heads", (x,), lambda w, x: _norm(x, x.new_ones(x.shape[-1]), eps))
             name = short(weight)
 
             def run(w: BlockWeights, x: torch.Tensor) -> torch.Tensor:
