@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
 import pytest
 import schemas
+from tiny import tiny_model
 
 import tinychat
 from tinychat.base.errors import UsageError
+from tinychat.engine.guide import guide_for
+from tinychat.engine.speculation.control import Controller
+from tinychat.engine.speculation.draft_model import DraftModel
+from tinychat.engine.speculation.speculator import Speculator
 from tinychat.text.response_format import of_schema
 
 ASK = "Write an example as JSON."
@@ -45,6 +51,27 @@ def test_answers_are_valid_and_the_same_with_drafts_and_without(model):
     assert [a.token_ids for a in plain] == [a.token_ids for a in drafted]
     assert sum(a.finish_reason == "stop" for a in plain) >= 3
     assert sum(a.stats.accepted_tokens for a in drafted) > 0
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_draft_model_keeps_to_the_form_too(temperature):
+    with tiny_model(ctx=256, backend="cpu") as tiny:
+        drafter, accepted = DraftModel(tiny.engine, "itself"), 0
+        for k, schema in enumerate(schemas.corpus(60, 4)[::4]):
+            request = tiny.request(
+                ASK, response_format=of_schema(schema), temperature=temperature, seed=k, max_tokens=40
+            )
+            plain = list(replace(request, draft="none").events(tiny))[-1].completion
+            ids = tiny.template.encode(tiny.template.render(request.messages))
+            guide = guide_for(tiny.tokenizer, tiny.template, tiny.template.splitter(""), request.form)
+            speculator = Speculator(drafter, Controller(5))
+            branch = tiny.engine.branch()
+            *_, done = tiny.engine.generate(branch, ids, request.params, speculator=speculator, guide=guide)
+            assert done.completion.token_ids == plain.token_ids
+            # It is the same model, held to the same form: whatever it drafts is right.
+            assert done.stats.accepted_tokens == done.stats.drafted_tokens or done.finish_reason == "stop"
+            accepted += done.stats.accepted_tokens
+        assert accepted > 20
 
 
 @pytest.mark.slow

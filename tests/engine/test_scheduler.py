@@ -36,7 +36,7 @@ class HalfRight:
     def begin(self, context):
         pass
 
-    def propose(self, context, k, params, seed):
+    def propose(self, context, k, params, seed, guide=None):
         at = len(context) - self.start
         ids = [(t + 1) % 256 if i % self.every == 0 else t for i, t in enumerate(self.answer)]
         return Draft(ids[at : at + k])

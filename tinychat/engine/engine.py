@@ -121,13 +121,14 @@ class Engine:
         accept: Callable[[Any], int] | None = None,
         watched: int | None = None,
         held: int | None = None,
+        masked: bool = False,
     ) -> Any:
         """Append `ids` to the branch in a step of their own; logits from row `first_logit` on, which are
         returned.
 
-        params, held: as in `Rows`. accept: given that output, how many of `ids` stay in the cache; without it
-        all of them do. watched: how many of the last rows tell an eviction policy what they attend to;
-        default: all. Raises what `Rows.error` would be.
+        params, held, masked: as in `Rows`. accept: given that output, how many of `ids` stay in the cache;
+        without it all of them do. watched: how many of the last rows tell an eviction policy what they attend
+        to; default: all. Raises what `Rows.error` would be.
         """
         out = []
 
@@ -140,6 +141,7 @@ class Engine:
         rows = Rows(
             branch, ids, first_logit, params, take, prompt=accept is None, votes_from=votes_from, held=held
         )
+        rows.masked = masked
         self.execute([(rows, n)])
         if rows.error is not None:
             raise rows.error

@@ -98,7 +98,7 @@ class Foresight:
     def begin(self, context):
         self.start = len(context)
 
-    def propose(self, context, k, params, seed):
+    def propose(self, context, k, params, seed, guide=None):
         at = len(context) - self.start
         return Draft([(t + 1) % 258 if i % 5 == 4 else t for i, t in enumerate(self.ids)][at : at + k])
 

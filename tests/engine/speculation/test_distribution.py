@@ -69,7 +69,7 @@ class TableDrafter:
     def begin(self, context):
         pass
 
-    def propose(self, context, k, params, seed):
+    def propose(self, context, k, params, seed, guide=None):
         draft, last = Draft([]), context[-1]
         for _ in range(k):
             ids, p = candidates(self.table[last], params.but(repeat_penalty=1.0))

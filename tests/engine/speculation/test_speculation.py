@@ -34,7 +34,7 @@ class Scripted:
     def begin(self, context):
         pass
 
-    def propose(self, context, k, params, seed):
+    def propose(self, context, k, params, seed, guide=None):
         at = len(context) - self.n_prompt
         guess = self.truth[at : at + k]
         return Draft([t if self.rng.random() < self.right else (t + 1) % 256 for t in guess])
@@ -230,7 +230,7 @@ class Failing:
     def begin(self, context):
         pass
 
-    def propose(self, context, k, params, seed):
+    def propose(self, context, k, params, seed, guide=None):
         if len(context) > 12:
             raise RuntimeError("out of memory")
         return Draft([1] * k)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tinychat.engine.guide import Guide
 from tinychat.engine.sampling import SamplingParams
 
 
@@ -33,6 +34,15 @@ class Drafter(Protocol):
         """A generation starts from `context`; later calls see the same sequence, grown at its end."""
         ...
 
-    def propose(self, context: Sequence[int], k: int, params: SamplingParams, seed: int) -> Draft:
-        """At most k tokens after `context`; fewer, or none, when it has no guess."""
+    def propose(
+        self,
+        context: Sequence[int],
+        k: int,
+        params: SamplingParams,
+        seed: int,
+        guide: Guide | None = None,
+    ) -> Draft:
+        """At most k tokens after `context`; fewer, or none, when it has no guess. guide: there, says which
+        tokens may come; guesses that it refuses are left out afterwards.
+        """
         ...

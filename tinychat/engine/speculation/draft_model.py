@@ -8,9 +8,10 @@ import numpy as np
 
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.engine.engine import Engine
+from tinychat.engine.guide import Guide
 from tinychat.engine.memory.branch import common_prefix
 from tinychat.engine.memory.pool import PoolExhaustedError
-from tinychat.engine.sampling import SamplingParams, candidates, greedy, gumbel, sample
+from tinychat.engine.sampling import SamplingParams, candidates, greedy, gumbel, masked, sample
 from tinychat.engine.speculation import Draft
 from tinychat.text.tokenizer import Tokenizer
 
@@ -36,17 +37,33 @@ class DraftModel:
         with self.engine.changing():
             self._branch.match(context[:-1])
 
-    def propose(self, context: Sequence[int], k: int, params: SamplingParams, seed: int) -> Draft:
+    def propose(
+        self,
+        context: Sequence[int],
+        k: int,
+        params: SamplingParams,
+        seed: int,
+        guide: Guide | None = None,
+    ) -> Draft:
         """k tokens, one step of the draft model each; fewer when its context is full."""
         draft = Draft([])
+        guide = guide.fork() if guide is not None else None
         try:
             with self.engine.lock:  # drafts of other conversations may want the blocks
-                self._draft(draft, context, k, params, seed)
+                self._draft(draft, context, k, params, seed, guide)
         except (PoolExhaustedError, CheckpointError):  # no room, or a draft whose weights are damaged
             pass  # fewer drafts, the same text
         return draft
 
-    def _draft(self, draft: Draft, context: Sequence[int], k: int, params: SamplingParams, seed: int) -> None:
+    def _draft(
+        self,
+        draft: Draft,
+        context: Sequence[int],
+        k: int,
+        params: SamplingParams,
+        seed: int,
+        guide: Guide | None,
+    ) -> None:
         branch = self._branch
         # Only the end can differ from the last time: what was drafted and not accepted.
         start = max(0, min(len(branch), len(context)) - 64)
@@ -62,14 +79,26 @@ class DraftModel:
         for _ in range(k):
             if len(branch) + len(todo) > self.engine.n_ctx:
                 break
-            row = self.engine.run(branch, todo, len(todo) - 1, params)[0]
-            todo = [self._choose(row, context, draft, params, seed)]
+            masks = guide is not None and guide.reads
+            row = self.engine.run(branch, todo, len(todo) - 1, params, masked=masks)[0]
+            due = guide.next() if guide is not None else None
+            todo = [due if isinstance(due, int) else self._choose(row, context, draft, params, seed, due)]
             if todo[0] >= self.vocab:
                 break
             draft.tokens += todo
+            if guide is not None:
+                if todo[0] in self.engine.tokenizer.eos_ids:
+                    break
+                guide.push(todo[0])
+                if guide.finished:
+                    break
 
-    def _choose(self, row, context, draft: Draft, params: SamplingParams, seed: int) -> int:
-        if params.greedy:
+    def _choose(
+        self, row, context, draft: Draft, params: SamplingParams, seed: int, allowed: np.ndarray | None
+    ) -> int:
+        if allowed is not None:
+            row = masked(row, allowed)
+        elif params.greedy:
             return greedy(row)
         position, seen = len(context) + len(draft.tokens), None
         if params.penalizes:

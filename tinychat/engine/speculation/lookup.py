@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tinychat.engine.guide import Guide
 from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.speculation import Draft
 
@@ -24,7 +25,14 @@ class PromptLookup:
     def begin(self, context: Sequence[int]) -> None:
         """Nothing is remembered between calls."""
 
-    def propose(self, context: Sequence[int], k: int, params: SamplingParams, seed: int) -> Draft:
+    def propose(
+        self,
+        context: Sequence[int],
+        k: int,
+        params: SamplingParams,
+        seed: int,
+        guide: Guide | None = None,
+    ) -> Draft:
         """Tokens that followed the longest suffix of `context` that occurred before; chained if it runs into
         the end.
         """

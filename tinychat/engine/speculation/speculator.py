@@ -50,7 +50,7 @@ class Speculator:
         began = time.perf_counter()
         k = self.controller.choose(room)
         try:
-            draft = self.drafter.propose(context, k, params, seed) if k > 0 else Draft([])
+            draft = self.drafter.propose(context, k, params, seed, guide) if k > 0 else Draft([])
         except Exception as e:
             self._drop(e)
             return Draft([])
