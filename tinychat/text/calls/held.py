@@ -51,20 +51,36 @@ class Held:
         required: there must be a call. several: there may be more than one. form: JSON schema of an answer
         without calls; None leaves its text free.
         """
-        calls = self._calls(several)
-        if calls is None:
+        parts = self._calls(several)
+        if parts is None:
             return None
+        opener, rest = parts
+        calls = f"{self._lark(opener)} rest" if opener else "rest"
         if required:
-            start = "calls"
+            start = calls
         elif form is not None:
-            start = "form | calls"
+            start = f"form | {calls}"
             self._rules.append(f"form: %json {json.dumps(form, ensure_ascii=False)}")
         else:
-            start = "text | calls" if self._syntax.bare else "text calls?"
-            self._rules.append(f"text: TEXT\nTEXT: {self._text()}")
-        return "\n".join((f"start: {start}", f"calls: {calls}", *self._rules, r"WS: /\n{0,2}/"))
+            start = self._with_words(opener, calls)
+        return "\n".join((f"start: {start}", f"rest: {rest}", *self._rules, r"WS: /\n{0,2}/"))
 
-    def _calls(self, several: bool) -> str | None:
+    def _with_words(self, opener: str, calls: str) -> str:
+        """Calls that words may go before, or words alone."""
+        if not opener:
+            self._rules.append(f"text: TEXT\nTEXT: {_BARE}")
+            return f"text | {calls}"
+        plain = [o for o in self._syntax.opens if not self._markers.search(o)]
+        self._rules.append(f"text: TEXT\nTEXT: {_without(plain)}")
+        if self._lark(opener).startswith("<["):
+            return f"text ({calls})?"
+        # A text ends where what opens a call is complete, which is then its end.
+        others = _without([o for o in plain if o != opener])
+        self._rules.append(f"before[suffix={self._plain(opener)}]: BEFORE\nBEFORE: {others}")
+        return "text | before rest"
+
+    def _calls(self, several: bool) -> tuple[str, str] | None:
+        """What opens the calls, and the rule for all behind that; None if there are none."""
         syntax = self._syntax
         if isinstance(syntax, Tagged):
             return self._tagged(syntax, several)
@@ -78,33 +94,34 @@ class Held:
             return None
         return self._of_json(syntax, several)
 
-    def _of_json(self, syntax: Objects | Named, several: bool) -> str:
+    def _of_json(self, syntax: Objects | Named, several: bool) -> tuple[str, str]:
         """Calls whose arguments are JSON: what stands before, between and behind them is as it is spelled."""
-        before, between, behind = [], [], ""
+        before, between, behind, opener = [], [], "", ""
         for i, (name, parameters) in enumerate(self._tools):
             first, second, behind = syntax.spell([(name, {}), (name, {})]).split(ARGUMENTS)
+            opener = max((o for o in syntax.opens if first.startswith(o)), key=len, default="")
             self._rules.append(f"arguments_{i}: %json {json.dumps(parameters, ensure_ascii=False)}")
-            before.append(f"{self._lark(first)} arguments_{i}")
+            before.append(f"{self._lark(first[len(opener) :])} arguments_{i}")
             between.append(f"{self._lark(second)} arguments_{i}")
         more = f" ({' | '.join(between)})*" if several else ""
-        return f"({' | '.join(before)}){more} {self._lark(behind)}"
+        return opener, f"({' | '.join(before)}){more} {self._lark(behind)}"
 
-    def _gemma(self, syntax: Gemma, several: bool) -> str:
+    def _gemma(self, syntax: Gemma, several: bool) -> tuple[str, str]:
         calls = []
         for i, (name, parameters) in enumerate(self._tools):
             values = Values(syntax.quote, parameters, self._lark, f"v{i}")
-            before, behind = f"{syntax.opens[0]}call:{name}", syntax.closes[0]
             root = values.rule({"properties": {}, **parameters, "type": "object"})
-            calls.append(f"{self._lark(before)} {root} {self._lark(behind)}")
+            calls.append(f"{self._lark(f'call:{name}')} {root} {self._lark(syntax.closes[0])}")
             self._rules += values.rules
         self._rules.append("call: " + "\n    | ".join(calls))
-        return "call+" if several else "call"
+        opener = syntax.opens[0]
+        return opener, f"call ({self._lark(opener)} call)*" if several else "call"
 
-    def _tagged(self, syntax: Tagged, several: bool) -> str:
+    def _tagged(self, syntax: Tagged, several: bool) -> tuple[str, str]:
         calls = []
         for i, (name, parameters) in enumerate(self._tools):
             end = "".join(e for e in (syntax.name_ends[0].strip(), syntax.head_end) if e)
-            parts = [self._lark(syntax.call + name + end), "WS"]
+            parts = [self._lark(name + end), "WS"]
             required = parameters.get("required", ())
             properties = parameters.get("properties", {})
             for k, (key, schema) in enumerate(properties.items()):
@@ -115,12 +132,13 @@ class Held:
                 parts.append(f"(p{i}_{k} WS)" + ("" if key in required else "?"))
             calls.append(" ".join([*parts, self._lark(syntax.call_end)]))
         self._rules.append("call: " + "\n    | ".join(calls))
-        more = " (WS call)*" if several else ""
+        opened = self._lark(syntax.call)
+        more = f" (WS {opened} call)*" if several else ""
         if not syntax.section[0]:
-            return f"call{more}"
+            return syntax.call, f"call{more}"
         start, end = map(self._lark, syntax.section)
-        self._rules.append(f"section: {start} WS call{more} WS {end}")
-        return "section" + (" (WS section)*" if several else "")
+        self._rules.append(f"section: WS {opened} call{more} WS {end}")
+        return syntax.section[0], "section" + (f" (WS {start} section)*" if several else "")
 
     def _parameter(
         self, syntax: Tagged, key: str, schema: Any, shared: Mapping[str, Any], rule: str
@@ -160,16 +178,6 @@ class Held:
         if end:
             yield self._lark(end)
 
-    def _text(self) -> str:
-        """Text in which no call begins."""
-        if self._syntax.bare:
-            return _BARE
-        plain = [o for o in self._syntax.opens if not self._markers.search(o)]
-        return "/(?s:.*)/" + "".join(
-            " & ~/(?s:.*){}(?s:.*)/".format(re.escape(o).replace("/", r"\/").replace("\n", "n"))
-            for o in plain
-        )
-
     def _lark(self, text: str) -> str:
         """A text with its markers, as a sequence."""
         out, at = [], 0
@@ -182,6 +190,13 @@ class Held:
     @staticmethod
     def _plain(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)
+
+
+def _without(texts: Sequence[str]) -> str:
+    """The regular expression of a text in which none of these is."""
+    return "/(?s:.*)/" + "".join(
+        " & ~/(?s:.*){}(?s:.*)/".format(re.escape(t).replace("/", r"\/").replace("\n", "n")) for t in texts
+    )
 
 
 def form_of_calls(
