@@ -61,16 +61,17 @@ class ChatRequest:
         first event is asked for, if the conversation does not fit the context, or the template refuses it.
         """
         speculator = model.speculator(self.draft)
-        refuse_oversized(model.tokenizer, list(self._texts()), model.n_ctx, model.eviction() is not None)
-        text, ids = self._read(model)
+        text, ids = self._read(model, model.eviction() is not None)
         splitter = None if model.template is None else model.template.splitter(text)
         written, caller = partial(self._written, model, text, ids), self._caller(model)
         guide = guide_for(model.tokenizer, model.template, splitter, self.form, self.params.think_budget)
         return made(model, ids, self, cancel, speculator, splitter, written, caller, guide)
 
     def prompt(self, model: ChatModel) -> list[int]:
-        """The ids that the model reads. Raises UsageError where the template refuses the messages."""
-        return self._read(model)[1]
+        """The ids that the model reads. Raises UsageError where the template refuses the messages, and for
+        many times what the context holds.
+        """
+        return self._read(model, True)[1]
 
     def _texts(self) -> Iterator[str]:
         """What is to be read, but for what the template adds."""
@@ -93,9 +94,12 @@ class ChatRequest:
             return None
         return model.template.tools.caller(self._callable, None if self.parallel_tool_calls else 1)
 
-    def _read(self, model: ChatModel) -> tuple[str, list[int]]:
-        """The prompt's text and ids. What the model read or wrote before keeps the ids that it had."""
+    def _read(self, model: ChatModel, evicts: bool) -> tuple[str, list[int]]:
+        """The prompt's text and ids. What the model read or wrote before keeps the ids that it had. evicts:
+        as in `refuse_oversized`, which also looks at what the template makes of very many small messages.
+        """
         template = model.template
+        refuse_oversized(model.tokenizer, list(self._texts()), model.n_ctx, evicts)
         if template is None:
             text = "".join(m["content"] for m in self.messages)
             return text, model.encode_prompt(text)
@@ -104,6 +108,7 @@ class ChatRequest:
             text = template.tools.render(self.messages, self._callable, **switches)
         else:
             text = template.render(self.messages, **switches)
+        refuse_oversized(model.tokenizer, [text], model.n_ctx, evicts)
         if known := model.known.find(text):
             last = known.ids[-1]
             return text, [*known.ids, *template.encode(text[known.characters :], after=last)]

@@ -160,3 +160,10 @@ def test_a_draft_inherits_how_the_engine_runs_and_nothing_of_the_conversation():
     assert set(values) == set(LoadOptions.group(ENGINE))
     asked = LoadOptions(**values, ctx=99, kv_budget=50, draft="x", draft_tokens=3, think=True)
     assert asked.inherited() == LoadOptions(**values, draft="none")
+
+
+@pytest.mark.parametrize("stop", [["x"] * 257, ["x" * 70_000], ["x" * 1000] * 100])
+def test_texts_that_are_looked_for_in_every_piece_are_bounded(stop):
+    with pytest.raises(UsageError, match="at most"):
+        SamplingParams(stop=stop)
+    assert len(SamplingParams(stop=[f"x{i}" for i in range(256)]).stop) == 256

@@ -144,6 +144,25 @@ def test_what_has_no_schema_is_refused_in_words(function):
     assert e.value.todo
 
 
+def test_a_hundred_thousand_tools_are_refused_before_they_are_looked_at():
+    looked = []
+
+    class Tool(dict):
+        def get(self, *args):
+            looked.append(1)
+            return super().get(*args)
+
+    with pytest.raises(UsageError, match="100,000 tools"):
+        tools([Tool(name=f"f{i}") for i in range(100_000)])
+    assert not looked
+
+
+def test_numbers_that_json_does_not_have_are_no_part_of_a_schema():
+    for number in (float("inf"), float("nan")):
+        with pytest.raises(UsageError):
+            tools([{"name": "f", "parameters": {"type": "object", "maximum": number}}])
+
+
 def test_openai_s_form_and_the_bare_one_are_the_same():
     bare = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
     assert tools([bare]) == tools([{"type": "function", "function": bare}]) == tools([{"function": bare}])

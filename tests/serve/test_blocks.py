@@ -363,6 +363,9 @@ def test_responses_are_kept_within_bounds():
         with pytest.raises(ApiError):
             kept.messages(gone)
     assert [kept.response(i)["id"] for i in ("r2", "r4")] == ["r2", "r4"]
+    kept.add("echo", [{"role": "user", "content": "x"}], {"id": "echo", "tools": ["x" * 5000]})
+    with pytest.raises(ApiError):
+        kept.response("echo")
     kept.add("r6", [{"role": "user", "content": "x" * 500}], {})
     with pytest.raises(ApiError):
         kept.response("r5")

@@ -187,6 +187,42 @@ def test_a_body_that_is_no_json_object_is_refused(server, body):
     assert said["error"]["code"] == "invalid_json"
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize"])
+def test_half_a_character_and_infinity_are_errors_in_words(server, path):
+    body = b'{"messages": [{"role": "user", "content": "x"}], "input": "x", "max_tokens": 1, "content": "x", '
+    status, said, _ = server.ask(path, body + b'"model": "\\ud800"}')
+    assert (status, "? is not served" in json.dumps(said)) == (404, True)
+    for number in (b"1e999", b"-1e999"):
+        status, said, _ = server.ask(path, body + b'"metadata": {"a": ' + number + b"}}")
+        assert (status, "too large a number" in json.dumps(said)) == (400, True)
+
+
+def nested(n):
+    return "[" * n + "]" * n
+
+
+@pytest.mark.parametrize("n", [101, 400, 900])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", '{"messages": [{"role": "user", "content": "x"}], "tools": ['
+         '{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": %s}}}}]}'),
+        ("chat/completions", '{"messages": [{"role": "user", "content": "x", "more": %s}]}'),
+        ("chat/completions", '{"messages": [{"role": "assistant", "tool_calls": ['
+         '{"id": "a", "function": {"name": "f", "arguments": {"a": %s}}}]}]}'),
+        ("messages", '{"max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "tools": ['
+         '{"name": "f", "input_schema": {"type": "object", "properties": {"a": %s}}}]}'),
+        ("messages", '{"max_tokens": 1, "messages": [{"role": "assistant", "content": [{"type": "tool_use",'
+         '"id": "a", "name": "f", "input": {"a": %s}}]}, {"role": "user", "content": "x"}]}'),
+        ("responses", '{"input": "x", "tools": ['
+         '{"type": "function", "name": "f", "parameters": {"a": %s}}]}'),
+    ],
+)  # fmt: skip
+def test_what_is_too_deep_is_the_client_s_mistake(server, path, body, n):
+    status, said, _ = server.ask(f"/v1/{path}", (body % nested(n)).encode())
+    assert (status, "deep" in json.dumps(said) or "no JSON object" in json.dumps(said)) == (400, True)
+
+
 def test_unknown_fields_and_nulls_are_passed_over(server):
     status, _, _ = server.chat(
         max_tokens=1, user="me", metadata={"a": [1]}, stop=None, n=None, tools=[], store=True

@@ -93,3 +93,18 @@ def test_files_that_are_none_and_texts_that_are_too_long_are_usage_errors_at_onc
         out = run_tinychat(*args, env=env)
         assert out.returncode == 2, (args, out.stderr)
         assert len(out.stderr.splitlines()) == 2
+
+
+def test_what_a_template_makes_of_very_many_messages_is_refused_before_it_is_tokenized(small, monkeypatch):
+    many = [{"role": "user", "content": ""}] * 500
+    seen = []
+    encode = small.template.encode
+    monkeypatch.setattr(
+        type(small.template), "encode", lambda self, *a, **k: seen.append(1) or encode(*a, **k)
+    )
+    with pytest.raises(UsageError, match="the context holds"):
+        small.chat(many)
+    long = small.request([{"role": "user", "content": "x" * 100_000}])
+    with pytest.raises(UsageError, match="the context holds"):
+        long.prompt(small)  # to be counted, it may be longer, but not without end
+    assert not seen

@@ -146,7 +146,9 @@ def _message(given: Any) -> dict[str, Any]:
         m.pop("tool_calls", None)
     if len(m) > 2:  # what else a template may want is a stranger to us
         try:
-            json.dumps(m)
+            json.dumps(m, allow_nan=False)
+            if not is_shallow(m):
+                raise ValueError
         except (TypeError, ValueError, RecursionError):
             raise UsageError(
                 "A message holds what no chat template can read.",

@@ -18,6 +18,7 @@ from tinychat.base.errors import UsageError
 
 S = TypeVar("S", bound="Settings")
 WIDTH = 110
+MOST_TEXTS, LONGEST_TEXTS = 256, 1 << 16  # each is looked for in every piece of an answer
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # neither is used, and they cost start-up time
@@ -149,11 +150,17 @@ class Texts(Setting):
 
     def check(self, name: str, value: Any) -> tuple[str, ...]:
         """Check as `arguments.texts` does."""
-        return arguments.texts(name, value)
+        found = arguments.texts(name, value)
+        if len(found) > MOST_TEXTS or sum(map(len, found)) > LONGEST_TEXTS:
+            raise UsageError(
+                f"{name} has {len(found):,} texts of {sum(map(len, found)):,} characters.",
+                f"Give {MOST_TEXTS} of {LONGEST_TEXTS:,} characters together, at most.",
+            )
+        return found
 
     def range(self) -> str:
-        """Any number of them."""
-        return "texts"
+        """So many of them."""
+        return f"texts, {MOST_TEXTS} at most"
 
 
 def setting(s: Setting) -> Any:

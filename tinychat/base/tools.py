@@ -40,11 +40,15 @@ _CHOICES = re.compile(r"\(choices:\s*(\[.*?\])\)\s*$", re.IGNORECASE)
 
 def tools(value: Any) -> list[dict[str, Any]]:
     """Tools from an iterable of functions and schemas, in OpenAI's form. Raises UsageError."""
-    found = [] if value is None else [_tool(t) for t in items("tools", value, "functions or schemas")]
-    names = [t["function"]["name"] for t in found]
-    for name in names:
-        if names.count(name) > 1:
+    given = [] if value is None else items("tools", value, "functions or schemas")
+    if len(given) > MOST_TOOLS:
+        raise UsageError(f"There are {len(given):,} tools.", f"Give {MOST_TOOLS}, at most.")
+    found = [_tool(t) for t in given]
+    names: set[str] = set()
+    for tool in found:
+        if (name := tool["function"]["name"]) in names:
             raise UsageError(f"Two tools have the name {name}.", "Give each a name of its own.")
+        names.add(name)
     try:
         if not is_shallow(found):
             raise ValueError
@@ -54,10 +58,9 @@ def tools(value: Any) -> list[dict[str, Any]]:
             "A tool's schema holds what JSON cannot, or is too deep.",
             "Use strings, finite numbers, booleans, None, lists and dicts.",
         ) from None
-    if len(found) > MOST_TOOLS or length > LONGEST_SCHEMAS:
+    if length > LONGEST_SCHEMAS:
         raise UsageError(
-            f"There are {len(found)} tools, of {length:,} characters.",
-            f"Give {MOST_TOOLS} of {LONGEST_SCHEMAS:,} characters together, at most.",
+            f"The tools have {length:,} characters.", f"Give {LONGEST_SCHEMAS:,} characters, at most."
         )
     return found
 

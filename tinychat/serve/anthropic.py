@@ -10,8 +10,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import JSONResponse
-
 from tinychat.base.events import Completion, Done, FinishReason, Stats
 from tinychat.serve.answers import Answer
 from tinychat.serve.blocks import (
@@ -28,6 +26,7 @@ from tinychat.serve.blocks import (
 from tinychat.serve.chat import completions_of
 from tinychat.serve.fields import Fields
 from tinychat.serve.problems import ApiError, wrong
+from tinychat.serve.replies import Reply
 from tinychat.serve.service import endpoint, service_of
 from tinychat.serve.streams import Stream, Whole, event
 
@@ -346,4 +345,4 @@ async def count_tokens(request: Request) -> Response:
             (asking,) = asked.requests(lease.model)
             return len(asking.prompt(lease.model))
 
-        return JSONResponse({"input_tokens": await asyncio.to_thread(count)})
+        return Reply({"input_tokens": await asyncio.to_thread(count)})

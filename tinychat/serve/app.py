@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tinychat.serve import anthropic, chat, completions, facts, responses
 from tinychat.serve.guard import Guard
 from tinychat.serve.problems import ApiError
+from tinychat.serve.replies import Reply
 from tinychat.serve.service import error_of
 
 if TYPE_CHECKING:
@@ -61,4 +61,4 @@ async def _not_found(request: Request, e: Exception) -> Response:
     assert isinstance(e, HTTPException)
     said = "is not known" if e.status_code == 404 else f"does not take {request.method[:20]}"
     problem = ApiError(e.status_code, f"{request.url.path[:200]} {said}.", code="not_found")
-    return JSONResponse(_error(request.url.path, problem), e.status_code, headers=e.headers)
+    return Reply(_error(request.url.path, problem), e.status_code, headers=e.headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
@@ -28,7 +29,7 @@ class Bodies:
         """The JSON object of a request. Raises ApiError."""
         data = await self.read(request)
         try:
-            return Fields(json.loads(data.decode(), parse_constant=_refuse))
+            return Fields(json.loads(data.decode(), parse_constant=_refuse, parse_float=_finite))
         except UnicodeDecodeError:
             raise ApiError(400, "The body is not UTF-8.", code="invalid_json") from None
         except RecursionError:
@@ -69,6 +70,12 @@ class Bodies:
     def _too_long(self) -> ApiError:
         most = self._limits.body >> 20
         return cut(ApiError(413, f"The request is larger than {most} MB.", code="too_large"))
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
 
 
 def _refuse(name: str) -> Any:

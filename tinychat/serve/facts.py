@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import PlainTextResponse
 
 from tinychat import __version__
 from tinychat.base import arguments
 from tinychat.serve.fields import Fields
 from tinychat.serve.problems import ApiError, wrong
+from tinychat.serve.replies import Reply
 from tinychat.serve.service import endpoint, service_of
 from tinychat.text.oversized import refuse_oversized
 
@@ -33,7 +34,7 @@ def _model(held: Held) -> dict[str, Any]:
 async def models(request: Request) -> Response:
     """The models that are served."""
     held = service_of(request).rack.models.values()
-    return JSONResponse({"object": "list", "data": [_model(h) for h in held]})
+    return Reply({"object": "list", "data": [_model(h) for h in held]})
 
 
 @endpoint()
@@ -43,16 +44,14 @@ async def model(request: Request) -> Response:
     held = service_of(request).rack.models.get(name)
     if held is None:
         raise ApiError(404, "That model is not served here.", param="model", code="model_not_found")
-    return JSONResponse(_model(held))
+    return Reply(_model(held))
 
 
 @endpoint()
 async def health(request: Request) -> Response:
     """Whether it is there and takes requests."""
     closed = service_of(request).desk.closed
-    return JSONResponse(
-        {"status": "ending" if closed else "ok", "version": __version__}, 503 if closed else 200
-    )
+    return Reply({"status": "ending" if closed else "ok", "version": __version__}, 503 if closed else 200)
 
 
 @endpoint()
@@ -100,7 +99,7 @@ async def tokenize(request: Request) -> Response:
     fields = await service.bodies.fields(request)
     async with service.rack.using(fields.text("model")) as lease:
         ids = await asyncio.to_thread(tokens_of, lease.model, fields)
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": lease.model.n_ctx})
+        return Reply({"tokens": ids, "count": len(ids), "max_model_len": lease.model.n_ctx})
 
 
 @endpoint()
@@ -115,4 +114,4 @@ async def detokenize(request: Request) -> Response:
         if len(ids) > LONGEST * lease.model.n_ctx:
             raise wrong("tokens", f"There are {len(ids)} ids.")
         text = await asyncio.to_thread(lease.model.tokenizer.decode, ids, skip_special=False)
-    return JSONResponse({"content": text, "prompt": text})
+    return Reply({"content": text, "prompt": text})

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tinychat.serve.problems import ApiError
+from tinychat.serve.replies import Reply
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -73,7 +74,7 @@ class Guard:
                 self._check_key(headers)
         except ApiError as e:
             more = {**e.headers, **self._cross(origin), "connection": "close"}
-            return await JSONResponse(self._form(scope["path"], e), e.status, more)(scope, receive, send)
+            return await Reply(self._form(scope["path"], e), e.status, more)(scope, receive, send)
 
         async def shared(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import JSONResponse
-
 from tinychat.base.characters import whole
 from tinychat.serve.blocks import call_of, request_of, supported, texts_of, tool_of
 from tinychat.serve.fields import Fields
 from tinychat.serve.problems import ApiError, wrong
+from tinychat.serve.replies import Reply
 from tinychat.serve.response_form import Form
 from tinychat.serve.service import endpoint, error_of, service_of
 from tinychat.serve.streams import Stream, Whole, event
@@ -87,7 +86,7 @@ class Kept:
 
     def add(self, id: str, messages: list[dict[str, Any]], response: dict[str, Any]) -> None:
         """Keep a response and the conversation to its end; the oldest make room."""
-        size = sum(_size(m) for m in messages)
+        size = sum(_size(m) for m in messages) + len(json.dumps(response))
         if size > self._characters:
             return
         self._kept[id] = (messages, response, size)
@@ -305,5 +304,5 @@ async def response(request: Request) -> Response:
     kept, id = kept_by(request), request.path_params["id"]
     if request.method == "DELETE":
         kept.drop(id)
-        return JSONResponse({"id": id, "object": "response", "deleted": True})
-    return JSONResponse(kept.response(id))
+        return Reply({"id": id, "object": "response", "deleted": True})
+    return Reply(kept.response(id))

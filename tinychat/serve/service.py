@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import JSONResponse
-
 from tinychat.base.events import Done, Event
 from tinychat.serve import problems
 from tinychat.serve.answers import Answer, Work
@@ -19,6 +17,7 @@ from tinychat.serve.limits import Limits
 from tinychat.serve.metrics import Metrics
 from tinychat.serve.problems import ApiError
 from tinychat.serve.rack import Lease, Rack
+from tinychat.serve.replies import Reply
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -137,7 +136,7 @@ def endpoint(error: Callable[[ApiError], dict[str, Any]] = error_of) -> Callable
                 response = await f(request)
             except Exception as e:
                 problem = problems.of(e)
-                response = JSONResponse(error(problem), problem.status, problem.headers)
+                response = Reply(error(problem), problem.status, problem.headers)
             path = request.scope["route"].path
             service.metrics.count("tinychat_requests_total", path=path, status=str(response.status_code))
             return response

@@ -8,10 +8,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tinychat.serve import problems
 from tinychat.serve.problems import ApiError
+from tinychat.serve.replies import Reply
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -67,12 +68,12 @@ class Whole(Response):
             made = await unless_gone(receive, self._work)
         except Exception as e:
             problem = problems.of(e)
-            response = JSONResponse(self._error(problem), problem.status, problem.headers)
+            response = Reply(self._error(problem), problem.status, problem.headers)
             return await response(scope, receive, send)
         finally:
             self._over()
         if made is not None:
-            await JSONResponse(made)(scope, receive, send)
+            await Reply(made)(scope, receive, send)
 
 
 class Stream(Response):
@@ -127,7 +128,7 @@ class Stream(Response):
             if started:
                 await say(self._error_event(problem), more=False)
             else:
-                response = JSONResponse(self._error(problem), problem.status, problem.headers)
+                response = Reply(self._error(problem), problem.status, problem.headers)
                 await response(scope, receive, send)
         finally:
             gone.cancel()

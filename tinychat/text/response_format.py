@@ -17,7 +17,6 @@ from tinychat.base.errors import UsageError
 from tinychat.text.exact_schema import exact
 
 LONGEST = 1 << 18  # characters of one, written as text
-DEEPEST = 100  # lists and objects in each other
 MOST_REFERENCES = 1000  # `$ref` of a schema, rules of a grammar: they are followed by recursion
 MOST_TERMINALS = 200  # of a grammar: each may be as costly as llguidance allows
 MOST_PROPERTIES = 1000  # of one object of a schema
@@ -134,8 +133,10 @@ def _measure(schema: Any) -> None:
     references, left = 0, [("#", schema, 0)]
     while left:
         place, value, depth = left.pop()
-        if depth > DEEPEST:
-            raise UsageError(f"The schema is nested deeper than {DEEPEST} levels.", "Use a flatter one.")
+        if depth > arguments.DEEPEST:
+            raise UsageError(
+                f"The schema is nested deeper than {arguments.DEEPEST} levels.", "Use a flatter one."
+            )
         if isinstance(value, Mapping):
             if isinstance(found := value.get("properties"), Mapping) and len(found) > MOST_PROPERTIES:
                 raise UsageError(
