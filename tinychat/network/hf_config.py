@@ -22,15 +22,19 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None, 0),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
+    "n_group": (None, 0, 1),
     "n_routed_experts": (None, 0),
+    "n_shared_experts": (None, 0),
     "no_rope_layers": (None,),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
+    "num_shared_experts": (None, 0),
     "parallel_attn": (None, False),
     "qk_layernorm": (None, False),
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": (None, 1),
     "rope_interleaved": (None, False),
+    "scoring_func": (None, "softmax"),
     "use_attention_gate": (None, True),
     "use_bidirectional_attention": (None, False),
     "use_mrope": (None, False),
@@ -51,8 +55,10 @@ def read(
     given = text_settings(given, architectures)
     arch = architecture(given)
     if arch not in architectures:
+        wrappers = {name for _, form in architectures.values() for name in form.wrappers}
         raise UnsupportedModelError(
-            f"The architecture {arch} is not supported.", f"Supported: {', '.join(sorted(architectures))}."
+            f"The architecture {arch} is not supported.",
+            f"Supported: {', '.join(sorted({*architectures, *wrappers}))}.",
         )
     family, form = architectures[arch]
     cfg = {**form.defaults, **given}
