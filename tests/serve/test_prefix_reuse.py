@@ -172,6 +172,19 @@ def test_nothing_is_kept_on_disk_without_a_budget(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_few_files_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILES", 2)
+    with make() as model, serving(model, folder=tmp_path) as server:
+        for i in range(4):
+            turns(server, [{"role": "system", "content": f"{i} {SYSTEM['content']}"}], 1)
+        model.shelf.save()
+        assert len(list(tmp_path.iterdir())) == len(model.shelf._files) == 2
+        chat = [{"role": "system", "content": f"3 {SYSTEM['content']}"}]
+    with make() as model, serving(model, folder=tmp_path) as server:
+        ((read, total),) = turns(server, chat, 1)
+        assert read < 64 < total  # the last ones stayed
+
+
 def test_few_branches_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOST", 2)
     with make() as model, serving(model, limits=Limits(parallel=1), folder=tmp_path) as server:

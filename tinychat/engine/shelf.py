@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tinychat.engine.engine import OwnedBranch
 
 MOST = 64  # branches that are kept
+FILES = 256  # on disk; every request is compared with each
 TEXTS = 8  # of one conversation whose ids are kept with it
 PENDING = 2  # copies of what made way that wait to be written
 PREFIX = "served-"
@@ -119,7 +120,7 @@ class Shelf:
     # On disk
 
     def _read_index(self, folder: Path) -> None:
-        for path in folder.glob(f"{PREFIX}*.safetensors"):
+        for path in sorted(folder.glob(f"{PREFIX}*.safetensors"), key=_age):
             with suppress(Exception):  # whatever is wrong with it, nothing is lost but time
                 if (found := kv_file.about(path, self._model)) is None:
                     continue
@@ -194,15 +195,29 @@ class Shelf:
                     for p, f in self._files.items()
                     if p != path and (not p.is_file() or common_prefix(f.ids, ids) == len(f.ids))
                 ]
-                self._files[path] = _Filed(ids, texts)
                 for old in before:
-                    del self._files[old]
-                    with suppress(OSError):
-                        old.unlink(missing_ok=True)
+                    self._forget(old)
+                self._files.pop(path, None)
+                self._files[path] = _Filed(ids, texts)
+                while len(self._files) > FILES:
+                    self._forget(next(iter(self._files)))
         except TinychatError:
             pass  # the disk is full
         finally:
             self._pending -= 1
+
+    def _forget(self, path: Path) -> None:
+        """Remove a file."""
+        del self._files[path]
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another program has removed it
+        return 0.0
 
 
 def _notes(kept: _Kept, ids: array) -> str:
