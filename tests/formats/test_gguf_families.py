@@ -48,6 +48,7 @@ ARCHS = {
     "lfm2 wide": "lfm2",
     "lfm2moe": "lfm2moe",
     "qwen3.5": "qwen35",
+    "qwen3.5moe": "qwen35moe",
     "qwen3.5 listed": "qwen35",
     "olmo3": "olmo2",
     "olmo3 yarn": "olmo2",

@@ -206,6 +206,9 @@ DELTA = dict(
     linear_value_head_dim=32,
 )
 
+DELTA_MOE = dict(
+    num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64, shared_expert_intermediate_size=96
+)
 LFM2_MOE = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64, num_dense_layers=1)
 
 QWEN3_MOE = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, head_dim=16)
@@ -377,6 +380,11 @@ CASES = {
         "Lfm2MoeForCausalLM",
         dict(LFM2_MOE, **CONVS, use_expert_bias=False, norm_topk_prob=False, num_dense_layers=0)
         | dict(routed_scaling_factor=0.4, tie_word_embeddings=False, num_experts_per_tok=8),
+    ),
+    "qwen3.5moe": (
+        "Qwen3_5MoeForCausalLM",
+        dict(DELTA, head_dim=16, **DELTA_MOE)
+        | dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]),
     ),
     "lfm3": (
         "Lfm3ForCausalLM",

@@ -105,7 +105,7 @@ SCALES = dict.fromkeys(Kind, 1 / 16) | {
 
 def experts(w: GGUFWriter, c, tensors: dict) -> None:
     n = getattr(c, "num_local_experts", None) or getattr(c, "num_experts", None)
-    if not n:
+    if not n or c.model_type == "lfm2_moe":
         return
     w.add_expert_count(n)
     w.add_expert_used_count(c.num_experts_per_tok)
@@ -254,7 +254,7 @@ def deltas(w: GGUFWriter, c, tensors: dict) -> None:
     w.add_ssm_time_step_rank(c.linear_num_value_heads)
     w.add_ssm_inner_size(c.linear_value_head_dim * c.linear_num_value_heads)
     recurrent = [kind == "linear_attention" for kind in c.layer_types]
-    w.add_array("qwen35.attention.recurrent_layers", recurrent)
+    w.add_array(f"{w.arch}.attention.recurrent_layers", recurrent)
     keys, dim = c.linear_num_key_heads, c.linear_value_head_dim
 
     def apart(t: torch.Tensor, size: int = 1) -> torch.Tensor:
@@ -278,6 +278,11 @@ def deltas(w: GGUFWriter, c, tensors: dict) -> None:
         tensors[name] = tensors[name] + 1
 
 
+def routed_deltas(w: GGUFWriter, c, tensors: dict) -> None:
+    deltas(w, c, tensors)
+    shared_expert(w, c, tensors)
+
+
 METADATA = {
     "lfm2": convolutions,
     "lfm2moe": routed_convolutions,
@@ -288,4 +293,5 @@ METADATA = {
     "exaone4": pattern,
     "granite_swa": granite_swa,
     "qwen2moe": shared_expert,
+    "qwen35moe": routed_deltas,
 }

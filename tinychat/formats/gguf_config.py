@@ -157,7 +157,7 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
     stack = Stack(
         m.number("block_count") - m.number(FURTHER, 0),
         attention,
-        DenseConfig(m.number("feed_forward_length")),
+        DenseConfig(m.number("feed_forward_length", m.get("expert_feed_forward_length"))),
     )
     names = file.tensors
     fields: dict[str, Any] = dict(

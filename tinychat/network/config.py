@@ -204,24 +204,24 @@ class ExpertsConfig:
     taken      how many of them a token takes
     size       the intermediate size of each
     normalize  the weights of those that a token takes are made to sum to one
-    sigmoid    weights are the sigmoids of scores, not their softmax
-    biased     experts are chosen by their weights plus a bias
-    scale      what the weights are multiplied by in the end
     shared     the intermediate size of an MLP that every token takes besides; 0: there is none
     limit      of what gate and up projections give, clamped (`Ops.clamped_mul`); 0: it is silu(gate) · up
     alpha      of that gate's sigmoid
+    sigmoid    weights are the sigmoids of scores, not their softmax
+    biased     experts are chosen by their weights plus a bias
+    scale      what the weights are multiplied by in the end
     """
 
     n: int
     taken: int
     size: int
     normalize: bool = True
-    sigmoid: bool = False
-    biased: bool = False
-    scale: float = 1.0
     shared: int = 0
     limit: float = 0.0
     alpha: float = 1.0
+    sigmoid: bool = False
+    biased: bool = False
+    scale: float = 1.0
 
     def __post_init__(self):
         whole = all(type(n) is int for n in (self.n, self.taken, self.size, self.shared))
