@@ -186,6 +186,8 @@ WRITTEN = {
         ("[1] A note (see [2]).", [], "[1] A note (see [2])."),
     ],
 }  # fmt: skip
+WRITTEN["mistral-list"] = WRITTEN["mistral"][:1]
+WRITTEN["deepseek-r1"] = WRITTEN["deepseek"][:1]
 WRITTEN["deepseek-4"] = [
     (text.replace("function_calls", "tool_calls"), calls, left)
     for text, calls, left in WRITTEN["deepseek-3.2"]
@@ -455,7 +457,7 @@ def test_only_so_many_calls_as_there_may_be():
         assert {d.index for d in caller.take()} == {0}
 
 
-SPELLING = ["hermes", "mistral", "deepseek", "kimi", "lfm2", "olmo", "granite-3", "command", "apertus", "nemotron",
+SPELLING = ["mistral-list", "deepseek-r1", "hermes", "mistral", "deepseek", "kimi", "lfm2", "olmo", "granite-3", "command", "apertus", "nemotron",
             "gigachat", "functionary", "tool-calls"]  # fmt: skip
 
 

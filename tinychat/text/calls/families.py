@@ -43,9 +43,17 @@ SYNTAXES: dict[str, Syntax] = {
     "seed-oss": _xml("seed:tool_call", lines=False),
     "glm": _arg_keys(),  # also Laguna, Ling, Spark
     "hunyuan": _arg_keys(":opensource", "<tool_sep:opensource>"),
+    "mistral-list": Objects(("[TOOL_CALLS]",), listed=True),  # before 2025
     "mistral": Named(
         ("[TOOL_CALLS]",), rf"\[TOOL_CALLS\]{NAME}(\[CALL_ID\][^\[\]]*)?(\[ARGS\])?\s*",
         objects=True, parts=("[CALL_ID]",), pattern="[TOOL_CALLS]{name}[ARGS]{arguments}",
+    ),
+    "deepseek-r1": Named(
+        ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
+        rf"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{NAME}\s*(```json)?\s*",
+        ("```<｜tool▁call▁end｜>", "<｜tool▁call▁end｜>"),
+        ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        pattern="<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>",
     ),
     "deepseek": Named(
         ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
@@ -85,7 +93,9 @@ SYNTAXES: dict[str, Syntax] = {
     ),
     "lfm2": Pythonic(("<|tool_call_start|>",), ("<|tool_call_end|>",), objects=True),
     "olmo": Pythonic(("<function_calls>",), ("</function_calls>",), listed=False),
-    "granite-3": Objects(("<|tool_call|>", "<tool_call>"), ("<|/tool_call|>", "</tool_call>"), listed=True),
+    "granite-3": Objects(
+        ("<|tool_call|>", "<tool_call>"), ("", "<|/tool_call|>", "</tool_call>"), listed=True
+    ),
     "command": Objects(
         ("<|START_ACTION|>",), ("<|END_ACTION|>",), listed=True, keys=("tool_name", "parameters")
     ),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from tinychat.base.events import ToolCall, ToolCallDelta
-from tinychat.text.calls.json_text import DamagedError
+from tinychat.text.calls.json_text import DamagedError, JsonText
 from tinychat.text.calls.source import LONGEST_HEAD, Source, Waiting
 
 _LETTERS = string.ascii_letters + string.digits
@@ -130,8 +130,6 @@ class Syntax(Protocol):
 
 def whole_object(text: str) -> str:
     """JSON text that somebody put into a string, which must be an object."""
-    from tinychat.text.calls.json_text import JsonText
-
     value = JsonText()
     out, n = value.push(text)
     if not value.done or value.damaged or text[n:].strip() or not out.lstrip().startswith("{"):
