@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from answers import CALLS, EVENTS, done
@@ -272,6 +273,29 @@ def test_halves_of_characters_come_back_as_something_that_can_be_sent(server):
     status, said, _ = server.ask("/v1/responses", body)
     assert status == 200
     assert said["instructions"] == "\ufffd"
+
+
+# Answers of a form
+
+
+BIT = {"type": "object", "properties": {"bit": {"type": "boolean"}}, "required": ["bit"]}
+BIT["additionalProperties"] = False
+
+
+def test_answers_keep_to_a_schema(anthropic, openai):
+    import pydantic
+
+    class Bit(pydantic.BaseModel):
+        bit: bool
+
+    form = {"format": {"type": "json_schema", "schema": BIT}}
+    said = anthropic.messages.create(model="tiny", messages=HELLO, max_tokens=90, output_config=form)
+    assert type(json.loads(said.content[0].text)["bit"]) is bool
+    parsed = openai.responses.parse(model="tiny", input="Hello.", max_output_tokens=90, text_format=Bit)
+    assert type(parsed.output_parsed.bit) is bool
+    wrong = {"format": {"type": "json_schema", "schema": {"type": "magic"}}}
+    with pytest.raises(Exception, match="400"):
+        anthropic.messages.create(model="tiny", messages=HELLO, max_tokens=90, output_config=wrong)
 
 
 # Tools, from a script to a result

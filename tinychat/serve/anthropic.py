@@ -19,7 +19,6 @@ from tinychat.serve.blocks import (
     blocks_of,
     call_of,
     request_of,
-    supported,
     texts_of,
     tool_of,
 )
@@ -52,12 +51,6 @@ REASONS: dict[FinishReason, str] = {
     "context_full": "model_context_window_exceeded",
 }
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-NAMES = {
-    "max_tokens": "max_tokens",
-    "stop": "stop_sequences",
-    "response_format": "output_config.format",
-    "effort": "output_config.effort",
-}
 GAP = "\n\n"  # between two texts of one message
 
 
@@ -79,7 +72,7 @@ class Asked:
             raise wrong(
                 "messages", "The last message must be the user's: answers are not begun for the model."
             )
-        return cls(fields.text("model"), messages, supported(options, NAMES), fields.flag("stream"))
+        return cls(fields.text("model"), messages, options, fields.flag("stream"))
 
     def requests(self, model: Model) -> list[ChatRequest]:
         """The one request. Raises UsageError."""

@@ -5,19 +5,18 @@ calls of tools, one after the other; and what both APIs ask for, as options of `
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tinychat.base.errors import UsageError
 from tinychat.base.events import Completion, Event, TextDelta, ToolCallDelta
-from tinychat.base.sampling_params import SamplingParams
-from tinychat.chat_request import ChatRequest
-from tinychat.model import Model
-from tinychat.serve.problems import ApiError, wrong
+from tinychat.serve.problems import wrong
+
+if TYPE_CHECKING:
+    from tinychat.chat_request import ChatRequest
+    from tinychat.model import Model
 
 Kind = Literal["reasoning", "text", "call"]
-WISHES = ("effort", "think", "think_budget")  # which a model, or the engine, may not know
 
 
 @dataclasses.dataclass
@@ -120,30 +119,19 @@ def tool_of(name: Any, description: Any, parameters: Any, strict: Any = None) ->
     return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
 
 
-def supported(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The options that the engine has. Raises ApiError for one that may not be passed over; `names`: what the
-    API calls it, where that is another name.
-    """
-    asked = inspect.signature(Model.request).parameters
-    known = {*asked, *ChatRequest.__dataclass_fields__, *SamplingParams.SETTINGS}
-    for option in options:
-        if option not in known and option not in WISHES:
-            name = names.get(option, option)
-            raise ApiError(400, f"{name} is not supported.", param=name, code="unsupported_parameter")
-    return {k: v for k, v in options.items() if k in known}
-
-
 def request_of(model: Model, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> ChatRequest:
     """The request for an answer. Agents say with each one how much shall be thought: what the model does not
     know of that is passed over. Raises UsageError.
     """
-    try:
-        return model.request(messages, **options)
-    except UsageError:
-        firm = {k: v for k, v in options.items() if k not in WISHES}
-        if len(firm) == len(options):
-            raise
-        return model.request(messages, **firm)
+    problem: UsageError | None = None
+    for left_out in ((), ("effort",), ("think",), ("effort", "think")):
+        if all(wish in options for wish in left_out):
+            try:
+                return model.request(messages, **{k: v for k, v in options.items() if k not in left_out})
+            except UsageError as e:
+                problem = problem or e
+    assert problem is not None  # the first attempt leaves nothing out
+    raise problem
 
 
 def texts_of(value: Any, where: str, kinds: tuple[str, ...]) -> list[str]:

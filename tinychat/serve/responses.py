@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base.characters import whole
-from tinychat.serve.blocks import call_of, request_of, supported, texts_of, tool_of
+from tinychat.serve.blocks import call_of, request_of, texts_of, tool_of
 from tinychat.serve.fields import Fields
 from tinychat.serve.problems import ApiError, wrong
 from tinychat.serve.replies import Reply
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tinychat.chat_request import ChatRequest
     from tinychat.model import Model
 
-NAMES = {"response_format": "text.format", "effort": "reasoning.effort", "max_tokens": "max_output_tokens"}
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 ELSEWHERE = ("background", "conversation", "prompt")  # what only OpenAI's own servers have
@@ -62,7 +61,7 @@ class Asked:
         asked = cls(
             fields.text("model"),
             messages,
-            supported(options, NAMES),
+            options,
             fields.flag("stream"),
             store,
             instructions,
