@@ -13,10 +13,11 @@ from scripted_server import ScriptedServer, answer, status
 
 from tinychat.base.errors import ModelNotFoundError, TinychatError, UsageError
 from tinychat.base.events import Done, Notice
+from tinychat.base.sampling_params import SamplingParams
 from tinychat.conversation import Message, Tree
 from tinychat.process import remote, server
 from tinychat.process.address import Address, KeySource
-from tinychat.process.remote import Connector, RemoteSession
+from tinychat.process.remote import Connector, RemoteSession, ServerParams
 
 
 @pytest.fixture(autouse=True)
@@ -445,6 +446,21 @@ def test_a_model_of_another_server_is_asked_there_without_the_first_ones_key(pla
         said(model.session())
         assert all("Authorization" not in h for _, h, _ in other.heard)
         assert played.heard == []
+
+
+def test_every_sampling_parameter_can_be_sent(played):
+    assert list(ServerParams.SETTINGS) == list(SamplingParams.SETTINGS)  # a stored chat may have any of them
+    values = {
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "repeat_penalty": 1.1,
+        "stop": ["x"],
+    }
+    values |= {"max_tokens": 9, "think_budget": 20, "seed": 4}
+    list(connected(played.url).session(**values).send("hi"))
+    assert values.items() <= played.questions[0].items()
 
 
 def test_parameters_are_checked_before_anything_is_asked(played):

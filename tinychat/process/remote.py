@@ -47,11 +47,12 @@ class ServerParams(Settings):
     min_p: float | None = setting(replace(SamplingParams.SETTINGS["min_p"], default=None))
     repeat_penalty: float | None = setting(replace(SamplingParams.SETTINGS["repeat_penalty"], default=None))
     max_tokens: int | None = setting(SamplingParams.SETTINGS["max_tokens"])
+    think_budget: int | None = setting(SamplingParams.SETTINGS["think_budget"])
     seed: int | None = setting(SamplingParams.SETTINGS["seed"])
     stop: tuple[str, ...] = setting(SamplingParams.SETTINGS["stop"])
 
     def fields(self) -> dict[str, Any]:
-        """Fields of a request: those that are set, as OpenAI, vLLM, SGLang and llama.cpp call them."""
+        """Fields of a request: those that are set, by the names that servers know."""
         out = {k: v for k, v in vars(self).items() if v not in (None, ())}
         if "repeat_penalty" in out:
             out["repetition_penalty"] = out["repeat_penalty"]
