@@ -182,7 +182,10 @@ class Model:
         n_paged = sum(spec.kind == "paged" for spec in self.backend.memories)
         keeps_all = not self.config.may_evict or n_paged > 1
         if keeps_all and asked:
-            what = "has rotary angles that depend on the length of the context"
+            fixed = any(not a.turnable for a in self.config.attentions)
+            what = (
+                "norms keys behind their rotation" if fixed else "has rotary angles that depend on the length"
+            )
             if n_paged > 1:
                 what = "has layers of different KV heads"
             raise UsageError(

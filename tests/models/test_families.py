@@ -145,6 +145,13 @@ def test_a_gpu_refuses_by_name_what_it_has_no_kernels_for(case):
         check(MODELS[cfg.family], cfg)
 
 
+def test_keys_that_are_changed_behind_their_rope_are_never_turned():
+    known = {
+        case: read_config(random_config(CASES[case][0], **CASES[case][1])) for case in ("hunyuan", "qwen3")
+    }
+    assert [known["hunyuan"].may_evict, known["qwen3"].may_evict] == [False, True]
+
+
 def test_layers_that_are_alike_share_a_memory():
     def kinds(case):
         checkpoint = FromTransformers(random_model(CASES[case][0], **CASES[case][1]))
