@@ -7,7 +7,7 @@ import json
 
 import pytest
 from answers import ARGUMENTS, CALLS, EVENTS, done
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import events_of
 
@@ -401,6 +401,7 @@ DELTAS = st.lists(
 )
 
 
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(DELTAS)
 def test_blocks_hold_all_that_was_said_in_its_order(events):
     blocks, out, open_block = Blocks(), [], None
