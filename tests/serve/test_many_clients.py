@@ -15,7 +15,9 @@ import pytest
 from serving import Served, post, serving
 from tiny import tiny_model
 
+from tinychat.engine import shelf
 from tinychat.serve.limits import Limits
+from tinychat.text.known_text import KnownText
 
 WORDS = ["red", "green", "blue", "and", "so", "on", "again", "\n"]
 
@@ -126,16 +128,18 @@ def test_a_small_crowd_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_thousand_requests_of_32_clients(tmp_path):
-    """Run by hand: -s shows the figures."""
+def test_a_thousand_requests_of_32_clients(tmp_path, monkeypatch):
+    """Run by hand: -s shows the figures. What is remembered is bounded so that the bounds are reached."""
+    monkeypatch.setattr(shelf, "FILES", 16)
     limits = Limits(parallel=4, waiting=16)
     model = tiny_model(ctx=1024, backend="cpu", eos_ids=(), context_length=1024, grows=False)
+    model.known = KnownText(most_texts=64)
     resident = []
     with model, serving(model, limits=limits, folder=tmp_path) as server:
-        for i in range(10):
+        for i in range(8):
             seen = crowd(server, 32, 320 if i == 0 else 1000, seed=i)
             gc.collect()
             resident.append(psutil.Process().memory_info().rss)
             print(f"{dict(seen)} resident {resident[-1] / 1e6:.1f} MB, threads {threading.active_count()}")
             check_nothing_is_left(server, model)
-    assert max(resident[4:]) <= 1.02 * min(resident[4:]), resident
+    assert max(resident[3:]) <= 1.02 * min(resident[3:]), resident

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +74,8 @@ def serve(model: str | None, others: tuple[str, ...], **o: Any) -> None:
     preferences = Preferences.read()
     names = list(dict.fromkeys([*([model] if model else []), *others]))
     names = names or [preferences.model or DEFAULT_MODEL]
+    import asyncio
+
     from tinychat.serve.limits import Limits
     from tinychat.serve.rack import served_name
     from tinychat.serve.server import Address, listen
