@@ -206,6 +206,11 @@ class Dialogue:
         """Stop the running answer at the next step; what it has said stays. May be called from any thread."""
         self._cancel.set()
 
+    def end_thought(self) -> None:
+        """Have the running answer close its thought and begin the answer proper, where that can be done. May
+        be called from any thread.
+        """
+
     # An answer
 
     def _answer(

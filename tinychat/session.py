@@ -118,9 +118,7 @@ class Session(Dialogue):
             yield event
 
     def end_thought(self) -> None:
-        """Have the running answer close its thought, if it is thinking, and begin the answer proper. May be
-        called from any thread.
-        """
+        """Have the running answer close its thought, if it is thinking, and begin the answer proper."""
         if (guide := self._guide) is not None:
             guide.hurried = True
 

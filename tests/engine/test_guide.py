@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from speaker import HARMONY, OPENED, QWEN, saying, speaker
+from speaker import ENDLESS, HARMONY, OPENED, QWEN, saying, speaker, thinker
 
 from tinychat.base.errors import UsageError
 from tinychat.base.events import TextDelta
@@ -21,21 +21,6 @@ YES_NO = {
         }
     },
 }
-ENDLESS = "hm, hm, " * 100
-
-
-def thinker(opening="<think>\n", closing="</think>\n\n"):
-    """Thinks without end; once the thought is closed, it says "Well, yes."."""
-
-    def wish(said):
-        thought = opening + ENDLESS
-        if closing.strip() not in said:
-            return thought[len(said) :] if thought.startswith(said) else "h"
-        answer = "Well, yes."
-        told = said.partition(closing)[2]
-        return answer[len(told) :] if answer.startswith(told) else ""
-
-    return wish
 
 
 def channels(said):

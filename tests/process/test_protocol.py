@@ -20,6 +20,7 @@ SAID = [
     protocol.Load("demo", {"ctx": 10, "keep_kv": False, "draft": None}),
     protocol.Answer("7", [Message("user", "hi", attachments=[{"name": "a", "text": "b"}]), ANSWER], "s", {}),
     protocol.Cancel(),
+    protocol.EndThought(),
     protocol.Count(1, "text"),
     protocol.Head(2, "text", 3),
     protocol.Models(3),

@@ -46,7 +46,7 @@ class ScriptedEngine:
         self.broken: set[str] = set()  # models that do not load
         self.requests: list[Answer] = []
         self.loaded: list[str] = []
-        self.starts = 0
+        self.starts = self.hurried = 0
         self.pid: int | None = None
         self.cancelled = asyncio.Event()
         self._task: asyncio.Task | None = None
@@ -95,6 +95,9 @@ class ScriptedEngine:
         answer = Message("assistant", before.content + said, None, s.prompt_text, [1, 2], ids, reason)
         answer.stats = {"reasoning_tokens": thought or 0, **stats}
         self.on_event(Finished(answer))
+
+    def end_thought(self) -> None:
+        self.hurried += 1
 
     def cancel(self) -> None:
         self.cancelled.set()

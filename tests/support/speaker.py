@@ -88,3 +88,20 @@ def speaker(monkeypatch, template: str, wish: Callable[[str], str]) -> Model:
 def saying(script: str) -> Callable[[str], str]:
     """The wish to say this, from wherever what was written agrees with it."""
     return lambda said: script[len(said) :] if script.startswith(said) else ""
+
+
+ENDLESS = "hm, hm, " * 100
+
+
+def thinker(opening="<think>\n", closing="</think>\n\n"):
+    """Thinks without end; once the thought is closed, it says "Well, yes."."""
+
+    def wish(said):
+        thought = opening + ENDLESS
+        if closing.strip() not in said:
+            return thought[len(said) :] if thought.startswith(said) else "h"
+        answer = "Well, yes."
+        told = said.partition(closing)[2]
+        return answer[len(told) :] if answer.startswith(told) else ""
+
+    return wish

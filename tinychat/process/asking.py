@@ -13,6 +13,7 @@ from tinychat.process.protocol import (
     Answer,
     Cancel,
     Count,
+    EndThought,
     EngineEvent,
     Head,
     Limits,
@@ -46,6 +47,10 @@ class Asking:
     def cancel(self) -> None:
         """Stop the running answer; its Finished says "cancelled"."""
         self._put(Cancel())
+
+    def end_thought(self) -> None:
+        """Have the running answer close its thought, if there is one."""
+        self._put(EndThought())
 
     async def count(self, text: str) -> int | None:
         """Tokens of a text; None while no model is loaded."""

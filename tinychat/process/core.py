@@ -21,6 +21,7 @@ from tinychat.process.protocol import (
     Began,
     Cancel,
     Count,
+    EndThought,
     EngineEvent,
     Failed,
     Finished,
@@ -78,6 +79,9 @@ class Core:
             self.cancelled.set()
             if (session := self.answering) is not None:
                 session.cancel()
+        elif isinstance(request, EndThought):
+            if (session := self.answering) is not None:
+                session.end_thought()
         elif isinstance(request, (Load, Answer)):
             if isinstance(request, Answer):
                 self.cancelled.clear()

@@ -53,6 +53,11 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class EndThought:
+    """Close the thought of the running answer, if there is one, and begin the answer proper."""
+
+
+@dataclass(frozen=True)
 class Count:
     """→ Reply: tokens of a text; None while no model is loaded. Questions are answered beside an answer."""
 
@@ -83,7 +88,7 @@ class Limits:
     id: int
 
 
-Request = Load | Answer | Cancel | Count | Head | Models | Limits
+Request = Load | Answer | Cancel | EndThought | Count | Head | Models | Limits
 
 # Events; `Reading` and `Notice` are those of a session
 
@@ -171,6 +176,7 @@ REQUESTS: dict[str, type] = {
     "load": Load,
     "answer": Answer,
     "cancel": Cancel,
+    "end_thought": EndThought,
     "count": Count,
     "head": Head,
     "models": Models,
@@ -244,6 +250,9 @@ class ChatEngine(Protocol):
 
     def cancel(self) -> None:
         """Send `Cancel`."""
+
+    def end_thought(self) -> None:
+        """Send `EndThought`."""
 
     async def count(self, text: str) -> int | None:
         """Ask `Count`."""

@@ -218,6 +218,13 @@ class Answering(ChatParts):
             self.say("")
             self.composer.input.focus()
 
+    def action_end_thought(self) -> None:
+        """F4: enough thought, the answer is wanted."""
+        if self.answering and self._turn is not None and self._turn.thinking:
+            self.app.engine.end_thought()
+        else:
+            self.say("Nobody is thinking.")
+
     async def _replace_engine(self) -> None:
         """The engine does not stop: end it and start another one, with the conversation as it is."""
         turn, self._turn = self._turn, None

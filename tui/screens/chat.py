@@ -24,6 +24,7 @@ class ChatScreen(ChatActions):
     BINDING_GROUP_TITLE = "Everywhere"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "stop the answer; what was said stays"),
+        Binding("f4", "end_thought", "end the thought: answer now"),
         Binding("ctrl+b", "toggle_sidebar", "chats, and search"),
         Binding("ctrl+n", "new_chat", "new chat"),
         Binding("ctrl+r", "regenerate", "answer again"),
