@@ -35,6 +35,13 @@ def read(tmp_path, text):
     return Preferences.read(path)
 
 
+def test_a_file_of_an_editor_that_marks_utf_8_is_read_and_kept(tmp_path):
+    p = read(tmp_path, b'\xef\xbb\xbfmodel = "x"\r\ntheme = "dark"  # mine\r\n')
+    assert (p.model, p.theme) == ("x", "dark")
+    p.keep_chat("y", None, {})
+    assert (tmp_path / "config.toml").read_bytes() == b'model = "y"\r\ntheme = "dark"  # mine\r\n'
+
+
 def test_what_a_model_s_section_says_holds_in_place_of_the_rest(tmp_path):
     p = read(tmp_path, WHOLE)
     assert (p.model, p.theme) == ("some/model", "light")

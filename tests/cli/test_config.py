@@ -21,6 +21,11 @@ def home(tmp_path):
     return write
 
 
+def test_names_cannot_speak_to_the_terminal(home):
+    shown = tinychat("config", **home('model = "a\\n\\u001b[2Jb"\n')).stdout
+    assert any(line.split() == ["model", "a", "␛[2Jb", "config.toml"] for line in shown.splitlines())
+
+
 def test_one_answer_takes_model_sampling_and_loading_from_it(home):
     here = home('model = "MODEL"\n[sampling]\nmax_tokens = 3\ntemperature = 0\n[load]\nctx = 64\n')
     answer = json.loads(tinychat("run", "say hi", "--json", **here).stdout)

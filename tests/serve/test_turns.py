@@ -144,6 +144,18 @@ def test_the_server_ends_although_somebody_is_being_answered(model):
     assert b"[DONE]" not in everything(first)
 
 
+@pytest.mark.parametrize("forced", [True, False])
+def test_an_answer_that_the_end_of_the_server_cuts_is_no_whole_answer(model, forced):
+    with serving(model, limits=Limits(parallel=2, grace_time=60 if forced else 0)) as server:
+        streamed, whole = begin(server), begin(server, stream=False)
+        server.server.force_exit = forced
+    last = [e for e in events_of(everything(streamed)) if e != "[DONE]"][-1]
+    assert "ending" in last["error"]["message"]
+    said = everything(whole)
+    assert said.startswith(b"HTTP/1.1 503")
+    assert b"ending" in said
+
+
 def test_models_are_loaded_when_they_are_asked_for_and_make_way_for_each_other():
     alive, loads = [], []
 

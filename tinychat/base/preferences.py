@@ -74,7 +74,7 @@ class Preferences:
         """The file at that path (default: the user's). Raises UsageError, which names the line."""
         path = path or locations.config_file()
         try:
-            text = read_text(path)
+            text = text_of(path)
         except FileNotFoundError:
             return cls(path)
         except (OSError, TinychatError, ValueError) as e:
@@ -87,7 +87,7 @@ class Preferences:
         import tomlkit
 
         try:
-            document = tomlkit.parse(read_text(self.path))
+            document = tomlkit.parse(text_of(self.path))
         except FileNotFoundError:
             document = tomlkit.document()
         document["model"] = model
@@ -109,6 +109,11 @@ class Preferences:
         self.read(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, self.with_chat(model, system, sampling).encode())
+
+
+def text_of(path: Path) -> str:
+    """The file's text, without the mark that some editors set at its beginning."""
+    return read_text(path).removeprefix("\ufeff")
 
 
 class Reader:

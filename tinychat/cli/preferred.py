@@ -11,6 +11,7 @@ import click
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.preferences import KINDS, Preferences, Section
 from tinychat.base.sampling_params import SamplingParams
+from tinychat.base.terminal import one_line
 from tinychat.cli.options import DEFAULT_MODEL, complete_models, pick
 
 VARIABLES = {  # what the environment may say
@@ -53,7 +54,7 @@ def config(model: str | None) -> None:
     ]
     width = max(len(name) for name, _, _ in rows)
     for setting, value, source in rows:
-        click.echo(f"{setting:<{width}}  {value:<16}  {source}".rstrip())
+        click.echo(f"{setting:<{width}}  {one_line(value):<16}  {one_line(source)}".rstrip())
 
 
 def _settings(preferences: Preferences, model: str) -> Iterator[tuple[str, str, str]]:

@@ -64,6 +64,10 @@ class Answer:
             for task in tasks:
                 task.cancel()
 
+    def end(self, error: Exception) -> None:
+        """Tell whoever listens that it has failed. On the event loop."""
+        self._heard.put_nowait((0, error))
+
     def drop(self) -> None:
         """Nobody will listen: give the places back, unless `events` does."""
         if not self._begun:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from tinychat.model import Model
 
 SHORTEST_KEY = 8
+LAST_WORDS = 2  # seconds for answers that were interrupted to say so
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,11 @@ class Server(uvicorn.Server):
         self.service = service
 
     async def shutdown(self, sockets=None) -> None:
-        """Let running answers come to their end, for a while."""
+        """Let running answers come to their end, for a while; then whoever waits for one is told."""
         self.service.desk.close()
+        late = asyncio.get_running_loop().call_later(self.service.limits.grace_time, self.service.interrupt)
         await super().shutdown(sockets)
+        late.cancel()
         await self.service.close()
         self._captured_signals.clear()  # it has done what they asked for
 
@@ -141,7 +146,7 @@ async def serve(
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=int(limits.idle_time),
-        timeout_graceful_shutdown=int(limits.grace_time),
+        timeout_graceful_shutdown=math.ceil(limits.grace_time) + LAST_WORDS,
     )
     server = Server(config, service)
     try:

@@ -105,9 +105,15 @@ class Service:
                 await self.rack.save()
             await self.rack.tidy()
 
+    def interrupt(self) -> None:
+        """Tell everybody who still waits for an answer that none will come."""
+        for answer in list(self._answers):
+            answer.end(ApiError(503, "The server is ending.", code="overloaded"))
+
     async def close(self) -> None:
         """End what is running, and close the models. Idempotent."""
         self.desk.close()
+        self.interrupt()
         for answer in list(self._answers):
             answer.cancel.set()
         for task in list(self._tasks):

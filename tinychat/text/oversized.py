@@ -10,7 +10,7 @@ from tinychat.base.errors import UsageError
 if TYPE_CHECKING:
     from tinychat.text.tokenizer import Tokenizer
 
-SMALL = 1 << 20  # characters that are tokenized without a look at how many there are
+SMALL = 1 << 17  # characters that are tokenized without a look at how many there are
 PIECE = 1 << 16  # characters that are tokenized at a time
 SLACK = 64  # tokens that a cut between two pieces may add, generously
 CONTEXTS = (
