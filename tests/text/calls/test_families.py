@@ -8,7 +8,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinychat.text.calls.caller import Caller
@@ -462,6 +462,7 @@ SPELLING = ["mistral-list", "deepseek-r1", "hermes", "mistral", "deepseek", "kim
 
 
 @given(st.dictionaries(st.sampled_from(["text", "number", "k_1"]), VALUES, max_size=3))
+@example({"text": {"\0\x7f\x1b": "\0\r"}})
 @settings(max_examples=25, deadline=None)
 def test_what_is_spelled_for_a_template_is_read_back(arguments):
     for name in SPELLING:

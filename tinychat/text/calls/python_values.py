@@ -31,7 +31,7 @@ def read_value(text: str) -> Any:
 def written_value(value: Any) -> str:
     """A value of JSON as Python writes it; texts keep all characters but those that would end them."""
     if isinstance(value, str):
-        return "'" + re.sub(r"[\\'\n\r\t]", lambda m: _ESCAPED[m[0]], value) + "'"
+        return "'" + re.sub(r"[\\'\x00-\x1f\x7f]", _escaped, value) + "'"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{written_value(k)}: {written_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -41,7 +41,11 @@ def written_value(value: Any) -> str:
 
 def _on_one_line(match: re.Match[str]) -> str:
     """A string whose line breaks are escaped: models forget it, and so do templates."""
-    return match[0] if match[1] else match[0].replace("\n", "\\n").replace("\r", "\\r")
+    return match[0] if match[1] else re.sub(r"[\n\r\x00]", _escaped, match[0])
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return _ESCAPED.get(match[0]) or f"\\x{ord(match[0]):02x}"
 
 
 def _depth(text: str) -> int:
