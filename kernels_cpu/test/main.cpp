@@ -437,7 +437,7 @@ std::vector<float> run_experts(std::vector<std::unique_ptr<Weights>>& w, const s
         first.push_back({{&w[3 * e]->w, own, 0}, {&w[3 * e + 1]->w, own, f}});
         second.push_back({{&w[3 * e + 2]->w, mid, 0}});
     }
-    p.route(s, r, true);
+    p.route(s, r, {true});
     p.expert_input(r, in, true, inputs);
     p.expert_linear(r, first, gate_up, 2 * f);
     p.gate_mul(gate_up, mid, {}, r);
