@@ -154,7 +154,10 @@ def test_a_server_that_is_not_there_yet(tmp_path):
         t.wait("Nothing answers at")
         t.press("Enter")
         t.wait("type a name")  # the choice of models
-        t.press("Escape", "Escape")
+        t.press("Escape")
+        t.wait(lambda s: "type a name" not in s and "waiting for a model" in s)
+        t.press("Escape")  # the question is taken back
+        t.wait(lambda s: "waiting for a model" not in s)
         with ScriptedServer() as played:
             say(t, f"/model big-model@{played.url}/v1")
             t.wait("ready · org/big-model")
