@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import SHAPE, logits_of, relative_error
+from families import DELTA, DELTA_MOE, SHAPE, logits_of, relative_error
 from memories import allocate, step_of
 from safetensors.numpy import load_file, save_file
 from tiny import byte_tokenizer
@@ -67,6 +67,26 @@ def ours(folder, backend=ReferenceBackend, **options) -> np.ndarray:
     table = np.arange(8, dtype=np.int32)
     steps = [(0, 40), (40, 41), (41, 60)]
     return np.concatenate([backend.step(step_of(backend, IDS[a:b], a, a, table, 0)) for a, b in steps])
+
+
+@pytest.mark.parametrize("experts", [{}, DELTA_MOE], ids=["dense", "experts"])
+def test_the_text_model_of_a_qwen35_gives_the_logits_of_transformers(experts, tmp_path):
+    moe = "Moe" if experts else ""
+    cls = getattr(transformers, f"Qwen3_5{moe}ForConditionalGeneration")
+    text = dict(SHAPE, **DELTA, **experts, head_dim=32, model_type=f"qwen3_5{moe and '_moe'}_text")
+    sizes = dict(
+        depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, patch_size=14
+    )
+    torch.manual_seed(0)
+    config = cls.config_class(text_config=text, vision_config=sizes, tie_word_embeddings=False)
+    hf = cls(config).float().eval()
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    hf.save_pretrained(tmp_path)
+    byte_tokenizer().save(tmp_path)
+    assert any(name.startswith("model.visual.") for name in load_file(tmp_path / "model.safetensors"))
+    assert relative_error(ours(tmp_path), logits_of(hf, IDS)) < 1e-4
 
 
 @pytest.fixture(params=CASES)
