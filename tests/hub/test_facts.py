@@ -8,7 +8,7 @@ import re
 import pytest
 import tiny_gguf
 from cli_helpers import in_process, on_terminal
-from families import random_model
+from families import CASES, random_model
 from family_gguf import write as write_family
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file, save_file
@@ -16,7 +16,9 @@ from tiny import tiny_folder
 
 from tinychat.base.machine import human_bytes
 from tinychat.formats import awq
+from tinychat.formats.hf import read_config
 from tinychat.hub import store
+from tinychat.hub.facts import parameters
 from tinychat.network.weights import quantize_rtn
 
 INT8 = "8-bit, groups of 32, fp16 scale"
@@ -53,6 +55,15 @@ def test_a_gguf_says_the_form_of_each_kind_of_module(tmp_path):
     assert out.splitlines()[-1].split()[0] == "token"
     code, out, _ = in_process("show", "--json", str(tmp_path / "m.gguf"))
     assert json.loads(out)["modules"] == facts["modules"]
+
+
+@pytest.mark.parametrize("case", ["lfm2", "lfm3", "qwen3.5", "qwen3.5moe", "lfm2moe", "qwen3"])
+def test_parameters_are_as_many_as_transformers_counts(case):
+    cls, changes = CASES[case]
+    hf = random_model(cls, **changes)
+    given = {**hf.config.to_dict(), "architectures": [cls]}
+    biases = sum(b.numel() for name, b in hf.named_buffers() if name.endswith("expert_bias"))
+    assert parameters(read_config(given)) == sum(p.numel() for p in hf.parameters()) + biases
 
 
 def test_a_type_that_has_no_words_is_called_by_its_name(tmp_path, monkeypatch):

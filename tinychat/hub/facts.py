@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,6 @@ def parameters(cfg: Any) -> int:
     body = 0
     for layer in range(cfg.n_layers):
         body += sum(n * k for n, k in family.linears(cfg, layer).values())
-        body += sum(n for (n,) in family.norms(cfg, layer).values())
+        body += sum(map(math.prod, family.norms(cfg, layer).values()))
     tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
     return body + tables + cfg.hidden_size
