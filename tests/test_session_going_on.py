@@ -110,3 +110,19 @@ def test_a_failure_before_the_first_token_leaves_the_answer_as_it_was(model, mon
         list(session.go_on(max_tokens=10))
     node = session.nodes[session.leaf]
     assert (node.content, node.ids, node.finish_reason) == (before.text, before.token_ids, "length")
+
+
+def test_a_stop_string_that_was_said_before_it_was_one_takes_nothing_back(model):
+    session = model.session(temperature=0)
+    say(session, "hello", max_tokens=20)
+    said = session.messages[-1]["content"]
+    for stop in (said[3:5], said[-3:-1], said):
+        say_more = [*session.go_on(max_tokens=2, stop=[stop, "zz"])]
+        assert say_more[-1].finish_reason == "length"
+        assert session.messages[-1]["content"].startswith(said)
+    whole = say(model.session(temperature=0), "hello", max_tokens=60).completion.text
+    pairs = (whole[i : i + 2] for i in range(len(session.messages[-1]["content"]) + 2, len(whole)))
+    later = next(pair for pair in pairs if whole.count(pair) == 1)
+    *_, done = session.go_on(max_tokens=60, stop=[said[3:5], later])
+    assert done.finish_reason == "stop"
+    assert session.messages[-1]["content"] == whole[: whole.index(later)]

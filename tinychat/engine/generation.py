@@ -87,7 +87,7 @@ class Generation:
         for i, token in enumerate(begun.ids, 1):
             if self.guide is not None and self.guide.push(token):
                 self.outlet.answers()
-            said = self.outlet.push(self.decoder.push(token))
+            said = self.outlet.recall(self.decoder.push(token))
             self._write(said)
             if said.reasoning or self.outlet.thinking:
                 self.stats.reasoning_tokens = i

@@ -16,12 +16,16 @@ class StopMatcher:
     """Feed it text as it arrives; it gives back what can no longer be part of a stop string.
 
     The earliest match in the text wins; of two that begin at the same place it does not matter which.
+
+    recalls  what arrives was said before, when other stop strings held: none ends in it
     """
 
     def __init__(self, stop: tuple[str, ...] = ()):
         self.stop = stop
         self.held = ""
         self.matched: str | None = None
+        self.recalls = False
+        self._recalled = 0  # characters of `held` that came so
 
     def push(self, text: str) -> str:
         """Text that is certain now. After a match `matched` is set and everything from the match on is
@@ -32,30 +36,32 @@ class StopMatcher:
         if not self.stop:
             return text
         self.held += text
-        hits = [(at, s) for s in self.stop if (at := self.held.find(s)) >= 0]
-        waiting = self._first_partial()
-        if hits:
-            at, s = min(hits)
-            if waiting < at:
-                # A longer stop string that began earlier may still complete: it would win.
-                out, self.held = self.held[:waiting], self.held[waiting:]
-                return out
-            self.matched = s
+        if self.recalls:
+            self._recalled = len(self.held)
+        hits, waiting = self._hits(), self._first_partial()
+        if hits and waiting >= min(hits)[0]:  # else a longer one that began earlier may still complete
+            at, self.matched = min(hits)
             out, self.held = self.held[:at], ""
             return out
         out, self.held = self.held[:waiting], self.held[waiting:]
+        self._recalled = max(0, self._recalled - waiting)
         return out
 
     def flush(self) -> str:
         """The stream has ended: what was held back is text, up to a stop string that is complete in it."""
         if self.matched is not None:
             return ""
-        hits = [(at, s) for s in self.stop if (at := self.held.find(s)) >= 0]
-        out, self.held = self.held, ""
+        hits = self._hits()
+        out, self.held, self._recalled = self.held, "", 0
         if hits:
             at, self.matched = min(hits)
             return out[:at]
         return out
+
+    def _hits(self) -> list[tuple[int, str]]:
+        """Where the stop strings are in `held`."""
+        n = self._recalled
+        return [(at, s) for s in self.stop if (at := self.held.find(s, max(0, n - len(s) + 1))) >= 0]
 
     def _first_partial(self) -> int:
         """Index in `held` of an unfinished stop string at its end; its length if there is none."""
@@ -121,6 +127,13 @@ class Outlet:
         if self.caller is not None:
             return self._without_calls(self.caller.push(written))
         return self._text(written)
+
+    def recall(self, written: str) -> Said:
+        """More of it that was said before, when other stop strings held: it is not stopped."""
+        self.matcher.recalls = True
+        said = self.push(written)
+        self.matcher.recalls = False
+        return said
 
     def flush(self) -> Said:
         """Its end."""
