@@ -126,6 +126,18 @@ def test_a_conversation_holds_its_answers_to_its_form(model):
     assert free.completion.text not in ("yes", "no")
 
 
+def test_an_answer_that_was_cut_goes_on_in_its_form():
+    with tiny_model(ctx=256, backend="cpu") as tiny:
+        for k in (0, 1, 4, 14, 33):
+            form = of_schema(schemas.WRITTEN[k])
+            whole, cut = (tiny.session(response_format=form, temperature=1, seed=k) for _ in range(2))
+            list(whole.send("Well?", max_tokens=80))
+            *_, done = cut.send("Well?", max_tokens=3)
+            assert done.finish_reason == "length"
+            list(cut.go_on(max_tokens=77))
+            assert cut.messages[-1] == whole.messages[-1]
+
+
 def test_what_cannot_be_held_to_is_refused_before_anything_is_computed(model):
     bad = {"type": "json_schema", "json_schema": {"schema": {"properties": {"a": {"type": "foo"}}}}}
     for ask in (

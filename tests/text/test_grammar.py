@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -15,12 +17,16 @@ import tokenizers
 from tiny import byte_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from tinychat.base.errors import TinychatError, UsageError
+from tinychat.base.errors import TinychatError, UnsupportedModelError, UsageError
+from tinychat.engine.sampling import masked
+from tinychat.formats.gguf_file import GGUFFile
+from tinychat.formats.gguf_tokenizer import from_gguf
 from tinychat.text import grammar
 from tinychat.text.response_format import of_schema, response_format
 from tinychat.text.tokenizer import Tokenizer
 
 BYTES = byte_tokenizer()
+FOLDER = os.environ.get("TINYCHAT_TEST_VOCABULARIES", "")
 
 
 def sentencepiece() -> Tokenizer:
@@ -123,6 +129,41 @@ def test_random_texts_of_many_schemas_are_valid():
 @pytest.mark.slow
 def test_random_texts_of_very_many_schemas_are_valid():
     assert valid_texts(3000, 1) >= 2700
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOLDER, reason="TINYCHAT_TEST_VOCABULARIES does not name llama.cpp's folder `models`")
+def test_real_vocabularies_are_held_to_schemas_and_a_mask_costs_little(capsys):
+    row = np.random.default_rng(0).normal(0, 3, 1 << 18).astype(np.float32)
+    for file in sorted(Path(FOLDER).glob("ggml-vocab-*.gguf")):
+        try:
+            tokenizer = from_gguf(GGUFFile(file).fields)
+        except UnsupportedModelError:
+            continue
+        seconds, done = [], 0
+        for k, schema in enumerate(schemas.corpus(60, 3)):
+            m = grammar.matcher(of_schema(schema), tokenizer)
+            ask = m.allowed
+
+            def timed(ask=ask, seconds=seconds):
+                began = time.perf_counter()
+                allowed = ask()
+                masked(row, allowed)
+                seconds.append(time.perf_counter() - began)
+                return allowed
+
+            m.allowed = timed
+            text = walk(m, tokenizer, np.random.default_rng(k), 250)
+            if text is not None:
+                check(text, schema)
+                done += 1
+        middle, late = np.percentile(seconds, [50, 95]) * 1e3
+        with capsys.disabled():
+            print(
+                f"\n{file.stem}: {m.n_tokens} tokens, {done} valid; {middle:.2f} ms each (95 %: {late:.2f})"
+            )
+        assert done >= 50
+        assert middle < 1.25  # 5 % of a token of 25 ms
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, PIECES], ids=["byte-level", "sentencepiece"])
