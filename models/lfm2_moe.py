@@ -122,8 +122,9 @@ def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
 def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what else a block has."""
     mlp, own = cfg.layers[layer].mlp, lfm2.norms(cfg, layer)
-    biased = isinstance(mlp, ExpertsConfig) and mlp.biased
-    return own | ({f"model.layers.{layer}.{mixtral.BIAS}": (mlp.n,)} if biased else {})
+    if isinstance(mlp, ExpertsConfig) and mlp.biased:
+        own |= {f"model.layers.{layer}.{mixtral.BIAS}": (mlp.n,)}
+    return own
 
 
 def settings(cfg: ModelConfig) -> Settings:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tinychat.models import lfm2, llama
 from tinychat.models.lfm2 import NORM_OFFSET
-from tinychat.network.config import ConvConfig, LayerConfig, ModelConfig
+from tinychat.network.config import AttentionConfig, ConvConfig, LayerConfig, ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Kept, Settings, Stack, WeightSource
 from tinychat.network.hf_rope import rope_config
 from tinychat.network.ops import Handle, Ops
@@ -29,7 +29,7 @@ def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
     if len(types) < stack.n:
         raise ValueError(f"layer_types names {len(types)} layers")
     local = rope_config({**c, "rope_parameters": c["rope_parameters"]["sliding_attention"]}, c["head_dim"])
-    mixers = {
+    mixers: dict[str, AttentionConfig | ConvConfig] = {
         "conv": ConvConfig(c["hidden_size"], c["conv_L_cache"]),
         "full_attention": replace(stack.attention, window=0),
         "sliding_attention": replace(stack.attention, rope=local),

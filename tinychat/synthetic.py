@@ -227,7 +227,9 @@ def _inside(name: str) -> str:
 
 def _modules(cfg: ModelConfig) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
     """Linears of all layers by their names inside a block, and what else blocks have: their shapes."""
-    family, linears, others = FAMILIES[cfg.family], {}, {}
+    family = FAMILIES[cfg.family]
+    linears: dict[str, tuple[int, int]] = {}
+    others: dict[str, tuple[int, ...]] = {}
     for i in {layer: i for i, layer in reversed(list(enumerate(cfg.layers)))}.values():
         linears |= {_inside(name): shape for name, shape in family.linears(cfg, i).items()}
         others |= {_inside(name): shape for name, shape in family.norms(cfg, i).items()}
