@@ -81,6 +81,14 @@ def test_a_failed_answer_line_by_line_leaves_the_conversation(played):
     assert [m["content"] for m in played.questions[-1]["messages"]] == ["two"]
 
 
+def test_an_error_in_the_middle_of_an_answer_begins_a_line(played):
+    code, shown = on_terminal("run", "--server", played.url, "--plain", typed="die\n/exit\n")
+    assert code == 0
+    lines = shown.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.endswith("and then"))
+    assert played.url in lines[at + 1], shown
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(played):
     command = [*TINYCHAT, "run", "--server", played.url, "org/big-model", "slow"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as p:

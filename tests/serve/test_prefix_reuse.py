@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from said import says
@@ -142,7 +143,7 @@ def test_what_makes_way_is_found_on_disk(tmp_path):
         assert read < 64 < total
 
 
-@pytest.mark.parametrize("damage", ["cut", "notes", "bits"])
+@pytest.mark.parametrize("damage", ["cut", "notes", "bits", "pipe"])
 def test_damaged_files_are_no_answer(tmp_path, damage):
     messages = [SYSTEM]
     with make() as model, serving(model, folder=tmp_path) as server:
@@ -157,6 +158,9 @@ def test_damaged_files_are_no_answer(tmp_path, damage):
         header["__metadata__"]["notes"] = '[["zz", 5, 1e9, [-1]]]'
         head = json.dumps(header).encode()
         path.write_bytes(len(head).to_bytes(8, "little") + head + content[8 + n :])
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     else:
         path.write_bytes(content[:-9] + bytes(b ^ 1 for b in content[-9:-1]) + content[-1:])
     with make() as model, serving(model, folder=tmp_path) as server:

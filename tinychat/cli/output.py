@@ -63,7 +63,7 @@ class Printer:
     def end(self) -> None:
         """Finish the last line."""
         if self.last != "\n":
-            self.line("")
+            self.write("\n")
 
 
 @contextmanager
@@ -108,11 +108,13 @@ def show_events(events: Iterator[Event], out: Printer):
     from tinychat.base.events import Done, Notice
 
     done = None
-    for event in events:
-        out.show(event)
-        if isinstance(event, Notice):
-            click.echo(event.message, err=True)
-        if isinstance(event, Done):
-            out.end()
-            done = event
+    try:
+        for event in events:
+            out.show(event)
+            if isinstance(event, Notice):
+                click.echo(event.message, err=True)
+            if isinstance(event, Done):
+                done = event
+    finally:
+        out.end()  # an error begins a line of its own, too
     return done

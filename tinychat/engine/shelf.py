@@ -122,7 +122,7 @@ class Shelf:
     def _read_index(self, folder: Path) -> None:
         for path in sorted(folder.glob(f"{PREFIX}*.safetensors"), key=_age):
             with suppress(Exception):  # whatever is wrong with it, nothing is lost but time
-                if (found := kv_file.about(path, self._model)) is None:
+                if not path.is_file() or (found := kv_file.about(path, self._model)) is None:
                     continue
                 ids, notes = found
                 filed = _Filed(array("i", ids), _texts_of(notes, ids, self._model.config.vocab_size))
