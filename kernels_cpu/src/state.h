@@ -12,6 +12,7 @@
 namespace tinychat {
 
 constexpr int kMostTaps = 16;
+constexpr int kConvColumns = 256;  // channels of a convolution that are worked on together
 constexpr int kDeltaColumns = 32;  // a head's state of so many columns stays in L1 while all rows pass
 
 // States of sequences: slots of `floats` numbers.
@@ -38,8 +39,8 @@ struct SpanState {
     float* behind(int i) const { return kept[i] < 0 ? nullptr : pool + static_cast<size_t>(kept[i]) * slot; }
 };
 
-// y = conv(x), silu(conv(x)), or out · conv(in · x): causal, each channel by itself, channels c0…c1-1 (c0 a multiple of
-// 16) of the n rows of one span. Pointers are to the span's first row, the first channel.
+// y = conv(x), silu(conv(x)), or out · conv(in · x): causal, each channel by itself, at most kConvColumns
+// channels c0…c1-1 of the n rows of one span. Pointers are to the span's first row, the first channel.
 struct ConvArgs {
     const float *x, *in, *out;  // in and out: gates, or both null
     size_t ld;                  // of the three

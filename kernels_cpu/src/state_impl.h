@@ -23,29 +23,39 @@ inline V16<S> silu(V16<S> x) {
 template <class S>
 void short_conv(const ConvArgs& a) {
     using V = V16<S>;
-    const int taps = a.width - 1;
-    for (int c = a.c0; c < a.c1; c += 16) {
-        const int n = a.c1 - c;
-        V seen[kMostTaps], weight[kMostTaps];
-        for (int j = 0; j < taps; j++)
-            seen[j] =
-                a.state.source ? V::load_n(a.state.source + static_cast<size_t>(j) * a.channels + c, n) : V::set1(0.0f);
-        for (int j = 0; j <= taps; j++) weight[j] = V::load_n(a.weight + static_cast<size_t>(j) * a.channels + c, n);
-        for (int r = 0; r < a.n; r++) {
-            const size_t at = r * a.ld + c;
-            V x = V::load_n(a.x + at, n);
-            if (a.in) x = x * V::load_n(a.in + at, n);
+    const int taps = a.width - 1, cols = a.c1 - a.c0;
+    // What was seen last, in turn: row after row the oldest makes way. Rows outside, so that memory is read along.
+    float seen[(kMostTaps - 1) * kConvColumns];
+    for (int j = 0; j < taps; j++) {
+        const float* from = a.state.source + static_cast<size_t>(j) * a.channels + a.c0;
+        if (a.state.source)
+            memcpy(seen + j * kConvColumns, from, cols * sizeof(float));
+        else
+            memset(seen + j * kConvColumns, 0, cols * sizeof(float));
+    }
+    int oldest = 0;
+    for (int r = 0; r < a.n; r++) {
+        const size_t at = r * a.ld + a.c0;
+        for (int c = 0; c < cols; c += 16) {
+            const int n = cols - c;
+            const float* weight = a.weight + a.c0 + c;
+            V x = V::load_n(a.x + at + c, n);
+            if (a.in) x = x * V::load_n(a.in + at + c, n);
             V y = V::set1(0.0f);
-            for (int j = 0; j < taps; j++) y = V::fma(weight[j], seen[j], y);
-            y = V::fma(weight[taps], x, y);
-            for (int j = 0; j + 1 < taps; j++) seen[j] = seen[j + 1];
-            seen[taps - 1] = x;
+            for (int j = 0, ring = oldest; j < taps; j++, weight += a.channels) {
+                y = V::fma(V::load_n(weight, n), V::load_n(seen + ring * kConvColumns + c, n), y);
+                ring = ring + 1 < taps ? ring + 1 : 0;
+            }
+            y = V::fma(V::load_n(weight, n), x, y);
+            x.store_n(seen + oldest * kConvColumns + c, n);
             if (a.silu) y = silu<S>(y);
-            if (a.out) y = y * V::load_n(a.out + at, n);
-            y.store_n(a.y + r * a.ldy + c, n);
-            float* kept = a.state.behind(r);
-            for (int j = 0; kept && j < taps; j++) seen[j].store_n(kept + static_cast<size_t>(j) * a.channels + c, n);
+            if (a.out) y = y * V::load_n(a.out + at + c, n);
+            y.store_n(a.y + r * a.ldy + a.c0 + c, n);
         }
+        oldest = oldest + 1 < taps ? oldest + 1 : 0;
+        float* kept = a.state.behind(r);
+        for (int j = 0, ring = oldest; kept && j < taps; j++, ring = ring + 1 < taps ? ring + 1 : 0)
+            memcpy(kept + static_cast<size_t>(j) * a.channels + a.c0, seen + ring * kConvColumns, cols * sizeof(float));
     }
 }
 

@@ -24,7 +24,7 @@ class ConvOp : public Op {
     void run(const StepState& s, int c, int) override {
         const size_t span = c / across(), first = s.spans[span].first;
         ConvArgs a = args_;
-        a.c0 = c % across() * kColumns, a.c1 = std::min(a.channels, a.c0 + kColumns);
+        a.c0 = c % across() * kConvColumns, a.c1 = std::min(a.channels, a.c0 + kConvColumns);
         a.n = s.spans[span].rows, a.state = span_state(s, span, at_, offset_);
         a.x += first * a.ld, a.y += first * a.ldy;
         if (a.in) a.in += first * a.ld, a.out += first * a.ld;
@@ -32,8 +32,7 @@ class ConvOp : public Op {
     }
 
   private:
-    static constexpr int kColumns = 256;
-    int across() const { return pieces(args_.channels, kColumns); }
+    int across() const { return pieces(args_.channels, kConvColumns); }
     const KernelTable& k_;
     ConvArgs args_;
     StateLayer at_;
