@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from recurrent import delta_model, recurrent_model
 from session_helpers import conversation_ids
 from tiny import TEMPLATE
 
 from tinychat.backends.interface import BLOCK
+from tinychat.engine import kv_file
 from tinychat.engine.memory.branch import common_prefix
 from tinychat.session import Session
 
@@ -82,3 +84,30 @@ def test_another_answer_and_an_edit_go_on_from_the_nearest_state():
         assert read(again) <= 2 * BLOCK
         *_, edited = session.edit(2, "another")
         assert read(edited) < 100
+
+
+@pytest.mark.parametrize("make", [recurrent_model, delta_model], ids=["convolution", "delta rule"])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_branch_from_disk_goes_on_behind_the_middle_of_a_block_and_back_again(make, drafts, tmp_path):
+    """The state at the last whole block is not on disk: no other may be taken for it."""
+    said, more = [1 + i % 3 for i in range(65)], [2, 1]
+    with make() as model:
+        engine = model.engine
+        branch = engine.branch()
+        engine.run(branch, said, 65)
+        assert kv_file.save(tmp_path / "1.safetensors", model, branch)
+        branch.free()
+        assert kv_file.load(tmp_path / "1.safetensors", model, branch) == 65
+        if drafts:
+            engine.run(branch, more, 0, accept=lambda out: 1)
+            ids = [*said, more[0]]
+        else:
+            engine.run(branch, more, 0)
+            ids = [*said, *more]
+        with engine.changing():
+            left = branch.truncate(64)
+        again = [*ids[left:], 3]
+        ours = engine.run(branch, again, 0)[-1]
+    with make() as model:
+        fresh = model.engine.branch()
+        np.testing.assert_array_equal(ours, model.engine.run(fresh, [*ids, 3], 0)[-1])

@@ -341,14 +341,14 @@ def test_a_template_cannot_hang_the_program(name, monkeypatch):
     source = ENDLESS[name]
     if name == "nested literals":
         source = "{% set x = '0123456789' %}" + source
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of compilers that other tests ran
     began = time.monotonic()
     with pytest.raises(CheckpointError) as e:
         template(source).render([{"role": "user", "content": "hi"}])
     assert "\n" not in e.value.what
     assert time.monotonic() - began < 30
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << (
-        30 if sys.platform == "darwin" else 20
-    )
+    most = 1 << (30 if sys.platform == "darwin" else 20)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(most, before)
 
 
 def test_a_long_conversation_is_not_mistaken_for_an_endless_one():

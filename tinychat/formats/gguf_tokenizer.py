@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
@@ -68,9 +69,11 @@ def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int], pre: Any) -> t
 
     name = ALIASES.get(pre, pre) if isinstance(pre, str) else None
     if name not in SPLITS:
+        known = sorted({*SPLITS, *ALIASES})
+        near = get_close_matches(str(pre), known, 5, 0.3) or ["llama-bpe", "qwen2"]
         raise UnsupportedModelError(
             f"The GGUF pre-tokenizer {_named(pre)} is not supported.",
-            f"Supported: {', '.join(sorted({*SPLITS, *ALIASES}))}.",
+            f"Supported: {', '.join(near)} and {len(known) - len(near)} others.",
         )
     backend = tk.Tokenizer(_merging(fields, vocab, ignore_merges=name in WHOLE))
     splits: list[Any] = [tk.pre_tokenizers.Split(tk.Regex(pattern), "isolated") for pattern in SPLITS[name]]

@@ -81,7 +81,7 @@ class State:
                 self.kept[row] = self.pool.publish(int(self.kept[row]), keys[n // BLOCK - 1])
         if self._reading or self._new:
             self._hold_earlier(whole - BLOCK, before)
-        if whole > self.at:
+        if whole > self.at and whole >= before:  # a branch from disk begins without the state that lies there
             slot = self.current if whole == before else int(self.kept[whole - before - 1])
             self.pool.retain(slot)
             old, self.boundary, self.at = self.boundary, slot, whole
