@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,10 +132,23 @@ class Modules:
             tell, self.tell = self.tell, None
             tell(f"Compiling kernels for {self.target}, once for this GPU.")
         with ThreadPoolExecutor(max(1, min(AT_ONCE, os.cpu_count() or 1, len(missing)))) as pool:
-            images = {u: pool.submit(self.cache.image, u[0], dict(u[1]), self.target) for u in todo}
+            failed = (
+                threading.Event()
+            )  # then those that wait are not begun; they stand behind those that were
+
+            def image(unit: Unit) -> bytes:
+                if failed.is_set():
+                    raise CancelledError
+                try:
+                    return self.cache.image(unit[0], dict(unit[1]), self.target)
+                except BaseException:
+                    failed.set()
+                    raise
+
+            images = {u: pool.submit(image, u) for u in todo}
             try:
-                for unit, image in images.items():
-                    self._modules[unit] = self._load(unit, image.result())
+                for unit, made in images.items():
+                    self._modules[unit] = self._load(unit, made.result())
             finally:
                 pool.shutdown(cancel_futures=True)
 

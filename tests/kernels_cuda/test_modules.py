@@ -182,7 +182,7 @@ def test_a_source_that_does_not_compile_stops_the_others(tmp_path, monkeypatch):
     m = Modules(NoDevice(), Cache(tmp_path, Failing()))
     with pytest.raises(CompileError, match="no"):
         m.prepare([("rows.cu", {"A": str(i)}) for i in range(20)])
-    assert m.cache.compiler.made < 20
+    assert m.cache.compiler.made == 1
 
 
 # NVRTC
