@@ -27,7 +27,10 @@ SHARED_NAMES = {
 def layers(c: Settings, stack: Stack, experts: ExpertsConfig) -> tuple[LayerConfig, ...]:
     """Layers of which each `decoder_sparse_step`-th has the experts, unless mlp_only_layers names it."""
     step, dense = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
-    slides = lambda i: c["use_sliding_window"] and i % 2 == 0 and i < c["max_window_layers"]  # noqa: E731
+
+    def slides(i: int) -> bool:
+        return bool(c["use_sliding_window"] and i % 2 == 0 and i < c["max_window_layers"])
+
     one = [i in dense or bool((i + 1) % step) for i in range(stack.n)]
     made = hf_config.windowed(c, stack, slides)
     return tuple(layer if one[i] else replace(layer, mlp=experts) for i, layer in enumerate(made))
