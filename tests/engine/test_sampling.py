@@ -21,6 +21,7 @@ from transformers import (
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.engine.sampling import (
     SamplingParams,
+    _order,
     candidates,
     choose_seed,
     gumbel,
@@ -302,3 +303,14 @@ def test_but_changes_what_is_given_and_refuses_unknown_names():
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop=None).stop == ()
+
+
+@pytest.mark.parametrize("k", [1, 40, 1024])
+def test_the_largest_of_a_long_row_are_those_of_a_stable_sort(k):
+    rng = np.random.default_rng(k)
+    for n in (70000, 70001, 70031):
+        smooth = rng.normal(0, 3, n).astype(np.float32)
+        level = np.round(smooth)  # many that are equal, at the cut too
+        few = np.where(rng.random(n) < 0.0005, level, -np.inf).astype(np.float32)
+        for x in (smooth, level, few, np.sort(smooth), np.zeros(n, np.float32)):
+            assert _order(x, k).tolist() == np.argsort(-x, kind="stable")[:k].tolist()

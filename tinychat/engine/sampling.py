@@ -15,6 +15,7 @@ from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.base.sampling_params import SamplingParams
 
 FEW = 1024  # of a row's largest logits: nearly always all that top-p and min-p leave
+GROUP = 32  # numbers of a row of which only the largest is looked at first
 
 
 _MASK = (1 << 64) - 1
@@ -66,13 +67,28 @@ def candidates(
 
 def _order(x: np.ndarray, k: int) -> np.ndarray:
     """The ids of the k largest, best first; the lowest id first among equals."""
-    ids = np.arange(len(x))
-    if k < len(x):
+    ids = _near_the_top(x, k)
+    if k < len(ids):
         # Every id equal to the k-th is a candidate for the cut, so take the lowest ids.
-        edge = x[np.argpartition(-x, k - 1)[:k]].min()
-        above = np.flatnonzero(x > edge)
-        ids = np.concatenate([above, np.flatnonzero(x == edge)[: k - len(above)]])
+        values = x[ids]
+        edge = np.partition(values, len(ids) - k)[len(ids) - k]
+        above, level = ids[values > edge], ids[values == edge]
+        ids = np.concatenate([above, level[: k - len(above)]])
     return ids[np.lexsort((ids, -x[ids]))]
+
+
+def _near_the_top(x: np.ndarray, k: int) -> np.ndarray:
+    """Ids, ascending, with the k largest and all that equal one of them, and a few more.
+
+    The row is cut into groups. Of the k groups with the largest maxima each has a number that is no less than
+    the k-th maximum, so nothing below that can be among the k largest. This takes a small part of the time of
+    a partition of the row.
+    """
+    groups = len(x) // GROUP
+    if groups < 2 * k:
+        return np.arange(len(x))
+    maxima = x[: groups * GROUP].reshape(GROUP, groups).max(axis=0)
+    return np.flatnonzero(x >= np.partition(maxima, groups - k)[groups - k])
 
 
 def _filtered(ids: np.ndarray, x: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:

@@ -107,6 +107,7 @@ class Scheduler:
         self.backend, self._execute = backend, execute
         self._rate = 0.0  # rows a second of steps that read prompts
         self._seconds = 0.0  # of the last step in which nobody read a prompt
+        self._passed: OwnedBranch | None = None  # whose prompt had to wait in the last step
         self.forked()
 
     def forked(self) -> None:
@@ -119,8 +120,8 @@ class Scheduler:
     # What a step has
 
     def compose(self, wanted: Sequence[Rows]) -> list[tuple[Rows, int]]:
-        """The next step: rows of running answers in the order in which they came, then one chunk of the
-        prompt that is read longest; each with how many of its rows run.
+        """The next step: rows of running answers in the order in which they came, then one chunk of a prompt;
+        each with how many of its rows run.
         """
         backend = self.backend
         spans, left = backend.max_spans, backend.max_rows
@@ -138,10 +139,20 @@ class Scheduler:
                 break
         if not prompts:
             return decoded
-        first = min(prompts, key=lambda rows: rows.branch.since)
+        first = self._next_prompt(prompts)
         others = bool(decoded) or any(not due.given_up for due in self._due.values())
         n = min(self.chunk_size(others), backend.max_rows - sum(n for _, n in decoded), len(first.ids))
         return [*decoded, (first, n)] if n else decoded
+
+    def _next_prompt(self, prompts: Sequence[Rows]) -> Rows:
+        """The prompt of which least is left, so that a question need not wait for a book. One that has begun
+        before it is passed over in one step, not in two: it is read at half its speed at least.
+        """
+        oldest = min(prompts, key=lambda rows: rows.branch.since)
+        shortest = min(prompts, key=lambda rows: (len(rows.ids), rows.branch.since))
+        passed = self._passed is oldest.branch
+        self._passed = None if passed or shortest is oldest else oldest.branch
+        return oldest if passed else shortest
 
     def chunk_size(self, beside: bool = False) -> int:
         """Rows of a prompt's next chunk: a whole number of blocks, about CHUNK_SECONDS of work. beside: about

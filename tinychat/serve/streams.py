@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -98,48 +99,60 @@ class Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, or until the client is gone."""
-        gone = asyncio.ensure_future(_gone(receive))
-        following: asyncio.Future[bytes] | None = None
-        started = False
-
-        async def say(data: bytes, more: bool = True) -> None:
-            nonlocal started
-            if not started:
-                started = True
-                head = [(b"content-type", b"text/event-stream; charset=utf-8")]
-                head += [(k.encode(), v.encode()) for k, v in HEADERS.items()]
-                await send({"type": "http.response.start", "status": 200, "headers": head})
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-
+        line = _Line(send)
+        gone, talk = asyncio.ensure_future(_gone(receive)), asyncio.ensure_future(self._talk(line))
         try:
             while not gone.done():
-                following = following or asyncio.ensure_future(_next(self._chunks))
-                either: set[asyncio.Future[Any]] = {following, gone}
-                await asyncio.wait(either, timeout=self._quiet, return_when=asyncio.FIRST_COMPLETED)
-                if following.done():
-                    done, following = following, None
-                    await say(done.result())
-                elif not gone.done():
-                    await say(ALIVE)
-        except StopAsyncIteration:
-            await say(b"", more=False)
+                patience = line.patience(self._quiet)
+                await asyncio.wait({talk, gone}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if talk.done():
+                    break
+                if not gone.done() and line.patience(self._quiet) <= 0:
+                    await line.say(ALIVE)
+            if talk.done():
+                await talk
+                await line.say(b"", more=False)
         except Exception as e:
             problem = problems.of(e)
-            if started:
-                await say(self._error_event(problem), more=False)
+            if line.started:
+                await line.say(self._error_event(problem), more=False)
             else:
                 response = Reply(self._error(problem), problem.status, problem.headers)
                 await response(scope, receive, send)
         finally:
-            gone.cancel()
-            if following is not None:
-                following.cancel()
-                with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-                    await following
+            for task in (gone, talk):
+                task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await talk
             await self._chunks.aclose()
             self._over()
 
+    async def _talk(self, line: _Line) -> None:
+        # A loop of its own, since to wait for each event and the client at once costs as much as the event.
+        async for chunk in self._chunks:
+            await line.say(chunk)
 
-async def _next(chunks: AsyncGenerator[bytes, None]) -> bytes:
-    # A future cannot hold StopAsyncIteration of a generator's own method; a coroutine's can.
-    return await chunks.__anext__()
+
+class _Line:
+    """The body of a stream as it is sent."""
+
+    def __init__(self, send: Send):
+        self._send = send
+        self._last = time.monotonic()  # when something was sent
+        self._busy = False
+        self.started = False
+
+    async def say(self, data: bytes, more: bool = True) -> None:
+        """Send a piece, the headers before the first one."""
+        self._busy = True
+        if not self.started:
+            self.started = True
+            head = [(b"content-type", b"text/event-stream; charset=utf-8")]
+            head += [(k.encode(), v.encode()) for k, v in HEADERS.items()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": head})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self._last, self._busy = time.monotonic(), False
+
+    def patience(self, quiet: float) -> float:
+        """Seconds until nothing will have been sent for so many."""
+        return quiet if self._busy else max(0.0, self._last + quiet - time.monotonic())
