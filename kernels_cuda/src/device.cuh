@@ -52,43 +52,21 @@ DEVICE void start() {
     wait_for_kernels();
 }
 
-// Where rows of 4-byte words or more are read once: they should not push anything out of L2.
+// Whether copies of what is read once say so (evict-first), so that they push nothing out of L2. Not from sm_90 on: ptxas
+// before 13.4 can leave the register unwritten there that such a copy's policy is in (Triton #11660), which is an illegal
+// instruction, or bytes at a wrong place. Where the other copies fail as well, kernels are compiled with HINTS 0.
+#ifndef HINTS
+#define HINTS (__CUDA_ARCH__ < 900)
+#endif
+
 DEVICE u64 evict_first() {
 #ifdef TINYCHAT_HOST
     return 0;
 #else
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    u64 policy = 0;
+    if (HINTS) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 #endif
-}
-
-// 16 bytes to shared memory in the background, past L1.
-DEVICE void copy_async_16(void* to, const void* from, u64 policy) {
-#ifdef TINYCHAT_HOST
-    host::copy_async(to, from, 16);
-#else
-    u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "l"(policy)
-                 : "memory");
-#endif
-}
-
-// The same of 4, 8 or 16 bytes; only 16 go past L1.
-template <int BYTES>
-DEVICE void copy_once(void* to, const void* from, u64 policy) {
-    if constexpr (BYTES == 16) {
-        copy_async_16(to, from, policy);
-    } else {
-#ifdef TINYCHAT_HOST
-        host::copy_async(to, from, BYTES);
-#else
-        u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
-        asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
-                     "n"(BYTES), "l"(policy)
-                     : "memory");
-#endif
-    }
 }
 
 // 4, 8 or 16 bytes, through L1: what neighbouring warps read too.
@@ -99,6 +77,29 @@ DEVICE void copy_async(void* to, const void* from) {
 #else
     u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
+#endif
+}
+
+// The same of what is read once, to shared memory in the background. 16 bytes go past L1, which smaller ones cannot.
+template <int BYTES>
+DEVICE void copy_once(void* to, const void* from, [[maybe_unused]] u64 policy) {
+#ifdef TINYCHAT_HOST
+    host::copy_async(to, from, BYTES);
+#else
+    u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
+    if constexpr (BYTES < 16 && !HINTS) {
+        copy_async<BYTES>(to, from);
+    } else if constexpr (BYTES < 16) {
+        asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
+                     "n"(BYTES), "l"(policy)
+                     : "memory");
+    } else if constexpr (HINTS) {
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                     "l"(policy)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    }
 #endif
 }
 

@@ -1,5 +1,6 @@
 """Every source under NVRTC for every GPU generation, its registers, spills and shared memory against the
-limits beside the kernels ("// resources NAME: registers …, spills …, shared …"). No GPU is needed.
+limits beside the kernels ("// resources NAME: registers …, spills …, shared …"), and what it makes for sm_90
+against an error of ptxas. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cubin import COPY_ASYNC, OPCODE, kernels, lost_policies
 
 from tinychat.kernels_cuda import layout, modules
 from tinychat.kernels_cuda.nvrtc import CompilerMissingError, Nvrtc
@@ -54,6 +56,8 @@ def check(source: str, defines: dict[str, str], architecture: int) -> None:
     )
     assert image.startswith(b"\x7fELF")
     assert "warning" not in log, log
+    if architecture == 90:
+        assert lost_policies(image) == 0, f"{source} {defines}"
     allowed, actual = limits(source), used(log)
     assert actual
     for name, resources in actual.items():
@@ -148,6 +152,55 @@ def test_everything_compiles_for_every_gpu(architecture):
     heads = [unit for head in range(32, 257, 32) for bits in (16, 8) for unit in attention_units(head, bits)]
     check_all([*linear_units(*FORMS), *heads], architecture)
     check_all([("embed.cu", form.defines) for form in FORMS], architecture)
+
+
+@pytest.fixture
+def copying(tmp_path):
+    """`copying(target, **defines)`: a kernel that copies 16 bytes and 4, once each, compiled."""
+    source = tmp_path / "copy.cu"
+    source.write_text(
+        '#include "device.cuh"\n'
+        'extern "C" __global__ void k(const u8* from, float* to) {\n'
+        "    __shared__ float __align__(16) shared[5];\n"
+        "    u64 policy = evict_first();\n"
+        "    copy_once<16>(shared, from, policy);\n"
+        "    copy_once<4>(shared + 4, from + 16, policy);\n"
+        "    copy_wait<0>();\n"
+        "    to[0] = shared[0] + shared[4];\n"
+        "}\n"
+    )
+    return lambda target, **defines: NVRTC.compile(source, modules.headers(), target, defines)[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_copies_have_hints_before_hopper_and_where_they_are_not_turned_off(copying, architecture):
+    def hints(**defines: str) -> int:
+        return copying(f"compute_{architecture}", **defines).count(
+            b"cp.async.cg.shared.global.L2::cache_hint"
+        )
+
+    assert hints() == (architecture < 90)
+    assert hints(HINTS="0") == 0
+
+
+def test_a_copy_whose_policy_is_lost_is_counted(copying):
+    """One's register is set to what ptxas leaves there."""
+    image = copying("sm_90", HINTS="1")
+    (code,) = kernels(image).values()
+    low, high = next((a, b) for a, b in code if a & 0xFF == COPY_ASYNC & 0xFF)
+    found = low.to_bytes(8, "little") + high.to_bytes(8, "little")
+    assert lost_policies(image) == 0
+    lost = (low & ~OPCODE | COPY_ASYNC).to_bytes(8, "little") + (high & ~0x3F).to_bytes(8, "little")
+    assert lost_policies(image.replace(found, lost)) == 1
+
+
+@pytest.mark.slow
+def test_with_hints_the_compilers_error_is_found():
+    if NVRTC.version >= (13, 4):
+        pytest.skip(f"{NVRTC.name} does not have the error")
+    source, defines = modules.SOURCES / "linear.cu", layout.Form(4, "UNSIGNED", "ZERO").defines
+    image, _ = NVRTC.compile(source, modules.headers(), "sm_90", {**defines, "HINTS": "1"})
+    assert lost_policies(image) > 0
 
 
 def test_every_kernel_states_its_limits():

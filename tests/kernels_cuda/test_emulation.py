@@ -47,7 +47,7 @@ template <bool WAIT>
 DEVICE void fetch(float* to, const float* from) {
     __shared__ float __align__(16) shared[4 * 64];
     shared[4 * threadIdx.x] = -1;
-    copy_async_16(shared + 4 * threadIdx.x, from + 4 * threadIdx.x, evict_first());
+    copy_once<16>(shared + 4 * threadIdx.x, from + 4 * threadIdx.x, evict_first());
     copy_commit();
     if (WAIT) copy_wait<0>();
     to[threadIdx.x] = shared[4 * threadIdx.x];

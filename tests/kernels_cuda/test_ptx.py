@@ -97,7 +97,7 @@ KERNEL(not_aligned) {
 template <bool WAIT, bool BARRIER, int APART>
 DEVICE void fetch(float* to, const float* from) {
     __shared__ float __align__(16) shared[4 * 64];
-    copy_async_16(shared + 4 * threadIdx.x, from + 4 * threadIdx.x, evict_first());
+    copy_once<16>(shared + 4 * threadIdx.x, from + 4 * threadIdx.x, evict_first());
     copy_commit();
     if (WAIT) copy_wait<0>();
     if (BARRIER) __syncthreads();
@@ -120,7 +120,7 @@ template <bool WAIT>
 DEVICE void fetch(float* to, const float* from) {
     __shared__ float __align__(16) shared[4 * 64];
     let_next_start();
-    copy_async_16(shared + 4 * threadIdx.x, from + 4 * threadIdx.x, evict_first());
+    copy_once<16>(shared + 4 * threadIdx.x, from + 4 * threadIdx.x, evict_first());
     if (WAIT || lane_id()) wait_for_kernels();
     copy_commit();
     copy_wait<0>();

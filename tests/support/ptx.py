@@ -196,7 +196,7 @@ class Kernel:
             to, at, n = operands
             at = self.address(at)
             return f"set<u32>({self.value(to)}, atomic_add_shared({at}, as<u32>({self.value(n)}), {line}));"
-        if m := re.fullmatch(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::cache_hint)?", opcode):
+        if m := re.fullmatch(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::(?:cache_hint|128B))?", opcode):
             to, source, n, *_ = operands
             only_l2 = str(m[1] == "cg").lower()
             return f"copy_async({self.address(to)}, {self.address(source)}, {n}, {only_l2}, {line});"
