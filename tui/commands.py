@@ -26,6 +26,8 @@ COMMANDS = (
     Command("continue", "", "go on with the last answer, where it was stopped or cut"),
     Command("edit", "[TEXT]", "change your last message, as a new branch"),
     Command("branch", "[N]", "go to branch N of the last answer; without N, the next one"),
+    Command("tree", "", "all branches of this chat; enter goes to one"),
+    Command("go", "N", "go to branch N of the tree", True),
     Command("new", "", "a new chat"),
     Command("clear", "", "a new chat"),
     Command("resume", "[TEXT]", "find an earlier chat"),

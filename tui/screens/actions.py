@@ -22,7 +22,7 @@ from tinychat.chats.export import json_of, markdown_of
 from tinychat.tui import clipboard, commands, messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.markdown import Document
-from tinychat.tui.screens.hearing import Hearing
+from tinychat.tui.screens.places import Places
 from tinychat.tui.theme import SHORT_NAMES, THEMES
 from tinychat.tui.widgets.surface import Row
 from tinychat.tui.widgets.turn import Turn, human_size
@@ -32,7 +32,7 @@ PENALTY = {"repeat_penalty": 1.15}  # of an answer in place of one that ran in a
 
 
 # One file because it is a flat list: a short method for each thing that a user can do.
-class ChatActions(Hearing):
+class ChatActions(Places):
     """A method for each command, for what is done with a message or a chat, and for each key."""
 
     async def on_submitted(self, message: messages.Submitted) -> None:
@@ -158,26 +158,6 @@ class ChatActions(Hearing):
         self.composer.restore(m.content, m.attachments)
         self.composer.input.focus()
         self.say("Editing: enter sends it as a new branch, esc leaves it as it was.")
-
-    def command_branch(self, rest: str) -> Any:
-        last = self.conversation.tree.last("assistant")
-        if last is None:
-            raise UsageError("There is no answer yet.", "Say something first.")
-        siblings = self.conversation.tree.siblings(last)
-        numbers = [str(n + 1) for n in range(len(siblings))]
-        if rest and rest not in numbers:
-            raise UsageError(f"There is no branch {rest}.", f"Use /branch 1 to {len(siblings)}.")
-        at = numbers.index(rest) if rest else (siblings.index(last) + 1) % len(siblings)
-        return self.switch(siblings[at])
-
-    async def switch(self, node: int) -> None:
-        """Show the branch through a message."""
-        if self.answering:
-            raise UsageError("Still answering.", "esc stops it.")
-        self.conversation.switch(node)
-        await self.show_conversation()
-        if turn := self.transcript.turn(node):
-            turn.focus()
 
     def command_new(self, rest: str = "") -> Any:
         return self.action_new_chat()

@@ -32,6 +32,7 @@ class ChatScreen(ChatActions):
         Binding("ctrl+t", "sampling", "sampling"),
         Binding("f1", "help", "keys and commands"),
         Binding("f2", "stats", "speed and memory"),
+        Binding("f3", "tree", "tree of the chat: its branches"),
         Binding("ctrl+end", "follow", "to the end of the conversation", priority=True),
         Binding("pageup", "page(-1)", "scroll up", priority=True),
         Binding("pagedown", "page(1)", "scroll down", priority=True),

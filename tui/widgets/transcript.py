@@ -64,7 +64,18 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
         """Mount some more at the top, without moving what is seen; False if there are none."""
         if not self._older:
             return False
-        older, self._older = self._older[-AT_ONCE:], self._older[:-AT_ONCE]
+        await self._mount_older(max(0, len(self._older) - AT_ONCE))
+        return True
+
+    async def load_to(self, node: int) -> Turn | None:
+        """The widget of a message of the present branch; it is mounted with all that come after it."""
+        at = next((i for i, (place, _, _) in enumerate(self._older) if place == node), None)
+        if at is not None:
+            await self._mount_older(max(0, at - MARGIN))
+        return self.turn(node)
+
+    async def _mount_older(self, start: int) -> None:
+        older, self._older = self._older[start:], self._older[:start]
         first = self.turns[0] if self.turns else None
         before = self.virtual_size.height
         at = self.scroll_y
@@ -74,7 +85,6 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
             self.scroll_to(y=at + self.virtual_size.height - before, animate=False)
 
         self.call_after_refresh(keep_place)
-        return True
 
     def watch_scroll_y(self, old: float, new: float) -> None:
         super().watch_scroll_y(old, new)
