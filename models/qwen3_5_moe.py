@@ -22,7 +22,8 @@ def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
     return tuple(replace(layer, mlp=some) for layer in qwen3_5.layers_from_hf(c, stack))
 
 
-def _from_gguf(m: Metadata, stack: Stack) -> tuple[LayerConfig, ...]:
+def layers_from_gguf(m: Metadata, stack: Stack) -> tuple[LayerConfig, ...]:
+    """The layers, all with experts."""
     size = m.number("expert_feed_forward_length", stack.mlp.size)
     shared = m.number("expert_shared_feed_forward_length", size)
     some = replace(mixtral.experts_from_gguf(m, size), shared=shared)
@@ -54,7 +55,7 @@ GGUF = {
         qwen3_5.GGUF_NAMES | EXPERT_NAMES | qwen2_moe.SHARED_NAMES,
         flat=("mlp.shared_expert_gate",),
         options=("expert_count",),
-        layers=_from_gguf,
+        layers=layers_from_gguf,
         tensors=qwen3_5.GGUF_OWN,
     )
 }

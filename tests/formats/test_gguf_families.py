@@ -49,6 +49,7 @@ ARCHS = {
     "lfm2moe": "lfm2moe",
     "qwen3.5": "qwen35",
     "qwen3.5moe": "qwen35moe",
+    "qwen3next": "qwen3next",
     "qwen3.5 listed": "qwen35",
     "olmo3": "olmo2",
     "olmo3 yarn": "olmo2",

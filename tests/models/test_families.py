@@ -133,7 +133,12 @@ def test_a_gpu_refuses_by_name_what_it_has_no_kernels_for(case):
         "qwen2moe": "sigmoid",
         "hunyuan": "behind their rotation",
     }
-    refused |= {"ministral3": "position", "qwen3.5": "", "lfm": ""}  # these two by their memories
+    refused |= {
+        "ministral3": "position",
+        "qwen3.5": "",
+        "qwen3next": "",
+        "lfm": "",
+    }  # these two by their memories
     cls, changes = CASES[case]
     cfg = read_config(random_config(cls, **changes))
     word = next((word for name, word in refused.items() if case.startswith(name)), None)
@@ -287,6 +292,7 @@ def test_silent_settings_are_those_of_transformers():
         "Lfm3",
         "Qwen3_5",
         "Qwen3_5Moe",
+        "Qwen3Next",
         "Ministral3",
         "HunYuanDenseV1",
         "GraniteSWA",

@@ -25,8 +25,9 @@ from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats import awq
-from tinychat.formats.hf import HFCheckpoint, read_config
+from tinychat.formats.hf import ARCHITECTURES, HFCheckpoint, read_config
 from tinychat.models import FAMILIES
+from tinychat.network.family import shapes_in_files
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import QuantizedLinear, quantize_rtn
 
@@ -51,6 +52,7 @@ FAMILY_CASES = (
     "lfm2",
     "lfm3",
     "qwen3.5",
+    "qwen3next listed",
 )
 
 
@@ -98,11 +100,12 @@ def write(hf, folder, format_name):
     settings = hf.config.to_dict() | {"architectures": [type(hf).__name__], "quantization_config": config}
     (folder / "config.json").write_text(json.dumps(settings))
 
-    cfg = read_config(settings)
+    cfg, (_, form) = read_config(settings), ARCHITECTURES[type(hf).__name__]
     state = {name: t.detach().numpy().copy() for name, t in experts_apart(hf.state_dict()).items()}
     for layer in range(cfg.n_layers):
-        for seed, name in enumerate(FAMILIES[cfg.family].linears(cfg, layer)):
-            if (name.endswith("v_proj") and layer == 1) or name.endswith("mlp.gate"):
+        modules = shapes_in_files(form, cfg, FAMILIES[cfg.family].linears(cfg, layer))
+        for seed, name in enumerate(modules):
+            if (name.endswith("v_proj") and layer == 1) or name.endswith(("mlp.gate", "expert_gate")):
                 continue  # a module left in 16 bits, as routers always are
             w = quantize_rtn(state.pop(f"{name}.weight"), GROUP)
             parts, dequantized = pack(w, seed)

@@ -71,6 +71,7 @@ GGUF_CASES = {
     "qwen3moe": "qwen3moe",
     "lfm2": "lfm2",
     "qwen3.5 listed": "qwen35",
+    "qwen3next": "qwen3next",
     "olmo3": "olmo2",
     "exaone4": "exaone4",
     "exaone4 small": "exaone4",

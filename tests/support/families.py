@@ -36,6 +36,7 @@ class FromTransformers:
     def __init__(self, hf):
         self.config = read_config({**hf.config.to_dict(), "architectures": [type(hf).__name__]})
         state = experts_apart({as_modules_are_called(k): v for k, v in hf.state_dict().items()})
+        state = projections_apart(state, hf.config)
         self.state = {k: v.detach().numpy() for k, v in state.items()}
 
     def has(self, name):
@@ -50,7 +51,7 @@ class FromTransformers:
         own, family = STRANGE.get(name.rpartition(".")[2]), self.config.family
         if own is not None:
             return own(self.state[name + ".weight"])
-        plain = not family.startswith(("gemma", "qwen3_5")) or name.endswith("linear_attn.norm")
+        plain = not family.startswith(("gemma", "qwen3_5", "qwen3_next")) or name.endswith("linear_attn.norm")
         stored = self.state[name if name in self.state else name + ".weight"]
         return stored + np.float32(not plain)
 
@@ -101,6 +102,26 @@ def experts_apart(state: dict) -> dict:
             parts = one.chunk(2) if linear == "gate_up_proj" else (one,)
             names = ("gate_proj", "up_proj") if linear == "gate_up_proj" else (linear,)
             out |= {f"{prefix}.{e}.{n}.weight": p for n, p in zip(names, parts, strict=True)}
+    return out
+
+
+def projections_apart(state: dict, c) -> dict:
+    """A state dict with a linear for each projection, where Qwen3-Next has those of a head side by side."""
+    out = {}
+    for name, t in state.items():
+        prefix, _, module = name.removesuffix(".weight").rpartition(".")
+        if module not in ("in_proj_qkvz", "in_proj_ba"):
+            out[name] = t
+            continue
+        keys, each = c.linear_num_key_heads, c.linear_num_value_heads // c.linear_num_key_heads
+        heads = t.view(keys, -1, t.shape[1])
+        if module == "in_proj_ba":
+            parts = dict(zip(("in_proj_b", "in_proj_a"), heads.split([each, each], dim=1), strict=True))
+        else:
+            sizes = [c.linear_key_head_dim] * 2 + [each * c.linear_value_head_dim] * 2
+            q, k, v, z = (p.reshape(-1, t.shape[1]) for p in heads.split(sizes, dim=1))
+            parts = {"in_proj_qkv": torch.cat([q, k, v]), "in_proj_z": z}
+        out |= {f"{prefix}.{n}.weight": p.reshape(-1, t.shape[1]) for n, p in parts.items()}
     return out
 
 
@@ -385,6 +406,13 @@ CASES = {
         "Qwen3_5MoeForCausalLM",
         dict(DELTA, head_dim=16, **DELTA_MOE)
         | dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]),
+    ),
+    "qwen3next": ("Qwen3NextForCausalLM", dict(DELTA, head_dim=16, **DELTA_MOE, num_hidden_layers=4)),
+    "qwen3next listed": (
+        "Qwen3NextForCausalLM",
+        dict(DELTA, head_dim=32, **DELTA_MOE, mlp_only_layers=[0], norm_topk_prob=False)
+        | dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
+        | dict(linear_num_value_heads=6, shared_expert_intermediate_size=64, tie_word_embeddings=True),
     ),
     "lfm3": (
         "Lfm3ForCausalLM",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from families import projections_apart
 from ggml_blocks import Kind, random_blocks
 from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 from gguf.quants import dequantize
@@ -283,6 +284,32 @@ def routed_deltas(w: GGUFWriter, c, tensors: dict) -> None:
     shared_expert(w, c, tensors)
 
 
+def next_deltas(w: GGUFWriter, c, tensors: dict) -> None:
+    """Qwen3NextModel of llama.cpp's converter: one of the two projections is taken apart."""
+    shared_expert(w, c, tensors)
+    w.add_ssm_conv_kernel(c.linear_conv_kernel_dim)
+    w.add_ssm_state_size(c.linear_key_head_dim)
+    w.add_ssm_group_count(c.linear_num_key_heads)
+    w.add_ssm_time_step_rank(c.linear_num_value_heads)
+    w.add_ssm_inner_size(c.linear_value_head_dim * c.linear_num_value_heads)
+    recurrent = [kind == "linear_attention" for kind in c.layer_types]
+    w.add_array(f"{w.arch}.attention.recurrent_layers", recurrent)
+    for name in [n for n in tensors if n.endswith("norm.weight") and "linear_attn" not in n]:
+        tensors[name] = tensors[name] + 1
+    for name in [n for n in tensors if "linear_attn" in n]:
+        t = tensors.pop(name)
+        if name.endswith("in_proj_qkvz.weight"):
+            for part, own in projections_apart({name: t}, c).items():
+                blk = f"blk.{name.split('.')[2]}."
+                tensors[blk + ("attn_gate" if part.endswith("z.weight") else "attn_qkv") + ".weight"] = own
+            continue
+        if name.endswith("conv1d.weight"):
+            t = t.squeeze(1)
+        elif name.endswith("A_log"):
+            t = -torch.exp(t)
+        tensors[name.replace(".dt_bias", ".dt_proj.bias")] = t
+
+
 METADATA = {
     "lfm2": convolutions,
     "lfm2moe": routed_convolutions,
@@ -294,4 +321,5 @@ METADATA = {
     "granite_swa": granite_swa,
     "qwen2moe": shared_expert,
     "qwen35moe": routed_deltas,
+    "qwen3next": next_deltas,
 }

@@ -19,7 +19,7 @@ from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, Tensor, type_of
 from tinychat.formats.gguf_parts import open_parts
 from tinychat.models import FAMILIES
 from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig
-from tinychat.network.family import in_file_order
+from tinychat.network.family import in_files, shapes_in_files
 from tinychat.network.weight_form import Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
@@ -42,15 +42,15 @@ class GGUFCheckpoint:
 
     def has(self, name: str) -> bool:
         """Whether the module exists (a tied model has no `lm_head`)."""
-        return self._name(name) + ".weight" in self.file.tensors
+        return self._name(self._where(name)[0]) + ".weight" in self.file.tensors
 
     def linear(self, name: str) -> Linear:
         """A linear module or the embedding, in Hugging Face's row order.
 
         Types with a function in `gguf_blocks` → QuantizedLinear, exactly; others → DenseLinear.
         """
+        name, rows = self._where(name)
         tensor = self._tensor(name)
-        rows = self._row_order(name)
         bias = None
         if self._name(name) + ".bias" in self.file.tensors:
             bias = self._dense(self._tensor(name, ".bias"), rows).reshape(-1).astype(np.float32)
@@ -77,9 +77,10 @@ class GGUFCheckpoint:
 
     def stored(self, name: str) -> tuple[Form | str, int]:
         """Form of a linear or the embedding, the name of its type where there are no words, and its bytes."""
+        name, rows = self._where(name)
         tensor = self._tensor(name)
-        type_name = type_of(tensor.kind)[0]
-        return FORMS.get(type_name, type_name), tensor.n_bytes
+        type_name, share = type_of(tensor.kind)[0], 1.0 if rows is None else len(rows) / tensor.shape[0]
+        return FORMS.get(type_name, type_name), round(tensor.n_bytes * share)
 
     def vector(self, name: str) -> np.ndarray:
         """A norm's weight: float32 [n]."""
@@ -142,7 +143,7 @@ class GGUFCheckpoint:
             needed.update(family.linears(cfg, i))
             needed.update(family.norms(cfg, i))
         allowed = set(ROPE_TENSORS)
-        for name, shape in needed.items():
+        for name, shape in shapes_in_files(self.form, cfg, needed).items():
             tensor = self._tensor(name)
             if tensor.shape != shape:
                 raise self.file.damaged(
@@ -215,10 +216,11 @@ class GGUFCheckpoint:
         out = self.file.floats(tensor)
         return out[rows] if rows is not None else out
 
-    def _row_order(self, name: str) -> np.ndarray | None:
-        """Undo llama.cpp's interleaving of q and k heads (its row 2i is ours i, its 2i + 1 ours i + d/2)."""
-        order = in_file_order(self.form, self.config, name)
-        return None if order is None else np.argsort(order)
+    def _where(self, name: str) -> tuple[str, np.ndarray | None]:
+        """Name of the module that holds a linear in the file, and its rows there, in our order: llama.cpp
+        interleaves heads of q and k (its row 2i is ours i, its 2i + 1 ours i + d/2).
+        """
+        return in_files(self.form, self.config, name)
 
     def _layer(self, name: str) -> LayerConfig:
         """The layer that a module belongs to."""

@@ -21,7 +21,7 @@ from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_j
 from tinychat.models import FAMILIES
 from tinychat.network import hf_config
 from tinychat.network.config import ModelConfig
-from tinychat.network.family import FromHF, in_file_order, kept
+from tinychat.network.family import FromHF, in_files, kept, shapes_in_files
 from tinychat.network.weight_form import Form
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
@@ -62,20 +62,22 @@ class HFCheckpoint:
         self.config = read_config(self.json, generation)
         self.quantization = read_quantization(self.path, self.json)
         self._tensors = Tensors(self.path, self._by_module, self._wanted_file())
-        self._shapes = _expected_shapes(self.config)
+        self._shapes = shapes_in_files(self._form, self.config, _expected_shapes(self.config))
         self._refuse_unknown()
         self._tie()
 
     def has(self, name: str) -> bool:
-        return f"{name}.weight" in self._tensors or self._quantized(name)
+        whole, _ = in_files(self._form, self.config, name)
+        return f"{whole}.weight" in self._tensors or self._quantized(whole)
 
     def linear(self, name: str) -> Linear:
         """A linear module or the embedding: each is quantized or not as its own tensors are."""
-        stored, order = self._linear(name), in_file_order(self._form, self.config, name)
-        if order is None:
+        whole, rows = in_files(self._form, self.config, name)
+        stored = self._linear(whole)
+        if rows is None:
             return stored
         try:
-            return stored.reordered(np.argsort(order))
+            return stored.reordered(rows)
         except ValueError as e:
             raise UnsupportedModelError(f"{name} cannot be read: {e}.", SUPPORTED) from e
 
@@ -98,6 +100,7 @@ class HFCheckpoint:
 
     def stored(self, name: str) -> tuple[Form | str, int]:
         """Form of a linear or the embedding, a name where there are no words, and its bytes."""
+        name, rows = in_files(self._form, self.config, name)
         if not self._quantized(name):
             dtype = self._tensors[f"{name}.weight"].dtype
             form: Form | str = FLOAT_FORMS.get(dtype, dtype)
@@ -106,7 +109,8 @@ class HFCheckpoint:
         else:
             shape = self._shapes.get(name)
             form = quantized.look(self._tensors, self.quantization, name, shape).form
-        return form, self._tensors.n_bytes(name)
+        n_bytes = self._tensors.n_bytes(name)
+        return form, n_bytes if rows is None else n_bytes * len(rows) // self._shapes[name][0]
 
     def vector(self, name: str) -> np.ndarray:
         self._tensors.check(f"{name}.weight", self._shapes.get(name, (self.config.hidden_size,)))

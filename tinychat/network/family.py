@@ -89,6 +89,18 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A module that files hold among the rows of a larger one.
+
+    whole  the larger one, as it is called inside a block
+    rows   of the whole, in the order that they have here: int64 [out], for a layer
+    """
+
+    whole: str
+    rows: Callable[[LayerConfig], np.ndarray]
+
+
+@dataclass(frozen=True)
 class FromHF:
     """How config.json reads for one entry of `architectures`, and what its tensors are called.
 
@@ -105,6 +117,7 @@ class FromHF:
                   get the names of `linears` and `norms`
     rope_fields   fields of a rope scaling that it has beside those that all have
     interleaved   whether its files hold rows of q and k for rotating neighbours (x[2i], x[2i + 1])
+    parts         modules that its files hold among the rows of others, by their names inside a block
     model_type    its name in the `text_config` of wrappers
     wrappers      architectures of models of several inputs whose `text_config` may describe such a model
     """
@@ -121,6 +134,7 @@ class FromHF:
     tensors: tuple[tuple[str, str], ...] = ()
     rope_fields: tuple[str, ...] = ()
     interleaved: bool = False
+    parts: Mapping[str, Part] = field(default_factory=dict)
     model_type: str = ""
     wrappers: tuple[str, ...] = ()
 
@@ -137,6 +151,7 @@ class FromGGUF:
     layers       the layers of a model
     constants    what ModelConfig has besides
     tensors      tensors with names of another kind than the rest: what they would be called else
+    parts        modules that files hold among the rows of others, by their names inside a block
     """
 
     names: Mapping[str, str]
@@ -147,6 +162,29 @@ class FromGGUF:
     layers: Callable[[Metadata, Stack], tuple[LayerConfig, ...]] = lambda metadata, stack: stack.layers()
     constants: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}
     tensors: tuple[tuple[str, str], ...] = ()
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+
+def in_files(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> tuple[str, np.ndarray | None]:
+    """Name of the module that holds the linear `name` in its family's files, and which of its rows that are,
+    in our order: int64 [out]; None: all of them as they are.
+    """
+    layer, _, module = name.removeprefix("model.layers.").partition(".")
+    if part := form.parts.get(module):
+        return f"model.layers.{layer}.{part.whole}", part.rows(cfg.layers[int(layer)])
+    order = in_file_order(form, cfg, name)
+    return name, None if order is None else np.argsort(order)
+
+
+def shapes_in_files(
+    form: FromHF | FromGGUF, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of modules by the names that these have in the family's files, parts joined."""
+    out: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        whole, _ = in_files(form, cfg, name)
+        out[whole] = (out[whole][0] + shape[0], *shape[1:]) if whole in out else shape
+    return out
 
 
 def in_file_order(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> np.ndarray | None:
