@@ -18,7 +18,9 @@ def model():
         yield m
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 7, "top_k": 20}])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 7, "top_k": 20, "frequency_penalty": 0.5}]
+)
 @pytest.mark.parametrize("draft", ["none", "ngram"])
 def test_pieces_of_an_answer_are_what_it_says_in_one_go(model, sampling, draft):
     whole = say(model.session(draft=draft, **sampling), "hello", max_tokens=40).completion

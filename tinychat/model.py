@@ -21,6 +21,7 @@ from tinychat.engine.engine import Engine
 from tinychat.engine.eviction import SINKS, SMALLEST, EvictionPolicy
 from tinychat.engine.memory.sizes import memory_bytes, tokens_within
 from tinychat.engine.odds import MOST
+from tinychat.engine.penalties import check_bias
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.session import Session
@@ -214,7 +215,7 @@ class Model:
     def continuing(self, prompt: str | Sequence[int], **options: Any) -> PromptRequest:
         """What `generate` asks for, checked. Raises UsageError."""
         draft, odds = options.pop("draft", None), _top(options.pop("logprobs", None))
-        params = self.default_sampling.but(**options)
+        params = self._params(options)
         if isinstance(prompt, str):
             refuse_oversized(self.tokenizer, [prompt], self.n_ctx, self.eviction() is not None)
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._ids(prompt)
@@ -277,7 +278,7 @@ class Model:
         several = arguments.flag("parallel_tool_calls", parallel_tool_calls)
         if given and self.template is None:
             raise UsageError(f"{self.name} has no chat template, and knows no tools.", "Choose a chat model.")
-        odds, params = _top(logprobs), self.default_sampling.but(**sampling)
+        odds, params = _top(logprobs), self._params(sampling)
         if (think is not None or effort is not None) and self.template is not None:
             self.template.switches(think, effort)
         elif think is not None or effort is not None:
@@ -338,6 +339,9 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        return check_bias(self.default_sampling.but(**sampling), self.config.vocab_size)
 
     def _ids(self, given: Iterable[int]) -> list[int]:
         return arguments.token_ids(given, self.config.vocab_size)

@@ -16,6 +16,7 @@ from tinychat.dialogue import Dialogue, Segments
 from tinychat.engine.eviction import SMALLEST
 from tinychat.engine.guide import Guide, guide_for
 from tinychat.engine.memory.branch import common_prefix
+from tinychat.engine.penalties import check_bias
 from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.wishes import NOTHING, Begun
 from tinychat.text import grammar
@@ -94,6 +95,7 @@ class Session(Dialogue):
         return self._events_of(segments, params, Begun(ids, answer.content))
 
     def _events_of(self, segments: Segments, params: SamplingParams, begun: Begun) -> Iterator[Event]:
+        check_bias(params, self.model.config.vocab_size)
         prompt = [i for _, part in segments for i in part]
         self._go_back([*prompt, *begun.ids])
         template = self.model.template

@@ -91,6 +91,25 @@ def test_repetition_penalty_counts_prompt_and_answer(model):
         ids.append(token)
 
 
+def test_presence_and_frequency_count_the_answer_alone_and_a_bias_is_added(model):
+    options = dict(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={ID_OF[b"e"]: 0.3, END: -100})
+    _, done = answer(model, PROMPT, temperature=0, max_tokens=50, **options)
+    ids, repeated = list(PROMPT), 0
+    for token in done.completion.token_ids:
+        row = model.logits(ids)[-1]
+        row[ID_OF[b"e"]] += np.float32(0.3)
+        row[END] -= 100
+        for i in set(said := ids[len(PROMPT) :]):
+            row[i] -= np.float32(0.5 + 0.25 * said.count(i))
+        assert token == row.argmax()
+        repeated += token in said
+        ids.append(token)
+    assert len(done.completion.token_ids) == 50
+    assert repeated > 5
+    plain = answer(model, PROMPT, temperature=0, max_tokens=50)[1].completion.token_ids
+    assert plain != done.completion.token_ids
+
+
 def test_seed_alone_decides(model):
     texts = [answer(model, PROMPT, seed=7, max_tokens=30)[0] for _ in range(2)]
     # With the prefix in the cache (second run), without it, and with other chunks of prefill.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tinychat.backends.interface import LargestLogits
 from tinychat.base.errors import CheckpointError
 from tinychat.engine import sampling
+from tinychat.engine.penalties import Penalties
 from tinychat.engine.sampling import SamplingParams, candidates, largest_suffice, sample, total_temperature
 
 N = 2000
@@ -33,16 +34,18 @@ class Row:
         self.asked = True
         return self.x
 
-    def same(self, params, seen=None):
+    def same(self, params, seen=(), answer=()):
         """The row sorted whole, the row, and its largest give the same; whether the largest sufficed."""
+        penalties = Penalties.of(params, self.x, [*seen, *answer], (), len(seen))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sampling, "FEW", 10**9)
-            expected = candidates(self.x, params, seen)
+            expected = candidates(self.x, params, penalties)
         for logits in (self.x, self.largest(params)):
             self.asked = False
-            for got, want in zip(candidates(logits, params, seen), expected, strict=True):
+            for got, want in zip(candidates(logits, params, penalties), expected, strict=True):
                 np.testing.assert_array_equal(got, want)
-        assert sample(self.largest(params), params, 3, 9, seen) == sample(self.x, params, 3, 9, seen)
+        for p in (params, params.but(temperature=0)):
+            assert sample(self.largest(p), p, 3, 9, penalties) == sample(self.x, p, 3, 9, penalties)
         return not self.asked
 
 
@@ -50,7 +53,8 @@ def test_a_long_row_is_not_sorted_whole(monkeypatch):
     orders, inner = [], sampling._order
     monkeypatch.setattr(sampling, "_order", lambda x, k: orders.append(k) or inner(x, k))
     for params in (dict(top_p=0.9, min_p=0.0), dict(top_p=1.0), dict(repeat_penalty=1.2)):
-        candidates(random_row(2).astype(np.float32), SamplingParams(top_k=0, **params), np.arange(50))
+        params, row = SamplingParams(top_k=0, **params), random_row(2).astype(np.float32)
+        candidates(row, params, Penalties.of(params, row, np.arange(50), (), 0))
     assert orders == [sampling.FEW] * 3
 
 
@@ -70,6 +74,8 @@ def random_row(seed, spread=3.0):
         dict(top_k=1000, top_p=1.0, min_p=0.05),
         dict(top_k=N + 5, top_p=1.0, min_p=0.05),
         dict(repeat_penalty=1.3),
+        dict(presence_penalty=0.4, frequency_penalty=0.3),
+        dict(logit_bias={3: -100, 7: -1}),
         dict(temperature=1e-3, top_k=0),
         dict(temperature=0.0, repeat_penalty=1.2),
     ],
@@ -81,10 +87,12 @@ def test_the_usual_settings_ask_for_no_whole_row(params):
     rows = [Row(random_row(seed)) for seed in range(20)]
     if params.temperature == 0:
         for row in rows:
-            assert sample(row.largest(params), params, 0, 0, seen) == sample(row.x, params, 0, 0, seen)
+            penalties = Penalties.of(params, row.x, seen, (), 0)
+            of, whole = (sample(x, params, 0, 0, penalties) for x in (row.largest(params), row.x))
+            assert of == whole
         assert not any(row.asked for row in rows)
     else:
-        assert sum(row.same(params, seen) for row in rows) >= 19
+        assert sum(row.same(params, seen, seen[:100]) for row in rows) >= 19
 
 
 @pytest.mark.parametrize(
@@ -95,6 +103,9 @@ def test_the_usual_settings_ask_for_no_whole_row(params):
         dict(top_k=0, top_p=0.9, min_p=0.0, repeat_penalty=1.1),  # nor what the penalty makes of it
         dict(top_k=0, top_p=0.9999, min_p=0.0, temperature=3.0),  # a nucleus wider than what there is
         dict(top_k=40, repeat_penalty=0.5),  # others may rise
+        dict(top_k=40, presence_penalty=-0.5),
+        dict(top_k=40, frequency_penalty=-0.5),
+        dict(top_k=40, logit_bias={7: 0.5}),
     ],
     ids=str,
 )
@@ -103,7 +114,7 @@ def test_settings_that_need_it_ask_for_the_row(params):
 
 
 def test_whole_rows_are_asked_for_from_the_start_where_they_are_needed():
-    for params in (dict(top_k=0, top_p=1.0, min_p=0.0), dict(repeat_penalty=0.9)):
+    for params in (dict(top_k=0, top_p=1.0, min_p=0.0), dict(repeat_penalty=0.9), dict(logit_bias={1: 1})):
         assert not largest_suffice(SamplingParams(**params))
 
 
@@ -121,9 +132,8 @@ def test_none_of_the_largest_is_the_whole_row():
     row = Row(random_row(5), k=0)
     assert not row.same(SamplingParams())
     params = SamplingParams(temperature=0, repeat_penalty=1.5)
-    assert sample(row.largest(params), params, 0, 0, np.array([1])) == sample(
-        row.x, params, 0, 0, np.array([1])
-    )
+    penalties = Penalties.of(params, row.x, [1], (), 0)
+    assert sample(row.largest(params), params, 0, 0, penalties) == sample(row.x, params, 0, 0, penalties)
 
 
 def test_a_penalty_that_leads_to_a_tie_with_what_is_missing_asks_for_the_row():
@@ -132,7 +142,7 @@ def test_a_penalty_that_leads_to_a_tie_with_what_is_missing_asks_for_the_row():
     params = SamplingParams(top_k=2, top_p=1.0, min_p=0.0, repeat_penalty=2.0)
     row = Row(x, k=2)  # 9 and 1; 9 falls to 3, behind 5, which is missing
     assert not row.same(params, np.array([9]))
-    assert candidates(row.x, params, np.array([9]))[0].tolist() == [1, 5]
+    assert candidates(row.x, params, Penalties.of(params, row.x, [9], (), 0))[0].tolist() == [1, 5]
 
 
 @pytest.mark.parametrize(("beside", "off"), [(5e-5, -1.0), (-5e-5, 1.0)])
@@ -163,10 +173,13 @@ def test_a_damaged_models_logits_are_refused(first):
     top_p=st.sampled_from([0.0, 0.3, 0.9, 0.999, 1.0]),
     min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     penalty=st.sampled_from([1.0, 1.0, 1.05, 2.0, 0.8]),
+    presence=st.sampled_from([0.0, 0.0, 0.5, 2.0, -1.0]),
+    frequency=st.sampled_from([0.0, 0.0, 0.25, 2.0, -0.5]),
+    bias=st.sampled_from([(), (), -100, -1.5, 2]),
     masked=st.booleans(),
 )
 def test_whatever_the_settings_both_ways_are_one(
-    seed, k, off, step, temperature, top_k, top_p, min_p, penalty, masked
+    seed, k, off, step, temperature, top_k, top_p, min_p, penalty, presence, frequency, bias, masked
 ):
     rng = np.random.default_rng(seed)
     x = rng.normal(0, 3, 1300)
@@ -176,6 +189,8 @@ def test_whatever_the_settings_both_ways_are_one(
         x[rng.random(1300) < 0.9] = -np.inf
         x[0] = 1
     params = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=penalty
-    )
-    Row(x, k, off).same(params, rng.integers(0, 1300, 60))
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=penalty,
+        presence_penalty=presence, frequency_penalty=frequency,
+        logit_bias={} if bias == () else dict.fromkeys(np.argsort(-x)[:30:3].tolist(), bias),
+    )  # fmt: skip
+    Row(x, k, off).same(params, rng.integers(0, 1300, 60), rng.integers(0, 1300, 60))

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tinychat.base.errors import CheckpointError, UsageError
+from tinychat.engine.penalties import Penalties, check_bias
 from tinychat.engine.sampling import (
     SamplingParams,
     _order,
@@ -53,14 +54,19 @@ def theirs(logits, seen=(), penalty=1.0, temperature=1.0, top_k=0, top_p=1.0, mi
     return torch.softmax(x, -1)[0].numpy()
 
 
-def ours(logits, seen=None, **params):
-    """Probabilities [vocab] by tinychat."""
-    ids, p = candidates(logits, SamplingParams(**{**OFF, **params}), seen)
+def ours(logits, prompt=(), answer=(), **params):
+    """Probabilities [vocab] by tinychat, behind a prompt and the answer so far."""
+    params = SamplingParams(**{**OFF, **params})
+    ids, p = candidates(logits, params, behind(params, logits, prompt, answer))
     assert len(set(ids.tolist())) == len(ids)
     assert (p[:-1] >= p[1:]).all()
     out = np.zeros(len(logits))
     out[ids] = p
     return out
+
+
+def behind(params, logits, prompt=(), answer=()):
+    return Penalties.of(params, logits, [*prompt, *answer[:1]], answer[1:], len(prompt))
 
 
 def random_logits(seed, n=300):
@@ -232,7 +238,7 @@ def test_temperature_zero_is_argmax_with_the_lowest_id_on_a_tie():
     assert sample(logits, params, 0, 0) == 1
     penalized = SamplingParams(temperature=0, repeat_penalty=2.0)
     assert not penalized.greedy
-    assert sample(logits, penalized, 0, 0, np.array([1])) == 2
+    assert sample(logits, penalized, 0, 0, behind(penalized, logits, [1])) == 2
     with pytest.raises(UsageError):
         candidates(logits, params)
 
@@ -240,8 +246,47 @@ def test_temperature_zero_is_argmax_with_the_lowest_id_on_a_tie():
 def test_penalty_leaves_the_callers_logits_alone():
     logits = random_logits(3)
     before = logits.copy()
-    penalize(logits, SamplingParams(repeat_penalty=2.0), np.array([1, 2]))
+    every = dict(repeat_penalty=2.0, presence_penalty=1.0, frequency_penalty=1.0, logit_bias={3: 1})
+    penalize(logits, behind(SamplingParams(**every), logits, [1, 2], [2]))
     np.testing.assert_array_equal(logits, before)
+
+
+def test_penalties_are_those_of_the_api():
+    # By hand: minus presence for what the answer has, minus frequency for each time; the prompt is free.
+    logits = np.array([1.0, 2.0, 3.0, -1.0, 0.5], dtype=np.float32)
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    got = penalize(logits, behind(params, logits, prompt=[0, 0, 4], answer=[1, 3, 3, 3]))
+    np.testing.assert_array_equal(got, np.float32([1.0, 1.25, 3.0, -2.25, 0.5]))
+    params = SamplingParams(presence_penalty=-2, frequency_penalty=-1)
+    got = penalize(logits, behind(params, logits, prompt=[2], answer=[1, 1]))
+    np.testing.assert_array_equal(got, np.float32([1.0, 6.0, 3.0, -1.0, 0.5]))
+
+
+def test_a_bias_comes_before_the_penalties():
+    # As vLLM and llama.cpp have it: 2 + 1 = 3 is halved, -1 - 1 = -2 is doubled, then the rest is taken away.
+    logits = np.array([2.0, -1.0, 5.0], dtype=np.float32)
+    params = SamplingParams(repeat_penalty=2, frequency_penalty=1, logit_bias={0: 1, "1": -1})
+    got = penalize(logits, behind(params, logits, prompt=[0], answer=[1, 1]))
+    np.testing.assert_array_equal(got, np.float32([1.5, -6.0, 5.0]))
+
+
+def test_a_bias_bans_a_token_and_forces_one():
+    logits = random_logits(4)
+    best = int(logits.argmax())
+    for temperature in (0.0, 1.0):
+        banned = SamplingParams(**{**OFF, "temperature": temperature}, logit_bias={best: -100})
+        forced = SamplingParams(**{**OFF, "temperature": temperature}, logit_bias={17: 100})
+        assert best not in {sample(logits, banned, 1, i, behind(banned, logits)) for i in range(50)}
+        assert {sample(logits, forced, 1, i, behind(forced, logits)) for i in range(50)} == {17}
+
+
+def test_biases_are_taken_in_every_form_and_checked():
+    expected = ((5, -100), (50256, 2.5))
+    for form in ({50256: 2.5, 5: -100}, {"50256": 2.5, "5": -100}, ["5=-100", "50256=2.5"], expected):
+        assert SamplingParams(logit_bias=form).logit_bias == expected
+    assert hash(SamplingParams(logit_bias={1: 1})) == hash(SamplingParams(logit_bias=[[1, 1]]))
+    with pytest.raises(UsageError, match="49,152"):
+        check_bias(SamplingParams(logit_bias={49152: 1}), 49152)
 
 
 def test_log_softmax_equals_torch_and_does_not_overflow():
@@ -273,6 +318,26 @@ def test_a_seed_is_chosen_afresh_unless_given():
         dict(top_k=math.nan),
         dict(repeat_penalty=0),
         dict(repeat_penalty=math.nan),
+        dict(presence_penalty=2.1),
+        dict(presence_penalty=math.nan),
+        dict(frequency_penalty=-2.1),
+        dict(frequency_penalty="1"),
+        dict(logit_bias=5),
+        dict(logit_bias="5=1"),
+        dict(logit_bias=[5]),
+        dict(logit_bias=["5"]),
+        dict(logit_bias=["5=x"]),
+        dict(logit_bias=["5=nan"]),
+        dict(logit_bias={-1: 0}),
+        dict(logit_bias={"x": 0}),
+        dict(logit_bias={"-1": 0}),
+        dict(logit_bias={"9" * 5000: 0}),
+        dict(logit_bias={1: 101}),
+        dict(logit_bias={1: -101}),
+        dict(logit_bias={1: True}),
+        dict(logit_bias={True: 1}),
+        dict(logit_bias={1.5: 1}),
+        dict(logit_bias={i: 0 for i in range(1025)}),
         dict(max_tokens=-1),
         dict(max_tokens=1.5),
         dict(max_tokens="9"),

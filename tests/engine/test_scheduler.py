@@ -119,7 +119,7 @@ def step(running, rng, absent=0.0):
 
 SETTINGS = (
     dict(temperature=0),
-    dict(temperature=0, repeat_penalty=1.3),
+    dict(temperature=0, repeat_penalty=1.3, frequency_penalty=0.2),
     dict(temperature=1.2, top_k=0, top_p=0.9, min_p=0.0),
     dict(temperature=0.8, top_k=5),
     dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),

@@ -459,6 +459,8 @@ def test_every_sampling_parameter_can_be_sent(played):
         "stop": ["x"],
     }
     values |= {"max_tokens": 9, "think_budget": 20, "seed": 4}
+    values |= {"presence_penalty": 0.1, "frequency_penalty": -0.2, "logit_bias": {"7": -100}}
+    assert {*values} == {*SamplingParams.SETTINGS}
     list(connected(played.url).session(**values).send("hi"))
     assert values.items() <= played.questions[0].items()
 

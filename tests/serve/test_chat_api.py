@@ -168,7 +168,10 @@ def test_a_stop_string_ends_an_answer(server, model):
         ({"messages": HELLO, "stream": "yes"}, "stream"),
         ({"messages": HELLO, "stream_options": []}, "stream_options"),
         ({"messages": HELLO, "model": 3}, "model"),
-        ({"messages": HELLO, "logit_bias": {"3": 1}}, "logit_bias"),
+        ({"messages": HELLO, "logit_bias": {"3": 101}}, "logit_bias"),
+        ({"messages": HELLO, "logit_bias": [3]}, "logit_bias"),
+        ({"messages": HELLO, "presence_penalty": 3}, "presence_penalty"),
+        ({"messages": HELLO, "frequency_penalty": "x"}, "frequency_penalty"),
         ({"messages": HELLO, "stop": [""]}, "stop"),
     ],
 )
@@ -238,6 +241,25 @@ def test_unknown_paths_and_methods_have_the_error_object_too(server):
     assert said["error"]["type"] == "invalid_request_error"
     assert "POST" in headers["allow"]
     assert server.ask("/v1/models/none")[1]["error"]["code"] == "model_not_found"
+
+
+def test_penalties_and_biases_are_those_of_python(server, model):
+    options = {"temperature": 0, "max_tokens": 20, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    free = model.chat(HELLO, temperature=0, max_tokens=20)
+    _, said, _ = server.chat(**options, logit_bias={"65": -100})
+    here = model.chat(HELLO, **options, logit_bias={65: -100})
+    assert said["choices"][0]["message"]["content"] == here.text != free.text
+    first = free.token_ids[0]
+    token = model.tokenizer.token_bytes(first).decode("utf-8", "replace")
+    chat, text = {"messages": HELLO, "logprobs": True}, {"prompt": "Once", "logprobs": 1}
+    for path, body in (("chat/completions", chat), ("completions", text)):
+        body |= {"temperature": 0, "max_tokens": 3}
+        odds = server.ask(f"/v1/{path}", body | {"logit_bias": {str(first): 100}})[1]["choices"][0][
+            "logprobs"
+        ]
+        assert (odds["tokens"] if "tokens" in odds else [t["token"] for t in odds["content"]]) == [token] * 3
+        status, said, _ = server.ask(f"/v1/{path}", body | {"logit_bias": {"300000": 1}})
+        assert (status, "names the token 300000" in said["error"]["message"]) == (400, True)
 
 
 def test_texts_are_continued(server, model):

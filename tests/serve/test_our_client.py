@@ -33,6 +33,7 @@ def connected(server):
 
 def test_a_conversation_there_is_what_it_is_here(model):
     options = {"temperature": 1, "seed": 7, "max_tokens": 12, "top_k": 5, "repeat_penalty": 1.2}
+    options |= {"presence_penalty": 0.3, "frequency_penalty": 0.4, "logit_bias": {65: 2, 66: -100}}
     with serving(model) as server:
         served = connected(server)
         assert (served.id, served.n_ctx) == ("tiny", 4096)

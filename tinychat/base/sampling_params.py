@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tinychat.base.settings import Number, Settings, Texts, Whole, setting
+from tinychat.base.settings import Biases, Number, Settings, Texts, Whole, setting
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,18 @@ class SamplingParams(Settings):
     repeat_penalty: float = setting(Number(
         1.0, 0.01, 100, hint="1 is off", help="Makes what was said before less likely; 1 is off.",
         about="As in CTRL (Keskar et al. 2019), over the whole context; 1 is off.",
+    ))
+    presence_penalty: float = setting(Number(
+        0.0, -2, 2, hint="0 is off", help="Makes what the answer has said already less likely; 0 is off.",
+        about="Taken from the logit of each token that the answer has already, as in OpenAI's API; 0 is off.",
+    ))
+    frequency_penalty: float = setting(Number(
+        0.0, -2, 2, hint="0 is off", help="The same for each time that it was said; 0 is off.",
+        about="Taken from the logit of a token for each time that the answer has it; 0 is off.",
+    ))
+    logit_bias: tuple[tuple[int, float], ...] = setting(Biases(
+        (), metavar="ID=NUMBER", help="Add this to the logit of token ID; may be given several times.",
+        about="Added to the logits of single tokens, {id: -100 … 100}; -100 bans a token.",
     ))
     max_tokens: int | None = setting(Whole(
         None, help="Tokens of the answer, at most.", hint="of an answer; empty: no limit",
@@ -50,14 +62,16 @@ class SamplingParams(Settings):
 
     @property
     def penalizes(self) -> bool:
-        """Whether the logits of tokens that occurred before change."""
-        return self.repeat_penalty != 1.0
+        """Whether logits change before anything is chosen."""
+        on = self.repeat_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        return bool(on or self.logit_bias)
 
     @property
     def may_raise(self) -> bool:
-        """Whether a penalty may raise a logit instead of lowering it."""
-        return self.repeat_penalty < 1.0
+        """Whether a logit may rise, and not only fall."""
+        below = self.repeat_penalty < 1.0 or self.presence_penalty < 0 or self.frequency_penalty < 0
+        return below or any(b > 0 for _, b in self.logit_bias)
 
     def without_penalties(self) -> SamplingParams:
         """The same settings for logits that are penalized already."""
-        return self.but(repeat_penalty=1.0)
+        return self.but(repeat_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=())

@@ -19,6 +19,7 @@ from tinychat.base.errors import UsageError
 S = TypeVar("S", bound="Settings")
 WIDTH = 110
 MOST_TEXTS, LONGEST_TEXTS = 256, 1 << 16  # each is looked for in every piece of an answer
+MOST_BIASES = 1024
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # neither is used, and they cost start-up time
@@ -161,6 +162,35 @@ class Texts(Setting):
     def range(self) -> str:
         """So many of them."""
         return f"texts, {MOST_TEXTS} at most"
+
+
+class Biases(Setting):
+    """What is added to the logits of single tokens: pairs of an id and a number from -100 to 100, by id."""
+
+    def check(self, name: str, value: Any) -> tuple[tuple[int, float], ...]:
+        """Check a mapping (of ids, or of their digits as JSON has them), or pairs, or texts "ID=NUMBER"."""
+        pairs = list(value.items()) if isinstance(value, Mapping) else arguments.items(name, value, "pairs")
+        if len(pairs) > MOST_BIASES:
+            raise UsageError(f"{name} has {len(pairs):,} tokens.", f"Give {MOST_BIASES:,} at most.")
+        return tuple(sorted(dict(self._pair(name, pair) for pair in pairs).items()))
+
+    @staticmethod
+    def _pair(name: str, pair: Any) -> tuple[int, float]:
+        try:
+            id, bias = pair.split("=") if isinstance(pair, str) else pair
+            bias = float(bias) if isinstance(pair, str) else bias
+            id = int(id) if isinstance(id, str) and id.isdecimal() and len(id) < 10 else id
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"{name} has {arguments.shown(pair)}.", "Give a token id and a number for each."
+            ) from None
+        return arguments.integer(f"A token id of {name}", id, 0, (1 << 31) - 1), arguments.number(
+            f"A number of {name}", bias, -100, 100
+        )
+
+    def range(self) -> str:
+        """So many of them."""
+        return f"token ids with numbers, {MOST_BIASES} at most"
 
 
 def setting(s: Setting) -> Any:

@@ -13,7 +13,7 @@ import click
 
 from tinychat.base.load_options import ANSWER, CONTEXT, ENGINE, LoadOptions
 from tinychat.base.sampling_params import SamplingParams
-from tinychat.base.settings import Choice, Flag, Number, Setting, Settings, Texts, Whole
+from tinychat.base.settings import Biases, Choice, Flag, Number, Setting, Settings, Texts, Whole
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -114,7 +114,7 @@ def _option(name: str, s: Setting) -> Callable:
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", name, default=None, **words)
     if isinstance(s, Flag):
         return click.option(flag, name, is_flag=True, default=None, **words)
-    return click.option(flag, name, type=_type(s), multiple=isinstance(s, Texts), **words)
+    return click.option(flag, name, type=_type(s), multiple=isinstance(s, (Biases, Texts)), **words)
 
 
 def _type(s: Setting) -> click.ParamType:

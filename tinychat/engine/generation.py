@@ -15,8 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from tinychat.backends.interface import BLOCK
 from tinychat.base.events import Completion, Done, Event, FinishReason, Notice, Reading, Stats, TextDelta
 from tinychat.base.machine import peak_rss
@@ -25,6 +23,7 @@ from tinychat.engine.guide import Guide
 from tinychat.engine.memory.pool import PoolExhaustedError
 from tinychat.engine.odds import Odds
 from tinychat.engine.owned import OwnedBranch
+from tinychat.engine.penalties import Penalties
 from tinychat.engine.sampling import SamplingParams, best_of, choose_seed, greedy, masked, sample
 from tinychat.engine.scheduler import Rows
 from tinychat.engine.speculation import Draft
@@ -67,8 +66,6 @@ class Generation:
         self.outlet = Outlet(params.stop, splitter, caller)
         self.guide = guide
         self.seed = choose_seed(params)
-        self.seen: set[int] = set()  # the first n_seen of the context, where they are penalized
-        self.n_seen = 0
         self.began_evicted = self.evicted_before = branch.evicted
         self.notices: list[str] = []
         self.ids, self.n_begun = array("i", begun.ids), len(begun.ids)
@@ -415,19 +412,16 @@ class Generation:
         due = guide.next() if guide is not None else None
         if isinstance(due, int):
             return due
+        answer = len(self.prompt) - self.n_begun
+        penalties = Penalties.of(self.params, row, self.context, before, answer)
         if due is not None:
             row = masked(row, due)
         elif self.params.greedy:
             return greedy(best_of(row) if self.odds else row)
         position = len(self.context) + len(before)
-        seen = None
-        if self.params.penalizes:
-            self.seen.update(self.context[self.n_seen :])
-            self.n_seen = len(self.context)
-            seen = np.sort(np.fromiter(self.seen.union(before), np.int64))
         if drafted is not None and self.speculator.rule == "rejection":
-            return rejection(row, drafted, q, self.params, self.seed, position, seen)
-        return sample(row, self.params, self.seed, position, seen)
+            return rejection(row, drafted, q, self.params, self.seed, position, penalties)
+        return sample(row, self.params, self.seed, position, penalties)
 
     def _done(self, reason: FinishReason, first: float, last: float) -> Done:
         s = self.stats

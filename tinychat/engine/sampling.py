@@ -13,6 +13,7 @@ import numpy as np
 from tinychat.backends.interface import LargestLogits
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.base.sampling_params import SamplingParams
+from tinychat.engine.penalties import Penalties
 
 FEW = 1024  # of a row's largest logits: nearly always all that top-p and min-p leave
 GROUP = 32  # numbers of a row of which only the largest is looked at first
@@ -38,22 +39,22 @@ def gumbel(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
 
 
 def candidates(
-    logits: np.ndarray | LargestLogits, params: SamplingParams, seen: np.ndarray | None = None
+    logits: np.ndarray | LargestLogits, params: SamplingParams, penalties: Penalties | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The filtered distribution: (ids int64 [n], probabilities float64 [n], which sum to 1), best first.
 
     logits: float32 [vocab], or the largest of them: the result has the same bits.
-    seen: ids that occurred so far, for the repetition penalty.
-    Order as in transformers: penalty, temperature, top-k, top-p, min-p. Raises UsageError at temperature 0.
+    penalties: changes of the logits, where params have some.
+    Order as in transformers: penalties, temperature, top-k, top-p, min-p. Raises UsageError at temperature 0.
     """
     if params.temperature == 0:
         raise UsageError("Temperature 0 has no distribution.", "Use argmax.")
     if isinstance(logits, LargestLogits):
-        decided = _of_largest(logits, params, seen)
+        decided = _of_largest(logits, params, penalties)
         if decided is not None:
             return decided
         logits = logits.whole()
-    x, n = penalize(logits, params, seen), len(logits)
+    x, n = penalize(logits, penalties), len(logits)
     if not params.top_k and n > FEW and largest_suffice(params):  # to sort them all takes milliseconds
         ids, params = _order(x, FEW), params.without_penalties()
         with np.errstate(over="ignore"):
@@ -158,10 +159,10 @@ def total_temperature(params: SamplingParams) -> float:
 
 
 def _of_largest(
-    largest: LargestLogits, params: SamplingParams, seen: np.ndarray | None
+    largest: LargestLogits, params: SamplingParams, penalties: Penalties | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """`candidates`, or None if that takes more of the row."""
-    ids, x = _order_of_largest(largest, params, seen)
+    ids, x = _order_of_largest(largest, penalties)
     k = min(params.top_k or largest.n, largest.n)
     if k <= len(ids):
         return _filtered(ids[:k], x[:k], params)
@@ -180,41 +181,29 @@ def _of_largest(
     return _first(n, ids, odds) if n < beyond and n == min(low, likely) else None
 
 
-def _order_of_largest(
-    largest: LargestLogits, params: SamplingParams, seen: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and logits after the penalty, best first, as far as nothing that is missing can come before."""
+def _order_of_largest(largest: LargestLogits, penalties: Penalties | None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and logits after the penalties, best first, as far as nothing that is missing can come before."""
     ids, x = largest.ids, largest.values
     if not len(ids):
         return ids, x
     _check_finite(x[0])
-    if not params.penalizes or seen is None or len(seen) == 0:
+    if penalties is None:
         return ids, x
-    if params.may_raise:  # what is missing may come before
+    if penalties.params.may_raise:  # what is missing may come before
         return ids[:0], x[:0]
-    edge, again = x[-1], np.isin(ids, seen)
-    x = x.copy()
-    x[again] = _penalized(x[again], params)
-    order = np.lexsort((ids, -x))
-    ids, x = ids[order], x[order]
-    n = int(np.count_nonzero(x > edge)) if len(ids) < largest.n and again.any() else len(ids)
+    edge, changed = x[-1], penalties.changed(x, ids)
+    if np.array_equal(x, changed):
+        return ids, x
+    order = np.lexsort((ids, -changed))
+    ids, x = ids[order], changed[order]
+    n = int(np.count_nonzero(x > edge)) if len(ids) < largest.n else len(ids)
     return ids[:n], x[:n]
 
 
-def penalize(logits: np.ndarray, params: SamplingParams, seen: np.ndarray | None) -> np.ndarray:
-    """Logits with the repetition penalty applied to the ids in `seen`; NaN (a damaged model) raises
-    CheckpointError.
-    """
+def penalize(logits: np.ndarray, penalties: Penalties | None) -> np.ndarray:
+    """Logits with the penalties applied; NaN (a damaged model) raises CheckpointError."""
     _check_finite(logits.max())  # NaN wins every max
-    if not params.penalizes or seen is None or len(seen) == 0:
-        return logits
-    x = logits.copy()
-    x[seen] = _penalized(x[seen], params)
-    return x
-
-
-def _penalized(x: np.ndarray, params: SamplingParams) -> np.ndarray:
-    return np.where(x > 0, x / params.repeat_penalty, x * params.repeat_penalty)
+    return logits if penalties is None else penalties.changed(logits)
 
 
 def _check_finite(best: np.floating) -> None:
@@ -256,17 +245,17 @@ def sample(
     params: SamplingParams,
     seed: int,
     position: int,
-    seen: np.ndarray | None = None,
+    penalties: Penalties | None = None,
 ) -> int:
     """The token for `position`: argmax at temperature 0, else of log p + Gumbel over the candidates."""
     if params.temperature == 0:
         if isinstance(logits, LargestLogits):
-            ids, _ = _order_of_largest(logits, params, seen)
+            ids, _ = _order_of_largest(logits, penalties)
             if len(ids):
                 return int(ids[0])
             logits = logits.whole()
-        return int(np.argmax(penalize(logits, params, seen)))
-    ids, p = candidates(logits, params, seen)
+        return int(np.argmax(penalize(logits, penalties)))
+    ids, p = candidates(logits, params, penalties)
     with np.errstate(divide="ignore"):
         return int(ids[np.argmax(np.log(p) + gumbel(seed, position, ids))])
 

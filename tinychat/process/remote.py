@@ -46,6 +46,13 @@ class ServerParams(Settings):
     top_p: float | None = setting(replace(SamplingParams.SETTINGS["top_p"], default=None))
     min_p: float | None = setting(replace(SamplingParams.SETTINGS["min_p"], default=None))
     repeat_penalty: float | None = setting(replace(SamplingParams.SETTINGS["repeat_penalty"], default=None))
+    presence_penalty: float | None = setting(
+        replace(SamplingParams.SETTINGS["presence_penalty"], default=None)
+    )
+    frequency_penalty: float | None = setting(
+        replace(SamplingParams.SETTINGS["frequency_penalty"], default=None)
+    )
+    logit_bias: tuple[tuple[int, float], ...] = setting(SamplingParams.SETTINGS["logit_bias"])
     max_tokens: int | None = setting(SamplingParams.SETTINGS["max_tokens"])
     think_budget: int | None = setting(SamplingParams.SETTINGS["think_budget"])
     seed: int | None = setting(SamplingParams.SETTINGS["seed"])
@@ -58,6 +65,8 @@ class ServerParams(Settings):
             out["repetition_penalty"] = out["repeat_penalty"]
         if "stop" in out:
             out["stop"] = list(out["stop"])
+        if "logit_bias" in out:
+            out["logit_bias"] = {str(id): bias for id, bias in out["logit_bias"]}
         return out
 
 

@@ -13,7 +13,7 @@ from tinychat.serve.problems import ApiError, wrong
 SEEDS = 1 << 63
 # What other servers call a sampling parameter.
 ALSO = {"max_completion_tokens": "max_tokens", "repetition_penalty": "repeat_penalty"}
-NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "best_of": 1, "logit_bias": {}}
+NEUTRAL = {"best_of": 1}
 
 
 class Fields:

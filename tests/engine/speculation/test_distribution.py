@@ -11,6 +11,7 @@ from tiny import byte_tokenizer
 from tinychat.backends.interface import MemorySpec
 from tinychat.base.events import TextDelta
 from tinychat.engine.engine import Engine
+from tinychat.engine.penalties import Penalties
 from tinychat.engine.sampling import SamplingParams, candidates
 from tinychat.engine.speculation import Draft, acceptance
 from tinychat.engine.speculation.control import Controller
@@ -72,7 +73,7 @@ class TableDrafter:
     def propose(self, context, k, params, seed, guide=None):
         draft, last = Draft([]), context[-1]
         for _ in range(k):
-            ids, p = candidates(self.table[last], params.but(repeat_penalty=1.0))
+            ids, p = candidates(self.table[last], params.without_penalties())
             if self.kind == "one-hot":
                 ids, p = ids[:1], np.ones(1)
             last = int(self.rng.choice(ids, p=p))
@@ -84,10 +85,10 @@ class TableDrafter:
 def exact(table: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of the first and of the second new token."""
     first, second = np.zeros(VOCABULARY), np.zeros(VOCABULARY)
-    ids, p = candidates(table[PROMPT[-1]], params, np.unique(PROMPT))
+    ids, p = candidates(row := table[PROMPT[-1]], params, Penalties.of(params, row, PROMPT, (), len(PROMPT)))
     for i, pi in zip(ids, p, strict=True):
         first[i] += pi
-        ids2, p2 = candidates(table[i], params, np.unique([*PROMPT, i]))
+        ids2, p2 = candidates(row := table[i], params, Penalties.of(params, row, PROMPT, [i], len(PROMPT)))
         second[ids2] += pi * p2
     return first, second
 
@@ -128,7 +129,7 @@ SETTINGS = {
     "top-p": PLAIN.but(top_p=0.9),
     "top-k": PLAIN.but(top_k=10),
     "min-p": PLAIN.but(min_p=0.1),
-    "penalty": PLAIN.but(repeat_penalty=1.5),
+    "penalty": PLAIN.but(repeat_penalty=1.5, presence_penalty=0.5, logit_bias={1: 2}),
 }
 CASES = list(itertools.product(("coupled", "rejection"), ("good", "bad", "one-hot"), SETTINGS))
 
@@ -151,11 +152,11 @@ def test_a_residual_that_is_not_taken_is_noticed(monkeypatch):
     """The planted bug: after a rejection, draw from p instead of max(0, p − q)."""
     from tinychat.engine import generation
 
-    def broken(logits, drafted, q, params, seed, position, seen):
-        token = acceptance.rejection(logits, drafted, q, params, seed, position, seen)
+    def broken(logits, drafted, q, params, seed, position, penalties):
+        token = acceptance.rejection(logits, drafted, q, params, seed, position, penalties)
         if token == drafted:
             return token
-        ids, p = candidates(logits, params, seen)
+        ids, p = candidates(logits, params, penalties)
         return int(np.random.default_rng(seed * 1000 + position).choice(ids, p=p))
 
     monkeypatch.setattr(generation, "rejection", broken)

@@ -66,6 +66,10 @@ SETTINGS = [
         temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, repeat_penalty=1.2, seed=4, max_tokens=40
     ),
     SamplingParams(temperature=0, repeat_penalty=1.3, max_tokens=40),
+    SamplingParams(temperature=0, presence_penalty=0.3, frequency_penalty=0.4, max_tokens=40),
+    SamplingParams(
+        presence_penalty=-0.5, frequency_penalty=1, logit_bias={70: 3, 71: -9}, seed=5, max_tokens=40
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinychat.backends.interface import LargestLogits
+from tinychat.engine.penalties import Penalties
 from tinychat.engine.sampling import SamplingParams, candidates, gumbel, sample
 
 _ACCEPT, _RESIDUAL = 0x2545F4914F6CDD1D, 0x9E6C63D0876A9A47  # noise streams of their own
@@ -25,15 +26,15 @@ def rejection(
     params: SamplingParams,
     seed: int,
     position: int,
-    seen: np.ndarray | None,
+    penalties: Penalties | None,
 ) -> int:
     """The token for `position`: `drafted` if it is accepted, else one from the residual.
 
     q: (ids, probabilities) that the draft was drawn from; None puts all of it on `drafted`.
     """
     if params.temperature == 0:
-        return sample(logits, params, seed, position, seen)
-    ids, p = candidates(logits, params, seen)
+        return sample(logits, params, seed, position, penalties)
+    ids, p = candidates(logits, params, penalties)
     q_ids, q_p = (np.array([drafted]), np.array([1.0])) if q is None else q
     q_of = dict(zip(q_ids.tolist(), q_p.tolist(), strict=True))
     p_of = dict(zip(ids.tolist(), p.tolist(), strict=True))

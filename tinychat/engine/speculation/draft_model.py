@@ -11,6 +11,7 @@ from tinychat.engine.engine import Engine
 from tinychat.engine.guide import Guide
 from tinychat.engine.memory.branch import common_prefix
 from tinychat.engine.memory.pool import PoolExhaustedError
+from tinychat.engine.penalties import Penalties
 from tinychat.engine.sampling import SamplingParams, candidates, greedy, gumbel, masked, sample
 from tinychat.engine.speculation import Draft
 from tinychat.text.tokenizer import Tokenizer
@@ -31,9 +32,13 @@ class DraftModel:
         self.vocab = vocab
         self.engine, self.name, self.keep_distributions = engine, name, keep_distributions
         self._branch = engine.branch()
+        self._answer = (
+            0  # index of the answer's first token: for penalties, where it costs guesses to be wrong
+        )
 
     def begin(self, context: Sequence[int]) -> None:
         """Keep what the cache shares with `context`; the rest is computed with the first draft."""
+        self._answer = len(context)
         with self.engine.changing():
             self._branch.match(context[:-1])
 
@@ -96,16 +101,15 @@ class DraftModel:
     def _choose(
         self, row, context, draft: Draft, params: SamplingParams, seed: int, allowed: np.ndarray | None
     ) -> int:
+        penalties = Penalties.of(params, row, context, draft.tokens, self._answer)
         if allowed is not None:
             row = masked(row, allowed)
         elif params.greedy:
             return greedy(row)
-        position, seen = len(context) + len(draft.tokens), None
-        if params.penalizes:
-            seen = np.unique(np.asarray([*context, *draft.tokens], dtype=np.int64))
+        position = len(context) + len(draft.tokens)
         if params.temperature == 0 or not self.keep_distributions:
-            return sample(row, params, seed, position, seen)
-        ids, p = candidates(row, params, seen)
+            return sample(row, params, seed, position, penalties)
+        ids, p = candidates(row, params, penalties)
         draft.distributions.append((ids, p))
         # Rejection wants a draw that is independent of the target's own noise.
         return int(ids[np.argmax(np.log(p) + gumbel(seed ^ 0x5DEECE66D, position, ids))])
