@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from contextlib import suppress
+from unittest import mock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import post, serving
 from tiny import tiny_model
 
 from tinychat.base.errors import TinychatError, UsageError
+from tinychat.serve import bodies
 from tinychat.serve.guard import host_of, is_loopback
 from tinychat.serve.limits import Limits
 from tinychat.serve.server import Address, listen
@@ -204,6 +209,28 @@ def test_the_key_is_taken_in_either_header(locked):
     assert locked.ask("/health")[0] == 200
 
 
+def test_the_authority_of_a_target_is_a_host_too(server):
+    """A target may be a whole URL, as proxies send it."""
+    for url in ("http://127.0.0.1/v1/models", f"HTTP://localhost:{server.port}/v1/models?x=1"):
+        status, said, _ = server.ask(url)
+        assert (status, said["data"][0]["id"]) == (200, "tiny")
+    assert server.ask("http://localhost/v1/chat/completions", CHAT)[0] == 200
+    assert server.ask("http://localhost/none")[0] == 404
+    for host in ("evil.example", "127.0.0.1.evil.example", "user@127.0.0.1", "127.0.0.1:80@evil", ""):
+        s = server.raw(
+            f"GET http://{host}/v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
+        assert answer(s).startswith(b"HTTP/1.1 403"), host
+    status, said, _ = server.ask("http://localhost/health", headers={"Host": "evil.example"})
+    assert (status, said["error"]["code"]) == (403, "invalid_host")
+
+
+def test_a_target_with_an_authority_passes_no_key_by(locked):
+    assert locked.ask("http://localhost/health")[0] == 200
+    assert locked.ask("http://localhost/v1/models")[0] == 401
+    assert locked.ask("http://localhost/health/../v1/models")[0] == 401
+
+
 # What cannot be one request
 
 
@@ -249,6 +276,44 @@ def test_a_gigabyte_is_refused_before_it_comes(server):
     head = b"Host: localhost\r\nContent-Length: 1000000000\r\nExpect: 100-continue\r\n\r\n"
     s = server.raw(b"POST /v1/completions HTTP/1.1\r\n" + head)
     assert answer(s).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("tiny", [b"{}", b"[[]]", b'{"a":1}', b"1", b'""', b"-1.5"])
+def test_millions_of_tiny_values_are_refused_before_they_are_parsed(server, tiny):
+    s = server.raw(
+        post(
+            "/v1/completions",
+            b'{"x":[' + b",".join([tiny] * 600_000) + b"]}",
+            server.port,
+            Connection="close",
+        )
+    )
+    said = answer(s)
+    assert said.startswith(b"HTTP/1.1 413")
+    assert b"100,000 lists, objects and their fields" in said
+
+
+def test_a_long_text_may_have_any_number_of_commas_and_braces(server):
+    """Escaped quotes and backslashes at every place of the pieces in which it is looked through."""
+    for text in ('{"a": [1, 2]}, ' * 120_000, '\\",' * 600_000 + "\\", ",\\" * 600_000, '"[' * 600_000):
+        status, said, _ = server.ask("/v1/completions", {"prompt": text, "max_tokens": 1})
+        assert (status, said["error"]["code"]) == (400, "context_length_exceeded"), text[:10]
+
+
+def without_texts(value):
+    """The same with empty texts."""
+    if isinstance(value, list):
+        return [without_texts(v) for v in value]
+    return "" if isinstance(value, str) else value
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.recursive(st.text('a",\\[:{é') | st.integers(), lambda inner: st.lists(inner), max_leaves=12))
+def test_what_stands_outside_of_strings_is_found(value):
+    data, plain = json.dumps(value).encode(), json.dumps(without_texts(value)).encode()
+    for piece in (1, 2, 3, 7, 1 << 20):
+        with mock.patch.object(bodies, "PIECE", piece):
+            assert b"".join(bodies._outside_strings(data)) == plain.replace(b'"', b"")
 
 
 def test_a_body_without_end_is_refused_at_its_bound(strict):

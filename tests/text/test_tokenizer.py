@@ -6,16 +6,19 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 import tokenizers
 from golden import GOLDEN, sentencepiece_fields
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer
 
 from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.formats.gguf_file import GGUFFile
 from tinychat.formats.gguf_tokenizer import from_gguf
 from tinychat.text.tokenizer import SOME_TEXT, StreamDecoder, Tokenizer
+from tinychat.text.tokenizer_file import cuts_words
 
 IDS = st.lists(st.integers(0, 49151), max_size=40)
 N_SPM = len(GOLDEN["sentencepiece"]["tokens"])
@@ -225,3 +228,16 @@ def test_importing_the_tokenizer_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_texts_are_not_remembered_by_the_thousands(demo, spm):
+    """Words are, for each thread, and where nothing cuts a text into words it is one: 80 MB at the end."""
+    tokenizer = byte_tokenizer()
+    texts = [f"{i:x>250}" for i in range(2000)]
+    before = 0
+    for i, text in enumerate(texts):
+        if i == 500:
+            before = psutil.Process().memory_info().rss
+        tokenizer.encode(text)
+    assert psutil.Process().memory_info().rss - before < 3_000_000
+    assert [cuts_words(t.backend) for t in (demo, spm, tokenizer)] == [True, False, False]

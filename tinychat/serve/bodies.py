@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
@@ -17,9 +18,14 @@ if TYPE_CHECKING:
 
     from tinychat.serve.limits import Limits
 
+SMALL = 1 << 16  # bytes that are parsed where they arrive; more would keep others waiting
+PIECE = 1 << 20  # bytes that are looked through at once, while nothing else can run
+# What JSON is parsed to takes time and memory for each value, and nothing else runs meanwhile.
+VALUES, PARTS = 500_000, 100_000
+
 
 class Bodies:
-    """Reads bodies, and knows how much all that are being read take."""
+    """Reads bodies, and knows how much all those take that are being read or made into requests."""
 
     def __init__(self, limits: Limits):
         self._limits = limits
@@ -28,18 +34,16 @@ class Bodies:
     async def fields(self, request: Request) -> Fields:
         """The JSON object of a request. Raises ApiError."""
         data = await self.read(request)
-        try:
-            return Fields(json.loads(data.decode(), parse_constant=_refuse, parse_float=_finite))
-        except UnicodeDecodeError:
-            raise ApiError(400, "The body is not UTF-8.", code="invalid_json") from None
-        except RecursionError:
-            raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
-        except ValueError as e:
-            raise ApiError(400, f"The body is not JSON: {str(e)[:200]}.", code="invalid_json") from None
+        return _parsed(data) if len(data) <= SMALL else await asyncio.to_thread(_parsed, data)
+
+    def over(self, request: Request) -> None:
+        """The endpoint is done with a request: its body takes no room any more. Idempotent."""
+        self._bytes -= getattr(request.state, "body_bytes", 0)
+        request.state.body_bytes = 0
 
     async def read(self, request: Request) -> bytes:
-        """The whole body. Raises ApiError: 413 where it is too long, 408 where it does not come, 503 where
-        others take the room.
+        """The whole body, which takes room until `over`. Raises ApiError: 413 where it is too long, 408 where
+        it does not come, 503 where others take the room.
         """
         limits, taken, parts = self._limits, 0, []
         declared = request.headers.get("content-length", "0")
@@ -51,6 +55,7 @@ class Bodies:
             async for part in request.stream():
                 taken += len(part)
                 self._bytes += len(part)
+                request.state.body_bytes = taken
                 if taken > limits.body:
                     raise self._too_long()
                 if self._bytes > limits.bodies:
@@ -63,13 +68,53 @@ class Bodies:
             raise cut(ApiError(408, "The body did not come in time.")) from None
         except ClientDisconnect:
             raise ApiError(400, "The client has gone.") from None
-        finally:
-            self._bytes -= taken
         return b"".join(parts)
 
     def _too_long(self) -> ApiError:
         most = self._limits.body >> 20
         return cut(ApiError(413, f"The request is larger than {most} MB.", code="too_large"))
+
+
+def _parsed(data: bytes) -> Fields:
+    """The JSON object. Raises ApiError."""
+    try:
+        _bound(data)
+        return Fields(json.loads(data.decode(), parse_constant=_refuse, parse_float=_finite))
+    except UnicodeDecodeError:
+        raise ApiError(400, "The body is not UTF-8.", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
+    except ValueError as e:
+        raise ApiError(400, f"The body is not JSON: {str(e)[:200]}.", code="invalid_json") from None
+
+
+def _bound(data: bytes) -> None:
+    """Raise ApiError where JSON has very many values; text may have as many commas and braces as it likes."""
+    if data.count(b",") <= VALUES and sum(map(data.count, (b"{", b"[", b":"))) <= PARTS:
+        return
+    values = parts = 0
+    for piece in _outside_strings(data):
+        values += piece.count(b",")
+        parts += sum(map(piece.count, (b"{", b"[", b":")))
+        if values > VALUES or parts > PARTS:
+            raise ApiError(
+                413,
+                f"The request has more than {VALUES:,} values, or {PARTS:,} lists, objects and their fields.",
+                code="too_large",
+            )
+
+
+def _outside_strings(data: bytes) -> Iterator[bytes]:
+    """What stands outside of the strings of JSON, in pieces."""
+    at, inside = 0, 0
+    while at < len(data):
+        piece = data[at : at + PIECE]
+        escapes = len(piece) - len(piece.rstrip(b"\\"))
+        piece = data[at : at + PIECE + escapes % 2]  # what is escaped stays with its escape
+        at += len(piece)
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        yield b"".join(parts[inside::2])
+        inside = (inside + len(parts) - 1) % 2
 
 
 def _finite(text: str) -> float:

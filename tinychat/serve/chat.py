@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base import arguments, tools
@@ -139,12 +140,12 @@ async def choices_of(answer: Answer) -> list[tuple[Completion, list[Logprobs]]]:
     """All choices with the log-probabilities of their tokens, when they are there."""
     found: dict[int, Completion] = {}
     told: defaultdict[int, list[Logprobs]] = defaultdict(list)
+    certain = defaultdict(partial(odds.Certain, answer.model.tokenizer))
     async with aclosing(answer.events()) as events:
         async for index, said in events:
+            told[index] += certain[index].of(said)
             if isinstance(said, Done):
                 found[index] = said.completion
-            elif isinstance(said, TextDelta) and said.logprobs:
-                told[index].append(said.logprobs)
     return [(found[i], told[i]) for i in sorted(found)]
 
 
@@ -204,12 +205,13 @@ class Form:
         """The response as server-sent events."""
         stats: dict[int, Stats] = {}
         begun: set[int] = set()
+        certain = defaultdict(partial(odds.Certain, answer.model.tokenizer))
         async with aclosing(answer.events()) as events:
             async for index, said in events:
                 if index not in begun:
                     begun.add(index)
                     yield self._chunk(index, {"role": "assistant", "content": ""}, None, with_usage)
-                told = [said.logprobs] if isinstance(said, TextDelta) and said.logprobs else []
+                told = certain[index].of(said)
                 if (delta := delta_of(said)) or told:
                     delta = delta or {"content": ""}
                     yield self._chunk(index, delta, None, with_usage, logprobs_of(answer, told))

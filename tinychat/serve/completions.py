@@ -14,7 +14,7 @@ from tinychat.engine.odds import MOST
 from tinychat.serve.answers import Answer
 from tinychat.serve.chat import choices_of, finish_reason, usage, variant
 from tinychat.serve.fields import Fields
-from tinychat.serve.odds import TextOdds
+from tinychat.serve.odds import Certain, TextOdds
 from tinychat.serve.problems import ApiError, wrong
 from tinychat.serve.service import endpoint, error_of, service_of
 from tinychat.serve.streams import Stream, Whole, event
@@ -107,11 +107,13 @@ class Form:
         stats: dict[int, Stats] = {}
         more = {"usage": None} if self.asked.usage else {}
         odds = [TextOdds(answer.model.tokenizer) for _ in range(len(answer))]
+        certain = [Certain(answer.model.tokenizer) for _ in range(len(answer))]
         async with aclosing(answer.events()) as events:
             async for index, said in events:
-                if isinstance(said, TextDelta) and (said.text or said.logprobs):
-                    told = odds[index].of([said.logprobs]) if said.logprobs else None
-                    yield event({**self.head, "choices": [_choice(index, said.text, None, told)], **more})
+                text = said.text if isinstance(said, TextDelta) else ""
+                if (tokens := certain[index].of(said)) or text:
+                    told = odds[index].of(tokens) if tokens else None
+                    yield event({**self.head, "choices": [_choice(index, text, None, told)], **more})
                 if isinstance(said, Done):
                     stats[index] = said.stats
                     choice = _choice(index, "", finish_reason(said.finish_reason))

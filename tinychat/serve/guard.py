@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -41,6 +42,17 @@ def host_of(header: str) -> str:
     return host if colon and port.isdecimal() and (":" not in host or host.endswith("]")) else header
 
 
+def authority_of(target: bytes) -> tuple[str, bytes] | None:
+    """The authority and the path of a request's target in absolute form (`http://HOST/PATH`), which proxies
+    and some clients send; None for any other form.
+    """
+    scheme, colon, rest = target.partition(b"://")
+    if not colon or scheme.lower() not in (b"http", b"https"):
+        return None
+    host, _, path = rest.partition(b"/")
+    return host.decode("latin-1"), b"/" + path
+
+
 class Guard:
     """ASGI middleware: Host, Origin, Sec-Fetch-Site and the key, before anything of the body is read."""
 
@@ -66,7 +78,13 @@ class Guard:
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         origin = headers.get("origin")
+        named = headers.getlist("host")
+        if absolute := authority_of(scope.get("raw_path") or b""):
+            host, path = absolute
+            named = [*named, host]
+            scope = {**scope, "path": unquote(path.decode("latin-1")), "raw_path": path}
         try:
+            self._check_host(headers, named)
             self._check_source(headers, origin)
             if scope["method"] == "OPTIONS" and origin is not None:
                 return await self._preflight(origin)(scope, receive, send)
@@ -84,14 +102,16 @@ class Guard:
 
         await self._app(scope, receive, send if origin is None else shared)
 
-    def _check_source(self, headers: Headers, origin: str | None) -> None:
-        hosts = headers.getlist("host")
-        if len(hosts) != 1:
+    def _check_host(self, headers: Headers, named: Sequence[str]) -> None:
+        """named: the Host, and the authority of the target where it has one."""
+        if len(headers.getlist("host")) != 1:
             raise ApiError(400, "A request has one Host.", code="invalid_host")
-        if self._local and not is_loopback(host_of(hosts[0])):
+        if self._local and not all(is_loopback(host_of(host)) for host in named):
             raise ApiError(
                 403, "This server is asked for by localhost or 127.0.0.1 only.", code="invalid_host"
             )
+
+    def _check_source(self, headers: Headers, origin: str | None) -> None:
         if "transfer-encoding" in headers and "content-length" in headers:
             raise ApiError(400, "A body has one length.", code="invalid_length")
         if origin is not None and (

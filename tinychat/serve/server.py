@@ -6,8 +6,11 @@ import asyncio
 import logging
 import math
 import os
+import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,6 +108,20 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The end of the terminal is the server's too, unless it was begun to outlive it (nohup)."""
+        here = threading.current_thread() is threading.main_thread()
+        ends = here and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        with super().capture_signals():
+            if ends:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                if ends:
+                    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     async def shutdown(self, sockets=None) -> None:
         """Let running answers come to their end, for a while; then whoever waits for one is told."""
         self.service.desk.close()
@@ -125,8 +142,8 @@ async def serve(
     closing: Callable[[Model], None] | None = None,
     folder: Path | None = None,
 ) -> None:
-    """Serve models until SIGINT or SIGTERM. sockets: from `listen`. ready: is told when the first model is
-    there. folder: as in `Rack`.
+    """Serve models until SIGINT, SIGTERM or SIGHUP. sockets: from `listen`. ready: is told when the first
+    model is there. folder: as in `Rack`.
     """
     limits = address.limits
     rack = Rack(models, keep_alive, folder)

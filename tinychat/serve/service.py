@@ -143,6 +143,8 @@ def endpoint(error: Callable[[ApiError], dict[str, Any]] = error_of) -> Callable
             except Exception as e:
                 problem = problems.of(e)
                 response = Reply(error(problem), problem.status, problem.headers)
+            finally:
+                service.bodies.over(request)
             path = request.scope["route"].path
             service.metrics.count("tinychat_requests_total", path=path, status=str(response.status_code))
             return response

@@ -18,7 +18,7 @@ from tinychat.text.decoders import Decoding, Joiner
 from tinychat.text.decoders import char_of_byte as char_of_byte  # programs know it by this module
 from tinychat.text.prefixes import Before, Prefixes
 from tinychat.text.reasoning import END, markers_in
-from tinychat.text.tokenizer_file import guarded, load_backend, one_line, without_tokens
+from tinychat.text.tokenizer_file import bound_memory, guarded, load_backend, one_line, without_tokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -102,6 +102,7 @@ class Tokenizer:
         self._prefixes = Prefixes(backend)
         self.lock = threading.Lock()  # for settings of the shared backend, such as `encode_special_tokens`
         _mark_special(backend, [t for i, t in self._added.items() if i in self.markers and not t.special])
+        bound_memory(backend)
 
     @property
     def chat_template(self) -> str | None:
