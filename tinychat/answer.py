@@ -18,18 +18,23 @@ class AnswerInTheMaking:
         self.message = before or Message("assistant", "", question)
         self.message.prompt_text, self.message.prompt_ids = prompt_text, prompt_ids
         self.message.finish_reason = None
-        self._said, self._ids = io.StringIO(), array("i", self.message.ids)
+        self._said, self._written, self._ids = io.StringIO(), io.StringIO(), array("i", self.message.ids)
         self._said.write(self.message.content)
+        self._written.write(self.message.whole)
 
     def hear(self, event: Event) -> None:
         """Take in an event of the generation."""
         if isinstance(event, TextDelta):
-            self._said.write(event.written)
+            self._said.write(event.kept)
+            self._written.write(event.written)
             if event.token_id is not None:
                 self._ids.append(event.token_id)
         elif isinstance(event, Done):
             m = self.message
-            m.content = event.completion.written or self._said.getvalue()
+            m.content, m.written = event.completion.written or self._said.getvalue(), ""
+            if calls := event.completion.tool_calls:
+                m.content, m.written = self._said.getvalue(), event.completion.written
+                m.tool_calls = [call.as_dict() for call in calls]
             m.ids = event.completion.token_ids
             m.stats = event.stats.as_dict()
             m.finish_reason = event.finish_reason  # last: whoever sees it takes the others as they are
@@ -40,7 +45,7 @@ class AnswerInTheMaking:
         """
         m = self.message
         if m.finish_reason is None:
-            # Tokens whose text was still held back were never said.
-            m.content = self._said.getvalue()
+            # Tokens whose text was still held back were never said; what would be calls is text.
+            m.content, m.written, m.tool_calls = self._written.getvalue(), "", []
             m.ids = cut_ids(self._ids.tolist(), m.content)
             m.finish_reason = reason

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from tinychat.base import shapes
+from tinychat.base import arguments, shapes
 from tinychat.text.attachments import are_sound, as_read
 from tinychat.text.reasoning import split_thought
 
 FORMAT = 1  # of saved conversations
+ROLES = ("user", "assistant", "tool")
 REASONS = ("stop", "length", "cancelled", "context_full", "error", "tool_calls", "repeating")
 TITLE_LENGTH = 60
 LATEST = 4102444800.0  # the year 2100: what a clock may say at most
@@ -27,7 +28,9 @@ SOMETIMES, NEVER = {"written": "sometimes"}, {"written": "never"}
 @dataclass
 class Message:
     """A node of the conversation's tree. An assistant's also keeps the ids of its prompt's new part and of
-    its answer. `content` is what it wrote, its reasoning included: `split` tells them apart.
+    its answer. `content` is what it wrote, its reasoning included: `split` tells them apart. Calls of tools
+    are no part of it: they are `tool_calls`, and `written` is all of it as the model wrote it. What a call
+    gave is a message of the role "tool", behind the answer that has the call.
 
     An answer without a `finish_reason` is being written, or was when its program ended.
     """
@@ -41,6 +44,9 @@ class Message:
     finish_reason: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
     attachments: list[dict[str, str]] = field(default_factory=list, metadata=SOMETIMES)  # name and text
+    tool_calls: list[dict[str, Any]] = field(default_factory=list, metadata=SOMETIMES)  # in OpenAI's form
+    tool_call_id: str = field(default="", metadata=SOMETIMES)  # of the call whose result this is
+    written: str = field(default="", metadata=SOMETIMES)  # the answer with its calls, where it has some
     model: str | None = field(default=None, metadata=NEVER)  # whose ids these are, in the store
     created: float = field(default=0.0, metadata=NEVER)  # seconds since 1970, in the store
 
@@ -64,8 +70,17 @@ class Message:
         """The message as a conversation with that model has it: ids of another one mean nothing to it."""
         known = replace(self, model=None, created=0.0)
         if self.model != name:
-            known.ids, known.prompt_ids, known.prompt_text = [], [], ""
+            known.forget_ids()
         return known
+
+    def forget_ids(self) -> None:
+        """Leave only words: the ids, and how a model spelled them, mean nothing to another one."""
+        self.ids, self.prompt_ids, self.prompt_text, self.written = [], [], "", ""
+
+    @property
+    def whole(self) -> str:
+        """All that an answer's ids say, calls included."""
+        return self.written or self.content
 
     # As JSON
 
@@ -84,10 +99,12 @@ class Message:
         `shapes.read`.
         """
         m = shapes.read(cls, given, strangers=strangers)
-        if m.role not in ("user", "assistant"):
+        if m.role not in ROLES:
             raise ValueError("role")
         if not are_sound(m.attachments):
             raise ValueError("attachments")
+        if not arguments.are_calls(m.tool_calls):
+            raise ValueError("tool_calls")
         return m
 
     @classmethod
@@ -101,7 +118,7 @@ class Message:
                 if needed:
                     out[name] = ""
         m = cls(**out)
-        if m.role not in ("user", "assistant"):
+        if m.role not in ROLES:
             m.role = "assistant" if m.model or m.ids or m.finish_reason is not None else "user"
         if m.finish_reason is not None and m.finish_reason not in REASONS:
             m.finish_reason = "error"
@@ -109,6 +126,8 @@ class Message:
         m.created = float(m.created) if is_number(m.created) and 0 <= m.created <= LATEST else 0.0
         if not are_sound(m.attachments):
             m.attachments = []
+        if not arguments.are_calls(m.tool_calls):
+            m.tool_calls = []
         for ids in (m.ids, m.prompt_ids):
             if ids and min(ids) < 0:
                 ids.clear()
@@ -175,6 +194,15 @@ class Tree:
         """The newest message of that role on the present branch."""
         return next((i for i in reversed(self.path()) if self.nodes[i].role == role), None)
 
+    @property
+    def question(self) -> int | None:
+        """What the last answer of the present branch answers, or the next one will: a message of the user, or
+        the result of a call.
+        """
+        if self.leaf is None or self.nodes[self.leaf].role != "assistant":
+            return self.leaf
+        return self.nodes[self.leaf].parent
+
     def append(self, message: Message) -> int:
         """Say more: the message is the present leaf. An edited question has the parent of the one that it
         replaces, an answer that is given again that of the one before. The place of it.
@@ -189,6 +217,28 @@ class Tree:
         while node in newest:
             node = newest[node]
         self.leaf = node
+
+    def asked(self, node: int | None) -> int | None:
+        """The message of the user that led to a node, which may be it itself."""
+        while node is not None and self.nodes[node].role != "user":
+            node = self.nodes[node].parent
+        return node
+
+    def called(self, node: int) -> dict[str, Any] | None:
+        """The call whose result a node is."""
+        at: int | None = node
+        while at is not None and self.nodes[at].role == "tool":
+            at = self.nodes[at].parent
+        calls = self.nodes[at].tool_calls if at is not None else []
+        return next((c for c in calls if c["id"] == self.nodes[node].tool_call_id), None)
+
+    def unanswered(self) -> list[dict[str, Any]]:
+        """Calls at the end of the present branch that have no result yet."""
+        at, given = self.leaf, set()
+        while at is not None and self.nodes[at].role == "tool":
+            given.add(self.nodes[at].tool_call_id)
+            at = self.nodes[at].parent
+        return [] if at is None else [c for c in self.nodes[at].tool_calls if c["id"] not in given]
 
     # As JSON
 

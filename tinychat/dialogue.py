@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from tinychat.answer import AnswerInTheMaking
 from tinychat.base import arguments
+from tinychat.base import tools as checked_tools
 from tinychat.base.characters import whole
 from tinychat.base.claims import Claim
 from tinychat.base.errors import TinychatError, UsageError
@@ -40,6 +41,7 @@ class Dialogue:
     def __init__(self, system: str | None, params: Any):
         self.system = system
         self.params = params
+        self._tools: list[dict[str, Any]] = []
         self._notices: list[str] = []  # to be said with the next answer
         self._cancel = threading.Event()
         self._claim = Claim()  # of the answer that is being made
@@ -87,6 +89,22 @@ class Dialogue:
             raise UsageError(f"The parameters are {arguments.shown(params)}.", "Use session.params.but(…).")
         self._params = params
 
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """What the next answers may call, in OpenAI's form. Setting it takes functions and schemas; it raises
+        UsageError.
+        """
+        return self._tools
+
+    @tools.setter
+    def tools(self, value: Any) -> None:
+        found = checked_tools.tools(value)
+        self._check_tools(found)
+        self._tools = found
+
+    def _check_tools(self, tools: list[dict[str, Any]]) -> None:
+        """Raises UsageError where whoever answers cannot be given these."""
+
     @cached_property
     def tree(self) -> Tree:
         """The messages; empty at first."""
@@ -115,14 +133,20 @@ class Dialogue:
         return self.tree.path(None if leaf is None else self._node(leaf))
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The present branch as `{"role", "content"}` dicts, the system prompt first if there is one; what an
-        answer thought before is its "reasoning".
+        answer thought before is its "reasoning", what it called its "tool_calls".
         """
-        out = [] if self._system is None else [{"role": "system", "content": self._system}]
+        out: list[dict[str, Any]] = []
+        if self._system is not None:
+            out.append({"role": "system", "content": self._system})
         for node in self.tree.messages():
             reasoning, text = node.split()
-            more = {} if reasoning is None else {"reasoning": reasoning}
+            more: dict[str, Any] = {} if reasoning is None else {"reasoning": reasoning}
+            if node.tool_calls:
+                more["tool_calls"] = node.tool_calls
+            if node.role == "tool":
+                more["tool_call_id"] = node.tool_call_id
             out.append({"role": node.role, "content": text, **more})
         return out
 
@@ -147,14 +171,48 @@ class Dialogue:
     # Saying more
 
     def send(
-        self, text: str, *, attachments: Sequence[dict[str, str]] = (), **sampling: Any
+        self,
+        text: str,
+        *,
+        attachments: Sequence[dict[str, str]] = (),
+        tools: Any = None,
+        **sampling: Any,
     ) -> Generator[Event, None, None]:
         """Say something and stream the answer. Sampling parameters given here hold for this answer only.
 
-        attachments: files that go with it, each `{"name", "text"}`; with some, the text may be empty.
+        attachments: files that go with it, each `{"name", "text"}`; with some, the text may be empty. tools:
+        functions or schemas, in place of `tools`, which has them from here on. An answer that calls some ends
+        for the reason "tool_calls", and `send_results` goes on.
         """
         message = self._message(text, None, attachments)
-        return self._answer(message, self.params.but(**sampling), follows=True)
+        params = self.params.but(**sampling)
+        if tools is not None:
+            self._check_free()
+            self.tools = tools
+        return self._answer([message], params, follows=True)
+
+    def send_results(
+        self, results: Mapping[str, str] | Iterable[str], **sampling: Any
+    ) -> Generator[Event, None, None]:
+        """Give the results of the calls at the end of the conversation, and stream the answer to them.
+
+        results: a text for each call, by its id or in their order. Raises UsageError where one is missing.
+        """
+        calls = [c["id"] for c in self.tree.unanswered()]
+        if not calls:
+            raise UsageError("No call waits for a result.", "Send a message.")
+        if isinstance(results, Mapping):
+            given = dict(results)
+        else:
+            texts = arguments.items("results", results, "texts")
+            given = dict(zip(calls, texts, strict=False)) if len(texts) == len(calls) else {}
+        if set(given) != set(calls):
+            raise UsageError(
+                f"{len(calls)} calls wait for their results.", "Give a text for each, by its id or in order."
+            )
+        texts = [whole(arguments.text("A result", given[id], empty=True)) for id in calls]
+        found = [Message("tool", t, tool_call_id=id) for id, t in zip(calls, texts, strict=True)]
+        return self._answer(found, self.params.but(**sampling), follows=True)
 
     @staticmethod
     def _message(text: str, parent: int | None, attachments: Sequence[dict[str, str]]) -> Message:
@@ -169,8 +227,8 @@ class Dialogue:
         return Message("user", text, parent, attachments=files)
 
     def regenerate(self, **sampling: Any) -> Generator[Event, None, None]:
-        """Answer the last user message again, as a new branch beside the old answer."""
-        question, leaf = self.tree.last("user"), self.leaf
+        """Answer the last message again, as a new branch beside the old answer."""
+        question, leaf = self.tree.question, self.leaf
         if question is None or leaf is None:
             raise UsageError("There is nothing to regenerate.", "Send a message first.")
         params = self.params.but(**sampling)
@@ -200,7 +258,7 @@ class Dialogue:
         if old.role != "user":
             raise UsageError(f"Message {node} is not one of yours.", "Edit a user message.")
         files = old.attachments if attachments is None else attachments
-        return self._answer(self._message(text, old.parent, files), self.params.but(**sampling))
+        return self._answer([self._message(text, old.parent, files)], self.params.but(**sampling))
 
     def cancel(self) -> None:
         """Stop the running answer at the next step; what it has said stays. May be called from any thread."""
@@ -215,13 +273,13 @@ class Dialogue:
 
     def _answer(
         self,
-        question: Message | int,
+        question: list[Message] | int,
         params: Any,
         follows: bool = False,
         before: Message | None = None,
     ) -> Generator[Event, None, None]:
-        """follows: the question goes behind what was said last when its answer begins. before: the answer
-        that goes on.
+        """question: its place, or new messages, one behind the other. follows: they go behind what was said
+        last when the answer begins. before: the answer that goes on.
         """
         self._check_free()
         self._cancel.clear()  # a cancel from here on counts, even before the first event is asked for
@@ -242,7 +300,7 @@ class Dialogue:
         raise UsageError("This conversation is still answering.", "Cancel it, or wait for its last event.")
 
     def _events(
-        self, question: Message | int, params: Any, claim: Claim, follows: bool, before: Message | None
+        self, question: list[Message] | int, params: Any, claim: Claim, follows: bool, before: Message | None
     ) -> Generator[Event, None, None]:
         with self._claiming:
             self._check_free()
@@ -251,11 +309,13 @@ class Dialogue:
         answer: AnswerInTheMaking | None = None
         ended: FinishReason = "error"  # unless Done comes or the listener leaves
         try:
-            if isinstance(question, Message):
+            if isinstance(question, list):
                 if follows:
-                    question.parent = leaf
-                self.nodes.append(question)
-                question = n_nodes
+                    question[0].parent = leaf
+                for i, m in enumerate(question):
+                    m.parent = m.parent if i == 0 else n_nodes + i - 1
+                self.nodes += question
+                question = len(self.nodes) - 1
             segments = self._asked(question)
             while self._notices:
                 yield Notice(self._notices.pop(0))

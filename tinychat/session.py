@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.wishes import NOTHING, Begun
 from tinychat.text import grammar
 from tinychat.text import response_format as formats
+from tinychat.text.markers import beginning
 from tinychat.text.oversized import refuse_oversized
 from tinychat.text.repeating import Circle
 from tinychat.text.response_format import Form
@@ -30,8 +33,11 @@ from tinychat.text.tokenizer import SOME_TEXT
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.engine import OwnedBranch
+    from tinychat.text.calls.caller import Caller
 
 __all__ = ["Message", "Session"]
+
+SPELLINGS = 512  # of answers with calls, that a conversation remembers
 
 
 class Session(Dialogue):
@@ -58,6 +64,8 @@ class Session(Dialogue):
         super().__init__(system, model.default_sampling.but(**sampling))
         self._form: Form | None = None
         self._guide: Guide | None = None  # of the last answer
+        self._caller: Caller | None = None
+        self._spelled: OrderedDict[tuple[str, str, int], str] = OrderedDict()
         self.response_format = response_format  # type: ignore[assignment]  # it takes more than it gives
         self.speculator = model.speculator(draft)
         self._eviction = model.eviction(kv_budget, kv_policy, chat=True)
@@ -74,12 +82,14 @@ class Session(Dialogue):
         path = self.path()
         if not path:
             return 0
-        generating = self.nodes[path[-1]].role == "user"
+        generating = self.nodes[path[-1]].role != "assistant"
         return sum(len(ids) for _, ids in self._prompt(path, generating))
 
     def _asked(self, question: int) -> Segments:
         """The prompt for a question, in segments. Refuses what can never fit before it is tokenized."""
         said = [self._system or "", self.nodes[question].as_read()]
+        if self._tools:
+            said.append(json.dumps(self._tools, ensure_ascii=False))
         refuse_oversized(self.model.tokenizer, said, self.model.n_ctx, self._branch.ledger is not None)
         return self._prompt(self.path(question), True)
 
@@ -91,8 +101,8 @@ class Session(Dialogue):
     ) -> Iterator[Event]:
         ids = answer.ids
         if not ids or not self.model.tokenizer.knows(ids):  # another model wrote it
-            ids = self.model.tokenizer.encode(answer.content, after=SOME_TEXT)
-        return self._events_of(segments, params, Begun(ids, answer.content))
+            ids = self.model.tokenizer.encode(answer.whole, after=SOME_TEXT)
+        return self._events_of(segments, params, Begun(ids, answer.whole))
 
     def _events_of(self, segments: Segments, params: SamplingParams, begun: Begun) -> Iterator[Event]:
         check_bias(params, self.model.config.vocab_size)
@@ -100,10 +110,14 @@ class Session(Dialogue):
         self._go_back([*prompt, *begun.ids])
         template = self.model.template
         splitter = template.splitter(segments[-1][0]) if template else None
-        guide = guide_for(self.model.tokenizer, template, splitter, self._form, params.think_budget)
-        self._guide = guide
+        form, caller = self._form, None
+        if self._tools and template:
+            caller = template.tools.caller(self._tools)
+            form = template.tools.form(self._tools, False, True, form)
+        guide = guide_for(self.model.tokenizer, template, splitter, form, params.think_budget)
+        self._guide, self._caller = guide, caller
         events = self.model.engine.generate(
-            self._branch, prompt, params, self._cancel, self.speculator, splitter, begun, guide=guide
+            self._branch, prompt, params, self._cancel, self.speculator, splitter, begun, caller, guide
         )
         return self._until_circle(events) if self.ends_circles else events
 
@@ -137,7 +151,13 @@ class Session(Dialogue):
         self._form = form
 
     def _cut_ids(self, ids: list[int], text: str) -> list[int]:
-        return cut_ids(self.model.tokenizer, ids, text)
+        return cut_ids(self.model.tokenizer, ids, text, self._caller.shown if self._caller else frozenset())
+
+    def _check_tools(self, tools: list[dict[str, Any]]) -> None:
+        if tools and self.model.template is None:
+            raise UsageError(
+                f"{self.model.name} has no chat template, and knows no tools.", "Choose a chat model."
+            )
 
     def _go_back(self, prompt: list[int]) -> None:
         """Have the branch that continues into `prompt`, although eviction may have begun since."""
@@ -163,11 +183,14 @@ class Session(Dialogue):
             self._branch, self._before = branch, branch.fork()
 
     def _count_pinned(self, prompt: list[int]) -> int:
-        """Tokens that say what the system prompt says: never given up."""
-        if self._system is None or self.model.template is None:
+        """Tokens that say what the system prompt and the tools say: never given up."""
+        if (self._system is None and not self._tools) or self.model.template is None:
             return 0
+        head = {"role": "user", "content": ""}
+        if self._system is not None:
+            head = {"role": "system", "content": self._system}
         try:
-            text = self.model.template.render([{"role": "system", "content": self._system}], False)
+            text = self._rendered([head], False)
         except TinychatError:  # some templates want a user's message
             return 0
         bos = int(self.model.needs_bos(text))
@@ -180,27 +203,30 @@ class Session(Dialogue):
         Where the template writes history differently (strips reasoning, trims), everything from there on is
         tokenized anew.
         """
-        messages = [] if self._system is None else [{"role": "system", "content": self._system}]
-        template = self.model.template
-        for node in (self.nodes[i] for i in path):
-            if template is None or node.role != "assistant":
-                messages.append({"role": node.role, "content": node.as_read()})
-            else:
-                messages.append(template.answer(node.content, node.prompt_text))
+        nodes = [self.nodes[i] for i in path]
+        messages: list[dict[str, Any]] = []
+        if self._system is not None:
+            messages.append({"role": "system", "content": self._system})
+        n_before, template = len(messages), self.model.template
+        messages += map(self._as_rendered, nodes)
         encode: Callable[..., list[int]]
         if template is None:
             text, encode = "".join(m["content"] for m in messages), self.model.tokenizer.encode
         else:
-            text, encode = template.render(messages, generating), template.encode
+            text, encode = self._rendered(messages, generating), template.encode
         segments: list[tuple[str, list[int]]] = []
         bos = self.model.tokenizer.bos_id
         if bos is not None and self.model.needs_bos(text):
             segments.append(("", [bos]))
         at = 0
-        for node in (self.nodes[i] for i in path):
+        for i, node in enumerate(nodes):
             if node.role != "assistant" or not node.ids:
                 continue
-            forms = template.renderings(node.content, node.prompt_text) if template else (node.content,)
+            forms: Iterable[str] = (node.whole,)
+            if template and node.tool_calls:
+                forms = self._spellings(node, text, at, messages[: n_before + i + 1])
+            elif template:
+                forms = template.renderings(node.content, node.prompt_text)
             said = next((f for f in forms if text.startswith(node.prompt_text + f, at)), None)
             if said is None:
                 break
@@ -212,6 +238,47 @@ class Session(Dialogue):
         # A beginning-of-text token alone leaves the text what it is: the first.
         after = next((ids[-1] for said, ids in reversed(segments) if said and ids), None)
         return [*segments, (text[at:], encode(text[at:], after=after))]
+
+    def _as_rendered(self, node: Message) -> dict[str, Any]:
+        """A message as templates are given it."""
+        template = self.model.template
+        if node.tool_calls:
+            reasoning, text = node.split()
+            thought = {} if reasoning is None else {"reasoning_content": reasoning}
+            return {"role": node.role, "content": text, **thought, "tool_calls": node.tool_calls}
+        if template is None or node.role != "assistant":
+            called = {"tool_call_id": node.tool_call_id} if node.tool_call_id else {}
+            return {"role": node.role, "content": node.as_read(), **called}
+        return template.answer(node.content, node.prompt_text)
+
+    def _rendered(self, messages: list[dict[str, Any]], generating: bool) -> str:
+        """The conversation's text. Templates treat one with tools in a way of its own."""
+        template = self.model.template
+        assert template is not None
+        if self._tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
+            return template.tools.render(messages, self._tools, generating)
+        return template.render(messages, generating)
+
+    def _spellings(self, node: Message, text: str, at: int, messages: list[dict[str, Any]]) -> Iterator[str]:
+        """How an answer with calls, the last of the messages, may stand in the conversation's text behind
+        `at`: as its model wrote it, or as the template writes such calls, which is found out once.
+        """
+        template = self.model.template
+        if template is None or not node.written or not text.startswith(node.prompt_text, at):
+            return
+        at += len(node.prompt_text)
+        if (form := beginning(text[at:], node.written)) is not None:
+            yield form
+            return
+        key = (node.written, node.prompt_text, at)
+        if key not in self._spelled:
+            whole = node.finish_reason == "tool_calls"
+            forms = template.tools.renderings(messages, self._tools, text[:at], node.written, whole)
+            self._spelled[key] = next(forms, "")
+            while len(self._spelled) > SPELLINGS:
+                self._spelled.popitem(last=False)
+        if form := self._spelled[key]:
+            yield form
 
     # Keeping it
 
@@ -271,6 +338,6 @@ class Session(Dialogue):
         if saved.model != model.name or any(i not in known for n in nodes for i in (*n.ids, *n.prompt_ids)):
             # Another model's ids mean nothing to this one; its texts are tokenized anew.
             for n in nodes:
-                n.ids, n.prompt_ids, n.prompt_text = [], [], ""
+                n.forget_ids()
         session.load_kv(kv_file.beside(path), stored=False)
         return session

@@ -8,10 +8,12 @@ import pytest
 import pytest_asyncio
 from engine_helpers import Heard, ask
 from fake_worker import load
+from said import says
 from tiny import tiny_model
 
+from tinychat.conversation import Message
 from tinychat.process.local import LocalEngine
-from tinychat.process.protocol import Began, Failed, Finished, Loaded, Text
+from tinychat.process.protocol import Began, Calling, Failed, Finished, Loaded, Text
 
 pytestmark = pytest.mark.asyncio
 
@@ -96,4 +98,34 @@ async def test_options_that_are_none_are_refused_before_anything_is_loaded():
         failed = await heard.wait(Failed)
         assert next(iter(sorted(set(options) - {"keep_kv"}))) in failed.what
         assert "bug" not in failed.todo
+    await engine.close()
+
+
+async def test_calls_are_told_and_their_results_go_back(monkeypatch):
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    heard = Heard()
+
+    def load(*_):
+        model = tiny_model(ctx=2048, backend="cpu", context_length=2048)
+        says(monkeypatch, model, f"I add.\n{call}", "Five.", call)
+        return model
+
+    engine = LocalEngine(heard.append, load)
+    await engine.start()
+    engine.load("tiny", {})
+    assert (await heard.wait(Loaded)).takes_tools
+    path = [Message("user", "2 + 3?")]
+    engine.answer("new", path, None, {"temperature": 0}, [tool])
+    asked = (await heard.wait(Finished)).message
+    assert (asked.finish_reason, asked.content, asked.written) == ("tool_calls", "I add.", f"I add.\n{call}")
+    assert "".join(e.text for e in heard if isinstance(e, Text)) == "I add."
+    assert [e for e in heard if isinstance(e, Calling)] == [Calling(0, "add")]
+    result = Message("tool", "5", tool_call_id=asked.tool_calls[0]["id"])
+    engine.answer("new", [*path, asked, result], None, {"temperature": 0}, [tool])
+    answer = (await heard.wait(Finished, 2)).message
+    assert (answer.finish_reason, answer.content) == ("stop", "Five.")
+    assert answer.stats["cached_tokens"] >= asked.stats["prompt_tokens"] + asked.stats["generated_tokens"] - 1
+    engine.answer("other", path, None, {"temperature": 0})  # without tools the same words are words
+    assert (await heard.wait(Finished, 3)).message.content == call
     await engine.close()

@@ -179,6 +179,19 @@ def _content(m: Mapping[str, Any], calls: bool) -> str:
     return "\n".join(t for t in texts if t is not None)
 
 
+def are_calls(value: Any) -> bool:
+    """Whether that is a list of calls as an answer has them, each with an id: for what comes from a file."""
+    try:
+        return isinstance(value, list) and all(_is_whole(_call(c), c) for c in value)
+    except UsageError:
+        return False
+
+
+def _is_whole(read: dict[str, Any], given: dict[str, Any]) -> bool:
+    function = given.get("function")
+    return "id" in read and isinstance(function, dict) and isinstance(function.get("arguments"), str)
+
+
 def _call(given: Any) -> dict[str, Any]:
     """A call in a message. Its arguments are an object, as JSON text or as such."""
     function = given.get("function", given) if isinstance(given, Mapping) else None

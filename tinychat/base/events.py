@@ -99,7 +99,8 @@ class TextDelta:
 
     `reasoning` is what the model thinks before it answers, `written` all that it wrote, with the markers
     between the two. What was held back and turned out to be text at the very end comes in a last delta
-    without a token (None). `logprobs` of the token, where they were asked for.
+    without a token (None). `logprobs` of the token, where they were asked for. `uncalled`: what was written
+    without the calls of tools in it, where there are some.
     """
 
     text: str
@@ -107,10 +108,16 @@ class TextDelta:
     reasoning: str = ""
     written: str = ""
     logprobs: Logprobs | None = None
+    uncalled: str | None = None
 
     def __post_init__(self):
         if not self.written and not self.reasoning:
             object.__setattr__(self, "written", self.text)
+
+    @property
+    def kept(self) -> str:
+        """What a conversation keeps of it as content: all that was written but calls."""
+        return self.written if self.uncalled is None else self.uncalled
 
     @property
     def tokens(self) -> int:

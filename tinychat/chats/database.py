@@ -48,6 +48,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     # Files that messages brought along, as JSON; they were part of what was said before.
     ("ALTER TABLE messages ADD COLUMN attachments TEXT",),
+    # Calls of tools in an answer (as JSON), all that was written with them, and whose result a message is.
+    (
+        "ALTER TABLE messages ADD COLUMN tool_calls TEXT",
+        "ALTER TABLE messages ADD COLUMN tool_call_id TEXT",
+        "ALTER TABLE messages ADD COLUMN written TEXT",
+    ),
 )
 VERSION = len(MIGRATIONS)
 WORDS = (

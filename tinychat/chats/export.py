@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 from tinychat.chats.chat_store import Chat, ChatStore
 from tinychat.conversation import Tree
+from tinychat.text.attachments import fence_of
 from tinychat.text.reasoning import split_thought
 
 
@@ -37,9 +39,21 @@ def markdown_of(chat: Chat, tree: Tree) -> str:
         if m.role == "user":
             parts.append(f"**You**\n\n{m.as_read()}")
             continue
+        if m.role == "tool":
+            parts.append(_folded("Result", m.content))
+            continue
         reasoning, text, _ = split_thought(m.content, m.prompt_text)
         parts.append(f"**{m.model or 'Model'}**")
         if reasoning:
             parts.append(f"<details><summary>Reasoning</summary>\n\n{reasoning}\n\n</details>")
-        parts.append(text)
+        if text or not m.tool_calls:
+            parts.append(text)
+        for call in m.tool_calls:
+            parts.append(_folded(f"Call of {call['function']['name']}", call["function"]["arguments"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _folded(title: str, text: str) -> str:
+    """A text in a block of its own, which nothing in it ends."""
+    fence = fence_of(text)
+    return f"<details><summary>{html.escape(title)}</summary>\n\n{fence}\n{text}\n{fence}\n\n</details>"

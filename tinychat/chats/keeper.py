@@ -53,7 +53,7 @@ class Keeper:
         text, saved = "", 0.0
         try:
             for event in events:
-                text += getattr(event, "written", "")
+                text += getattr(event, "kept", "")
                 if session.nodes and (now := time.monotonic()) - saved >= SAVE_SECONDS:
                     saved = now
                     self.keep(session, text)

@@ -22,7 +22,7 @@ CHAT = "id, title, model, system, params, leaf, created, updated, deleted"
 # In the order of the table's columns; those behind the first three are fields of a message.
 MESSAGE = (
     "id, chat, parent, role, content, model, prompt_text, prompt_ids, ids, finish_reason, stats, created, "
-    "attachments"
+    "attachments, tool_calls, tool_call_id, written"
 )
 FIELDS = tuple(MESSAGE.split(", ")[3:])
 
@@ -140,6 +140,15 @@ def _optional(value: Any) -> str | None:
     return None if value is None else text_of(value)
 
 
+def _list(value: list[Any]) -> str | None:
+    return json.dumps(value, ensure_ascii=False) if value else None
+
+
+def _json_list(value: Any) -> list[Any]:
+    read = _json(value)
+    return read if isinstance(read, list) else []
+
+
 # How a field becomes a column, and what a column says of the field; text where nothing is said.
 _CODECS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "model": (_text, _optional),
@@ -148,7 +157,8 @@ _CODECS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "finish_reason": (_same, _optional),
     "stats": (json.dumps, _json),
     "created": (_same, _same),
-    "attachments": (lambda files: json.dumps(files, ensure_ascii=False) if files else None, _json),
+    "attachments": (_list, _json_list),
+    "tool_calls": (_list, _json_list),
 }
 
 
@@ -199,7 +209,7 @@ def put_message(
         row = None
     if row is None:
         row = db.execute(_INSERT, (chat, *values)).lastrowid or 0
-    elif full_text and (m.role == "user" or m.finish_reason is not None):
+    elif full_text and (m.role != "assistant" or m.finish_reason is not None):
         db.execute("DELETE FROM words WHERE rowid = ?", (row,))
     else:
         return row

@@ -59,12 +59,11 @@ class Generation:
         if params.max_tokens is None and branch.ledger:
             # Nothing else would end an answer that runs in circles.
             params = params.but(max_tokens=engine.n_ctx)
-        self.params, self.odds = params, odds
+        self.params, self.odds, self.guide = params, odds, guide
         self.context = array("i", self.prompt)  # and the answer's tokens so far; it may have no end
         self.shown = caller.shown if caller else frozenset[int]()
         self.decoder = StreamDecoder(engine.tokenizer, continued=True, shown=self.shown)
         self.outlet = Outlet(params.stop, splitter, caller)
-        self.guide = guide
         self.seed = choose_seed(params)
         self.began_evicted = self.evicted_before = branch.evicted
         self.notices: list[str] = []
@@ -148,15 +147,16 @@ class Generation:
 
     def _deltas(self, said: Said, token: int | None) -> Iterator[Event]:
         self._write(said)
-        text, reasoning, written, calls = said
+        (text, reasoning, written, calls, _), uncalled = said, said.uncalled
         if self._repeated and written:
             known, self._repeated = self._repeated, ""
             if written.startswith(known) or known.startswith(written):
                 again = known[: len(written)]
                 self._repeated = known[len(again) :]
                 text, reasoning, written = (s.removeprefix(again) for s in (text, reasoning, written))
+                uncalled = uncalled and uncalled.removeprefix(again)
         told = self.odds.told(len(self.context) - 1) if self.odds and token is not None else None
-        yield TextDelta(text, token, reasoning, written, told)
+        yield TextDelta(text, token, reasoning, written, told, uncalled)
         yield from calls
 
     def _write(self, said: Said) -> None:

@@ -40,9 +40,16 @@ class Asking:
         """Load a model in place of the present one. → Loading…, then Loaded or Failed."""
         self._put(Load(model, options))
 
-    def answer(self, chat: str, path: Sequence[Message], system: str | None, params: dict[str, Any]) -> None:
+    def answer(
+        self,
+        chat: str,
+        path: Sequence[Message],
+        system: str | None,
+        params: dict[str, Any],
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Answer the last message of `path`. → Reading…, Began, Text…, then Finished or Failed."""
-        self._put(Answer(chat, list(path), system, params))
+        self._put(Answer(chat, list(path), system, params, list(tools)))
 
     def cancel(self) -> None:
         """Stop the running answer; its Finished says "cancelled"."""

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.base import errors
 from tinychat.base.errors import DeviceLostError, UsageError
-from tinychat.base.events import Done, Event, Notice, Reading, TextDelta
+from tinychat.base.events import Done, Event, Notice, Reading, TextDelta, ToolCallDelta
 from tinychat.base.load_options import LoadOptions
 from tinychat.conversation import Tree
 from tinychat.process.protocol import (
     Answer,
     Began,
+    Calling,
     Cancel,
     Count,
     EndThought,
@@ -161,7 +162,9 @@ class Core:
         self.keeps = options.pop("keep_kv", True)
         model = self.model = self.load(request.model, options, progress)
         sampling = vars(model.default_sampling).copy()
-        self.tell(Loaded(model.describe(), sampling, model.template is not None, request.model))
+        templated = model.template is not None
+        takes_tools = getattr(model, "takes_tools", templated)
+        self.tell(Loaded(model.describe(), sampling, templated, request.model, takes_tools))
 
     def _answer(self, request: Answer) -> None:
         if self.model is None:
@@ -192,6 +195,7 @@ class Core:
         session.ends_circles = True
         session.system = request.system
         session.params = model.default_sampling.but(**request.params)
+        session.tools = request.tools
         session.tree = Tree.of_path(request.path)
         return session
 
@@ -215,6 +219,8 @@ class Core:
                     self.tell(Finished(session.tree.messages()[-1]))
                 elif isinstance(event, TextDelta):
                     batch.add(event)
+                elif isinstance(event, ToolCallDelta) and event.name:
+                    self.tell(Calling(event.index, event.name))
         finally:
             batch.close()
 
@@ -287,7 +293,7 @@ class _Batch:
                 self.thought = self.tokens
             self._thinking |= bool(delta.reasoning)
             self.tokens += delta.tokens
-            self._pieces.append(delta.written)
+            self._pieces.append(delta.kept)
             if time.monotonic() - self._last >= BATCH_SECONDS:
                 self._flush()
             else:

@@ -34,9 +34,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer the user's message at the end of `path`, or go on with the answer there. → Reading…, Began,
-    Text… (of what is new), then Finished (the whole) or Failed.
+    """Answer the message at the end of `path` (the user's, or the last result of a call), or go on with the
+    answer there. → Reading…, Began, Text… (of what is new) and Calling…, then Finished (the whole) or Failed.
 
+    tools: that the model may call, in OpenAI's form. Calls come in the Finished message, and nobody here runs
+    them: who asked adds their results to the path and asks again.
     chat: what the conversation is known by, from answer to answer. A chat whose key is a number has its KV
     cache kept under it, so that it goes on at once when it is resumed.
     """
@@ -45,6 +47,7 @@ class Answer:
     path: list[Message]
     system: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,15 @@ class Loading:
 @dataclass(frozen=True)
 class Loaded:
     """Ready to answer. `facts`: what `Model.describe` says; `sampling`: the model's own defaults; `asked`:
-    the name that was asked for; the model's own may be another (`facts["model"]`).
+    the name that was asked for; the model's own may be another (`facts["model"]`). `takes_tools`: whether
+    answers may be given some.
     """
 
     facts: dict[str, Any]
     sampling: dict[str, Any] = field(default_factory=dict)
     has_template: bool = True
     asked: str = ""
+    takes_tools: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,16 @@ class Text:
     text: str
     tokens: int
     thought: int | None = None
+
+
+@dataclass(frozen=True)
+class Calling:
+    """The model is writing a call of this tool. `index`: 0 for the first of the answer; it may turn out to be
+    none.
+    """
+
+    index: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -168,7 +183,7 @@ class Died:
     reason: str
 
 
-EngineEvent = Loading | Loaded | Reading | Began | Text | Notice | Finished | Failed | Died
+EngineEvent = Loading | Loaded | Reading | Began | Text | Calling | Notice | Finished | Failed | Died
 
 # As lines
 
@@ -188,6 +203,7 @@ EVENTS: dict[str, type] = {
     "reading": Reading,
     "began": Began,
     "text": Text,
+    "calling": Calling,
     "notice": Notice,
     "done": Finished,
     "failed": Failed,
@@ -245,7 +261,14 @@ class ChatEngine(Protocol):
     def load(self, model: str, options: dict[str, Any]) -> None:
         """Send `Load`."""
 
-    def answer(self, chat: str, path: Sequence[Message], system: str | None, params: dict[str, Any]) -> None:
+    def answer(
+        self,
+        chat: str,
+        path: Sequence[Message],
+        system: str | None,
+        params: dict[str, Any],
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Send `Answer`."""
 
     def cancel(self) -> None:

@@ -75,6 +75,7 @@ class ServedModel:
 
     default_sampling = ServerParams()
     template = "the server's"
+    takes_tools = False
 
     def __init__(self, server: Server, id: str, n_ctx: int = 0, think: bool | None = None):
         self.server, self.id, self.n_ctx, self.think = server, id, n_ctx, think
@@ -149,6 +150,13 @@ class RemoteSession(Dialogue):
 
     def _asked(self, question: int) -> Segments:
         return [("", [])]
+
+    def _check_tools(self, tools: list[dict[str, Any]]) -> None:
+        if tools:
+            raise UsageError(
+                "A server's models are not given tools yet.",
+                "Leave them out, or choose a model of this machine.",
+            )
 
     def _cut_ids(self, ids: list[int], text: str) -> list[int]:
         return []

@@ -14,12 +14,16 @@ def as_read(said: str, attachments: Iterable[dict[str, str]]) -> str:
     """The message as the model reads it: each file under its name in a fence, then what was said."""
     parts = []
     for a in attachments:
-        longest = max(map(len, re.findall(r"`{3,}", a["text"])), default=2)
-        fence = "`" * (longest + 1)
+        fence = fence_of(a["text"])
         parts.append(f"{a['name']}:\n{fence}\n{a['text'].rstrip()}\n{fence}")
     if said.strip():
         parts.append(said)
     return "\n\n".join(parts)
+
+
+def fence_of(text: str) -> str:
+    """A fence of Markdown that nothing in a text ends."""
+    return "`" * (max(map(len, re.findall(r"`{3,}", text)), default=2) + 1)
 
 
 def are_sound(value: Any) -> bool:

@@ -74,12 +74,26 @@ class StopMatcher:
 
 
 class Said(NamedTuple):
-    """Text that became certain: of the answer, of the reasoning, and as it was written; and of calls."""
+    """Text that became certain: of the answer, of the reasoning, and as it was written; and of calls.
+
+    `called`: (index in `written`, length) of each call in it.
+    """
 
     text: str
     reasoning: str
     written: str
     calls: Sequence[ToolCallDelta] = ()
+    called: Sequence[tuple[int, int]] = ()
+
+    @property
+    def uncalled(self) -> str | None:
+        """What was written without the calls in it; None where there are none."""
+        if not self.called:
+            return None
+        out = self.written
+        for at, length in reversed(self.called):
+            out = out[:at] + out[at + length :]
+        return out
 
 
 class Outlet:
@@ -140,11 +154,10 @@ class Outlet:
         said = self._without_calls(self.caller.flush()) if self.caller else Said("", "", "")
         if self.splitter is None:
             text = self.matcher.flush()
-            return Said(said.text + text, said.reasoning, said.written + text, said.calls)
+            return _joined(said, Said(text, "", text))
         first = self._pass(self.splitter.flush())
         text = self.matcher.flush()
-        written = said.written + first.written + self._written(len(text))
-        return Said(said.text + first.text + text, said.reasoning + first.reasoning, written, said.calls)
+        return _joined(said, _joined(first, self._said(text, "")))
 
     def _text(self, written: str) -> Said:
         if self.splitter is None:
@@ -154,22 +167,22 @@ class Outlet:
 
     def _without_calls(self, parts: Iterable[Part]) -> Said:
         assert self.caller is not None
-        text = reasoning = written = ""
+        out = Said("", "", "")
         for part in parts:
             if self.stopped or (self.called and not part.called):
                 break
             said = self._call(part.text) if part.called else self._text(part.text)
-            text, reasoning, written = text + said.text, reasoning + said.reasoning, written + said.written
+            out = _joined(out, said)
             self._answered = self._answered or bool(said.text.strip())
-        return Said(text, reasoning, written, self.caller.take())
+        return out._replace(calls=self.caller.take())
 
     def _call(self, written: str) -> Said:
         """A call: what may have begun a stop string before it has not."""
         text = self.matcher.flush()
         if self.splitter is None:
-            return Said(text, "", text + written)
-        self._waiting.append(Piece("marker", "", "" if self.stopped else written))
-        return Said(text, "", self._written(len(text)))
+            return Said(text, "", text + written, called=[(len(text), len(written))])
+        self._waiting.append(Piece("call", "", "" if self.stopped else written))
+        return self._said(text, "")
 
     def _begins(self) -> bool:
         """Whether nothing of the answer has come yet."""
@@ -187,11 +200,12 @@ class Outlet:
                 reasoning += piece.text
             elif piece.kind == "answer":
                 text += self.matcher.push(piece.text)
-        return Said(text, reasoning, self._written(len(text)))
+        return self._said(text, reasoning)
 
-    def _written(self, n: int) -> str:
-        """Text that was written for the next n characters of the answer."""
-        out = ""
+    def _said(self, text: str, reasoning: str) -> Said:
+        """Text of the answer that is certain, with what was written for it."""
+        n, out = len(text), ""
+        called: list[tuple[int, int]] = []
         while self._waiting:
             piece = self._waiting[0]
             if piece.kind == "answer":
@@ -200,9 +214,17 @@ class Outlet:
                     self._waiting[0] = Piece("answer", piece.text[n:], piece.written[n:])
                     break
                 n -= len(piece.text)
+            elif piece.kind == "call":
+                called.append((len(out), len(piece.written)))
             out += piece.written
             self._waiting.popleft()
-        return out
+        return Said(text, reasoning, out, called=called)
+
+
+def _joined(a: Said, b: Said) -> Said:
+    """One behind the other."""
+    called = [*a.called, *((len(a.written) + at, n) for at, n in b.called)] if b.called else a.called
+    return Said(a.text + b.text, a.reasoning + b.reasoning, a.written + b.written, a.calls or b.calls, called)
 
 
 def cut_ids(
