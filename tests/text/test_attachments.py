@@ -85,7 +85,8 @@ def test_an_older_store_opens_and_takes_them(tmp_path):
     add(store, store.create("demo").id, "user", "before")
     store.close()
     with sqlite3.connect(path) as db:  # as the version before had it
-        db.execute("ALTER TABLE messages DROP COLUMN attachments")
+        for column in ("attachments", "tool_calls", "tool_call_id", "written"):
+            db.execute(f"ALTER TABLE messages DROP COLUMN {column}")
         db.execute("PRAGMA user_version = 2")
     db.close()
     store = ChatStore(path)
