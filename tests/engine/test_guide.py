@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import pytest
 from speaker import ENDLESS, HARMONY, OPENED, QWEN, saying, speaker, thinker
@@ -162,3 +163,45 @@ def test_levels_of_effort_and_the_switch_are_the_templates(monkeypatch):
         for settings, why in (({"effort": "low"}, "no levels of effort"), ({"think": True}, "no switch")):
             with pytest.raises(UsageError, match=why):
                 model.request("Well?", **settings)
+
+
+FINAL = "{{ '<|channel|>final<|message|>' + m.content + '<|return|>' }}"
+CALLING = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + HARMONY.replace(
+    FINAL,
+    "{% if m.tool_calls %}{{ ' to=functions.' + m.tool_calls[0].function.name + '<|channel|>commentary json'"
+    " + '<|message|>' + m.tool_calls[0].function.arguments | tojson + '<|call|>' }}{% elif m.content %}"
+    + FINAL
+    + "{% endif %}",
+)
+
+
+def choose(unit: Literal["C", "F"], on: bool):
+    """Chooses."""
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_a_required_call_in_a_channel_comes_behind_a_thought_of_its_budget(monkeypatch, draft):
+    with speaker(monkeypatch, CALLING, channels) as model:
+        how = {"tools": [choose], "tool_choice": "required", "draft": draft, "max_tokens": 200}
+        answer = model.chat("?", think_budget=30, **how)
+        assert (answer.text, answer.finish_reason) == ("", "tool_calls")
+        assert answer.reasoning == ENDLESS[: 30 - len("?analysis?")]
+        (call,) = answer.tool_calls
+        assert call.name == "choose"
+        given = json.loads(call.arguments)
+        assert (set(given), given["unit"] in "CF", type(given["on"])) == ({"unit", "on"}, True, bool)
+        cut = model.chat("?", think_budget=30, **how | {"max_tokens": 50})
+        assert (cut.tool_calls, cut.finish_reason) == ([], "length")
+
+
+def test_strict_tools_leave_a_channel_of_words_free(monkeypatch):
+    words = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>No {call}."
+    with speaker(monkeypatch, CALLING, saying(words)) as model:
+        tool = {**model.request("?", tools=[choose]).tools[0]["function"], "strict": True}
+        answer = model.chat("?", tools=[tool], max_tokens=200)
+        assert (answer.reasoning, answer.text, answer.finish_reason) == ("hm", "No {call}.", "stop")
+        assert model.request("?", tools=[tool]).form.throughout
+        form = model.request("?", tools=[tool], response_format=YES_NO).form
+        held = model.chat("?", tools=[tool], response_format=YES_NO, max_tokens=200)
+        assert form.throughout
+        assert (held.reasoning, json.loads(held.text)["a"] in ("yes", "no")) == ("hm", True)

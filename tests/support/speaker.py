@@ -40,14 +40,14 @@ HARMONY = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
 WORDS = ["<think>", "</think>", START, END]
-CHANNELS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
+CHANNELS = ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"]
 
 
 class Checkpoint(TinyCheckpoint):
     """Every byte a token, then the words of a template; the last one ends an answer."""
 
     def __init__(self, template: str):
-        self.words = CHANNELS if template == HARMONY else WORDS if "think" in template else [START, END]
+        self.words = CHANNELS if "<|channel|>" in template else WORDS if "think" in template else [START, END]
         n = 256 + len(self.words)
         super().__init__(0, template, vocab_size=n, eos_ids=(n - 1,), context_length=512)
 

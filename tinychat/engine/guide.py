@@ -15,7 +15,7 @@ import numpy as np
 
 from tinychat.text import grammar
 from tinychat.text.grammar import Matcher
-from tinychat.text.reasoning import CHANNEL, Splitter
+from tinychat.text.reasoning import CHANNEL, END, Splitter
 from tinychat.text.response_format import Form
 from tinychat.text.template import ChatTemplate
 from tinychat.text.tokenizer import SOME_TEXT, StreamDecoder, Tokenizer
@@ -25,7 +25,7 @@ from tinychat.text.tokenizer import SOME_TEXT, StreamDecoder, Tokenizer
 class Guide:
     """Guidance at one place of an answer.
 
-    matcher   holds the answer proper to a form; None: it is free
+    matcher   holds the answer proper to a form, or (`throughout`) the thought as well; None: it is free
     budget    tokens after which a thought is closed; None: never
     template  says how thoughts are begun and closed
     openers   tokens that may begin a thought where the answer could begin
@@ -46,17 +46,19 @@ class Guide:
     script: list[int] | None = None
     since: int = 0
 
+    throughout: bool = False
     hurried: bool = False  # somebody wants a thought to end now; set by any thread
 
     def __post_init__(self) -> None:
         if self.n == 0:
+            self.first = 0 if self.throughout else None
             self._look()
 
     def fork(self) -> Guide:
         """Another one at the same place, which goes on by itself."""
         other = copy.copy(self)
         other.matcher = self.matcher and self.matcher.fork()
-        if self.first is None:  # else only the form matters any more
+        if self.first is None or self.throughout:  # else only the form matters any more
             other.decoder, other.splitter = self.decoder.fork(), self.splitter and self.splitter.fork()
         return other
 
@@ -115,7 +117,8 @@ class Guide:
             self.first = at
         if self.first is not None and self.matcher is not None:
             self.matcher.push(token)
-            return at == self.first
+            if not self.throughout:
+                return at == self.first
         if self.splitter is not None:
             self.splitter.push(self.decoder.push(token))
         self._look()
@@ -139,11 +142,13 @@ class Guide:
         self.script, place = None, self._place
         if place == "thought" and self.budget is not None and self.n >= self.budget:
             self._begin(self._closing())
-        elif self.matcher is not None and place == "beginning" and self._channels:
+        if self.matcher is None or self.first is not None:
+            return
+        if place == "beginning" and self._channels:
             self._begin(CHANNEL)
-        elif self.matcher is not None and place == "gap":
+        elif place == "gap":
             self._begin(self._rest_of_gap())
-        if self.script is None and self.matcher is not None and place in ("gap", "answer"):
+        if self.script is None and place in ("gap", "answer"):
             self.first = self.n
 
     def _begin(self, text: str) -> None:
@@ -159,6 +164,8 @@ class Guide:
     def _closing(self) -> str:
         assert self.splitter is not None  # there is a thought
         assert self.template is not None
+        if self.throughout:  # the form says what comes then
+            return END
         closing = self.template.closing(self.splitter.end)
         return closing.removeprefix("\n") if self.splitter.at_line_start else closing
 
@@ -194,4 +201,5 @@ def guide_for(
         return None
     openers = template.openers if template is not None else ()
     decoder, fork = StreamDecoder(tokenizer, continued=True), splitter and splitter.fork()
-    return Guide(tokenizer, matcher, budget, template, openers, decoder, fork)
+    throughout = form is not None and form.throughout
+    return Guide(tokenizer, matcher, budget, template, openers, decoder, fork, throughout=throughout)

@@ -31,11 +31,12 @@ FORMS = (
 @dataclass(frozen=True)
 class Form:
     """What an answer has to look like, as text: a JSON schema, a regular expression, or a grammar in
-    llguidance's dialect of Lark.
+    llguidance's dialect of Lark. throughout: it says of thoughts, too, and begins with the first token.
     """
 
     kind: Kind
     text: str
+    throughout: bool = False
 
 
 def response_format(value: Any) -> Form | None:

@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any
 from tinychat.base.errors import UsageError
 from tinychat.text import grammar
 from tinychat.text.calls.gemma import Gemma
-from tinychat.text.calls.held_values import Values
+from tinychat.text.calls.held_values import Values, in_order
 from tinychat.text.calls.named import Named
 from tinychat.text.calls.objects import Objects
 from tinychat.text.calls.pythonic import Pythonic
 from tinychat.text.calls.syntax import Syntax, as_json
 from tinychat.text.calls.tagged import Tagged, kinds_of
+from tinychat.text.reasoning import CHANNEL, END, MESSAGE, START
 from tinychat.text.response_format import Form, of_schema
 
 if TYPE_CHECKING:
     from tinychat.text.tokenizer import Tokenizer
 
 CLOSED = {"type": "object", "additionalProperties": False}  # what a schema means that does not say
-LOOSE = {"type": "object"}  # what arguments are held to that need not fit a schema
+LOOSE = {"type": "object"}
+TYPES = {"string", "number", "integer", "boolean", "null", "array", "object"}
 ARGUMENTS = "{}"  # what stands for them in a call that is spelled
 _BARE = r"/([ \n]*[^{\[ \n](?s:.*))?/"  # what does not look like a call without a marker
 
@@ -34,11 +36,13 @@ _BARE = r"/([ \n]*[^{\[ \n](?s:.*))?/"  # what does not look like a call without
 class Held:
     """The grammar of calls of some tools, as one model writes them.
 
-    tools: (name, parameters) of each; the parameters are JSON schemas that llguidance takes.
+    tools: (name, parameters) of each; the parameters are JSON schemas that llguidance takes. throughout: the
+    grammar has the thought before the answer in it, too.
     """
 
     def __init__(self, syntax: Syntax, tools: Sequence[tuple[str, Mapping[str, Any]]], tokenizer: Tokenizer):
         self._syntax, self._tools = syntax, tools
+        self.throughout = isinstance(syntax, Named) and syntax.ends == MESSAGE
         self._ids = {text: i for i, text in tokenizer.markers.items()}
         self._markers = re.compile(
             "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or r"\b\B"
@@ -51,16 +55,15 @@ class Held:
         required: there must be a call. several: there may be more than one. form: JSON schema of an answer
         without calls; None leaves its text free.
         """
-        parts = self._calls(several)
-        if parts is None:
-            return None
-        opener, rest = parts
+        if self.throughout:
+            return self._channels(required, form)
+        opener, rest = self._calls(several)
         calls = f"{self._lark(opener)} rest" if opener else "rest"
         if required:
             start = calls
         elif form is not None:
             start = f"form | {calls}"
-            self._rules.append(f"form: %json {json.dumps(form, ensure_ascii=False)}")
+            self._rules.append(f"form: {_json(form)}")
         else:
             start = self._with_words(opener, calls)
         return "\n".join((f"start: {start}", f"rest: {rest}", *self._rules, r"WS: /\n{0,2}/"))
@@ -79,8 +82,32 @@ class Held:
         self._rules.append(f"before[suffix={self._plain(opener)}]: BEFORE\nBEFORE: {others}")
         return "text | before rest"
 
-    def _calls(self, several: bool) -> tuple[str, str] | None:
-        """What opens the calls, and the rule for all behind that; None if there are none."""
+    def _channels(self, required: bool, form: Mapping[str, Any] | None) -> str | None:
+        """Messages in channels (harmony): a thought, then a call, which ends the answer, or a final one. None
+        where the vocabulary has no tokens for that.
+        """
+        if not {CHANNEL, MESSAGE, END, START} <= set(self._ids):
+            return None
+        calls = []
+        for i, (name, parameters) in enumerate(self._tools):
+            self._rules.append(f"arguments_{i}: {_json(parameters)}")
+            calls.append(f"{self._lark(f'{name} <|constrain|>json{MESSAGE}')} arguments_{i}")
+        self._rules.append(
+            "call: " + self._lark(f"{CHANNEL}commentary to=functions.") + f" ({' | '.join(calls)})"
+        )
+        more = self._lark(f"{END}{START}assistant")
+        self._rules.append(f"thought: {self._lark(f'{CHANNEL}analysis{MESSAGE}')} text {more}")
+        self._rules.append("text: TEXT\nTEXT: /(?s:.*)/")
+        if required:
+            return "\n".join(("start: thought? call", *self._rules))
+        final = "text" if form is None else "form"
+        self._rules += [] if form is None else [f"form: {_json(form)}"]
+        self._rules.append(f"words: {self._lark(f'{CHANNEL}commentary{MESSAGE}')} text {more}")
+        self._rules.append(f"final: {self._lark(f'{CHANNEL}final{MESSAGE}')} {final}")
+        return "\n".join(("start: thought? (final | words? call)", *self._rules))
+
+    def _calls(self, several: bool) -> tuple[str, str]:
+        """What opens the calls, and the rule for all behind that."""
         syntax = self._syntax
         if isinstance(syntax, Tagged):
             return self._tagged(syntax, several)
@@ -90,8 +117,9 @@ class Held:
             opens = () if syntax.bare else syntax.opens
             keys = ("name", "parameters") if syntax.bare else ("name", "arguments")
             syntax = Objects(opens, syntax.closes, listed=not syntax.bare, keys=keys)
-        if not isinstance(syntax, (Objects, Named)) or (isinstance(syntax, Named) and syntax.ends != "{"):
-            return None
+        elif isinstance(syntax, Pythonic):
+            return self._keywords(syntax, several)
+        assert isinstance(syntax, (Objects, Named))  # there is no other kind
         return self._of_json(syntax, several)
 
     def _of_json(self, syntax: Objects | Named, several: bool) -> tuple[str, str]:
@@ -100,11 +128,33 @@ class Held:
         for i, (name, parameters) in enumerate(self._tools):
             first, second, behind = syntax.spell([(name, {}), (name, {})]).split(ARGUMENTS)
             opener = max((o for o in syntax.opens if first.startswith(o)), key=len, default="")
-            self._rules.append(f"arguments_{i}: %json {json.dumps(parameters, ensure_ascii=False)}")
+            self._rules.append(f"arguments_{i}: {_json(parameters)}")
             before.append(f"{self._lark(first[len(opener) :])} arguments_{i}")
             between.append(f"{self._lark(second)} arguments_{i}")
         more = f" ({' | '.join(between)})*" if several else ""
         return opener, f"({' | '.join(before)}){more} {self._lark(behind)}"
+
+    def _keywords(self, syntax: Pythonic, several: bool) -> tuple[str, str]:
+        """Calls as Python has them, a line each. Their values are JSON, which is read as well."""
+        calls = []
+        for i, (name, parameters) in enumerate(self._tools):
+            properties, required = parameters.get("properties", {}), parameters.get("required", ())
+            shared = {n: parameters[n] for n in ("$defs", "definitions") if n in parameters}
+            parts = []
+            for k, (key, schema) in enumerate(properties.items()):
+                if key in required and not key.isidentifier():
+                    raise UsageError(
+                        f"The tool {name}: this model cannot write {key!r}.", "Use another name for it."
+                    )
+                if key.isidentifier():
+                    value = {**shared, **schema} if isinstance(schema, Mapping) else {}
+                    self._rules.append(f"v{i}_{k}: {_json({**value, 'x-guidance': grammar.OPTIONS})}")
+                    parts.append((f"{self._plain(f'{key}=')} v{i}_{k}", key in required))
+            self._rules += in_order(f"k{i}", parts, ", ")
+            calls.append(f'{self._lark(f"{name}(")} k{i}_first0 ")"')
+        self._rules.append("call: " + "\n    | ".join(calls))
+        more = ' ("\\n" call)*' if several else ""
+        return syntax.opens[0], f"WS call{more} WS {self._lark(syntax.closes[0])}"
 
     def _gemma(self, syntax: Gemma, several: bool) -> tuple[str, str]:
         calls = []
@@ -163,9 +213,8 @@ class Held:
         if edge:
             yield self._lark(edge)
         if kinds != {"string"}:
-            self._rules.append(
-                f"{rule}: %json {json.dumps({**shared, **schema} if isinstance(schema, Mapping) else {})}"
-            )
+            value = {**shared, **schema} if isinstance(schema, Mapping) else {}
+            self._rules.append(f"{rule}: {_json(value)}")
         elif isinstance(choices, list) and all(isinstance(c, str) for c in choices):
             self._rules.append(f"{rule}: {' | '.join(map(self._plain, choices))}")
         elif syntax.value_end in self._ids:
@@ -190,6 +239,10 @@ class Held:
     @staticmethod
     def _plain(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
 
 def _without(texts: Sequence[str]) -> str:
@@ -223,10 +276,14 @@ def form_of_calls(
         )
     if not any(strict) and answer is None:
         return None
-    schemas = [{**CLOSED, **f["parameters"]} if s else LOOSE for f, s in zip(functions, strict, strict=True)]
+    schemas = [
+        {**CLOSED, **f["parameters"]} if s else _loose(f["parameters"], syntax)
+        for f, s in zip(functions, strict, strict=True)
+    ]
     named = [(f["name"], _taken(s)) for f, s in zip(functions, schemas, strict=True)]
     said = None if answer is None else {**json.loads(answer.text), "x-guidance": grammar.OPTIONS}
-    text = Held(syntax, named, tokenizer).grammar(required, several, said)
+    held = Held(syntax, named, tokenizer)
+    text = held.grammar(required, several, said)
     if text is None:
         if required or answer is not None:
             raise UsageError(
@@ -234,7 +291,7 @@ def form_of_calls(
                 'Use tool_choice="auto", and no response_format beside tools.',
             )
         return None
-    form = Form("lark", text)
+    form = Form("lark", text, held.throughout)
     try:
         grammar.matcher(form, tokenizer)
     except UsageError as e:
@@ -243,6 +300,17 @@ def form_of_calls(
             f"The tools cannot be held to: {e.what}", "Use simpler schemas, or fewer tools."
         ) from e
     return form
+
+
+def _loose(parameters: Mapping[str, Any], syntax: Syntax) -> Mapping[str, Any]:
+    """What arguments are held to that need not fit a schema: where names of parameters are part of the
+    syntax, those of the schema, and their types.
+    """
+    if isinstance(syntax, (Objects, Named)) or (isinstance(syntax, Pythonic) and syntax.objects):
+        return LOOSE
+    types = {k: kinds_of(v) for k, v in parameters.get("properties", {}).items()}
+    known = {k: {"type": sorted(t)} if t and t <= TYPES else {} for k, t in types.items()}
+    return {**LOOSE, "properties": known}
 
 
 def _taken(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Held are types, choices, properties and what is required; not lengths, ranges an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tinychat.text.calls.syntax import as_json
@@ -18,6 +18,18 @@ _WORDS = {
 }
 _ANY = ("string", "number", "boolean", "null", "array", "object")
 DEEPEST = 8  # levels of values of any kind
+
+
+def in_order(name: str, parts: Sequence[tuple[str, bool]], separator: str) -> list[str]:
+    """Rules of which `{name}_first0` has these parts in their order, those left out that are not required."""
+    rules = []
+    # What may come where nothing came before (first) and behind something (more), from each part on.
+    for i, (part, required) in enumerate(parts):
+        said = f"{part} {name}_more{i + 1}"
+        skip = "" if required else f" | {name}_%s{i + 1}"
+        rules.append(f"{name}_first{i}: {said}" + skip.replace("%s", "first"))
+        rules.append(f"{name}_more{i}: {as_json(separator)} {said}" + skip.replace("%s", "more"))
+    return [*rules, *(f'{name}_{which}{len(parts)}: ""' for which in ("first", "more"))]
 
 
 class Values:
@@ -94,14 +106,11 @@ class Values:
             value = self.rule(schema.get("additionalProperties", {}), depth + 1)
             return f'"{{" "}}" | "{{" /[a-z_]{{1,40}}/ ":" {value} "}}"'
         required = schema.get("required", ())
-        # What may come where nothing came before (first) and behind something (more), from each property on.
-        n = len(properties)
-        for i, (key, value) in enumerate(properties.items()):
-            said = f"{self._lark(f'{key}:')} {self.rule(value, depth + 1)} {name}_more{i + 1}"
-            skip = "" if key in required else f" | {name}_%s{i + 1}"
-            self.rules.append(f"{name}_first{i}: {said}" + skip.replace("%s", "first"))
-            self.rules.append(f'{name}_more{i}: "," {said}' + skip.replace("%s", "more"))
-        self.rules += [f'{name}_{which}{n}: ""' for which in ("first", "more")]
+        parts = [
+            (f"{self._lark(f'{key}:')} {self.rule(value, depth + 1)}", key in required)
+            for key, value in properties.items()
+        ]
+        self.rules += in_order(name, parts, ",")
         return f'"{{" {name}_first0 "}}"'
 
     def _fixed(self, value: Any) -> str:
