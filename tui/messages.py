@@ -27,11 +27,11 @@ class Submitted(Message):
 
 
 class OpenChat(Message):
-    """A chat is chosen in the sidebar."""
+    """A chat is chosen in the sidebar; `words`: what it was found by."""
 
-    def __init__(self, chat_id: int):
+    def __init__(self, chat_id: int, words: str = ""):
         super().__init__()
-        self.chat_id = chat_id
+        self.chat_id, self.words = chat_id, words
 
 
 class ChatAction(Message):

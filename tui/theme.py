@@ -129,7 +129,14 @@ _PALETTES = {
         "tok-builtin": "#00ffff",
     },
 }
-_COMMON = {"strong": "bold", "em": "italic", "s": "strike", "h1": "underline", "focused": "bold"}
+_COMMON = {
+    "strong": "bold",
+    "em": "italic",
+    "s": "strike",
+    "h1": "underline",
+    "focused": "bold",
+    "found": "bold reverse",
+}
 
 
 def palette_of(app: App[Any]) -> str:

@@ -12,7 +12,7 @@ import stored
 from stored import add
 
 from tinychat.base.errors import TinychatError
-from tinychat.chats.chat_store import MARK, UNMARK, ChatLockedError, ChatStore, chosen
+from tinychat.chats.chat_store import ChatLockedError, ChatStore, chosen
 from tinychat.chats.export import to_json, to_markdown
 from tinychat.chats.open_chat import OpenChat
 from tinychat.conversation import Message
@@ -127,11 +127,12 @@ def test_a_chat_cannot_be_opened_twice_in_one_program_either(store):
 def test_search_finds_words_in_titles_and_messages(tmp_path, full_text):
     store = ChatStore(tmp_path / "x.db", full_text=full_text)
     assert store.full_text is full_text
-    foxes = talk(store, "Tell me about foxes", "A fox is a small animal that lives in a den of its own")
+    foxes_say = "A fox is a small animal that lives in a den of its own"
+    foxes = talk(store, "Tell me about foxes", foxes_say)
     talk(store, "Tell me about rivers", "Rivers run 100 % of the time")
     assert [h.chat.id for h in store.search("small animal")] == [foxes.id]
-    assert f"{MARK}small" in store.search("small animal")[0].excerpt
-    assert UNMARK in store.search("small")[0].excerpt
+    assert store.search("small animal")[0].excerpt == foxes_say
+    assert ("small", True) in store.search("small")[0].pieces
     assert [h.chat.id for h in store.search("FOXES")] == [foxes.id]
     assert len(store.search("tell me")) == 2
     assert len(store.search("")) == 2

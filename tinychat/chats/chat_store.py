@@ -19,6 +19,7 @@ from tinychat.base import locations
 from tinychat.base.characters import whole
 from tinychat.base.errors import TinychatError
 from tinychat.chats.database import Database, StoreError, translated
+from tinychat.chats.finding import LONGEST_SEARCH, Finder, Piece, words_of
 from tinychat.chats.records import (
     CHAT,
     MESSAGE,
@@ -42,16 +43,21 @@ __all__ = [
 ]
 
 KEEP_DELETED = 7 * 86400.0  # seconds until a deleted chat is really gone
-MARK, UNMARK = "\x02", "\x03"  # around what was found, in a Hit's excerpt
-MOST_WORDS, LONGEST_SEARCH = 30, 300
 
 
 @dataclass
 class Hit:
-    """A chat that a search found, and where: `excerpt` has MARK and UNMARK around the words."""
+    """A chat that a search found, and some of the first message that has the words; nothing of it where the
+    title has them.
+    """
 
     chat: Chat
-    excerpt: str
+    pieces: list[Piece]
+
+    @property
+    def excerpt(self) -> str:
+        """The pieces as one text."""
+        return "".join(text for text, _ in self.pieces)
 
 
 class ChatLockedError(TinychatError):
@@ -286,9 +292,9 @@ class ChatStore:
         first. Without full-text search: messages that contain `text` itself.
         """
         text = whole(text[:LONGEST_SEARCH])
-        words = re.findall(r"\w+", text)[:MOST_WORDS]
+        words = words_of(text)
         if not words:
-            return [Hit(c, "") for c in self.chats(limit)]
+            return [Hit(c, []) for c in self.chats(limit)]
         found: dict[int, int | None] = {}
         likeness = "%" + re.sub(r"([\\%_])", r"\\\1", text.strip()) + "%"
         for row in self._database.read(
@@ -300,19 +306,19 @@ class ChatStore:
             found[row[0]] = None
         if self.full_text:
             rows = self._database.read(
-                "SELECT max(id), chat FROM words JOIN messages ON id = words.rowid WHERE words MATCH ? "
-                "GROUP BY chat ORDER BY 1 DESC LIMIT ?",
+                "SELECT max(id), chat, min(id) FROM words JOIN messages ON id = words.rowid "
+                "WHERE words MATCH ? GROUP BY chat ORDER BY 1 DESC LIMIT ?",
                 " ".join(f'"{w}"' for w in words) + "*",
                 limit,
             )
         else:
             rows = self._database.read(
-                "SELECT max(id), chat FROM messages WHERE content LIKE ? ESCAPE '\\' "
+                "SELECT max(id), chat, min(id) FROM messages WHERE content LIKE ? ESCAPE '\\' "
                 "GROUP BY chat ORDER BY 1 DESC LIMIT ?",
                 likeness,
                 limit,
             )
-        found |= {chat: message for message, chat in rows}
+        found |= {chat: first for _, chat, first in rows}
         marks = ",".join("?" * len(found))
         rows = self._database.read(
             self._CHAT + f"WHERE id IN ({marks}) AND deleted IS NULL AND n > 0 "
@@ -320,13 +326,18 @@ class ChatStore:
             *found,
             limit,
         )
-        return [Hit(c, self._excerpt(found[c.id], words)) for c in map(chat_of, rows)]
+        finder = self.finder(text)
+        return [Hit(c, self._excerpt(found[c.id], finder)) for c in map(chat_of, rows)]
 
-    def _excerpt(self, message: int | None, words: list[str]) -> str:
+    def finder(self, text: str) -> Finder:
+        """What finds in a message what `search` finds."""
+        return Finder.of(whole(text), self.full_text)
+
+    def _excerpt(self, message: int | None, finder: Finder) -> list[Piece]:
         if message is None:  # the title has it
-            return ""
+            return []
         rows = self._database.read("SELECT content FROM messages WHERE id = ?", message)
-        return _excerpt(text_of(rows[0][0]), words) if rows else ""
+        return finder.excerpt(text_of(rows[0][0])) if rows else []
 
     # Two programs, one chat
 
@@ -373,12 +384,3 @@ def chosen(store: ChatStore, latest: bool, number: int | None) -> Chat | None:
     if number is not None:
         return store.chat(number)
     return store.latest() if latest else None
-
-
-def _excerpt(content: str, words: list[str]) -> str:
-    """Some of the text around the first of the words, marked."""
-    match = re.search("|".join(rf"\b{re.escape(w)}" for w in words), content, re.IGNORECASE)
-    start, end = match.span() if match else (0, 0)
-    before, after = content[max(0, start - 30) : start], content[end : end + 60]
-    parts = ["…" if start > 30 else "", before, MARK, content[start:end], UNMARK, after]
-    return "".join(parts) + ("…" if len(content) > end + 60 else "")

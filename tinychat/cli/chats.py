@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tinychat.base import terminal
 from tinychat.base.characters import is_unicode, whole
 from tinychat.base.errors import TinychatError
 from tinychat.cli import tables
@@ -18,16 +19,20 @@ from tinychat.cli.output import Printer
 if TYPE_CHECKING:
     from tinychat.chats.chat_store import ChatStore, Hit
 
+MOST, ALL = 50, 1_000_000  # chats that are listed
+INDENT = 7  # cells before an excerpt, which stands under the date
+
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[SEARCH | export ID | rm ID... | restore ID...]")
 @click.option("--deleted", is_flag=True, help="What was deleted within the last week.")
-@click.option("--json", "as_json", is_flag=True)
-def chats(words: tuple[str, ...], deleted: bool, as_json: bool) -> None:
+@click.option("--all", "everything", is_flag=True, help=f"More than the newest {MOST}.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list instead of lines.")
+def chats(words: tuple[str, ...], deleted: bool, everything: bool, as_json: bool) -> None:
     """Chats on this machine, newest first: `tinychat run --resume ID` goes on with one.
 
     \b
-    tinychat chats glacier        those in which it was said
+    tinychat chats glacier        those in which it was said, and where
     tinychat chats export 3       print chat 3 as Markdown (--json: for Session.load)
     tinychat chats rm 3 5         delete chats; for a week they can be brought back
     tinychat chats --deleted      those
@@ -48,7 +53,7 @@ def chats(words: tuple[str, ...], deleted: bool, as_json: bool) -> None:
     if deleted and words:
         raise click.UsageError("--deleted lists all of them; it takes no words.")
     if deleted:
-        _list([Hit(c, "") for c in store.deleted()], "Nothing was deleted within a week.", as_json)
+        _list([Hit(c, []) for c in store.deleted()], "Nothing was deleted within a week.", as_json)
     elif words[:1] == ("rm",) and is_ids:
         _remove(store, numbers, as_json)
     elif words[:1] == ("restore",) and is_ids:
@@ -65,7 +70,14 @@ def chats(words: tuple[str, ...], deleted: bool, as_json: bool) -> None:
     else:
         search = whole(" ".join(words))
         nothing = "Nothing found." if search else "No chats yet. tinychat run starts one."
-        _list(store.search(search), nothing, as_json)
+        most = ALL if everything else MOST
+        hits = store.search(search, most + 1)
+        _list(hits[:most], nothing, as_json)
+        if len(hits) > most:
+            narrower = "More words find fewer" if search else "A word finds fewer"
+            click.echo(
+                f"There are more than these {most}, the newest. {narrower}; --all shows all.", err=True
+            )
 
 
 def _remove(store: ChatStore, ids: list[int], as_json: bool) -> None:
@@ -97,24 +109,46 @@ def _restore(store: ChatStore, ids: list[int], as_json: bool) -> None:
 
 
 def _list(hits: list[Hit], nothing: str, as_json: bool) -> None:
-    from tinychat.chats.chat_store import MARK, UNMARK
-
     out = Printer()
     if as_json:
-        rows = [{**asdict(h.chat), "excerpt": h.excerpt.replace(MARK, "").replace(UNMARK, "")} for h in hits]
+        rows = [{**asdict(h.chat), "excerpt": h.excerpt} for h in hits]
         out.json(rows, indent=2)
         return
     if not hits:
         click.echo(nothing, err=True)
         return
-    tables.show(
-        (
-            f"{h.chat.id:>5}",
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(h.chat.updated)),
-            f"{h.chat.title}  ({h.chat.messages} messages, {h.chat.model})",
-        )
-        for h in hits
+    searched = any(h.pieces for h in hits)
+    if searched and sys.stdout.isatty():
+        for h in hits:
+            click.echo("  ".join(_row(h)))
+            _show_excerpt(h)
+        return
+    tables.show((*_row(h), *((_plain(h),) if searched else ())) for h in hits)
+
+
+def _row(hit: Hit) -> tuple[str, str, str]:
+    return (
+        f"{hit.chat.id:>5}",
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(hit.chat.updated)),
+        terminal.one_line(f"{hit.chat.title}  ({hit.chat.messages} messages, {hit.chat.model})"),
     )
+
+
+def _plain(hit: Hit) -> str:
+    return " ".join(hit.excerpt.split())
+
+
+def _show_excerpt(hit: Hit) -> None:
+    """A line under a chat, as wide as the terminal, with what was found in it."""
+    from rich.text import Text
+
+    from tinychat.tui.excerpts import FOUND, fitted
+
+    if hit.pieces:
+        out = terminal.console()
+        line = fitted(hit.pieces, max(20, out.width - INDENT - 1))
+        shown = [(text, "bold" if style == FOUND else "dim") for text, style in line]
+        out.print(Text.assemble(" " * INDENT, *shown, end=""), no_wrap=True, soft_wrap=True)
 
 
 commands = [chats]

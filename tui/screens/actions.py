@@ -330,6 +330,8 @@ class ChatActions(Places):
             elif message.action == "switch":
                 at = (turn.branches.index(turn.node) + message.argument) % len(turn.branches)
                 await self.switch(turn.branches[at])
+            elif message.action == "found":
+                await self.next_found(message.argument)
             elif message.action == "copy":
                 text = m.split()[1] if turn.is_answer else m.content
                 self._copy(text, "the message")
@@ -390,24 +392,6 @@ class ChatActions(Places):
                 self.app.store.update(chat_id, title=title.strip())
             self.refill()
 
-    async def on_open_chat(self, message: messages.OpenChat) -> None:
-        """From the sidebar."""
-        if message.chat_id == self.conversation.chat.id:
-            self.composer.input.focus()
-            return
-        if self.answering:
-            self.say("Still answering: esc stops it.")
-            return
-        try:
-            conversation = Conversation.open(self.app.store, message.chat_id)
-        except TinychatError as e:
-            self.complain(e)
-            return
-        finally:
-            if self.has_class("narrow"):
-                await self.action_toggle_sidebar()
-        await self.open(conversation)
-
     async def on_attached(self, message: messages.Attached) -> None:
         """Count the tokens of what is attached, as soon as the engine can."""
         for attachment in self.composer.attachments:
@@ -424,7 +408,7 @@ class ChatActions(Places):
         """ctrl+r."""
         await self.run_command("regen", "")
 
-    async def action_toggle_sidebar(self) -> None:
+    async def action_toggle_sidebar(self, focus: bool = True) -> None:
         """ctrl+b."""
         from tinychat.tui.widgets.sidebar import Sidebar
 
@@ -439,7 +423,7 @@ class ChatActions(Places):
         if shown:
             self.refill()
             sidebar.query_one("#search").focus()
-        else:
+        elif focus:
             self.composer.input.focus()
 
     def action_follow(self) -> None:

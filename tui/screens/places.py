@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.chats import outline
+from tinychat.chats.finding import Finder
 from tinychat.chats.outline import Branch
+from tinychat.conversation import Tree
+from tinychat.tui import messages
+from tinychat.tui.conversation import Conversation
 from tinychat.tui.screens.hearing import Hearing
+from tinychat.tui.widgets.turn import Turn
+
+SOON, TRIES = 0.02, 250  # seconds until a message that is being laid out is looked at again; how often
+
+
+@dataclass
+class Found:
+    """The messages of the open chat that have what was searched for, and where the reader is."""
+
+    finder: Finder
+    nodes: list[int]
+    at: int = 0  # which of the messages
+    line: int | None = None  # which of its lines that have the words; None: the first, -1: the last
 
 
 class Places(Hearing):
     """The floor of the chat screen under `actions`."""
+
+    found: Found | None = None
 
     def command_branch(self, rest: str) -> Any:
         last = self.conversation.tree.last("assistant")
@@ -84,3 +104,95 @@ class Places(Hearing):
             self.call_after_refresh(
                 self.transcript.scroll_to_widget, turn, animate=False, top=True, force=True
             )
+
+    # What a search found
+
+    async def open(self, conversation: Conversation) -> None:
+        """Another conversation."""
+        self.found = None
+        await super().open(conversation)
+
+    async def on_open_chat(self, message: messages.OpenChat) -> None:
+        """From the sidebar."""
+        try:
+            if message.chat_id != self.conversation.chat.id:
+                self.not_while_answering()
+                await self.open(Conversation.open(self.app.store, message.chat_id))
+            else:
+                self.composer.input.focus()
+            if message.words:
+                await self._find(message.words)
+        except TinychatError as e:
+            self.complain(e)
+            self.composer.input.focus()
+        finally:
+            if self.has_class("narrow") and self.sidebar is not None and self.sidebar.display:
+                await self.action_toggle_sidebar(focus=False)
+
+    async def action_toggle_sidebar(self, focus: bool = True) -> None:
+        """The list of chats, or none; focus: whether what appears has it."""
+        raise NotImplementedError
+
+    async def _find(self, words: str) -> None:
+        """Go to the first message of the chat that has the words."""
+        tree, finder = self.conversation.tree, self.app.store.finder(words)
+        if self.found is not None and (old := self.transcript.turn(self.found.nodes[self.found.at])):
+            old.mark(None)
+        nodes = having(tree, finder)
+        self.found = Found(finder, nodes) if nodes else None
+        if self.found is not None:
+            await self._show_found()
+
+    async def next_found(self, step: int) -> None:
+        """The next place that has the words, or the one before; behind the last comes the first."""
+        found = self.found
+        if found is None:
+            raise UsageError("Nothing was searched for.", "ctrl+b searches the chats.")
+        turn = self.transcript.turn(found.nodes[found.at])
+        lines = turn.marks(found.finder) if turn is not None else []
+        if turn is not None and found.line is not None and 0 <= found.line + step < len(lines):
+            found.line += step
+            self._to_line(turn)
+            return
+        if turn is not None and len(found.nodes) > 1:
+            turn.mark(None)
+        found.at = (found.at + step) % len(found.nodes)
+        found.line = None if step > 0 else -1
+        await self._show_found()
+
+    async def _show_found(self) -> None:
+        assert self.found is not None
+        node = self.found.nodes[self.found.at]
+        if node not in self.conversation.tree.path():
+            self.not_while_answering()
+            self.conversation.switch(node)
+            await self.show_conversation()
+        if turn := await self.transcript.load_to(node):
+            turn.mark(self.found.finder)
+            turn.focus(scroll_visible=False)
+            self.call_after_refresh(self._to_line, turn)
+
+    def _to_line(self, turn: Turn, tries: int = TRIES) -> None:
+        """Scroll to the line where the reader is, once it is laid out."""
+        found = self.found
+        if found is None or not turn.is_attached:
+            return
+        lines = turn.marks(found.finder)
+        laid_out = turn.whole and turn.size.height == len(turn.layout_lines(turn.content_size.width))
+        if not laid_out and tries:
+            self.set_timer(SOON, lambda: self._to_line(turn, tries - 1))
+            return
+        found.line = (
+            max(0, len(lines) - 1) if found.line == -1 else min(found.line or 0, max(0, len(lines) - 1))
+        )
+        y = turn.virtual_region.y + (lines[found.line] if lines else 0)
+        self.transcript.scroll_to(y=y - self.transcript.size.height // 3, animate=False, force=True)
+        place = f", place {found.line + 1} of {len(lines)}" if len(lines) > 1 else ""
+        count = f"Message {found.at + 1} of {len(found.nodes)}{place}"
+        self.say(f"{count} · n next · N previous")
+
+
+def having(tree: Tree, finder: Finder) -> list[int]:
+    """Messages that have all words of a search, or some of them where no message has all."""
+    texts = [(i, m.content) for i, m in enumerate(tree.nodes)]
+    return [i for i, text in texts if finder.all_in(text)] or [i for i, text in texts if finder.any_in(text)]

@@ -13,9 +13,16 @@ from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
 from tinychat.base.errors import TinychatError
-from tinychat.chats.chat_store import MARK, UNMARK, ChatStore, Hit
+from tinychat.chats.chat_store import ChatStore, Hit
+from tinychat.tui.excerpts import FOUND, fitted
+from tinychat.tui.hints import Hints
 from tinychat.tui.messages import ChatAction, OpenChat, Trouble
-from tinychat.tui.text import clean, shorten
+from tinychat.tui.text import clean, shorten, width_of
+
+MOST = 200  # chats that are listed
+ROOM = 34  # cells of a line, unless the terminal shows nothing else
+FIELD_HINTS = ("enter open the first", "↓ to the list", "esc close")
+LIST_HINTS = ("enter open", "r rename", "d delete", "u undo", "x export", "↑ search", "esc close")
 
 
 class ChatList(OptionList):
@@ -28,14 +35,43 @@ class ChatList(OptionList):
         Binding("d,delete", "chat('delete')", "delete (u or /undo brings it back)"),
         Binding("u", "chat('undo')", "bring the chat deleted last back; again: the one before"),
         Binding("x", "chat('export')", "export as Markdown"),
+        Binding("up,k", "up", "up; from the first one to the search", show=False),
+        Binding("j", "cursor_down", "down", show=False),
+        Binding("slash", "search", "search", show=False),
         Binding("escape", "screen.toggle_sidebar", "close"),
     ]
+
+    def action_up(self) -> None:
+        """One up; from the first one to the search field."""
+        if self.highlighted in (None, 0):
+            self.action_search()
+        else:
+            self.action_cursor_up()
+
+    def action_search(self) -> None:
+        """To the search field."""
+        self.screen.query_one(Search).focus()
 
     def action_chat(self, action: str) -> None:
         """Leave it to the screen."""
         option = self.highlighted_option
         if option is not None or action == "undo":
             self.post_message(ChatAction(int(option.id or 0) if option is not None else 0, action))
+
+
+class Search(Input):
+    """The search field."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("down", "list", "to the list", show=False),
+        Binding("escape", "screen.toggle_sidebar", "close", show=False),
+    ]
+
+    def action_list(self) -> None:
+        """Into the list, if there is something in it."""
+        chats = self.screen.query_one(ChatList)
+        if chats.highlighted is not None:
+            chats.focus()
 
 
 class Sidebar(Vertical):
@@ -45,35 +81,50 @@ class Sidebar(Vertical):
         super().__init__(id="sidebar")
         self.store, self.now = store, now
         self.current = 0
+        self._filled_for = 0  # cells of a line
 
     def compose(self):
         """Nothing is read from the store before it is shown."""
-        yield Input(placeholder="Search the chats", id="search", compact=True)
+        yield Search(placeholder="Search the chats", id="search", compact=True)
         yield ChatList(id="chats", markup=False, compact=True)
-
-    def on_mount(self) -> None:
-        """Fill the list."""
-        self.fill()
+        yield Hints(FIELD_HINTS, id="sidebar-hints")
 
     def find(self, text: str) -> None:
         """Search for `text`."""
         self.query_one(Input).value = text
         self.query_one(Input).focus()
 
+    @property
+    def _room(self) -> int:
+        return self.size.width - 4 if self.size.width > ROOM + 4 else ROOM
+
+    @property
+    def words(self) -> str:
+        """What is searched for."""
+        return self.query_one(Search).value.strip()
+
     def fill(self) -> None:
         """Read the list anew; the highlight stays on its chat, or in its place where that is gone."""
-        text = self.query_one(Input).value
         try:
-            found = self.store.search(text, 200) if text.strip() else None
-            hits = [Hit(c, "") for c in self.store.chats(300)] if found is None else found
+            if self.words:
+                hits = self.store.search(self.words, MOST + 1)
+            else:
+                hits = [Hit(c, []) for c in self.store.chats(MOST + 1)]
         except TinychatError as e:
             self.post_message(Trouble(e))
             hits = []
+        hits, more = hits[:MOST], len(hits) > MOST
         chats = self.query_one(ChatList)
         option, place = chats.highlighted_option, chats.highlighted or 0
         before = option.id if option is not None else str(self.current)
+        self._filled_for = self._room
         chats.clear_options()
         chats.add_options([Option(self._prompt(hit), str(hit.chat.id)) for hit in hits])
+        if more or not hits:
+            said = f"… and older ones: search for {'another word' if self.words else 'a word'}"
+            if not hits:
+                said = "Nothing found." if self.words else "No chats yet."
+            chats.add_option(Option(Content.assemble((said, "$secondary")), disabled=True))
         for i, hit in enumerate(hits):
             if str(hit.chat.id) == before:
                 chats.highlighted = i
@@ -81,28 +132,27 @@ class Sidebar(Vertical):
             chats.highlighted = min(place, len(hits) - 1)  # where it was: the one that it was on is gone
 
     def _prompt(self, hit: Hit) -> Content:
-        width = 34
+        width = self._room
         here = "● " if hit.chat.id == self.current else ""
-        title = here + shorten(clean(hit.chat.title) or "(untitled)", width - len(here))
         when = ago(self.now() - hit.chat.updated)
+        title = here + shorten(clean(hit.chat.title) or "(untitled)", width - width_of(here))
         parts: list = [(title, "bold"), "\n"]
-        if hit.excerpt:
-            excerpt = " ".join(hit.excerpt.replace(MARK, "\ue000").replace(UNMARK, "\ue001").split())
-            left = width
-            bold = False
-            for piece in (
-                clean(excerpt).replace("\ue000", "\0\ue000").replace("\ue001", "\0\ue001").split("\0")
-            ):
-                if piece.startswith("\ue000"):
-                    bold = True
-                elif piece.startswith("\ue001"):
-                    bold = False
-                piece = piece.lstrip("\ue000\ue001")[:left]
-                left -= len(piece)
-                parts.append((piece, "bold $primary") if bold else (piece, "$secondary"))
+        if hit.pieces:
+            for text, style in fitted(hit.pieces, width):
+                parts.append((text, "bold $primary" if style == FOUND else "$secondary"))
         else:
             parts.append((f"{when} · {hit.chat.messages} messages", "$secondary"))
         return Content.assemble(*parts)
+
+    def on_resize(self) -> None:
+        """Excerpts are as long as there is room."""
+        if self._room != self._filled_for:
+            self.fill()
+
+    def on_descendant_focus(self) -> None:
+        """Hint at the keys of what has the focus."""
+        in_list = self.query_one(ChatList).has_focus
+        self.query_one(Hints).show(LIST_HINTS if in_list else FIELD_HINTS)
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Search as it is typed."""
@@ -113,14 +163,14 @@ class Sidebar(Vertical):
         """Enter opens the first chat found."""
         event.stop()
         chats = self.query_one(ChatList)
-        if chats.option_count:
+        if chats.highlighted is not None:
             chats.focus()
             chats.action_select()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """A chat is chosen."""
         event.stop()
-        self.post_message(OpenChat(int(event.option_id or 0)))
+        self.post_message(OpenChat(int(event.option_id or 0), self.words))
 
 
 def ago(seconds: float) -> str:

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 from textual.binding import Binding, BindingType
 from textual.message import Message as TextualMessage
 
+from tinychat.chats.finding import Finder
 from tinychat.conversation import Message
 from tinychat.text.reasoning import split_thought
+from tinychat.tui.excerpts import marked
 from tinychat.tui.markdown import Document
-from tinychat.tui.text import Line, Span, clean, fold, line_width, shorten, width_of, wrap
+from tinychat.tui.text import Line, Span, clean, fold, line_width, plain, shorten, width_of, wrap
 from tinychat.tui.widgets.lines import Lines
 
 SLICE = 0.02  # seconds of layout work at a time
@@ -43,12 +45,14 @@ class Turn(Lines, can_focus=True):
         Binding("left,h", "switch(-1)", "previous branch"),
         Binding("right,l", "switch(1)", "next branch"),
         Binding("t,enter", "unfold", "open or fold"),
+        Binding("n", "act('found', 1)", "what was searched for: the next place"),
+        Binding("N", "act('found', -1)", "the place before"),
         Binding("escape,i", "act('leave')", "back to the composer"),
     ]
 
     class Action(TextualMessage):
         """Action on a message: edit, regenerate, penalize, continue, copy, copy_code, save_code, switch,
-        leave or move.
+        found, leave or move.
         """
 
         def __init__(self, turn: Turn, action: str, argument: int = 0):
@@ -73,6 +77,7 @@ class Turn(Lines, can_focus=True):
         self._n_sealed = 0
         self._cache: list[Line] | None = None
         self._again = False
+        self._finder: Finder | None = None  # words that are marked
         if message.role == "assistant":
             self._take()
             if message.finish_reason is not None:
@@ -152,7 +157,35 @@ class Turn(Lines, can_focus=True):
             self._width, self._sealed, self._n_sealed, self._cache = width, [], 0, None
         if self._cache is None:
             self._cache = self._answer_lines(width) if self.is_answer else self._user_lines(width)
+            if self._finder is not None:
+                spans = self._finder.spans
+                self._cache = [
+                    marked(line, at) if (at := spans(plain(line))) else line for line in self._cache
+                ]
         return self._cache
+
+    # What was searched for
+
+    def mark(self, finder: Finder | None) -> None:
+        """Have those words seen; None: none."""
+        if finder != self._finder:
+            self._finder = finder
+            self.changed()
+
+    def marks(self, finder: Finder) -> list[int]:
+        """The lines that have one of the words; what is folded is opened where no other has."""
+        for _ in range(2):
+            lines = self.layout_lines(self._width) if self._width else []
+            found = [y for y, line in enumerate(lines) if finder.any_in(plain(line))]
+            if found or self.open:
+                break
+            self.action_unfold()
+        return found
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is laid out, which takes several slices where it is long."""
+        return bool(self._width) and not self._again and self._n_sealed == len(self.document.sealed)
 
     def _answer_lines(self, width: int) -> list[Line]:
         until = time.perf_counter() + SLICE
