@@ -46,9 +46,11 @@ class ChatApp(Host):
     CSS_PATH = "screens/chat.tcss"  # the default screen loads none of its own
     ENABLE_COMMAND_PALETTE = True
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+q", "quit", "leave", priority=True),
-        Binding("ctrl+c", "copy_or_quit", "copy what is selected; twice: leave", priority=True),
-        Binding("ctrl+p", "command_palette", "everything, by name", priority=True),
+        Binding("ctrl+q", "quit", "leave", priority=True, id="leave"),
+        Binding(
+            "ctrl+c", "copy_or_quit", "copy what is selected; twice: leave", priority=True, id="copy_or_leave"
+        ),
+        Binding("ctrl+p", "command_palette", "everything, by name", priority=True, id="palette"),
     ]
 
     def __init__(

@@ -21,14 +21,18 @@ LONGEST_REPLY = 8192  # bytes of a terminal's answer (its colours, its clipboard
 LARGEST = (1000, 500)  # cells that are painted, whatever a terminal claims to have
 BEGIN, END = b"\x1b[200~", b"\x1b[201~"
 
-# A paste's beginning; a mouse report of the old kind, whose three bytes are numbers and no characters; a
-# string that ends with BEL or ESC \.
+# A paste's beginning; a mouse report of the old kind, whose three bytes are numbers and no characters; enter
+# with alt as tmux and most terminals send it, and with others as xterm does (modifyOtherKeys); a string that
+# ends with BEL or ESC \.
 _SPECIAL = re.compile(
-    rb"(\x1b\[200~)|\x1b\[M([ -\xff]{3})|\x1b[\]P_^X][^\x07\x18\x1a\x1b]{0,%d}(?:\x07|\x1b\\)" % LONGEST_REPLY
+    rb"(\x1b\[200~)|\x1b\[M([ -\xff]{3})|\x1b([\r\n]|\[27;[2-8];13~)"
+    rb"|\x1b[\]P_^X][^\x07\x18\x1a\x1b]{0,%d}(?:\x07|\x1b\\)" % LONGEST_REPLY
 )
 _BEGUN = re.compile(
-    rb"\x1b(?:\[(?:20{0,2}|M[ -\xff]{0,2})?|[\]P_^X][^\x07\x18\x1a\x1b]{0,%d}\x1b?)?\Z" % LONGEST_REPLY
+    rb"\x1b(?:\[(?:20{0,2}|2(?:7(?:;(?:[2-8](?:;(?:13?)?)?)?)?)?|M[ -\xff]{0,2})?"
+    rb"|[\]P_^X][^\x07\x18\x1a\x1b]{0,%d}\x1b?)?\Z" % LONGEST_REPLY
 )
+_ENTERS = {b"2": "shift+enter", b"5": "ctrl+enter", b"6": "ctrl+shift+enter"}  # xterm's numbers of modifiers
 
 
 class Keyboard:
@@ -71,6 +75,8 @@ class Keyboard:
                     self._paste = bytearray()
                 elif match[2]:
                     yield from self._old_mouse(match[2])
+                elif match[3]:
+                    yield events.Key(_ENTERS.get(match[3][4:5], "alt+enter"), None)
             else:
                 begun = _BEGUN.search(data)
                 at = begun.start() if begun else len(data)

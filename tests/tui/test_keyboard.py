@@ -41,6 +41,27 @@ def test_bytes_that_are_no_utf8_are_typed_as_latin1():
     assert heard(b"\x90\xff") == ["\ufffd", "ÿ"]
 
 
+@pytest.mark.parametrize(
+    ("sequence", "key"),
+    [
+        (b"\x1b\r", "alt+enter"),  # tmux, xterm and most others
+        (b"\x1b\n", "alt+enter"),
+        (b"\x1b[13;3u", "alt+enter"),
+        (b"\x1b[27;3;13~", "alt+enter"),
+        (b"\x1b[27;2;13~", "shift+enter"),
+        (b"\x1b[27;5;13~", "ctrl+enter"),
+        (b"\x1b[27;9;13~", None),
+    ],
+)
+def test_enter_with_others_is_one_key_however_it_is_sent(sequence, key):
+    if key is not None:
+        assert heard(b"a", sequence, b"b") == ["a", key, "b"]
+    for i in range(1, len(sequence)):
+        found = heard(b"a" + sequence[:i], sequence[i:] + b"b")
+        assert found == (["a", key, "b"] if key else heard(b"a" + sequence + b"b"))
+    assert heard(b"\x1b") == ["escape"]
+
+
 def test_mouse_reports_of_the_old_kind_are_the_mouse():
     down, moved, key = heard(b"\x1b[M \xc3\xa9", b"\x1b[M#\xc3\xa9x")  # the position would be the letter é
     assert (type(down), down.x, down.y, down.button) == (events.MouseDown, 0xC3 - 33, 0xA9 - 33, 1)

@@ -37,7 +37,7 @@ def outline(tree: Tree) -> list[Branch]:
     path = set(tree.path())
     out: list[Branch] = []
     roots = children.get(None, [])
-    waiting = [(i, 0, (i != roots[-1],)) for i in reversed(roots)]
+    waiting: list[tuple[int, int, tuple[bool, ...]]] = [(i, 0, (i != roots[-1],)) for i in reversed(roots)]
     while waiting:
         start, depth, rails = waiting.pop()
         run = [start]

@@ -23,21 +23,21 @@ class ChatScreen(ChatActions):
 
     BINDING_GROUP_TITLE = "Everywhere"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "stop", "stop the answer; what was said stays"),
-        Binding("f4", "end_thought", "end the thought: answer now"),
-        Binding("ctrl+b", "toggle_sidebar", "chats, and search"),
-        Binding("ctrl+n", "new_chat", "new chat"),
-        Binding("ctrl+r", "regenerate", "answer again"),
-        Binding("ctrl+o", "model", "choose the model"),
-        Binding("ctrl+t", "sampling", "sampling"),
-        Binding("f1", "help", "keys and commands"),
-        Binding("f2", "stats", "speed and memory"),
-        Binding("f3", "tree", "tree of the chat: its branches"),
-        Binding("ctrl+end", "follow", "to the end of the conversation", priority=True),
-        Binding("pageup", "page(-1)", "scroll up", priority=True),
-        Binding("pagedown", "page(1)", "scroll down", priority=True),
-        Binding("ctrl+up,alt+up", "focus_last", "to the messages"),
-        Binding("ctrl+z", "app.suspend_process", "to the shell; fg comes back", priority=True),
+        Binding("escape", "stop", "stop the answer; what was said stays", id="stop"),
+        Binding("f4", "end_thought", "end the thought: answer now", id="end_thought"),
+        Binding("ctrl+b", "toggle_sidebar", "chats, and search", id="chats"),
+        Binding("ctrl+n", "new_chat", "new chat", id="new_chat"),
+        Binding("ctrl+r", "regenerate", "answer again", id="answer_again"),
+        Binding("ctrl+o", "model", "choose the model", id="model"),
+        Binding("ctrl+t", "sampling", "sampling", id="sampling"),
+        Binding("f1", "help", "keys and commands", id="help"),
+        Binding("f2", "stats", "speed and memory", id="stats"),
+        Binding("f3", "tree", "tree of the chat: its branches", id="tree"),
+        Binding("ctrl+end", "follow", "to the end of the conversation", priority=True, id="to_the_end"),
+        Binding("pageup", "page(-1)", "scroll up", priority=True, id="scroll_up"),
+        Binding("pagedown", "page(1)", "scroll down", priority=True, id="scroll_down"),
+        Binding("ctrl+up,alt+up", "focus_last", "to the messages", id="messages"),
+        Binding("ctrl+z", "app.suspend_process", "to the shell; fg comes back", priority=True, id="suspend"),
     ]
     AUTO_FOCUS = "#input"
 

@@ -32,12 +32,12 @@ class Input(TextArea):
 
     BINDING_GROUP_TITLE = "The composer"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "submit", "send", priority=False),
-        Binding("ctrl+j,shift+enter,alt+enter", "newline", "new line"),
-        Binding("up", "up", "earlier message, at the first line", show=False),
-        Binding("down", "down", "later message, at the last line", show=False),
-        Binding("tab", "complete", "complete a command or a file name", show=False),
-        Binding("ctrl+g", "screen.editor", "write in $EDITOR"),
+        Binding("enter", "submit", "send", priority=False, id="send"),
+        Binding("ctrl+j,shift+enter,alt+enter", "newline", "new line", id="newline"),
+        Binding("up", "up", "earlier message, at the first line", show=False, id="earlier"),
+        Binding("down", "down", "later message, at the last line", show=False, id="later"),
+        Binding("tab", "complete", "complete a command or a file name", show=False, id="complete"),
+        Binding("ctrl+g", "screen.editor", "write in $EDITOR", id="editor"),
     ]
 
     def __init__(self, composer: Composer):

@@ -30,11 +30,13 @@ class ChatList(OptionList):
 
     BINDING_GROUP_TITLE = "The list of chats"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "select", "open"),
-        Binding("r", "chat('rename')", "rename"),
-        Binding("d,delete", "chat('delete')", "delete (u or /undo brings it back)"),
-        Binding("u", "chat('undo')", "bring the chat deleted last back; again: the one before"),
-        Binding("x", "chat('export')", "export as Markdown"),
+        Binding("enter", "select", "open", id="open_chat"),
+        Binding("r", "chat('rename')", "rename", id="rename_chat"),
+        Binding("d,delete", "chat('delete')", "delete (u or /undo brings it back)", id="delete_chat"),
+        Binding(
+            "u", "chat('undo')", "bring the chat deleted last back; again: the one before", id="undo_delete"
+        ),
+        Binding("x", "chat('export')", "export as Markdown", id="export_chat"),
         Binding("up,k", "up", "up; from the first one to the search", show=False),
         Binding("j", "cursor_down", "down", show=False),
         Binding("slash", "search", "search", show=False),

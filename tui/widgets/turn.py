@@ -33,21 +33,21 @@ class Turn(Lines, can_focus=True):
 
     BINDING_GROUP_TITLE = "A message (↑ from the composer, or a click)"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up,k", "move(-1)", "previous message"),
-        Binding("down,j", "move(1)", "next message"),
-        Binding("c,y", "act('copy')", "copy"),
-        Binding("b", "act('copy_code', -1)", "copy last code block"),
-        Binding("s", "act('save_code', -1)", "save last code block"),
-        Binding("e", "act('edit')", "edit as a new branch"),
-        Binding("r", "act('regenerate')", "answer again as a new branch"),
-        Binding("p", "act('penalize')", "answer again with a penalty on repeating"),
-        Binding("g", "act('continue')", "go on, where it was stopped or cut"),
-        Binding("left,h", "switch(-1)", "previous branch"),
-        Binding("right,l", "switch(1)", "next branch"),
-        Binding("t,enter", "unfold", "open or fold"),
-        Binding("n", "act('found', 1)", "what was searched for: the next place"),
-        Binding("N", "act('found', -1)", "the place before"),
-        Binding("escape,i", "act('leave')", "back to the composer"),
+        Binding("up,k", "move(-1)", "previous message", id="previous_message"),
+        Binding("down,j", "move(1)", "next message", id="next_message"),
+        Binding("c,y", "act('copy')", "copy", id="copy_message"),
+        Binding("b", "act('copy_code', -1)", "copy last code block", id="copy_code"),
+        Binding("s", "act('save_code', -1)", "save last code block", id="save_code"),
+        Binding("e", "act('edit')", "edit as a new branch", id="edit_message"),
+        Binding("r", "act('regenerate')", "answer again as a new branch", id="answer_again_here"),
+        Binding("p", "act('penalize')", "answer again with a penalty on repeating", id="answer_with_penalty"),
+        Binding("g", "act('continue')", "go on, where it was stopped or cut", id="go_on"),
+        Binding("left,h", "switch(-1)", "previous branch", id="previous_branch"),
+        Binding("right,l", "switch(1)", "next branch", id="next_branch"),
+        Binding("t,enter", "unfold", "open or fold", id="unfold"),
+        Binding("n", "act('found', 1)", "what was searched for: the next place", id="next_found"),
+        Binding("N", "act('found', -1)", "the place before", id="previous_found"),
+        Binding("escape,i", "act('leave')", "back to the composer", id="to_the_composer"),
     ]
 
     class Action(TextualMessage):
