@@ -7,23 +7,40 @@ of a step once, while a graph is captured; afterwards a step is one call.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
 
 import numpy as np
 
 LIBRARY = "libcuda.so.1"
+# Where it lies when the loader does not know: WSL, NixOS, containers, Jetson.
+PLACES = (
+    "/usr/lib/wsl/lib",
+    "/run/opengl-driver/lib",
+    "/usr/local/nvidia/lib64",
+    "/usr/lib/*-linux-gnu/nvidia",
+    "/usr/lib/*-linux-gnu/tegra",
+)
 OLDEST_DRIVER = 12000  # CUDA 12.0: graphs as they are used here
 OLDEST_CAPABILITY = 80  # cp.async and mma.m16n8k16
 OVERLAP = (12, 3), 90  # driver and capability from which a kernel may start before the last one has ended
 
 LAUNCH = "cuLaunchKernelEx"
 OUT_OF_MEMORY, NO_DEVICE = 2, 100
-INTEGRATED, PROCESSORS, MAJOR, MINOR = 18, 16, 75, 76  # CUdevice_attribute
+# After these every call fails until the process ends (cuda.h): bad memory, links and addresses, traps, hangs.
+LOST = {214, 220, 226, 700, 702, 710, *range(714, 720), 721, 999}
+# A module that this driver does not take: of a newer compiler, of another GPU, or damaged.
+REFUSED = {200, 209, 218, 221, 222, 300}
+INTEGRATED, PROCESSORS, THREADS, MAJOR, MINOR = 18, 16, 39, 75, 76  # CUdevice_attribute
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 NON_BLOCKING = 1  # a stream that does not wait for the default one
 RELAXED_CAPTURE = 2  # memory may be freed meanwhile: Python decides when
+HELD = 64 << 20  # bytes of the host's that copies under way may keep
+STACK = 512  # bytes of a thread: the most that a kernel says it has in local memory
+GRAPHS = 64 << 20  # bytes of as many graphs as are kept
 
 
 class DeviceMissingError(Exception):
@@ -40,6 +57,14 @@ class DeviceError(Exception):
 
 class OutOfMemoryError(DeviceError):
     """The device has no room."""
+
+
+class RefusedError(DeviceError):
+    """The driver does not take a module."""
+
+
+class LostError(DeviceError):
+    """The device cannot be used in this process any more."""
 
 
 class Memory:
@@ -85,10 +110,12 @@ class Device:
 
     def __init__(self, library: str = LIBRARY):
         """Raises DeviceMissingError."""
-        try:
-            self._library = ctypes.CDLL(library)
-        except OSError:
-            raise DeviceMissingError("No NVIDIA driver is installed.") from None
+        self.lost: LostError | None = None
+        self.busy = False  # whether something was put on the stream since `synchronize`
+        self._spent: list[tuple[str, Any]] = []  # to be freed then
+        self._held: list[np.ndarray] = []  # that copies may read or write until then
+        self._held_bytes = 0
+        self._library = _open(library)
         version = c_int()
         self._call("cuDriverGetVersion", byref(version))
         self.driver_version = version.value // 1000, version.value % 1000 // 10
@@ -111,6 +138,7 @@ class Device:
         self.name = text.value.decode(errors="replace")
         self.capability = 10 * self._attribute(MAJOR) + self._attribute(MINOR)
         self.processors = self._attribute(PROCESSORS)
+        self.threads = self._attribute(THREADS)
         self.integrated = bool(self._attribute(INTEGRATED))  # shares its memory with the CPU, as on Jetson
         if self.capability < OLDEST_CAPABILITY:
             raise DeviceMissingError(
@@ -134,12 +162,26 @@ class Device:
         self._call("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value, total.value
 
-    # Memory. Copies are ordered with launches; from and to pinned memory they run in the background.
+    @property
+    def room(self) -> int:
+        """Bytes that the driver itself takes later on: for graphs, and for local memory, of which each thread
+        that the GPU has room for gets as much as the largest kernel needs.
+        """
+        return GRAPHS + self.processors * self.threads * STACK
+
+    # Memory. Copies are ordered with launches and run in the background; what they read and write, and what
+    # is given up meanwhile, is kept until `synchronize`.
 
     def allocate(self, size: int) -> Memory:
         """Raises OutOfMemoryError."""
         address = c_uint64()
-        self._call("cuMemAlloc_v2", byref(address), c_size_t(max(size, 16)))
+        try:
+            self._call("cuMemAlloc_v2", byref(address), c_size_t(max(size, 16)))
+        except OutOfMemoryError:
+            if not self._spent:
+                raise
+            self.synchronize()
+            self._call("cuMemAlloc_v2", byref(address), c_size_t(max(size, 16)))
         return Memory(address.value, size, _Freed(self, "cuMemFree_v2", address))
 
     def pinned(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
@@ -151,39 +193,74 @@ class Device:
         return np.frombuffer(raw, np.uint8)[:size].view(dtype).reshape(shape)
 
     def upload(self, to: Memory, data: np.ndarray) -> None:
-        """Into device memory. A pageable array has been read when this returns."""
+        """Into device memory. Nobody may write to the array before `synchronize`."""
         if data.nbytes:
+            self._hold(data)
             size = c_size_t(data.nbytes)
-            self._call(
-                "cuMemcpyHtoDAsync_v2", c_uint64(to.address), c_void_p(data.ctypes.data), size, self._stream
-            )
+            self._put("cuMemcpyHtoDAsync_v2", c_uint64(to.address), c_void_p(data.ctypes.data), size)
 
     def download(self, to: np.ndarray, data: Memory) -> None:
         """Out of device memory; complete after `synchronize`."""
         if to.nbytes:
+            self._hold(to)
             size = c_size_t(to.nbytes)
-            self._call(
-                "cuMemcpyDtoHAsync_v2", c_void_p(to.ctypes.data), c_uint64(data.address), size, self._stream
-            )
+            self._put("cuMemcpyDtoHAsync_v2", c_void_p(to.ctypes.data), c_uint64(data.address), size)
 
     def copy(self, to: Memory, data: Memory) -> None:
         """Within the device."""
         size = c_size_t(data.size)
-        self._call("cuMemcpyDtoDAsync_v2", c_uint64(to.address), c_uint64(data.address), size, self._stream)
+        self._put("cuMemcpyDtoDAsync_v2", c_uint64(to.address), c_uint64(data.address), size)
 
     def clear(self, memory: Memory) -> None:
         """Zero bytes."""
         size = c_size_t(memory.size)
-        self._call("cuMemsetD8Async", c_uint64(memory.address), ctypes.c_ubyte(0), size, self._stream)
+        self._put("cuMemsetD8Async", c_uint64(memory.address), ctypes.c_ubyte(0), size)
 
     def synchronize(self) -> None:
         """Wait for everything so far."""
         self._call("cuStreamSynchronize", self._stream)
+        self.busy = False
+        self._held, self._held_bytes = [], 0
+        while self._spent:
+            function, address = self._spent.pop()
+            getattr(self._library, function)(address)
+
+    def _put(self, function: str, *arguments: Any) -> None:
+        self.busy = True
+        self._call(function, *arguments, self._stream)
+
+    def _hold(self, data: np.ndarray) -> None:
+        if self._held_bytes > HELD:
+            self.synchronize()
+        self._held.append(data)
+        self._held_bytes += data.nbytes
+
+    def _release(self, function: str, address: Any) -> None:
+        """Free what nobody holds any more, now or when nothing can be reading it. Any thread may call this,
+        and what other libraries do with the driver is left alone.
+        """
+        if self.lost or not self._context:  # the context took its memory along
+            return
+        if self.busy:
+            self._spent.append((function, address))
+        else:
+            with self._current():
+                getattr(self._library, function)(address)
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Be the calling thread's device for a moment."""
+        before = c_void_p()
+        self._library.cuCtxPushCurrent_v2(self._context)
+        try:
+            yield
+        finally:
+            self._library.cuCtxPopCurrent_v2(byref(before))
 
     # Kernels
 
     def module(self, image: bytes) -> c_void_p:
-        """Load machine code or PTX."""
+        """Load machine code or PTX. Raises RefusedError."""
         module = c_void_p()
         self._call("cuModuleLoadData", byref(module), c_char_p(image))
         return module
@@ -206,6 +283,7 @@ class Device:
         config = _LaunchConfig((*grid, 1, 1)[:3], (threads, 1, 1), 0, self._stream)
         if self.overlaps and self._last_call == LAUNCH:
             config.attributes, config.n_attributes = ctypes.pointer(self._overlap), 1
+        self.busy = True
         self._call(LAUNCH, byref(config), kernel.handle, pointers, None, what=kernel.name)
 
     # Graphs
@@ -246,6 +324,8 @@ class Device:
     def close(self) -> None:
         """Give the device back. Memory and graphs must be gone."""
         if self._context:
+            if not self.lost:
+                self.synchronize()
             self._library.cuStreamDestroy_v2(self._stream)
             self._library.cuDevicePrimaryCtxRelease_v2(self._device)
             self._context = c_void_p()
@@ -256,13 +336,36 @@ class Device:
         return value.value
 
     def _call(self, function: str, *arguments: Any, what: str | None = None) -> None:
+        if self.lost:
+            raise self.lost
         code = getattr(self._library, function)(*arguments)
         self._last_call = function
         if code:
             name = c_char_p()
             self._library.cuGetErrorName(code, byref(name))
-            kind = OutOfMemoryError if code == OUT_OF_MEMORY else DeviceError
-            raise kind(what or function, code, (name.value or b"unknown error").decode())
+            error = _kind(code)(what or function, code, (name.value or b"unknown error").decode())
+            if isinstance(error, LostError):
+                self.lost = error
+            raise error
+
+
+def _open(library: str) -> ctypes.CDLL:
+    """The driver's library. Raises DeviceMissingError."""
+    names = [library]
+    if library == LIBRARY:
+        names += [f for place in PLACES for f in sorted(glob.glob(f"{place}/{LIBRARY}"))]
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise DeviceMissingError("No NVIDIA driver is installed.")
+
+
+def _kind(code: int) -> type[DeviceError]:
+    if code == OUT_OF_MEMORY:
+        return OutOfMemoryError
+    return LostError if code in LOST else RefusedError if code in REFUSED else DeviceError
 
 
 class Graph:
@@ -273,23 +376,20 @@ class Graph:
 
     def replay(self) -> None:
         """Put all of them on the stream."""
-        self._device._call("cuGraphLaunch", self._executable, self._device._stream)
+        self._device._put("cuGraphLaunch", self._executable)
 
     def __del__(self):
-        if self._device._context:
-            self._device._library.cuGraphExecDestroy(self._executable)
+        self._device._release("cuGraphExecDestroy", self._executable)
 
 
 class _Freed:
-    """Frees memory when nobody holds it any more; the driver waits for the launches that use it."""
+    """Frees memory when nobody holds it any more."""
 
     def __init__(self, device: Device, function: str, address: Any):
         self._device, self._function, self._address = device, function, address
 
     def __del__(self):
-        if self._device._context:  # else the context took its memory along
-            self._device._library.cuCtxSetCurrent(self._device._context)
-            getattr(self._device._library, self._function)(self._address)
+        self._device._release(self._function, self._address)
 
 
 def _argument(value: Any) -> Any:

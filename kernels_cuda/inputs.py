@@ -139,7 +139,7 @@ class Inputs:
         inverse_temperature: float,
     ) -> None:
         """Write a step's inputs, and copy them. There has to be room."""
-        host, at = self._host, offsets(size)
+        host, at = self._written(), offsets(size)
         host[: at[1]] = ids
         if size.wanted == head.TOP:
             host[at[1] : at[2]].view(np.float32)[:] = inverse_temperature
@@ -159,9 +159,15 @@ class Inputs:
     def put_table(self, table: np.ndarray) -> tuple[Memory, bool]:
         """A block table alone, for what happens between steps; whether everything lies elsewhere now."""
         moved = self.room(len(table))
-        self._host[: len(table)] = table
+        self._written()[: len(table)] = table
         self._device.upload(self._memory, self._host[: len(table)])
         return self._memory, moved
+
+    def _written(self) -> np.ndarray:
+        """The host's buffer, when no copy reads it any more: after a step that failed, one still may."""
+        if self._device.busy:
+            self._device.synchronize()
+        return self._host
 
     def ids(self, size: Size) -> Memory:
         """int32 [rows]."""

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from tinychat.kernels_cuda.driver import Device, DeviceError, Kernel
+from tinychat.kernels_cuda.driver import Device, Kernel, RefusedError
 
 SOURCES = Path(__file__).parent / "src"
 MAGIC = b"TINYCUDA"
@@ -28,7 +28,7 @@ class Compiler(Protocol):
 
     @property
     def name(self) -> str:
-        """It, its version, and whatever else changes what it makes."""
+        """It, its whole version, its options, and whatever else changes what it makes."""
         ...
 
     def target(self, capability: int) -> str:
@@ -112,13 +112,14 @@ class Modules:
     def __init__(self, device: Device, cache: Cache, tell: Callable[[str], None] | None = None):
         """tell: hears, once, that kernels have to be compiled; it may be set again for the next model."""
         self.device, self.cache, self.tell = device, cache, tell
+        self.hints = True  # whether copies may have them (src/device.cuh)
         self.target = cache.compiler.target(device.capability)
         self._modules: dict[Unit, Any] = {}
         self._kernels: dict[Any, Kernel] = {}
 
     def kernel(self, source: str, name: str, defines: Defines | None = None) -> Kernel:
         """The kernel `name` of `source`, compiled with `defines`."""
-        unit = _unit(source, defines or {})
+        unit = self._unit(source, defines or {})
         if (unit, name) not in self._kernels:
             self.prepare([(source, defines or {})])
             self._kernels[unit, name] = self.device.kernel(self._modules[unit], name)
@@ -126,7 +127,7 @@ class Modules:
 
     def prepare(self, sources: Iterable[tuple[str, Defines]]) -> None:
         """Have these sources ready; what was never compiled is, several at once."""
-        todo = [u for u in dict.fromkeys(_unit(*s) for s in sources) if u not in self._modules]
+        todo = [u for u in dict.fromkeys(self._unit(*s) for s in sources) if u not in self._modules]
         missing = [u for u in todo if not self.cache.holds(u[0], dict(u[1]), self.target)]
         if missing and self.tell:
             tell, self.tell = self.tell, None
@@ -155,12 +156,11 @@ class Modules:
     def _load(self, unit: Unit, image: bytes) -> Any:
         try:
             return self.device.module(image)
-        except DeviceError:
+        except RefusedError:
             # What another driver or a damaged compiler left: once more from the source.
             source, defines = unit[0], dict(unit[1])
             self.cache.discard(source, defines, self.target)
             return self.device.module(self.cache.image(source, defines, self.target))
 
-
-def _unit(source: str, defines: Defines) -> Unit:
-    return source, tuple(sorted(defines.items()))
+    def _unit(self, source: str, defines: Defines) -> Unit:
+        return source, tuple(sorted((defines if self.hints else {**defines, "HINTS": "0"}).items()))

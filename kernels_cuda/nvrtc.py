@@ -6,14 +6,23 @@ megabytes on disk (`pip install nvidia-cuda-nvrtc-cu12`) or with a CUDA toolkit,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import glob
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 OLDEST = (12, 0)
+TOOLKITS = ("/usr/local/cuda",)
+Version = tuple[int, int]
+
+# No contraction: where a product and a sum are one rounding, the source says fmaf.
+OPTIONS = ("--std=c++17", "--fmad=false")
+TRIAL = b'extern "C" __global__ void trial(float* x) { *x = 1; }'
 
 
 class CompilerMissingError(Exception):
@@ -29,44 +38,95 @@ def candidates() -> list[str]:
     if override := os.environ.get("TINYCHAT_NVRTC"):
         return [override]
     found: list[str] = []
-    for place in sys.path:
+    for place in filter(os.path.isabs, sys.path):  # others are the working directory's
         for pattern in ("nvidia/cuda_nvrtc/lib/libnvrtc.so.*", "nvidia/cu1?/lib/libnvrtc.so.*"):
-            found += sorted(glob.glob(os.path.join(place or ".", pattern)), reverse=True)
-    for toolkit in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+            found += sorted(glob.glob(os.path.join(glob.escape(place), pattern)), reverse=True)
+    for toolkit in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *TOOLKITS):
         if toolkit:
             for folder in ("lib64", "lib", "targets/*/lib"):
-                found += sorted(glob.glob(os.path.join(toolkit, folder, "libnvrtc.so.*")), reverse=True)
+                found += sorted(
+                    glob.glob(os.path.join(glob.escape(toolkit), folder, "libnvrtc.so.*")), reverse=True
+                )
     if name := ctypes.util.find_library("nvrtc"):
         found.append(name)
-    return found
+    places: dict[str, str] = {}
+    for file in found:
+        places.setdefault(os.path.realpath(file), file)
+    return list(places.values())
+
+
+def compilers(driver: Version | None = None) -> Iterator[Nvrtc]:
+    """Compilers that work, the best first. driver: the CUDA version that it knows. What a newer compiler with
+    the same first number makes may still load, so such ones come last; of a newer first number it would not.
+
+    Raises CompilerMissingError if there is none.
+    """
+    why, known = "NVRTC, CUDA's run-time compiler, is not installed.", []
+    for path in candidates():
+        try:
+            found = Nvrtc(path)
+        except CompilerMissingError as e:
+            why = str(e)
+            continue
+        if driver is None or found.version[0] <= driver[0]:
+            known.append(found)
+        else:
+            why = f"{found.title} is newer than the driver (CUDA {driver[0]}.{driver[1]})."
+
+    def rank(compiler: Nvrtc) -> tuple[bool, int, int]:
+        major, minor = compiler.version
+        newer = driver is not None and compiler.version > driver
+        return newer, -major, minor if newer else -minor
+
+    works = False
+    for compiler in sorted(known, key=rank):
+        try:
+            compiler.try_out()
+        except CompileError as e:
+            why = f"{compiler.title} in {compiler.path} does not compile ({' '.join(str(e).split())})."
+            continue
+        works = True
+        yield compiler
+    if not works:
+        raise CompilerMissingError(why)
 
 
 class Nvrtc:
     """A loaded compiler."""
 
-    def __init__(self, driver: int | None = None):
-        """driver: the first number of the CUDA version that the driver knows; code of a newer compiler would
-        not load. Raises CompilerMissingError.
-        """
-        why = "NVRTC, CUDA's run-time compiler, is not installed."
-        for self.path in candidates():
-            try:
-                self._library = ctypes.CDLL(self.path)
-            except OSError:
-                continue
+    def __init__(self, path: str):
+        """Raises CompilerMissingError."""
+        self.path, self.build = path, ""
+        if os.path.isabs(path):
+            # It looks for them by their name alone, and that of CUDA 13.0 not in its own folder.
+            for builtins in glob.glob(glob.escape(os.path.dirname(path)) + "/libnvrtc-builtins.so.*"):
+                with contextlib.suppress(OSError):
+                    ctypes.CDLL(builtins)
+        try:
+            self._library = ctypes.CDLL(path)
             major, minor = ctypes.c_int(), ctypes.c_int()
             self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
-            self.version = major.value, minor.value
-            if self.version >= OLDEST and (driver is None or self.version[0] <= driver):
-                return
-            fits = "older than CUDA 12" if self.version < OLDEST else f"newer than the driver (CUDA {driver})"
-            why = f"{self.name.upper()} is {fits}."
-        raise CompilerMissingError(why)
+        except (OSError, AttributeError, CompileError) as e:
+            raise CompilerMissingError(f"NVRTC does not load ({e}).") from None
+        self.version = major.value, minor.value
+        if self.version < OLDEST:
+            raise CompilerMissingError(f"{self.title} is older than CUDA 12.")
+
+    @property
+    def title(self) -> str:
+        """Compiler and version, for people."""
+        return f"NVRTC {self.version[0]}.{self.version[1]}"
 
     @property
     def name(self) -> str:
-        """Compiler and version: part of what a compiled kernel is kept under."""
-        return f"nvrtc {self.version[0]}.{self.version[1]}"
+        """What a compiled kernel is kept under: compiler, version with its patch, and options."""
+        return " ".join(["nvrtc", self.build or "{}.{}".format(*self.version), *OPTIONS])
+
+    def try_out(self) -> None:
+        """Compile something, and learn the whole version from it. Raises CompileError."""
+        text, _ = self._compile(TRIAL, "trial.cu", [], f"compute_{self.architectures()[-1]}", [])
+        found = re.search(rb"^// Cuda compilation tools, .*\bV([\d.]+)", text, re.M)
+        self.build = found[1].decode() if found else ""
 
     def architectures(self) -> list[int]:
         """Compute capabilities that it compiles for, as 10 · major + minor."""
@@ -84,7 +144,7 @@ class Nvrtc:
         older = [a for a in known if 80 <= a < capability]
         if not older:
             raise CompilerMissingError(
-                f"{self.name} does not know GPUs of compute capability {capability / 10}."
+                f"{self.title} does not know GPUs of compute capability {capability / 10}."
             )
         return f"compute_{older[-1]}"
 
@@ -95,20 +155,28 @@ class Nvrtc:
 
         Raises CompileError.
         """
-        options = options_for(target, defines) + (["--ptxas-options=-v"] if verbose else [])
+        options = [f"-D{name}={value}" for name, value in sorted(defines.items())]
+        if verbose:
+            options.append("--ptxas-options=-v")
+        return self._compile(source.read_bytes(), source.name, headers, target, options)
+
+    def _compile(
+        self, source: bytes, name: str, headers: list[Path], target: str, options: list[str]
+    ) -> tuple[bytes, str]:
+        options = [f"--gpu-architecture={target}", *OPTIONS, *options]
         program = ctypes.c_void_p()
         texts = _strings([h.read_text() for h in headers])
         names = _strings([h.name for h in headers])
         self._check(
             self._library.nvrtcCreateProgram(
-                ctypes.byref(program), source.read_bytes(), source.name.encode(), len(headers), texts, names
+                ctypes.byref(program), source, name.encode(), len(headers), texts, names
             )
         )
         try:
             status = self._library.nvrtcCompileProgram(program, len(options), _strings(options))
             log = self._get(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
             if status:
-                raise CompileError(f"{source.name} for {target}: {log}")
+                raise CompileError(f"{name} for {target}: {log}")
             return self._get(program, "CUBIN" if target.startswith("sm_") else "PTX"), log
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -124,16 +192,6 @@ class Nvrtc:
         if status:
             self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
             raise CompileError(self._library.nvrtcGetErrorString(status).decode())
-
-
-def options_for(target: str, defines: dict[str, str]) -> list[str]:
-    """Compiler options. No contraction: where a product and a sum are one rounding, the source says fmaf."""
-    return [
-        f"--gpu-architecture={target}",
-        "--std=c++17",
-        "--fmad=false",
-        *(f"-D{name}={value}" for name, value in sorted(defines.items())),
-    ]
 
 
 def _strings(values: list[str]) -> ctypes.Array:

@@ -11,12 +11,12 @@ from collections import OrderedDict
 import numpy as np
 
 from tinychat.kernels_cuda import head
-from tinychat.kernels_cuda.driver import Graph, Memory
+from tinychat.kernels_cuda.driver import Graph, Memory, OutOfMemoryError
 from tinychat.kernels_cuda.inputs import GRAPH_ROWS, Sequence, Size
 from tinychat.kernels_cuda.program import Program
 
 ROW_INPUTS = 32  # numbers that a row of a large step is told in: more is made room for when it comes
-GRAPHS = 64  # kept; the one that waited longest goes first
+GRAPHS = 64  # kept, where there is room; the one that waited longest goes first
 
 
 class Steps:
@@ -26,6 +26,7 @@ class Steps:
         self.program, self.pools, self.device = program, program.pools, program.device
         self.graphs: OrderedDict[Size, Graph | None] = OrderedDict()
         self.count = 0  # so far
+        self.most = GRAPHS  # graphs that there is room for
 
     def resize(self, memory: int, n_blocks: int) -> None:
         """A pool of so many blocks; if it grows, what it held stays."""
@@ -93,17 +94,22 @@ class Steps:
                 self._launch_head(size, 0, size.tail)
 
         graphs = self.graphs
-        graph = graphs.get(size)
-        if graph is not None:
-            graph.replay()
-        elif size in graphs:
-            graph = graphs[size] = self.device.capture(launches)
-            graph.replay()
-        else:
+        try:
+            if graphs.get(size) is None and size in graphs and self.most:
+                graphs[size] = self.device.capture(launches)
+            graph = graphs.get(size)
+            if graph is not None:
+                graph.replay()
+        except OutOfMemoryError:
+            # Nothing has run. What graphs hold may be needed elsewhere; from now on there are fewer of them.
+            self.most = max(0, sum(g is not None for g in graphs.values()) - 1)
+            graphs.clear()
+            graph = None
+        if graph is None:
             launches()
-            graphs[size] = None
+        graphs[size] = graph
         graphs.move_to_end(size)
-        if len(graphs) > GRAPHS:
+        if len(graphs) > max(1, self.most):
             graphs.popitem(last=False)
 
     def _launch_head(self, size: Size, first: int, n: int) -> None:

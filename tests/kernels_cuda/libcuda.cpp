@@ -3,7 +3,7 @@
 //
 // Memory begins as NaN bytes and ends at a page that may not be touched. A captured launch runs when its graph is
 // replayed. `fake_fail(function, code)` makes the next call of that function fail, `fake_lose(code)` every call until
-// `fake_lose(0)`; `fake_device(...)` says what there is.
+// `fake_lose(0)`; `fake_device(...)` says what there is; `fake_listen(true)` begins to write down what is called.
 #include <dlfcn.h>
 #include <elf.h>
 #include <sys/mman.h>
@@ -50,9 +50,14 @@ int failing_code = 0, lost = 0;
 int version = 12060, devices = 1, capability = 86, integrated = 0;
 size_t total = size_t(8) << 30, used = 0;
 int launches = 0, overlaps = 0;
+void* current = nullptr;  // context
+std::vector<void*> before;
+std::string said;  // names of the functions that were called, one a line
+bool listening = false;
 bool after_kernel = false;  // whether a kernel was the last thing put on the stream
 
 bool fails(const char* function) {
+    if (listening) said += std::string(function) + "\n";
     if (lost) return (failing_code = lost);
     if (failing != function) return false;
     failing.clear();
@@ -105,7 +110,7 @@ snprintf(name, n, "Emulated GPU");
 return 0;
 }
 CALL(cuDeviceGetAttribute, int* value, int which, int)
-std::map<int, int> known = {{75, capability / 10}, {76, capability % 10}, {16, 4}, {18, integrated}};
+std::map<int, int> known = {{75, capability / 10}, {76, capability % 10}, {16, 4}, {18, integrated}, {39, 1536}};
 if (!known.count(which)) return INVALID;
 *value = known[which];
 return 0;
@@ -117,7 +122,19 @@ return 0;
 CALL(cuDevicePrimaryCtxRelease_v2, int)
 return 0;
 }
-CALL(cuCtxSetCurrent, void*)
+CALL(cuCtxSetCurrent, void* context)
+current = context;
+return 0;
+}
+CALL(cuCtxPushCurrent_v2, void* context)
+before.push_back(current);
+current = context;
+return 0;
+}
+CALL(cuCtxPopCurrent_v2, void** context)
+*context = current;
+current = before.back();
+before.pop_back();
 return 0;
 }
 CALL(cuStreamCreate, void** stream, unsigned)
@@ -245,11 +262,13 @@ capturing = std::make_unique<Graph>();
 after_kernel = false;
 return 0;
 }
-CALL(cuStreamEndCapture, void*, Graph** graph)
-if (!capturing) return 901;
-*graph = capturing.release();
-after_kernel = false;
-return 0;
+extern "C" int cuStreamEndCapture(void*, Graph** graph) {
+    std::unique_ptr<Graph> captured = std::move(capturing);  // it ends, whatever comes
+    after_kernel = false;
+    if (fails("cuStreamEndCapture")) return failing_code;
+    if (!captured) return 901;
+    *graph = captured.release();
+    return 0;
 }
 CALL(cuGraphInstantiateWithFlags, Graph** executable, Graph* graph, unsigned long long)
 *executable = new Graph(*graph);
@@ -314,3 +333,10 @@ extern "C" void fake_lose(int code) { lost = code; }
 extern "C" int fake_launches() { return launches; }
 extern "C" int fake_overlaps() { return overlaps; }
 extern "C" size_t fake_used() { return used; }
+extern "C" void* fake_current() { return current; }
+extern "C" void fake_be_current(void* context) { current = context; }
+extern "C" void fake_listen(bool on) {
+    listening = on;
+    if (on) said.clear();
+}
+extern "C" const char* fake_said() { return said.c_str(); }

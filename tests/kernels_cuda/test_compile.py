@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cubin import COPY_ASYNC, OPCODE, kernels, lost_policies
 
-from tinychat.kernels_cuda import layout, modules
-from tinychat.kernels_cuda.nvrtc import CompilerMissingError, Nvrtc
+from tinychat.kernels_cuda import driver, layout, modules
+from tinychat.kernels_cuda.nvrtc import CompilerMissingError, compilers
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
 
 try:
-    NVRTC, WHY = Nvrtc(), ""
+    NVRTC, WHY = next(compilers()), ""
 except CompilerMissingError as e:
     NVRTC, WHY = None, f"{e} pip install nvidia-cuda-nvrtc-cu12"
 
@@ -197,7 +197,7 @@ def test_a_copy_whose_policy_is_lost_is_counted(copying):
 @pytest.mark.slow
 def test_with_hints_the_compilers_error_is_found():
     if NVRTC.version >= (13, 4):
-        pytest.skip(f"{NVRTC.name} does not have the error")
+        pytest.skip(f"{NVRTC.title} does not have the error")
     source, defines = modules.SOURCES / "linear.cu", layout.Form(4, "UNSIGNED", "ZERO").defines
     image, _ = NVRTC.compile(source, modules.headers(), "sm_90", {**defines, "HINTS": "1"})
     assert lost_policies(image) > 0
@@ -209,6 +209,11 @@ def test_every_kernel_states_its_limits():
         kernels = set(re.findall(r"^(?:EXPORT|LINEAR)\((\w+)", text, re.M))
         assert kernels
         assert kernels == {name.split("/")[0] for name in limits(source.name)}, source.name
+
+
+def test_no_kernel_has_more_local_memory_than_room_is_left_for():
+    stated = [kernel for source in modules.SOURCES.glob("*.cu") for kernel in limits(source.name).values()]
+    assert max(kernel.get("stack", 0) for kernel in stated) == driver.STACK
 
 
 def test_a_gpu_newer_than_the_compiler_gets_ptx():

@@ -74,8 +74,11 @@ def launch(tmp_path_factory):
 
     def run(name, *arguments):
         to = b.put(np.full(64, 7, np.float32))
-        b.device.launch(b.device.kernel(module, name), (1,), 64, to, *arguments)
-        return b.get(to, 64)
+        try:
+            b.device.launch(b.device.kernel(module, name), (1,), 64, to, *arguments)
+            return b.get(to, 64)
+        finally:
+            b.device.lost = None  # as if it had been a process of its own
 
     return run
 

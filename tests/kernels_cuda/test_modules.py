@@ -15,7 +15,7 @@ from tinychat.base.errors import TinychatError, UsageError
 from tinychat.kernels_cuda import layout, modules
 from tinychat.kernels_cuda.driver import Device, DeviceError, DeviceMissingError, OutOfMemoryError
 from tinychat.kernels_cuda.modules import Cache, Modules
-from tinychat.kernels_cuda.nvrtc import CompileError, CompilerMissingError, Nvrtc
+from tinychat.kernels_cuda.nvrtc import CompileError
 
 UNIT = "rows.cu", {}, "sm_86"
 
@@ -185,35 +185,6 @@ def test_a_source_that_does_not_compile_stops_the_others(tmp_path, monkeypatch):
     assert m.cache.compiler.made == 1
 
 
-# NVRTC
-
-
-def test_a_compiler_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setenv("TINYCHAT_NVRTC", "/nowhere/libnvrtc.so.12")
-    with pytest.raises(CompilerMissingError, match="NVRTC"):
-        Nvrtc()
-
-
-@pytest.fixture
-def compiler():
-    try:
-        return Nvrtc()
-    except CompilerMissingError as e:
-        pytest.skip(f"{e} {cuda_device.INSTALL}")
-
-
-def test_a_compiler_newer_than_the_driver_is_not_taken(compiler):
-    assert Nvrtc(compiler.version[0]).version == compiler.version
-    with pytest.raises(CompilerMissingError, match=r"NVRTC 1\d\.\d+ is newer than the driver \(CUDA 11\)"):
-        Nvrtc(11)
-
-
-def test_what_the_compiler_says_is_kept(compiler, tmp_path):
-    (tmp_path / "bad.cu").write_text("__global__ void k() { nonsense(); }")
-    with pytest.raises(CompileError, match="nonsense"):
-        compiler.compile(tmp_path / "bad.cu", [], "sm_86", {})
-
-
 # The driver
 
 
@@ -250,8 +221,8 @@ def test_a_gpu_that_cannot_be_used_is_said_in_two_lines(gpu, version, devices, c
 @needs_emulation
 def test_errors_carry_the_drivers_name_for_them():
     d = bench().device
-    controls().fake_fail(b"cuMemsetD8Async", 719)
-    with pytest.raises(DeviceError, match="cuMemsetD8Async: CUDA_ERROR_LAUNCH_FAILED"):
+    controls().fake_fail(b"cuMemsetD8Async", 1)
+    with pytest.raises(DeviceError, match="cuMemsetD8Async: CUDA_ERROR_INVALID_VALUE"):
         d.clear(d.allocate(100))
     controls().fake_fail(b"cuMemAlloc_v2", 2)
     with pytest.raises(OutOfMemoryError):

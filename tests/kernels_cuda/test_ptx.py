@@ -185,6 +185,7 @@ def launch(tmp_path_factory, device):
     kernels = module(SOURCE, "compute_80") | module(OVERLAPPING, "compute_90")
 
     def run(name):
+        d.lost = None  # as in a process of its own
         to, source = d.allocate(256), d.allocate(1024)
         d.upload(to, np.full(64, 7, np.float32))
         d.upload(source, np.arange(256, dtype=np.float32))

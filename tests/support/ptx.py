@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from tinychat.kernels_cuda import modules
-from tinychat.kernels_cuda.nvrtc import Nvrtc
+from tinychat.kernels_cuda.nvrtc import compilers
 
 HERE = Path(__file__).parents[1]
 MACHINE = [HERE / "kernels_cuda/ptx.h", HERE / "kernels_cuda/ptx.cpp"]
@@ -310,7 +310,7 @@ class PtxCompiler:
     """In place of NVRTC: NVRTC to PTX, that to C++, g++ to a library that the emulated driver loads."""
 
     def __init__(self):
-        self.nvrtc = Nvrtc()
+        self.nvrtc = next(compilers())
         self.name = f"ptx of {self.nvrtc.name}"
         self._folder = tempfile.TemporaryDirectory(prefix="tinychat-ptx-")
         self._lock = threading.Lock()

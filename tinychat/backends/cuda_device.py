@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tinychat.base import locations, machine
-from tinychat.base.errors import TinychatError, UsageError
+from tinychat.base.errors import DeviceLostError, TinychatError, UsageError
 from tinychat.kernels_cuda import linear
-from tinychat.kernels_cuda.driver import LIBRARY, Device, DeviceError, DeviceMissingError
+from tinychat.kernels_cuda.driver import (
+    LIBRARY,
+    Device,
+    DeviceError,
+    DeviceMissingError,
+    LostError,
+    RefusedError,
+)
 from tinychat.kernels_cuda.modules import Cache, Modules
-from tinychat.kernels_cuda.nvrtc import CompileError, CompilerMissingError, Nvrtc
+from tinychat.kernels_cuda.nvrtc import CompileError, CompilerMissingError, compilers
 
 INSTALL = "pip install nvidia-cuda-nvrtc-cu12"
 
@@ -28,6 +34,11 @@ def open_modules(library: str = LIBRARY, tell: Callable[[str], None] | None = No
     """
     if library not in _opened:
         _opened[library] = _open(library, tell)
+    if error := _opened[library].device.lost:
+        raise DeviceLostError(
+            f"{_opened[library].device.name} failed earlier in this process ({error}).",
+            "Start again; if it happens again, use --device cpu.",
+        )
     _opened[library].tell = tell
     return _opened[library]
 
@@ -44,16 +55,28 @@ def _open(library: str, tell: Callable[[str], None] | None) -> Modules:
             f"The GPU cannot be used ({e}).", "Use --device cpu; nvidia-smi may say more."
         ) from e
     try:
-        compiler = Nvrtc(device.driver_version[0])
-        modules = Modules(device, Cache(locations.kernels_dir(), compiler), tell)
-        check(modules)
+        return _compiled(device, tell)
     except (CompilerMissingError, CompileError) as e:
         raise UsageError(
             f"The kernels for {device.name} cannot be compiled: {e}", f"{INSTALL}, or use --device cpu."
         ) from None
     except DeviceError as e:
         raise TinychatError(f"The kernels do not run on {device.name} ({e}).", "Use --device cpu.") from e
-    return modules
+
+
+def _compiled(device: Device, tell: Callable[[str], None] | None) -> Modules:
+    """The device with the best compiler whose kernels the driver takes."""
+    refused: RefusedError | None = None
+    for compiler in compilers(device.driver_version):
+        modules = Modules(device, Cache(locations.kernels_dir(), compiler), tell)
+        try:
+            check(modules)
+        except RefusedError as e:
+            refused = e
+            continue
+        return modules
+    assert refused is not None  # without a compiler there was an error
+    raise refused
 
 
 def check(modules: Modules) -> None:
@@ -64,9 +87,13 @@ def check(modules: Modules) -> None:
     """
     device = modules.device
     if device.overlaps:
-        with contextlib.suppress(DeviceError):
+        try:
             if _computes(modules):
                 return
+        except (LostError, RefusedError):
+            raise
+        except DeviceError:
+            pass
         device.overlaps = False
     if not _computes(modules):
         raise TinychatError(
@@ -108,13 +135,12 @@ def _computes(modules: Modules) -> bool:
 
 
 def free_memory(device: Device) -> int:
-    """Bytes that can still be allocated. Where GPU and CPU share their memory, what the CPU counts: the GPU's
-    own count leaves out what the page cache would give back.
+    """Bytes that can still be allocated, but for what the driver takes later on. Where GPU and CPU share
+    their memory, what the CPU counts: the GPU's own count leaves out what the page cache would give back.
     """
-    if device.integrated:
-        return machine.available_memory()
     device.enter()
-    return device.memory()[0]
+    free = machine.available_memory() if device.integrated else device.memory()[0]
+    return max(0, free - device.room)
 
 
 def report(library: str = LIBRARY) -> dict[str, Any]:
@@ -132,8 +158,8 @@ def report(library: str = LIBRARY) -> dict[str, Any]:
         "gpu_kernels": f"{len(list(kept.glob('*.kernel')))} compiled in {kept}",
     }
     try:
-        compiler = Nvrtc(device.driver_version[0])
-        facts["gpu_compiler"] = f"{compiler.name} for {compiler.target(device.capability)}"
+        compiler = next(compilers(device.driver_version))
+        facts["gpu_compiler"] = f"{compiler.title} for {compiler.target(device.capability)}"
     except (CompilerMissingError, CompileError) as e:
         facts["gpu_problem"] = f"{e} Until then the CPU is used: {INSTALL}"
     device.close()

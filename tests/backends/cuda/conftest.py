@@ -7,6 +7,17 @@ from emulation import bench
 
 
 @pytest.fixture(autouse=True)
+def process():
+    """`process()`: from now on it is as if another process used the device, which may have been lost."""
+
+    def another() -> None:
+        bench().device.lost = None
+
+    yield another
+    another()
+
+
+@pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path / "home"))
     return tmp_path / "home"

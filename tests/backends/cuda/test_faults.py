@@ -60,7 +60,7 @@ def lose():
 
 
 @pytest.mark.parametrize("code", [719, 999])
-def test_a_lost_gpu_is_said_every_time_and_the_conversation_can_be_stored(lose, code, tmp_path):
+def test_a_lost_gpu_is_said_every_time_and_the_conversation_can_be_stored(lose, code, process, tmp_path):
     with tiny_model(ctx=256, backend="cuda") as m:
         m.tokenizer.eos_ids = frozenset()
         s = m.session(temperature=0, max_tokens=12, draft="none")
@@ -84,6 +84,7 @@ def test_a_lost_gpu_is_said_every_time_and_the_conversation_can_be_stored(lose, 
         stored = [(t.role, t.content) for t in ChatStore().messages(chat.id)]
         assert ("assistant", text) in stored
     lose(0)
+    process()
     with tiny_model(ctx=256, backend="cuda") as m:  # the next start reads it again
         m.tokenizer.eos_ids = frozenset()
         again = m.session(temperature=0, max_tokens=5)
@@ -135,7 +136,7 @@ def test_an_eviction_that_fails_leaves_no_cache_that_is_half_moved(work, call, m
         inner = getattr(m.backend, work)
 
         def failing(*arguments):
-            controls().fake_fail(call.encode(), 2 if call == "cuMemAlloc_v2" else 719)
+            controls().fake_fail(call.encode(), 2 if call == "cuMemAlloc_v2" else 701)
             inner(*arguments)
 
         monkeypatch.setattr(m.backend, work, failing)
@@ -170,23 +171,62 @@ def test_a_spread_of_values_that_fails_is_said_and_the_cache_is_whole(call):
     b, weights = cuda(TinyCheckpoint(0)), np.ones((2, 2, 37), np.float32)
     b.step(Step.of(IDS[:40], 0, 0, TABLE, 40))
     expected = b.value_spread(TABLE, weights)
-    controls().fake_fail(call.encode(), 2 if call == "cuMemAlloc_v2" else 719)
+    controls().fake_fail(call.encode(), 2 if call == "cuMemAlloc_v2" else 701)
     with pytest.raises(MemoryBudgetError if call == "cuMemAlloc_v2" else DeviceLostError):
         b.value_spread(TABLE, weights)
     np.testing.assert_array_equal(b.value_spread(TABLE, weights), expected)
 
 
-def test_no_room_for_scores_or_a_graph_in_a_chat_is_said_and_the_next_answer_is_right():
+def test_no_room_for_scores_in_a_chat_is_said_and_the_next_answer_is_right():
     with tiny_model(ctx=256, backend="cuda") as m:
         m.tokenizer.eos_ids = frozenset()
         _, expected = told(m, "one", "two")
-    for call in ("cuMemAlloc_v2", "cuGraphInstantiateWithFlags"):
-        with tiny_model(ctx=256, backend="cuda") as m:
-            m.tokenizer.eos_ids = frozenset()
-            s = m.session(temperature=0, max_tokens=40, kv_budget=112, draft="none")
-            controls().fake_fail(call.encode(), 2)
-            with pytest.raises(MemoryBudgetError, match="not enough memory"):
-                list(s.send("one"))
-            answer = s.regenerate() if s.messages else s.send("one")
-            assert list(answer)[-1].completion.token_ids == expected[0]
-            assert list(s.send("two"))[-1].completion.token_ids == expected[1]
+    with tiny_model(ctx=256, backend="cuda") as m:
+        m.tokenizer.eos_ids = frozenset()
+        s = m.session(temperature=0, max_tokens=40, kv_budget=112, draft="none")
+        controls().fake_fail(b"cuMemAlloc_v2", 2)
+        with pytest.raises(MemoryBudgetError, match="not enough memory"):
+            list(s.send("one"))
+        answer = s.regenerate() if s.messages else s.send("one")
+        assert list(answer)[-1].completion.token_ids == expected[0]
+        assert list(s.send("two"))[-1].completion.token_ids == expected[1]
+
+
+def shown(b, n: int) -> np.ndarray:
+    """Logits of n single tokens, one step each."""
+    return np.concatenate([b.step(Step.of(IDS[i : i + 1], i, i, TABLE, 0)) for i in range(n)])
+
+
+@pytest.mark.parametrize(
+    ("call", "left"), [("cuStreamEndCapture", 2), ("cuGraphInstantiateWithFlags", 2), ("cuGraphLaunch", 3)]
+)
+def test_a_graph_that_finds_no_room_costs_the_old_ones_and_no_answer(call, left):
+    expected = shown(cuda(TinyCheckpoint(0)), 12)
+    b = cuda(TinyCheckpoint(0))
+    graphs = b._steps.graphs
+    for rows in (2, 3, 4):
+        for _ in range(2):
+            b.step(Step.of(IDS[:rows], 0, 0, TABLE, 0))
+    assert [g is not None for g in graphs.values()] == [True] * 3
+    shown(b, 1)
+    controls().fake_fail(call.encode(), 2)
+    np.testing.assert_array_equal(shown(b, 12), expected)
+    assert b._steps.most == left
+    assert [g is not None for g in graphs.values()] == [True]  # of single tokens, made again
+    for rows in (2, 3, 4):
+        for _ in range(2):
+            b.step(Step.of(IDS[:rows], 0, 0, TABLE, 0))
+    assert len(graphs) == left
+
+
+def test_where_no_graph_at_all_finds_room_steps_go_on_without():
+    expected = shown(cuda(TinyCheckpoint(0)), 6)
+    b = cuda(TinyCheckpoint(0))
+    controls().fake_fail(b"cuGraphInstantiateWithFlags", 2)
+    for _ in range(2):
+        np.testing.assert_array_equal(shown(b, 6), expected)
+    assert b._steps.most == 0
+    assert list(b._steps.graphs.values()) == [None]
+    before = controls().fake_launches()
+    shown(b, 1)
+    assert controls().fake_launches() > before
