@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import signal
 import sys
 import time
@@ -20,11 +19,12 @@ from textual.driver import Driver
 from textual.screen import Screen
 from textual.widget import MountError
 
-from tinychat.base import locations
+from tinychat.base import locations, remembered
 from tinychat.base.errors import TinychatError
-from tinychat.base.files import read_text
 from tinychat.base.preferences import Preferences
 from tinychat.chats.chat_store import Chat, ChatStore
+from tinychat.hub import reach
+from tinychat.process.address import split_name
 from tinychat.process.client import EngineClient
 from tinychat.process.protocol import ChatEngine, EngineEvent, Loading, Text
 from tinychat.tui import messages
@@ -71,8 +71,7 @@ class ChatApp(Host):
         self.store.patience = PATIENCE
         self.engine = engine or EngineClient(self._heard, command)
         self.engine.on_event = self._heard
-        self.settings_path = settings or locations.home() / "settings.json"
-        self._settings = _read_settings(self.settings_path)
+        self.settings_path = settings or remembered.settings_file()
         self._pace: list[tuple[float, int]] = []
         self._interrupted = 0.0
         self._warned = False  # of what leaving would lose
@@ -81,7 +80,9 @@ class ChatApp(Host):
         self._early: list[events.Event] | None = []  # keys from before there was a place for them
         for theme in THEMES:
             self.register_theme(theme)
-        name = SHORT_NAMES.get(self.preferences.theme or "") or self._settings.get("theme")
+        name = SHORT_NAMES.get(self.preferences.theme or "") or remembered.recall(self.settings_path).get(
+            "theme"
+        )
         self.theme = name if isinstance(name, str) and name in self.available_themes else DARK.name
 
     def get_default_screen(self) -> Screen:
@@ -210,6 +211,8 @@ class ChatApp(Host):
     async def start_engine(self) -> None:
         """A new process in place of the present one, and the model into it."""
         await self.load_model(self.chat.model, afresh=True)
+        if not self.chat.model:
+            self.chat.begin_without_model()
 
     async def load_model(self, name: str, afresh: bool = False) -> None:
         """Into the present process, or a new one if that is gone."""
@@ -220,6 +223,9 @@ class ChatApp(Host):
         except TinychatError as e:
             self.chat.lack_model(f"{e.what} {e.todo}")
             return
+        if not name:
+            return
+        self.remember_model(name, loads=True)
         self.engine.load(name, {**self.preferences.of(name).load, **self.options})
 
     def download_pace(self, event: Loading) -> tuple[float, float]:
@@ -275,12 +281,11 @@ class ChatApp(Host):
     # Settings
 
     def _keep_theme(self, theme: Any) -> None:
-        if self._settings.get("theme") == theme.name:
-            return
-        self._settings["theme"] = theme.name
-        with suppress(OSError):  # a home that cannot be written keeps the default
-            self.settings_path.parent.mkdir(parents=True, exist_ok=True)
-            self.settings_path.write_text(json.dumps(self._settings), encoding="utf-8")
+        remembered.remember(self.settings_path, theme=theme.name)
+
+    def remember_model(self, name: str, loads: bool = False) -> None:
+        if not self.store.in_memory and split_name(name)[1] is None:
+            reach.remember_model(name, loads, self.settings_path)
 
     # Keys
 
@@ -334,14 +339,6 @@ class ChatApp(Host):
         self.ask_text(question, "", lambda answer: then(locations.written(answer)))
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def make_app(
     model: str,
     store: ChatStore,
@@ -353,7 +350,7 @@ def make_app(
     engine: ChatEngine | None = None,
     preferences: Preferences | None = None,
 ) -> ChatApp:
-    """The chat screen, with a stored chat or a new one.
+    """The chat screen, with a stored chat or a new one; without a model's name it asks for one.
 
     system and params hold in place of the stored chat's own. options are those of `tinychat.load`; engine
     answers, or what command starts (default: `tinychat.process.worker`). preferences: what holds where

@@ -29,6 +29,10 @@ class Host(App[None]):
         """Into the present engine, or a new one if that is gone."""
         raise NotImplementedError
 
+    def remember_model(self, name: str, loads: bool = False) -> None:
+        """Take that model the next time; loads: it is on its way, and may not be one."""
+        raise NotImplementedError
+
     def download_pace(self, event: Loading) -> tuple[float, float]:
         """Bytes a second over the last few seconds, and seconds that are left; 0 while unknown."""
         raise NotImplementedError

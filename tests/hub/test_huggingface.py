@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import resource
@@ -16,114 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from hub_server import OLD, REPO, SHA, Hub
 from tiny import tiny_folder
 from tiny_gguf import write
 
-from tinychat.base.errors import DownloadError, MemoryBudgetError
+from tinychat.base.errors import CheckpointError, DownloadError, MemoryBudgetError
+from tinychat.hub.resuming import fetch
 from tinychat.hub.transfer import check_room
-
-REPO = "someone/tiny"
-SHA, OLD = "a" * 40, "b" * 40
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """files: name → content. The rest says how it misbehaves."""
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files = files
-        self.promised: dict[str, dict] = {}  # what the metadata says instead of the truth
-        self.fail: tuple[int, dict[str, str]] | None = None
-        self.cuts = 0  # downloads that end in the middle
-        self.pause = 0.0
-        self.card: dict[str, object] = {}  # what README.md says above its text
-        self.gated: str | bool = False
-        self.seen: list[tuple[str, str, str | None]] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        hub, path = self.server, self.path.partition("?")[0]
-        hub.seen.append((self.command, path, self.headers.get("Range")))
-        if hub.fail:
-            status, headers = hub.fail
-            return self.send(status, b'{"error": "no"}', headers, body)
-        if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/{SHA}"):
-            return self.send(200, self.metadata(SHA), {}, body)
-        if path in (f"/api/models/{REPO}/revision/v1", f"/api/models/{REPO}/revision/{OLD}"):
-            return self.send(200, self.metadata(OLD), {}, body)
-        if path in (f"/api/models/{REPO}/tree/{SHA}", f"/api/models/{REPO}/tree/{OLD}"):
-            return self.send(200, self.tree(), {}, body)
-        if "/revision/" in path:
-            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
-        for revision in (SHA, OLD):
-            prefix = f"/{REPO}/resolve/{revision}/"
-            if path.startswith(prefix) and path.removeprefix(prefix) in hub.files:
-                return self.file(path.removeprefix(prefix), revision, body)
-        self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-
-    def metadata(self, sha: str) -> bytes:
-        siblings = []
-        for name, content in self.server.files.items():
-            lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-            entry = {"rfilename": name, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
-            if name.endswith((".safetensors", ".gguf")):
-                entry["lfs"] = lfs | self.server.promised.get(name, {})
-                entry["size"] = entry["lfs"]["size"]
-            siblings.append(entry)
-        said = {"id": REPO, "modelId": REPO, "sha": sha, "siblings": siblings}
-        return json.dumps(said | {"cardData": self.server.card, "gated": self.server.gated}).encode()
-
-    def tree(self) -> bytes:
-        entries = []
-        for name, content in self.server.files.items():
-            entry = {"type": "file", "path": name, "size": len(content)}
-            entries.append(entry | {"oid": hashlib.sha1(content).hexdigest()})
-        return json.dumps(entries).encode()
-
-    def file(self, name: str, revision: str, body: bool) -> None:
-        hub, content = self.server, self.server.files[name]
-        etag = hashlib.sha256(content).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": revision, "Accept-Ranges": "bytes"}
-        asked = self.headers.get("Range")
-        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
-        part = content[start:]
-        if asked:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if body and hub.cuts and len(part) > 50_000:
-            hub.cuts -= 1
-            self.send(206 if asked else 200, part, headers, body, cut=len(part) // 2)
-            self.close_connection = True
-            return
-        self.send(206 if asked else 200, part, headers, body)
-
-    def send(self, status: int, content: bytes, headers: dict, body: bool, cut: int | None = None) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if not body:
-            return
-        for at in range(0, len(content[:cut]), 65536):
-            self.wfile.write(content[:cut][at : at + 65536])
-            if self.server.pause:
-                threading.Event().wait(self.server.pause)
-        self.wfile.flush()
 
 
 @pytest.fixture
@@ -397,3 +295,11 @@ def test_a_full_disk_is_seen_before_the_download(tmp_path):
     with pytest.raises(MemoryBudgetError, match="memory") as e:
         check_room(tmp_path, 1 << 60, 1 << 60)
     assert "Try " in e.value.todo
+
+
+def test_a_weight_file_whose_name_leads_out_of_its_folder_is_refused(tmp_path):
+    staging = tmp_path / "a" / "staging"
+    staging.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        fetch(REPO, SHA, "../../x.gguf", 5, SHA, staging)
+    assert list(tmp_path.rglob("*.gguf")) == []

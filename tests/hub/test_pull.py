@@ -286,5 +286,6 @@ def test_the_known_models_are_few_and_say_what_is_known_of_them(capsys):
     assert lines.keys() >= ALIASES.keys() - {"smollm2-135m"}  # it may be here
     for name, line in lines.items():
         assert ALIASES[name].license in line
-        assert f"--draft {ALIASES[name].draft}" in line or ALIASES[name].draft is None
-    assert max(map(len, lines.values())) <= 110
+        assert ALIASES[name].good_for in line or "more than" in line
+        assert "≈" in line
+    assert max(map(len, lines.values())) <= 80

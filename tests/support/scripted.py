@@ -36,6 +36,34 @@ class Script:
     stats: dict[str, Any] = field(default_factory=dict)
 
 
+def known(name: str, size: int, rate: float, good_for: str = "", why_not: str = "", **more) -> dict:
+    """A model as the engine tells of it."""
+    memory = int(size * 1.15) + 300_000_000
+    facts = {"name": name, "size": size, "memory": memory, "rate": rate, "why_not": why_not}
+    return facts | {"good_for": good_for, "license": "apache-2.0", "held": 0, "demo": False} | more
+
+
+def listed(installed: bool = True) -> dict:
+    """A small machine, with models or without."""
+    here = [
+        known("demo", 94_000_000, 85.1, "the demo; knows little", quantization="Q4_1", path="/m/demo"),
+        known(
+            "huge", 94_000_000_000, 0.085, why_not="more than 4.0 GB memory", quantization="Q4_0", path="/m/h"
+        ),
+    ]
+    available = [
+        known("smollm2-135m", 94_000_000, 85.1, "the demo; knows little", demo=True),
+        known("small", 639_000_000, 12.5, "short, simple tasks"),
+        known("other", 810_000_000, 9.9, "summaries, rewriting", license="llama3.2", held=300_000_000),
+        known("better", 990_000_000, 8.1, "code, maths, long texts"),
+        known("too-large", 18_600_000_000, 3.9, "code, knowledge; quick", "more than 4.0 GB memory"),
+    ]
+    offered = [] if installed else ["better", "other", "small", "smollm2-135m"]
+    machine = {"memory": 4_000_000_000, "disk": 45_000_000_000, "bandwidth": 8.0, "offline": False}
+    said = {"installed": here if installed else [], "available": available, "offered": offered}
+    return said | {"cached": []} | machine
+
+
 class ScriptedEngine:
     """A ChatEngine of the test's own. Answers come from `scripts`, then "Hello." for ever."""
 
@@ -44,6 +72,7 @@ class ScriptedEngine:
         self.on_event: Callable[[Any], None] = lambda event: None
         self.loads = loads
         self.broken: set[str] = set()  # models that do not load
+        self.listed: dict | None = listed()
         self.requests: list[Answer] = []
         self.loaded: list[str] = []
         self.starts = self.hurried = 0
@@ -116,11 +145,7 @@ class ScriptedEngine:
         return " ".join(text.split()[:tokens])
 
     async def models(self) -> dict | None:
-        installed = [
-            {"name": "demo", "size": 94_000_000, "quantization": "Q4_1", "path": "/m/demo"},
-            {"name": "huge", "size": 94_000_000_000, "quantization": "Q4_0", "path": "/m/huge"},
-        ]
-        return {"installed": installed, "available": ["other"], "memory": 4_000_000_000}
+        return self.listed
 
     async def limits(self) -> dict | None:
         return {"weight_bytes_per_token": 100_000_000, "read_bandwidth_gb_s": 8.0}

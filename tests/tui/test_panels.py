@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from scripted import Script, screen_text, wait_until
 from tui_helpers import answered, make_app, say
@@ -36,10 +38,14 @@ async def test_models_show_size_and_fit_and_can_be_chosen(store):
         await pilot.press("ctrl+o")
         await wait_until(pilot, lambda: "does not fit" in screen_text(app))
         text = screen_text(app)
-        assert "● demo" in text
-        assert "94.0 MB" in text
-        assert "download" in text
-        await pilot.press("down", "down", "enter")
+        assert re.search(r"● demo +94.0 MB  ≈ 85 tok/s +the demo; knows little", text)
+        assert "to download:" in text
+        await pilot.press("down")
+        await wait_until(pilot, lambda: "Does not fit: needs more than 4.0 GB memory." in screen_text(app))
+        await pilot.press("down", "down", "down")
+        await wait_until(pilot, lambda: "810 MB, memory 1.2 GB, ≈ 9.9 tok/s, llama3.2" in screen_text(app))
+        assert "Good for summaries, rewriting. Fits. 37 % is here." in screen_text(app)
+        await pilot.press("enter")
         await wait_until(pilot, lambda: app.engine.loaded == ["demo", "other"])
         assert "ready · other" in screen_text(app)
 

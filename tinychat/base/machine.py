@@ -126,3 +126,8 @@ def human_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} TB"
+
+
+def human_rate(rate: float | None) -> str:
+    """An estimate of tokens a second: 9.53 → "≈ 9.5"; "?" while it is not known."""
+    return "?" if rate is None else f"≈ {rate:.0f}" if rate >= 10 else f"≈ {rate:.1f}"

@@ -16,9 +16,9 @@ from tinychat.base.errors import UsageError
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.preferences import Preferences, Section
 from tinychat.base.sampling_params import SamplingParams
+from tinychat.cli.first import choose_model, no_model, usual_model
 from tinychat.cli.options import (
     CHAT_NUMBER,
-    DEFAULT_MODEL,
     answering_options,
     complete_models,
     file_type,
@@ -88,7 +88,7 @@ def run(model: str | None, prompt: str | None, **o: Any) -> None:
         model, prompt = model_or_prompt(model, some, o["server"] is not None)
     named, preferences = model is not None, Preferences.read()
     own = None if o["kept"] is None else prompts.find(o["kept"])
-    model = model or (own and own.model) or preferences.model or DEFAULT_MODEL
+    model = model or (own and own.model) or ""
     # A chat keeps files as what they are, beside the question; one answer alone reads them as they are.
     attachments = attached(o["files"]) if resumed else []
     text = gather(prompt, () if resumed else o["files"])
@@ -107,16 +107,23 @@ def run(model: str | None, prompt: str | None, **o: Any) -> None:
     chat = _earlier(kept, o) if kept is not None and resumed else None
     if chat is not None and not named:
         model = chat.model
+    elif not model and o["server"] is None:
+        model = usual_model(preferences)[0]
     if o["schema"] is not None:
         o["schema"] = schema_of(o["schema"], alone=text is not None)
     model, o["connector"] = served(model, o, named)
+    plain = o["plain"] or os.environ.get("TERM") in ("dumb", "unknown")
+    if not model and text is not None:
+        raise no_model()
+    if not model and plain:
+        model = choose_model()
     _prefer(preferences, model, o, chat, own)
     if o["schema"] is not None and o["connector"] is not None:
         raise UsageError("--schema is for models of this machine.", "Leave out --schema, or --server.")
     if text is not None:
         sys.exit(_answer(model, text, attachments, kept, chat, o))
     assert kept is not None  # a conversation is
-    if o["plain"] or os.environ.get("TERM") in ("dumb", "unknown"):
+    if plain:
         _converse(model, kept, chat, o)
     else:
         sys.exit(_show(model, kept, chat, o, preferences))
@@ -219,9 +226,14 @@ def _loaded(model: str, o: dict[str, Any]) -> Any:
     """The model, of this machine or of a server."""
     if o["connector"] is not None:
         return o["connector"](model, o["load"], lambda what, done, total: None)
+    from tinychat.hub.reach import remember_model
     from tinychat.loading import load
 
-    return load(model, **o["load"], progress=partial(click.echo, err=True))
+    remember = (lambda *_: None) if o["no_store"] else remember_model
+    remember(model, True)
+    loaded = load(model, **o["load"], progress=partial(click.echo, err=True))
+    remember(model)
+    return loaded
 
 
 @contextmanager

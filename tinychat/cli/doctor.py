@@ -21,12 +21,10 @@ from urllib.request import getproxies
 import click
 
 from tinychat.base import locations, machine, terminal
-from tinychat.base.machine import HEADROOM, available_memory, cpu_count, human_bytes
+from tinychat.base.machine import available_memory, cpu_count, human_bytes, human_rate
 from tinychat.cli import tables
 
 NETWORK_SECONDS = 2.0
-USABLE = 5.0  # tokens a second below which reading along is no pleasure
-OVERHEAD = 1.15  # memory that a model takes beside its weights: a context, tables, activations
 
 
 @click.command()
@@ -47,7 +45,7 @@ def doctor(verify: str | None, as_json: bool) -> None:
         tables.show(sentences(facts))
         if facts["fits"]:
             click.echo()
-            tables.show(_rows(facts["fits"]), ("model that fits", "memory", "at most", "get it"))
+            tables.show(_rows(facts["fits"]), ("model that fits", "memory", "speed", "get it"))
         click.echo()
         for problem in facts["problems"]:
             terminal.label("problem", "red")
@@ -189,29 +187,34 @@ def _fits(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Models that run in the memory that is free, largest first: those that are here, and known ones."""
     from tinychat.hub import store
     from tinychat.hub.aliases import ALIASES
+    from tinychat.hub.fits import Machine, fit_of
 
-    speed = facts.get("read_bandwidth_gb_s")
+    machine = Machine(
+        facts["memory_free_bytes"], facts.get("disk_free_bytes", 0), facts.get("read_bandwidth_gb_s")
+    )
     here = {m.name: m.size for m in store.installed()} if "models" in facts else {}
     sizes = {name: a.size for name, a in ALIASES.items()} | here
     rows = []
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        need = int(size * OVERHEAD) + HEADROOM
-        if size > 0 and need <= facts["memory_free_bytes"]:
-            rate = round(speed * 1e9 / size, 1) if speed else None
-            rows.append({"name": name, "memory_bytes": need, "tokens_per_s": rate, "here": name in here})
+        fit = fit_of(name, size, machine, here=True)  # a disk can be cleared
+        if size > 0 and not fit.why_not:
+            rate = fit.rate and round(fit.rate, 1)
+            rows.append(
+                {"name": name, "memory_bytes": fit.memory, "tokens_per_s": rate, "here": name in here}
+            )
     return rows
 
 
 def _rows(fits: list[dict[str, Any]]) -> list[list[str]]:
+    from tinychat.hub.fits import USABLE
+
     rows = []
     for m in fits:
-        rate = m["tokens_per_s"]
-        slow = " (slow)" if rate is not None and rate < USABLE else ""
-        shown = (
-            "?" if rate is None else f"{rate:.0f} tok/s{slow}" if rate >= 10 else f"{rate:.1f} tok/s{slow}"
-        )
+        slow = " (slow)" if m["tokens_per_s"] is not None and m["tokens_per_s"] < USABLE else ""
         get = "here" if m["here"] else f"tinychat pull {m['name']}"
-        rows.append([m["name"], human_bytes(m["memory_bytes"]), shown, get])
+        rows.append(
+            [m["name"], human_bytes(m["memory_bytes"]), f"{human_rate(m['tokens_per_s'])} tok/s{slow}", get]
+        )
     return rows
 
 

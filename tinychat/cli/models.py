@@ -6,15 +6,19 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tinychat.base.characters import is_unicode
 from tinychat.base.errors import UsageError
-from tinychat.base.machine import human_bytes
+from tinychat.base.machine import human_bytes, human_rate
 from tinychat.cli import model_facts, tables
 from tinychat.cli.options import Name, file_type, model_argument
+
+if TYPE_CHECKING:
+    from tinychat.hub.aliases import Alias
+    from tinychat.hub.fits import Fit, Machine
 
 
 def _echo_json(value: Any) -> None:
@@ -35,9 +39,11 @@ def pull(model: str, as_json: bool) -> None:
         click.echo(f"{model} is ready: {path}", err=True)
 
 
-def _available(name: str, alias: Any) -> dict[str, Any]:
-    facts = {"name": name, "family": alias.family, "size": alias.size, "source": str(alias.sources[0])}
-    return facts | {"license": alias.license, "draft": alias.draft, "verified": alias.verified}
+def _available(fit: Fit, alias: Alias) -> dict[str, Any]:
+    facts = {"name": fit.name, "family": alias.family, "size": fit.size, "source": str(alias.sources[0])}
+    facts |= {"license": alias.license, "draft": alias.draft, "verified": alias.verified}
+    facts |= {"memory_bytes": fit.memory, "tokens_per_s": fit.rate and round(fit.rate, 1)}
+    return facts | {"fits": not fit.why_not, "why_not": fit.why_not or None, "good_for": alias.good_for}
 
 
 @click.command("list")
@@ -58,34 +64,55 @@ def list_models(everything: bool, as_json: bool) -> None:
         for m in store.installed()
     ]
     have = {r["name"] for r in rows}
-    available = [_available(name, a) for name, a in aliases.ALIASES.items() if name not in have]
-    available = available if everything else []
+    fits: list[Fit] = []
+    if everything:
+        from tinychat.hub.fits import Machine, fit_of, read_bandwidth
+
+        machine = Machine.here(read_bandwidth())
+        known = [(name, a) for name, a in aliases.ALIASES.items() if name not in have]
+        fits = sorted((fit_of(name, a.size, machine) for name, a in known), key=lambda f: f.size)
     if as_json:
-        _echo_json(rows if not everything else {"installed": rows, "available": available})
+        _echo_json(
+            rows
+            if not everything
+            else {"installed": rows, "available": [_available(f, aliases.ALIASES[f.name]) for f in fits]}
+        )
         return
     if not rows and not everything:
-        click.echo("No models yet. tinychat pull smollm2-135m gets one (94 MB).", err=True)
+        click.echo("No models yet. tinychat run offers some; tinychat list --available has all.", err=True)
         return
     cells = [[r["name"], human_bytes(r["size"]), r["quantization"] or "", r["source"] or ""] for r in rows]
     if cells:
         tables.show(cells, ("model", "size", "weights", "source"))
-        click.echo() if available else None
-    if available:
-        _show_available(available)
+        click.echo() if fits else None
+    if fits:
+        _show_available(fits, machine)
 
 
-def _show_available(available: list[dict[str, Any]]) -> None:
-    """Models that can be pulled, the smallest first; where from is said in short, by the repository."""
-    cells = []
-    for a in sorted(available, key=lambda a: a["size"]):
-        where = "/".join(a["source"].partition(":")[2].split("/")[:2])
-        draft = f"--draft {a['draft']}" if a["draft"] else ""
-        cells.append(
-            [a["name"], human_bytes(a["size"]), a["license"], " ".join(filter(None, [where, draft]))]
+def _show_available(fits: list[Fit], machine: Machine) -> None:
+    """Models that can be pulled, the smallest first, a line each in 80 columns; dim: what does not fit."""
+    from tinychat.hub.aliases import ALIASES
+
+    cells = [
+        (
+            f.name,
+            human_bytes(f.size),
+            human_bytes(f.memory),
+            human_rate(f.rate),
+            f.license,
+            f.why_not or f.good_for,
         )
-    tables.show(cells, ("to be pulled", "size", "licence", "from, and what drafts for it"))
-    unverified = sum(not a["verified"] for a in available)
-    if unverified:
+        for f in fits
+    ]
+    dim = [i for i, f in enumerate(fits) if f.why_not]
+    header = ("to be pulled", "size", "memory", "tok/s", "licence", "good for, or: needs")
+    tables.show(cells, header, dim)
+    free = f"{human_bytes(machine.memory)} of memory and {human_bytes(machine.disk)} of disk are free"
+    click.echo(f"{sum(not f.why_not for f in fits)} of {len(fits)} fit: {free}.", err=True)
+    if machine.bandwidth:
+        reads = f"the memory gives {machine.bandwidth:.0f} GB/s now"
+        click.echo(f"tok/s is an estimate: {reads}, divided by the bytes of a token.", err=True)
+    if unverified := sum(not ALIASES[f.name].verified for f in fits):
         click.echo(f"{unverified} of them are unverified: nobody has run these with tinychat yet.", err=True)
 
 

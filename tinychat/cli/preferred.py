@@ -12,7 +12,8 @@ from tinychat.base.load_options import LoadOptions
 from tinychat.base.preferences import KINDS, Preferences, Section
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.base.terminal import one_line
-from tinychat.cli.options import DEFAULT_MODEL, complete_models, pick
+from tinychat.cli.first import usual_model
+from tinychat.cli.options import complete_models, pick
 
 VARIABLES = {  # what the environment may say
     "TINYCHAT_HOME": "where tinychat keeps its files",
@@ -43,8 +44,8 @@ def config(model: str | None) -> None:
     preferences = Preferences.read()
     there = "" if preferences.path.exists() else " (not there yet)"
     click.echo(f"{preferences.path}{there}\n")
-    name = model or preferences.model or DEFAULT_MODEL
-    rows = [("model", name, "asked for" if model else "config.toml" if preferences.model else "built in")]
+    name, source = (model, "asked for") if model else usual_model(preferences)
+    rows = [("model", name or "-", source or "none yet: tinychat run offers some")]
     rows.append(("theme", preferences.theme or "as chosen last", "config.toml" if preferences.theme else ""))
     rows += _settings(preferences, name)
     rows += [

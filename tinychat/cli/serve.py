@@ -10,7 +10,8 @@ import click
 from tinychat.base import locations
 from tinychat.base.errors import UsageError
 from tinychat.base.preferences import Preferences
-from tinychat.cli.options import DEFAULT_MODEL, answering_options, complete_models, loading_options
+from tinychat.cli.first import no_model, usual_model
+from tinychat.cli.options import answering_options, complete_models, loading_options
 from tinychat.cli.preferred import load_options
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def serve(model: str | None, others: tuple[str, ...], **o: Any) -> None:
     """
     preferences = Preferences.read()
     names = list(dict.fromkeys([*([model] if model else []), *others]))
-    names = names or [preferences.model or DEFAULT_MODEL]
+    if not names and not (usual := usual_model(preferences)[0]):
+        raise no_model()
+    names = names or [usual]
     import asyncio
 
     from tinychat.serve.limits import Limits

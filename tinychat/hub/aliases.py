@@ -32,12 +32,16 @@ class Source:
 class Alias:
     """size: bytes of the download from the first source, about. draft: what drafts well for it.
 
+    good_for: what to take it for, in 24 characters at most.
+    read: share of the weights that a token reads; less than all where a token takes a few of many experts.
     verified: somebody has run it with tinychat; the others are known by their names only.
     """
 
     sources: tuple[Source, ...]
     size: int
     about: str = ""
+    good_for: str = ""
+    read: float = 1.0
     draft: str | None = None
     family: str = "llama"
     license: str = "apache-2.0"
@@ -61,18 +65,21 @@ ALIASES: dict[str, Alias] = {
         ),
         94_000_000,
         "SmolLM2 135M Instruct, the demo model",
+        good_for="the demo; knows little",
         verified=True,
     ),
     "qwen3-0.6b": Alias(
         (_hf("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"), _hf("Qwen/Qwen3-0.6B")),
         639_000_000,
         "Qwen3 0.6B",
+        good_for="short, simple tasks",
         family="qwen3",
     ),
     "lfm2-1.2b": Alias(
         (_hf("LiquidAI/LFM2-1.2B-GGUF/LFM2-1.2B-Q4_K_M.gguf"), _hf("LiquidAI/LFM2-1.2B")),
         731_000_000,
         "LFM2 1.2B",
+        good_for="quick everyday answers",
         family="lfm2",
         license="lfm1.0",
     ),
@@ -83,6 +90,7 @@ ALIASES: dict[str, Alias] = {
         ),
         806_000_000,
         "Gemma 3 1B it",
+        good_for="short texts, languages",
         family="gemma3",
         license="gemma",
     ),
@@ -90,6 +98,7 @@ ALIASES: dict[str, Alias] = {
         (_hf("bartowski/Llama-3.2-1B-Instruct-GGUF/Llama-3.2-1B-Instruct-Q4_K_M.gguf"),),
         810_000_000,
         "Llama 3.2 1B Instruct",
+        good_for="summaries, rewriting",
         license="llama3.2",
     ),
     "granite-3.3-2b": Alias(
@@ -99,12 +108,14 @@ ALIASES: dict[str, Alias] = {
         ),
         1_550_000_000,
         "Granite 3.3 2B Instruct",
+        good_for="business texts, code",
         family="granite",
     ),
     "qwen3-1.7b": Alias(
         (_hf("Qwen/Qwen3-1.7B-GGUF/Qwen3-1.7B-Q8_0.gguf"), _hf("Qwen/Qwen3-1.7B")),
         1_830_000_000,
         "Qwen3 1.7B",
+        good_for="reasoning, languages",
         draft="qwen3-0.6b",
         family="qwen3",
     ),
@@ -112,12 +123,14 @@ ALIASES: dict[str, Alias] = {
         (_hf("ggml-org/SmolLM3-3B-GGUF/SmolLM3-Q4_K_M.gguf"), _hf("HuggingFaceTB/SmolLM3-3B")),
         1_920_000_000,
         "SmolLM3 3B",
+        good_for="reasoning, six languages",
         family="smollm3",
     ),
     "llama-3.2-3b": Alias(
         (_hf("bartowski/Llama-3.2-3B-Instruct-GGUF/Llama-3.2-3B-Instruct-Q4_K_M.gguf"),),
         2_020_000_000,
         "Llama 3.2 3B Instruct",
+        good_for="everyday chat",
         draft="llama-3.2-1b",
         license="llama3.2",
     ),
@@ -128,6 +141,7 @@ ALIASES: dict[str, Alias] = {
         ),
         2_150_000_000,
         "Ministral 3 3B Instruct",
+        good_for="everyday chat, languages",
         family="ministral3",
     ),
     "gemma-3-4b": Alias(
@@ -137,6 +151,7 @@ ALIASES: dict[str, Alias] = {
         ),
         2_490_000_000,
         "Gemma 3 4B it",
+        good_for="writing, 140 languages",
         family="gemma3",
         license="gemma",
     ),
@@ -147,6 +162,7 @@ ALIASES: dict[str, Alias] = {
         ),
         2_500_000_000,
         "Qwen3 4B Instruct 2507",
+        good_for="code, maths, long texts",
         draft="qwen3-0.6b",
         family="qwen3",
     ),
@@ -154,6 +170,7 @@ ALIASES: dict[str, Alias] = {
         (_hf("unsloth/Qwen3.5-4B-GGUF/Qwen3.5-4B-Q4_K_M.gguf"), _hf("Qwen/Qwen3.5-4B")),
         2_740_000_000,
         "Qwen3.5 4B",
+        good_for="reasoning, code, tools",
         family="qwen3_5",
     ),
     "ministral-3-8b": Alias(
@@ -163,6 +180,7 @@ ALIASES: dict[str, Alias] = {
         ),
         5_200_000_000,
         "Ministral 3 8B Instruct",
+        good_for="writing, tools",
         draft="ministral-3-3b",
         family="ministral3",
     ),
@@ -170,6 +188,7 @@ ALIASES: dict[str, Alias] = {
         (_hf("unsloth/Qwen3.5-9B-GGUF/Qwen3.5-9B-Q4_K_M.gguf"), _hf("Qwen/Qwen3.5-9B")),
         5_700_000_000,
         "Qwen3.5 9B",
+        good_for="hard questions, code",
         family="qwen3_5",
     ),
     "llama-3.1-8b": Alias(
@@ -179,16 +198,24 @@ ALIASES: dict[str, Alias] = {
         ),
         4_920_000_000,
         "Llama 3.1 8B Instruct",
+        good_for="knowledge, chat",
         draft="llama-3.2-1b",
         license="llama3.1",
     ),
     "qwen3-8b": Alias(
-        (_hf("Qwen/Qwen3-8B-AWQ"),), 6_100_000_000, "Qwen3 8B", draft="qwen3-0.6b", family="qwen3"
+        (_hf("Qwen/Qwen3-8B-AWQ"),),
+        6_100_000_000,
+        "Qwen3 8B",
+        good_for="reasoning, languages",
+        draft="qwen3-0.6b",
+        family="qwen3",
     ),
     "gpt-oss-20b": Alias(
         (_hf("openai/gpt-oss-20b"), _hf("ggml-org/gpt-oss-20b-GGUF/gpt-oss-20b-mxfp4.gguf")),
         13_800_000_000,
         "gpt-oss 20B",
+        good_for="reasoning, tools; quick",
+        read=0.18,
         family="gpt_oss",
     ),
     "mistral-small-24b": Alias(
@@ -201,6 +228,7 @@ ALIASES: dict[str, Alias] = {
         ),
         14_330_000_000,
         "Mistral Small 3.2 24B Instruct",
+        good_for="writing, hard questions",
     ),
     "qwen3-30b-a3b": Alias(
         (
@@ -209,6 +237,8 @@ ALIASES: dict[str, Alias] = {
         ),
         18_600_000_000,
         "Qwen3 30B-A3B Instruct 2507",
+        good_for="code, knowledge; quick",
+        read=0.11,
         family="qwen3_moe",
     ),
 }

@@ -16,11 +16,13 @@ from tinychat.base.files import MAX_TEXT, read_text
 from tinychat.formats import gguf_parts
 from tinychat.hub.aliases import Source
 from tinychat.hub.licenses import TEXTS, has_terms
+from tinychat.hub.resuming import LARGEST, fetch
 from tinychat.hub.transfer import check_room, disk_errors, sha256_of, watched
 
 SETTINGS = re.compile(
     r"[\w.-]+\.(json|jinja)|additional_chat_templates/[\w.-]+\.jinja|tokenizer[\w.-]*|README\.md|LICENSE[\w.-]*"
 )
+WEIGHTS = (".safetensors", ".gguf")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Where a repo has several GGUF files: 4 bits first, then what is larger, then what loses more.
 GGUF_ORDER = (
@@ -45,9 +47,13 @@ def from_hf(source: Source, staging: Path) -> dict:
     weights = sum(sizes[f] for f in files)
     check_room(staging, int(weights * 1.02), weights)
     with _errors(repo), _no_bars(), watched(repo, staging, weights):
-        hub.snapshot_download(
-            repo, revision=info.sha, local_dir=staging, allow_patterns=[_literal(f) for f in files]
-        )
+        for s in info.siblings or []:
+            if s.rfilename in files and s.rfilename.endswith(WEIGHTS) and (s.size or 0) <= LARGEST:
+                digest = s.lfs.sha256 if s.lfs else str(info.sha)
+                fetch(repo, info.sha, s.rfilename, s.size or 0, digest, staging)
+        if rest := [f for f in files if not (staging / f).is_file()]:
+            patterns = [_literal(f) for f in rest]
+            hub.snapshot_download(repo, revision=info.sha, local_dir=staging, allow_patterns=patterns)
     digests = _verified(repo, info, files, staging)
     facts: dict[str, Any] = {"source": f"hf:{repo}@{info.sha}", "size": weights} | terms
     ggufs = [f for f in files if f.endswith(".gguf")]
@@ -81,7 +87,7 @@ def _verified(repo: str, info: Any, files: list[str], staging: Path) -> dict[str
     """sha256 of every weight file, which must have the size and the hash that the Hub's metadata promises."""
     found = {}
     for s in info.siblings or []:
-        if s.rfilename not in files or not s.rfilename.endswith((".safetensors", ".gguf")):
+        if s.rfilename not in files or not s.rfilename.endswith(WEIGHTS):
             continue
         file = staging / s.rfilename
         whole = file.is_file() and (s.size is None or file.stat().st_size == s.size)

@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base import errors
@@ -67,6 +68,7 @@ class Core:
         self.sessions: OrderedDict[str, Session] = OrderedDict()
         self.answering: Session | None = None
         self.limits: dict[str, float] | None = None
+        self.bandwidth: float | None = None  # GB/s of the memory, roughly
         self.unsaved: set[str] = set()  # chats whose KV cache on disk is older than the one here
         self.keeps = True  # KV caches on disk
         self.cancelled = threading.Event()
@@ -239,7 +241,12 @@ class Core:
             self.tell(Reply(question.id, value))
 
     def _models(self) -> dict[str, Any]:
-        return list_models()
+        """The memory's speed is measured once, and never beside an answer: both would be wrong."""
+        if self.bandwidth is None and self.answering is None:
+            from tinychat.hub.fits import read_bandwidth
+
+            self.bandwidth = read_bandwidth()
+        return list_models(self.bandwidth)
 
     def _count(self, text: str) -> int | None:
         return None if self.model is None else len(self.model.tokenizer.encode(text))
@@ -324,20 +331,31 @@ class _Batch:
                     self._flush()
 
 
-def list_models() -> dict[str, Any]:
-    """Models that are installed (name, bytes, quantization) and that can be pulled; bytes of memory free."""
-    from tinychat.base.machine import available_memory
-    from tinychat.hub import store
+def list_models(bandwidth: float | None = None) -> dict[str, Any]:
+    """Models that are installed and that can be pulled, each with the fields of a `Fit` (those that are here
+    also with quantization and path); names to begin with, where there are none yet, and those in another
+    program's cache; bytes of memory and disk that are free, GB/s as given; whether tinychat is offline.
+    """
+    from tinychat.hub import fits, reach, store
+    from tinychat.hub.installing import offline_by_environment
 
+    machine = fits.Machine.here(bandwidth)
     installed = [
-        {"name": m.name, "size": m.size, "quantization": m.quantization or "", "path": str(m.path)}
+        {
+            **fits.fit_of(m.name, m.size, machine, here=True).as_dict(),
+            "quantization": m.quantization or "",
+            "path": str(m.path),
+        }
         for m in store.installed()
     ]
-    have = {m["name"] for m in installed}
+    available = fits.available(machine)
     return {
         "installed": installed,
-        "available": [name for name in store.known_names() if name not in have],
-        "memory": available_memory(),
+        "available": [f.as_dict() for f in available],
+        "offered": [] if installed else [f.name for f in fits.offer(available, machine)],
+        "cached": [] if installed else reach.cached(),
+        **asdict(machine),
+        "offline": offline_by_environment(),
     }
 
 

@@ -252,8 +252,26 @@ class Answering(ChatParts):
         self.status.tell(state="no model", rate=None)
         if self.question is not None:
             self._tick()
-            if self.app.screen is self:
+        if self.app.screen is self and self.first:
+            self.begin_without_model(reason)
+        elif self.app.screen is self and self.question is not None:
+            self.action_model()
+
+    def begin_without_model(self, trouble: str = "") -> None:
+        """None is here yet: offer some; again where the one that was chosen did not come (trouble)."""
+        from tinychat.tui.screens.first import OTHER, FirstScreen
+
+        def done(name: str | None) -> None:
+            if name == OTHER:
                 self.action_model()
+            elif name:
+                self.run_worker(self.choose_model(name))
+            elif not self.model:
+                self.say("No model yet: ctrl+o chooses one.")
+
+        self.first, self.trouble = True, trouble or "No model is chosen yet."
+        self.status.tell(state="no model")
+        self.app.push_screen(FirstScreen(trouble, self.model), done)
 
     def action_model(self) -> None:
         """ctrl+o."""

@@ -135,6 +135,7 @@ class Hearing(Answering):
                     if left >= 1
                     else f", {human_size(rate)}/s"
                 )
+        self.show_download(text, event.done, event.total)
         self.status.tell(state=text)
 
     def _loaded(self, event: Loaded) -> None:
@@ -144,7 +145,9 @@ class Hearing(Answering):
         if name != self.model:
             self.call_model(name)
         self.ready, self.facts, self.defaults = True, event.facts, event.sampling
-        self.trouble = ""
+        self.trouble, self.first = "", False
+        self.app.remember_model(self.model)
+        self.show_download("", 0, 0)
         f = event.facts
         self.status.tell(
             state="ready", model=self.model, backend=f.get("backend"), isa=f.get("isa"), ctx=f.get("ctx")

@@ -31,6 +31,9 @@ enter send · ctrl+j new line · / commands · @file attach · esc stop
 ctrl+b chats · ctrl+p everything else · f1 keys · ctrl+q leave"""
 
 
+BAR = 36  # cells of a bar
+
+
 class ChatParts(Surface, Screen[None]):
     """The lowest floor of the chat screen: `answering`, `hearing` and `actions` follow above it."""
 
@@ -49,6 +52,7 @@ class ChatParts(Surface, Screen[None]):
             time.monotonic(),
             False,
         )  # what loading does, since when, whether that tells how far
+        self.first = False  # no model has been here yet
         self._escaped = 0.0  # when esc was last pressed beside a load
         self.question: int | None = None  # a question that the engine has not got yet
         self.once: dict[str, Any] = {}  # sampling parameters of the next answer alone
@@ -144,6 +148,16 @@ class ChatParts(Surface, Screen[None]):
         if server is not None:
             where = f"What you say goes to {server.place}; the chat is kept on this machine."
         return WELCOME.format(where=where)
+
+    def show_download(self, what: str, done: int, total: int) -> None:
+        """How far a download is, under the welcome while that is there; no total takes it away."""
+        for welcome in self.query("#welcome").results(Static):
+            text = self._welcome()
+            if total:
+                n = min(BAR, done * BAR // total)
+                text += f"\n\n{what}\n{'█' * n}{'░' * (BAR - n)} {done * 100 // total} %"
+                text += "\nesc twice stops it; what is here is kept, and it goes on the next time."
+            welcome.update(text)
 
     async def open(self, conversation: Conversation) -> None:
         """Another conversation."""
