@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -147,3 +151,36 @@ def serving(
         assert not thread.is_alive()
         if failed:
             raise failed[0]
+
+
+@dataclass
+class Process:
+    """A server that is a process of its own."""
+
+    port: int
+    pid: int
+
+    def raw(self, data: bytes = b"") -> socket.socket:
+        """A connection on which these bytes were sent."""
+        s = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        s.sendall(data)
+        return s
+
+
+@contextmanager
+def started(*command: Any) -> Iterator[Process]:
+    """A command that serves, from the moment that it does; it ends as by Ctrl+C."""
+    words = [sys.executable, "-m", "tinychat", *map(str, command)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = None
+        while url is None:
+            line = process.stderr.readline()
+            assert line, f"it ended with {process.wait()}"
+            url = re.search(r"http://127.0.0.1:(\d+)/", line)
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        try:
+            yield Process(int(url[1]), process.pid)
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0

@@ -29,6 +29,7 @@ from tinychat.base.errors import TinychatError
 from tinychat.base.files import read_bytes
 from tinychat.engine.memory.pool import PoolExhaustedError
 from tinychat.engine.memory.state import State
+from tinychat.engine.memory.window import Window
 
 if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
@@ -116,6 +117,11 @@ def copied(model: ChatModel, branch: OwnedBranch, notes: str = "") -> Copy | Non
     if engine.closed:  # its keys and values are gone; those of an earlier save stay
         return None
     saved = [part.saved(branch.filled(part)) for part in branch.parts]
+    prompts = {}  # of how many tokens those are whose windows are saved too
+    for memory, part in enumerate(branch.parts):
+        if isinstance(part, Window) and not branch.evicted:
+            prompts[memory], blocks = part.saved_prompt(len(branch))
+            saved[memory] = [*saved[memory], *blocks]
     size = sum(len(s) * engine.backend.kv_bytes_per_block(memory) for memory, s in enumerate(saved))
     if len(branch) < WORTH or size > model.kv_disk_budget:
         return None
@@ -124,6 +130,8 @@ def copied(model: ChatModel, branch: OwnedBranch, notes: str = "") -> Copy | Non
         tensors[f"memory{memory}"] = engine.backend.read_blocks(np.array(blocks, np.int32), memory)
         if isinstance(part := branch.parts[memory], State):
             tensors[f"places{memory}"] = np.array(part.places(len(branch)), np.int32)
+        elif prompts.get(memory):
+            tensors[f"places{memory}"] = np.array([len(branch), prompts[memory]], np.int32)
     about = {"tinychat_kv": identity(model), "evicted": str(branch.evicted)}
     if ledger := branch.ledger:
         tensors |= {name: np.ascontiguousarray(getattr(ledger, name)) for name in LEDGER}
@@ -246,6 +254,11 @@ def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: d
     for i, (part, blocks) in enumerate(zip(branch.parts, memories, strict=True)):
         if isinstance(part, State):
             part.expect(_places(read[f"places{i}"], len(ids)))
+        elif isinstance(part, Window):
+            places = read.get(f"places{i}")
+            part.expect([len(ids)] if places is None else _places(places, len(ids)))
+            if places is not None and evicted:
+                raise ValueError("places")
         expected = (part.blocks_of(slots if part.thinned else len(ids)), engine.backend.kv_bytes_per_block(i))
         if blocks.dtype != np.uint8 or blocks.shape != expected:
             raise ValueError("shapes")
@@ -260,7 +273,8 @@ def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: d
         branch.free()
         engine.make(branch, len(ids), evicted)
         for i, (part, blocks) in enumerate(zip(branch.parts, memories, strict=True)):
-            engine.backend.write_blocks(np.array(part.held(), np.int32), blocks, i)
+            held = part.held()  # of what is beside the last window, as much as there is room for
+            engine.backend.write_blocks(np.array(held, np.int32), blocks[: len(held)], i)
         branch.restore(ids.tolist(), evicted)
         if ledger is not None:
             positions, born, scores = (read[name] for name in LEDGER)
@@ -269,7 +283,7 @@ def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: d
 
 
 def _places(given: np.ndarray, length: int) -> list[int]:
-    """Numbers of tokens behind which states were saved, the first behind all. Raises ValueError."""
+    """Numbers of tokens behind which one can go on, the first behind all. Raises ValueError."""
     if given.dtype != np.int32 or given.ndim != 1 or not 1 <= len(given) <= 2 or given[0] != length:
         raise ValueError("places")
     return given.tolist()

@@ -16,7 +16,8 @@ class Window:
     """Blocks `first` to `end` of a table that is numbered like the tokens. What lies before is given back as
     the branch grows: it can be found by content until its room is needed.
 
-    A snapshot is the blocks that the next token at some place would see, all of them full.
+    A snapshot is the blocks that the next token at some place would see, all of them full. That of the last
+    prompt goes on disk too: where a thought is left out of a conversation, one goes on from before it.
     """
 
     thinned = False
@@ -27,10 +28,13 @@ class Window:
         self.first = self.end = 0
         self._table = np.zeros(16, np.int32)  # what lies before `first` is of the past
         self._reads = False  # whether the step is a part of a prompt
+        self._prompt: tuple[int, tuple[bytes, ...]] = (0, ())  # first block of its snapshot, and the keys
+        self._at = 0  # tokens of a prompt whose snapshot is going to be restored
+        self._earlier: dict[int, int] = {}  # blocks of a snapshot that is being restored, by their places
 
     def held(self) -> list[int]:
         """Blocks that it has a reference to."""
-        return self._table[self.first : self.end].tolist()
+        return [*self._table[self.first : self.end].tolist(), *self._earlier.values()]
 
     def seen_from(self, n: int) -> int:
         """The first block that a token behind n others sees."""
@@ -63,6 +67,8 @@ class Window:
         """Block i is full, and this is what it holds."""
         if i >= self.first:
             self._table[i] = self.pool.publish(int(self._table[i]), key)
+        elif i in self._earlier:
+            self.pool.release(self.pool.publish(self._earlier.pop(i), key))
 
     def commit(self, before: int, length: int, keys: Sequence[bytes]) -> None:
         """So many are there now; room beyond them is given back, and what no token will see any more.
@@ -85,8 +91,12 @@ class Window:
         full = min(length // BLOCK, len(keys))
         start = self.seen_from(max(0, length - 1) // BLOCK * BLOCK)
         # Where another branch's shorter memory was continued, less than a window may be there: no snapshot.
-        if start >= self.first:
-            self.pool.snapshot(keys[start:full])
+        if start < self.first:
+            return
+        self.pool.snapshot(keys[start:full])
+        if self._reads and full:
+            start = self._beginning(full * BLOCK)
+            self._prompt = start, tuple(keys[start:full])
 
     def finds(self, key: bytes) -> bool:
         """Whether a prefix may go on over this block: only its end has to be there (`longest`)."""
@@ -125,7 +135,10 @@ class Window:
                 self.pool.retain(blocks[-1])
             else:
                 blocks.append(self.pool.hold(keys[i]))
+        at, known = self._prompt
+        still = tuple(keys[at : min(at + len(known), n // BLOCK)]) == known
         self.free()
+        self._prompt = (at, known) if still else (0, ())
         self._hold(first, blocks)
 
     def _hold(self, first: int, blocks: Sequence[int]) -> None:
@@ -143,18 +156,53 @@ class Window:
             else:
                 self._table[i] = self.pool.duplicate(block)
 
+    def expect(self, places: Sequence[int]) -> None:
+        """The length of what is going to be restored, and of the prompt whose snapshot comes with it, if one
+        does. Raises ValueError if they make no sense.
+        """
+        length, *prompt = places
+        if len(prompt) > 1 or not all(0 < at < length and at % BLOCK == 0 for at in prompt):
+            raise ValueError("places")
+        self._at = prompt[0] if prompt else 0
+
     def blocks_of(self, length: int) -> int:
         """Blocks that are saved of so many tokens."""
-        return -(-length // BLOCK) - self.seen_from(length)
+        return -(-length // BLOCK) - self.seen_from(length) + len(self._before(length, self._at))
+
+    def _before(self, length: int, at: int) -> range:
+        """Blocks of the snapshot of a prompt of `at` tokens that none behind `length` others sees."""
+        return range(self._beginning(at), min(at // BLOCK, self.seen_from(length))) if at else range(0)
+
+    def _beginning(self, at: int) -> int:
+        """First block of what is saved of a prompt of `at` tokens: its end may not come back, for it opens a
+        thought perhaps, and states are kept a block before it.
+        """
+        return self.seen_from(max(0, at - 2 * BLOCK))
 
     def saved(self, length: int) -> list[int]:
         """Blocks that go on disk."""
         return self._table[self.seen_from(length) : self.end].tolist()
 
+    def saved_prompt(self, length: int) -> tuple[int, list[int]]:
+        """Tokens of the last prompt as far as its blocks are full, and those of its snapshot that go on disk
+        beside the others: (0, []) where some are gone.
+        """
+        start, keys = self._prompt
+        at = (start + len(keys)) * BLOCK
+        if not 0 < at < length:
+            return 0, []
+        found = [self.pool.find(keys[i - start]) for i in self._before(length, at)]
+        blocks = [block for block in found if block is not None]
+        return (at, blocks) if blocks and len(blocks) == len(found) else (0, [])
+
     def make(self, length: int) -> None:
-        """Have the blocks of a branch that is going to be restored. Raises PoolExhaustedError."""
+        """Have the blocks of a branch that is going to be restored, and of the snapshot of its last prompt
+        those that there is room for, until they are published. Raises PoolExhaustedError.
+        """
         self.first = self.end = self.seen_from(length)
         self._extend(-(-length // BLOCK))
+        before = self._before(length, self._at)
+        self._earlier = {i: self.pool.allocate() for i in before[: self.pool.available()]}
 
     def fits(self, length: int) -> bool:
         """Whether it holds what the next token sees, or more."""
@@ -170,6 +218,7 @@ class Window:
     def fork(self) -> Window:
         """The same, shared until one of both writes."""
         other = Window(self.pool, self.window, self.spacing)
+        other._prompt = self._prompt
         blocks = self.held()
         for block in blocks:
             self.pool.retain(block)
@@ -186,3 +235,4 @@ class Window:
     def forget(self) -> None:
         """Hold nothing, and give nothing back: the pool is going to be counted anew."""
         self.first = self.end = 0
+        self._prompt, self._earlier = (0, ()), {}
