@@ -41,7 +41,7 @@ FLOORS = [
     ("tool_loop",),
     ("loading",),
     ("synthetic",),
-    ("bench", "perplexity"),
+    ("bench", "bench_threads", "perplexity"),
     ("chats",),
     ("process",),
     ("serve",),

@@ -298,6 +298,18 @@ def measure_together(
     ]
 
 
+def measured(model: str | None, synthetic: str | None, form: str, offline: bool) -> Checkpoint:
+    """The model or the shape that is to be measured."""
+    from tinychat.formats import open_checkpoint
+    from tinychat.hub import store
+
+    if synthetic is not None:
+        return SyntheticCheckpoint(synthetic, form)
+    if model is None:
+        raise UsageError("Nothing is named to be measured.", "Give a model or a shape.")
+    return open_checkpoint(store.resolve(model, offline=offline))
+
+
 def run(
     model: str | None,
     synthetic: str | None,
@@ -312,17 +324,10 @@ def run(
 ) -> dict[str, Any]:
     """Load and measure; the JSON that `tinychat bench --json` prints (fields in docs/performance.md)."""
     from tinychat.base.machine import peak_rss
-    from tinychat.formats import open_checkpoint
-    from tinychat.hub import store
     from tinychat.loading import make_backend
 
     policy = WeightPolicy(options.quantize, options.head_bits)
-    if synthetic is not None:
-        checkpoint: Checkpoint = SyntheticCheckpoint(synthetic, form)
-    elif model is not None:
-        checkpoint = open_checkpoint(store.resolve(model, offline=options.offline))
-    else:
-        raise UsageError("Nothing is named to be measured.", "Give a model or a shape.")
+    checkpoint = measured(model, synthetic, form, offline=bool(options.offline))
     began = time.perf_counter()
     backend = make_backend(checkpoint, options, progress)
     load_s = time.perf_counter() - began

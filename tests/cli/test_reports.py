@@ -185,3 +185,30 @@ def test_an_address_that_is_none_is_said_by_doctor(monkeypatch, variable, said):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "http://[")
     assert said in doctor._network()
+
+
+def test_bench_finds_the_number_of_threads(folder, monkeypatch):
+    from tinychat.base import cores
+
+    monkeypatch.setattr(cores, "cores", lambda: cores.Cores(threads=2, logical=2, physical=1))
+    sizes = ["-p", "32", "-n", "32", "--rounds", "1"]
+    found = json.loads(in_process("bench", folder, "--threads", "auto", "--json", *sizes)[1])
+    assert [row["threads"] for row in found["tried"]] == [1, 2]
+    assert all(row["prefill_tok_s"] > 0 and row["decode_tok_s"] > 0 for row in found["tried"])
+    assert (found["default"], found["cores"]) == (2, "1 with 2 threads")
+    text = in_process("bench", folder, "--threads", "auto", *sizes)[1]
+    assert f"{found['tried'][1]['threads']} threads" in text
+    assert "are the best" in text
+
+
+def test_the_fewest_threads_that_are_nearly_as_fast_are_the_best():
+    from tinychat.bench_threads import best
+
+    assert best([(4, 99.0), (8, 100.0), (16, 80.0)]) == 4
+    assert best([(4, 90.0), (8, 100.0), (16, 101.0)]) == 8
+
+
+def test_bench_finds_threads_or_measures_more_not_both(folder):
+    code, _, err = in_process("bench", folder, "--threads", "auto", "--rows", "5")
+    assert code == 2
+    assert "measures prefill and decode only" in err

@@ -21,6 +21,7 @@ from urllib.request import getproxies
 import click
 
 from tinychat.base import locations, machine, terminal
+from tinychat.base.cores import cores
 from tinychat.base.machine import available_memory, cpu_count, human_bytes, human_rate
 from tinychat.cli import tables
 
@@ -98,6 +99,7 @@ def gather() -> dict[str, Any]:
                 problems.append(f"{package} is not installed: pip install {package}")
     network = _started(_network)
     facts |= {"cores": cpu_count(), "cores_of_machine": os.cpu_count(), "cache_bytes": machine.cache_bytes()}
+    facts["cores_said"] = cores().sentence()
     free = available_memory()
     facts |= {"memory_free": human_bytes(free), "memory_free_bytes": free}
     facts["memory_total_bytes"] = machine.total_memory()
@@ -224,9 +226,11 @@ def sentences(facts: dict[str, Any]) -> list[tuple[str, str]]:
     libraries = [f"{p} {facts[p]}" for p in ("numpy", "tokenizers", "textual", "torch") if facts.get(p)]
     torch = "" if facts["torch"] else "; no torch, which only quantize and --device reference need"
     said.append(("libraries", ", ".join(libraries) + torch))
-    cores, all_cores = facts["cores"], facts["cores_of_machine"]
-    why = "" if cores == all_cores else f" of {all_cores}: affinity or a cgroup allows no more"
-    said.append(("cores", f"{cores}{why}; so many threads compute (--threads changes it)"))
+    n, all_cores = facts["cores"], facts["cores_of_machine"]
+    few = "" if n == all_cores else f" (the machine has {all_cores}; affinity or a cgroup allows no more)"
+    compute = f"{n} threads compute" if n > 1 else "1 thread computes"
+    ask = "tinychat bench MODEL --threads auto finds the best number"
+    said.append(("cores", f"{facts['cores_said']}{few}; {compute}, --threads changes it ({ask})"))
     if "isa" in facts:
         best, isa = facts["isas"][0], facts["isa"]
         why = "the fastest that this processor runs"

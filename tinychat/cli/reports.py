@@ -10,12 +10,19 @@ from typing import Any
 
 import click
 
-from tinychat.base import terminal
+from tinychat.base import locations, terminal
 from tinychat.base.errors import UsageError
 from tinychat.base.files import read_prose
-from tinychat.base.load_options import ENGINE, LoadOptions
+from tinychat.base.load_options import CONTEXT, ENGINE, LoadOptions
 from tinychat.base.machine import human_bytes
-from tinychat.cli.options import complete_models, file_type, loading_options, model_argument, pick
+from tinychat.cli.options import (
+    complete_models,
+    file_type,
+    loading_options,
+    model_argument,
+    options_of,
+    pick,
+)
 
 MAX_SCORED = 16 << 20  # bytes of a text whose perplexity is asked for: hours on any machine
 TOKENS = click.IntRange(0, 1 << 24)  # that bench reads
@@ -43,6 +50,18 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
             click.echo(json.dumps({**m.describe(), "ctx": window, "perplexity": value, "n_tokens": n}))
         else:
             click.echo(f"{value:.4f}  ({n} tokens scored)")
+
+
+class ThreadCount(click.IntRange):
+    """A number of threads, or "auto"."""
+
+    def __init__(self) -> None:
+        setting = LoadOptions.SETTINGS["threads"]
+        super().__init__(int(setting.low), int(setting.high))
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Convert as click.IntRange does."""
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 @click.command()
@@ -75,7 +94,13 @@ def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
     multiple=True,
     help="Measure that many answers at once too; may be given several times.",
 )
-@loading_options
+@click.option(
+    "--threads",
+    type=ThreadCount(),
+    metavar="N|auto",
+    help="CPU threads; auto measures several numbers in turns and says which is the best.",
+)
+@options_of(LoadOptions, [name for name in LoadOptions.group(CONTEXT, ENGINE) if name != "threads"])
 @click.option("--json", "as_json", is_flag=True)
 def bench(
     model: str | None,
@@ -95,6 +120,13 @@ def bench(
     from tinychat import bench as benchmark
     from tinychat.synthetic import DEFAULT
 
+    if o["threads"] == "auto":
+        if contexts or rows or parallel:
+            raise UsageError(
+                "--threads auto measures prefill and decode only.",
+                "Find the number of threads first; give --context, --rows or --parallel with it then.",
+            )
+        return _try_threads(model, synthetic, form or DEFAULT, as_json, o)
     result = benchmark.run(
         model,
         synthetic,
@@ -112,6 +144,39 @@ def bench(
         click.echo(json.dumps(result))
         return
     _tell(result)
+
+
+def _try_threads(
+    model: str | None, synthetic: str | None, form: str, as_json: bool, o: dict[str, Any]
+) -> None:
+    from tinychat.base.cores import cores
+    from tinychat.bench import measured
+    from tinychat.bench_threads import try_threads
+    from tinychat.loading import make_backend
+
+    options = LoadOptions(**pick({**o, "threads": None}, LoadOptions.group(ENGINE)))
+    if options.device == "cuda":
+        raise UsageError("--threads auto is for the CPU.", "Leave out --device cuda.")
+    checkpoint = measured(model, synthetic, form, offline=bool(options.offline))
+
+    def load(n: int) -> Any:
+        return make_backend(checkpoint, options.but(threads=n), partial(click.echo, err=True))
+
+    sizes = checkpoint.config.vocab_size, o["n_prompt"], max(o["n_gen"], 32), o["rounds"]
+    result = {"model": model or synthetic, **try_threads(load, cores(), *sizes)}
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"{result['model']} · cores: {result['cores']}")
+    for row in result["tried"]:
+        prefill = f"prefill {row['prefill_tok_s']:>8.1f} tok/s   " if row["prefill_tok_s"] else ""
+        click.echo(f"{row['threads']:>4} threads   {prefill}decode {row['decode_tok_s']:>8.1f} tok/s")
+    best = result["best"]
+    if best == result["default"]:
+        click.echo(f"{best} threads are the best, and what is taken without --threads.")
+    else:
+        click.echo(f"{best} threads are the best: --threads {best}, or threads = {best} under [load] in")
+        click.echo(f"{locations.config_file()}.")
 
 
 def _tell(result: dict[str, Any]) -> None:
