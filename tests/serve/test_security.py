@@ -293,6 +293,17 @@ def test_millions_of_tiny_values_are_refused_before_they_are_parsed(server, tiny
     assert b"100,000 lists, objects and their fields" in said
 
 
+def test_millions_of_escapes_are_refused(server):
+    body = b'{"prompt":"' + b'\\"' * 2_100_000 + b'"}'
+    assert answer(server.raw(post("/v1/completions", body, server.port, Connection="close")))[:12].endswith(
+        b"413"
+    )
+    body = b'{"prompt":"' + b"\\u4e00" * 2_100_000 + b'"}'
+    assert b"context_length_exceeded" in answer(
+        server.raw(post("/v1/completions", body, server.port, Connection="close"))
+    )
+
+
 def test_a_long_text_may_have_any_number_of_commas_and_braces(server):
     """Escaped quotes and backslashes at every place of the pieces in which it is looked through."""
     for text in ('{"a": [1, 2]}, ' * 120_000, '\\",' * 600_000 + "\\", ",\\" * 600_000, '"[' * 600_000):

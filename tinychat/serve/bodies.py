@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 SMALL = 1 << 16  # bytes that are parsed where they arrive; more would keep others waiting
 PIECE = 1 << 20  # bytes that are looked through at once, while nothing else can run
 # What JSON is parsed to takes time and memory for each value, and nothing else runs meanwhile.
-VALUES, PARTS = 500_000, 100_000
+VALUES, PARTS, ESCAPES = 500_000, 100_000, 2_000_000
+PARTS_OF = (b"{", b"[", b":")
 
 
 class Bodies:
@@ -90,18 +91,22 @@ def _parsed(data: bytes) -> Fields:
 
 def _bound(data: bytes) -> None:
     """Raise ApiError where JSON has very many values; text may have as many commas and braces as it likes."""
-    if data.count(b",") <= VALUES and sum(map(data.count, (b"{", b"[", b":"))) <= PARTS:
+    too_many = ApiError(
+        413,
+        f"The request has more than {VALUES:,} values, {PARTS:,} lists, objects and their fields, or "
+        f"{ESCAPES:,} escapes in its texts.",
+        code="too_large",
+    )
+    if data.count(b"\\") - data.count(b"\\u") > ESCAPES:  # text in \uXXXX is read fast
+        raise too_many
+    if data.count(b",") <= VALUES and sum(map(data.count, PARTS_OF)) <= PARTS:
         return
     values = parts = 0
     for piece in _outside_strings(data):
         values += piece.count(b",")
-        parts += sum(map(piece.count, (b"{", b"[", b":")))
+        parts += sum(map(piece.count, PARTS_OF))
         if values > VALUES or parts > PARTS:
-            raise ApiError(
-                413,
-                f"The request has more than {VALUES:,} values, or {PARTS:,} lists, objects and their fields.",
-                code="too_large",
-            )
+            raise too_many
 
 
 def _outside_strings(data: bytes) -> Iterator[bytes]:
