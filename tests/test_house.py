@@ -45,6 +45,7 @@ FLOORS = [
     ("chats",),
     ("process",),
     ("serve",),
+    ("mcp",),
     ("tui",),
     ("cli",),
     ("__main__",),

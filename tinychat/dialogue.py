@@ -191,6 +191,13 @@ class Dialogue:
             self.tools = tools
         return self._answer([message], params, follows=True)
 
+    def add_results(self, results: Mapping[str, str] | Iterable[str]) -> None:
+        """Give the results of the calls at the end of the conversation, and ask for no answer."""
+        self._check_free()
+        for m in self._results(results):
+            m.parent = self.leaf
+            self.tree.append(m)
+
     def send_results(
         self, results: Mapping[str, str] | Iterable[str], **sampling: Any
     ) -> Generator[Event, None, None]:
@@ -198,6 +205,10 @@ class Dialogue:
 
         results: a text for each call, by its id or in their order. Raises UsageError where one is missing.
         """
+        return self._answer(self._results(results), self.params.but(**sampling), follows=True)
+
+    def _results(self, results: Mapping[str, str] | Iterable[str]) -> list[Message]:
+        """Messages with what the calls gave that have no result yet. Raises UsageError."""
         calls = [c["id"] for c in self.tree.unanswered()]
         if not calls:
             raise UsageError("No call waits for a result.", "Send a message.")
@@ -211,8 +222,7 @@ class Dialogue:
                 f"{len(calls)} calls wait for their results.", "Give a text for each, by its id or in order."
             )
         texts = [whole(arguments.text("A result", given[id], empty=True)) for id in calls]
-        found = [Message("tool", t, tool_call_id=id) for id, t in zip(calls, texts, strict=True)]
-        return self._answer(found, self.params.but(**sampling), follows=True)
+        return [Message("tool", t, tool_call_id=id) for id, t in zip(calls, texts, strict=True)]
 
     @staticmethod
     def _message(text: str, parent: int | None, attachments: Sequence[dict[str, str]]) -> Message:
@@ -263,6 +273,11 @@ class Dialogue:
     def cancel(self) -> None:
         """Stop the running answer at the next step; what it has said stays. May be called from any thread."""
         self._cancel.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the last answer was told to stop."""
+        return self._cancel.is_set()
 
     def end_thought(self) -> None:
         """Have the running answer close its thought and begin the answer proper, where that can be done. May

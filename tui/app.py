@@ -24,6 +24,7 @@ from tinychat.base.errors import TinychatError
 from tinychat.base.preferences import Preferences
 from tinychat.chats.chat_store import Chat, ChatStore
 from tinychat.hub import reach
+from tinychat.mcp.toolbox import Toolbox
 from tinychat.process.address import split_name
 from tinychat.process.client import EngineClient
 from tinychat.process.protocol import ChatEngine, EngineEvent, Loading, Text
@@ -63,8 +64,10 @@ class ChatApp(Host):
         command: Sequence[str] | None = None,
         settings: Path | None = None,
         preferences: Preferences | None = None,
+        toolbox: Toolbox | None = None,
     ):
         super().__init__()
+        self.toolbox = toolbox or Toolbox()
         self.preferences = preferences or Preferences(locations.config_file())
         self.model, self.conversation, self.options = model, conversation, dict(options or {})
         self.store = conversation.store
@@ -127,6 +130,7 @@ class ChatApp(Host):
         if self.store.notice:
             self.chat.say(self.store.notice, error=True)
         await self.start_engine()
+        self.toolbox.start()
         self.run_worker(self._warm_up, thread=True, group="warm")
         self.set_interval(POLL_SECONDS, self._look_at_machine)
         self.set_interval(POLL_SECONDS, self._look_at_store)
@@ -151,7 +155,7 @@ class ChatApp(Host):
         """Store what was said, end the engine."""
         with suppress(Exception):
             self.chat.conversation.flush()
-        await self.engine.close()
+        await asyncio.gather(self.engine.close(), asyncio.to_thread(self.toolbox.close))
 
     def run_to_end(self) -> int:
         """Run until the user leaves; the exit code. Raises what went wrong, if something did."""
@@ -240,8 +244,12 @@ class ChatApp(Host):
 
     def _look_at_machine(self) -> None:
         """Memory of the engine, and how busy the cores are; nothing while nothing happens."""
+        if not self.screen_stack:  # the program is ending
+            return
         chat = self.chat
         chat.show_loading()
+        if news := self.toolbox.news():
+            chat.say(news, error=True)
         busy, was_busy = chat.answering or not chat.ready, self._was_busy
         self._was_busy = busy
         if self.engine.pid is None or chat.facts.get("server") or not (busy or was_busy):
@@ -259,6 +267,8 @@ class ChatApp(Host):
 
     def _look_at_store(self) -> None:
         """Say once that storing fails, and once that it works again."""
+        if not self.screen_stack:
+            return
         for held in {self.chat.conversation.held, *self.store.unsaved}:
             if news := held.news():
                 self._warned = False
@@ -349,6 +359,7 @@ def make_app(
     command: Sequence[str] | None = None,
     engine: ChatEngine | None = None,
     preferences: Preferences | None = None,
+    toolbox: Toolbox | None = None,
 ) -> ChatApp:
     """The chat screen, with a stored chat or a new one; without a model's name it asks for one.
 
@@ -364,5 +375,11 @@ def make_app(
         conversation.chat.params |= params or {}
         conversation.chat.system = system or conversation.chat.system
     return ChatApp(
-        model, conversation, options=options, command=command, engine=engine, preferences=preferences
+        model,
+        conversation,
+        options=options,
+        command=command,
+        engine=engine,
+        preferences=preferences,
+        toolbox=toolbox,
     )

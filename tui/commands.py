@@ -40,6 +40,7 @@ COMMANDS = (
     Command("stats", "", "speed over this chat, memory, bandwidth"),
     Command("prompt", "NAME [TEXT]", "send a prompt of your own, prompts/NAME.md beside config.toml", True),
     Command("default", "", "have new chats begin as this one: its model, system prompt and sampling"),
+    Command("mcp", "[on|off|forget NAME]", "MCP servers: their tools, and what you allow"),
     Command("theme", "[dark|light|contrast]", "colours"),
     Command("exit", "", "leave"),
 )

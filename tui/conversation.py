@@ -93,6 +93,12 @@ class Conversation:
         self._saved = time.monotonic()
         return self.answer
 
+    def add_result(self, call_id: str, text: str) -> int:
+        """Add what a call of the last answer gave; its place."""
+        at = self.held.add(Message("tool", text, self.tree.leaf, tool_call_id=call_id))
+        self.keep(at)
+        return at
+
     def begin_more(self, answer: int) -> None:
         """Go on with an answer; what it says is stored as it comes."""
         self.tree.nodes[answer].finish_reason = None

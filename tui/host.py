@@ -10,6 +10,7 @@ from textual.app import App
 
 from tinychat.base.preferences import Preferences
 from tinychat.chats.chat_store import ChatStore
+from tinychat.mcp.toolbox import Toolbox
 from tinychat.process.protocol import ChatEngine, Loading
 
 
@@ -20,6 +21,7 @@ class Host(App[None]):
     engine: ChatEngine
     options: dict[str, Any]  # of loading any model
     preferences: Preferences  # of loading one, where these say nothing
+    toolbox: Toolbox
 
     async def start_engine(self) -> None:
         """A new engine in place of the present one, and the model into it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinychat.conversation import Message
-from tinychat.process.protocol import Answer, Began, Died, Failed, Finished, Loaded, Text
+from tinychat.process.protocol import Answer, Began, Calling, Died, Failed, Finished, Loaded, Text
 
 FACTS = {
     "model": "demo",
@@ -34,6 +34,7 @@ class Script:
     deaf: bool = False  # to that, too
     prompt_text: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
+    calls: tuple[tuple[str, str], ...] = ()  # (name, arguments as JSON) of tools
 
 
 def known(name: str, size: int, rate: float, good_for: str = "", why_not: str = "", **more) -> dict:
@@ -93,8 +94,8 @@ class ScriptedEngine:
         elif self.loads:
             self.on_event(Loaded({**FACTS, "model": model}, {"temperature": 0.7}))
 
-    def answer(self, chat: str, path: list[Message], system: str | None, params: dict) -> None:
-        self.requests.append(Answer(chat, path, system, params))
+    def answer(self, chat, path: list[Message], system: str | None, params: dict, tools=()) -> None:
+        self.requests.append(Answer(chat, path, system, params, list(tools)))
         script = self.scripts.pop(0) if self.scripts else Script()
         self.cancelled.clear()
         before = path[-1] if path and path[-1].role == "assistant" else Message("assistant", "")
@@ -122,6 +123,11 @@ class ScriptedEngine:
         stats = {"prompt_tokens": 10, "generated_tokens": n, "decode_tps": 20.0, "ttft_s": 0.25, **s.stats}
         ids = [*before.ids, *range(n)]
         answer = Message("assistant", before.content + said, None, s.prompt_text, [1, 2], ids, reason)
+        for i, (name, arguments) in enumerate(s.calls):
+            self.on_event(Calling(i, name))
+            call = {"id": f"call{len(self.requests)}{i}", "type": "function"}
+            answer.tool_calls.append({**call, "function": {"name": name, "arguments": arguments}})
+            answer.finish_reason = "tool_calls"
         answer.stats = {"reasoning_tokens": thought or 0, **stats}
         self.on_event(Finished(answer))
 

@@ -8,11 +8,12 @@ from tinychat.tui.app import ChatApp
 from tinychat.tui.conversation import Conversation
 
 
-def make_app(store, *scripts, conversation=None, loads=True) -> ChatApp:
+def make_app(store, *scripts, conversation=None, loads=True, toolbox=None) -> ChatApp:
     """The app; its engine plays `scripts`."""
     conversation = conversation or Conversation(store, "demo")
     settings = store.path.parent / "settings.json"
-    return ChatApp("demo", conversation, engine=ScriptedEngine(scripts, loads), settings=settings)
+    engine = ScriptedEngine(scripts, loads)
+    return ChatApp("demo", conversation, engine=engine, settings=settings, toolbox=toolbox)
 
 
 def read_by_model(request) -> str:

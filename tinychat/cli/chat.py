@@ -16,6 +16,7 @@ from tinychat.base.errors import UsageError
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.preferences import Preferences, Section
 from tinychat.base.sampling_params import SamplingParams
+from tinychat.cli.calls import to_the_end, toolbox_of
 from tinychat.cli.first import choose_model, no_model, usual_model
 from tinychat.cli.options import (
     CHAT_NUMBER,
@@ -69,6 +70,12 @@ CUT = 5  # exit code: the answer was cut before it had the form that was asked f
 @click.option("--resume", type=CHAT_NUMBER, metavar="ID", help="Go on with chat ID (`tinychat chats`).")
 @click.option("--no-store", is_flag=True, help="Keep nothing of this conversation.")
 @click.option("--plain", is_flag=True, help="Line by line instead of the chat screen.")
+@click.option(
+    "--allow-tool",
+    multiple=True,
+    metavar="SERVER/TOOL",
+    help="Let the model call this MCP tool without asking; may be given several times.",
+)
 @click.option("--schema", metavar="FILE|JSON", help="Hold one answer to this JSON schema.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, finish_reason, stats.")
 @click.option("--stream-json", is_flag=True, help="One JSON object an event.")
@@ -171,6 +178,7 @@ def _show(
     from tinychat.tui.first_frame import first_frame
 
     with first_frame():
+        from tinychat.mcp.toolbox import Toolbox
         from tinychat.tui.app import make_app
 
         options = pick(o, LoadOptions.SETTINGS) | ({"keep_kv": False} if o["no_store"] else {})
@@ -180,20 +188,21 @@ def _show(
 
             engine = RemoteEngine(o["connector"])
         app = make_app(
-            model, store, chat, o["system"], o["sampling"], options, engine=engine, preferences=preferences
-        )
+            model, store, chat, o["system"], o["sampling"], options, engine=engine, preferences=preferences,
+            toolbox=Toolbox.found(o["allow_tool"]),
+        )  # fmt: skip
     return app.run_to_end()
 
 
 def _converse(model: str, store: ChatStore, chat: Chat | None, o: dict[str, Any]) -> None:
     """A conversation line by line."""
-    with _session(model, o, None) as session:
+    with toolbox_of(o["allow_tool"], False) as toolbox, _session(model, o, None) as session:
         from tinychat.chats.keeper import Keeper
         from tinychat.cli.repl import Repl
 
         keeper = Keeper(store, session, chat)
         try:
-            Repl(session, keeper, o["verbose"]).run()
+            Repl(session, keeper, o["verbose"], toolbox).run()
         finally:
             _close(keeper)
 
@@ -210,15 +219,18 @@ def _answer(
     # It ends where its context does; a conversation goes on.
     load = o["load"]
     once = "none" if chat is None and not (load.get("kv_budget") or load.get("kv_policy")) else None
-    with _session(model, o, once) as session:
+    with toolbox_of(o["allow_tool"], True) as toolbox, _session(model, o, once) as session:
         keeper = None
         if store is not None:
             from tinychat.chats.keeper import Keeper
 
             keeper = Keeper(store, session, chat)
         session.response_format = o["schema"]
+        if tools := toolbox.offered():
+            session.tools = tools
         events = session.send(text, attachments=attachments)
-        code = _print(session, keeper.follow(session, events) if keeper else events, o)
+        follow = partial(keeper.follow, session) if keeper else iter
+        code = _print(session, to_the_end(toolbox, session, events, follow), o)
         return code or int(keeper is not None and _close(keeper))
 
 

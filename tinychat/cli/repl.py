@@ -12,7 +12,9 @@ import click
 from tinychat.base import errors, locations
 from tinychat.base.errors import UsageError
 from tinychat.base.sampling_params import SamplingParams
+from tinychat.cli import calls
 from tinychat.cli.output import Printer, cancel_on_interrupt, describe, show_events
+from tinychat.mcp.toolbox import MOST_ROUNDS, STOPPED, Toolbox
 
 if TYPE_CHECKING:
     from tinychat.chats.keeper import Keeper
@@ -28,6 +30,7 @@ HELP = f"""\
 /stats                timings of the last answer, context used
 /save FILE            write the conversation as JSON
 /load FILE            read one back
+/mcp [on|off|forget NAME]  MCP servers: their tools, and what you allow
 /new                  start over (/clear)
 /exit                 leave (/bye, Ctrl+D)
 Text between lines of \"\"\" is one message; a \\ at a line's end continues it. Ctrl+C stops an answer."""
@@ -36,9 +39,12 @@ Text between lines of \"\"\" is one message; a \\ at a line's end continues it. 
 class Repl:
     """Reads lines, shows answers. ↑ brings back what was said before, in stored chats too."""
 
-    def __init__(self, session: Any, keeper: Keeper, verbose: bool = False):
-        """session: a Session or a RemoteSession. keeper: stores the conversation."""
+    def __init__(self, session: Any, keeper: Keeper, verbose: bool = False, toolbox: Toolbox | None = None):
+        """session: a Session or a RemoteSession. keeper: stores the conversation. toolbox: what the model may
+        be told of; each call asks.
+        """
         self.session, self.keeper, self.verbose = session, keeper, verbose
+        self.toolbox = toolbox or Toolbox()
         self.last = None
         self._warned = False  # of what leaving would lose
 
@@ -53,6 +59,8 @@ class Repl:
         while True:
             if news := self.keeper.held.news():
                 self._warned = False
+                click.echo(news, err=True)
+            if news := self.toolbox.news():
                 click.echo(news, err=True)
             try:
                 text = self._read()
@@ -85,6 +93,24 @@ class Repl:
                 click.echo(f"{error.what} {error.todo}", err=True)
 
     def _answer(self, events) -> None:
+        """Show an answer and, where it calls tools, those to their results."""
+        for _ in range(MOST_ROUNDS):
+            calls.offer(self.toolbox, self.session)
+            self._show(events)
+            if self.last is None or self.last.finish_reason != "tool_calls":
+                return
+            found = calls.results(self.toolbox, self.session, calls.ask)
+            if found is None:
+                self.keeper.keep(self.session)
+                return
+            events = self.session.send_results(found)
+        self._show(events)
+        if self.last is not None and self.last.finish_reason == "tool_calls":
+            self.session.add_results([STOPPED] * len(self.session.tree.unanswered()))
+            self.keeper.keep(self.session)
+            click.echo(f"({MOST_ROUNDS} answers in a row called tools: say something to go on)", err=True)
+
+    def _show(self, events) -> None:
         out = Printer()
         self.session.ends_circles = True
         with cancel_on_interrupt(self.session):
@@ -144,6 +170,9 @@ class Repl:
             self.session = type(s).load(locations.written(rest), s.model)
             for m in self.session.messages:
                 click.echo(f"{m['role']}: {m['content']}", err=True)
+        elif name == "mcp":
+            for line in self.toolbox.command(rest):
+                click.echo(line, err=True)
         elif name in ("new", "clear"):
             self.session = type(s)(s.model, s.system)
             self.session.params, self.last = s.params, None

@@ -124,7 +124,7 @@ class ChatActions(Places):
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
         if question is None:
-            question = self.conversation.tree.last("user")
+            question = self.conversation.tree.question
         if question is None:
             raise UsageError("There is nothing to answer again.", "Say something first.")
         self.once = dict(once or {})
@@ -134,9 +134,9 @@ class ChatActions(Places):
         tree = self.conversation.tree
         if self.answering:
             raise UsageError("Still answering.", "esc stops it.")
-        if tree.leaf is None or tree.nodes[tree.leaf].role == "user":
+        if tree.leaf is None or tree.nodes[tree.leaf].role != "assistant":
             raise UsageError("There is no answer to go on with.", "Say something, or /regen.")
-        if tree.nodes[tree.leaf].finish_reason == "stop":
+        if tree.nodes[tree.leaf].finish_reason in ("stop", "tool_calls"):
             raise UsageError("The answer came to its end by itself.", "Ask for more, or /regen.")
         self.go_on(tree.leaf)
 
@@ -320,7 +320,7 @@ class ChatActions(Places):
     async def on_turn_action(self, message: Turn.Action) -> None:
         """A key or a click on a message."""
         turn, m = message.turn, message.turn.message
-        question = turn.node if m.role == "user" else m.parent
+        question = m.parent if turn.is_answer else turn.node
         self.say("")
         try:
             if message.action == "leave":
@@ -340,8 +340,9 @@ class ChatActions(Places):
             elif message.action == "save_code":
                 code = self._code(turn, message.argument)
                 self.app.ask_path("Save the code block as", lambda path: self.write_file(path, code))
-            elif message.action == "edit" and question is not None:
-                self.begin_edit(question)
+            elif message.action == "edit":
+                if (asked := self.conversation.tree.asked(turn.node)) is not None:
+                    self.begin_edit(asked)
             elif message.action == "continue":
                 self.command_continue("")
                 self.composer.input.focus()

@@ -105,13 +105,16 @@ class Answering(ChatParts):
 
     def _ask(self) -> None:
         c, question = self.conversation, self.question
-        if question is None:
+        self._held = question is not None and self.takes_tools and bool(self.app.toolbox.waits_for)
+        if question is None or self._held:
             return
+        tools = self.app.toolbox.offered() if self.takes_tools else []
+        self._writes_call = ""
         params, self.once = {**c.chat.params, **self.once}, {}
         if params.get("seed") is not None and self._turn is not None:
             params["seed"] += self._turn.branches.index(self._turn.node)  # the same would say the same again
         self._asked, self._progress = time.monotonic(), None
-        self.app.engine.answer(c.key, c.request(question, self.model), c.chat.system, params)
+        self.app.engine.answer(c.key, c.request(question, self.model), c.chat.system, params, tools)
         self.question = None
 
     async def say_words(self, words: Words) -> None:
@@ -133,6 +136,8 @@ class Answering(ChatParts):
                 self._clock.stop()
                 self._clock = None
             return
+        if self._held:
+            self._ask()
         waited = time.monotonic() - self._asked
         if self._stopping:
             state = "stopping"
@@ -145,7 +150,11 @@ class Answering(ChatParts):
         else:
             state = "answering"
         text = ""
-        if state == "loading":
+        if self._held:
+            text = f"waiting for MCP servers: {', '.join(self.app.toolbox.waits_for)}"
+        elif self._writes_call and state == "answering":
+            text = f"calls {self._writes_call}"
+        elif state == "loading":
             text = "waiting for the model"
         elif state == "no model":
             text = "waiting for a model: ctrl+o chooses one, esc leaves it"
@@ -172,8 +181,8 @@ class Answering(ChatParts):
 
     def _settle(self, turn: Turn | None, m: Message | None) -> None:
         """An answer has ended, one way or another."""
-        self._stopping, self.question = False, None
-        if m is not None and m.finish_reason not in ("stop", "length"):
+        self._stopping, self.question, self._held = False, None, False
+        if m is not None and m.finish_reason not in ("stop", "length", "tool_calls"):
             self.composer.take_back()  # nothing that waits is said after a stop or a failure
         if turn is not None and m is not None:
             turn.message, turn.running, turn.waiting = m, None, ""

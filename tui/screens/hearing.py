@@ -6,9 +6,10 @@ import asyncio
 import time
 
 from tinychat.base.events import Notice, Reading
-from tinychat.process.protocol import Began, Died, Failed, Finished, Loaded, Loading, Text
+from tinychat.process.protocol import Began, Calling, Died, Failed, Finished, Loaded, Loading, Text
 from tinychat.tui import messages
 from tinychat.tui.screens.answering import Answering
+from tinychat.tui.text import clean
 from tinychat.tui.widgets.turn import human_size, seconds
 from tinychat.tui.words import Words
 
@@ -37,6 +38,9 @@ class Hearing(Answering):
                 self._first = (time.monotonic(), 1)
                 self._read = event.prompt_tokens
                 self._turn.waiting = ""
+        elif isinstance(event, Calling):
+            self._writes_call = clean(event.name)
+            self._tick()
         elif isinstance(event, Finished):
             await self._finished(event)
         elif isinstance(event, Loading):
@@ -148,6 +152,7 @@ class Hearing(Answering):
         self.trouble, self.first = "", False
         self.app.remember_model(self.model)
         self.show_download("", 0, 0)
+        self.takes_tools = event.takes_tools
         f = event.facts
         self.status.tell(
             state="ready", model=self.model, backend=f.get("backend"), isa=f.get("isa"), ctx=f.get("ctx")

@@ -57,6 +57,9 @@ class ChatParts(Surface, Screen[None]):
         self.question: int | None = None  # a question that the engine has not got yet
         self.once: dict[str, Any] = {}  # sampling parameters of the next answer alone
         self.editing: int | None = None  # the user message that the composer's text will replace
+        self.takes_tools = False  # whether the model can be told of some
+        self._held = False  # whether the question waits for tools
+        self._writes_call = ""  # the tool that the answer is about to call
         self._turn: Turn | None = None  # the answer in the making
         self.unheard = 0  # events of the engine that wait for their turn
         self._asked = 0.0  # when the engine was asked

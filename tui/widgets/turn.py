@@ -14,6 +14,7 @@ from tinychat.text.reasoning import split_thought
 from tinychat.tui.excerpts import marked
 from tinychat.tui.markdown import Document
 from tinychat.tui.text import Line, Span, clean, fold, line_width, plain, shorten, width_of, wrap
+from tinychat.tui.widgets import calls
 from tinychat.tui.widgets.lines import Lines
 
 SLICE = 0.02  # seconds of layout work at a time
@@ -156,7 +157,10 @@ class Turn(Lines, can_focus=True):
         if width != self._width:
             self._width, self._sealed, self._n_sealed, self._cache = width, [], 0, None
         if self._cache is None:
-            self._cache = self._answer_lines(width) if self.is_answer else self._user_lines(width)
+            if self.message.role == "tool":
+                self._cache = calls.result_lines(self.message.content, self.open, width)
+            else:
+                self._cache = self._answer_lines(width) if self.is_answer else self._user_lines(width)
             if self._finder is not None:
                 spans = self._finder.spans
                 self._cache = [
@@ -198,11 +202,19 @@ class Turn(Lines, can_focus=True):
         out = self._thought_lines(width) + self._sealed
         for leaf in self.document.live if not more else ():
             out += leaf.lines(width)
+        for call in self.message.tool_calls:
+            out += calls.call_lines(call, self._where(call), self.open, width)
         if self.waiting:
             out.append([(self.waiting, "faint")])
         if footer := self._footer():
             out += [[], *wrap(footer, width)] if out and out[-1] else wrap(footer, width)
         return out
+
+    def _where(self, call: dict[str, Any]) -> str:
+        """The server and the tool of a call, while that server is there; else what the model called."""
+        toolbox = getattr(self.app, "toolbox", None)
+        tool = toolbox.find(call) if toolbox is not None else None
+        return call["function"]["name"] if tool is None else f"{tool.server} · {tool.name}"
 
     def _thought_lines(self, width: int) -> list[Line]:
         if self.thought is None:
@@ -293,7 +305,7 @@ class Turn(Lines, can_focus=True):
     # Actions
 
     def action_unfold(self) -> None:
-        """Open or fold reasoning, or a long message."""
+        """Open or fold reasoning, calls, or a long message."""
         self.open = not self.open
         self.changed()
 

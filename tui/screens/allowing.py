@@ -1,0 +1,74 @@
+"""A call of a tool that waits for the user's word."""
+
+from __future__ import annotations
+
+import time
+
+from textual.app import ComposeResult
+from textual.containers import Vertical, VerticalScroll
+from textual.widgets import Label, OptionList, Static
+from textual.widgets.option_list import Option
+
+from tinychat.mcp.tools import Tool
+from tinychat.tui.screens.panel import PanelScreen
+from tinychat.tui.text import clean
+from tinychat.tui.widgets.calls import pretty
+
+UNASKED = 0.6  # seconds in which keys are not taken for an answer: they were typed for something else
+ANSWERS = {"o": "once", "a": "always", "n": "never"}
+
+
+class AllowingScreen(PanelScreen[str]):
+    """Gives "once", "always" or "never"; None stops all calls."""
+
+    def __init__(self, tool: Tool, arguments: str):
+        super().__init__()
+        self.tool, self.arguments = tool, arguments
+        self._shown = 0.0
+
+    def compose(self) -> ComposeResult:
+        about = clean(self.tool.description).strip()
+        with Vertical(id="panel"):
+            yield Label(f"The model wants to call {self.tool.where}", classes="title", markup=False)
+            if about:
+                about = about[:300] + ("…" if about[300:] else "")
+                yield Label(f"The server says of it: {about}", classes="about", markup=False)
+            with VerticalScroll(id="arguments"):
+                yield Static(clean(pretty(self.arguments)), markup=False)
+            yield OptionList(
+                Option("o  once: this call", "once"),
+                Option("a  always: this tool, as it is now, with whatever arguments", "always"),
+                Option("n  never: not this call, and this tool no more", "never"),
+                markup=False,
+            )
+            yield Label("enter chooses · pageup, pagedown read the arguments · esc stops", classes="foot")
+
+    def on_mount(self) -> None:
+        """Nothing is chosen yet."""
+        self._shown = time.monotonic()
+        chooser = self.query_one(OptionList)
+        chooser.highlighted = None
+        chooser.focus()
+
+    def _answer(self, answer: str) -> None:
+        if time.monotonic() - self._shown >= UNASKED:
+            self.dismiss(answer)
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Chosen."""
+        self._answer(event.option_id or "never")
+
+    def key_o(self) -> None:
+        self._answer("once")
+
+    def key_a(self) -> None:
+        self._answer("always")
+
+    def key_n(self) -> None:
+        self._answer("never")
+
+    def key_pagedown(self) -> None:
+        self.query_one("#arguments", VerticalScroll).scroll_page_down(animate=False)
+
+    def key_pageup(self) -> None:
+        self.query_one("#arguments", VerticalScroll).scroll_page_up(animate=False)
