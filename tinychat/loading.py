@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from tinychat.model import Model
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
+from tinychat.network.family import outside
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.text import rendering
 
@@ -139,6 +141,8 @@ def count_weights(cfg: ModelConfig) -> int:
     """Weights of the linears, the embedding and the head."""
     linears = FAMILIES[cfg.family].linears
     body = sum(n * k for layer in range(cfg.n_layers) for n, k in linears(cfg, layer).values())
+    beside = outside(FAMILIES[cfg.family], cfg).values()
+    body += sum(math.prod(shape) for shape in beside if len(shape) == 2)
     return body + cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
 
 

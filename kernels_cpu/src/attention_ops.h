@@ -11,11 +11,14 @@ class ExactOf {
   public:
     ExactOf(const AttentionLayer& at, AttentionBuffers* buffers) : at_(at), buffers_(buffers) {
         scratch_.n_layers = 1, scratch_.n_kv = at.n_kv, scratch_.head_dim = at.head_dim;
-        if (at.tail >= 0) buffers->exact_bytes = std::max(buffers->exact_bytes, scratch_.block_bytes());
+        if (at.tail < 0) return;
+        buffers->exact_bytes = std::max(buffers->exact_bytes, scratch_.block_bytes());
+        buffers->exact.resize(std::max<size_t>(buffers->exact.size(), at.exact + 1));
     }
     void reserve() {
         if (at_.tail < 0) return;
-        scratch_.base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<uintptr_t>(buffers_->exact.data()), 64));
+        const uint8_t* first = buffers_->exact[at_.exact].data();
+        scratch_.base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<uintptr_t>(first), 64));
     }
     ExactBlocks of(const StepState& s, const SpanSlots& slots) const {
         if (at_.tail < 0) return {};

@@ -31,6 +31,13 @@ std::vector<std::vector<LinearPart>> expert_parts(
     return parts;
 }
 
+const float* vector_of(PyProgram& p, nb::handle given, size_t n) {
+    const auto v = nb::cast<In<float>>(given);
+    require(v.size() == n, "a vector does not fit");
+    p.keep_alive(given);
+    return v.data();
+}
+
 // silu_mul or gelu_mul.
 auto gate_mul(GateKind kind) {
     return [kind](PyProgram& p, Floats x, Rows out) {
@@ -56,18 +63,16 @@ void bind_experts(nb::class_<PyProgram>& program) {
             "n_experts"_a, "taken"_a)
         .def(
             "route",
-            [](PyProgram& p, Floats scores, Routes routes, bool normalize, bool sigmoid, nb::object bias, float scale) {
+            [](PyProgram& p, Floats scores, Routes routes, bool normalize, bool sigmoid, nb::object bias, float scale,
+               nb::object each) {
                 require(scores.cols == routes.r->n_experts, "there is not one score for each expert");
-                const float* added = nullptr;
-                if (!bias.is_none()) {
-                    const auto b = nb::cast<In<float>>(bias);
-                    require(static_cast<int>(b.size()) == scores.cols, "a bias does not fit");
-                    p.keep_alive(bias);
-                    added = b.data();
-                }
-                p.program.route(scores.p, routes.r, {normalize, sigmoid, added, scale});
+                const size_t n = scores.cols;
+                const float* added = bias.is_none() ? nullptr : vector_of(p, bias, n);
+                const float* times = each.is_none() ? nullptr : vector_of(p, each, n);
+                p.program.route(scores.p, routes.r, {normalize, sigmoid, added, scale, times});
             },
-            "scores"_a, "routes"_a, "normalize"_a, "sigmoid"_a = false, "bias"_a = nb::none(), "scale"_a = 1.0f)
+            "scores"_a, "routes"_a, "normalize"_a, "sigmoid"_a = false, "bias"_a = nb::none(), "scale"_a = 1.0f,
+            "each"_a = nb::none())
         .def(
             "expert_input",
             [](PyProgram& p, Routes routes, Floats x, std::vector<std::vector<std::pair<Rows, nb::object>>> inputs) {
@@ -97,6 +102,12 @@ void bind_experts(nb::class_<PyProgram>& program) {
             [](PyProgram& p, Routes routes, Floats x, Rows out) { expert_gate_mul(p, routes, x, out, {}); }, "routes"_a,
             "x"_a, "out"_a)
         .def(
+            "expert_gelu_mul",
+            [](PyProgram& p, Routes routes, Floats x, Rows out) {
+                expert_gate_mul(p, routes, x, out, {GateKind::kGelu});
+            },
+            "routes"_a, "x"_a, "out"_a)
+        .def(
             "expert_clamped_mul",
             [](PyProgram& p, Routes routes, Floats x, Rows out, float limit, float alpha) {
                 require(limit > 0.0f && alpha > 0.0f, "limit and alpha are positive");
@@ -105,11 +116,11 @@ void bind_experts(nb::class_<PyProgram>& program) {
             "routes"_a, "x"_a, "out"_a, "limit"_a, "alpha"_a)
         .def(
             "expert_sum",
-            [](PyProgram& p, Routes routes, Floats x, Floats y) {
+            [](PyProgram& p, Routes routes, Floats x, Floats y, bool add) {
                 require(x.cols == y.cols && x.rows >= routes.slots(), "the experts' outputs do not fit");
-                p.program.expert_sum(routes.r, x.p, y.p, y.cols);
+                p.program.expert_sum(routes.r, x.p, y.p, y.cols, add);
             },
-            "routes"_a, "x"_a, "y"_a, "y += the experts' outputs, weighted");
+            "routes"_a, "x"_a, "y"_a, "add"_a = true, "y += the experts' outputs, weighted; or is that alone");
 }
 
 // One layer's state; all layers of a memory are alike.
@@ -119,13 +130,6 @@ StateLayer state_layer(const PyProgram& p, int memory, int layer, size_t floats)
     const MemoryUse use = p.program.use(memory);
     require(use.layers == 0 || use.state == floats, "a memory's layers differ");
     return {memory, layer, floats};
-}
-
-const float* vector_of(PyProgram& p, nb::handle given, size_t n) {
-    const auto v = nb::cast<In<float>>(given);
-    require(v.size() == n, "a vector does not fit");
-    p.keep_alive(given);
-    return v.data();
 }
 
 void bind_states(nb::class_<PyProgram>& program) {
@@ -209,6 +213,33 @@ void bind_ops(nb::class_<PyProgram>& program) {
             },
             "weight"_a, "out"_a, "scale"_a = 1.0f)
         .def(
+            "embed_onto",
+            [](PyProgram& p, Floats x, nb::object weight, Floats out, float scale, float factor) {
+                const Linear& w = nb::cast<const Linear&>(weight);
+                require(w.w.k == out.cols && x.cols == out.cols, "the embedding does not fit its output");
+                p.keep_alive(weight);
+                p.program.embed(&w.w, out.p, scale, x.p, factor);
+            },
+            "x"_a, "weight"_a, "out"_a, "scale"_a, "factor"_a, "factor * (x + scale * rows); too large ids: row 0")
+        .def(
+            "repeat_columns",
+            [](PyProgram& p, Floats x, Floats out) {
+                require(out.cols > x.cols && out.cols <= 2 * x.cols, "the columns do not fit");
+                p.program.repeat_columns(x.p, x.cols, out.cols - x.cols, out.p);
+            },
+            "x"_a, "out"_a, "x, and its last columns again")
+        .def(
+            "scale_rows",
+            [](PyProgram& p, Floats x, nb::object by) { p.program.scale_rows(x.p, x.cols, vector_of(p, by, 1)); },
+            "x"_a, "by"_a, "x = x * by, one number")
+        .def(
+            "gelu_columns",
+            [](PyProgram& p, Floats gate, Floats x, int first, Rows out) {
+                require(gate.cols == out.a->k && first >= 0 && first + gate.cols <= x.cols, "gate and up do not fit");
+                p.program.gate_mul(gate.p, out.a, {GateKind::kGelu}, nullptr, x.p + first, x.cols);
+            },
+            "gate"_a, "x"_a, "first"_a, "out"_a, "gelu(gate) * the columns of x from `first` on")
+        .def(
             "rope_table",
             [](PyProgram& p, std::vector<double> frequencies, double magnitude) {
                 const int cols = 2 * static_cast<int>(frequencies.size());
@@ -244,17 +275,19 @@ void bind_ops(nb::class_<PyProgram>& program) {
             "x"_a, "weight"_a, "eps"_a, "x = norm(x)")
         .def(
             "norm_heads",
-            [](PyProgram& p, Floats qkv, nb::object q_weight, nb::object k_weight, int q_cols, int k_cols, float eps) {
+            [](PyProgram& p, Floats qkv, nb::object q_weight, nb::object k_weight, int q_cols, int k_cols, float eps,
+               int first) {
                 auto q = nb::cast<In<float>>(q_weight), k = nb::cast<In<float>>(k_weight);
                 const int q_width = static_cast<int>(q.size()), k_width = static_cast<int>(k.size());
-                require(q_width > 0 && k_width > 0 && q_cols % q_width == 0 && k_cols % k_width == 0 &&
-                            q_cols + k_cols <= qkv.cols,
+                require(q_width > 0 && k_width > 0 && q_cols % q_width == 0 && k_cols % k_width == 0 && q_cols >= 0 &&
+                            k_cols >= 0 && first >= 0 && first + q_cols + k_cols <= qkv.cols,
                         "the heads' norms do not fit");
                 p.keep_alive(q_weight), p.keep_alive(k_weight);
-                p.program.norm_heads({qkv.p, static_cast<size_t>(qkv.cols), q_cols, k_cols, q_width, k_width, q.data(),
-                                      k.data(), eps, 0, 0});
+                p.program.norm_heads({qkv.p + first, static_cast<size_t>(qkv.cols), q_cols, k_cols, q_width, k_width,
+                                      q.data(), k.data(), eps, 0, 0});
             },
-            "qkv"_a, "q_weight"_a, "k_weight"_a, "q_cols"_a, "k_cols"_a, "eps"_a)
+            "qkv"_a, "q_weight"_a, "k_weight"_a, "q_cols"_a, "k_cols"_a, "eps"_a, "first"_a = 0,
+            "of queries, from the column `first` on, and of the keys behind them")
         .def(
             "quantize",
             [](PyProgram& p, Floats x, nb::object perm, Rows out, bool tail) {

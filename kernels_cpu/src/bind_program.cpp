@@ -160,7 +160,7 @@ void bind_program(nb::module_& m) {
         .def(
             "__init__",
             [](Attention* self, int n_heads, int n_kv, int head_dim, int memory, int layer, float scale, int window,
-               float cap, int tail, nb::object sinks, double slope, double original) {
+               float cap, int tail, nb::object sinks, double slope, double original, bool shared, int exact) {
                 require(n_kv > 0 && n_heads > 0 && n_heads <= 1024 && n_heads % n_kv == 0 && head_dim > 0 &&
                             head_dim <= 1024 && layer >= 0 && layer < 1 << 20,
                         "the heads do not fit");
@@ -169,8 +169,10 @@ void bind_program(nb::module_& m) {
                 require(window >= 0 && cap >= 0.0f && scale >= 0.0f, "a scale, window and cap are not negative");
                 if (scale == 0.0f) scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
                 require(slope >= 0.0 && original >= 1.0, "a slope is not negative, and contexts have tokens");
+                require(exact >= 0 && exact < 1 << 10, "there are no such exact blocks");
                 new (self) Attention{{n_heads, n_kv, head_dim, memory, layer, tail, scale, window, cap}, {}};
                 self->at.slope = slope, self->at.original = original;
+                self->at.shared = shared, self->at.exact = exact;
                 if (sinks.is_none()) return;
                 const auto given = exactly<In<float>>(sinks, "sinks are float32");
                 require(static_cast<int>(given.size()) == n_heads, "there is not one sink for each head");
@@ -178,9 +180,12 @@ void bind_program(nb::module_& m) {
             },
             "n_heads"_a, "n_kv"_a, "head_dim"_a, "memory"_a = 0, "layer"_a = 0, "scale"_a = 0.0f, "window"_a = 0,
             "cap"_a = 0.0f, "tail"_a = -1, "sinks"_a.none() = nb::none(), "slope"_a = 0.0, "original"_a = 1.0,
+            "shared"_a = false, "exact"_a = 0,
             "scale 0: 1 / sqrt(head_dim); window: a row attends to the last so many slots, 0 all; cap: of the scores, "
             "0 none; tail: the memory that has the newest blocks of one of 4 bits in 16; sinks: one more score of each "
-            "head; slope and original: queries at p are multiplied by 1 + slope · log(1 + ⌊p / original⌋)");
+            "head; slope and original: queries at p are multiplied by 1 + slope · log(1 + ⌊p / original⌋); shared: it "
+            "has "
+            "queries alone; exact: whose buffers of exact blocks, of a memory of 4 bits, 0 those of all in turn");
     nb::class_<Floats>(m, "Floats", "fp32 rows of a program.").def_ro("cols", &Floats::cols);
     nb::class_<Rows>(m, "Rows", "A value as linears read it: integers, fp32, or both.")
         .def_prop_ro("floats", [](const Rows& r) {

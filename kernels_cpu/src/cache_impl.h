@@ -177,6 +177,7 @@ void rope_kv(const RopeArgs& a) {
         if (a.at.slope != 0.0)
             scale *= static_cast<float>(1.0 + a.at.slope * std::log1p(std::floor(a.positions[r] / a.at.original)));
         for (int h = 0; h < a.at.n_heads; h++) rotate_head<S>(q + h * d, table, a.half, d, scale, q + h * d);
+        if (a.at.shared) continue;
         const int slot = a.length + r, i = slot / kBlockSlots, in_block = slot % kBlockSlots;
         const ExactBlocks::Place to =
             a.kv->bits == 4 ? a.exact.at(i) : ExactBlocks::Place{a.kv, a.blocks[i], a.at.layer};

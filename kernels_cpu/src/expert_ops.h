@@ -42,6 +42,7 @@ class RouteOp : public Op {
         if (rule_.sigmoid) kept += 1e-6f;  // all may be next to nothing
         for (int n = 0; n < r_->taken; n++)
             weight[n] = (rule_.normalize ? p_[expert[n]] / kept : p_[expert[n]]) * rule_.scale;
+        for (int n = 0; rule_.each && n < r_->taken; n++) weight[n] *= rule_.each[expert[n]];
     }
     // p_: the softmax of the scores, or the sigmoid of each.
     void weigh(const float* x) {
@@ -165,10 +166,11 @@ class ExpertLinearOp : public Op {
     long long total_ = 0, piece_ = 1;
 };
 
-// y[row] += Σ weight · x[slot] over the row's experts, ascending.
+// y[row] += Σ weight · x[slot] over the row's experts, ascending; or is that sum alone.
 class ExpertSumOp : public Op {
   public:
-    ExpertSumOp(const Routing* routing, const float* x, float* y, int cols) : r_(routing), x_(x), y_(y), cols_(cols) {}
+    ExpertSumOp(const Routing* routing, const float* x, float* y, int cols, bool onto)
+        : r_(routing), x_(x), y_(y), cols_(cols), onto_(onto) {}
     const char* name() const override { return "expert_sum"; }
     int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
     void run(const StepState& s, int c, int) override {
@@ -186,13 +188,14 @@ class ExpertSumOp : public Op {
             for (int i = 0; i < n; i++) sum[i] += r_->weights[j] * x[i];
         }
         float* y = y_ + static_cast<size_t>(row) * cols_ + column;
-        for (int i = 0; i < n; i++) y[i] += sum[i];
+        for (int i = 0; i < n; i++) y[i] = onto_ ? y[i] + sum[i] : sum[i];
     }
 
     const Routing* r_;
     const float* x_;
     float* y_;
     int cols_;
+    bool onto_;
 };
 
 }  // namespace tinychat

@@ -66,6 +66,7 @@ struct GateArgs {
     Activations out;
     GateFunction f;
     int r0, r1, c0, c1;
+    size_t ld_up = 0;  // of up, where that lies in rows of its own; else 0
 };
 
 struct EmbedArgs {
@@ -74,6 +75,8 @@ struct EmbedArgs {
     float* out;   // [rows, k]
     float scale;  // that the rows are multiplied by
     int r0, r1;
+    const float* add = nullptr;  // [rows, k], added to that, or null
+    float factor = 1.0f;         // that the sum is multiplied by
 };
 
 // magnitude · cos and sin of position · frequency for each row: table [rows][2][half].
@@ -95,16 +98,19 @@ struct AttentionLayer {
     int window;                    // a row attends to the last so many slots; 0: to all
     float cap;                     // scores become cap · tanh(score / cap); 0: they stay
     const float* sinks = nullptr;  // one more score of each head that weighs nothing but counts in the sum; or null
+    bool shared = false;           // its keys and values are another layer's, which wrote them: it has queries alone
+    int exact = 0;                 // of the buffers of exact blocks of 4-bit memories: 0, that of all layers in turn
     double slope = 0.0;            // queries at position p are multiplied by 1 + slope · log(1 + ⌊p / original⌋) too
     double original = 1.0;
 
     int per_kv() const { return n_heads / n_kv; }
-    int cols() const { return (n_heads + 2 * n_kv) * head_dim; }
+    int cols() const { return (n_heads + (shared ? 0 : 2 * n_kv)) * head_dim; }
     // First slot that a row attends to, where `visible` are there with its own.
     int first_slot(int visible) const { return window && visible > window ? visible - window : 0; }
 };
 
-// Rotates q in place (and scales it for the softmax), writes rotated k and v to the cache. Rows of one span.
+// Rotates q in place (and scales it for the softmax), writes rotated k and v to the cache, unless they are another
+// layer's. Rows of one span.
 struct RopeArgs {
     AttentionLayer at;
     float* qkv;  // [rows, (heads + 2 kv_heads) · head_dim]

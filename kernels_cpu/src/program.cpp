@@ -75,8 +75,8 @@ void Program::need_scratch(size_t floats) {
     for (auto& s : scratch_) s = static_cast<float*>(arena_.take(floats * sizeof(float)));
 }
 
-void Program::embed(const LinearWeights* w, float* out, float scale) {
-    add(std::make_unique<EmbedOp>(k_, w, out, scale));
+void Program::embed(const LinearWeights* w, float* out, float scale, const float* added, float factor) {
+    add(std::make_unique<EmbedOp>(k_, w, out, scale, added, factor));
 }
 
 float* Program::rope_table(const std::vector<double>& frequencies, double magnitude) {
@@ -131,7 +131,7 @@ void Program::rotate(const RotateArgs& args) { add(std::make_unique<RotateOp>(k_
 void Program::rope_kv(const AttentionLayer& at, float* qkv, const float* table, int half) {
     note_use(at, 1);
     add(std::make_unique<RopeOp>(k_, at, qkv, table, half, &attention_));
-    if (at.tail >= 0) add(std::make_unique<PackKvOp>(k_, at, &attention_));
+    if (at.tail >= 0 && !at.shared) add(std::make_unique<PackKvOp>(k_, at, &attention_));
 }
 
 void Program::attention(const AttentionLayer& at, const float* qkv, float* out) {
@@ -149,9 +149,10 @@ void Program::set_kv(int memory, const KvPool& kv) {
     pools_[memory] = kv;
 }
 
-void Program::gate_mul(const float* x, Activations* out, const GateFunction& f, const Routing* routing) {
-    const bool fused = !routing && last_linear_ && last_linear_->fuse_gate(x, out, f);
-    add(std::make_unique<GateOp>(k_, x, out, f, routing, fused ? last_linear_ : nullptr));
+void Program::gate_mul(const float* x, Activations* out, const GateFunction& f, const Routing* routing, const float* up,
+                       size_t ld_up) {
+    const bool fused = !routing && !up && last_linear_ && last_linear_->fuse_gate(x, out, f);
+    add(std::make_unique<GateOp>(k_, x, out, f, routing, fused ? last_linear_ : nullptr, up, ld_up));
 }
 
 void Program::route(const float* scores, Routing* routing, const RouteRule& rule) {
@@ -167,9 +168,15 @@ void Program::expert_linear(const Routing* routing, std::vector<std::vector<Line
     add(std::make_unique<ExpertLinearOp>(k_, routing, std::move(parts), y, ldy));
 }
 
-void Program::expert_sum(const Routing* routing, const float* x, float* y, int cols) {
-    add(std::make_unique<ExpertSumOp>(routing, x, y, cols));
+void Program::expert_sum(const Routing* routing, const float* x, float* y, int cols, bool onto) {
+    add(std::make_unique<ExpertSumOp>(routing, x, y, cols, onto));
 }
+
+void Program::repeat_columns(const float* x, int cols, int last, float* y) {
+    add(std::make_unique<RepeatColumnsOp>(x, cols, last, y));
+}
+
+void Program::scale_rows(float* x, int cols, const float* by) { add(std::make_unique<ScaleRowsOp>(x, cols, by)); }
 
 void Program::note_use(const StateLayer& at) {
     if (at.memory >= static_cast<int>(uses_.size())) uses_.resize(at.memory + 1);
@@ -308,7 +315,8 @@ void Program::run(StepState& step) {
             scratch += (end + kBlockSlots - 1) / kBlockSlots - slots.length / kBlockSlots;
         }
     const size_t exact = attention_.exact_bytes * scratch + 64;
-    if (attention_.exact.size() < exact) attention_.exact.resize(exact + exact / 2);
+    for (auto& blocks : attention_.exact)
+        if (blocks.size() < exact) blocks.resize(exact + exact / 2);
     step_ = &step;
     for (auto& op : ops_) op->reserve(step, pool_.size());
     if (timing_) seconds_.assign(ops_.size(), 0.0);

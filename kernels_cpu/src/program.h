@@ -64,6 +64,7 @@ struct RouteRule {
     bool sigmoid = false;         // each score by itself, not a softmax of all
     const float* bias = nullptr;  // [experts], added to the weights to choose by them
     float scale = 1.0f;           // the weights are multiplied by it in the end
+    const float* each = nullptr;  // [experts], and by that of their expert
 };
 
 // Which experts the rows of a step take. Each row has a slot with each of its experts; the slots of an expert follow
@@ -97,8 +98,10 @@ struct Routing {
 // at a time uses it.
 struct AttentionBuffers {
     std::vector<float> partial, weights, peaks, totals;
-    std::vector<uint8_t> exact;  // in 16 bits, the blocks that are written of memories of 4 bits: one layer's
-    size_t exact_bytes = 0;      // of one of them, at most
+    // In 16 bits, the blocks that are written of memories of 4 bits: one layer's; then those of layers whose keys and
+    // values others read behind them.
+    std::vector<std::vector<uint8_t>> exact;
+    size_t exact_bytes = 0;  // of one of them, at most
 };
 
 // What the recorded ops expect of a KV memory.
@@ -124,7 +127,8 @@ class Program : private Job {
     Activations* activations(int k, bool as_float, int bits, int group, int rows = 0);
     Routing* routing(int n_experts, int taken);
 
-    void embed(const LinearWeights* w, float* out, float scale);
+    // out = scale · rows of w; with `add`: factor · (add + that)
+    void embed(const LinearWeights* w, float* out, float scale, const float* add = nullptr, float factor = 1.0f);
     float* rope_table(const std::vector<double>& frequencies, double magnitude);
     // tail: only the rows that get logits, moved to the front
     void rms_norm(const float* x, const float* weight, float eps, Activations* out, bool tail);
@@ -136,12 +140,16 @@ class Program : private Job {
     void rotate(const RotateArgs& args);  // of all rows
     void rope_kv(const AttentionLayer& at, float* qkv, const float* table, int half);
     void attention(const AttentionLayer& at, const float* qkv, float* out);
-    void gate_mul(const float* x, Activations* out, const GateFunction& f, const Routing* routing = nullptr);
+    // up: where that lies in rows of its own, of ld_up values; else it stands behind the gate in x.
+    void gate_mul(const float* x, Activations* out, const GateFunction& f, const Routing* routing = nullptr,
+                  const float* up = nullptr, size_t ld_up = 0);
     void route(const float* scores, Routing* routing, const RouteRule& rule);
     void expert_input(const Routing* routing, const float* x, bool from_rows,
                       std::vector<std::vector<ExpertInput>> inputs);
     void expert_linear(const Routing* routing, std::vector<std::vector<LinearPart>> parts, float* y, int ldy);
-    void expert_sum(const Routing* routing, const float* x, float* y, int cols);
+    void expert_sum(const Routing* routing, const float* x, float* y, int cols, bool add);
+    void repeat_columns(const float* x, int cols, int last, float* y);  // y = x, and its last columns again
+    void scale_rows(float* x, int cols, const float* by);               // by the one number there
     // y = out · conv(in · x), the three side by side in a row; a layer's state begins with that of its convolution.
     void short_conv(const StateLayer& at, const float* x, const float* weight, int channels, int width, float* y);
     // y = the delta rule over silu(conv(x)); conv: [rows, channels] and gates: [rows, 2 · value heads], to be used.

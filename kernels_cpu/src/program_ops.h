@@ -20,12 +20,12 @@ inline int pieces(int n, int piece) { return (n + piece - 1) / piece; }
 
 class EmbedOp : public Op {
   public:
-    EmbedOp(const KernelTable& k, const LinearWeights* w, float* out, float scale)
-        : k_(k), w_(w), out_(out), scale_(scale) {}
+    EmbedOp(const KernelTable& k, const LinearWeights* w, float* out, float scale, const float* add, float factor)
+        : k_(k), w_(w), out_(out), scale_(scale), add_(add), factor_(factor) {}
     const char* name() const override { return "embed"; }
     int chunks(const StepState& s, int) override { return pieces(s.rows, 8); }
     void run(const StepState& s, int c, int) override {
-        k_.embed({w_, s.ids.data(), out_, scale_, c * 8, std::min(s.rows, c * 8 + 8)});
+        k_.embed({w_, s.ids.data(), out_, scale_, c * 8, std::min(s.rows, c * 8 + 8), add_, factor_});
     }
 
   private:
@@ -33,6 +33,8 @@ class EmbedOp : public Op {
     const LinearWeights* w_;
     float* out_;
     float scale_;
+    const float* add_;
+    float factor_;
 };
 
 class RopeTableOp : public Op {
@@ -217,10 +219,10 @@ class LinearOp : public Op {
 class GateOp : public Op {
   public:
     // routing: x and out are rows of experts, [slots]; or null. before: the linear that makes x, where that may do it
-    // all; or null.
+    // all; or null. up: rows of ld_up values, or null: it stands behind the gate in x.
     GateOp(const KernelTable& k, const float* x, const Activations* out, const GateFunction& f, const Routing* routing,
-           const LinearOp* before)
-        : k_(k), x_(x), out_(out), f_(f), routing_(routing), before_(before) {}
+           const LinearOp* before, const float* up, size_t ld_up)
+        : k_(k), x_(x), out_(out), f_(f), routing_(routing), before_(before), up_(up), ld_up_(ld_up) {}
     const char* name() const override {
         return f_.kind == GateKind::kSilu ? "silu_mul" : f_.kind == GateKind::kGelu ? "gelu_mul" : "clamped_mul";
     }
@@ -231,9 +233,9 @@ class GateOp : public Op {
     void run(const StepState&, int c, int) override {
         const int across = pieces(out_->k, cols()), row = c / across, col = c % across * cols();
         if (routing_ && routing_->row_of[row] < 0) return;
-        const size_t ld = static_cast<size_t>(2) * out_->k;
-        const float* gate = x_ + col;
-        k_.gate_mul({gate, gate + out_->k, ld, *out_, f_, row, row + 1, col, std::min(out_->k, col + cols())});
+        const size_t ld = static_cast<size_t>(up_ ? 1 : 2) * out_->k;
+        const float *gate = x_ + col, *up = up_ ? up_ + col : gate + out_->k;
+        k_.gate_mul({gate, up, ld, *out_, f_, row, row + 1, col, std::min(out_->k, col + cols()), ld_up_});
     }
 
   private:
@@ -245,6 +247,47 @@ class GateOp : public Op {
     GateFunction f_;
     const Routing* routing_;
     const LinearOp* before_;
+    const float* up_;
+    size_t ld_up_;
+};
+
+// y = x with its last columns once more behind them.
+class RepeatColumnsOp : public Op {
+  public:
+    RepeatColumnsOp(const float* x, int cols, int last, float* y) : x_(x), cols_(cols), last_(last), y_(y) {}
+    const char* name() const override { return "repeat_columns"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, row_piece(cols_)); }
+    void run(const StepState& s, int c, int) override {
+        for (int r = c * row_piece(cols_), end = std::min(s.rows, r + row_piece(cols_)); r < end; r++) {
+            const float* x = x_ + static_cast<size_t>(r) * cols_;
+            float* y = y_ + static_cast<size_t>(r) * (cols_ + last_);
+            memcpy(y, x, cols_ * sizeof(float));
+            memcpy(y + cols_, x + cols_ - last_, last_ * sizeof(float));
+        }
+    }
+
+  private:
+    const float* x_;
+    int cols_, last_;
+    float* y_;
+};
+
+// Rows times one number, in place.
+class ScaleRowsOp : public Op {
+  public:
+    ScaleRowsOp(float* x, int cols, const float* by) : x_(x), cols_(cols), by_(by) {}
+    const char* name() const override { return "scale_rows"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, row_piece(cols_)); }
+    void run(const StepState& s, int c, int) override {
+        const int r0 = c * row_piece(cols_), r1 = std::min(s.rows, r0 + row_piece(cols_));
+        float *x = x_ + static_cast<size_t>(r0) * cols_, *end = x_ + static_cast<size_t>(r1) * cols_;
+        for (const float by = *by_; x < end; x++) *x *= by;
+    }
+
+  private:
+    float* x_;
+    int cols_;
+    const float* by_;
 };
 
 // Logits of the asked rows; for a greedy step each piece keeps only its best id, and no logits array is written.

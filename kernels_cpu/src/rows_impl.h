@@ -318,7 +318,7 @@ void gate_rows(const GateArgs& a) {
     const int k = a.out.k;
     float y[kSpan];
     for (int r = a.r0; r < a.r1; r++) {
-        const float *gate = a.gate + r * a.ld, *up = a.up + r * a.ld;
+        const float *gate = a.gate + r * a.ld, *up = a.up + r * (a.ld_up ? a.ld_up : a.ld);
         RowQuantizer<S> quantizer(a.out, r, a.c0);
         for (int i = a.c0; i < a.c1; i += kSpan, gate += kSpan, up += kSpan) {
             const int span = a.c1 - i < kSpan ? a.c1 - i : kSpan;
@@ -386,9 +386,11 @@ template <class S>
 void embed(const EmbedArgs& a) {
     for (int r = a.r0; r < a.r1; r++) {
         float* out = a.out + static_cast<size_t>(r) * a.w->k;
-        embed_row<S>(*a.w, a.ids[r], out);
+        embed_row<S>(*a.w, a.ids[r] < a.w->n ? a.ids[r] : 0, out);
         if (a.scale != 1.0f)
             for (int k = 0; k < a.w->k; k++) out[k] *= a.scale;
+        const float* add = a.add + static_cast<size_t>(r) * a.w->k;
+        for (int k = 0; a.add && k < a.w->k; k++) out[k] = (add[k] + out[k]) * a.factor;
     }
 }
 

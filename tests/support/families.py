@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,10 @@ class FromTransformers:
         own, family = STRANGE.get(name.rpartition(".")[2]), self.config.family
         if own is not None:
             return own(self.state[name + ".weight"])
-        plain = not family.startswith(("gemma", "qwen3_5", "qwen3_next")) or name.endswith("linear_attn.norm")
+        plain = not family.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next")) or name.endswith("linear_attn.norm")
         stored = self.state[name if name in self.state else name + ".weight"]
+        if name.endswith("router.scale"):
+            stored = stored * len(stored) ** -0.5
         return stored + np.float32(not plain)
 
     def tokenizer(self):
@@ -84,6 +87,7 @@ def as_modules_are_called(name: str) -> str:
     )
     for parts in ("gate.", "experts.", "expert_bias"):
         name = name.replace(f"feed_forward.{parts}", f"mlp.{parts}")
+    name = re.sub(r"(layers\.\d+)\.experts\.", r"\1.mlp.experts.", name)  # Gemma 4's
     return name + ".weight" if name.endswith(("A_log", "dt_bias", "expert_bias")) else name
 
 
@@ -93,7 +97,7 @@ def experts_apart(state: dict) -> dict:
     for name, t in state.items():
         prefix, _, linear = name.rpartition(".")
         if not prefix.endswith("mlp.experts"):
-            out[name.replace(".mlp.router.", ".mlp.gate.")] = t
+            out[name.replace(".mlp.router.", ".mlp.gate.").replace(".router.proj.", ".mlp.gate.")] = t
             continue
         if f"{prefix}.down_proj_bias" in state:
             out |= gpt_oss_apart(name, t)
@@ -173,7 +177,7 @@ def random_model(name: str, **changes):
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     hf = cls(cls.config_class(**{**SHAPE, **changes})).float().eval()
-    less = name.startswith(("Gemma", "Qwen3_5", "Qwen3Next"))  # hold norms as what they differ from one
+    less = name.startswith(("Gemma2", "Gemma3", "Qwen3_5", "Qwen3Next"))  # hold norms as what they differ from one
     with torch.no_grad():
         for parameter, p in hf.named_parameters():
             if "norm" in parameter:
@@ -186,6 +190,8 @@ def random_model(name: str, **changes):
         for buffer, b in hf.named_buffers():
             if buffer.endswith("expert_bias"):
                 b.uniform_(-0.3, 0.3)
+            if buffer.endswith("layer_scalar"):
+                b.uniform_(0.5, 1.5)
     return hf
 
 
@@ -243,6 +249,21 @@ QWEN2_MOE = dict(
 
 GPT_OSS = dict(num_local_experts=8, num_experts_per_tok=2, head_dim=32, attn_implementation="eager")
 GPT_OSS |= rope("default")
+
+TWO_ROPES = {
+    "full_attention": dict(rope_type="proportional", partial_rotary_factor=0.5, rope_theta=5e5),
+    "sliding_attention": dict(rope_type="default", rope_theta=500.0),
+}
+GEMMA4 = dict(
+    head_dim=16,
+    global_head_dim=32,
+    hidden_size_per_layer_input=32,
+    vocab_size_per_layer_input=258,
+    sliding_window=48,
+    num_hidden_layers=7,
+    num_kv_shared_layers=3,
+    layer_types=["sliding_attention", "full_attention"] * 3 + ["full_attention"],
+)
 
 # name → transformers' class, and how its config differs from SHAPE
 CASES = {
@@ -334,6 +355,25 @@ CASES = {
                 "sliding_attention": dict(rope_type="default", rope_theta=500.0),
             },
         ),
+    ),
+    "gemma4": ("Gemma4ForCausalLM", GEMMA4),
+    "gemma4 wide": (
+        "Gemma4ForCausalLM",
+        dict(GEMMA4, use_double_wide_mlp=True, final_logit_softcapping=5.0, attention_bias=True)
+        | dict(num_key_value_heads=1, vocab_size_per_layer_input=300, sliding_window=20),
+    ),
+    "gemma4 tied": (
+        "Gemma4ForCausalLM",
+        dict(head_dim=32, global_head_dim=64, attention_k_eq_v=True, num_global_key_value_heads=1)
+        | dict(hidden_size_per_layer_input=0, sliding_window=40, use_bidirectional_attention="vision")
+        | dict(rope_parameters=TWO_ROPES),
+    ),
+    "gemma4moe": (
+        "Gemma4ForCausalLM",
+        dict(head_dim=16, global_head_dim=32, hidden_size_per_layer_input=0, sliding_window=40)
+        | dict(enable_moe_block=True, num_experts=8, top_k_experts=3, moe_intermediate_size=64)
+        | dict(attention_k_eq_v=True, num_global_key_value_heads=4, num_hidden_layers=4)
+        | dict(layer_types=["sliding_attention", "full_attention"] * 2),
     ),
     "mixtral": ("MixtralForCausalLM", dict(num_local_experts=8)),
     "mixtral window": (

@@ -4,6 +4,7 @@ reordering as llama.cpp's converter makes them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,18 +28,24 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
     """
     from tokenizers import pre_tokenizers
 
-    c = hf.config
+    c = copy.copy(hf.config)
+    c.allow_global_per_layer_attribute_access = True  # the first layer's, where they differ
     w = GGUFWriter(path, arch)
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    if arch == "gemma4":
+        head_dim = c.per_layer_config["full_attention"].head_dim
     w.add_block_count(c.num_hidden_layers)
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(c.hidden_size)
     dense = [t for name, t in hf.state_dict().items() if name.endswith(("mlp.up_proj.weight", ".w3.weight"))]
-    w.add_feed_forward_length(len(dense[0]) if dense else c.intermediate_size)
+    sizes = [len(t) for t in dense]
+    w.add_feed_forward_length(sizes if len(set(sizes)) > 1 else sizes[0] if sizes else c.intermediate_size)
     w.add_head_count(c.num_attention_heads)
     types = getattr(c, "layer_types", None) or [""]
     kv_heads = [c.num_key_value_heads * (kind != "conv") for kind in types]
-    w.add_head_count_kv(kv_heads if "conv" in types else c.num_key_value_heads)
+    if arch == "gemma4":
+        kv_heads = [c.per_layer_config[i].num_key_value_heads for i in range(c.num_hidden_layers)]
+    w.add_head_count_kv(kv_heads if len(set(kv_heads)) > 1 else c.num_key_value_heads)
     w.add_key_length(head_dim)
     w.add_value_length(head_dim)
     w.add_layer_norm_rms_eps(c.norm_eps if arch.startswith("lfm2") else c.rms_norm_eps)
@@ -62,7 +69,7 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
         heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
         if arch in PERMUTED and heads:
             a = permute(a.reshape(len(a), -1), heads).reshape(a.shape)
-        if arch.startswith("gemma") and "norm" in name:
+        if arch in ("gemma2", "gemma3") and "norm" in name:
             a = a + 1
         stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         chosen = kind(stored) if a.ndim > 1 else None
@@ -108,6 +115,8 @@ def experts(w: GGUFWriter, c, tensors: dict) -> None:
     n = getattr(c, "num_local_experts", None) or getattr(c, "num_experts", None)
     if not n or c.model_type == "lfm2_moe":
         return
+    if c.model_type == "gemma4_text":
+        return gemma4_experts(w, c, tensors)
     w.add_expert_count(n)
     w.add_expert_used_count(c.num_experts_per_tok)
     size = getattr(c, "moe_intermediate_size", c.intermediate_size if c.model_type == "gpt_oss" else None)
@@ -122,6 +131,19 @@ def experts(w: GGUFWriter, c, tensors: dict) -> None:
         tensors[f"{prefix}down_proj.weight"] = tensors.pop(f"{prefix}down_proj")
     for name in [n for n in tensors if n.endswith("mlp.gate.weight")]:
         tensors[name.replace("mlp.gate", "block_sparse_moe.gate")] = tensors.pop(name)
+
+
+def gemma4_experts(w: GGUFWriter, c, tensors: dict) -> None:
+    """Gemma4Model.modify_tensors: gate and up stay in one tensor."""
+    w.add_expert_count(c.num_experts)
+    w.add_expert_used_count(c.top_k_experts)
+    w.add_expert_feed_forward_length(c.moe_intermediate_size)
+    for i in range(c.num_hidden_layers):
+        p = f"model.layers.{i}."
+        tensors[f"blk.{i}.ffn_gate_inp.scale"] = tensors.pop(p + "router.scale")
+        tensors[f"blk.{i}.ffn_down_exps.scale"] = tensors.pop(p + "router.per_expert_scale")
+        for part in ("gate_up_proj", "down_proj"):
+            tensors[f"{p}experts.{part}.weight"] = tensors.pop(f"{p}experts.{part}")
 
 
 def gpt_oss(tensors: dict) -> None:
@@ -141,7 +163,7 @@ def gpt_oss(tensors: dict) -> None:
 def rope(w: GGUFWriter, c, head_dim: int, tensors: dict) -> None:
     p = c.rope_parameters
     p = p.get("full_attention", p)
-    dim = int(head_dim * p.get("partial_rotary_factor", 1.0))
+    dim = int(head_dim * p.get("partial_rotary_factor", 1.0)) if p["rope_type"] != "proportional" else head_dim
     w.add_rope_dimension_count(dim)
     theta = p["rope_theta"]
     if p.get("alpha"):  # HunYuanModel.set_gguf_parameters
@@ -187,6 +209,24 @@ def gemma(w: GGUFWriter, c, tensors: dict) -> None:
         w.add_attn_logit_softcapping(c.attn_logit_softcapping)
     if c.final_logit_softcapping:
         w.add_final_logit_softcapping(c.final_logit_softcapping)
+
+
+def gemma4(w: GGUFWriter, c, tensors: dict) -> None:
+    """Gemma4Model of llama.cpp's converter."""
+    pattern(w, c, tensors)
+    if c.final_logit_softcapping:
+        w.add_final_logit_softcapping(c.final_logit_softcapping)
+    w.add_shared_kv_layers(c.num_kv_shared_layers)
+    w.add_embedding_length_per_layer_input(c.hidden_size_per_layer_input or 0)
+    w.add_key_length_swa(c.head_dim)
+    w.add_value_length_swa(c.head_dim)
+    w.add_rope_dimension_count_swa(c.head_dim)
+    w.add_rope_freq_base_swa(c.rope_parameters["sliding_attention"]["rope_theta"])
+    far, dim = c.rope_parameters["full_attention"], c.per_layer_config["full_attention"].head_dim
+    turned = int(dim * far["partial_rotary_factor"] / 2)
+    tensors["rope_freqs.weight"] = np.array([1.0] * turned + [1e30] * (dim // 2 - turned), np.float32)
+    for name in [n for n in tensors if n.endswith("layer_scalar")]:
+        tensors[f"{name}.weight"] = tensors.pop(name)
 
 
 def granite_swa(w: GGUFWriter, c, tensors: dict) -> None:
@@ -317,6 +357,7 @@ METADATA = {
     "granite": granite,
     "gemma2": gemma,
     "gemma3": gemma,
+    "gemma4": gemma4,
     "exaone4": pattern,
     "granite_swa": granite_swa,
     "qwen2moe": shared_expert,

@@ -94,7 +94,8 @@ class CpuBackend:
         layout = CpuLayout(self.threads)
         self._pack = pack_store.opened(checkpoint, policy or WeightPolicy(), family, layout, tell)
         weights = family.load(CpuWeights(self._pack), self.cfg)
-        recorder = Recorder(self.memories, self.act_bits)
+        sources = sorted({a.source for a in self.cfg.attentions if a.source >= 0})
+        recorder = Recorder(self.memories, self.act_bits, tuple(sources))
         family.forward(recorder, self.cfg, weights)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))
         self.max_rows = MAX_ROWS

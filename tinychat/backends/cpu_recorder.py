@@ -94,6 +94,7 @@ class Recorder:
 
     memories: tuple[MemorySpec, ...]
     act_bits: int
+    sources: tuple[int, ...] = ()  # layers whose keys and values others read behind them
     records: list[Record] = field(default_factory=list)
     tables: dict[RopeConfig, Buffer] = field(default_factory=dict)
 
@@ -134,6 +135,12 @@ class Recorder:
         return Value(column, floats=out)
 
     def split_heads(self, qkv, attention):
+        if attention.source >= 0:
+            return Heads(qkv, attention), None, None
+        if attention.tied:
+            x, out = qkv.floats, Buffer(qkv.cols + attention.n_kv_heads * attention.head_dim)
+            self._record([x, out], lambda p: p.repeat_columns(x.native, out.native))
+            qkv = Value(out.cols, floats=out)
         return Heads(qkv, attention), Heads(qkv, attention), Heads(qkv, attention)
 
     def gated_heads(self, qkv, attention):
@@ -151,10 +158,16 @@ class Recorder:
         if q.rope is not None:  # normed behind the rope, so that attention must not rotate
             at, table = _native.Attention(a.n_heads, a.n_kv_heads, a.head_dim), self.tables[q.rope]
             self._record([qkv, table], lambda p: p.rotate(at, qkv.native, table.native))
-            q, k = Heads(q.qkv, a), Heads(k.qkv, a)
-        cols = [n * a.head_dim for n in (a.n_heads, a.n_kv_heads)]
+            q, k = Heads(q.qkv, a), k and Heads(k.qkv, a)
+        cols = [n * a.head_dim for n in a.projected[:2]]
         self._record([qkv], lambda p: p.norm_heads(qkv.native, q_weight, k_weight, *cols, eps))
         return q, k
+
+    def norm_values(self, v, eps):
+        a, qkv = v.attention, v.qkv.floats
+        one, cols = np.ones(a.head_dim, np.float32), a.n_kv_heads * a.head_dim
+        self._record([qkv], lambda p: p.norm_heads(qkv.native, one, one, 0, cols, eps, qkv.cols - cols))
+        return v
 
     def rope(self, q, k, rope):
         if rope not in self.tables:
@@ -165,13 +178,13 @@ class Recorder:
                 table.native = p.rope_table(frequencies, rope.magnitude)
 
             self._record([table], emit)
-        return Heads(q.qkv, q.attention, rope), Heads(k.qkv, k.attention, rope)
+        return Heads(q.qkv, q.attention, rope), k and Heads(k.qkv, k.attention, rope)
 
     def attention(self, q, k, v, attention, layer, sinks=None):
         c, qkv = attention, q.qkv.floats
         table = self.tables[q.rope] if q.rope else Buffer(0)  # nothing is rotated
         out = Buffer(c.n_heads * c.head_dim)
-        memory, place = place_of(self.memories, layer)
+        memory, place = place_of(self.memories, c.kept_by(layer))
         tail = tail_of(self.memories, memory)
         at = _native.Attention(
             c.n_heads,
@@ -186,6 +199,8 @@ class Recorder:
             sinks=sinks,
             slope=c.slope,
             original=c.original,
+            shared=c.source >= 0,
+            exact=1 + self.sources.index(c.kept_by(layer)) if c.kept_by(layer) in self.sources else 0,
         )
         self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
         self._record([qkv, out], lambda p: p.attention(at, qkv.native, out.native))
@@ -231,6 +246,30 @@ class Recorder:
     def gelu_mul(self, gate_up):
         return self._gate(gate_up, "gelu_mul")
 
+    def gelu_columns(self, gate, x, first):
+        source, beside, rows = gate.floats, x.floats, Buffer(gate.cols, rows=True)
+        self._record(
+            [source, beside, rows], lambda p: p.gelu_columns(source.native, beside.native, first, rows.native)
+        )
+        return Value(rows.cols, rows=rows)
+
+    def norm_columns(self, x, weight, eps):
+        floats = x.floats
+        self._record([floats], lambda p: p.norm_heads(floats.native, weight, weight, floats.cols, 0, eps))
+        return x
+
+    def embed_onto(self, x, weight, scale, factor):
+        (w,), source, out = weight, x.floats, Buffer(x.cols)
+        self._record(
+            [source, out], lambda p: p.embed_onto(source.native, w.native, out.native, scale, factor)
+        )
+        return Value(out.cols, floats=out)
+
+    def scaled(self, x, weight):
+        floats = x.floats
+        self._record([floats], lambda p: p.scale_rows(floats.native, weight))
+        return x
+
     def clamped_mul(self, gate_up, limit, alpha):
         return self._gate(gate_up, "clamped_mul", limit, alpha)
 
@@ -246,9 +285,9 @@ class Recorder:
             )
         return Value(rows.cols, rows=rows)
 
-    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None):
         source, routes = scores.floats, Routes(scores.cols, n)
-        rule = (normalize, sigmoid, bias, scale)
+        rule = (normalize, sigmoid, bias, scale, each)
         self._record([source, routes], lambda p: p.route(source.native, routes.native, *rule))
         return routes
 
@@ -266,9 +305,12 @@ class Recorder:
         self._record([routes, *used, out], emit)
         return Value(out.cols, floats=out)
 
-    def expert_sum(self, x, routes, add_to):
-        source, out = x.floats, add_to.floats
-        self._record([routes, source, out], lambda p: p.expert_sum(routes.native, source.native, out.native))
+    def expert_sum(self, x, routes, add_to=None):
+        source, out = x.floats, Buffer(x.cols) if add_to is None else add_to.floats
+        onto = add_to is not None
+        self._record(
+            [routes, source, out], lambda p: p.expert_sum(routes.native, source.native, out.native, onto)
+        )
         return Value(out.cols, floats=out)
 
     def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):

@@ -93,6 +93,7 @@ class Recorder:
         raise NotImplementedError  # `CudaBackend` refuses models with states before, and `check` the others
 
     gated_heads = delta_rule = norm_gated = sigmoid_mul = clamped_mul = short_conv
+    norm_values = gelu_columns = norm_columns = embed_onto = scaled = short_conv
 
     def silu_mul(self, gate_up):
         return self._gate("silu_mul", gate_up)
@@ -100,7 +101,7 @@ class Recorder:
     def gelu_mul(self, gate_up):
         return self._gate("gelu_mul", gate_up)
 
-    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None):
         return experts.route(self.program, scores.floats, scores.cols, n, normalize)
 
     def expert_linear(self, x, weights, routes):
@@ -116,7 +117,7 @@ class Recorder:
             experts.products(self.program, routes, members, x.halves, share, out, first, column)
         return Value(column, floats=out, each=routes.taken)
 
-    def expert_sum(self, x, routes, add_to):
+    def expert_sum(self, x, routes, add_to=None):
         experts.add(self.program, routes, x.floats, x.cols, add_to.floats)
         return Value(x.cols, floats=add_to.floats)
 
@@ -153,6 +154,9 @@ class _Trial:
     def rope(self, q, k, rope):
         return rope, rope
 
+    def norm_values(self, v, eps):
+        raise _not_yet("norms of values")
+
     def norm_heads(self, q, k, q_weight, k_weight, eps):
         if q is not None:
             raise _not_yet("norms of queries and keys behind their rotation")
@@ -161,6 +165,8 @@ class _Trial:
     def attention(self, q, k, v, attention, layer, sinks=None):
         if sinks is not None:
             raise _not_yet("attention with sinks")
+        if attention.source >= 0:
+            raise _not_yet("layers that attend to another's keys and values")
         if attention.slope:
             raise _not_yet("queries that are scaled by their position")
 
@@ -170,7 +176,12 @@ class _Trial:
     def clamped_mul(self, gate_up, limit, alpha):
         raise _not_yet("clamped gates")
 
-    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
+    def embed_onto(self, x, weight, scale, factor):
+        raise _not_yet("an embedding for each layer")
+
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None):
+        if each is not None:
+            raise _not_yet("experts with a factor each")
         if sigmoid or bias is not None or scale != 1:
             raise _not_yet("a router by sigmoids")
 

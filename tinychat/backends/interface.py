@@ -45,6 +45,8 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
     for i, layer in enumerate(cfg.layers):
         a = layer.mixer
         if isinstance(a, AttentionConfig):
+            if a.source >= 0:  # its keys and values are in the memory of the layer that wrote them
+                continue
             alike.setdefault((a.window, a.n_kv_heads, a.head_dim), []).append(i)
         else:
             states.setdefault(a.state_size, []).append(i)

@@ -10,6 +10,7 @@ from tinychat.base.machine import human_bytes
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ExpertsConfig
+from tinychat.network.family import outside
 from tinychat.network.weight_form import Form
 from tinychat.network.weight_policy import WeightPolicy
 
@@ -61,6 +62,11 @@ def plan(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> Iter
         for name, shape in linears(cfg, i).items():
             share = taken if _kind(name) == "experts" else 1.0
             yield _planned(checkpoint, policy, kernels, name, shape, share)
+    for name, shape in outside(FAMILIES[cfg.family], cfg).items():
+        if len(shape) == 2:
+            rows, columns = shape
+            share = float(_kind(name) != "embedding")
+            yield _planned(checkpoint, policy, kernels, name, (rows, columns), share)
     if not cfg.tie_embeddings:
         yield _planned(checkpoint, policy, kernels, "lm_head", table, 1.0)
 

@@ -94,6 +94,8 @@ class ReferenceBackend(StateOps):
             else:
                 self.pools.append(Kv4Pool(spec, tails[m]) if m in tails else KvPool(spec, kv_bits))
         self._rope: dict[RopeConfig, torch.Tensor] = {}
+        self.sources = {a.source for a in self.cfg.attentions}
+        self.exact: dict[tuple[int, int], torch.Tensor] = {}  # of a step's spans, for layers without their own
 
     # Backend
 
@@ -169,7 +171,7 @@ class ReferenceBackend(StateOps):
     def _begin(self, step: Step) -> None:
         ends = np.cumsum([len(span.token_ids) for span in step.spans])
         self.rows = [slice(end - len(s.token_ids), end) for s, end in zip(step.spans, ends, strict=True)]
-        self.spans = step.spans
+        self.spans, self.exact = step.spans, {}
         self.ids = torch.from_numpy(np.concatenate([s.token_ids for s in step.spans]).astype(np.int64))
         positions = [s.position + np.arange(len(s.token_ids)) for s in step.spans]
         self.positions = torch.from_numpy(np.concatenate(positions).astype(np.float64))
@@ -197,8 +199,9 @@ class ReferenceBackend(StateOps):
 
     def split_heads(self, qkv, attention):
         a = attention
-        q, k, v = qkv.split([n * a.head_dim for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads)], dim=-1)
-        return tuple(t.unflatten(-1, (-1, a.head_dim)) for t in (q, k, v))
+        parts = [t.unflatten(-1, (-1, a.head_dim)) for t in qkv.split([n * a.head_dim for n in a.projected if n], -1)]
+        q, k, v = [*parts, parts[-1]][:3] if len(parts) > 1 else (*parts, None, None)
+        return q, k, v
 
     def gated_heads(self, qkv, attention):
         a = attention
@@ -214,16 +217,19 @@ class ReferenceBackend(StateOps):
             spans = x.flatten(1).unflatten(1, (-1, len(weight)))
             return self.rms_norm(spans, weight, eps).reshape(x.shape)
 
-        return norm(q, q_weight), norm(k, k_weight)
+        return norm(q, q_weight), None if k is None else norm(k, k_weight)
+
+    def norm_values(self, v, eps):
+        return v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
 
     def rope(self, q, k, rope):
         angle = self.positions[:, None] * self._frequencies(rope)  # float64: exact enough at any position
         cos, sin = ((rope.magnitude * f(angle)).float()[:, None] for f in (torch.cos, torch.sin))
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), None if k is None else rotate(k, cos, sin)
 
     def attention(self, q, k, v, attention, layer, sinks=None):
         """Write the step's keys and values, attend to all that are visible: [rows, heads · head_dim]."""
-        memory, index = place_of(self.memories, layer)
+        memory, index = place_of(self.memories, attention.kept_by(layer))
         pool, tail = self.pools[memory], tail_of(self.memories, memory)
         parts = []
         if attention.slope:
@@ -231,7 +237,8 @@ class ReferenceBackend(StateOps):
             q = q * (1 + attention.slope * far).float()[:, None, None]
         self.sinks = sinks
         for rows, span in zip(self.rows, self.spans, strict=True):
-            what = q[rows], k[rows], v[rows], attention, span.memories[memory], pool, index
+            kv = (None, None) if k is None else (k[rows], v[rows])
+            what = q[rows], *kv, attention, span.memories[memory], pool, index
             parts.append(self._attend(*what) if tail is None else self._attend_4(*what, span.memories[tail]))
         return torch.cat(parts)
 
@@ -240,8 +247,9 @@ class ReferenceBackend(StateOps):
         t, end = q.shape[0], slots.length + q.shape[0]
         first = max(0, slots.length + 1 - attention.window) if attention.window else 0
         where = pool_slots(slots.table)[first:end]
-        pool.kv[0, layer, where[-t:]] = pool.stored(k)
-        pool.kv[1, layer, where[-t:]] = pool.stored(v)
+        if k is not None:
+            pool.kv[0, layer, where[-t:]] = pool.stored(k)
+            pool.kv[1, layer, where[-t:]] = pool.stored(v)
         return self._attend_to(
             q, pool.kv[:, layer, where], attention, slots, layer, slots.scored_rows - t, end
         )
@@ -251,15 +259,20 @@ class ReferenceBackend(StateOps):
     ):
         """The same with keys and values in 4 bits: the rows of each block read that block as it is."""
         began, end = slots.length % BLOCK, slots.length + q.shape[0]
-        exact = pool.tail.stored(torch.stack([k, v]))
-        if began:
-            before = int(tails.blocks[0]) * BLOCK
-            exact = torch.cat([pool.tail.kv[:, layer, before : before + began], exact], dim=1)
+        if k is None:  # what the layer that wrote it read exactly
+            exact = self.exact[id(tails), layer]
+        else:
+            exact = pool.tail.stored(torch.stack([k, v]))
+            if began:
+                before = int(tails.blocks[0]) * BLOCK
+                exact = torch.cat([pool.tail.kv[:, layer, before : before + began], exact], dim=1)
+            if pool.spec.layers[layer] in self.sources:
+                self.exact[id(tails), layer] = exact
         stored, out = pool_slots(slots.table), []
         for i, block in enumerate(tails.blocks.tolist()):
             start = (slots.length // BLOCK + i) * BLOCK  # its first slot
             own = exact[:, i * BLOCK : (i + 1) * BLOCK]
-            if block >= 0:
+            if block >= 0 and k is not None:
                 pool.tail.kv[:, layer, block * BLOCK : block * BLOCK + own.shape[1]] = own
             rows = slice(max(0, start - slots.length), start + BLOCK - slots.length)
             first = max(0, max(start, slots.length) + 1 - attention.window) if attention.window else 0
@@ -267,7 +280,7 @@ class ReferenceBackend(StateOps):
             last = min(end, start + BLOCK)
             scored = rows.start - (q.shape[0] - slots.scored_rows)
             out.append(self._attend_to(q[rows], kv, attention, slots, layer, scored, last))
-            if own.shape[1] == BLOCK:
+            if own.shape[1] == BLOCK and k is not None:
                 pool.pack(layer, int(slots.table[start // BLOCK]), *own)
         return torch.cat(out)
 
@@ -324,19 +337,33 @@ class ReferenceBackend(StateOps):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
 
+    def gelu_columns(self, gate, x, first):
+        return F.gelu(gate, approximate="tanh") * x[:, first : first + gate.shape[1]]
+
+    def norm_columns(self, x, weight, eps):
+        return self.rms_norm(x.unflatten(-1, (-1, len(weight))), weight, eps).flatten(1)
+
+    def embed_onto(self, x, weight, scale, factor):
+        rows = weight[0][torch.where(self.ids < len(weight[0]), self.ids, 0)]
+        return (x + rows * scale) * factor
+
+    def scaled(self, x, weight):
+        return x * weight
+
     def clamped_mul(self, gate_up, limit, alpha):
         gate, up = gate_up.chunk(2, dim=-1)
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
-    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0):
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None):
         weights = scores.sigmoid() if sigmoid else scores.softmax(-1)
         # sorted rather than topk, which promises nothing on a tie
         chosen = weights if bias is None else weights + bias
         experts = chosen.sort(dim=-1, descending=True, stable=True).indices[:, :n]
         weights = weights.gather(-1, experts)
         total = weights.sum(-1, keepdim=True) + (1e-6 if sigmoid else 0.0)
-        return experts, (weights / total if normalize else weights) * scale
+        weights = (weights / total if normalize else weights) * scale
+        return experts, weights if each is None else weights * each[experts]
 
     def expert_linear(self, x, weights, routes):
         experts, _ = routes
@@ -346,8 +373,9 @@ class ReferenceBackend(StateOps):
             y[experts == e] = self.linear(x[experts == e], weights[e])
         return y
 
-    def expert_sum(self, x, routes, add_to):
-        return add_to + (x * routes[1][..., None]).sum(1)
+    def expert_sum(self, x, routes, add_to=None):
+        y = (x * routes[1][..., None]).sum(1)
+        return y if add_to is None else add_to + y
 
     def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
         y = F.linear(x[self.asked], *weight) * scale

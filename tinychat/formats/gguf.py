@@ -19,12 +19,14 @@ from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, Tensor, type_of
 from tinychat.formats.gguf_parts import open_parts
 from tinychat.models import FAMILIES
 from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig
-from tinychat.network.family import in_files, shapes_in_files
+from tinychat.network.family import in_files, outside, shapes_in_files
 from tinychat.network.weight_form import Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
 
+UNREAD = ("attn_rot_embd", "rotary_emb.inv_freq")  # ends of the names of tensors that change nothing
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.")
+_FUSED = re.compile(r"mlp\.experts\.\d{1,6}\.(gate_proj|up_proj)$")
 _EXPERT = re.compile(r"mlp\.experts\.(\d{1,6})\.")
 
 
@@ -84,7 +86,8 @@ class GGUFCheckpoint:
 
     def vector(self, name: str) -> np.ndarray:
         """A norm's weight: float32 [n]."""
-        return self._dense(self._tensor(name), None).reshape(-1).astype(np.float32)
+        read = next((f for end, f in self.form.vectors.items() if name.endswith(end)), lambda a: a)
+        return read(self._dense(self._tensor(name), None).reshape(-1).astype(np.float32))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer with its special tokens, stop tokens and chat template."""
@@ -142,6 +145,7 @@ class GGUFCheckpoint:
         for i in range(cfg.n_layers):
             needed.update(family.linears(cfg, i))
             needed.update(family.norms(cfg, i))
+        needed.update(outside(family, cfg))
         allowed = set(ROPE_TENSORS)
         for name, shape in shapes_in_files(self.form, cfg, needed).items():
             tensor = self._tensor(name)
@@ -162,7 +166,7 @@ class GGUFCheckpoint:
         for name in self.file.tensors:
             if further and (layer := _BLOCK.match(name)) and int(layer[1]) >= cfg.n_layers:
                 continue
-            if name not in allowed and not name.endswith(("attn_rot_embd", "rotary_emb.inv_freq")):
+            if name not in allowed and not name.endswith(UNREAD + self.form.unread):
                 raise UnsupportedModelError(
                     f"The GGUF has a tensor {name!r} that a {cfg.family} model does not have.",
                     "The model is of another family or has parts that are not supported.",
@@ -183,13 +187,18 @@ class GGUFCheckpoint:
 
     def _name(self, name: str) -> str:
         """`model.layers.3.mlp.up_proj` → `blk.3.ffn_up`; an unknown name stays as it is and is not found."""
-        if name in TOP:
-            return self.form.names.get(name, TOP[name])
+        if top := self.form.names.get(name, TOP.get(name)):
+            return top
         layer, dot, module = _EXPERT.sub("mlp.experts.", name.removeprefix("model.layers.")).partition(".")
         return f"blk.{layer}.{self.form.names[module]}" if dot and module in self.form.names else name
 
     def _tensor(self, name: str, suffix: str = ".weight") -> Tensor:
         tensor = self.file.tensors.get(self._name(name) + suffix)
+        if tensor is None and (fused := _FUSED.search(name)):  # gate and up of an expert in one
+            whole = self._tensor(name[: fused.start(1)] + "gate_up_proj", suffix)
+            half, size = whole.shape[0] // 2, whole.n_bytes // 2
+            start = whole.start + size * (fused[1] == "up_proj")
+            return replace(whole, shape=(half, *whole.shape[1:]), start=start, n_bytes=size)
         if tensor is None:
             raise self.file.damaged(f"the tensor {self._name(name) + suffix!r} is missing")
         if expert := _EXPERT.search(name):

@@ -87,6 +87,11 @@ class Metadata:
             raise self.file.damaged(f"the field {self.arch}.{key} is not a whole number for each layer")
         return [int(v) for v in values[:n]]
 
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Shape of a tensor of the file; () where there is none."""
+        found = self.file.tensors.get(tensor)
+        return found.shape if found else ()
+
 
 ARCHITECTURES: dict[str, list[tuple[str, FromGGUF]]] = {
     name: [(family, module.GGUF[name]) for family, module in FAMILIES.items() if name in module.GGUF]
@@ -149,16 +154,14 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
     window = m.number("attention.sliding_window", 0)
     attention = AttentionConfig(
         heads,
-        _kv_heads(m, heads),
+        _kv_heads(m, heads, form.varied),
         head_dim,
         rope,
         window if 0 < window < context else 0,
     )
-    stack = Stack(
-        m.number("block_count") - m.number(FURTHER, 0),
-        attention,
-        DenseConfig(m.number("feed_forward_length", m.get("expert_feed_forward_length"))),
-    )
+    n = m.number("block_count") - m.number(FURTHER, 0)
+    size = m.each("feed_forward_length", n)[0] if form.varied else m.number("feed_forward_length", m.get("expert_feed_forward_length"))
+    stack = Stack(n, attention, DenseConfig(size))
     names = file.tensors
     fields: dict[str, Any] = dict(
         family=family,
@@ -177,11 +180,12 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
     return ModelConfig(**{**fields, **form.constants(m)})
 
 
-def _kv_heads(m: Metadata, heads: int) -> int:
-    """KV heads of the layers that attend: those of a list that are not 0."""
+def _kv_heads(m: Metadata, heads: int, varied: bool) -> int:
+    """KV heads of the layers that attend: those of a list that are not 0; of the first if they may differ."""
     if f"{m.arch}.attention.head_count_kv" not in m.file.fields:
         return heads
-    alike = set(m.each("attention.head_count_kv", m.number("block_count"))) - {0}
+    given = m.each("attention.head_count_kv", m.number("block_count"))
+    alike = set(given[:1] if varied else given) - {0}
     if len(alike) > 1:
         raise UnsupportedModelError(
             f"The GGUF has layers of {' and '.join(map(str, sorted(alike)))} KV heads.",

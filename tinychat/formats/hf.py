@@ -21,7 +21,7 @@ from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_j
 from tinychat.models import FAMILIES
 from tinychat.network import hf_config
 from tinychat.network.config import ModelConfig
-from tinychat.network.family import FromHF, in_files, kept, shapes_in_files
+from tinychat.network.family import FromHF, in_files, kept, outside, shapes_in_files
 from tinychat.network.weight_form import Form
 from tinychat.network.weights import DenseLinear, Linear
 from tinychat.text.tokenizer import Tokenizer
@@ -214,6 +214,8 @@ class HFCheckpoint:
             if match and int(match[1]) < self.config.n_layers and module not in self._shapes:
                 if tensor.endswith("rotary_emb.inv_freq"):  # what old files kept of the rope
                     continue
+                if module.endswith(self._form.unread):
+                    continue
                 if module.endswith(".self_attn") and part in quantized.ACTIVATIONS:
                     continue
                 raise UnsupportedModelError(
@@ -262,4 +264,4 @@ def _expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(cfg.n_layers):
         shapes.update(family.linears(cfg, layer))
         shapes.update(family.norms(cfg, layer))
-    return shapes
+    return shapes | outside(family, cfg)

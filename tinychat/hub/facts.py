@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ def described(path: Path, checkpoint: Any) -> dict[str, Any]:
         "layers": cfg.n_layers,
         "hidden_size": cfg.hidden_size,
         "intermediate_size": max(layer.mlp.size for layer in cfg.layers),
-        "heads": cfg.n_heads,
-        "kv_heads": cfg.n_kv_heads,
-        "head_dim": cfg.head_dim,
+        "heads": _in_layers(a.n_heads for a in cfg.attentions),
+        "kv_heads": _in_layers(a.n_kv_heads for a in cfg.attentions),
+        "head_dim": _in_layers(a.head_dim for a in cfg.attentions),
         "experts": next(iter(experts), None),
         "vocab_size": cfg.vocab_size,
         "context_length": cfg.context_length,
@@ -42,6 +43,12 @@ def described(path: Path, checkpoint: Any) -> dict[str, Any]:
             tokenizer.token_bytes(i).decode("utf-8", "replace") for i in sorted(tokenizer.eos_ids)
         ],
     }
+
+
+def _in_layers(values: Iterable[int]) -> int | str:
+    """A number that layers have, or all that they have."""
+    found = sorted(set(values))
+    return found[0] if len(found) == 1 else " or ".join(map(str, found))
 
 
 def weights(checkpoint: Any) -> dict[str, Any]:
@@ -115,4 +122,5 @@ def parameters(cfg: Any) -> int:
         body += sum(n * k for n, k in family.linears(cfg, layer).values())
         body += sum(map(math.prod, family.norms(cfg, layer).values()))
     tables = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
+    body += sum(map(math.prod, outside(family, cfg).values()))
     return body + tables + cfg.hidden_size

@@ -85,6 +85,8 @@ class AttentionConfig:
     slope     queries at position p are multiplied by 1 + slope · log(1 + ⌊p / original⌋); 0: they are not
     original  tokens of context that the model was first trained with
     turnable  whether a cached key can be turned to another position: not if it was changed behind its rope
+    source    the layer whose keys and values it attends to instead of its own; -1: it has its own
+    tied      its values are its keys as their linear gives them, so there is no linear of values
     """
 
     n_heads: int
@@ -97,6 +99,8 @@ class AttentionConfig:
     slope: float = 0.0
     original: int = 1
     turnable: bool = True
+    source: int = -1
+    tied: bool = False
 
     def __post_init__(self):
         for name, limit in (("n_heads", 1024), ("n_kv_heads", 1024), ("head_dim", 1024)):
@@ -110,6 +114,16 @@ class AttentionConfig:
             raise _damaged(f"The checkpoint's sliding window is {self.window!r} tokens.")
         if self.rope is not None:
             self.rope.check(self.head_dim)
+
+    @property
+    def projected(self) -> tuple[int, int, int]:
+        """Heads of queries, keys and values that its linears give."""
+        keys = self.n_kv_heads if self.source < 0 else 0
+        return self.n_heads, keys, 0 if self.tied else keys
+
+    def kept_by(self, layer: int) -> int:
+        """The layer whose keys and values this one, the layer `layer`, attends to."""
+        return layer if self.source < 0 else self.source
 
     def neighbours(self, heads: int) -> np.ndarray:
         """Rows of so many heads of queries or keys in the order of files that rotate neighbours (x[2i] and
@@ -261,6 +275,8 @@ class ModelConfig:
     logit_soft_cap  c: logits become c·tanh(logit / c); 0: they stay
     post_norm_eps   epsilon of norms behind attention and MLP, in a family where it is another
     long_context    a longer context that the model knows too, with `long_rope` (longrope's second factors)
+    layer_inputs    values of each token that every layer gets beside the residual, by an embedding of their own
+                    of `layer_vocab` rows, for all layers; 0: there are none
     """
 
     family: str
@@ -281,6 +297,8 @@ class ModelConfig:
     post_norm_eps: float = 0.0
     long_context: int = 0
     long_rope: RopeConfig | None = None
+    layer_inputs: int = 0
+    layer_vocab: int = 0
 
     def __post_init__(self):
         numbers = {
@@ -302,9 +320,24 @@ class ModelConfig:
             raise _damaged("The checkpoint has no layer with attention.")
         if self.long_rope is not None:
             self.long_rope.check(self.head_dim)
+        if self.layer_inputs:
+            check_number("layer inputs", self.layer_inputs, 1 << 14)
+            check_number("vocabulary of layer inputs", self.layer_vocab, 1 << 22)
+        self._check_sources()
         for token_id in (self.bos_id, *self.eos_ids):
             if token_id is not None and type(token_id) is not int:
                 raise _damaged(f"The checkpoint's token id {token_id!r} is not a number.")
+
+    def _check_sources(self) -> None:
+        for i, layer in enumerate(self.layers):
+            a = layer.mixer
+            if not isinstance(a, AttentionConfig) or a.source < 0:
+                continue
+            own = self.layers[a.source].mixer if a.source < i else None
+            alike = ("n_kv_heads", "head_dim", "window")
+            whole = isinstance(own, AttentionConfig) and own.source < 0
+            if not whole or any(getattr(own, name) != getattr(a, name) for name in alike):
+                raise _damaged(f"Layer {i} cannot attend to the keys and values of layer {a.source}.")
 
     @property
     def n_layers(self) -> int:

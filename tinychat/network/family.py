@@ -45,6 +45,10 @@ class Metadata(Protocol):
         """A value for each of n layers, from a list or a single number. Raises CheckpointError."""
         ...
 
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Shape of a tensor of the file, by its name there; () where there is none."""
+        ...
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -118,6 +122,7 @@ class FromHF:
     rope_fields   fields of a rope scaling that it has beside those that all have
     interleaved   whether its files hold rows of q and k for rotating neighbours (x[2i], x[2i + 1])
     parts         modules that its files hold among the rows of others, by their names inside a block
+    unread        ends of the names of modules that files may have in layers that do not use them
     model_type    its name in the `text_config` of wrappers
     wrappers      architectures of models of several inputs whose `text_config` may describe such a model
     """
@@ -135,6 +140,7 @@ class FromHF:
     rope_fields: tuple[str, ...] = ()
     interleaved: bool = False
     parts: Mapping[str, Part] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     model_type: str = ""
     wrappers: tuple[str, ...] = ()
 
@@ -152,6 +158,10 @@ class FromGGUF:
     constants    what ModelConfig has besides
     tensors      tensors with names of another kind than the rest: what they would be called else
     parts        modules that files hold among the rows of others, by their names inside a block
+    varied       whether heads and MLPs may differ by layer in what all files name alike; `layers` asks for
+                 each layer's then, and a Stack has those of the first
+    unread       ends of the names of tensors that files may have in blocks that do not use them
+    vectors      how vectors are read that files do not hold as the network has them, by the ends of their names
     """
 
     names: Mapping[str, str]
@@ -163,6 +173,9 @@ class FromGGUF:
     constants: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}
     tensors: tuple[tuple[str, str], ...] = ()
     parts: Mapping[str, Part] = field(default_factory=dict)
+    varied: bool = False
+    unread: tuple[str, ...] = ()
+    vectors: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
 
 
 def in_files(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> tuple[str, np.ndarray | None]:
@@ -204,6 +217,14 @@ def kept(family: Family, name: str) -> Kept:
     offset = np.float32(family.NORM_OFFSET)
     norm = Kept(lambda a: a + offset, lambda a: a - offset)
     return next((own for end, own in vectors.items() if name.endswith(end)), norm)
+
+
+def outside(family: Family, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Modules that a family has outside of its blocks beside embedding, head and last norm, and their shapes:
+    linears and embeddings [out, in], vectors [n]. Most have none, and say nothing of it.
+    """
+    own: Callable[[ModelConfig], dict[str, tuple[int, ...]]] = getattr(family, "outside", lambda cfg: {})
+    return own(cfg)
 
 
 class WeightSource(Protocol):

@@ -72,8 +72,8 @@ def read(
             f"config.json does not describe a {arch}: {type(e).__name__} {e}.",
             "The folder is damaged or incomplete; pull it again.",
         ) from e
-    rope, head_dim = config.rope, config.head_dim
-    if rope and rope.dim != head_dim and not form.partial_rope:
+    parts = any(a.rope is not None and a.rope.dim != a.head_dim for a in config.attentions)
+    if parts and not form.partial_rope:
         raise UnsupportedModelError(
             f"The option partial_rotary_factor is not supported in a {arch}.",
             "A setting that is ignored gives garbage, so it is refused.",

@@ -43,7 +43,10 @@ class Ops(Protocol):
         ...
 
     def split_heads(self, qkv: Handle, attention: AttentionConfig) -> tuple[Handle, Handle, Handle]:
-        """[T, (heads + 2 kv_heads)·D] → q [T, heads, D], k and v [T, kv_heads, D]."""
+        """[T, (heads + 2 kv_heads)·D] → q [T, heads, D], k and v [T, kv_heads, D]. Where values are tied to
+        keys there are (heads + kv_heads)·D columns, and v is what k is before anything is done to it. Where
+        they are another layer's, heads·D, and there is neither: k and v are None here and in what follows.
+        """
         ...
 
     def gated_heads(self, qkv: Handle, attention: AttentionConfig) -> tuple[Handle, Handle, Handle, Handle]:
@@ -59,6 +62,10 @@ class Ops(Protocol):
         """RMS norm of q and k: of each head where a weight has D values, of all heads as one where more; of
         each head without weights where there is none.
         """
+        ...
+
+    def norm_values(self, v: Handle, eps: float) -> Handle:
+        """RMS norm of each head of v, without weights."""
         ...
 
     def rope(self, q: Handle, k: Handle, rope: RopeConfig) -> tuple[Handle, Handle]:
@@ -78,7 +85,8 @@ class Ops(Protocol):
 
         Scores are multiplied by the attention's scale and capped by its soft_cap; where it has a window, a
         token attends to the last `window` tokens only, itself included; where it has a slope, queries are
-        scaled by their position. sinks: [heads], one more score of each head, which takes its share of the
+        scaled by their position; where it has a source, nothing is written, and what it attends to is what
+        that layer, an earlier one, has written. sinks: [heads], one more score of each head, which takes its share of the
         weights and gives nothing.
         """
         ...
@@ -126,6 +134,24 @@ class Ops(Protocol):
         """[T, 2F] → gelu(first half) · second half, by GELU's tanh formula: [T, F]."""
         ...
 
+    def gelu_columns(self, gate: Handle, x: Handle, first: int) -> Handle:
+        """gelu(gate) · the columns of x from `first` on: [T, n]; both by the formula of `gelu_mul`."""
+        ...
+
+    def norm_columns(self, x: Handle, weight: Handle, eps: float) -> Handle:
+        """RMS norm of every len(weight) columns. It may replace x: nobody else reads it."""
+        ...
+
+    def embed_onto(self, x: Handle, weight: Handle, scale: float, factor: float) -> Handle:
+        """factor · (x + scale · rows of another embedding for the step's token ids): [T, n]. Ids that it has
+        no row for take row 0. It may replace x: nobody else reads it.
+        """
+        ...
+
+    def scaled(self, x: Handle, weight: Handle) -> Handle:
+        """x times the one number of `weight`. It replaces x."""
+        ...
+
     def clamped_mul(self, gate_up: Handle, limit: float, alpha: float) -> Handle:
         """[T, 2F] → g·σ(alpha·g)·(u + 1): [T, F], of the halves g, at most `limit`, and u, within ±limit."""
         ...
@@ -138,12 +164,14 @@ class Ops(Protocol):
         sigmoid: bool = False,
         bias: Handle | None = None,
         scale: float = 1.0,
+        each: Handle | None = None,
     ) -> Handle:
         """Choice of n experts for each token: those of the largest softmax(scores), which weighs them.
 
         scores: [T, experts], one for each expert. `normalize`: a token's weights are made to sum to one.
         sigmoid: weights are σ(score), each by itself. bias: [experts], added where weights are compared, not
-        where they weigh. scale: what all weights are multiplied by in the end.
+        where they weigh. scale: what all weights are multiplied by in the end; each: [experts], what those of
+        an expert are multiplied by besides.
         Ties go to the expert with the lower number.
         """
         ...
@@ -156,8 +184,10 @@ class Ops(Protocol):
         """
         ...
 
-    def expert_sum(self, x: Handle, routes: Handle, add_to: Handle) -> Handle:
-        """add_to + Σ weight · x over the experts that each token takes; x: [T, taken, H]. Replaces add_to."""
+    def expert_sum(self, x: Handle, routes: Handle, add_to: Handle | None = None) -> Handle:
+        """Σ weight · x over the experts that each token takes (+ add_to, which the result replaces); x:
+        [T, taken, H].
+        """
         ...
 
     def lm_head(self, x: Handle, weight: Handle, scale: float = 1.0, soft_cap: float = 0.0) -> Handle:

@@ -19,6 +19,7 @@ from tinychat.quantize.nodes import IDS, BlockWeights, Names, Node, Product, Rec
 if TYPE_CHECKING:
     import torch
 
+ENDS = ("add", "scaled")  # verbs that end a half
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -73,7 +74,7 @@ class Network:
         for layer in range(cfg.n_layers):
             halves = []
             for part in _halves(layers[layer]):
-                if not {x for node in part for x in node.inputs} <= {start, *part} or part[-1].op != "add":
+                if not {x for node in part for x in node.inputs} <= {start, *part} or part[-1].op not in ENDS:
                     raise UnsupportedModelError(
                         f"The blocks of a {cfg.family} model pass on more than their sum.",
                         'Such a model cannot be quantized yet; it runs with quantize="rtn".',
@@ -116,7 +117,8 @@ def _by_layer(nodes: Sequence[Node]) -> dict[int, list[Node]]:
 def _halves(nodes: Sequence[Node]) -> list[list[Node]]:
     parts: list[list[Node]] = [[]]
     for node in nodes:
-        parts[-1].append(node)
+        at = -2 if node.op == "scaled" and not parts[-1] and len(parts) > 1 else -1
+        parts[at].append(node)  # a sum that is scaled ends behind that
         if node.op == "add":
             parts.append([])
     return [part for part in parts if part]

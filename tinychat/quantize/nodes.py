@@ -141,13 +141,12 @@ class Recorder:
 
     def split_heads(self, qkv: Product, attention: AttentionConfig) -> tuple[Node, Node, Node]:
         d = attention.head_dim
-        sizes = [n * d for n in (attention.n_heads, attention.n_kv_heads, attention.n_kv_heads)]
-        qkv.cut(*sizes)
+        qkv.cut(*[n * d for n in attention.projected if n])
 
         def part(i: int) -> Node:
             return self._node("heads", (qkv,), lambda w, x: x[i].unflatten(-1, (-1, d)).transpose(1, 2))
 
-        return part(0), part(1), part(2)
+        return part(0), part(1), part(1 if attention.tied else 2)
 
     def gated_heads(self, qkv: Product, attention: AttentionConfig) -> tuple[Node, Node, Node, Node]:
         d, kv = attention.head_dim, attention.n_kv_heads * attention.head_dim
@@ -180,6 +179,9 @@ class Recorder:
 
         return normed(q, q_weight), normed(k, k_weight)
 
+    def norm_values(self, v: Node, eps: float) -> Node:
+        return self._node("norm_values", (v,), lambda w, v: _norm(v, v.new_ones(v.shape[-1]), eps))
+
     def rope(self, q: Node, k: Node, rope: RopeConfig) -> tuple[Node, Node]:
         def turned(x: Node) -> Node:
             return self._node("rope", (x,), lambda w, x: _rotate(x, rope))
@@ -190,6 +192,11 @@ class Recorder:
         self, q: Node, k: Node, v: Node, attention: AttentionConfig, layer: int, sinks: str | None = None
     ) -> Node:
         names = () if sinks is None else (sinks,)
+        if attention.source >= 0:
+            raise UnsupportedModelError(
+                "A model with layers that attend to another's keys and values cannot be quantized yet.",
+                'It runs with quantize="rtn", or as someone quantized it.',
+            )
 
         def run(w: BlockWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             own = [w.norm[short(name)] for name in names]
@@ -247,6 +254,21 @@ class Recorder:
             "gelu_mul", (gate_up,), lambda w, x: functional.gelu(x[0], approximate="tanh") * x[1]
         )
 
+    def gelu_columns(self, gate: Node, x: Node, first: int) -> Node:
+        raise NotImplementedError  # `embed_onto` comes first
+
+    def norm_columns(self, x: Node, weight: str, eps: float) -> Node:
+        raise UnsupportedModelError(
+            "A model with an embedding for each layer cannot be quantized yet.",
+            'It runs with quantize="rtn", or as someone quantized it.',
+        )
+
+    def embed_onto(self, x: Node, weight: str, scale: float, factor: float) -> Node:
+        raise NotImplementedError  # `norm_columns` comes first
+
+    def scaled(self, x: Node, weight: str) -> Node:
+        return self._node("scaled", (x,), lambda w, x: x * w.norm[short(weight)], weight)
+
     def clamped_mul(self, gate_up: Product, limit: float, alpha: float) -> Node:
         raise NotImplementedError  # `route` comes first
 
@@ -258,6 +280,7 @@ class Recorder:
         sigmoid: bool = False,
         bias: str | None = None,
         scale: float = 1.0,
+        each: str | None = None,
     ) -> Any:
         raise UnsupportedModelError(
             "A mixture of experts cannot be quantized yet.",
@@ -267,7 +290,7 @@ class Recorder:
     def expert_linear(self, x: Node, weights: Sequence[Any], routes: Any) -> Any:
         raise NotImplementedError  # `route` comes first
 
-    def expert_sum(self, x: Node, routes: Any, add_to: Node) -> Any:
+    def expert_sum(self, x: Node, routes: Any, add_to: Node | None = None) -> Any:
         raise NotImplementedError
 
     def lm_head(self, x: Node, weight: str, scale: float = 1.0, soft_cap: float = 0.0) -> Node:
