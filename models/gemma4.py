@@ -1,6 +1,6 @@
-"""Gemma 4: Gemma 3 with norms of values in place of a scale, heads of another size in layers that see everything,
-a factor for each layer; the last layers may attend to keys and values of earlier ones, and small models add to
-each layer a row of an embedding of its own (Gemma Team 2026).
+"""Gemma 4: Gemma 3 with norms of values in place of a scale, heads of another size in layers that see
+everything, a factor for each layer. The last layers may attend to keys and values of earlier ones, small ones
+add to each layer a row of an embedding of its own, large ones have experts beside the MLP (Gemma Team 2026).
 """
 
 from __future__ import annotations
@@ -10,10 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.models import gemma2, gemma3, llama, mixtral, qwen3
+from tinychat.models.gemma4_experts import (
+    DENSE_NORM,
+    EXPERT_SCALE,
+    EXPERTS_NORM,
+    EXPERTS_POST_NORM,
+    ROUTER_NORM,
+    Routed,
+    load_routed,
+    mlp_and_experts,
+    router_norm,
+    vectors,
+)
 from tinychat.models.llama import NAMES, biases
 from tinychat.network import hf_config
 from tinychat.network.config import (
@@ -28,17 +38,24 @@ from tinychat.network.family import FromGGUF, FromHF, Kept, Metadata, Settings, 
 from tinychat.network.hf_rope import rope_config
 from tinychat.network.ops import Handle, Ops
 
-__all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "outside", "settings"]
+__all__ = [
+    "GGUF",
+    "HF",
+    "NORM_OFFSET",
+    "biases",
+    "forward",
+    "linears",
+    "load",
+    "norms",
+    "outside",
+    "settings",
+]
 
 NORM_OFFSET = 0.0
 GATE, PROJECTION, INPUT_NORM = "per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"
 TABLE, SHARED, SHARED_NORM = (
     f"model.{name}"
     for name in ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
-)
-ROUTER_NORM, EXPERT_SCALE = "router.scale", "router.per_expert_scale"
-DENSE_NORM, EXPERTS_NORM, EXPERTS_POST_NORM = (
-    f"{name}forward_layernorm_{i}" for name, i in (("post_feed", 1), ("pre_feed", 2), ("post_feed", 2))
 )
 UNREAD = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")  # in layers that use others' keys
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
@@ -52,8 +69,8 @@ def shared(
     own: int,
     heads: Callable[[int], AttentionConfig],
 ) -> Callable[[int], AttentionConfig]:
-    """Attention of layer i, of which those behind the first `own` attend to what the last one of these that is
-    of their type has written. Raises ValueError where none is.
+    """Attention of layer i, of which those behind the first `own` attend to what the last one of these that
+    is of their type has written. Raises ValueError where none is.
     """
     if not 0 < own <= n:
         raise ValueError(f"{n - own} of {n} layers share keys and values")
@@ -72,8 +89,10 @@ def shared(
 def _own_heads(c: Settings, i: int) -> tuple[int, int]:
     """Size and number of KV heads of a layer that sees everything."""
     listed = c.get("per_layer_config")
-    own = (listed.get(str(i)) or listed.get(i) or {}) if isinstance(listed, dict) else None
-    if own is None:
+    own: Settings = {}
+    if isinstance(listed, dict):  # its keys are numbers as texts, of which some begin with zeros
+        own = {int(layer): said for layer, said in listed.items()}.get(i, {})
+    else:
         kv = c.get("num_global_key_value_heads") if c["attention_k_eq_v"] else None
         own = {"head_dim": c["global_head_dim"], "num_key_value_heads": kv}
     strange = set(own) - {"head_dim", "num_key_value_heads"}
@@ -86,14 +105,15 @@ def _own_heads(c: Settings, i: int) -> tuple[int, int]:
 
 
 def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
-    if c.get("use_bidirectional_attention") not in (None, False, "vision"):
+    if (both := c.get("use_bidirectional_attention")) not in (None, False, "vision"):
         raise UnsupportedModelError(
-            f"The option use_bidirectional_attention = {c['use_bidirectional_attention']!r} is not supported in a"
-            " Gemma 4.",
+            f"The option use_bidirectional_attention = {both!r} is not supported in a Gemma 4.",
             "A model that sees what follows a token writes no text.",
         )
     ropes = c.get("rope_parameters") or {"full_attention": GLOBAL, "sliding_attention": LOCAL}
-    types = c.get("layer_types") or ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(stack.n)]
+    types = c.get("layer_types") or [
+        "sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(stack.n)
+    ]
     types = [*types[: stack.n - 1], "full_attention"]  # as transformers has it
     slides = hf_config.slides({**c, "layer_types": types})
 
@@ -123,7 +143,10 @@ def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
 def _constants_from_hf(c: Settings) -> dict[str, Any]:
     found = gemma2.constants_from_hf(c)
     if c["hidden_size_per_layer_input"]:
-        found |= {"layer_inputs": c["hidden_size_per_layer_input"], "layer_vocab": c["vocab_size_per_layer_input"]}
+        found |= {
+            "layer_inputs": c["hidden_size_per_layer_input"],
+            "layer_vocab": c["vocab_size_per_layer_input"],
+        }
     return found
 
 
@@ -172,11 +195,6 @@ def _constants_from_gguf(m: Metadata) -> dict[str, Any]:
     return found
 
 
-def _router_norm(scale: np.ndarray) -> np.ndarray:
-    """The router's norm: what files hold is divided by √hidden besides."""
-    return scale * np.float32(len(scale) ** -0.5)
-
-
 HF = {
     "Gemma4ForCausalLM": FromHF(
         {
@@ -213,7 +231,7 @@ HF = {
         vectors={
             "layer_scalar": Kept(part=""),
             EXPERT_SCALE: Kept(part=""),
-            ROUTER_NORM: Kept(_router_norm, lambda a: a * len(a) ** 0.5, part=""),
+            ROUTER_NORM: Kept(router_norm, lambda a: a * len(a) ** 0.5, part=""),
         },
         unread=UNREAD,
         model_type="gemma4_text",
@@ -225,9 +243,18 @@ GGUF = {
         NAMES
         | gemma2.POST_NORMS
         | qwen3.HEAD_NORMS
-        | {"layer_scalar": "layer_output_scale", GATE: "inp_gate", PROJECTION: "proj", INPUT_NORM: "post_norm"}
+        | {
+            "layer_scalar": "layer_output_scale",
+            GATE: "inp_gate",
+            PROJECTION: "proj",
+            INPUT_NORM: "post_norm",
+        }
         | {ROUTER_NORM: "router_scale", EXPERT_SCALE: "expert_scale", DENSE_NORM: "post_ffw_norm_1"}
-        | {EXPERTS_NORM: "pre_ffw_norm_2", EXPERTS_POST_NORM: "post_ffw_norm_2", mixtral.ROUTER: "ffn_gate_inp"}
+        | {
+            EXPERTS_NORM: "pre_ffw_norm_2",
+            EXPERTS_POST_NORM: "post_ffw_norm_2",
+            mixtral.ROUTER: "ffn_gate_inp",
+        }
         | {f"mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate", "up", "gate_up", "down")}
         | {TABLE: "per_layer_token_embd", SHARED: "per_layer_model_proj", SHARED_NORM: "per_layer_proj_norm"},
         tensors=(
@@ -238,7 +265,7 @@ GGUF = {
         layers=_from_gguf,
         constants=_constants_from_gguf,
         varied=True,
-        vectors={ROUTER_NORM: _router_norm},
+        vectors={ROUTER_NORM: router_norm},
         unread=("attn_k.weight", "attn_v.weight", "attn_k_norm.weight"),
     )
 }
@@ -254,20 +281,10 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Routed:
-    """Experts beside a block's MLP, each expert's factor, and the norms of and behind both."""
-
-    experts: mixtral.Experts
-    router_norm: Handle
-    each: Handle
-    dense_norm: Handle
-    norm: Handle
-    post_norm: Handle
-
-
-@dataclass(frozen=True)
 class Block(gemma3.Block):
-    """Gemma 3's, a factor, and what small models have for a layer's own input. k_norm: of layers with keys."""
+    """Gemma 3's, a factor, what small models have for a layer's own input, and large ones of experts. k_norm:
+    of layers with keys.
+    """
 
     scalar: Handle
     inputs: Inputs | None
@@ -299,14 +316,11 @@ def load_block(w: WeightSource, p: str, layer: LayerConfig, inputs: bool) -> Blo
         down=w.linear(p + "mlp.down_proj"),
         mlp_post_norm=w.vector(p + "post_feedforward_layernorm"),
         scalar=w.vector(p + "layer_scalar"),
-        inputs=Inputs(w.linear(p + GATE), w.linear(p + PROJECTION), w.vector(p + INPUT_NORM)) if inputs else None,
-        routed=_load_routed(w, p, layer.mlp) if isinstance(layer.mlp, ExpertsConfig) else None,
+        inputs=Inputs(w.linear(p + GATE), w.linear(p + PROJECTION), w.vector(p + INPUT_NORM))
+        if inputs
+        else None,
+        routed=load_routed(w, p, layer.mlp) if isinstance(layer.mlp, ExpertsConfig) else None,
     )
-
-
-def _load_routed(w: WeightSource, p: str, mlp: ExpertsConfig) -> Routed:
-    vectors = (ROUTER_NORM, EXPERT_SCALE, DENSE_NORM, EXPERTS_NORM, EXPERTS_POST_NORM)
-    return Routed(mixtral.load_experts(w, p, mlp), *(w.vector(p + name) for name in vectors))
 
 
 def load(w: WeightSource, cfg: ModelConfig) -> Weights:
@@ -328,26 +342,13 @@ def attention(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Ha
     return ops.linear(llama.attend(ops, a, q, k, v, layer), w.o)
 
 
-def mlp_and_experts(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, mlp: ExpertsConfig) -> Handle:
-    """The MLP half of a block with experts beside its MLP, both of the residual x [T, hidden]."""
-    eps, r = cfg.norm_eps, w.routed
-    assert r is not None
-    dense = ops.linear(ops.gelu_mul(ops.linear(ops.rms_norm(x, w.mlp_norm, eps), w.gate_up)), w.down)
-    scores = ops.linear(ops.rms_norm(x, r.router_norm, eps), r.experts.router)
-    routes = ops.route(scores, mlp.taken, mlp.normalize, each=r.each)
-    h = ops.gelu_mul(ops.expert_linear(ops.rms_norm(x, r.norm, eps), r.experts.gate_up, routes))
-    y = ops.expert_sum(ops.expert_linear(h, r.experts.down, routes), routes)
-    y = ops.rms_norm(y, r.post_norm, eps, add_to=ops.norm_columns(dense, r.dense_norm, eps))
-    return ops.rms_norm(y, w.mlp_post_norm, eps, add_to=x)
-
-
 def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int, beside: Handle | None) -> Handle:
     """One decoder block. x: [T, hidden]; beside: the inputs of all layers [T, layers · layer_inputs]."""
     eps = cfg.norm_eps
     y = attention(ops, cfg, w, ops.rms_norm(x, w.attn_norm, eps), layer)
     x, mlp = ops.rms_norm(y, w.attn_post_norm, eps, add_to=x), cfg.layers[layer].mlp
-    if isinstance(mlp, ExpertsConfig):
-        x = mlp_and_experts(ops, cfg, w, x, mlp)
+    if w.routed is not None and isinstance(mlp, ExpertsConfig):
+        x = mlp_and_experts(ops, cfg, w, w.routed, x, mlp)
     else:
         x = gemma2.mlp(ops, cfg, w, x)
     if w.inputs is not None:
@@ -357,7 +358,7 @@ def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int, beside: H
 
 
 def layer_inputs(ops: Ops, cfg: ModelConfig, w: Weights, x: Handle) -> Handle:
-    """Inputs of all layers: rows of their embedding, and what the tokens' embeddings x say: [T, layers · n]."""
+    """Inputs of all layers: rows of their embedding, and what the embeddings x say: [T, layers · n]."""
     # the projection is divided by √hidden before its norm, which only its epsilon feels
     y = ops.norm_columns(ops.linear(x, w.projection), w.projection_norm, cfg.norm_eps * cfg.hidden_size)
     return ops.embed_onto(y, w.table, math.sqrt(cfg.layer_inputs), math.sqrt(0.5))
@@ -398,8 +399,7 @@ def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     if cfg.layer_inputs:
         found[p + INPUT_NORM] = (cfg.hidden_size,)
     if isinstance(mlp := cfg.layers[layer].mlp, ExpertsConfig):
-        hidden = (ROUTER_NORM, DENSE_NORM, EXPERTS_NORM, EXPERTS_POST_NORM)
-        found |= {p + name: (cfg.hidden_size,) for name in hidden} | {p + EXPERT_SCALE: (mlp.n,)}
+        found |= vectors(cfg, p, mlp)
     return found
 
 

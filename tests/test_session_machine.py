@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from recurrent import delta_model, recurrent_model
+from recurrent import delta_model, recurrent_model, shared_model
 from session_helpers import conversation_ids, opening, turn
 from tiny import tiny_model
 
@@ -94,13 +94,20 @@ class DeltaSessionMachine(SessionMachine):
     make = staticmethod(delta_model)
 
 
+class SharedSessionMachine(SessionMachine):
+    """Layers with a window and without, and others that attend to keys and values of these."""
+
+    make = staticmethod(shared_model)
+
+
 SessionMachine.TestCase.settings = settings(
     max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
-for machine in (RecurrentSessionMachine, DeltaSessionMachine):
+for machine in (RecurrentSessionMachine, DeltaSessionMachine, SharedSessionMachine):
     machine.TestCase.settings = settings(
         max_examples=8, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
     )
 TestSession = SessionMachine.TestCase
 TestRecurrentSession = RecurrentSessionMachine.TestCase
 TestDeltaSession = DeltaSessionMachine.TestCase
+TestSharedSession = SharedSessionMachine.TestCase

@@ -131,6 +131,9 @@ def test_a_gpu_refuses_by_name_what_it_has_no_kernels_for(case):
         "gpt-oss": "sinks",
         "granite_swa": "sinks",
         "qwen2moe": "sigmoid",
+        "gemma4 tied": "norms of values",
+        "gemma4moe": "norms of values",
+        "gemma4": "an embedding for each layer",
         "hunyuan": "behind their rotation",
     }
     refused |= {
@@ -281,6 +284,7 @@ def test_silent_settings_are_those_of_transformers():
         "Granite",
         "Gemma2",
         "Gemma3",
+        "Gemma4",
         "Olmo3",
         "Exaone4",
         "Ernie4_5",

@@ -52,7 +52,9 @@ class FromTransformers:
         own, family = STRANGE.get(name.rpartition(".")[2]), self.config.family
         if own is not None:
             return own(self.state[name + ".weight"])
-        plain = not family.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next")) or name.endswith("linear_attn.norm")
+        plain = not family.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next")) or name.endswith(
+            "linear_attn.norm"
+        )
         stored = self.state[name if name in self.state else name + ".weight"]
         if name.endswith("router.scale"):
             stored = stored * len(stored) ** -0.5
@@ -177,7 +179,9 @@ def random_model(name: str, **changes):
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     hf = cls(cls.config_class(**{**SHAPE, **changes})).float().eval()
-    less = name.startswith(("Gemma2", "Gemma3", "Qwen3_5", "Qwen3Next"))  # hold norms as what they differ from one
+    less = name.startswith(
+        ("Gemma2", "Gemma3", "Qwen3_5", "Qwen3Next")
+    )  # hold norms as what they differ from one
     with torch.no_grad():
         for parameter, p in hf.named_parameters():
             if "norm" in parameter:
@@ -255,14 +259,15 @@ TWO_ROPES = {
     "sliding_attention": dict(rope_type="default", rope_theta=500.0),
 }
 GEMMA4 = dict(
-    head_dim=16,
-    global_head_dim=32,
+    head_dim=8,
+    global_head_dim=16,
     hidden_size_per_layer_input=32,
+    final_logit_softcapping=5.0,
     vocab_size_per_layer_input=258,
     sliding_window=48,
-    num_hidden_layers=7,
-    num_kv_shared_layers=3,
-    layer_types=["sliding_attention", "full_attention"] * 3 + ["full_attention"],
+    num_hidden_layers=4,
+    num_kv_shared_layers=2,
+    layer_types=["sliding_attention", "full_attention"] * 2,
 )
 
 # name → transformers' class, and how its config differs from SHAPE
@@ -359,8 +364,10 @@ CASES = {
     "gemma4": ("Gemma4ForCausalLM", GEMMA4),
     "gemma4 wide": (
         "Gemma4ForCausalLM",
-        dict(GEMMA4, use_double_wide_mlp=True, final_logit_softcapping=5.0, attention_bias=True)
-        | dict(num_key_value_heads=1, vocab_size_per_layer_input=300, sliding_window=20),
+        dict(GEMMA4, use_double_wide_mlp=True, attention_bias=True)
+        | dict(num_key_value_heads=1, vocab_size_per_layer_input=300, sliding_window=20)
+        | dict(num_hidden_layers=7, num_kv_shared_layers=3)
+        | dict(layer_types=["sliding_attention", "full_attention"] * 3 + ["full_attention"]),
     ),
     "gemma4 tied": (
         "Gemma4ForCausalLM",

@@ -163,7 +163,9 @@ def gpt_oss(tensors: dict) -> None:
 def rope(w: GGUFWriter, c, head_dim: int, tensors: dict) -> None:
     p = c.rope_parameters
     p = p.get("full_attention", p)
-    dim = int(head_dim * p.get("partial_rotary_factor", 1.0)) if p["rope_type"] != "proportional" else head_dim
+    dim = (
+        int(head_dim * p.get("partial_rotary_factor", 1.0)) if p["rope_type"] != "proportional" else head_dim
+    )
     w.add_rope_dimension_count(dim)
     theta = p["rope_theta"]
     if p.get("alpha"):  # HunYuanModel.set_gguf_parameters

@@ -1,7 +1,10 @@
-"""Tiny models with every kind of memory: full attention, a sliding window, and layers with a state."""
+"""Tiny models with every kind of memory: full attention, a sliding window, layers with a state, and layers
+that attend to keys and values of others.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +22,18 @@ from tinychat.network.config import (
     ModelConfig,
     RopeConfig,
 )
+from tinychat.network.family import outside
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear
 
 WINDOW = 24
 FULL = AttentionConfig(4, 2, 16, RopeConfig(dim=8))
 SLIDING = AttentionConfig(4, 2, 16, RopeConfig(dim=8, theta=500.0), WINDOW)
+NEAR = replace(SLIDING, scale=1.0)
+FAR = AttentionConfig(4, 2, 32, RopeConfig(1e4, 32, "proportional", turned=8), scale=1.0)
 LAYERS = {
     "lfm2": (FULL, SLIDING, ConvConfig(64, 4)),
+    "gemma4": (NEAR, FAR, NEAR, replace(NEAR, source=2), replace(FAR, source=1)),
     "qwen3_5": (DeltaConfig(2, 4, 16, 16, 4), FULL, DeltaConfig(2, 4, 16, 16, 4)),
 }
 
@@ -45,6 +52,8 @@ class RecurrentCheckpoint:
         for i in range(c.n_layers):
             linears |= of.linears(c, i)
             others |= of.norms(c, i)
+        for name, own in outside(of, c).items():
+            (linears if len(own) == 2 else others)[name] = own
         linears |= {
             name: shape for name, shape in others.items() if name.endswith(("in_proj_a", "in_proj_b"))
         }
@@ -92,3 +101,4 @@ def recurrent_model(ctx=256, family="lfm2", grows=True, kv_bits=16, **changes):
 
 
 delta_model = partial(recurrent_model, family="qwen3_5")
+shared_model = partial(recurrent_model, family="gemma4", layer_inputs=32, layer_vocab=258)

@@ -95,7 +95,9 @@ class ReferenceBackend(StateOps):
                 self.pools.append(Kv4Pool(spec, tails[m]) if m in tails else KvPool(spec, kv_bits))
         self._rope: dict[RopeConfig, torch.Tensor] = {}
         self.sources = {a.source for a in self.cfg.attentions}
-        self.exact: dict[tuple[int, int], torch.Tensor] = {}  # of a step's spans, for layers without their own
+        self.exact: dict[
+            tuple[int, int], torch.Tensor
+        ] = {}  # of a step's spans, for layers without their own
 
     # Backend
 
@@ -199,7 +201,10 @@ class ReferenceBackend(StateOps):
 
     def split_heads(self, qkv, attention):
         a = attention
-        parts = [t.unflatten(-1, (-1, a.head_dim)) for t in qkv.split([n * a.head_dim for n in a.projected if n], -1)]
+        parts = [
+            t.unflatten(-1, (-1, a.head_dim))
+            for t in qkv.split([n * a.head_dim for n in a.projected if n], -1)
+        ]
         q, k, v = [*parts, parts[-1]][:3] if len(parts) > 1 else (*parts, None, None)
         return q, k, v
 

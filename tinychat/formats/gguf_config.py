@@ -160,7 +160,11 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
         window if 0 < window < context else 0,
     )
     n = m.number("block_count") - m.number(FURTHER, 0)
-    size = m.each("feed_forward_length", n)[0] if form.varied else m.number("feed_forward_length", m.get("expert_feed_forward_length"))
+    size = (
+        m.each("feed_forward_length", n)[0]
+        if form.varied
+        else m.number("feed_forward_length", m.get("expert_feed_forward_length"))
+    )
     stack = Stack(n, attention, DenseConfig(size))
     names = file.tensors
     fields: dict[str, Any] = dict(

@@ -115,6 +115,7 @@ def license_of(path: Path, checkpoint: Any) -> str | None:
 
 def parameters(cfg: Any) -> int:
     from tinychat.models import FAMILIES
+    from tinychat.network.family import outside
 
     family = FAMILIES[cfg.family]
     body = 0

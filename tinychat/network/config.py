@@ -275,8 +275,8 @@ class ModelConfig:
     logit_soft_cap  c: logits become c·tanh(logit / c); 0: they stay
     post_norm_eps   epsilon of norms behind attention and MLP, in a family where it is another
     long_context    a longer context that the model knows too, with `long_rope` (longrope's second factors)
-    layer_inputs    values of each token that every layer gets beside the residual, by an embedding of their own
-                    of `layer_vocab` rows, for all layers; 0: there are none
+    layer_inputs    values of each token that every layer gets beside the residual, from rows of an embedding
+                    of `layer_vocab` rows, which has those of all layers; 0: there are none
     """
 
     family: str

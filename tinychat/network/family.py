@@ -161,7 +161,8 @@ class FromGGUF:
     varied       whether heads and MLPs may differ by layer in what all files name alike; `layers` asks for
                  each layer's then, and a Stack has those of the first
     unread       ends of the names of tensors that files may have in blocks that do not use them
-    vectors      how vectors are read that files do not hold as the network has them, by the ends of their names
+    vectors      how vectors are read that files hold otherwise than the network has them, by the ends of
+                 their names
     """
 
     names: Mapping[str, str]

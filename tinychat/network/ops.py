@@ -86,8 +86,8 @@ class Ops(Protocol):
         Scores are multiplied by the attention's scale and capped by its soft_cap; where it has a window, a
         token attends to the last `window` tokens only, itself included; where it has a slope, queries are
         scaled by their position; where it has a source, nothing is written, and what it attends to is what
-        that layer, an earlier one, has written. sinks: [heads], one more score of each head, which takes its share of the
-        weights and gives nothing.
+        that layer, an earlier one, has written. sinks: [heads], one more score of each head, which takes its
+        share of the weights and gives nothing.
         """
         ...
 
