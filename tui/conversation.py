@@ -71,9 +71,9 @@ class Conversation:
         at = self.tree.last(role)
         return None if at is None else self.tree.nodes[at]
 
-    def tokens_used(self) -> int:
-        """Tokens that the present branch took when it was last answered."""
-        for m in reversed(self.path()):
+    def tokens_used(self, leaf: int | None = None) -> int:
+        """Tokens that the branch to a message (default: the present one) took when it was last answered."""
+        for m in reversed(self.path() if leaf is None else self.tree.messages(leaf)):
             if m.stats:
                 return m.stats.get("prompt_tokens", 0) + m.stats.get("generated_tokens", 0)
         return 0

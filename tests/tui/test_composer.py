@@ -62,7 +62,7 @@ async def test_a_long_paste_is_attached_and_shown_folded(store):
     app = make_app(store)
     async with app.run_test(size=(100, 30)) as pilot:
         app.chat.composer.input.post_message(events.Paste("line of text\n" * 8000))
-        await wait_until(pilot, lambda: "paste 1  104 kB, 24000 tokens" in screen_text(app))
+        await wait_until(pilot, lambda: "paste 1  104 kB, 24,000 of 4,032 tokens" in screen_text(app))
         assert app.chat.composer.text == ""
         await pilot.press("backspace")
         await wait_until(pilot, lambda: "paste 1" not in screen_text(app))
@@ -88,10 +88,10 @@ async def test_files_are_attached_with_their_size_and_tokens(store, tmp_path, mo
         await wait_until(pilot, lambda: bool(pilot.app.screen.query(OptionList)))
         await pilot.press("tab")
         assert app.chat.composer.text == "see @notes.txt "
-        await wait_until(pilot, lambda: "notes.txt  16 B, 3 tokens" in screen_text(app))
+        await wait_until(pilot, lambda: "notes.txt  16 B, 3 of 4,032 tokens" in screen_text(app))
         await pilot.press(*"and @picture.png")
         await wait_until(pilot, lambda: "not a UTF-8 text file" in screen_text(app))
-        await pilot.press("escape", "enter")
+        await pilot.press("escape", "enter", "enter")  # refused, then sent without it
         await answered(pilot)
     sent = read_by_model(app.engine.requests[0])
     assert sent == "notes.txt:\n```\nalpha beta gamma\n```\n\nsee @notes.txt and @picture.png"

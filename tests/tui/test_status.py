@@ -27,7 +27,7 @@ def shown(width, **facts):
 
 def test_everything_is_said_where_there_is_room():
     assert shown(200, **EVERYTHING) == (
-        "ready · a-model · cpu avx2 · 12.3 tok/s · first token 250 ms · context 900/1000 · KV 6.3 MB"
+        "ready · a-model · cpu avx2 · 12.3 tok/s · first token 250 ms · context ███████░ 900/1000 · KV 6.3 MB"
         " · drafts 50% · memory 190 MB · CPU 97 %"
     )
 
@@ -44,7 +44,30 @@ def test_it_fits_and_speed_and_context_stay_longest(width):
     assert text.startswith("ready"[: width - 1])
     if width >= 40:
         assert "12.3 tok/s" in text
-        assert "context 900/1000" in text
+        assert "900/1000" in text
+
+
+@pytest.mark.parametrize(
+    ("used", "evicts", "style", "said"),
+    [
+        (7500, True, "faint", ""),
+        (7501, True, "notice", "then it forgets"),
+        (7501, False, "notice", "then it is full"),
+        (9001, False, "bad", "then it is full"),
+        (9001, None, "bad", ""),
+    ],
+)
+@pytest.mark.parametrize("width", [54, 74, 114])
+def test_the_meter_turns_colour_and_says_what_comes_at_the_end(used, evicts, style, said, width):
+    line = StatusLine()
+    line.facts = {**EVERYTHING, "used": used, "ctx": 10_000, "evicts": evicts}
+    styles = dict(line.layout_lines(width)[0])
+    text = next(t for t in styles if t.startswith("context"))
+    assert text.endswith(f"{used}/10000")
+    assert styles[text] == style
+    words = [t for t in styles if t.startswith("then")]
+    assert words == ([said] if said and (width > 54 or style == "bad") else [])
+    assert all(styles[t] == style for t in words)
 
 
 @pytest.mark.asyncio

@@ -166,7 +166,7 @@ class Core:
         sampling = vars(model.default_sampling).copy()
         templated = model.template is not None
         takes_tools = getattr(model, "takes_tools", templated)
-        self.tell(Loaded(model.describe(), sampling, templated, request.model, takes_tools))
+        self.tell(Loaded(model.describe() | _ending(model), sampling, templated, request.model, takes_tools))
 
     def _answer(self, request: Answer) -> None:
         if self.model is None:
@@ -357,6 +357,12 @@ def list_models(bandwidth: float | None = None) -> dict[str, Any]:
         **asdict(machine),
         "offline": offline_by_environment(),
     }
+
+
+def _ending(model: Any) -> dict[str, bool]:
+    """Whether a conversation gives tokens up when its context is full; nothing where a server decides."""
+    eviction = getattr(model, "eviction", None)
+    return {} if eviction is None else {"evicts": eviction(chat=True) is not None}
 
 
 def load_model(name: str, options: dict[str, Any], progress: Callable[[str, int, int], None]) -> Any:

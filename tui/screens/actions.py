@@ -395,6 +395,7 @@ class ChatActions(Places):
 
     async def on_attached(self, message: messages.Attached) -> None:
         """Count the tokens of what is attached, as soon as the engine can."""
+        self.tell_room(aloud=False)
         for attachment in self.composer.attachments:
             if not attachment.problem and attachment.tokens is None:
                 self.run_worker(self._count(attachment), group="count")

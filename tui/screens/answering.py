@@ -8,18 +8,18 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from tinychat.conversation import Message
-from tinychat.tui.screens.parts import ChatParts, status_of
+from tinychat.tui.screens.parts import status_of
+from tinychat.tui.screens.room import MARGIN, Room
 from tinychat.tui.screens.too_large import TooLargeScreen
 from tinychat.tui.widgets.turn import Turn, duration
 from tinychat.tui.words import Words
 
 TICK = 0.5  # seconds between two looks at what is shown beside the text
-MARGIN = 64  # tokens that a template may write around a message
 LONG = 10.0  # seconds of an answer after which a terminal that nobody looks at rings its bell
 PATIENCE = 10.0  # seconds that an engine may take to count tokens
 
 
-class Answering(ChatParts):
+class Answering(Room):
     """One answer at a time."""
 
     # Saying something
@@ -71,7 +71,7 @@ class Answering(ChatParts):
         rate = next(
             (r for m in reversed(self.conversation.path()) if (r := m.stats.get("prefill_tps"))), None
         )
-        evicts = self.app.options.get("kv_policy") != "none"
+        evicts = bool(self.facts.get("evicts", True)) and self.app.options.get("kv_policy") != "none"
         self.app.push_screen(TooLargeScreen(tokens, self.context, room, rate, evicts), decided)
 
     async def answer(self, question: int) -> None:
@@ -192,9 +192,9 @@ class Answering(ChatParts):
             turn.update()
         self.status.tell(
             state="ready" if self.ready else "no model" if self.trouble else "loading",
-            used=self.conversation.tokens_used(),
             **status_of(m),
         )
+        self.tell_room()
         self.refill()
         self.name_window()
         if not self.app.app_focus and time.monotonic() - self._wanted > LONG:

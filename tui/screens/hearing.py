@@ -159,7 +159,8 @@ class Hearing(Answering):
         )
         if not event.has_template:
             self.say("This model has no chat template: it continues your text instead of answering.")
-        self.composer.chips.context = self.context or None
+        self.status.tell(evicts=f.get("evicts"))
+        self.tell_room()
         self.post_message(messages.Attached())
         if self.question is None:
             return

@@ -15,10 +15,11 @@ from textual.widgets import OptionList, TextArea
 from textual.widgets.option_list import Option
 
 from tinychat.base import prompts
+from tinychat.base.errors import UsageError
 from tinychat.tui import commands
-from tinychat.tui.attachments import Attachment, complete_path, mentions, read
-from tinychat.tui.messages import Attached, Submitted
-from tinychat.tui.text import Line, clean
+from tinychat.tui.attachments import Attachment, complete_path, mentions, missed, read
+from tinychat.tui.messages import Attached, Submitted, Trouble
+from tinychat.tui.text import Line, clean, shorten
 from tinychat.tui.widgets.lines import Lines
 from tinychat.tui.widgets.queue import Queue
 from tinychat.tui.widgets.turn import human_size
@@ -108,10 +109,18 @@ class Chips(Lines):
         super().__init__(id="chips")
         self.attachments: list[Attachment] = []
         self.context: int | None = None  # tokens that the model can read
+        self.free: int | None = None  # tokens of them that a message may have now
+        self.evicts: bool | None = None  # whether earlier words make room for more
 
     @property
     def allow_select(self) -> bool:
         return False
+
+    def tell(self, context: int | None, free: int | None, evicts: bool | None) -> None:
+        """The room that there is."""
+        if (context, free, evicts) != (self.context, self.free, self.evicts):
+            self.context, self.free, self.evicts = context, free, evicts
+            self.refresh(layout=True)
 
     def show(self, attachments: list[Attachment]) -> None:
         """Show these."""
@@ -123,16 +132,21 @@ class Chips(Lines):
         out: list[Line] = []
         total = sum(a.tokens or 0 for a in self.attachments)
         large = self.context is not None and total > self.context
+        much = self.free is not None and total > self.free
+        of = "" if self.free is None else f" of {self.free:,}"
         for a in self.attachments:
-            name = clean(a.name)
+            name = shorten(clean(a.name), max(8, width - 36))
             if a.problem:
                 out.append([("✗ ", "bad"), (name, "strong"), (f"  {clean(a.problem)}", "bad")])
             else:
-                tokens = "" if a.tokens is None else f", {a.tokens} tokens"
-                style = "bad" if large else "faint"
+                tokens = "" if a.tokens is None else f", {a.tokens:,}{of} tokens"
+                style = "bad" if large or (much and not self.evicts) else "notice" if much else "faint"
                 out.append([("+ ", "marker"), (name, "strong"), (f"  {human_size(a.size)}{tokens}", style)])
         if large:
             out.append([(f"more than the context holds: {self.context} tokens", "bad")])
+        elif much:
+            then = "what matters least is given up" if self.evicts else "no answer has room"
+            out.append([(f"more than is free: {then}", "notice" if self.evicts else "bad")])
         return out
 
 
@@ -148,6 +162,7 @@ class Composer(Vertical):
         self._pastes: list[Attachment] = []
         self._files: dict[str, Attachment] = {}
         self._kind = ""
+        self._refused: str | None = None  # the text that was not sent for a file
         self._offered_for: str | None = None  # the text that the completions are of
 
     def compose(self):
@@ -192,9 +207,19 @@ class Composer(Vertical):
         return [*self._files.values(), *self._pastes]
 
     def submit(self) -> None:
-        """Hand over what is typed and attached. The text stays until the screen accepts it (`clear`)."""
-        self.look_for_files()
+        """Hand over what is typed and attached. The text stays until the screen accepts it (`clear`).
+
+        With a file that cannot be sent nothing is, the first time.
+        """
+        self._files = {written: a for written, a in self._files.items() if not a.problem}
+        self.look_for_files(written=True)
         text = self.text.strip("\n")
+        wrong = next((a for a in self.attachments if a.problem), None)
+        if wrong is not None and self._refused != text:
+            self._refused = text
+            what = f"{clean(wrong.name)} cannot be sent: {clean(wrong.problem)}."
+            self.post_message(Trouble(UsageError(what, "Correct the name; enter again sends it as text.")))
+            return
         good = [a for a in self.attachments if not a.problem]
         if text.strip() or good:
             self.post_message(Submitted(text, [a.stored() for a in good]))
@@ -202,7 +227,7 @@ class Composer(Vertical):
     def clear(self) -> None:
         """Empty, ready for the next message."""
         self.text = ""
-        self._pastes, self._files, self._recalled = [], {}, None
+        self._pastes, self._files, self._recalled, self._refused = [], {}, None, None
         self.chips.show([])
 
     def restore(self, text: str, attachments: Sequence[dict[str, str]]) -> None:
@@ -244,9 +269,14 @@ class Composer(Vertical):
         self._attached()
         return True
 
-    def look_for_files(self) -> None:
-        """Read the files that the text names, once each."""
-        found: dict[str, Path] = dict(mentions(self.text)) if "@" in self.text else {}
+    def look_for_files(self, written: bool = False) -> None:
+        """Read the files that the text names, once each. written: also the name that one is at the end of."""
+        found: dict[str, Path] = {}
+        if "@" in self.text:
+            document = self.input.document
+            at = None if written else document.get_index_from_location(self.input.cursor_location)
+            named = [*mentions(self.text), *missed(self.text, at)]
+            found = dict(sorted(named, key=lambda item: self.text.find(item[0])))
         if found.keys() != self._files.keys():
             self._files = {written: self._files.get(written) or read(path) for written, path in found.items()}
             self._attached()

@@ -11,6 +11,10 @@ from tinychat.tui.text import Line, line_width, shorten
 from tinychat.tui.widgets.lines import Lines
 from tinychat.tui.widgets.turn import human_size, seconds
 
+MUCH, NEARLY = 0.75, 0.9  # of the context: it is seen, and what comes then is said
+METER = 8  # cells of the bar
+WIDE = 70  # cells of a line that has room for it
+
 
 def short_name(model: str) -> str:
     """A path's last part, a served model without its server; other names as they are."""
@@ -49,7 +53,7 @@ class StatusLine(Lines):
         return self._shown[1]
 
     def _line(self, width: int) -> Line:
-        parts = self._parts()
+        parts = self._parts(width >= WIDE)
         while True:
             line: Line = []
             for _, span in sorted(parts, key=lambda p: p[0][1]):
@@ -63,7 +67,7 @@ class StatusLine(Lines):
             line = [(shorten(line[0][0], width), line[0][1])]
         return line
 
-    def _parts(self) -> list[tuple[tuple[int, int], tuple[str, str]]]:
+    def _parts(self, wide: bool) -> list[tuple[tuple[int, int], tuple[str, str]]]:
         """((importance, place), span): the highest importance number goes first when room is short."""
         f = self.facts
         out = [((0, 0), (f.get("state") or "ready", "strong"))]
@@ -74,25 +78,35 @@ class StatusLine(Lines):
         if f.get("unsaved"):
             add(1, "not stored", "bad")
         if f.get("model"):
-            add(3, short_name(str(f["model"])), "strong")
+            add(4, short_name(str(f["model"])), "strong")
         if f.get("backend"):
-            add(4, f["backend"] + (f" {f['isa']}" if f.get("isa") else ""), "faint")
+            add(5, f["backend"] + (f" {f['isa']}" if f.get("isa") else ""), "faint")
         if f.get("rate"):
-            add(1, f"{f['rate']:.1f} tok/s", "marker")
+            add(2, f"{f['rate']:.1f} tok/s", "marker")
         if f.get("ttft"):
-            add(5, f"first token {seconds(f['ttft'])}", "faint")
+            add(6, f"first token {seconds(f['ttft'])}", "faint")
         if f.get("evicted"):  # such a chat never gets full
             add(2, f"context {f.get('used', 0)}, {f['evicted']} evicted", "faint")
         elif f.get("ctx"):
             used, total = f.get("used", 0), f["ctx"]
-            style = "bad" if used > 0.9 * total else "notice" if used > 0.75 * total else "faint"
-            add(2, f"context {used}/{total}", style)
+            style = "bad" if used > NEARLY * total else "notice" if used > MUCH * total else "faint"
+            add(1, f"context {meter(used / total) if wide else ''}{used}/{total}", style)
+            if style != "faint" and f.get("evicts") is not None:
+                add(
+                    1 if style == "bad" else 3, "then it forgets" if f["evicts"] else "then it is full", style
+                )
         if f.get("kv_bytes"):
-            add(8, f"KV {human_size(f['kv_bytes'])}", "faint")
+            add(9, f"KV {human_size(f['kv_bytes'])}", "faint")
         if f.get("accepted") is not None:
-            add(7, f"drafts {f['accepted']:.0%}", "faint")
+            add(8, f"drafts {f['accepted']:.0%}", "faint")
         if f.get("memory"):
-            add(9, f"memory {human_size(f['memory'])}", "faint")
+            add(10, f"memory {human_size(f['memory'])}", "faint")
         if f.get("cpu") is not None:
-            add(10, f"CPU {f['cpu']:.0f} %", "faint")
+            add(11, f"CPU {f['cpu']:.0f} %", "faint")
         return out
+
+
+def meter(share: float) -> str:
+    """A share as a bar, and a space behind it."""
+    n = min(METER, round(share * METER))
+    return "█" * n + "░" * (METER - n) + " "
