@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tinychat.base.events import Done, Event
+from tinychat.base.events import Done, Event, TextDelta
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.engine.guide import Guide, guide_for
 from tinychat.engine.odds import Odds
+from tinychat.engine.wishes import NOTHING, Begun
 from tinychat.text.oversized import refuse_oversized
+from tinychat.text.reasoning import CHANNEL, MESSAGE
 from tinychat.text.response_format import Form
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class ChatRequest:
     think     whether the model reasons first, and
     effort    how much: where the template knows these; None is the model's own
     logprobs  log-probabilities that come with each token: of it and of so many of the likeliest; None: none
+    begun     text of the answer that goes on, which stands behind the messages; None: one begins
     """
 
     messages: list[dict[str, Any]]
@@ -52,10 +56,11 @@ class ChatRequest:
     think: bool | None = None
     effort: str | None = None
     logprobs: int | None = None
+    begun: str | None = None
 
     def events(self, model: ChatModel, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """The answer, as a session yields one: TextDelta, Notice and Reading, and Done last; and
-        ToolCallDelta where the model calls tools.
+        ToolCallDelta where the model calls tools. Of an answer that goes on, what is new.
 
         cancel: set by any thread, it ends the answer between two steps. Raises UsageError at once, before the
         first event is asked for, if the conversation does not fit the context, or the template refuses it.
@@ -64,8 +69,9 @@ class ChatRequest:
         text, ids = self._read(model, model.eviction() is not None)
         splitter = None if model.template is None else model.template.splitter(text)
         written, caller = partial(self._written, model, text, ids), self._caller(model)
+        begun = NOTHING if self.begun is None else _begun(model, text, ids, self.begun, splitter)
         guide = guide_for(model.tokenizer, model.template, splitter, self.form, self.params.think_budget)
-        return made(model, ids, self, cancel, speculator, splitter, written, caller, guide)
+        return made(model, ids, self, cancel, speculator, splitter, written, caller, guide, begun)
 
     def prompt(self, model: ChatModel) -> list[int]:
         """The ids that the model reads. Raises UsageError where the template refuses the messages, and for
@@ -75,6 +81,7 @@ class ChatRequest:
 
     def _texts(self) -> Iterator[str]:
         """What is to be read, but for what the template adds."""
+        yield self.begun or ""
         for m in self.messages:
             yield m["content"]
             yield from (call["function"]["arguments"] for call in m.get("tool_calls", ()))
@@ -129,6 +136,26 @@ class ChatRequest:
         return [model.known.add(text + form, [*ids, *answer.token_ids]) for form in forms]
 
 
+def _begun(model: ChatModel, text: str, ids: list[int], said: str, splitter: Splitter | None) -> Begun:
+    """The beginning of an answer behind a prompt, as its model would have written it: behind a thought, where
+    the template has opened one, and in the channel of answers. What the model did write keeps its ids.
+    """
+    template, before, guarded = model.template, "", said
+    if template is not None:
+        guarded = template.guard(said, spoken=True)
+        if splitter is not None and splitter.thinking:
+            before = template.closing(splitter.end)
+        elif any(model.tokenizer.markers[i] == CHANNEL for i in template.openers):
+            before = f"{CHANNEL}final{MESSAGE}"
+    known = model.known.find(text + before + guarded)
+    if known and known.characters > len(text) and known.ids[: len(ids)].tolist() == ids:
+        found, rest = list(known.ids[len(ids) :]), (text + before + guarded)[known.characters :]
+    else:
+        found, rest = [], before + guarded
+    encode = model.tokenizer.encode if template is None else template.encode
+    return Begun([*found, *encode(rest, after=(ids + found)[-1])], before + said)
+
+
 def made(
     model: ChatModel,
     ids: list[int],
@@ -139,14 +166,15 @@ def made(
     written: Callable[[Done], list[Known]] = lambda done: [],
     caller: Caller | None = None,
     guide: Guide | None = None,
+    begun: Begun = NOTHING,
 ) -> Generator[Event, None, None]:
     """The events of an answer to ids, on a branch that has as much of them as is kept.
 
-    written: is told of the end, and gives the texts whose ids are known now. Raises
-    UsageError at once if the ids do not fit the context.
+    begun: an answer that goes on; the events have what is new. written: is told of the end, and gives the
+    texts whose ids are known now. Raises UsageError at once if the ids do not fit the context.
     """
-    model.engine.check_prompt(ids, model.eviction() is not None)
-    return _made(model, ids, request, cancel, speculator, splitter, written, caller, guide)
+    model.engine.check_prompt([*ids, *begun.ids], model.eviction() is not None)
+    return _made(model, ids, request, cancel, speculator, splitter, written, caller, guide, begun)
 
 
 def _made(
@@ -159,27 +187,47 @@ def _made(
     written: Callable[[Done], list[Known]],
     caller: Caller | None,
     guide: Guide | None,
+    begun: Begun,
 ) -> Generator[Event, None, None]:
     branch = model.engine.branch(model.eviction()) if model.shelf is None else model.shelf.take(ids)
     params, generate = request.params, model.engine.generate
     odds = None if request.logprobs is None else Odds(request.logprobs)
-    events = generate(
-        branch, ids, params, cancel, speculator, splitter, caller=caller, guide=guide, odds=odds
-    )
+    events = generate(branch, ids, params, cancel, speculator, splitter, begun, caller, guide, odds)
     texts: list[Known] = []
     done: Done | None = None
+    said = Piece()
     try:
         for event in events:
             if isinstance(event, Done):
                 done, texts = event, written(event)
                 break
+            said.hear(event)
             yield event
     finally:
         events.close()
         if model.shelf is not None:  # before anybody hears of the end, and comes back
             model.shelf.put(branch, texts)
     if done is not None:
-        yield done
+        yield done if begun is NOTHING else said.end(done, len(begun.ids))
+
+
+class Piece:
+    """What is new of an answer that goes on."""
+
+    def __init__(self) -> None:
+        self._text, self._reasoning = io.StringIO(), io.StringIO()
+
+    def hear(self, event: Event) -> None:
+        """An event of it."""
+        if isinstance(event, TextDelta):
+            self._text.write(event.text)
+            self._reasoning.write(event.reasoning)
+
+    def end(self, done: Done, n_begun: int) -> Done:
+        """The end, without the n_begun tokens that were there."""
+        whole = done.completion
+        text, reasoning, ids = self._text.getvalue(), self._reasoning.getvalue(), whole.token_ids[n_begun:]
+        return replace(done, completion=replace(whole, text=text, reasoning=reasoning, token_ids=ids))
 
 
 @dataclass(frozen=True)

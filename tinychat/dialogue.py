@@ -36,7 +36,6 @@ class Dialogue:
     """
 
     PARAMS: ClassVar[type[Settings]] = SamplingParams
-    CONTINUES: ClassVar[bool] = True  # whether an answer that was stopped or cut can go on
 
     def __init__(self, system: str | None, params: Any):
         self.system = system
@@ -48,6 +47,11 @@ class Dialogue:
         self._claiming = threading.Lock()
 
     # Who answers
+
+    @property
+    def continues(self) -> bool:
+        """Whether an answer that was stopped or cut can go on."""
+        return True
 
     def _asked(self, question: int) -> Segments:
         """The prompt for a question, in segments; the last one is new. Refuses what cannot be answered."""

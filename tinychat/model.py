@@ -262,6 +262,7 @@ class Model:
         tool_choice: Any = "auto",
         parallel_tool_calls: bool = True,
         logprobs: int | None = None,
+        go_on: bool = False,
         **sampling: Any,
     ) -> ChatRequest:
         """What `chat` asks for, checked. Raises UsageError.
@@ -270,9 +271,12 @@ class Model:
         "json_schema": {"schema": …}}`, `{"type": "json_object"}`, `{"type": "regex", "pattern": …}`,
         `{"type": "choice", "choices": […]}` or `{"type": "grammar", "grammar": …}`. think: whether to reason
         before answering, effort: how much, where the chat template knows these.
-        logprobs: how many of the likeliest tokens are told with each one's log-probability.
+        logprobs: how many of the likeliest tokens are told with each one's log-probability. go_on: the last
+        message is an answer that was begun; what is new of it is told.
         """
         messages, form = arguments.messages(messages), response_format_of(response_format)
+        begun = arguments.begun(messages) if arguments.flag("go_on", go_on) else None
+        messages = messages if begun is None else messages[:-1]
         given = checked_tools.tools(tools)
         choice = checked_tools.tool_choice(tool_choice, given)
         several = arguments.flag("parallel_tool_calls", parallel_tool_calls)
@@ -288,7 +292,7 @@ class Model:
         if self.template is not None and choice != "none":
             told = [t for t in given if t["function"]["name"] == choice] or given
             form = self.template.tools.form(told, choice != "auto", several, form) if told else form
-        return ChatRequest(messages, params, draft, given, choice, several, form, think, effort, odds)
+        return ChatRequest(messages, params, draft, given, choice, several, form, think, effort, odds, begun)
 
     def session(self, system: str | None = None, **sampling: Any) -> Session:
         """A conversation with a memory. `draft`, `kv_budget` and `kv_policy` as in `load`; sampling

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 from cli_helpers import TINYCHAT, on_terminal, tinychat
-from scripted_server import ScriptedServer, status
+from scripted_server import ScriptedServer, answer, status
 
 from tinychat.chats.chat_store import ChatStore
 
@@ -34,6 +34,18 @@ def test_one_answer_and_what_is_wrong(played, tmp_path):
     assert (cut.returncode, cut.stdout) == (1, "echo: die and then\n")
     assert cut.stderr.startswith("Error: ")
     assert len(cut.stderr.splitlines()) == 2
+
+
+def test_a_schema_and_an_effort_are_sent_and_an_answer_that_is_no_json_is_found_out(played):
+    played.scripts = [answer('{"a": 1}')]
+    asked = ["run", "--server", played.url, "org/big-model", "x", "--schema", '{"type": "object"}']
+    out = tinychat(*asked, "--effort", "low")
+    assert (out.returncode, out.stdout) == (0, '{"a": 1}\n')
+    assert played.questions[-1]["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    assert played.questions[-1]["reasoning_effort"] == "low"
+    out = tinychat(*asked)
+    assert (out.returncode, out.stdout) == (5, "echo: x\n")
+    assert "no JSON" in out.stderr
 
 
 def test_options_that_make_no_sense_are_refused_before_anything_is_asked(played):

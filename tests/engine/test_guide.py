@@ -205,3 +205,40 @@ def test_strict_tools_leave_a_channel_of_words_free(monkeypatch):
         held = model.chat("?", tools=[tool], response_format=YES_NO, max_tokens=200)
         assert form.throughout
         assert (held.reasoning, json.loads(held.text)["a"] in ("yes", "no")) == ("hm", True)
+
+
+def test_an_answer_that_is_no_beginning_of_a_form_cannot_go_on_in_it(monkeypatch):
+    with speaker(monkeypatch, QWEN, saying("Well, yes.")) as model:
+        session = model.session(temperature=0)
+        list(session.send("?", max_tokens=4))
+        session.response_format = YES_NO
+        with pytest.raises(UsageError, match="does not begin as the form") as e:
+            list(session.go_on())
+        assert "take the form away" in e.value.todo
+        session.response_format = None
+        assert list(session.go_on())[-1].finish_reason == "stop"
+        session.response_format = YES_NO
+        held = list(session.send("?", max_tokens=5))[-1]
+        assert held.finish_reason == "length"
+        assert json.loads(list(session.go_on(max_tokens=100))[-1].completion.text)["a"] in ("yes", "no")
+
+
+@pytest.mark.parametrize("n", range(30, 36))
+def test_a_thought_that_goes_on_with_a_smaller_budget_is_closed_at_once(monkeypatch, n):
+    with speaker(monkeypatch, QWEN, thinker()) as model:
+        session = model.session(temperature=0)
+        list(session.send("?", max_tokens=n))
+        heard = session.nodes[-1].content
+        done = list(session.go_on(think_budget=20, max_tokens=100))[-1]
+        assert done.completion.written == heard + "\n</think>\n\nWell, yes."
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+@pytest.mark.parametrize(
+    ("stop", "text"), [("}", '{"a": "yes"'), ('"a"', "{"), (': "y', '{"a"'), ('yes"}', '{"a": "')]
+)
+def test_stop_strings_end_a_form_where_they_come(monkeypatch, draft, stop, text):
+    with speaker(monkeypatch, QWEN, saying('{"a": "yes"}')) as model:
+        held = model.chat("?", response_format=YES_NO, stop=[stop], temperature=0, draft=draft)
+        assert (held.text, held.finish_reason, held.stop) == (text, "stop", stop)
+        assert model.tokenizer.decode(held.token_ids) == text

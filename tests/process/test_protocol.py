@@ -29,6 +29,7 @@ SAID = [
     protocol.Loaded({"model": "demo", "ctx": 3}, {"stop": []}, False),
     Reading(1, 2, 3),
     protocol.Began("<a>", 7),
+    protocol.Calling(1, "add"),
     protocol.Text("hm\n", 4, None),
     Notice("noted"),
     protocol.Finished(ANSWER),

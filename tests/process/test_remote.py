@@ -17,7 +17,9 @@ from tinychat.base.sampling_params import SamplingParams
 from tinychat.conversation import Message, Tree
 from tinychat.process import remote, server
 from tinychat.process.address import Address, KeySource
-from tinychat.process.remote import Connector, RemoteSession, ServerParams
+from tinychat.process.connector import MOST_MODELS, Connector
+from tinychat.process.remote import RemoteSession
+from tinychat.process.server_params import ServerParams
 
 
 @pytest.fixture(autouse=True)
@@ -433,7 +435,7 @@ def test_hostile_lists_of_models(played):
         connected(played.url)
     played.listed = {"data": [{"id": f"m{i}"} for i in range(5000)]}
     played.models = lambda h: h.page(played.listed)
-    assert len(Connector(Address.parse(played.url)).list()["installed"]) == remote.MOST_MODELS
+    assert len(Connector(Address.parse(played.url)).list()["installed"]) == MOST_MODELS
 
 
 def test_a_model_of_another_server_is_asked_there_without_the_first_ones_key(played, tmp_path):

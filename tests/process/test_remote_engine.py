@@ -15,8 +15,9 @@ from scripted_server import ScriptedServer, answer, status
 from tinychat.base.events import Notice
 from tinychat.process import remote
 from tinychat.process.address import Address
+from tinychat.process.connector import Connector
 from tinychat.process.protocol import Began, Failed, Finished, Loaded, Loading, Text
-from tinychat.process.remote import Connector, RemoteEngine
+from tinychat.process.remote_engine import RemoteEngine
 
 pytestmark = pytest.mark.asyncio
 

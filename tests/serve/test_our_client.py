@@ -11,7 +11,7 @@ from tiny import tiny_model
 from tinychat.base.errors import TinychatError
 from tinychat.base.events import TextDelta
 from tinychat.process.address import Address
-from tinychat.process.remote import Connector
+from tinychat.process.connector import Connector
 
 HELLO = [{"role": "user", "content": "Hello."}]
 

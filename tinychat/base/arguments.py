@@ -131,6 +131,17 @@ def messages(value: Any) -> list[dict[str, Any]]:
     return [_message(m) for m in found]
 
 
+def begun(messages: list[dict[str, Any]]) -> str:
+    """The text of an answer that goes on: the last of some messages, and not the only one."""
+    last = messages[-1]
+    if len(messages) < 2 or last["role"] != "assistant" or last.get("tool_calls") or not last["content"]:
+        raise UsageError(
+            "There is no answer to go on with.",
+            "Let an answer of at least one character be the last message.",
+        )
+    return last["content"]
+
+
 def _message(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
         raise UsageError(f"{shown(given)} is not a message.", f"Use {MESSAGE}.")

@@ -31,7 +31,7 @@ from tinychat.cli.output import Printer, cancel_on_interrupt, describe
 from tinychat.cli.preferred import load_options
 from tinychat.cli.preferred import sampling_options as sampling_from
 from tinychat.cli.served import served, served_options
-from tinychat.cli.words import attached, gather, model_or_prompt, schema_of
+from tinychat.cli.words import attached, gather, is_json, model_or_prompt, schema_of
 
 if TYPE_CHECKING:
     from tinychat.base.events import Event
@@ -125,8 +125,6 @@ def run(model: str | None, prompt: str | None, **o: Any) -> None:
     if not model and plain:
         model = choose_model()
     _prefer(preferences, model, o, chat, own)
-    if o["schema"] is not None and o["connector"] is not None:
-        raise UsageError("--schema is for models of this machine.", "Leave out --schema, or --server.")
     if text is not None:
         sys.exit(_answer(model, text, attachments, kept, chat, o))
     assert kept is not None  # a conversation is
@@ -184,7 +182,7 @@ def _show(
         options = pick(o, LoadOptions.SETTINGS) | ({"keep_kv": False} if o["no_store"] else {})
         engine = None
         if o["connector"] is not None:
-            from tinychat.process.remote import RemoteEngine
+            from tinychat.process.remote_engine import RemoteEngine
 
             engine = RemoteEngine(o["connector"])
         app = make_app(
@@ -305,6 +303,9 @@ def _print(session: Any, events: Iterator[Event], o: dict[str, Any]) -> int:
         click.echo(describe(done.stats), err=True)
     if o["schema"] is not None and done.finish_reason in ("length", "context_full"):
         click.echo("The answer was cut before it was complete: it is no valid JSON.", err=True)
+        return CUT
+    if o["schema"] is not None and not interrupted and not is_json(done.completion.text):
+        click.echo("The answer is no JSON: the server did not hold it to the schema.", err=True)
         return CUT
     return 130 if interrupted else 0
 

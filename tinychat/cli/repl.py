@@ -118,7 +118,7 @@ class Repl:
         if self.last is None:
             return
         reason = self.last.finish_reason
-        more = ": /continue goes on" if self.session.CONTINUES else ""
+        more = ": /continue goes on" if self.session.continues else ""
         if reason == "cancelled":
             click.echo(f"(stopped{more})", err=True)
         elif reason == "context_full":

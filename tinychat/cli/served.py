@@ -11,9 +11,9 @@ from tinychat.base.load_options import LoadOptions
 from tinychat.cli.options import file_type, pick
 
 if TYPE_CHECKING:
-    from tinychat.process.remote import Connector
+    from tinychat.process.connector import Connector
 
-THERE = ("think",)  # load options that a server can be told
+THERE = ("think", "effort")  # load options that a server can be told
 
 
 def served_options(f: Any) -> Any:
@@ -57,6 +57,6 @@ def served(model: str, o: dict[str, Any], typed: bool) -> tuple[str, Connector |
     model = full_name(id if typed or address is not None else "", server)
     keys = KeySource(server, o["api_key_env"], o["api_key_file"])
     keys.key(server)
-    from tinychat.process.remote import Connector
+    from tinychat.process.connector import Connector
 
     return model, Connector(server, keys)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
@@ -17,9 +18,6 @@ from tinychat.base.errors import UsageError
 from tinychat.base.files import MAX_TEXT, read_prose
 from tinychat.cli.options import DEFAULT_MODEL
 from tinychat.process.address import split_name
-
-if TYPE_CHECKING:
-    from tinychat.text.response_format import Form
 
 PATIENCE = 1.0  # seconds until it is said that stdin is being waited for
 
@@ -55,8 +53,9 @@ def attached(files: tuple[Path, ...]) -> list[dict[str, str]]:
     return [{"name": whole(f.name), "text": read_prose(f)} for f in files]
 
 
-def schema_of(given: str, alone: bool) -> Form:
-    """The JSON schema that was given, as such or as the name of a file; alone: whether it is for one answer.
+def schema_of(given: str, alone: bool) -> dict[str, Any]:
+    """The form of the JSON schema that was given, as such or as the name of a file; alone: whether it is for
+    one answer.
 
     Raises UsageError.
     """
@@ -66,7 +65,18 @@ def schema_of(given: str, alone: bool) -> Form:
         raise UsageError(
             "--schema is for one answer.", 'Give a prompt: tinychat run MODEL "…" --schema FILE.'
         )
-    return of_schema(given if given.lstrip()[:1] in ("{", "[") else read_prose(Path(given)))
+    text = given if given.lstrip()[:1] in ("{", "[") else read_prose(Path(given))
+    of_schema(text)  # says now what is wrong with it
+    return {"type": "json_schema", "json_schema": {"schema": json.loads(text)}}
+
+
+def is_json(text: str) -> bool:
+    """Whether an answer is a value of JSON."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def gather(prompt: str | None, files: tuple[Path, ...] = ()) -> str | None:

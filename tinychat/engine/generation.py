@@ -81,7 +81,7 @@ class Generation:
         or a stop string, though it was said when the answer ended there: it is not said again.
         """
         for i, token in enumerate(begun.ids, 1):
-            if self.guide is not None and self.guide.push(token):
+            if self.guide is not None and self.guide.recall(token):
                 self.outlet.answers()
             said = self.outlet.recall(self.decoder.push(token))
             self._write(said)

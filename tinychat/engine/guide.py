@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinychat.base.errors import TinychatError, UsageError
 from tinychat.text import grammar
 from tinychat.text.grammar import Matcher
 from tinychat.text.reasoning import CHANNEL, END, Splitter
@@ -112,6 +113,8 @@ class Guide:
     def push(self, token: int) -> bool:
         """That token was written. Whether it is the first of the answer that is held to a form."""
         at, self.n = self.n, self.n + 1
+        if self.script is not None and self.script[at - self.since] != token:
+            self.script = None  # an answer that goes on was written under other settings
         unscripted = self.matcher is not None and self.first is None and self.script is None
         if unscripted and self._place == "beginning" and token not in self.openers:
             self.first = at
@@ -123,6 +126,16 @@ class Guide:
             self.splitter.push(self.decoder.push(token))
         self._look()
         return False
+
+    def recall(self, token: int) -> bool:
+        """`push` for an answer that goes on. Raises UsageError where its form has no such beginning."""
+        try:
+            return self.push(token)
+        except TinychatError as e:
+            raise UsageError(
+                "The answer so far does not begin as the form has it that it is to be held to.",
+                "Let it answer anew, or take the form away.",
+            ) from e
 
     def hurry(self) -> None:
         """Close a thought now, if one is open."""

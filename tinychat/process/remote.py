@@ -1,84 +1,64 @@
-"""Models that a server has, in place of one of this machine: the same conversations, and the same engine
-behind the chat screen. Only answers come from there; branches, the store and the search are here.
+"""Models that a server has, in place of one of this machine: the same conversations. Only answers come from
+there; branches, the store and the search are here.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tinychat.base.errors import ModelNotFoundError, UsageError
+from tinychat.base.errors import UsageError
 from tinychat.base.events import Event, Notice
-from tinychat.base.sampling_params import SamplingParams
-from tinychat.base.settings import Settings, setting
-from tinychat.base.terminal import clean
+from tinychat.base.settings import Settings
+from tinychat.conversation import Message
 from tinychat.dialogue import Dialogue, Segments
-from tinychat.process.address import LONGEST_ID, Address, KeySource, full_name, split_name
-from tinychat.process.core import Core
-from tinychat.process.local import LocalEngine
-from tinychat.process.protocol import EngineEvent, Reply
+from tinychat.process.address import full_name
 from tinychat.process.served import Reader
 from tinychat.process.server import AbortedError, Exchange, Server, ServerError
+from tinychat.process.server_params import ServerParams
+from tinychat.text.reasoning import split_thought
+from tinychat.text.response_format import Form, response_format
 
 ATTEMPTS = 4  # at an answer of which nothing was said yet
 WAIT = 0.5  # seconds before the second attempt, doubled each time
-MOST_MODELS = 1000
-ENDING = 1.0  # seconds that an engine which is closed is waited for
-_CTX = ("max_model_len", "context_length", "max_context_length", "context_window", "n_ctx")
+CONTINUE = ("vllm", "sglang", "llamacpp", "tinychat")  # owners of models, whose servers go on with answers
+# Fields whose wish must not be passed over in silence.
+NEEDED = ("tools", "response_format", "continue_final_message", "add_generation_prompt")
 _UNKNOWN = ("unknown", "unrecognized", "unsupported", "not support", "not permitted", "unexpected", "extra")
 
 
 @dataclass(frozen=True)
-class ServerParams(Settings):
-    """How a server shall choose tokens. None, the default of all: as the server does it by itself."""
+class Listed:
+    """What a server's list says of a model: tokens of its context (0: unknown), and who serves it."""
 
-    WHAT: ClassVar[str] = SamplingParams.WHAT
-
-    temperature: float | None = setting(replace(SamplingParams.SETTINGS["temperature"], default=None))
-    top_k: int | None = setting(replace(SamplingParams.SETTINGS["top_k"], default=None))
-    top_p: float | None = setting(replace(SamplingParams.SETTINGS["top_p"], default=None))
-    min_p: float | None = setting(replace(SamplingParams.SETTINGS["min_p"], default=None))
-    repeat_penalty: float | None = setting(replace(SamplingParams.SETTINGS["repeat_penalty"], default=None))
-    presence_penalty: float | None = setting(
-        replace(SamplingParams.SETTINGS["presence_penalty"], default=None)
-    )
-    frequency_penalty: float | None = setting(
-        replace(SamplingParams.SETTINGS["frequency_penalty"], default=None)
-    )
-    logit_bias: tuple[tuple[int, float], ...] = setting(SamplingParams.SETTINGS["logit_bias"])
-    max_tokens: int | None = setting(SamplingParams.SETTINGS["max_tokens"])
-    think_budget: int | None = setting(SamplingParams.SETTINGS["think_budget"])
-    seed: int | None = setting(SamplingParams.SETTINGS["seed"])
-    stop: tuple[str, ...] = setting(SamplingParams.SETTINGS["stop"])
-
-    def fields(self) -> dict[str, Any]:
-        """Fields of a request: those that are set, by the names that servers know."""
-        out = {k: v for k, v in vars(self).items() if v not in (None, ())}
-        if "repeat_penalty" in out:
-            out["repetition_penalty"] = out["repeat_penalty"]
-        if "stop" in out:
-            out["stop"] = list(out["stop"])
-        if "logit_bias" in out:
-            out["logit_bias"] = {str(id): bias for id, bias in out["logit_bias"]}
-        return out
+    n_ctx: int = 0
+    owner: str = ""
 
 
 class ServedModel:
-    """A model of a server. `id`: what the server calls it; `n_ctx`: tokens of its context, 0 if unknown."""
+    """A model of a server. `id`: what the server calls it; `n_ctx`: tokens of its context, 0 if unknown;
+    `continues`: whether it is known to go on with answers that were cut.
+    """
 
     default_sampling = ServerParams()
     template = "the server's"
-    takes_tools = False
+    takes_tools = True  # as far as we know
 
-    def __init__(self, server: Server, id: str, n_ctx: int = 0, think: bool | None = None):
-        self.server, self.id, self.n_ctx, self.think = server, id, n_ctx, think
+    def __init__(
+        self,
+        server: Server,
+        id: str,
+        listed: Listed | None = None,
+        think: bool | None = None,
+        effort: str | None = None,
+    ):
+        self.server, self.id, self.think, self.effort = server, id, think, effort
+        listed = listed or Listed()
+        self.n_ctx, self.continues = listed.n_ctx, listed.owner in CONTINUE
         self.name = full_name(id, server.address)
         self.notices: list[str] = []
         self._left_out: set[str] = set()  # fields that the server does not know
@@ -103,15 +83,24 @@ class ServedModel:
         a = self.server.address
         return {"model": self.name, "backend": "server", "isa": a.place, "server": str(a), **ctx}
 
-    def request(self, messages: list[dict[str, str]], params: ServerParams) -> dict[str, Any]:
-        """Body of a question."""
+    def request(
+        self, messages: list[dict[str, Any]], params: ServerParams, going_on: bool = False, **more: Any
+    ) -> dict[str, Any]:
+        """Body of a question. going_on: the last message is an answer that goes on. more: further fields,
+        none of which may be left out.
+        """
         optional: dict[str, Any] = {"stream_options": {"include_usage": True}, **params.fields()}
-        if self.think is not None:
-            optional["chat_template_kwargs"] = {"enable_thinking": self.think}
+        if self.effort is not None:
+            optional["reasoning_effort"] = self.effort
+        think = False if going_on else self.think  # the thought is over
+        if think is not None:  # Qwen's switch and most others'; DeepSeek's and Kimi's
+            optional["chat_template_kwargs"] = {"enable_thinking": think, "thinking": think}
+        if going_on:
+            more |= {"continue_final_message": True, "add_generation_prompt": False}
         if "max_tokens" in self._left_out and "max_tokens" in optional:
             optional["max_completion_tokens"] = optional["max_tokens"]
         kept = {k: v for k, v in optional.items() if k not in self._left_out}
-        return {"model": self.id, "messages": messages, "stream": True, **kept}
+        return {"model": self.id, "messages": messages, "stream": True, **more, **kept}
 
     def leave_out(self, e: ServerError, body: dict[str, Any]) -> str | None:
         """Leave out, from now on, the field of a request that the server says it does not know. A sentence
@@ -120,7 +109,7 @@ class ServedModel:
         said = e.what.lower()
         if e.status not in (400, 422) or not any(word in said for word in _UNKNOWN):
             return None
-        known = ("model", "messages", "stream", "max_completion_tokens")
+        known = ("model", "messages", "stream", "max_completion_tokens", *NEEDED)
         field = max((k for k in body if k not in known and k in said), key=len, default=None)
         if field is None:
             return None
@@ -134,12 +123,12 @@ class RemoteSession(Dialogue):
     """A conversation with a model of a server. Nothing of it is kept there, as far as we know."""
 
     PARAMS: ClassVar[type[Settings]] = ServerParams
-    CONTINUES: ClassVar[bool] = False
 
     def __init__(self, model: ServedModel, system: str | None = None, **sampling: Any):
         super().__init__(system, model.default_sampling.but(**sampling))
         self.model = model
         self._exchange = Exchange()
+        self._form: Mapping[str, Any] | None = None
         self._notices += model.notices
         model.notices = []
 
@@ -148,42 +137,88 @@ class RemoteSession(Dialogue):
         super().cancel()
         self._exchange.abort()
 
+    @property
+    def continues(self) -> bool:
+        """Whether an answer that was stopped or cut can go on."""
+        return self.model.continues
+
+    @property
+    def response_format(self) -> Mapping[str, Any] | None:
+        """JSON schema that the server is asked to hold the next answers to, as OpenAI's API has it."""
+        return self._form
+
+    @response_format.setter
+    def response_format(self, value: Mapping[str, Any] | None) -> None:
+        form = None if isinstance(value, Form) else response_format(value)
+        if isinstance(value, Form) or (form is not None and form.kind != "json_schema"):
+            raise UsageError(
+                "A server is asked for JSON schemas, and for no other form.",
+                'Use {"type": "json_schema", "json_schema": {"schema": …}}.',
+            )
+        self._form = None if form is None else value
+
     def _asked(self, question: int) -> Segments:
         return [("", [])]
-
-    def _check_tools(self, tools: list[dict[str, Any]]) -> None:
-        if tools:
-            raise UsageError(
-                "A server's models are not given tools yet.",
-                "Leave them out, or choose a model of this machine.",
-            )
 
     def _cut_ids(self, ids: list[int], text: str) -> list[int]:
         return []
 
-    def _messages(self, question: int) -> list[dict[str, str]]:
+    def _messages(self, question: int) -> list[dict[str, Any]]:
         """The conversation to a question; what was thought before is not told again.
 
         Servers want turns that alternate, with something in each: a question whose answer failed before it
         began is left out, as a session takes it back; one whose answer is empty is one with the next.
         """
-        out: list[dict[str, str]] = []
+        out: list[dict[str, Any]] = []
         for m in self.tree.messages(question):
             text = m.split()[1]
-            if m.role == "assistant" and not text:
+            if m.role == "tool":
+                out.append({"role": m.role, "content": m.content, "tool_call_id": m.tool_call_id})
+            elif m.tool_calls:
+                out.append({"role": m.role, "content": text, "tool_calls": m.tool_calls})
+            elif m.role == "assistant" and not text:
                 if m.finish_reason in (None, "error") and out and out[-1]["role"] == "user":
                     out.pop()
-            elif out and out[-1]["role"] == m.role:
+            elif out and out[-1]["role"] == m.role and "tool_calls" not in out[-1]:
                 out[-1]["content"] += f"\n\n{text}"
             else:
                 out.append({"role": m.role, "content": text})
         return out if self.system is None else [{"role": "system", "content": self.system}, *out]
 
-    def _generate(self, question: int, prompt: Segments, params: ServerParams) -> Iterator[Event]:
+    def _generate_more(
+        self, answer: Message, question: int, prompt: Segments, params: ServerParams
+    ) -> Iterator[Event]:
+        thought, text, closed = split_thought(answer.content)
+        if not self.continues:
+            raise UsageError(
+                f"{self.model.server.address} is not known to go on with answers.",
+                "vLLM, SGLang, llama.cpp and tinychat do. Here, ask for the rest of it.",
+            )
+        if not closed or (thought is not None and not text):
+            raise UsageError(
+                "The answer was cut in its thought, and a server goes on with answers alone.",
+                "Let it answer again, perhaps with more max_tokens.",
+            )
+        return self._generate(question, prompt, params, (thought or "", text) if text else None)
+
+    def _generate(
+        self,
+        question: int,
+        prompt: Segments,
+        params: ServerParams,
+        begun: tuple[str, str] | None = None,
+    ) -> Iterator[Event]:
+        """begun: thought and text of the answer that goes on."""
         attempt = 1
+        messages = self._messages(question)
+        if begun is not None:
+            messages.append({"role": "assistant", "content": begun[1]})
+        more: dict[str, Any] = {"tools": self.tools} if self.tools else {}
+        if self._form is not None:
+            more["response_format"] = _named(self._form)
         while True:
-            body = self.model.request(self._messages(question), params)
-            reader = Reader(self.model.server)
+            body = self.model.request(messages, params, begun is not None, **more)
+            reader = Reader(self.model.server, begun)
             try:
                 yield from self._attempt(body, reader)
                 return
@@ -265,147 +300,8 @@ class RemoteSession(Dialogue):
         return False
 
 
-class Connector:
-    """Finds models of servers. Calls may come from any thread; `abort` ends those that wait.
-
-    server: where models are whose names have no address.
-    """
-
-    def __init__(self, server: Address, keys: KeySource | None = None):
-        self.server, self.keys = server, keys or KeySource(server)
-        self._waiting: set[Exchange] = set()
-        self._aborts = 0
-        self._lock = threading.Lock()
-
-    def __call__(
-        self, name: str, options: dict[str, Any], progress: Callable[[str, int, int], None]
-    ) -> ServedModel:
-        """The model of that name: ID, ID@URL, or @URL for the only one there is. `options`: think.
-
-        Raises TinychatError.
-        """
-        id, address = split_name(name)
-        address = address or self.server
-        if len(id) > LONGEST_ID:
-            raise UsageError("That name is too long.", f"Use at most {LONGEST_ID} characters.")
-        server = Server(address, *self.keys.key(address))
-        progress(f"Asking {address.place} for its models", 0, 0)
-        found = self._found(server, named=bool(id))
-        if not id and len(found) != 1:
-            names = ", ".join(list(found)[:8]) + (", …" if len(found) > 8 else "")
-            raise ModelNotFoundError(
-                f"{address} has {len(found)} models{': ' if found else ''}{names}.",
-                "Name one: /model NAME, or tinychat run --server URL NAME.",
-            )
-        known = _match(id, found) if id else next(iter(found))
-        model = ServedModel(server, known or id, found.get(known or "", 0), options.get("think"))
-        if known is None and found:
-            near = get_close_matches(id, found, 1)
-            hint = f" It lists {near[0]}." if near else ""
-            model.notices.append(f"{address} does not list {clean(id)}: it is asked for it anyway.{hint}")
-        return model
-
-    def _found(self, server: Server, named: bool) -> dict[str, int]:
-        """The models of a server, with a few attempts. One that does not list them may have them still."""
-        aborts = self._aborts
-        for attempt in range(ATTEMPTS):
-            try:
-                return self.models(server)
-            except ServerError as e:
-                if named and e.status in (404, 405, 501):
-                    return {}
-                if not e.again or attempt == ATTEMPTS - 1:
-                    raise
-                time.sleep(max(e.wait, WAIT * 2**attempt) / 2)
-            if self._aborts != aborts:
-                break
-        raise ServerError("Asking for models was stopped.", "/model asks again.")
-
-    def models(self, server: Server) -> dict[str, int]:
-        """Names of a server's models, and the tokens of their contexts (0: unknown)."""
-        exchange = Exchange()
-        with self._lock:
-            self._waiting.add(exchange)
-        try:
-            page = server.ask(exchange, "/models")
-        except AbortedError:
-            raise ServerError("Asking for models was stopped.", "/model asks again.") from None
-        finally:
-            with self._lock:
-                self._waiting.discard(exchange)
-        listed = page.get("data") if isinstance(page, dict) else None
-        out: dict[str, int] = {}
-        for m in listed[:MOST_MODELS] if isinstance(listed, list) else ():
-            id = m.get("id") if isinstance(m, dict) else None
-            if isinstance(id, str) and 0 < len(id) <= LONGEST_ID and id.isprintable():
-                out[id] = _context(m)
-        return out
-
-    def list(self) -> dict[str, Any]:
-        """The models of `server`, as the choice of models shows them."""
-        found = self.models(Server(self.server, *self.keys.key(self.server)))
-        installed = [
-            {"name": full_name(id, self.server), "label": id, "ctx": ctx} for id, ctx in found.items()
-        ]
-        return {"installed": installed, "available": [], "server": str(self.server)}
-
-    def abort(self) -> None:
-        """Let nobody wait for a server any longer."""
-        with self._lock:
-            self._aborts += 1
-            for exchange in self._waiting:
-                exchange.abort()
-
-
-def _match(id: str, found: dict[str, int]) -> str | None:
-    """The listed model that a name means: the same, or ollama's and Hugging Face's short forms of it."""
-    if id in found:
-        return id
-    short = [k for k in found if k == f"{id}:latest" or k.rpartition("/")[2].lower() == id.lower()]
-    return short[0] if len(short) == 1 else None
-
-
-def _context(m: dict[str, Any]) -> int:
-    meta = m.get("meta")
-    for values in (m, meta if isinstance(meta, dict) else {}):
-        for key in _CTX:
-            if type(n := values.get(key)) is int and 0 < n < 1 << 31:
-                return n
-    return 0
-
-
-class RemoteCore(Core):
-    """The core whose models are a server's."""
-
-    def __init__(self, tell: Callable[[EngineEvent | Reply], None], connector: Connector):
-        super().__init__(tell, connector)  # type: ignore[arg-type]  # a model as far as the core uses one
-        self.connector = connector
-
-    def _models(self) -> dict[str, Any]:
-        return self.connector.list()
-
-    def _count(self, text: str) -> int | None:
-        return None
-
-    def _limits(self) -> dict[str, float] | None:
-        return None
-
-
-class RemoteEngine(LocalEngine):
-    """A ChatEngine whose answers come from a server."""
-
-    def __init__(self, connector: Connector, on_event: Callable[[EngineEvent], None] = lambda event: None):
-        super().__init__(on_event)
-        self.connector = connector
-
-    def _made_core(self, tell: Callable[[EngineEvent | Reply], None]) -> Core:
-        return RemoteCore(tell, self.connector)
-
-    async def close(self) -> None:
-        """End the answer and whatever waits for the server. Idempotent."""
-        core, self._core = self._core, None
-        self._answer_all()
-        if core is not None and self._thread is not None:
-            core.end()
-            self.connector.abort()
-            await asyncio.to_thread(self._thread.join, ENDING)
+def _named(form: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The form with a name for its schema, which OpenAI's API wants."""
+    if not isinstance(inner := form.get("json_schema"), Mapping):
+        return form
+    return {**form, "json_schema": {"name": "answer", "strict": True, **inner}}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinychat.base.characters import whole
-from tinychat.base.events import Completion, Done, FinishReason, Stats, TextDelta
+from tinychat.base.events import Completion, Done, FinishReason, Stats, TextDelta, ToolCall, ToolCallDelta
+from tinychat.process.served_calls import ServedCalls
 from tinychat.process.server import Server, ServerError, words_of
 from tinychat.text.reasoning import Splitter
 from tinychat.text.stopping import Outlet
@@ -35,15 +36,21 @@ class ServedDelta(TextDelta):
 class Reader:
     """Reads one answer. `said`: whether something of it has come."""
 
-    def __init__(self, server: Server):
+    def __init__(self, server: Server, begun: tuple[str, str] | None = None):
+        """begun: thought and text of the answer that goes on. What comes is its text then: a server that
+        takes thoughts apart may take it for one.
+        """
         self.server = server
+        self._goes_on = begun is not None
         self.said = False
         self.finish: str | None = None
-        self._texts: list[str] = []
-        self._thoughts: list[str] = []
+        thought, text = begun or ("", "")
+        self._texts, self._thoughts = [text], [thought]
         self._size = 0
+        self._calls = ServedCalls()
+        self._whole: list[ToolCall] = []
         self._outlet = Outlet(splitter=Splitter())
-        self._open = self._closed = False  # reasoning in a field of its own
+        self._open, self._closed = False, self._goes_on  # reasoning in a field of its own
         self._answered = False
         self._held = ""  # of the reasoning: what may be the beginning of a marker
         self._usage: dict[str, Any] = {}
@@ -51,11 +58,11 @@ class Reader:
         self._first = self._last = 0.0
         self._count = 0
 
-    def take(self, chunk: Any) -> Iterator[ServedDelta]:
+    def take(self, chunk: Any) -> Iterator[ServedDelta | ToolCallDelta]:
         """The text in a chunk, or in a whole answer. Raises ServerError for an error in its place."""
         if not isinstance(chunk, dict):
             return
-        if error := chunk.get("error"):
+        if error := chunk.get("error") or (chunk.get("object") == "error" and chunk):
             raise self._failed(error)
         if isinstance(usage := chunk.get("usage"), dict):
             self._usage = usage
@@ -67,23 +74,36 @@ class Reader:
         if isinstance(said, dict):
             reasoning = next((t for k in REASONING if (t := _text(said.get(k)))), "")
             text = _text(said.get("content")) or _text(said.get("refusal"))
-            yield from self._hear(reasoning + _text(said.get("content"), "thinking"), text)
+            reasoning += _text(said.get("content"), "thinking")
+            if self._goes_on:
+                reasoning, text = "", reasoning + text
+            yield from self._hear(reasoning, text)
+            for call in self._calls.take(said.get("tool_calls")):
+                self.said = True
+                yield call
+            self._bound()
         if isinstance(reason := choice.get("finish_reason"), str) and reason:
             self.finish = reason[:40]
 
-    def end(self) -> Iterator[ServedDelta]:
+    def end(self) -> Iterator[ServedDelta | ToolCallDelta]:
         """The stream has ended: what was held back."""
         written = self._close()
         last = self._outlet.flush()
         if written or last.written:
             yield self._made(last.text, last.reasoning, written + last.written)
+        self._whole, lost = self._calls.end()
+        for index, said in lost:  # cut, or no JSON: it is told as text
+            yield ToolCallDelta(index, damaged=True)
+            yield self._made(said, "", said)
 
     def done(self, cancelled: bool) -> Done:
         """Done with the numbers of the answer, as the server tells them where it does."""
         reason: FinishReason = "cancelled" if cancelled else REASONS.get(self.finish or "", "stop")
+        if reason == "stop" and self._whole:
+            reason = "tool_calls"
         text, thought = "".join(self._texts), "".join(self._thoughts)
         stats = self._stats()
-        return Done(reason, stats, Completion(text, [], reason, stats, thought))
+        return Done(reason, stats, Completion(text, [], reason, stats, thought, self._whole))
 
     def _stats(self) -> Stats:
         usage = self._usage
@@ -111,10 +131,7 @@ class Reader:
         self._first = self._first or self._last
         self._count += 1
         self._size += len(reasoning) + len(text)
-        if self._size > LONGEST_ANSWER:
-            raise ServerError(
-                f"{self.server.address} answers without end.", "What it said is kept; ask anew."
-            )
+        self._bound()
         self.said = True
         written = ""
         if reasoning and (self._closed or self._answered):  # it would stand in the middle of the answer
@@ -131,6 +148,12 @@ class Reader:
             yield self._made(heard.text, heard.reasoning, heard.written)
         else:
             yield self._made("", reasoning, written)
+
+    def _bound(self) -> None:
+        if self._size + self._calls.size > LONGEST_ANSWER:
+            raise ServerError(
+                f"{self.server.address} answers without end.", "What it said is kept; ask anew."
+            )
 
     def _think(self, more: str) -> tuple[str, str]:
         """(what is written, what of it is reasoning). A marker's end in it is spelled so that it is none."""

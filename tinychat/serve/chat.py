@@ -28,6 +28,7 @@ from tinychat.serve import odds
 from tinychat.serve.answers import Answer
 from tinychat.serve.blocks import request_of
 from tinychat.serve.fields import Fields
+from tinychat.serve.problems import wrong
 from tinychat.serve.service import endpoint, error_of, service_of
 from tinychat.serve.streams import Stream, Whole, event
 from tinychat.text.response_format import response_format
@@ -61,6 +62,9 @@ class Asked:
         if (top := odds.asked(fields)) is not None:
             options["logprobs"] = top
         options |= _thought(fields)
+        if _goes_on(fields):
+            fields.check("messages", lambda name, value: arguments.begun(messages))
+            options["go_on"] = True
         if (form := fields.check("response_format", lambda name, value: response_format(value))) is not None:
             options["response_format"] = form
         return cls(
@@ -84,6 +88,18 @@ def _messages(name: str, value: Any) -> list[dict[str, Any]]:
         raise UsageError(f"{name} is {arguments.shown(value)}.", f"Give a list: [{arguments.MESSAGE}].")
     found = arguments.messages(value)
     return [{**m, "role": "system"} if m["role"] == "developer" else m for m in found]
+
+
+def _goes_on(fields: Fields) -> bool:
+    """Whether the last message is an answer that goes on, as vLLM and SGLang are told so."""
+    goes_on, generates = (
+        fields.check(n, arguments.flag) for n in ("continue_final_message", "add_generation_prompt")
+    )
+    if (generates is False and not goes_on) or (generates and goes_on):
+        raise wrong(
+            "add_generation_prompt", "Of add_generation_prompt and continue_final_message one is true."
+        )
+    return bool(goes_on)
 
 
 def _tools(fields: Fields) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from tinychat.serve.problems import ApiError, wrong
 
 SEEDS = 1 << 63
 # What other servers call a sampling parameter.
-ALSO = {"max_completion_tokens": "max_tokens", "repetition_penalty": "repeat_penalty"}
+ALSO = {"max_completion_tokens": "max_tokens", "repetition_penalty": "repeat_penalty"} | {
+    "thinking_token_budget": "think_budget"
+}
 NEUTRAL = {"best_of": 1}
 
 

@@ -213,8 +213,9 @@ class Held:
         if edge:
             yield self._lark(edge)
         if kinds != {"string"}:
-            value = {**shared, **schema} if isinstance(schema, Mapping) else {}
-            self._rules.append(f"{rule}: {_json(value)}")
+            self._rules.append(
+                f"{rule}: {_json({**shared, **schema} if isinstance(schema, Mapping) else {})}"
+            )
         elif isinstance(choices, list) and all(isinstance(c, str) for c in choices):
             self._rules.append(f"{rule}: {' | '.join(map(self._plain, choices))}")
         elif syntax.value_end in self._ids:
