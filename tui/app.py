@@ -18,6 +18,7 @@ from textual.binding import Binding, BindingType
 from textual.driver import Driver
 from textual.screen import Screen
 from textual.widget import MountError
+from textual.widgets import TextArea
 
 from tinychat.base import locations, remembered
 from tinychat.base.errors import TinychatError
@@ -28,13 +29,17 @@ from tinychat.mcp.toolbox import Toolbox
 from tinychat.process.address import split_name
 from tinychat.process.client import EngineClient
 from tinychat.process.protocol import ChatEngine, EngineEvent, Loading, Text
-from tinychat.tui import messages
+from tinychat.tui import keys, messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.driver import TerminalDriver
 from tinychat.tui.host import Host
+from tinychat.tui.keys import Group, Keys
 from tinychat.tui.output import Terminal, paintable
 from tinychat.tui.screens.chat import ChatScreen
 from tinychat.tui.theme import DARK, SHORT_NAMES, THEMES
+from tinychat.tui.widgets.composer import Input
+from tinychat.tui.widgets.sidebar import ChatList
+from tinychat.tui.widgets.turn import Turn
 
 POLL_SECONDS = 1.0  # how often memory and load are looked at while an answer runs
 PATIENCE = 1.0  # seconds that the screen may stand still because another program holds the store's lock
@@ -69,6 +74,8 @@ class ChatApp(Host):
         super().__init__()
         self.toolbox = toolbox or Toolbox()
         self.preferences = preferences or Preferences(locations.config_file())
+        self.keys = keys_of(self.preferences)
+        self.set_keymap(self.keys.keymap)
         self.model, self.conversation, self.options = model, conversation, dict(options or {})
         self.store = conversation.store
         self.store.patience = PATIENCE
@@ -347,6 +354,30 @@ class ChatApp(Host):
     def ask_path(self, question: str, then: Callable[[Path], None]) -> None:
         """Ask for the name of a file to write."""
         self.ask_text(question, "", lambda answer: then(locations.written(answer)))
+
+
+def keys_of(preferences: Preferences) -> Keys:
+    """The keys as config.toml has them. Raises UsageError, which names the line."""
+    groups = [
+        Group.of(Input.BINDING_GROUP_TITLE, Input.BINDINGS, written=True),
+        Group.of(
+            ChatScreen.BINDING_GROUP_TITLE,
+            ChatScreen.BINDINGS,
+            ChatApp.BINDINGS,
+            written=True,
+            everywhere=True,
+        ),
+        Group.of(Turn.BINDING_GROUP_TITLE, Turn.BINDINGS),
+        Group.of(ChatList.BINDING_GROUP_TITLE, ChatList.BINDINGS),
+    ]
+    own = {
+        key: b.description
+        for b in TextArea.BINDINGS
+        if isinstance(b, Binding)
+        for key in b.key.split(",")
+        if key.startswith("ctrl")
+    }
+    return keys.made(groups, preferences.keys, preferences.vi, own, preferences.wrong_key)
 
 
 def make_app(

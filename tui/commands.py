@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
+from tinychat.base.errors import UsageError
 from tinychat.base.sampling_params import SamplingParams
 
 
@@ -57,6 +59,14 @@ def split(text: str) -> tuple[str, str] | None:
     if not name or "/" in name:
         return None
     return name.lower(), rest.strip()
+
+
+def unknown(name: str) -> UsageError:
+    """The error for what is no command, with those that it may mean."""
+    begun = [n for n in BY_NAME if name and (name.startswith(n) or n.startswith(name))]
+    near = list(dict.fromkeys([*begun, *difflib.get_close_matches(name, BY_NAME, 3, 0.5)]))[:3]
+    hint = f"Did you mean /{' or /'.join(near)}? " if near else ""
+    return UsageError(f"/{name} is not a command.", f"{hint}/help lists them.")
 
 
 def complete(text: str) -> list[Command]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tinychat.tui.text import Line, width_of
+from tinychat.tui.text import Line, width_of, wrap
 from tinychat.tui.widgets.lines import Lines
 
 BETWEEN = " · "
@@ -23,11 +23,11 @@ def hint_lines(hints: Sequence[str], width: int) -> list[str]:
 
 
 class Hints(Lines):
-    """Shows some hints, faint."""
+    """Shows some hints, faint, under a text."""
 
-    def __init__(self, hints: Sequence[str], **options: Any):
+    def __init__(self, hints: Sequence[str], text: str = "", **options: Any):
         super().__init__(**options)
-        self.hints = tuple(hints)
+        self.hints, self.text = tuple(hints), text
 
     @property
     def allow_select(self) -> bool:
@@ -41,4 +41,5 @@ class Hints(Lines):
 
     def layout_lines(self, width: int) -> list[Line]:
         """The lines at that width."""
-        return [[(line, "faint")] for line in hint_lines(self.hints, width)]
+        text: list[Line] = [*wrap([(self.text, "")], width), []] if self.text else []
+        return [*text, *([(line, "faint")] for line in hint_lines(self.hints, width))]

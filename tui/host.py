@@ -12,6 +12,7 @@ from tinychat.base.preferences import Preferences
 from tinychat.chats.chat_store import ChatStore
 from tinychat.mcp.toolbox import Toolbox
 from tinychat.process.protocol import ChatEngine, Loading
+from tinychat.tui.keys import Keys
 
 
 class Host(App[None]):
@@ -22,6 +23,7 @@ class Host(App[None]):
     options: dict[str, Any]  # of loading any model
     preferences: Preferences  # of loading one, where these say nothing
     toolbox: Toolbox
+    keys: Keys  # as config.toml has them
 
     async def start_engine(self) -> None:
         """A new engine in place of the present one, and the model into it."""

@@ -42,6 +42,14 @@ class ChatAction(Message):
         self.chat_id, self.action = chat_id, action
 
 
+class MoreBelow(Message):
+    """The reader has left the end of the conversation, or is there again."""
+
+    def __init__(self, below: bool):
+        super().__init__()
+        self.below = below
+
+
 class Attached(Message):
     """Files named with @ in the composer changed."""
 

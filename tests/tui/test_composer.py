@@ -53,7 +53,65 @@ async def test_enter_means_what_was_typed_though_the_list_lags_behind(store):
         composer.input.action_complete()
         assert composer.text == "/set "
         await pilot.press("backspace", *"tings", "enter")  # no command
-        await wait_until(pilot, lambda: "/settings" in screen_text(app))
+        await wait_until(pilot, lambda: "/settings is not a command. Did you mean /set" in screen_text(app))
+        assert composer.text == "/settings"
+        await pilot.press(*(["backspace"] * 5), *" top_p 7", "enter")
+        await wait_until(pilot, lambda: "It must lie between 0 and 1" in screen_text(app))
+        assert composer.text == "/set top_p 7"
+
+
+async def test_one_key_clears_a_draft_and_up_brings_it_back_with_its_paste(store):
+    from textual import events
+
+    app = make_app(store)
+    async with app.run_test(size=(100, 30)) as pilot:
+        composer = app.chat.composer
+        await say(pilot, "said before")
+        await answered(pilot)
+        composer.input.post_message(events.Paste("line of text\n" * 800))
+        await wait_until(pilot, lambda: "paste 1" in screen_text(app))
+        await pilot.press(*"a draft", "ctrl+l")
+        assert composer.text == ""
+        await wait_until(pilot, lambda: "paste 1" not in screen_text(app))
+        await pilot.press("up")
+        assert composer.text == "a draft"
+        await wait_until(pilot, lambda: "paste 1" in screen_text(app))
+        await pilot.press("up")
+        assert composer.text == "said before"
+
+
+async def test_what_is_typed_takes_the_place_of_a_recalled_message(store):
+    app = make_app(store)
+    async with app.run_test(size=(100, 30)) as pilot:
+        composer = app.chat.composer
+        for i, text in enumerate(("one\ntwo", "three")):
+            await say(pilot, text)
+            await answered(pilot, i + 1)
+        await pilot.press(*"half", "up", "up")
+        assert composer.text == "one\ntwo"
+        await pilot.press(*"new")
+        assert composer.text == "new"
+        await pilot.press("up")
+        assert composer.text == "half"  # the draft from before is not lost
+        await pilot.press("up")
+        assert composer.text == "three"
+        await pilot.press("end", *"!")  # a key that moves makes a draft of it
+        assert composer.text == "three!"
+        await pilot.press("ctrl+l", "up", "backspace")
+        assert composer.text == ""
+
+
+async def test_more_below_is_said_after_scrolling_up(store):
+    app = make_app(store, "line\n\n" * 60)
+    async with app.run_test(size=(60, 20)) as pilot:
+        await say(pilot, "long")
+        await answered(pilot)
+        await wait_until(pilot, lambda: app.chat.transcript.max_scroll_y > 40)
+        assert "more below" not in screen_text(app)
+        await pilot.press("pageup")
+        await wait_until(pilot, lambda: "↓ more below · ctrl+end" in screen_text(app))
+        await pilot.press("ctrl+end")
+        await wait_until(pilot, lambda: "more below" not in screen_text(app))
 
 
 async def test_a_long_paste_is_attached_and_shown_folded(store):

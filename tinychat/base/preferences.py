@@ -3,6 +3,11 @@
     model = "qwen3-4b"               what `tinychat run` and `serve` take where no model is named
     system = "Be brief."             the system prompt of new conversations
     theme = "dark"
+    vi = true                        vi's keys in the chat screen
+
+    [keys]                           keys of the chat screen by name (F1 lists the names)
+    send = "ctrl+s"
+    newline = ["enter", "ctrl+j"]
 
     [sampling]                       fields of SamplingParams
     temperature = 0.5
@@ -34,7 +39,7 @@ from tinychat.base.sampling_params import SamplingParams
 from tinychat.base.settings import Settings
 
 KINDS: dict[str, type[Settings]] = {"sampling": SamplingParams, "load": LoadOptions}
-ALONE = ("model", "system", "theme")  # settings outside of a section
+ALONE = ("model", "system", "theme", "vi")  # settings outside of a section
 THEMES = ("dark", "light", "contrast")
 
 
@@ -64,6 +69,8 @@ class Preferences:
     theme: str | None = None
     general: Section = Section()
     models: Mapping[str, Section] = field(default_factory=dict)
+    vi: bool = False
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # as they stand there
 
     def of(self, model: str) -> Section:
         """What holds for that model."""
@@ -81,6 +88,14 @@ class Preferences:
             said = getattr(e, "strerror", None) or getattr(e, "what", None) or "it is not UTF-8"
             raise UsageError(f"{path} cannot be read: {said}.", "Mend it, or remove it.") from e
         return Reader(path, text).read()
+
+    def wrong_key(self, name: str, what: str) -> UsageError:
+        """The error for a name in [keys], with the line where it stands."""
+        try:
+            text = text_of(self.path)
+        except (OSError, TinychatError, ValueError):  # gone since it was read
+            text = ""
+        return Reader(self.path, text)._wrong_at(("keys", name), what)
 
     def with_chat(self, model: str, system: str | None, sampling: Mapping[str, Any]) -> str:
         """The file's text with these as the defaults of new conversations; comments and order stay."""
@@ -126,7 +141,7 @@ class Reader:
     def read(self) -> Preferences:
         """config.toml. Raises UsageError, which names the line."""
         found = self._parsed()
-        self._known(found, (), (*ALONE, *KINDS, "models"))
+        self._known(found, (), (*ALONE, *KINDS, "models", "keys"))
         models = found.get("models", {})
         if not isinstance(models, dict):
             raise self._wrong_at(("models",), 'models is not a section: write [models."NAME"]')
@@ -139,7 +154,28 @@ class Reader:
         model, theme = (self._text(found, (), name) for name in ("model", "theme"))
         if theme not in (None, *THEMES):
             raise self._wrong_at(("theme",), f"theme is {arguments.shown(theme)}. Use {', '.join(THEMES)}")
-        return Preferences(self.path, model, theme, self._section(found, ()), sections)
+        general = self._section(found, ())
+        return Preferences(self.path, model, theme, general, sections, self._vi(found), self._keys(found))
+
+    def _vi(self, found: Mapping[str, Any]) -> bool:
+        vi = found.get("vi", False)
+        if not isinstance(vi, bool):
+            raise self._wrong_at(("vi",), f"vi is {arguments.shown(vi)}. Use true or false")
+        return vi
+
+    def _keys(self, found: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """Keys by name; whether they are some, the screen says."""
+        given = found.get("keys", {})
+        if not isinstance(given, dict):
+            raise self._wrong_at(("keys",), "keys is not a section: write [keys]")
+        keys = {}
+        for name, value in given.items():
+            those = [value] if isinstance(value, str) else value
+            if not (isinstance(those, list) and those and all(isinstance(k, str) and k for k in those)):
+                said = arguments.shown(value)
+                raise self._wrong_at(("keys", name), f'{name} is {said}. Use "ctrl+s", or ["enter", "f5"]')
+            keys[name] = tuple(those)
+        return keys
 
     def prompt(self) -> Preferences:
         """What a prompt's file says before its text: model, system and sampling."""

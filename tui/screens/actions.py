@@ -38,11 +38,21 @@ class ChatActions(Places):
     async def on_submitted(self, message: messages.Submitted) -> None:
         """Enter: a command, a new message, or an edited one."""
         if command := commands.split(message.text):
-            self.composer.clear()
-            self.say("")
-            await self.run_command(*command)
+            await self._submit_command(message.text, *command)
             return
         await self._submit(Words(message.text, message.attachments))
+
+    async def _submit_command(self, text: str, name: str, rest: str) -> None:
+        """One that was mistyped stays in the line."""
+        known = commands.BY_NAME.get(name)
+        if known is None:
+            self.complain(commands.unknown(name))
+            return
+        self.composer.clear()
+        self.say("")
+        done = await self.run_command(name, rest)
+        if not done and (rest or known.needs_argument) and not self.composer.text:
+            self.composer.text = text
 
     async def _submit(self, words: Words) -> None:
         if not self.answering:
@@ -67,12 +77,12 @@ class ChatActions(Places):
             self.composer.queue.put(words)
             self.composer.take_back()
 
-    async def run_command(self, name: str, rest: str) -> None:
-        """A slash command."""
+    async def run_command(self, name: str, rest: str) -> bool:
+        """A slash command; False where it was refused, which has been said then."""
         command = commands.BY_NAME.get(name)
         try:
             if command is None:
-                raise UsageError(f"/{name} is not a command.", "/help lists them.")
+                raise commands.unknown(name)
             if command.needs_argument and not rest:
                 raise UsageError(f"/{name} needs {command.argument}.", f"/{name} {command.argument}")
             result = getattr(self, f"command_{command.name}")(rest)
@@ -80,6 +90,8 @@ class ChatActions(Places):
                 await result
         except TinychatError as e:
             self.complain(e)
+            return False
+        return True
 
     def command_help(self, rest: str) -> None:
         self.action_help()
@@ -330,6 +342,12 @@ class ChatActions(Places):
             elif message.action == "switch":
                 at = (turn.branches.index(turn.node) + message.argument) % len(turn.branches)
                 await self.switch(turn.branches[at])
+            elif message.action == "edge":
+                await self._edge(message.argument)
+            elif message.action == "half":
+                transcript = self.transcript
+                half = message.argument * max(1, transcript.size.height // 2)
+                transcript.scroll_relative(y=half, animate=False)
             elif message.action == "found":
                 await self.next_found(message.argument)
             elif message.action == "copy":
@@ -361,6 +379,13 @@ class ChatActions(Places):
             turns[at].focus()
         else:
             self.transcript.scroll_home(animate=False)
+
+    async def _edge(self, step: int) -> None:
+        path = self.conversation.tree.path()
+        if step < 0:
+            await self.show_message(path[0])
+        else:
+            self.action_focus_last()
 
     def action_focus_last(self) -> None:
         """From the composer to the last message."""

@@ -9,6 +9,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import Static
 
 from tinychat.base.errors import TinychatError
+from tinychat.tui.messages import MoreBelow
 from tinychat.tui.screens.actions import ChatActions
 from tinychat.tui.widgets.composer import Composer
 from tinychat.tui.widgets.status import StatusLine
@@ -58,6 +59,11 @@ class ChatScreen(ChatActions):
         self.status.tell(state="starting", model=self.model)
         await self.show_conversation()
         self.on_resize()
+
+    def on_more_below(self, message: MoreBelow) -> None:
+        """Say it at the edge of the composer."""
+        key = self.app.keys.named("to_the_end")
+        self.composer.input.border_title = f"↓ more below · {key}" if message.below else ""
 
     def on_resize(self) -> None:
         """A narrow terminal shows one thing at a time."""

@@ -15,6 +15,7 @@ from tinychat.conversation import Message
 from tinychat.process.address import split_name
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
+from tinychat.tui.hints import Hints
 from tinychat.tui.host import Host
 from tinychat.tui.text import clean
 from tinychat.tui.widgets.composer import Composer
@@ -24,11 +25,17 @@ from tinychat.tui.widgets.surface import Surface
 from tinychat.tui.widgets.transcript import Transcript
 from tinychat.tui.widgets.turn import Turn
 
-WELCOME = """\
-Ask something. {where}
-
-enter send · ctrl+j new line · / commands · @file attach · esc stop
-ctrl+b chats · ctrl+p everything else · f1 keys · ctrl+q leave"""
+HINTS = (  # keys by name, and what they do; or a sign that begins something
+    ("send", "send"),
+    ("newline", "new line"),
+    ("/", "commands"),
+    ("@file", "attach"),
+    ("stop", "stop"),
+    ("chats", "chats"),
+    ("palette", "everything else"),
+    ("help", "keys"),
+    ("leave", "leave"),
+)
 
 
 BAR = 36  # cells of a bar
@@ -139,18 +146,20 @@ class ChatParts(Surface, Screen[None]):
         branch = [(i, tree.nodes[i], siblings) for i, siblings in tree.branches()]
         await self.query("#welcome").remove()
         if not branch:
-            await self.transcript.mount(Static(self._welcome(), id="welcome", markup=False), before=0)
+            await self.transcript.mount(self._welcome(), before=0)
         await self.transcript.show(branch)
         self.name_window()
         last = self.conversation.last("assistant")
         self.status.tell(used=self.conversation.tokens_used(), **status_of(last))
 
-    def _welcome(self) -> str:
+    def _welcome(self) -> Hints:
         server = split_name(self.model)[1]
         where = "Everything you say is kept on this machine."
         if server is not None:
             where = f"What you say goes to {server.place}; the chat is kept on this machine."
-        return WELCOME.format(where=where)
+        keys = self.app.keys
+        hints = [f"{keys.named(key) if key in keys.names() else key} {does}" for key, does in HINTS]
+        return Hints(hints, f"Ask something. {where}", id="welcome")
 
     def show_download(self, what: str, done: int, total: int) -> None:
         """How far a download is, under the welcome while that is there; no total takes it away."""

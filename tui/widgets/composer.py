@@ -11,26 +11,32 @@ from typing import ClassVar
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.widgets import OptionList, TextArea
+from textual.widgets import OptionList
 from textual.widgets.option_list import Option
+from textual.widgets.text_area import Selection
 
 from tinychat.base import prompts
 from tinychat.base.errors import UsageError
 from tinychat.tui import commands
 from tinychat.tui.attachments import Attachment, complete_path, mentions, missed, read
+from tinychat.tui.host import Host
 from tinychat.tui.messages import Attached, Submitted, Trouble
 from tinychat.tui.text import Line, clean, shorten
+from tinychat.tui.vi import Vi
+from tinychat.tui.vi_keys import ViArea
 from tinychat.tui.widgets.lines import Lines
 from tinychat.tui.widgets.queue import Queue
 from tinychat.tui.widgets.turn import human_size
 
 LONG_PASTE = 4000  # characters from which on a paste becomes an attachment
 LONG_PASTE_LINES = 60
+MOST_ASIDE = 20  # cleared drafts that are kept
 
 
-class Input(TextArea):
+class Input(ViArea):
     """The text itself."""
 
+    app: Host
     BINDING_GROUP_TITLE = "The composer"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "submit", "send", priority=False, id="send"),
@@ -38,6 +44,7 @@ class Input(TextArea):
         Binding("up", "up", "earlier message, at the first line", show=False, id="earlier"),
         Binding("down", "down", "later message, at the last line", show=False, id="later"),
         Binding("tab", "complete", "complete a command or a file name", show=False, id="complete"),
+        Binding("ctrl+l", "clear", "clear the draft (↑ brings it back)", id="clear"),
         Binding("ctrl+g", "screen.editor", "write in $EDITOR", id="editor"),
     ]
 
@@ -50,10 +57,14 @@ class Input(TextArea):
         self.highlight_cursor_line = False
 
     async def _on_key(self, event: events.Key) -> None:
-        if event.key == "enter":
+        does = self.app.keys.name_of(self.BINDING_GROUP_TITLE, event.key)
+        if self.vi_key(event) or does in ("send", "newline"):  # enter would be written
             event.prevent_default()
             event.stop()
-            self.action_submit()
+            if does == "send":
+                self.action_submit()
+            elif does == "newline":
+                self.action_newline()
             return
         if event.key == "backspace" and not self.text and self.composer.drop_paste():
             event.prevent_default()
@@ -70,6 +81,20 @@ class Input(TextArea):
             return
         if result := self._replace_via_keyboard(clean(text), *self.selection):
             self.move_cursor(result.end_location)
+
+    def on_mount(self) -> None:
+        """Take vi's keys, if they are wanted."""
+        self.vi = Vi() if self.app.preferences.vi else None
+
+    def busy(self) -> bool:
+        return bool(self.composer.completing)
+
+    def beyond(self, step: int) -> None:
+        self.composer.recall(-step)
+
+    def action_clear(self) -> None:
+        """An empty line; what was there is the latest earlier message."""
+        self.composer.set_aside()
 
     def action_submit(self) -> None:
         """Send, or take the highlighted completion."""
@@ -159,6 +184,7 @@ class Composer(Vertical):
         self._recalled: list[str] | None = None
         self._at = 0
         self._draft = ""
+        self._aside: list[tuple[str, list[Attachment]]] = []  # drafts that were cleared, the latest first
         self._pastes: list[Attachment] = []
         self._files: dict[str, Attachment] = {}
         self._kind = ""
@@ -229,6 +255,15 @@ class Composer(Vertical):
         self.text = ""
         self._pastes, self._files, self._recalled, self._refused = [], {}, None, None
         self.chips.show([])
+        self.input.set_insert(True)
+
+    def set_aside(self) -> None:
+        """Clear the draft; ↑ brings it back."""
+        if self.text.strip() or self._pastes:
+            self._aside.insert(0, (self.text, self._pastes))
+            del self._aside[MOST_ASIDE:]
+        self.clear()
+        self.close_completion()
 
     def restore(self, text: str, attachments: Sequence[dict[str, str]]) -> None:
         """A message as it was sent, its files among it: those that the text names go with their names, the
@@ -291,6 +326,8 @@ class Composer(Vertical):
         """Look at what is typed: for files, and for what completes it."""
         self.look_for_files()
         self._complete()
+        if self._recalled is not None and self._at and self.text != self._shown():
+            self._forget_recalled()  # it is a new message now
 
     def _complete(self) -> None:
         """Offer what goes with the text. Keys may be ahead of the message that tells of a change: who takes a
@@ -337,6 +374,11 @@ class Composer(Vertical):
         each.add_options(options)
         each.highlighted = 0
         each.display = True
+
+    @property
+    def completing(self) -> bool:
+        """Whether completions are offered."""
+        return self._open_list is not None
 
     @property
     def _open_list(self) -> OptionList | None:
@@ -399,11 +441,29 @@ class Composer(Vertical):
         if self._recalled is None:
             if step < 0:
                 return
-            self._recalled, self._at, self._draft = self.history(), 0, self.text
+            earlier = [text for text, _ in self._aside] + self.history()
+            self._recalled, self._at, self._draft = earlier, 0, self.text
         at = self._at + step
         if 0 <= at <= len(self._recalled):
             self._at = at
-            self.text = self._recalled[at - 1] if at else self._draft
+            self.text = self._shown()
+            if 0 < at <= len(self._aside) and (pastes := self._aside[at - 1][1]):
+                self._pastes = list(pastes)
+                self._attached()
+            if self.input.vi is not None and not self.input.vi.insert:
+                self.input.move_cursor((0, 0))
+            elif at:
+                # Selected, so that what is typed takes its place: only a key that moves makes it a draft.
+                self.input.selection = Selection(self.input.document.end, (0, 0))
             self.close_completion()
         if self._at == 0:
             self._recalled = None
+
+    def _shown(self) -> str:
+        """The text that goes with the place in the history."""
+        return clean(self._recalled[self._at - 1]) if self._recalled and self._at else self._draft
+
+    def _forget_recalled(self) -> None:
+        if self._draft.strip():
+            self._aside.insert(0, (self._draft, []))
+        self._recalled, self._at = None, 0

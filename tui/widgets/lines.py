@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.segment import Segment
 from rich.style import Style
+from textual.dom import NoScreen
 from textual.geometry import Region, Size
 from textual.reactive import var
 from textual.selection import Selection
@@ -58,9 +59,13 @@ class Lines(Widget):
         A running answer grows by a line some times a second, and Textual forgets all lines of a widget whose
         size changes.
         """
+        try:
+            selected = self.text_selection is not None
+        except NoScreen:  # it has just been removed, and is painted once more
+            return [Strip.blank(crop.width)] * crop.height
         styles, gutter = self.styles, self.gutter
         plain = {styles.border_left[0], styles.border_right[0]} <= {"", "blank"}
-        if self.text_selection is not None or not plain or gutter.top or gutter.bottom or self.opacity != 1:
+        if selected or not plain or gutter.top or gutter.bottom or self.opacity != 1:
             return super().render_lines(crop)
         width, base, palette = self.outer_size.width, self.visual_style.rich_style, palette_of(self.app)
         content, filters = self.content_size.width or width, self.get_line_filters()

@@ -12,6 +12,7 @@ from textual.geometry import Size
 from textual.reactive import var
 
 from tinychat.conversation import Message
+from tinychat.tui.messages import MoreBelow
 from tinychat.tui.widgets.surface import Surface
 from tinychat.tui.widgets.turn import Turn
 
@@ -27,6 +28,7 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
 
     def __init__(self) -> None:
         super().__init__(id="transcript")
+        self._below = False  # whether there is more below what is in view
         self._older: list[tuple[int, Message, list[int]]] = []
 
     def on_mount(self) -> None:
@@ -88,6 +90,9 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
 
     def watch_scroll_y(self, old: float, new: float) -> None:
         super().watch_scroll_y(old, new)
+        if self.following == self._below:
+            self._below = not self._below
+            self.post_message(MoreBelow(self._below))
         if new < old and new <= MARGIN and self._older:
             self.run_worker(self.load_older(), group="older", exclusive=False)
 

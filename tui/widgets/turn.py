@@ -36,6 +36,10 @@ class Turn(Lines, can_focus=True):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", "previous message", id="previous_message"),
         Binding("down,j", "move(1)", "next message", id="next_message"),
+        Binding("home", "act('edge', -1)", "first message", id="first_message"),
+        Binding("end,G", "act('edge', 1)", "last message", id="last_message"),
+        Binding("ctrl+u", "act('half', -1)", "half a page up", id="half_page_up"),
+        Binding("ctrl+d", "act('half', 1)", "half a page down", id="half_page_down"),
         Binding("c,y", "act('copy')", "copy", id="copy_message"),
         Binding("b", "act('copy_code', -1)", "copy last code block", id="copy_code"),
         Binding("s", "act('save_code', -1)", "save last code block", id="save_code"),
@@ -53,7 +57,7 @@ class Turn(Lines, can_focus=True):
 
     class Action(TextualMessage):
         """Action on a message: edit, regenerate, penalize, continue, copy, copy_code, save_code, switch,
-        found, leave or move.
+        found, edge, half, leave or move.
         """
 
         def __init__(self, turn: Turn, action: str, argument: int = 0):
