@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
-
 from textual.app import ComposeResult
 from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Label, OptionList, Static
 from textual.widgets.option_list import Option
 
 from tinychat.mcp.tools import Tool
+from tinychat.tui.screens.models import LOW
 from tinychat.tui.screens.panel import PanelScreen
 from tinychat.tui.text import clean
 from tinychat.tui.widgets.calls import pretty
 
 UNASKED = 0.6  # seconds in which keys are not taken for an answer: they were typed for something else
-ANSWERS = {"o": "once", "a": "always", "n": "never"}
 
 
 class AllowingScreen(PanelScreen[str]):
@@ -24,7 +22,7 @@ class AllowingScreen(PanelScreen[str]):
     def __init__(self, tool: Tool, arguments: str):
         super().__init__()
         self.tool, self.arguments = tool, arguments
-        self._shown = 0.0
+        self.ready = False  # to take a key for an answer
 
     def compose(self) -> ComposeResult:
         about = clean(self.tool.description).strip()
@@ -40,18 +38,28 @@ class AllowingScreen(PanelScreen[str]):
                 Option("a  always: this tool, as it is now, with whatever arguments", "always"),
                 Option("n  never: not this call, and this tool no more", "never"),
                 markup=False,
+                disabled=True,
             )
-            yield Label("enter chooses · pageup, pagedown read the arguments · esc stops", classes="foot")
+            yield Label("a moment …", classes="foot")
 
     def on_mount(self) -> None:
-        """Nothing is chosen yet."""
-        self._shown = time.monotonic()
+        """Nothing is chosen, and for a moment nothing can be."""
+        self.set_class(self.app.size.height < LOW, "low")
         chooser = self.query_one(OptionList)
         chooser.highlighted = None
+        self.set_timer(max(UNASKED, 0.001), self._listen)
+
+    def _listen(self) -> None:
+        self.ready = True
+        n = len(self.arguments)
+        foot = f"esc stops · pageup, pagedown read all {n:,} characters of the arguments"
+        self.query_one(".foot", Label).update(foot)
+        chooser = self.query_one(OptionList)
+        chooser.disabled = False
         chooser.focus()
 
     def _answer(self, answer: str) -> None:
-        if time.monotonic() - self._shown >= UNASKED:
+        if self.ready:
             self.dismiss(answer)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
