@@ -126,7 +126,7 @@ async def test_esc_stops_a_call_that_hangs(store, box):
         await pilot.press("o")
         await wait_until(pilot, lambda: box.servers.futures)
         assert app.chat.answering
-        await wait_until(pilot, lambda: app.chat._running is not None)
+        await wait_until(pilot, lambda: app.chat._waited_for is not None)
         await pilot.press("escape")
         await wait_until(pilot, lambda: not app.chat.answering)
         assert box.servers.futures[0].cancelled()

@@ -119,7 +119,7 @@ def _server(name: str, how: Any) -> ServerConfig | None:
             raise UsageError(f"The url of {shown} is no http or https address.", FORM)
         return ServerConfig(name, url=url, headers=_texts(how, "headers", shown))
     arguments, cwd = how.get("args", []), how.get("cwd")
-    words = [command, *arguments] if isinstance(arguments, list) else [None]
+    words: list[Any] = [command, *arguments] if isinstance(arguments, list) else [None]
     if not all(isinstance(w, str) and "\0" not in w for w in words) or not command:
         raise UsageError(f"The command of {shown} is no text with a list of texts behind it.", FORM)
     if cwd is not None and (not isinstance(cwd, str) or "\0" in cwd):

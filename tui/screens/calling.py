@@ -22,7 +22,7 @@ class Calling(Hearing):
         super().__init__(*args, **options)
         self.calling = False  # whether calls are asked for or run
         self._halted = False
-        self._running: asyncio.Future[Any] | None = None
+        self._waited_for: asyncio.Future[Any] | None = None
 
     @property
     def answering(self) -> bool:
@@ -43,8 +43,8 @@ class Calling(Hearing):
             super().action_stop()
             return
         self._halted = True
-        if self._running is not None:
-            self._running.cancel()
+        if self._waited_for is not None:
+            self._waited_for.cancel()
 
     async def _answer_calls(self) -> None:
         """Results for the calls at the end of the conversation, then the next answer."""
@@ -90,15 +90,15 @@ class Calling(Hearing):
         self.status.tell(state=f"{tool.where} runs")
         future = toolbox.run(tool, call)
         try:
-            self._running = asyncio.wrap_future(future)
-            return cut((await self._running).text, self.context)
+            self._waited_for = asyncio.wrap_future(future)
+            return cut((await self._waited_for).text, self.context)
         except asyncio.CancelledError:
             if not self._halted:  # the program ends
                 raise
             return STOPPED
         finally:
             future.cancel()
-            self._running = None
+            self._waited_for = None
 
     async def _ask_for(self, tool: Any, call: dict[str, Any]) -> str | None:
         """Ask the user, who may have the answer kept."""
