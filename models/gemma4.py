@@ -172,8 +172,8 @@ def _from_gguf(m: Metadata, stack: Stack) -> tuple[LayerConfig, ...]:
     def mlp(i: int) -> DenseConfig | ExpertsConfig:
         if not m.get("expert_count"):
             return DenseConfig(sizes[i])
-        numbers = (m.number(f"expert_{key}") for key in ("count", "used_count", "feed_forward_length"))
-        return ExpertsConfig(*numbers, shared=sizes[i])
+        n, taken, size = (m.number(f"expert_{key}") for key in ("count", "used_count", "feed_forward_length"))
+        return ExpertsConfig(n, taken, size, shared=sizes[i])
 
     return stack.layers(shared(slides, stack.n, own, heads), mlp)
 
@@ -436,6 +436,7 @@ def settings(cfg: ModelConfig) -> Settings:
         "sliding_window": near.window or cfg.context_length,
         "layer_types": hf_config.layer_types(cfg),
         "rope_scaling": None,
+        "partial_rotary_factor": None,
         "rope_parameters": ropes,
     }
 

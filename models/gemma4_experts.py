@@ -57,4 +57,4 @@ def mlp_and_experts(
 def vectors(cfg: ModelConfig, p: str, mlp: ExpertsConfig) -> dict[str, tuple[int, ...]]:
     """Names and [n] of a block's vectors that belong to its experts."""
     hidden = (ROUTER_NORM, DENSE_NORM, EXPERTS_NORM, EXPERTS_POST_NORM)
-    return {p + name: (cfg.hidden_size,) for name in hidden} | {p + EXPERT_SCALE: (mlp.n,)}
+    return {**{p + name: (cfg.hidden_size,) for name in hidden}, p + EXPERT_SCALE: (mlp.n,)}

@@ -20,6 +20,7 @@ from tinychat.network.config import (
     ModelConfig,
     RopeConfig,
 )
+from tinychat.network.family import outside
 from tinychat.network.weight_form import NUMBERS, ROW, SUPER, TABLES, Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
 
@@ -78,6 +79,22 @@ def _qwen35(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, value
 SHAPES["lfm2-1.2b"] = _lfm2(2048, 8192, (2, 5, 8, 10, 12, 14), 16)
 SHAPES["qwen3.5-0.8b"] = _qwen35(1024, 3584, 24, 8, 2, 16)
 SHAPES["qwen3.5-4b"] = _qwen35(2560, 9216, 32, 16, 4, 32)
+
+
+def _gemma4(hidden: int, ffn: int, layers: int, kv_heads: int, shared: int) -> ModelConfig:
+    near = AttentionConfig(8, kv_heads, 256, RopeConfig(dim=256), 512, scale=1.0)
+    far = replace(near, head_dim=512, rope=RopeConfig(1e6, 512, "proportional", turned=64), window=0)
+    own = layers - shared
+    mixers = [near if (i + 1) % 6 else far for i in range(layers)]
+    last = {mixer: i for i, mixer in enumerate(mixers[:own])}
+    mixers[own:] = [replace(mixer, source=last[mixer]) for mixer in mixers[own:]]
+    made = tuple(LayerConfig(mixer, DenseConfig(ffn)) for mixer in mixers)
+    shape = replace(_shape(hidden, ffn, layers, 8, kv_heads, 262144, tied=True), family="gemma4", layers=made)
+    # rows of the layers' embedding are looked up: a shorter one takes the same time
+    return replace(shape, layer_inputs=256, layer_vocab=16384, logit_soft_cap=30.0, embed_scale=hidden**0.5)
+
+
+SHAPES["gemma-4-e4b"] = _gemma4(2560, 10240, 42, 2, 18)
 
 _NEAR = AttentionConfig(64, 8, 64, RopeConfig(theta=150000.0), window=128)
 _GPT_OSS = ExpertsConfig(32, 4, 2880, limit=7.0, alpha=1.702)
@@ -164,15 +181,16 @@ class SyntheticCheckpoint:
     def linear(self, name: str) -> Linear:
         """Random codes; weights of about 1/sqrt(in), so that activations stay of order one."""
         c = self.config
-        body = name not in ("lm_head", "model.embed_tokens")
-        if not body:
+        table, body = name in ("lm_head", "model.embed_tokens"), "embed_tokens" not in name
+        body = body and not table
+        if table:
             n, k = c.vocab_size, c.hidden_size
-        elif name.endswith("mlp.gate") or _inside(name) in self._others:
-            shape = self._linears.get(_inside(name)) or self._others[_inside(name)]
+        elif name.endswith("mlp.gate") or name in self._others:
+            shape = self._linears.get(name) or self._others[name]
             size = 1 if name.endswith("mlp.gate") else shape[-1] ** -0.5
             return DenseLinear(np.random.default_rng(0).normal(0, size, shape).astype(np.float32))
         else:
-            n, k = self._linears[_inside(name)]
+            n, k = self._linears[name]
         biased = FAMILIES[c.family].biases(c) if c.family == "gpt_oss" else ("q_proj", "k_proj", "v_proj")
         has_bias = body and c.attention_bias and name.endswith(biased)
         key = (n, k, body, has_bias)
@@ -189,7 +207,7 @@ class SyntheticCheckpoint:
 
     def vector(self, name: str) -> np.ndarray:
         """Ones; of what decays, less a tenth: a state that forgets in some tokens."""
-        shape = self._others.get(_inside(name), (self.config.hidden_size,))
+        shape = self._others.get(name, (self.config.hidden_size,))
         return np.full(shape, -0.1 if name.endswith("A_log") else 1, np.float32)
 
     def fingerprint(self, tell: Any = None) -> str:
@@ -220,19 +238,19 @@ class SyntheticCheckpoint:
         return Form(4, "unsigned", next(g for g in (128, 64, 32) if k % g == 0), "fp16", "zero")
 
 
-def _inside(name: str) -> str:
-    """A module's name inside its block."""
-    return name.split(".", 3)[-1]
-
-
 def _modules(cfg: ModelConfig) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
-    """Linears of all layers by their names inside a block, and what else blocks have: their shapes."""
+    """Linears of all layers and those beside them, and what else there is: shapes by name."""
     family = FAMILIES[cfg.family]
     linears: dict[str, tuple[int, int]] = {}
     others: dict[str, tuple[int, ...]] = {}
-    for i in {layer: i for i, layer in reversed(list(enumerate(cfg.layers)))}.values():
-        linears |= {_inside(name): shape for name, shape in family.linears(cfg, i).items()}
-        others |= {_inside(name): shape for name, shape in family.norms(cfg, i).items()}
+    for i in range(cfg.n_layers):
+        linears |= family.linears(cfg, i)
+        others |= family.norms(cfg, i)
+    for name, own in outside(family, cfg).items():
+        if len(own) == 2:
+            linears[name] = (own[0], own[1])
+        else:
+            others[name] = own
     return linears, others
 
 

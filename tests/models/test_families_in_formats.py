@@ -45,6 +45,7 @@ FAMILY_CASES = (
     "granite",
     "gemma2",
     "gemma3",
+    "gemma4 tied",
     "mixtral all",
     "qwen3moe dense layers",
     "glm4",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families import CASES as FAMILIES
 from families import DELTA, DELTA_MOE, SHAPE, logits_of, relative_error
 from memories import allocate, step_of
 from safetensors.numpy import load_file, save_file
@@ -38,6 +39,11 @@ CASES = {
         "mistral",
         dict(sliding_window=None, head_dim=32),
         "pixtral",
+    ),
+    "Gemma4ForConditionalGeneration": (
+        "gemma4_text",
+        dict(FAMILIES["gemma4 tied"][1], pad_token_id=0),
+        "gemma4_vision",
     ),
     "MuseGlimmerForConditionalGeneration": (
         "muse_glimmer_text",

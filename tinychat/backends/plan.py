@@ -62,11 +62,10 @@ def plan(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> Iter
         for name, shape in linears(cfg, i).items():
             share = taken if _kind(name) == "experts" else 1.0
             yield _planned(checkpoint, policy, kernels, name, shape, share)
-    for name, shape in outside(FAMILIES[cfg.family], cfg).items():
-        if len(shape) == 2:
-            rows, columns = shape
+    for name, own in outside(FAMILIES[cfg.family], cfg).items():
+        if len(own) == 2:
             share = float(_kind(name) != "embedding")
-            yield _planned(checkpoint, policy, kernels, name, (rows, columns), share)
+            yield _planned(checkpoint, policy, kernels, name, (own[0], own[1]), share)
     if not cfg.tie_embeddings:
         yield _planned(checkpoint, policy, kernels, "lm_head", table, 1.0)
 
