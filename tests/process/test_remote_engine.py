@@ -9,14 +9,16 @@ import time
 
 import pytest
 import pytest_asyncio
+from dialects import Vllm
 from engine_helpers import Heard, ask
 from scripted_server import ScriptedServer, answer, status
 
 from tinychat.base.events import Notice
+from tinychat.conversation import Message
 from tinychat.process import remote
 from tinychat.process.address import Address
 from tinychat.process.connector import Connector
-from tinychat.process.protocol import Began, Failed, Finished, Loaded, Loading, Text
+from tinychat.process.protocol import Began, Calling, Failed, Finished, Loaded, Loading, Text
 from tinychat.process.remote_engine import RemoteEngine
 
 pytestmark = pytest.mark.asyncio
@@ -104,3 +106,26 @@ async def test_what_is_tried_again_is_said(engine):
     assert "503" in (await heard.wait(Notice)).message
     assert (await heard.wait(Finished)).message.content == "echo: hi"
     await asyncio.sleep(0)
+
+
+async def test_tools_are_passed_on_and_a_cut_answer_goes_on(engine):
+    client, heard, played = engine
+    played.listed = Vllm.listed()
+    client.load(f"@{played.url}/v1", {"keep_kv": False})
+    assert (await heard.wait(Loaded)).takes_tools
+    tool = {
+        "type": "function",
+        "function": {"name": "add", "description": "", "parameters": {"type": "object"}},
+    }
+    call = Vllm.call(0, "call_1", "add", "{}")
+    played.scripts = [Vllm.answer({"tool_calls": [call]}, {}, reason="tool_calls"), answer(", two.")]
+    client.answer("1", [Message("user", "?")], None, {}, [tool])
+    m = (await heard.wait(Finished)).message
+    assert [c["function"]["name"] for c in m.tool_calls] == ["add"]
+    assert (m.finish_reason, played.questions[-1]["tools"]) == ("tool_calls", [tool])
+    assert [e.name for e in heard if isinstance(e, Calling)] == ["add"]
+    cut = Message("assistant", "One", 0, finish_reason="length")
+    client.answer("2", [Message("user", "Count."), cut], None, {})
+    m = (await heard.wait(Finished, 2)).message
+    assert (m.content, m.finish_reason) == ("One, two.", "stop")
+    assert played.questions[-1]["continue_final_message"] is True
