@@ -36,7 +36,7 @@ FLOORS = [
     ("conversation",),
     ("answer",),
     ("dialogue",),
-    ("chat_request", "session"),
+    ("chat_request", "embedding", "session"),
     ("model",),
     ("tool_loop",),
     ("loading",),

@@ -17,6 +17,7 @@ from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import HEADROOM, available_memory, has_gpu, human_bytes
 from tinychat.engine.speculation.draft_model import check_vocabulary
 from tinychat.formats import open_checkpoint
+from tinychat.formats.embedder import EmbeddingCheckpoint, for_embeddings
 from tinychat.model import Model
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
@@ -55,7 +56,11 @@ def load(
     name = str(model)  # as it was given: a path would lose a doubled slash
     path = store.resolve(name, offline=options.offline)
     rendering.prepare()  # beside the weights
-    checkpoint = open_checkpoint(path)
+    checkpoint = for_embeddings(open_checkpoint(path))
+    if isinstance(checkpoint, EmbeddingCheckpoint):
+        if options.device == "cuda":
+            raise UsageError(f"{name} makes embeddings, which the GPU does not yet.", "Use --device cpu.")
+        options = LoadOptions.made({**vars(options), "head_bits": 16})
     checkpoint.config = _for_context(checkpoint.config, options.ctx)
     checkpoint.tokenizer()  # one that is refused is refused before weights are read
     loaded = Model(checkpoint, make_backend(checkpoint, options, progress), name, options, Drafts(options))

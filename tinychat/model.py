@@ -17,6 +17,7 @@ from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import HEADROOM, human_bytes
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.chat_request import ChatRequest, PromptRequest
+from tinychat.embedding import EmbeddingRequest
 from tinychat.engine.engine import Engine
 from tinychat.engine.eviction import SINKS, SMALLEST, EvictionPolicy
 from tinychat.engine.memory.sizes import memory_bytes, tokens_within
@@ -35,6 +36,7 @@ from tinychat.text.template import ChatTemplate
 if TYPE_CHECKING:
     from tinychat.engine.shelf import Shelf
     from tinychat.engine.speculation.speculator import Speculator
+    from tinychat.formats.embedder import Pooling
 
 DEFAULT_CTX = 8192
 
@@ -76,6 +78,7 @@ class Model:
         self.checkpoint, self.policy = checkpoint, WeightPolicy(options.quantize, options.head_bits)
         self.name, self.path, self.config = name, checkpoint.path, checkpoint.config
         self.backend = backend
+        self.pooling: Pooling | None = getattr(checkpoint, "pooling", None)  # of one that makes embeddings
         self.tokenizer = checkpoint.tokenizer()
         self.tokenizer.n_embeddings = self.config.vocab_size
         self.template = (
@@ -298,7 +301,26 @@ class Model:
         """A conversation with a memory. `draft`, `kv_budget` and `kv_policy` as in `load`; sampling
         parameters by keyword.
         """
+        self._refuse_embedder()
         return Session(self, system, **sampling)
+
+    def embed(self, texts: Sequence[str], dimensions: int | None = None) -> np.ndarray:
+        """A vector for each text, float32 [n, dimensions], as sentence-transformers makes them of a folder
+        that it wrote. dimensions: the first so many; None: all.
+
+        Raises UsageError for a chat model, and for a text that the context does not hold.
+        """
+        if self.pooling is None:
+            raise UsageError(
+                f"{self.name} is a chat model and makes no embeddings.", "Load an embedding model."
+            )
+        given = [arguments.text("A text", text) for text in texts]
+        request = EmbeddingRequest.of(self, self.pooling, given, dimensions)
+        return np.stack([made.vector for made in request.events(self)])
+
+    def _refuse_embedder(self) -> None:
+        if self.pooling is not None:
+            raise UsageError(f"{self.name} makes embeddings, and does not chat.", "Choose a chat model.")
 
     def speculator(self, draft: str | None = None) -> Speculator:
         """Drafter for one conversation; None is this model's default.
@@ -345,6 +367,7 @@ class Model:
         self.close()
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        self._refuse_embedder()
         return check_bias(self.default_sampling.but(**sampling), self.config.vocab_size)
 
     def _ids(self, given: Iterable[int]) -> list[int]:

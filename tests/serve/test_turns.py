@@ -201,7 +201,7 @@ def test_a_model_that_does_not_fit_beside_those_in_use_is_tried_later(model):
 def test_what_is_no_embedding_model_says_so(one):
     status, said, _ = one.ask("/v1/embeddings", {"model": "tiny", "input": "text"})
     assert (status, said["error"]["param"]) == (400, "model")
-    assert "tiny is a chat model" in said["error"]["message"]
+    assert "A chat model makes no embeddings" in said["error"]["message"]
 
 
 def test_requests_that_share_steps_say_what_they_say_alone(model):

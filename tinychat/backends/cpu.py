@@ -84,6 +84,7 @@ class CpuBackend:
         except RuntimeError as e:
             raise UsageError(*str(e).split("\n", 1)) from None
         self.cfg: ModelConfig = checkpoint.config
+        self._n_outputs: int = getattr(checkpoint, "n_outputs", self.cfg.vocab_size)
         memories = memories_of(self.cfg)
         self.memories = with_tails(memories) if kv_bits == 4 else memories
         # Every ISA has an exact 8-bit dot product and it is the fastest path, so it runs unless asked.
@@ -201,7 +202,7 @@ class CpuBackend:
 
     def step(self, step: Step) -> np.ndarray:
         """Run the network. float32 [asked rows, vocab]."""
-        out = np.empty((step.asked_rows, self.cfg.vocab_size), np.float32)
+        out = np.empty((step.asked_rows, self._n_outputs), np.float32)
         self._run(step, out, None)
         return out
 

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from tinychat.serve import anthropic, chat, completions, facts, responses
+from tinychat.serve import anthropic, chat, completions, embeddings, facts, responses
 from tinychat.serve.guard import Guard
 from tinychat.serve.problems import ApiError
 from tinychat.serve.replies import Reply
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROUTES = [
     Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
     Route("/v1/completions", completions.completions, methods=["POST"]),
-    Route("/v1/embeddings", facts.embeddings, methods=["POST"]),
+    Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
     Route("/v1/messages", anthropic.messages, methods=["POST"]),
     Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
     Route("/v1/responses", responses.responses, methods=["POST"]),

@@ -156,7 +156,7 @@ async def choices_of(answer: Answer) -> list[tuple[Completion, list[Logprobs]]]:
     """All choices with the log-probabilities of their tokens, when they are there."""
     found: dict[int, Completion] = {}
     told: defaultdict[int, list[Logprobs]] = defaultdict(list)
-    certain = defaultdict(partial(odds.Certain, answer.model.tokenizer))
+    certain: defaultdict[int, odds.Certain] = defaultdict(partial(odds.Certain, answer.model.tokenizer))
     async with aclosing(answer.events()) as events:
         async for index, said in events:
             told[index] += certain[index].of(said)
@@ -221,7 +221,7 @@ class Form:
         """The response as server-sent events."""
         stats: dict[int, Stats] = {}
         begun: set[int] = set()
-        certain = defaultdict(partial(odds.Certain, answer.model.tokenizer))
+        certain: defaultdict[int, odds.Certain] = defaultdict(partial(odds.Certain, answer.model.tokenizer))
         async with aclosing(answer.events()) as events:
             async for index, said in events:
                 if index not in begun:

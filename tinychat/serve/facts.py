@@ -65,20 +65,6 @@ async def metrics(request: Request) -> Response:
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-@endpoint()
-async def embeddings(request: Request) -> Response:
-    """A refusal: a chat model's hidden states were not trained to tell texts apart."""
-    service = service_of(request)
-    fields = await service.bodies.fields(request)
-    async with service.rack.using(fields.text("model")) as lease:
-        raise ApiError(
-            400,
-            f"{lease.name} is a chat model and makes no embeddings. Ask an embedding model elsewhere.",
-            param="model",
-            code="unsupported_model",
-        )
-
-
 def tokens_of(model: Model, fields: Fields) -> list[int]:
     """Ids of a text (`content`, `prompt`) or of a conversation (`messages`). Raises ApiError, UsageError."""
     if "messages" in fields:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from tinychat.chat_request import ChatRequest, PromptRequest
+    from tinychat.embedding import EmbeddingRequest
     from tinychat.model import Model
+
+    Asking = ChatRequest | PromptRequest | EmbeddingRequest
 
 TIDY_SECONDS = 1.0
 SAVE_SECONDS = 15.0  # without work, until conversations are saved
@@ -42,9 +45,7 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self._spawn(self._tidy())
 
-    async def ask(
-        self, model: str | None, make: Callable[[Model], Sequence[ChatRequest | PromptRequest]]
-    ) -> tuple[Answer, str]:
+    async def ask(self, model: str | None, make: Callable[[Model], Sequence[Asking]]) -> tuple[Answer, str]:
         """Begin the answers to requests that `make` makes for a model, on a thread, for it may take long; and
         the name by which the model is served.
 
@@ -71,10 +72,11 @@ class Service:
         self._answers.add(answer)
         return answer
 
-    def _work(self, model: Model, request: ChatRequest | PromptRequest) -> Work:
+    def _work(self, model: Model, request: Asking) -> Work:
         def work(cancel: threading.Event) -> Iterator[Event]:
+            events: Iterator[Any] = request.events(model, cancel)
             try:
-                for event in request.events(model, cancel):
+                for event in events:
                     if isinstance(event, Done):
                         self._call(self.metrics.done, event)
                     yield event
