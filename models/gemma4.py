@@ -435,7 +435,7 @@ def settings(cfg: ModelConfig) -> Settings:
         "final_logit_softcapping": cfg.logit_soft_cap or None,
         "sliding_window": near.window or cfg.context_length,
         "layer_types": hf_config.layer_types(cfg),
-        "rope_scaling": None,
+        "rope_scaling": ropes,  # the older name, which transformers looks at first
         "partial_rotary_factor": None,
         "rope_parameters": ropes,
     }
