@@ -377,7 +377,7 @@ class Dialogue:
         return dict(vars(self.params))
 
     @staticmethod
-    def _read(path: str | Path) -> tuple[Path, Saved, SamplingParams]:
+    def read_saved(path: str | Path) -> tuple[Path, Saved, SamplingParams]:
         """A saved conversation. Raises TinychatError for whatever is none."""
         path = arguments.path("The path", path)
         try:

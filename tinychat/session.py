@@ -327,7 +327,7 @@ class Session(Dialogue):
 
         if model is not None and not hasattr(model, "engine"):
             raise UsageError(f"The model is {arguments.shown(model)}.", "Give what tinychat.load returned.")
-        path, saved, params = cls._read(path)
+        path, saved, params = cls.read_saved(path)
         if model is None:
             import tinychat
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tinychat.chats.outline import RAILS, Branch, here
-from tinychat.tui.text import Line, clean, line_width, pad, shorten, width_of
+from tinychat.tui.text import Line, clean, line_width, pad, short_name, shorten, width_of
 
 ROOM = 16  # cells that the words have at least, whatever stands behind them
 LONGEST_MODEL = 20
@@ -13,10 +13,10 @@ LONGEST_MODEL = 20
 
 def headline(branches: list[Branch]) -> str:
     """How many there are, and the model, where it is the same for all."""
-    models = {clean(b.model) for b in branches if b.model}
+    models = {short_name(clean(b.model)) for b in branches if b.model}
     n = len(branches)
     count = "1 branch" if n == 1 else f"{n} branches"
-    return f"{count} · {shorten(models.pop(), 40)}" if len(models) == 1 else count
+    return f"{count} · {models.pop()}" if len(models) == 1 else count
 
 
 def rows(branches: list[Branch], width: int, shown: Iterable[Branch] | None = None) -> list[Line]:
@@ -59,5 +59,5 @@ def _rails(b: Branch, deepest: int) -> str:
 
 
 def _facts(b: Branch, several: bool) -> list[str]:
-    out = [shorten(clean(b.model), LONGEST_MODEL)] if several and b.model else []
+    out = [shorten(short_name(clean(b.model)), LONGEST_MODEL)] if several and b.model else []
     return [*out, f"{b.rate:.1f} tok/s"] if b.rate else out

@@ -11,39 +11,59 @@ from tinychat.base.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Command:
-    """`/name argument`. `keys`: what does the same."""
+    """`/name argument`. `plain`: what it does without a screen, where that differs; `screen`: why it
+    needs one.
+    """
 
     name: str
     argument: str
     help: str
     needs_argument: bool = False
+    plain: str = ""
+    screen: str = ""
 
 
 COMMANDS = (
-    Command("help", "", "keys and commands"),
-    Command("model", "[NAME]", "choose the model"),
+    Command("help", "", "keys and commands", plain="this list"),
+    Command("model", "[NAME]", "choose the model", plain="which model answers, or another one"),
     Command("system", "[TEXT]", "set the system prompt; nothing shows it; - removes it"),
     Command("set", "[NAME VALUE]", f"sampling: {', '.join(SamplingParams.numbers())}"),
     Command("regen", "", "answer again, as a new branch"),
     Command("continue", "", "go on with the last answer, where it was stopped or cut"),
-    Command("edit", "[TEXT]", "change your last message, as a new branch"),
+    Command(
+        "edit",
+        "[TEXT]",
+        "change your last message, as a new branch",
+        plain="say TEXT in place of your last message",
+    ),
     Command("branch", "[N]", "go to branch N of the last answer; without N, the next one"),
-    Command("tree", "", "all branches of this chat; enter goes to one"),
+    Command("tree", "", "all branches of this chat; enter goes to one", plain="all branches of this chat"),
     Command("go", "N", "go to branch N of the tree", True),
     Command("new", "", "a new chat"),
     Command("clear", "", "a new chat"),
-    Command("resume", "[TEXT]", "find an earlier chat"),
+    Command("resume", "[TEXT|ID]", "find an earlier chat, or open one by its number"),
     Command("rename", "TITLE", "name this chat", True),
     Command("delete", "", "delete this chat; /undo brings it back"),
     Command("undo", "", "bring back the chat deleted last (of this week); again: the one before"),
     Command("save", "FILE", "export this chat: .md for reading, .json for Session.load", True),
-    Command("copy", "[code|chat]", "copy the last answer, its last code block, or the chat"),
-    Command("think", "", "open or fold the last reasoning"),
-    Command("stats", "", "speed over this chat, memory, bandwidth"),
+    Command("load", "FILE", "go on with a conversation that was saved as .json", True),
+    Command(
+        "copy",
+        "[code|chat]",
+        "copy the last answer, its last code block, or the chat",
+        screen="select and copy in the terminal",
+    ),
+    Command("think", "", "open or fold the last reasoning", plain="the last reasoning"),
+    Command(
+        "stats",
+        "",
+        "speed over this chat, memory, bandwidth",
+        plain="timings of the last answer, context used",
+    ),
     Command("prompt", "NAME [TEXT]", "send a prompt of your own, prompts/NAME.md beside config.toml", True),
     Command("default", "", "have new chats begin as this one: its model, system prompt and sampling"),
     Command("mcp", "[on|off|forget NAME]", "MCP servers: their tools, and what you allow"),
-    Command("theme", "[dark|light|contrast]", "colours"),
+    Command("theme", "[dark|light|contrast]", "colours", screen="colours are the terminal's own here"),
     Command("exit", "", "leave"),
 )
 BY_NAME = {c.name: c for c in COMMANDS} | {
@@ -74,9 +94,3 @@ def complete(text: str) -> list[Command]:
     if not text.startswith("/") or any(c.isspace() for c in text):
         return []
     return [c for c in COMMANDS if c.name.startswith(text[1:].lower())]
-
-
-def prompt_begun(text: str) -> str | None:
-    """The beginning of a prompt's name that is being typed behind /prompt; None elsewhere."""
-    command, space, name = text.partition(" ")
-    return name if command == "/prompt" and space and not any(c.isspace() for c in name) else None

@@ -11,6 +11,7 @@ import re
 from rich.cells import cell_len
 
 from tinychat.base.terminal import clean as clean
+from tinychat.process.address import split_name
 
 Span = tuple[str, str]
 Line = list[Span]
@@ -135,3 +136,12 @@ def shorten(text: str, width: int) -> str:
     while text and width_of(text) > width - 1:
         text = text[: -max(1, (width_of(text) - width + 1) // 2)]
     return text + "…"
+
+
+def short_name(model: str) -> str:
+    """A path's last part, a served model without its server; other names as they are."""
+    id, server = split_name(model)
+    if server is not None:
+        return shorten(id or server.place, 32)
+    name = model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
+    return shorten(name.removesuffix(".gguf"), 32)

@@ -15,7 +15,7 @@ from tinychat.base import locations
 from tinychat.base.errors import ModelNotFoundError, UsageError
 from tinychat.chats.chat_store import ChatStore
 from tinychat.cli import words
-from tinychat.cli.words import gather, model_or_prompt
+from tinychat.cli.words import gather, model_and_prompt, model_or_prompt
 
 
 @pytest.fixture
@@ -173,3 +173,38 @@ def test_a_pipe_that_does_not_block_is_waited_for(pipe, monkeypatch):
     monkeypatch.setattr(words, "PATIENCE", 0.02)
     monkeypatch.setattr(words.click, "echo", lambda *_, **__: (pipe.write(b"now"), pipe.close()))
     assert gather(None) == "now"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), (None, None)),
+        (("Say", "hi"), (None, "Say hi")),
+        (("What", "is", "2", "+", "2?"), (None, "What is 2 + 2?")),
+        (("smollm2-135m", "Say", "hi"), ("smollm2-135m", "Say hi")),
+        (("smollm2-135m", "Say hi"), ("smollm2-135m", "Say hi")),
+        (("owner/repo", "hi"), ("owner/repo", "hi")),
+        (("Two words", "and", "more"), (None, "Two words and more")),
+        (("", "hi"), (None, "hi")),
+    ],
+)
+def test_several_words_are_the_prompt_where_the_first_is_no_model(words, expected):
+    assert model_and_prompt(words, False) == expected
+
+
+@pytest.mark.parametrize("first", ["smolm2", "smollm", "qwen", "no-such-model", "Qwen3", "x.gguf"])
+def test_a_first_word_that_may_be_a_mistyped_model_is_asked_about(first):
+    for rest in (("hi",), ("say", "hi"), ("Say hi",)):
+        with pytest.raises(ModelNotFoundError, match="There is no model") as e:
+            model_and_prompt((first, *rest), False)
+        assert "To say it: tinychat run" in e.value.todo
+
+
+def test_what_follows_in_quotes_makes_the_first_word_a_model():
+    with pytest.raises(ModelNotFoundError):
+        model_and_prompt(("Say", "hi there"), False)
+
+
+def test_a_chat_that_goes_on_takes_all_words():
+    assert model_and_prompt(("And", "then?"), True) == (None, "And then?")
+    assert model_and_prompt(("some-model", "hi"), False, True) == ("some-model", "hi")  # a server's

@@ -46,6 +46,27 @@ class Keeper:
         session.load_kv(locations.kv_file(str(chat.id)))
         session.system = chat.system if session.system is None else session.system
 
+    def open(self, session: Any, chat: Chat) -> None:
+        """Go on with a stored chat in that session, which is empty. Raises ChatLockedError; then nothing
+        changes.
+        """
+        held = OpenChat(self.store, chat)
+        self.close(wait=0)
+        self._attach(session)
+        self.held = held
+        self._restore()
+
+    def change(self, session: Any) -> None:
+        """Go on with the same chat in the session of another model, which is empty."""
+        self.keep(self.session)
+        name, tree = session.model.name, self.held.tree
+        session.tree = Tree((m.for_model(name) for m in tree.nodes), tree.leaf)
+        self.session, self._kept, self._open = session, list(session.nodes), None
+        self.held.chat.model = name
+        if session.nodes:
+            self.held.change()
+            self.held.flush()
+
     def follow(self, session: Any, events: Generator[Event, None, None]) -> Iterator[Event]:
         """An answer's events as they are; what is said is stored as it comes, so that a program that is
         killed loses a second of it.

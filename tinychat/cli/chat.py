@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from tinychat.cli.first import choose_model, no_model, usual_model
 from tinychat.cli.options import (
     CHAT_NUMBER,
     answering_options,
+    complete_chats,
     complete_models,
     file_type,
     loading_options,
@@ -31,7 +32,7 @@ from tinychat.cli.output import Printer, cancel_on_interrupt, describe
 from tinychat.cli.preferred import load_options
 from tinychat.cli.preferred import sampling_options as sampling_from
 from tinychat.cli.served import served, served_options
-from tinychat.cli.words import attached, gather, is_json, model_or_prompt, schema_of
+from tinychat.cli.words import attached, gather, is_json, model_and_prompt, schema_of
 
 if TYPE_CHECKING:
     from tinychat.base.events import Event
@@ -43,8 +44,7 @@ CUT = 5  # exit code: the answer was cut before it had the form that was asked f
 
 
 @click.command()
-@click.argument("model", required=False, metavar="[MODEL]", shell_complete=complete_models)
-@click.argument("prompt", required=False)
+@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]", shell_complete=complete_models)
 @click.option("-s", "--system", help="System prompt.")
 @click.option(
     "-p",
@@ -67,7 +67,13 @@ CUT = 5  # exit code: the answer was cut before it had the form that was asked f
 )
 @served_options
 @click.option("-c", "--continue", "latest", is_flag=True, help="Go on with the chat spoken in last.")
-@click.option("--resume", type=CHAT_NUMBER, metavar="ID", help="Go on with chat ID (`tinychat chats`).")
+@click.option(
+    "--resume",
+    type=CHAT_NUMBER,
+    metavar="ID",
+    shell_complete=complete_chats,
+    help="Go on with chat ID (`tinychat chats`).",
+)
 @click.option("--no-store", is_flag=True, help="Keep nothing of this conversation.")
 @click.option("--plain", is_flag=True, help="Line by line instead of the chat screen.")
 @click.option(
@@ -80,19 +86,17 @@ CUT = 5  # exit code: the answer was cut before it had the form that was asked f
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, finish_reason, stats.")
 @click.option("--stream-json", is_flag=True, help="One JSON object an event.")
 @click.option("-v", "--verbose", is_flag=True, help="Timings on stderr.")
-def run(model: str | None, prompt: str | None, **o: Any) -> None:
+def run(words: tuple[str, ...], **o: Any) -> None:
     """Chat with MODEL, or answer PROMPT (with what is piped in put before it) and exit.
 
     MODEL is an alias (`tinychat list --all`), a Hugging Face repo id, a local folder or a .gguf file; with
-    --server the name of one of its models. A single argument with a space is the PROMPT; with -c or --resume
-    a single word is, too.
+    --server the name of one of its models. What cannot be a MODEL is the PROMPT, quoted or as several words;
+    with -c or --resume a single word is, too.
     """
     if o["as_json"] and o["stream_json"]:
         raise UsageError("--json and --stream-json exclude each other.", "Choose one.")
     resumed = o["latest"] or o["resume"] is not None
-    if model is not None and prompt is None:
-        some = resumed or o["kept"] is not None
-        model, prompt = model_or_prompt(model, some, o["server"] is not None)
+    model, prompt = model_and_prompt(words, resumed or o["kept"] is not None, o["server"] is not None)
     named, preferences = model is not None, Preferences.read()
     own = None if o["kept"] is None else prompts.find(o["kept"])
     model = model or (own and own.model) or ""
@@ -194,13 +198,22 @@ def _show(
 
 def _converse(model: str, store: ChatStore, chat: Chat | None, o: dict[str, Any]) -> None:
     """A conversation line by line."""
-    with toolbox_of(o["allow_tool"], False) as toolbox, _session(model, o, None) as session:
+    with (
+        toolbox_of(o["allow_tool"], False) as toolbox,
+        _session(model, o, None) as session,
+        ExitStack() as others,
+    ):
         from tinychat.chats.keeper import Keeper
         from tinychat.cli.repl import Repl
 
+        def another(name: str) -> Any:
+            load = load_options(Preferences.read().of(name), o)
+            return others.enter_context(_loaded(name, {**o, "load": load}))
+
         keeper = Keeper(store, session, chat)
         try:
-            Repl(session, keeper, o["verbose"], toolbox).run()
+            load_model = another if o["connector"] is None else None
+            Repl(session, keeper, o["verbose"], toolbox, load_model).run()
         finally:
             _close(keeper)
 

@@ -6,25 +6,41 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from tinychat.base import terminal
 from tinychat.base.characters import is_unicode, whole
 from tinychat.base.errors import TinychatError
 from tinychat.cli import tables
+from tinychat.cli.options import complete_chats
 from tinychat.cli.output import Printer
 
 if TYPE_CHECKING:
     from tinychat.chats.chat_store import ChatStore, Hit
 
+ACTIONS = ("export", "rm", "restore")
 MOST, ALL = 50, 1_000_000  # chats that are listed
 INDENT = 7  # cells before an excerpt, which stands under the date
 
 
+def complete_words(ctx: Any, _param: Any, incomplete: str) -> list[CompletionItem]:
+    """Shell completion of an action, and of the chats that it is for."""
+    before = tuple(ctx.params.get("words") or ())
+    if not before:
+        return [CompletionItem(a) for a in ACTIONS if a.startswith(incomplete)]
+    return complete_chats(ctx, None, incomplete) if before[0] in ("export", "rm") else []
+
+
 @click.command()
-@click.argument("words", nargs=-1, metavar="[SEARCH | export ID | rm ID... | restore ID...]")
+@click.argument(
+    "words",
+    nargs=-1,
+    metavar="[SEARCH | export ID | rm ID... | restore ID...]",
+    shell_complete=complete_words,
+)
 @click.option("--deleted", is_flag=True, help="What was deleted within the last week.")
 @click.option("--all", "everything", is_flag=True, help=f"More than the newest {MOST}.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list instead of lines.")
@@ -65,7 +81,7 @@ def chats(words: tuple[str, ...], deleted: bool, everything: bool, as_json: bool
         else:
             out.write(to_markdown(store, numbers[0]))
         out.end()
-    elif len(words) == 1 and words[0] in ("rm", "export", "restore"):
+    elif len(words) == 1 and words[0] in ACTIONS:
         raise click.UsageError(f"Which chat? tinychat chats {words[0]} ID; tinychat chats lists them.")
     else:
         search = whole(" ".join(words))

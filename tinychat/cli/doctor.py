@@ -34,7 +34,7 @@ NETWORK_SECONDS = 2.0
     metavar="MODEL",
     help="Read all of MODEL and its packs; say what is damaged.",
 )
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 def doctor(verify: str | None, as_json: bool) -> None:
     """What this machine has, what tinychat uses of it, which models fit, and what is wrong."""
     if verify is not None:

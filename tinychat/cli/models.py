@@ -27,7 +27,7 @@ def _echo_json(value: Any) -> None:
 
 @click.command()
 @model_argument
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 def pull(model: str, as_json: bool) -> None:
     """Download MODEL, or say that it is here already."""
     from tinychat.hub import store
@@ -48,7 +48,7 @@ def _available(fit: Fit, alias: Alias) -> dict[str, Any]:
 
 @click.command("list")
 @click.option("--all", "--available", "everything", is_flag=True, help="Models that can be pulled, too.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 def list_models(everything: bool, as_json: bool) -> None:
     """Models on this machine."""
     from tinychat.hub import aliases, store
@@ -118,7 +118,7 @@ def _show_available(fits: list[Fit], machine: Machine) -> None:
 
 @click.command()
 @model_argument
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 def show(model: str, as_json: bool) -> None:
     """Facts about an installed MODEL, a folder or a .gguf file."""
     from tinychat.hub import store
@@ -135,7 +135,7 @@ def show(model: str, as_json: bool) -> None:
 @click.command()
 @model_argument
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 def rm(model: str, yes: bool, as_json: bool) -> None:
     """Delete an installed MODEL."""
     from tinychat.hub import store
@@ -206,8 +206,8 @@ class GroupSize(click.ParamType):
 @click.option(
     "--tune", is_flag=True, help="Then distil scales and norms against the float model (some minutes more)."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same weights.")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 def quantize(model: str, out: Path, bits: str | None, as_json: bool, **wishes: Any) -> None:
     """Make a checkpoint of MODEL with 2, 3, 4 or 8 bits a weight: the folder or .gguf file OUT."""
     # Threads with nothing to do sleep: where they spin beside another program, quantizing takes 4 times as

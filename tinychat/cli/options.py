@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from tinychat.base.load_options import ANSWER, CONTEXT, ENGINE, LoadOptions
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.base.settings import Biases, Choice, Flag, Number, Setting, Settings, Texts, Whole
+from tinychat.base.terminal import one_line
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -73,14 +75,39 @@ class Size(click.ParamType):
         return int(size)
 
 
-def complete_models(_ctx, _param, incomplete: str) -> list[str]:
-    """Shell completion of model names: installed ones and aliases. A shell shows what it is given, and reads
-    it line by line; so names that are not plain text are left out.
+def complete_models(ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+    """Shell completion of models: installed ones and aliases; with a slash or a dot, folders and files. A
+    shell shows what it is given, and reads it line by line; so names that are not plain text are left out.
     """
     from tinychat.hub import store
 
+    if ctx is not None and param is not None and ctx.params.get(param.name) and param.nargs == -1:
+        return []  # the words behind the model are a prompt
+    if "/" in incomplete or incomplete.startswith((".", "~")):
+        return [CompletionItem(incomplete, type="file")]
     with suppress(Exception):  # pressing tab is no moment for an error
-        return [n for n in store.known_names() if n.startswith(incomplete) and n.isprintable()]
+        names = [n for n in store.known_names() if n.startswith(incomplete) and n.isprintable()]
+        return [CompletionItem(n) for n in names] or [CompletionItem(incomplete, type="file")]
+    return []
+
+
+def complete_drafts(ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+    """Shell completion of who drafts."""
+    own = [CompletionItem(n) for n in ("auto", "ngram", "none") if n.startswith(incomplete)]
+    return own + complete_models(None, None, incomplete)
+
+
+def complete_chats(_ctx: Any, _param: Any, incomplete: str) -> list[CompletionItem]:
+    """Shell completion of chats by their numbers, with their titles."""
+    from tinychat.chats.chat_store import ChatStore
+
+    with suppress(Exception):
+        store = ChatStore()
+        try:
+            found = [c for c in store.chats() if str(c.id).startswith(incomplete)]
+        finally:
+            store.close()
+        return [CompletionItem(str(c.id), help=one_line(c.title)) for c in found]
     return []
 
 
@@ -110,6 +137,8 @@ def _option(name: str, s: Setting) -> Callable:
     """The command line's option for a setting. It is None where it is not given."""
     flag = s.flag or f"--{name.replace('_', '-')}"
     words: dict[str, Any] = {"help": s.sentence() or None, "metavar": s.metavar}
+    if name == "draft":
+        words["shell_complete"] = complete_drafts
     if isinstance(s, Flag) and s.default is None:
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", name, default=None, **words)
     if isinstance(s, Flag):

@@ -32,7 +32,7 @@ TOKENS = click.IntRange(0, 1 << 24)  # that bench reads
 @model_argument
 @click.argument("file", type=file_type())
 @loading_options
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 def ppl(model: str, file: Path, as_json: bool, **o: Any) -> None:
     """Perplexity of MODEL on the text FILE: windows of --ctx tokens (512), the second half of each scored."""
     from tinychat.loading import load
@@ -87,7 +87,13 @@ class ThreadCount(click.IntRange):
     multiple=True,
     help="Time a step of that many tokens too, as drafts are checked; may be given several times.",
 )
-@click.option("--rounds", type=click.IntRange(1, 1000), default=3, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    default=3,
+    show_default=True,
+    help="Measurements; the median counts.",
+)
 @click.option(
     "--parallel",
     type=click.IntRange(2, 256),
@@ -101,7 +107,7 @@ class ThreadCount(click.IntRange):
     help="CPU threads; auto measures several numbers in turns and says which is the best.",
 )
 @options_of(LoadOptions, [name for name in LoadOptions.group(CONTEXT, ENGINE) if name != "threads"])
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 def bench(
     model: str | None,
     synthetic: str | None,

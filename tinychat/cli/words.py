@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import select
@@ -45,6 +46,43 @@ def model_or_prompt(word: str, resumed: bool, served: bool = False) -> tuple[str
     error = store.not_found(word)
     raise type(error)(
         error.what, f"{error.todo}. To say it: tinychat run {DEFAULT_MODEL} {shlex.quote(word)}"
+    )
+
+
+def model_and_prompt(
+    words: tuple[str, ...], resumed: bool, served: bool = False
+) -> tuple[str | None, str | None]:
+    """The arguments of `run` as (model, prompt), each None where it is not there.
+
+    Several words are a model and a prompt where the first one can be a model. Where it cannot, all of them
+    are the prompt, unless that may be a mistake: the first one looks like a model's name, or what follows was
+    quoted. Raises ModelNotFoundError for such a first word.
+    """
+    from tinychat.hub import store
+
+    if not words:
+        return None, None
+    first, rest = words[0], " ".join(words[1:])
+    if len(words) == 1:
+        return model_or_prompt(first, resumed, served)
+    if not first.strip():
+        return None, rest
+    if served or split_name(first)[1] is not None or store.is_name(first):
+        return first, rest
+    if resumed or len(first.split()) > 1:
+        return None, " ".join(words)
+    quoted = any(len(word.split()) > 1 for word in words[1:])
+    if quoted or not first.isalpha() or _is_like_a_name(first, store.known_names()):
+        error = store.not_found(first)
+        to_say = f"tinychat run {DEFAULT_MODEL} {shlex.quote(' '.join(words))}"
+        raise type(error)(error.what, f"{error.todo}. To say it: {to_say}")
+    return None, " ".join(words)
+
+
+def _is_like_a_name(word: str, names: list[str]) -> bool:
+    low = word.lower()
+    return any(n.lower().startswith(low) for n in names) or bool(
+        difflib.get_close_matches(low, names, 1, 0.6)
     )
 
 

@@ -286,7 +286,7 @@ class RemoteSession(Dialogue):
     @classmethod
     def load(cls, path: str | Path, model: ServedModel) -> RemoteSession:
         """Read a saved conversation. Raises TinychatError if the file is none."""
-        _, saved, _ = cls._read(path)
+        _, saved, _ = cls.read_saved(path)
         session = cls(model, saved.system, **ServerParams.sound(saved.params))
         session.tree = saved.tree
         return session

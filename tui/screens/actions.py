@@ -185,6 +185,10 @@ class ChatActions(Places):
         await self.open(Conversation(self.app.store, self.model, chat.system, chat.params))
 
     async def command_resume(self, rest: str) -> None:
+        if rest.isdecimal() and len(rest) < 18:
+            self.app.store.chat(int(rest))  # refuses a number that is none
+            await self.on_open_chat(messages.OpenChat(int(rest)))
+            return
         if self.sidebar is None or not self.sidebar.display:
             await self.action_toggle_sidebar()
         if self.sidebar is not None:

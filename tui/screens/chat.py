@@ -46,7 +46,7 @@ class ChatScreen(ChatActions):
         with Row(), Column(id="main"):
             yield Transcript()
             yield Static(id="notice", markup=False)
-            yield Composer(self._history)
+            yield Composer(self._history, lambda: self.conversation.tree)
             yield StatusLine()
 
     def _history(self) -> list[str]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tinychat.base import locations
 from tinychat.base.errors import TinychatError, UsageError
+from tinychat.base.sampling_params import SamplingParams
 from tinychat.chats import outline
 from tinychat.chats.finding import Finder
 from tinychat.chats.outline import Branch
 from tinychat.conversation import Tree
+from tinychat.dialogue import Dialogue
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
 from tinychat.tui.screens.calling import Calling
@@ -78,6 +81,19 @@ class Places(Calling):
             self.command_tree("")
         except TinychatError as e:
             self.complain(e)
+
+    async def command_load(self, rest: str) -> None:
+        self.not_while_answering()
+        path, saved, params = Dialogue.read_saved(locations.written(rest))
+        own = {n: v for n, v in vars(params).items() if v is not None and v != self.defaults.get(n)}
+        conversation = Conversation(self.app.store, self.model, saved.system, SamplingParams.sound(own))
+        for m in saved.tree.nodes:
+            m.model = saved.model if m.role == "assistant" else None
+            conversation.held.change(conversation.held.add(m))
+        conversation.tree.leaf = saved.leaf
+        conversation.keep()
+        await self.open(conversation)
+        self.say(f"Read {path}.")
 
     async def command_go(self, rest: str) -> None:
         self.not_while_answering()

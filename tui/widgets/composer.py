@@ -15,9 +15,9 @@ from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 from textual.widgets.text_area import Selection
 
-from tinychat.base import prompts
 from tinychat.base.errors import UsageError
-from tinychat.tui import commands
+from tinychat.conversation import Tree
+from tinychat.tui import commands, completing
 from tinychat.tui.attachments import Attachment, complete_path, mentions, missed, read
 from tinychat.tui.host import Host
 from tinychat.tui.messages import Attached, Submitted, Trouble
@@ -129,8 +129,12 @@ class Input(ViArea):
 class Composer(Vertical):
     """Input, the list of completions above it, and what is attached."""
 
-    def __init__(self, history: Callable[[], list[str]]):
+    app: Host
+
+    def __init__(self, history: Callable[[], list[str]], tree: Callable[[], Tree] = Tree):
+        """history: what was said, newest first. tree: that of the open chat."""
         super().__init__(id="composer")
+        self._conversation = tree
         self.history = history
         self._recalled: list[str] | None = None
         self._at = 0
@@ -294,9 +298,10 @@ class Composer(Vertical):
             options = [Option(f"/{c.name} {c.argument}".ljust(30) + c.help, c.name) for c in found]
             if len(found) == 1 and text[1:] == found[0].name:
                 options = []
-        elif (begun := commands.prompt_begun(text)) is not None:
-            self._kind = "prompt"
-            options = [Option(clean(n), n) for n in prompts.names() if n.startswith(begun) and n != begun]
+        elif (typed := completing.begun_argument(text)) is not None:
+            self._kind = "argument"
+            offers = completing.arguments(*typed, self.app.store, self._conversation())
+            options = [Option(clean(shown), value) for value, shown in offers]
         elif (fragment := self._fragment()) is not None:
             self._kind = "file"
             options = [Option(clean(name), name) for name in complete_path(fragment)]
@@ -365,8 +370,13 @@ class Composer(Vertical):
                 return False
             self.text = f"/{chosen} "
             return True
-        if self._kind == "prompt":
-            self.text = f"/prompt {chosen} "
+        if self._kind == "argument":
+            command, begun = completing.begun_argument(self.text) or ("", "")
+            if on_enter and command != "prompt":  # what is typed may be meant as it is
+                return False
+            self.text = self.text[: len(self.text) - len(begun)] + chosen
+            if command in ("prompt", "set"):
+                self.text += " "
             return True
         fragment = self._fragment() or ""
         row, column = self.input.cursor_location

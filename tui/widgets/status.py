@@ -6,23 +6,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinychat.process.address import split_name
-from tinychat.tui.text import Line, line_width, shorten
+from tinychat.tui.text import Line, line_width, short_name, shorten
 from tinychat.tui.widgets.lines import Lines
 from tinychat.tui.widgets.turn import human_size, seconds
 
 MUCH, NEARLY = 0.75, 0.9  # of the context: it is seen, and what comes then is said
 METER = 8  # cells of the bar
 WIDE = 70  # cells of a line that has room for it
-
-
-def short_name(model: str) -> str:
-    """A path's last part, a served model without its server; other names as they are."""
-    id, server = split_name(model)
-    if server is not None:
-        return shorten(id or server.place, 32)
-    name = model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
-    return shorten(name.removesuffix(".gguf"), 32)
 
 
 class StatusLine(Lines):
