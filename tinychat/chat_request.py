@@ -77,7 +77,11 @@ class ChatRequest:
         """The ids that the model reads. Raises UsageError where the template refuses the messages, and for
         many times what the context holds.
         """
-        return self._read(model, True)[1]
+        text, ids = self._read(model, True)
+        if self.begun is not None:
+            splitter = None if model.template is None else model.template.splitter(text)
+            ids = [*ids, *_begun(model, text, ids, self.begun, splitter).ids]
+        return ids
 
     def _texts(self) -> Iterator[str]:
         """What is to be read, but for what the template adds."""

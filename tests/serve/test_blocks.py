@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from answers import ARGUMENTS, CALLS, EVENTS, done
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import events_of
+from tiny import byte_tokenizer
 
 from tinychat.base.events import TextDelta, ToolCallDelta
 from tinychat.serve import anthropic, response_form, responses
@@ -20,6 +22,8 @@ from tinychat.serve.problems import ApiError
 
 class Said:
     """An answer whose events are known."""
+
+    model = SimpleNamespace(tokenizer=byte_tokenizer())
 
     def __init__(self, *events):
         self._events = events
@@ -199,12 +203,14 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}]},
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "x"}]}]},
-        {"messages": [*HELLO, {"role": "assistant", "content": "I begin"}]},
+        {"messages": [*HELLO, {"role": "assistant", "content": ""}]},
+        {"messages": [{"role": "assistant", "content": "I begin"}]},
         {"messages": HELLO, "system": [IMAGE]},
         {"messages": HELLO, "stop_sequences": "x"},
         {"messages": HELLO, "stop_sequences": [""]},
         {"messages": HELLO, "tools": {"x": 1}},
         {"messages": HELLO, "tools": [{"name": "x"}], "tool_choice": {"type": "magic"}},
+        {"messages": HELLO, "tools": [{"name": "x"}], "tool_choice": {"type": {"a": 1}}},
         {"messages": HELLO, "thinking": {"type": "magic"}},
         {"messages": HELLO, "temperature": -1},
     ],

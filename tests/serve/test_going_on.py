@@ -57,6 +57,16 @@ def test_two_pieces_are_what_is_said_in_one_go(server, model, sampling, stream):
     assert (first + text).replace("\ufffd", "") == whole.replace("\ufffd", "")
 
 
+def test_a_message_that_was_begun_is_gone_on_with(server, model):
+    begun = {"model": "tiny", "messages": [*HELLO, {"role": "assistant", "content": "Once upon"}]}
+    here = model.chat(begun["messages"], go_on=True, temperature=0, max_tokens=8)
+    _, said, _ = server.ask("/v1/messages", {**begun, "temperature": 0, "max_tokens": 8})
+    assert said["content"][0]["text"] == here.text
+    _, counted, _ = server.ask("/v1/messages/count_tokens", begun)
+    used = said["usage"]
+    assert counted["input_tokens"] == used["input_tokens"] + used["cache_read_input_tokens"]
+
+
 def test_an_answer_of_a_form_goes_on_within_it(server):
     _, cut, _ = server.chat(max_tokens=9, temperature=1, seed=2, response_format=FORM)
     assert cut["choices"][0]["finish_reason"] == "length"

@@ -18,6 +18,7 @@ from tinychat.serve.blocks import (
     Step,
     blocks_of,
     call_of,
+    check_begun,
     request_of,
     texts_of,
     tool_of,
@@ -69,9 +70,8 @@ class Asked:
         options = _tools(fields) if counting else {**_sampling(fields), **_tools(fields), **_thought(fields)}
         messages = [*_system(fields), *_messages(fields.need("messages"))]
         if messages[-1]["role"] == "assistant":
-            raise wrong(
-                "messages", "The last message must be the user's: answers are not begun for the model."
-            )
+            check_begun(messages)
+            options["go_on"] = True
         return cls(fields.text("model"), messages, options, fields.flag("stream"))
 
     def requests(self, model: Model) -> list[ChatRequest]:
@@ -110,7 +110,7 @@ def _tools(fields: Fields) -> dict[str, Any]:
         return options
     options["tools"] = found
     if (kind := choice["type"]) is not None:
-        if kind != "tool" and kind not in CHOICES:
+        if kind != "tool" and not (isinstance(kind, str) and kind in CHOICES):
             raise wrong("tool_choice", "tool_choice is of no known type.")
         options["tool_choice"] = CHOICES[kind] if kind != "tool" else choice.need("name")
     if choice.flag("disable_parallel_tool_use"):

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from tinychat.base import arguments
 from tinychat.base.errors import UsageError
 from tinychat.base.events import Completion, Event, TextDelta, ToolCallDelta
 from tinychat.serve.problems import wrong
@@ -132,6 +133,14 @@ def request_of(model: Model, messages: list[dict[str, Any]], options: Mapping[st
                 problem = problem or e
     assert problem is not None  # the first attempt leaves nothing out
     raise problem
+
+
+def check_begun(messages: list[dict[str, Any]]) -> None:
+    """Raises ApiError where the last message is no answer that can go on."""
+    try:
+        arguments.begun(messages)
+    except UsageError as e:
+        raise wrong("messages", f"{e.what} {e.todo}") from e
 
 
 def texts_of(value: Any, where: str, kinds: tuple[str, ...]) -> list[str]:

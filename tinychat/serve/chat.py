@@ -26,7 +26,7 @@ from tinychat.base.events import (
 from tinychat.chat_request import ChatRequest
 from tinychat.serve import odds
 from tinychat.serve.answers import Answer
-from tinychat.serve.blocks import request_of
+from tinychat.serve.blocks import check_begun, request_of
 from tinychat.serve.fields import Fields
 from tinychat.serve.problems import wrong
 from tinychat.serve.service import endpoint, error_of, service_of
@@ -63,7 +63,7 @@ class Asked:
             options["logprobs"] = top
         options |= _thought(fields)
         if _goes_on(fields):
-            fields.check("messages", lambda name, value: arguments.begun(messages))
+            check_begun(messages)
             options["go_on"] = True
         if (form := fields.check("response_format", lambda name, value: response_format(value))) is not None:
             options["response_format"] = form
