@@ -31,6 +31,12 @@ COMMANDS = (
     Command("regen", "", "answer again, as a new branch"),
     Command("continue", "", "go on with the last answer, where it was stopped or cut"),
     Command(
+        "compact",
+        "",
+        "go on from a summary, which the model writes; the whole chat stays, as a branch",
+        screen="it is for the chat screen, which shows the summary beside the whole chat",
+    ),
+    Command(
         "edit",
         "[TEXT]",
         "change your last message, as a new branch",

@@ -86,6 +86,14 @@ class Conversation:
         self.keep(at)
         return at
 
+    def begin_branch(self, messages: Sequence[Message]) -> None:
+        """Add messages as a branch that begins with the chat itself, and go there."""
+        at = None
+        for m in messages:
+            m.parent = at
+            at = self.held.add(m)
+        self.keep(at)
+
     def begin_answer(self, question: int, model: str) -> int:
         """Make room for an answer; what it says is stored as it comes. Its place."""
         self.answer = self.held.add(Message("assistant", "", question, model=model))

@@ -73,6 +73,7 @@ class ScriptedEngine:
         self.on_event: Callable[[Any], None] = lambda event: None
         self.loads = loads
         self.broken: set[str] = set()  # models that do not load
+        self.facts: dict[str, Any] = {}  # that differ from FACTS
         self.listed: dict | None = listed()
         self.requests: list[Answer] = []
         self.loaded: list[str] = []
@@ -92,7 +93,7 @@ class ScriptedEngine:
         if model in self.broken:
             self.on_event(Failed(f"There is no model {model}.", "Choose another.", "load"))
         elif self.loads:
-            self.on_event(Loaded({**FACTS, "model": model}, {"temperature": 0.7}))
+            self.on_event(Loaded({**FACTS, **self.facts, "model": model}, {"temperature": 0.7}))
 
     def answer(self, chat, path: list[Message], system: str | None, params: dict, tools=()) -> None:
         self.requests.append(Answer(chat, path, system, params, list(tools)))

@@ -115,7 +115,7 @@ async def test_an_answer_says_how_it_ended(store, reason, expected):
         await answered(pilot)
         await wait_until(pilot, lambda: expected in screen_text(app))
         assert screen_text(app).count("drafts 75%") == 2  # under the answer, and at the bottom
-        assert ("is full: /new starts over" in screen_text(app)) == (reason == "context_full")
+        assert ("is full: /compact makes room" in screen_text(app)) == (reason == "context_full")
         last = screen_text(app).splitlines()[-1]
         for part in ("KV 5.0 MB", "context 12, 12 evicted", "drafts 75%"):
             assert part in last

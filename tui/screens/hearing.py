@@ -113,7 +113,9 @@ class Hearing(Answering):
             return
         self._settle(turn, self.conversation.finish(event.message))
         if event.message.finish_reason == "context_full":
-            self.say(f"The context of {self.facts.get('ctx')} tokens is full: /new starts over.", error=True)
+            self.say(
+                f"The context of {self.facts.get('ctx')} tokens is full: /compact makes room.", error=True
+            )
         if self.composer.queue.words and event.message.finish_reason in ("stop", "length"):
             await self.say_words(self.composer.queue.take(0))
 

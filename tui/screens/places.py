@@ -15,7 +15,7 @@ from tinychat.conversation import Tree
 from tinychat.dialogue import Dialogue
 from tinychat.tui import messages
 from tinychat.tui.conversation import Conversation
-from tinychat.tui.screens.calling import Calling
+from tinychat.tui.screens.compacting import Compacting
 from tinychat.tui.widgets.turn import Turn
 
 SOON, TRIES = 0.02, 250  # seconds until a message that is being laid out is looked at again; how often
@@ -31,7 +31,7 @@ class Found:
     line: int | None = None  # which of its lines that have the words; None: the first, -1: the last
 
 
-class Places(Calling):
+class Places(Compacting):
     """The floor of the chat screen under `actions`."""
 
     found: Found | None = None
