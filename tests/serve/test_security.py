@@ -397,6 +397,21 @@ def test_a_client_that_takes_nothing_is_let_go(strict):
     still_answers(strict)
 
 
+def test_a_client_that_says_no_more_and_takes_nothing_is_let_go(strict):
+    """Part of what it was sent waits in this process, too little to be told from what is on its way."""
+    (listening,) = strict.server.servers[0].sockets
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    s.connect(("127.0.0.1", strict.port))
+    s.sendall(post("/tokenize", {"content": "x" * 12_000}, strict.port))
+    assert s.recv(1)
+    s.shutdown(socket.SHUT_WR)
+    strict.until(lambda: not strict.server.server_state.connections, seconds=5)
+    s.close()
+    still_answers(strict)
+
+
 def test_a_model_is_no_path_of_this_machine(server):
     for name in ("/etc/passwd", "../tiny", "smollm2-135m"):
         assert server.chat(model=name)[0] == 404

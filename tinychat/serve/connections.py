@@ -47,7 +47,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._head, self._sending = Timer(), Timer()
+        self._head, self._sending, self._ending = Timer(), Timer(), Timer()
         self._refused = False
 
     def connection_made(self, transport: Any) -> None:
@@ -66,8 +66,16 @@ class Connection(H11Protocol):
         """No timer outlives it."""
         self._head.stop()
         self._sending.stop()
+        self._ending.stop()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        """The client says no more: it is gone, its work ends. What it was sent has a while to reach it."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._ending.start(self.loop, self.limits.send_time, self.transport)
 
     def data_received(self, data: bytes) -> None:
         """More of a request."""
