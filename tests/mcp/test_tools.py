@@ -23,6 +23,15 @@ def test_names_are_such_that_every_model_can_write_them_and_no_two_are_alike():
     assert max(map(len, called)) <= 64
 
 
+def test_no_more_than_a_model_can_be_told_of():
+    many = [(f"s{i}", "", [Listed(f"tool {n}", "", OBJECT) for n in range(200)]) for i in range(10)]
+    assert len(checked_tools.tools([t.as_openai() for t in named(many)])) == 512
+    long = [(f"s{i}", "", [Listed("a", "x" * 4096, {**OBJECT, "x": "y" * 30_000})]) for i in range(50)]
+    tools = named(long)
+    assert 10 < len(tools) < 20
+    checked_tools.tools([t.as_openai() for t in tools])
+
+
 def test_a_tool_whose_words_or_server_change_is_another_one():
     def digest(identity="1", about="Adds.", schema=OBJECT, server="one"):
         return named([(server, identity, [Listed("add", about, schema)])])[0].digest

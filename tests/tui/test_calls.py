@@ -133,6 +133,18 @@ async def test_esc_stops_a_call_that_hangs(store, box):
         assert said(app)[-1] == ("tool", STOPPED)
 
 
+async def test_a_call_whose_server_is_switched_off_goes_on_without_it(store, box):
+    box.servers.waits = True
+    app = make_app(store, Script(calls=(ADD,)), "Well.", toolbox=box)
+    async with app.run_test() as pilot:
+        box.permissions.keep(box.tools()[0], "always")
+        await say(pilot, "2 + 3?")
+        await wait_until(pilot, lambda: app.chat._waited_for is not None)
+        box.servers.futures[0].cancel()
+        await answered(pilot, 2)
+        assert said(app)[2] == ("tool", "Error: fs/add was stopped.")
+
+
 async def test_a_model_that_calls_without_end_is_stopped(store, box, monkeypatch):
     monkeypatch.setattr(calling, "MOST_ROUNDS", 3)
     app = make_app(store, *[Script(calls=(ADD,)) for _ in range(5)], toolbox=box)

@@ -120,7 +120,7 @@ def ask(tool: Tool, call: Call) -> str | None:
     from tinychat.mcp.toolbox import shown_arguments
 
     about = one_line(tool.description)
-    click.echo(f"The model wants to call {tool.where}{f' ({about[:200]})' if about else ''} with", err=True)
+    click.echo(f"The model wants to call {tool.where}{f' ({about})' if about else ''} with", err=True)
     click.echo(shown_arguments(call), err=True)
     while True:
         try:

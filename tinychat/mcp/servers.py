@@ -49,6 +49,7 @@ class Servers:
         """changed: is called, on the servers' thread, after a state or a list of tools has become another."""
         self._servers = [Server(c) for c in configs]
         self._changed = changed
+        self._named: tuple[list[Any], list[Tool]] = ([], [])
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -88,7 +89,10 @@ class Servers:
 
     def tools(self) -> list[Tool]:
         """The tools of those that are ready."""
-        return named((s.name, s.config.identity, s.tools) for s in self._servers if s.state == "ready")
+        now = [(s.config, list(s.tools)) for s in self._servers if s.state == "ready"]
+        if now != self._named[0]:
+            self._named = (now, named((c.name, c.identity, tools) for c, tools in now))
+        return self._named[1]
 
     def call(self, tool: Tool, arguments: dict[str, Any]) -> Future[Result]:
         """Have a tool called; cancelling the future stops waiting, and tells the server so. What goes wrong

@@ -155,7 +155,8 @@ class Toolbox:
         """Raises UsageError where a tool that was allowed by name is not there."""
         there = {t.where for t in self.servers.tools()}
         if missing := [a for a in allowed if a not in there]:
-            why = next((f" ({s.name}: {s.words})" for s in self.servers.servers if s.words), "")
+            own = (s for s in self.servers.servers if s.words and missing[0].startswith(f"{s.name}/"))
+            why = next((f" ({s.words})" for s in own), "")
             some = ", ".join(sorted(there)[:8])
             raise UsageError(
                 f"There is no tool {one_line(missing[0])[:100]}{why}.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ LONGEST_DESCRIPTION = 4096  # characters that the model is told
 LONGEST_SCHEMA = 1 << 15  # characters, as JSON
 LONGEST_RESULT, SHORTEST_RESULT = 1 << 16, 2000  # characters of one that a model reads
 MOST_TOOLS = 128  # of a server
+MOST_AT_ONCE, LONGEST_AT_ONCE = checked_tools.MOST_TOOLS, checked_tools.LONGEST_SCHEMAS // 2  # of all servers
 LONGEST_NAME = 64  # what most models were trained with
 
 
@@ -86,19 +88,27 @@ def read_listed(name: str, description: str | None, schema: Any) -> Listed | Non
 
 
 def named(listed: Iterable[tuple[str, str, Sequence[Listed]]]) -> list[Tool]:
-    """All tools, each with a name that no other one has. listed: (server, its identity, its tools)."""
+    """The tools, each with a name that no other one has, as many as a model can be told of.
+
+    listed: (server, its identity, its tools).
+    """
     flat = [(server, identity, tool) for server, identity, tools in listed for tool in tools[:MOST_TOOLS]]
     bare = [_name(tool.name) for _, _, tool in flat]
+    times = Counter(bare)
     out: list[Tool] = []
     taken: set[str] = set()
+    length = 0
     for (server, identity, tool), name in zip(flat, bare, strict=True):
-        if bare.count(name) > 1:
+        if times[name] > 1:
             name = _name(f"{server}_{tool.name}")
         called, n = name, 2
         while called in taken:
             called, n = f"{name[: LONGEST_NAME - 4]}_{n}", n + 1
         taken.add(called)
         said = json.dumps([identity, server, tool.name, tool.description, tool.schema], sort_keys=True)
+        length += len(said)
+        if len(out) == MOST_AT_ONCE or length > LONGEST_AT_ONCE:
+            break
         digest = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
         out.append(Tool(server, tool.name, called, tool.description, tool.schema, digest))
     return out

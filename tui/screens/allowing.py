@@ -13,6 +13,7 @@ from tinychat.tui.screens.panel import PanelScreen
 from tinychat.tui.text import clean
 from tinychat.tui.widgets.calls import pretty
 
+SHORT = 150  # characters of what a server says of a tool that are seen at once
 UNASKED = 0.6  # seconds in which keys are not taken for an answer: they were typed for something else
 
 
@@ -29,10 +30,12 @@ class AllowingScreen(PanelScreen[str]):
         with Vertical(id="panel"):
             yield Label(f"The model wants to call {self.tool.where}", classes="title", markup=False)
             if about:
-                about = about[:300] + ("…" if about[300:] else "")
-                yield Label(f"The server says of it: {about}", classes="about", markup=False)
+                short = about[:SHORT] + (" … (more below the arguments)" if about[SHORT:] else "")
+                yield Label(f"The server says of it: {short}", classes="about", markup=False)
             with VerticalScroll(id="arguments"):
                 yield Static(clean(pretty(self.arguments)), markup=False)
+                if about[SHORT:]:
+                    yield Static(f"\nThe server says of this tool:\n{about}", classes="about", markup=False)
             yield OptionList(
                 Option("o  once: this call", "once"),
                 Option("a  always: this tool, as it is now, with whatever arguments", "always"),

@@ -93,9 +93,11 @@ class Calling(Hearing):
             self._waited_for = asyncio.wrap_future(future)
             return cut((await self._waited_for).text, self.context)
         except asyncio.CancelledError:
-            if not self._halted:  # the program ends
+            if self._halted:
+                return STOPPED
+            if self.app._exit:
                 raise
-            return STOPPED
+            return f"Error: {tool.where} was stopped."  # /mcp off
         finally:
             future.cancel()
             self._waited_for = None
