@@ -6,6 +6,7 @@ import json
 import sqlite3
 
 import pytest
+from agents import THINKING
 from said import says
 from tiny import tiny_model
 
@@ -18,6 +19,7 @@ from tinychat.chats.keeper import Keeper
 from tinychat.chats.open_chat import OpenChat
 from tinychat.conversation import Message, Tree
 from tinychat.session import Session
+from tinychat.text.known_text import KnownText
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
 ODD = '<tool_call> {"arguments":{"a":2,"b":3},"name":"add"} </tool_call>'  # no template writes it so
@@ -75,6 +77,53 @@ def test_the_model_reads_what_chat_would_have_it_read_and_only_what_is_new(model
     messages.append(model.chat(messages, tools=[add], temperature=0).message())
     messages.append({"role": "user", "content": "Thanks."})
     assert ids == model.request(messages, tools=[add]).prompt(model)
+
+
+@pytest.fixture(scope="module")
+def thinking():
+    with tiny_model(ctx=16384, backend="cpu", context_length=16384, template=THINKING) as m:
+        yield m
+
+
+@pytest.mark.parametrize(
+    "spelled", [CALL, ODD, f"<think>\nhm\n</think>\n\n{CALL}", f"<think>\nhm {CALL}\n</think>"]
+)
+def test_a_template_that_drops_old_thoughts_is_read_as_chat_has_it(thinking, monkeypatch, spelled):
+    says(monkeypatch, thinking, *([spelled, spelled, "Five.", "Bye."] * 2))
+    thinking.known = KnownText()  # how another test spelled the same call
+    session = thinking.session(temperature=0)
+    first = done(session.send("2 + 3?", tools=[add]))
+    second = done(session.send_results(["5"]))
+    assert second.stats.cached_tokens >= first.stats.prompt_tokens + first.stats.generated_tokens - 1
+    done(session.send_results(["5 again"]))
+    answered = prompt_ids(session)
+    done(session.send("Thanks."))
+    messages = [{"role": "user", "content": "2 + 3?"}]
+    for result in ("5", "5 again"):
+        answer = thinking.chat(messages, tools=[add], temperature=0)
+        called = {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": result}
+        messages += [answer.message(), called]
+    assert answered == thinking.request(messages, tools=[add]).prompt(thinking)
+    messages.append(thinking.chat(messages, tools=[add], temperature=0).message())
+    messages.append({"role": "user", "content": "Thanks."})
+    assert prompt_ids(session) == thinking.request(messages, tools=[add]).prompt(thinking)
+
+
+def test_of_thirty_rounds_only_what_is_new_is_read(thinking, monkeypatch):
+    says(
+        monkeypatch,
+        thinking,
+        *[f"<think>\n{i}\n</think>\n\n{ODD if i % 2 else CALL}" for i in range(30)],
+        "Done.",
+    )
+    session = thinking.session("x" * 1000, temperature=0)
+    last = done(session.send("Go.", tools=[add]))
+    for i in range(30):
+        held = last.stats.prompt_tokens + last.stats.generated_tokens
+        last = done(session.send_results([f"result {i}"]))
+        assert last.stats.cached_tokens >= held - 1
+    assert last.completion.text == "Done."
+    assert len(session.path()) == 62
 
 
 def test_calls_are_no_part_of_the_content_and_results_are_messages(model, monkeypatch):
