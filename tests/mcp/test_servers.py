@@ -9,9 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tinychat.base.errors import MissingPackageError, UsageError
+from tinychat.mcp import config as configuration
 from tinychat.mcp import stdio
 from tinychat.mcp.config import ServerConfig
 from tinychat.mcp.servers import Servers
+from tinychat.mcp.toolbox import Toolbox
 
 pytest.importorskip("mcp")
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -138,11 +141,37 @@ def test_a_command_that_is_not_there_is_said():
     alone.close()
 
 
+def test_off_on_and_another_file(monkeypatch):
+    configs = [config()]
+    monkeypatch.setattr(configuration, "read", lambda: configs)
+    box = Toolbox(Servers(configs))
+    box.start()
+    assert box.servers.settle(30)
+    assert len(box.offered()) == 6
+    others = processes()
+    assert box.command("off")[0] == "fs: off"
+    assert (box.offered(), len(processes())) == ([], len(others) - 1)
+    configs.append(config("other"))
+    box.command("on")
+    assert box.servers.settle(30)
+    assert len(box.offered()) == 12
+    assert box.command("")[0] == "fs: ready"
+    with pytest.raises(UsageError, match="means nothing"):
+        box.command("of")
+    box.close()
+
+
 def test_without_the_sdk_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "mcp", None)
     alone = Servers([config()])
     alone.start()
     assert alone.settle(10)
     assert "needs mcp, which is not installed" in alone.servers[0].words
-    assert 'pip install "tinychat[mcp]"' in alone.servers[0].words
+    box = Toolbox(alone)
+    assert box.news() == (
+        'An MCP server needs mcp, which is not installed. Install it: pip install "tinychat[mcp]"'
+    )
+    assert box.news() == ""
+    with pytest.raises(MissingPackageError):
+        box.check(["fs/add"])
     alone.close()

@@ -242,6 +242,8 @@ def _answer(
         events = session.send(text, attachments=attachments)
         follow = partial(keeper.follow, session) if keeper else iter
         code = _print(session, to_the_end(toolbox, session, events, follow), o)
+        if keeper:
+            keeper.keep(session)  # results of calls that were stopped
         return code or int(keeper is not None and _close(keeper))
 
 

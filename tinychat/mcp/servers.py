@@ -49,6 +49,7 @@ class Servers:
         """changed: is called, on the servers' thread, after a state or a list of tools has become another."""
         self._servers = [Server(c) for c in configs]
         self._changed = changed
+        self.missing: MissingPackageError | None = None  # what none of them can do without
         self._named: tuple[list[Any], list[Tool]] = ([], [])
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -127,11 +128,11 @@ class Servers:
         try:
             import mcp  # noqa: F401  # what is slow about starting, and nobody waits for
         except ModuleNotFoundError as e:
-            missing = MissingPackageError("mcp", "tinychat[mcp]", "An MCP server")
+            if e.name == "mcp":
+                self.missing = MissingPackageError("mcp", "tinychat[mcp]", "An MCP server")
             for server in self._servers:
-                self._become(
-                    server, "failed", f"{missing.what} {missing.todo}" if e.name == "mcp" else str(e)
-                )
+                said = self.missing
+                self._become(server, "failed", str(e) if said is None else f"{said.what} {said.todo}")
             return
         _quiet()
         for server in self._servers:

@@ -77,6 +77,11 @@ class Toolbox:
         if self.problem is not None and "" not in self._told:
             self._told[""] = self.problem.what
             return f"{self.problem.what} {self.problem.todo}"
+        if (missing := self.servers.missing) is not None:
+            if self._told.get("mcp") == missing.what:
+                return ""
+            self._told["mcp"] = missing.what
+            return f"{missing.what} {missing.todo}"
         for s in self.servers.servers:
             now = f"{s.state}: {s.words}"
             if self.servers.running and s.state in ("failed", "ended") and self._told.get(s.name) != now:
@@ -152,7 +157,9 @@ class Toolbox:
         return f"Error: there is no tool {call['function']['name']}. There is: {names}."
 
     def check(self, allowed: Sequence[str]) -> None:
-        """Raises UsageError where a tool that was allowed by name is not there."""
+        """Raises UsageError where a tool that was allowed by name is not there, and MissingPackageError."""
+        if self.servers.missing is not None:
+            raise self.servers.missing
         there = {t.where for t in self.servers.tools()}
         if missing := [a for a in allowed if a not in there]:
             own = (s for s in self.servers.servers if s.words and missing[0].startswith(f"{s.name}/"))
@@ -184,10 +191,8 @@ class Toolbox:
 
     def _reread(self) -> None:
         """The file may say something else now."""
-        if self.servers.running and all(s.state in ("starting", "ready") for s in self.servers.servers):
-            return
         configs = config.read()
-        if [s.config for s in self.servers.servers] != configs:
+        if [s.config for s in self.servers.servers] != configs or self.servers.missing:
             self.servers.close()
             self.servers = Servers(configs)
         self.problem = None
