@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from cli_helpers import TINYCHAT, on_terminal, tinychat
+from dialects import Vllm
 from scripted_server import ScriptedServer, answer, status
 
 from tinychat.chats.chat_store import ChatStore
@@ -46,6 +48,19 @@ def test_a_schema_and_an_effort_are_sent_and_an_answer_that_is_no_json_is_found_
     out = tinychat(*asked)
     assert (out.returncode, out.stdout) == (5, "echo: x\n")
     assert "no JSON" in out.stderr
+
+
+def test_a_cut_answer_goes_on_line_by_line(played):
+    played.listed = Vllm.listed()
+    more = Vllm.answer({"content": ", three."}, {"content": " Four."})
+    played.scripts = [Vllm.answer({"content": "One, two"}, reason="length"), more]
+    typed = "Count.\n/continue\n/save chat.json\n/exit\n"
+    code, shown = on_terminal("run", "--server", played.url, "--plain", "--no-store", typed=typed)
+    assert (code, "(cut by max_tokens: /continue goes on)" in shown) == (0, True), shown
+    assert [n["content"] for n in json.loads(Path("chat.json").read_text())["nodes"]] == [
+        "Count.",
+        "One, two, three. Four.",
+    ]
 
 
 def test_options_that_make_no_sense_are_refused_before_anything_is_asked(played):
