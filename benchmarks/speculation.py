@@ -2,6 +2,10 @@
 
     python benchmarks/speculation.py [--target llama-2-7b --draft qwen2.5-0.5b] [--tokens 64] [--markdown
     OUT.md]
+    python benchmarks/speculation.py --heads [--target qwen3.5-4b]
+
+With --heads the target drafts by its own layer that predicts further; plain steps are those of a target
+without that layer, so what the layer costs in each step counts against it. Otherwise:
 
 The draft model really runs (its time is real); which of its tokens are right is scripted, so that α is known.
 For each α and k: realised tokens a step against (1 − α^(k+1)) / (1 − α), and the measured speed-up over plain
@@ -22,10 +26,15 @@ import numpy as np
 
 from tinychat.backends.interface import BLOCK, Step
 from tinychat.base.load_options import LoadOptions
+from tinychat.base.sampling_params import SamplingParams
+from tinychat.engine.engine import Engine
+from tinychat.engine.speculation.further import FurtherLayer
 from tinychat.loading import make_backend
 from tinychat.synthetic import SyntheticCheckpoint
 
 ALPHAS, WINDOWS = (0.5, 0.7, 0.8, 0.9), (1, 2, 3, 4, 5, 6, 8)
+HEAD_ALPHAS, HEAD_WINDOWS = (0.6, 0.75, 0.9), (1, 2, 3, 4, 5)
+PROMPT = 16  # tokens before the first step with heads
 
 
 class Runner:
@@ -47,17 +56,91 @@ class Runner:
         return time.perf_counter() - began
 
 
-def main() -> None:
-    """Measure and print a Markdown table; the last line is JSON."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--target", default="llama-2-7b")
-    p.add_argument("--draft", default="qwen2.5-0.5b")
-    p.add_argument("--tokens", type=int, default=64)
-    p.add_argument("--threads", type=int)
-    p.add_argument("--markdown", type=Path)
-    o = p.parse_args()
-    n_ctx = o.tokens + 64
-    target, draft = Runner(o.target, o.threads, n_ctx), Runner(o.draft, o.threads, n_ctx)
+class Pair:
+    """A target without and with the layer that predicts further, over one pack of weights."""
+
+    def __init__(self, shape: str, threads: int | None, n_ctx: int):
+        checkpoint = SyntheticCheckpoint(shape, further=True)
+        self.greedy = SamplingParams(temperature=0.0)
+        self.engines = []
+        for draft in ("none", "mtp"):
+            backend = make_backend(checkpoint, LoadOptions(device="cpu", threads=threads, draft=draft))
+            self.engines.append(Engine(backend, checkpoint.tokenizer(), n_ctx))
+        vocab = min(checkpoint.config.vocab_size, 30000)
+        self.ids = np.random.default_rng(0).integers(0, vocab, n_ctx).tolist()
+        self.layer = FurtherLayer(self.engines[1])
+
+    def begin(self) -> None:
+        """Both read the same prompt."""
+        self.branches = [engine.branch() for engine in self.engines]
+        for engine, branch in zip(self.engines, self.branches, strict=True):
+            engine.run(branch, self.ids[:PROMPT], PROMPT)
+        self.layer.begin(self.ids[: PROMPT + 1], self.branches[1])
+
+    def plain(self) -> float:
+        """Seconds of a plain step without the layer."""
+        branch, began = self.branches[0], time.perf_counter()
+        self.engines[0].run(branch, [self.ids[len(branch)]], 0, self.greedy)
+        return time.perf_counter() - began
+
+    def draft(self, k: int) -> float:
+        """Seconds of drafting k tokens."""
+        at, began = len(self.branches[1]), time.perf_counter()
+        draft = self.layer.propose(self.ids[: at + 1], k, self.greedy, 0)
+        assert len(draft.tokens) == k
+        return time.perf_counter() - began
+
+    def verify(self, k: int, accepted: int) -> float:
+        """Seconds of a step over k + 1 rows, of which accepted + 1 stay."""
+        branch, began = self.branches[1], time.perf_counter()
+        window = self.ids[len(branch) :][: k + 1]
+        self.engines[1].run(branch, window, 0, self.greedy, accept=lambda rows: accepted + 1)
+        return time.perf_counter() - began
+
+
+def with_heads(target: str, tokens: int, threads: int | None) -> list[dict]:
+    """A row of figures for each window and acceptance."""
+    pair, rng, rows = Pair(target, threads, 2 * tokens + 64), np.random.default_rng(1), []
+    for k in HEAD_WINDOWS:
+        for alpha in HEAD_ALPHAS:
+            pair.begin()
+            plain, drafts, window, decided = [], [], [], 0
+            for _ in range(2):  # pages in, threads up
+                pair.plain(), pair.draft(k), pair.verify(k, 0)
+            while decided < tokens:
+                accepted = 0
+                while accepted < k and rng.random() < alpha:
+                    accepted += 1
+                plain.append(pair.plain())
+                drafts.append(pair.draft(k))
+                window.append(pair.verify(k, accepted))
+                decided += accepted + 1
+            rows.append(row_of(k, alpha, decided, plain, [s / k for s in drafts for _ in range(k)], window))
+    return rows
+
+
+def row_of(
+    k: int, alpha: float, decided: int, plain: list[float], single: list[float], window: list[float]
+) -> dict:
+    """Figures of one cell. single: seconds of each draft."""
+    one, realised = statistics.median(plain), decided / len(window)
+    c, v = statistics.median(single) / one, statistics.median(window) / one
+    return {
+        "k": k,
+        "alpha": alpha,
+        "c": c,
+        "v": v,
+        "tokens_per_step": realised,
+        "expected_tokens": (1 - alpha ** (k + 1)) / (1 - alpha),
+        "speed_up": decided * statistics.mean(plain) / (sum(single) + sum(window)),
+        "theory": realised / (k * c + v),
+    }
+
+
+def with_draft(target_shape: str, draft_shape: str, tokens: int, threads: int | None) -> list[dict]:
+    """A row of figures for each window and acceptance, a smaller model drafting."""
+    n_ctx = tokens + 64
+    target, draft = Runner(target_shape, threads, n_ctx), Runner(draft_shape, threads, n_ctx)
     rng = np.random.default_rng(1)
     for r in (target, draft):
         for at in range(4):
@@ -66,32 +149,22 @@ def main() -> None:
     for k in WINDOWS:
         for alpha in ALPHAS:
             # Plain steps, draft steps and windows alternate, so that drift meets all of them.
-            at = decided = steps = 0
+            at = decided = 0
             plain, single, window = [], [], []
-            while decided < o.tokens:
+            while decided < tokens:
                 plain.append(target.step(at, 1))
                 single += [draft.step(at + i, 1) for i in range(k)]
                 window.append(target.step(at, k + 1))
                 accepted = 0
                 while accepted < k and rng.random() < alpha:
                     accepted += 1
-                decided, steps, at = decided + accepted + 1, steps + 1, (at + accepted + 1) % o.tokens
-            one = statistics.median(plain)
-            c, v = statistics.median(single) / one, statistics.median(window) / one
-            realised = decided / steps
-            speed_up = decided * statistics.mean(plain) / (sum(single) + sum(window))
-            rows.append(
-                {
-                    "k": k,
-                    "alpha": alpha,
-                    "c": c,
-                    "v": v,
-                    "tokens_per_step": realised,
-                    "expected_tokens": (1 - alpha ** (k + 1)) / (1 - alpha),
-                    "speed_up": speed_up,
-                    "theory": realised / (k * c + v),
-                }
-            )
+                decided, at = decided + accepted + 1, (at + accepted + 1) % tokens
+            rows.append(row_of(k, alpha, decided, plain, single, window))
+    return rows
+
+
+def show(rows: list[dict], markdown: Path | None) -> None:
+    """Print a Markdown table, and write it where it is wanted."""
     lines = [
         "| k | α | c | v(k) | tokens a step (theory) | speed-up | of theory |",
         "|---|---|---|---|---|---|---|",
@@ -103,9 +176,27 @@ def main() -> None:
         )
     text = "\n".join(lines)
     print(text)
-    if o.markdown:
-        o.markdown.write_text(text + "\n")
-    print(json.dumps({"target": o.target, "draft": o.draft, "rows": rows}))
+    if markdown:
+        markdown.write_text(text + "\n")
+
+
+def main() -> None:
+    """Measure and print a Markdown table; the last line is JSON."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--target")
+    p.add_argument("--draft", default="qwen2.5-0.5b")
+    p.add_argument("--heads", action="store_true", help="the target drafts by itself")
+    p.add_argument("--tokens", type=int, default=64)
+    p.add_argument("--threads", type=int)
+    p.add_argument("--markdown", type=Path)
+    o = p.parse_args()
+    target = o.target or ("qwen3.5-4b" if o.heads else "llama-2-7b")
+    if o.heads:
+        rows = with_heads(target, o.tokens, o.threads)
+    else:
+        rows = with_draft(target, o.draft, o.tokens, o.threads)
+    show(rows, o.markdown)
+    print(json.dumps({"target": target, "draft": "mtp" if o.heads else o.draft, "rows": rows}))
 
 
 if __name__ == "__main__":

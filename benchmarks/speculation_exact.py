@@ -64,16 +64,16 @@ TOPICS = [
 class Scripted:
     """Knows the answer and is right with a given chance."""
 
-    name = "scripted"
+    name, slow = "scripted", False
 
     def __init__(self, truth: list[int], n_prompt: int, right: float, seed: int):
         self.truth, self.n_prompt, self.right = truth, n_prompt, right
         self.rng = np.random.default_rng(seed)
 
-    def begin(self, context):
+    def begin(self, context, branch):
         """Nothing to prepare."""
 
-    def propose(self, context, k, params, seed):
+    def propose(self, context, k, params, seed, guide=None):
         """The next k tokens of the truth, some replaced."""
         at = len(context) - self.n_prompt
         return Draft(

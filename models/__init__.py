@@ -36,7 +36,7 @@ from tinychat.models import (
     seed_oss,
     smollm3,
 )
-from tinychat.network.family import Family
+from tinychat.network.family import Family, Predicting
 
 FAMILIES: dict[str, Family] = {
     "ernie4_5": ernie4_5,
@@ -71,3 +71,10 @@ FAMILIES: dict[str, Family] = {
     "smollm3": smollm3,
 }
 """By `ModelConfig.family`."""
+
+PREDICTING: dict[str, Predicting] = {
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_next": qwen3_next,
+}
+"""Those of them that know the layer behind the others which predicts one token further."""

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.network import hf_config
+from tinychat.network import further, hf_config
 from tinychat.network.config import AttentionConfig, LayerConfig, ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Settings, WeightSource
+from tinychat.network.further import Further
 from tinychat.network.ops import Handle, Ops
 
 HF = {
@@ -62,6 +63,7 @@ class Weights:
     blocks: list[Any]
     norm: Handle
     head: Handle
+    further: Further | None
 
 
 def load_block(w: WeightSource, p: str, layer: LayerConfig) -> Block:
@@ -83,7 +85,8 @@ def load(w: WeightSource, cfg: ModelConfig, load_block: LoadBlock = load_block) 
     """Ask the backend's loader `w` for every weight by its Hugging Face name, in the order of use."""
     embed = w.embedding("model.embed_tokens")
     blocks = [load_block(w, f"model.layers.{i}.", layer) for i, layer in enumerate(cfg.layers)]
-    return Weights(embed, blocks, norm=w.vector("model.norm"), head=w.head("lm_head", tied_to=embed))
+    norm, head = w.vector("model.norm"), w.head("lm_head", tied_to=embed)
+    return Weights(embed, blocks, norm, head, further.load(w, cfg, load_block))
 
 
 def attend(
@@ -104,11 +107,21 @@ def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle
     return ops.linear(ops.silu_mul(ops.linear(m, w.gate_up)), w.down, add_to=x)
 
 
-def forward(ops: Ops, cfg: ModelConfig, w: Weights, block: Callable[..., Handle] = block) -> Handle:
-    """Token ids (the step's input) to logits."""
+def forward(
+    ops: Ops,
+    cfg: ModelConfig,
+    w: Weights,
+    block: Callable[..., Handle] = block,
+    keep: further.Keep | None = None,
+) -> Handle:
+    """Token ids (the step's input) to logits. keep: what a block that attends leaves for later rows, in a
+    family that knows the layer which predicts further.
+    """
     x = ops.embed(w.embed, cfg.embed_scale)
     for layer, weights in enumerate(w.blocks):
         x = block(ops, cfg, weights, x, layer)
+    if w.further is not None and keep is not None:
+        further.remember(ops, cfg, w, x, keep)
     return ops.lm_head(ops.rms_norm(x, w.norm, cfg.norm_eps), w.head, soft_cap=cfg.logit_soft_cap)
 
 

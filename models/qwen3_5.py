@@ -13,8 +13,8 @@ import numpy as np
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.models import llama
 from tinychat.models.llama import NAMES
-from tinychat.network import hf_config
-from tinychat.network.config import DeltaConfig, LayerConfig, ModelConfig
+from tinychat.network import further, hf_config
+from tinychat.network.config import AttentionConfig, DeltaConfig, LayerConfig, ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Kept, Metadata, Settings, Stack, WeightSource
 from tinychat.network.ops import DeltaWeights, Handle, Ops
 
@@ -168,13 +168,29 @@ def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
     return llama.load(w, cfg, load_block)
 
 
+def _heads(
+    ops: Ops, a: AttentionConfig, w: Attention, x: Handle, eps: float
+) -> tuple[Handle, Handle, Handle, Handle]:
+    q, k, v, gate = ops.gated_heads(ops.linear(x, w.qkv), a)
+    return *ops.norm_heads(q, k, w.q_norm, w.k_norm, eps), v, gate
+
+
+def keep(ops: Ops, cfg: ModelConfig, w: Mixer, x: Handle, layer: int) -> None:
+    """Keys and values of a block that attends, for rows that come later. x: [T, hidden]."""
+    assert isinstance(w.mixer, Attention)
+    a = cfg.layers[layer].attention
+    q, k, v, _ = _heads(ops, a, w.mixer, ops.rms_norm(x, w.norm, cfg.norm_eps), cfg.norm_eps)
+    if a.rope:
+        q, k = ops.rope(q, k, a.rope)
+    ops.keep(k, v, a, layer)
+
+
 def mixed(ops: Ops, cfg: ModelConfig, w: Mixer, x: Handle, layer: int) -> Handle:
     """The mixing half of a block. x: [T, hidden]."""
     n, m, eps = ops.rms_norm(x, w.norm, cfg.norm_eps), w.mixer, cfg.norm_eps
     if isinstance(m, Attention):
         a = cfg.layers[layer].attention
-        q, k, v, gate = ops.gated_heads(ops.linear(n, m.qkv), a)
-        q, k = ops.norm_heads(q, k, m.q_norm, m.k_norm, eps)
+        q, k, v, gate = _heads(ops, a, m, n, eps)
         return ops.linear(ops.sigmoid_mul(llama.attend(ops, a, q, k, v, layer), gate), m.out, add_to=x)
     delta = cfg.layers[layer].mixer
     assert isinstance(delta, DeltaConfig)
@@ -192,7 +208,12 @@ def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle
 
 def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
     """Token ids (the step's input) to logits."""
-    return llama.forward(ops, cfg, w, block)
+    return llama.forward(ops, cfg, w, block, keep)
+
+
+def predict(ops: Ops, cfg: ModelConfig, w: llama.Weights, few: bool = False) -> Handle:
+    """Token ids, one of each sequence, to logits, by the layer that predicts further."""
+    return further.predict(ops, cfg, w, block, few)
 
 
 def mixer_linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:

@@ -8,12 +8,23 @@ from dataclasses import dataclass, replace
 
 from tinychat.models import llama, mixtral, qwen2_moe, qwen3_5
 from tinychat.models.qwen3_5 import NORM_OFFSET, biases, norms
-from tinychat.network import hf_config
+from tinychat.network import further, hf_config
 from tinychat.network.config import LayerConfig, ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Metadata, Settings, Stack, WeightSource
 from tinychat.network.ops import Handle, Ops
 
-__all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
+__all__ = [
+    "GGUF",
+    "HF",
+    "NORM_OFFSET",
+    "biases",
+    "forward",
+    "linears",
+    "load",
+    "norms",
+    "predict",
+    "settings",
+]
 
 
 def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
@@ -95,7 +106,12 @@ def block(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle
 
 def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
     """Token ids (the step's input) to logits."""
-    return llama.forward(ops, cfg, w, block)
+    return llama.forward(ops, cfg, w, block, qwen3_5.keep)
+
+
+def predict(ops: Ops, cfg: ModelConfig, w: llama.Weights, few: bool = False) -> Handle:
+    """Token ids, one of each sequence, to logits, by the layer that predicts further."""
+    return further.predict(ops, cfg, w, block, few)
 
 
 def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:

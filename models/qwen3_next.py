@@ -11,12 +11,23 @@ import numpy as np
 
 from tinychat.models import llama, qwen3_5, qwen3_5_moe
 from tinychat.models.qwen3_5 import NORM_OFFSET, biases, norms
-from tinychat.network import hf_config
+from tinychat.network import further, hf_config
 from tinychat.network.config import DeltaConfig, DenseConfig, LayerConfig, ModelConfig
 from tinychat.network.family import FromHF, Metadata, Part, Settings, Stack, WeightSource
 from tinychat.network.ops import Handle, Ops
 
-__all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
+__all__ = [
+    "GGUF",
+    "HF",
+    "NORM_OFFSET",
+    "biases",
+    "forward",
+    "linears",
+    "load",
+    "norms",
+    "predict",
+    "settings",
+]
 
 
 def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
@@ -117,7 +128,12 @@ def block(ops: Ops, cfg: ModelConfig, w: qwen3_5.Block | qwen3_5_moe.Block, x: H
 
 def forward(ops: Ops, cfg: ModelConfig, w: llama.Weights) -> Handle:
     """Token ids (the step's input) to logits."""
-    return llama.forward(ops, cfg, w, block)
+    return llama.forward(ops, cfg, w, block, qwen3_5.keep)
+
+
+def predict(ops: Ops, cfg: ModelConfig, w: llama.Weights, few: bool = False) -> Handle:
+    """Token ids, one of each sequence, to logits, by the layer that predicts further."""
+    return further.predict(ops, cfg, w, block, few)
 
 
 def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:

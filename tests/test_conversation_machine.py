@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from recurrent import delta_model, recurrent_model
+from recurrent import further_model, looked_ahead, recurrent_model
 from tiny import tiny_model
 
 from tinychat.engine import kv_file
 from tinychat.engine.eviction import EvictionPolicy
+from tinychat.engine.memory.pool import PoolExhaustedError
 from tinychat.network.config import RopeConfig
 
 BUDGET = 112
@@ -219,11 +221,23 @@ class RecurrentMachine(ConversationMachine):
 
 
 class DeltaMachine(ConversationMachine):
-    """Full attention, in 4 bits, and delta rules."""
+    """Full attention, in 4 bits, delta rules, and a layer that predicts further."""
 
     @staticmethod
     def model(**options):
-        return delta_model(kv_bits=4, **options)
+        return further_model(kv_bits=4, **options)
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data(), ids=st.lists(st.integers(1, 3), min_size=1, max_size=8))
+    def look_ahead(self, data, ids):
+        t = self.pick(data)
+        if self.read_again(t) == 0 or len(t.branch) + len(ids) > 200:
+            return
+        alone = self.twin(t)
+        with suppress(PoolExhaustedError):
+            ours = looked_ahead(self.crowd, t.branch, ids)
+            np.testing.assert_array_equal(ours, looked_ahead(self.alone, alone, ids))
+        alone.free()
 
 
 ConversationMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)

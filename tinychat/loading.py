@@ -108,7 +108,8 @@ def make_backend(
         import_torch("The reference device")
         from tinychat.backends.reference import ReferenceBackend
 
-        return ReferenceBackend(checkpoint, policy, options.threads, kv_bits=32 if kv_bits == 16 else kv_bits)
+        bits = 32 if kv_bits == 16 else kv_bits
+        return ReferenceBackend(checkpoint, policy, options.threads, bits, options.draft == "mtp")
     from tinychat.backends.cpu import CpuBackend
 
     return CpuBackend(
@@ -118,6 +119,7 @@ def make_backend(
         act_bits=options.act_bits,
         kv_bits=kv_bits,
         tell=progress,
+        predicts=options.draft in (None, "mtp", "auto"),
     )
 
 

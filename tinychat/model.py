@@ -94,7 +94,8 @@ class Model:
         )
         self.kv_budget, self.kv_policy = options.kv_budget, options.kv_policy
         self.kv_disk_budget = options.kv_disk_budget
-        self.draft = options.draft or ("ngram" if backend.row_independent else "none")
+        best = "mtp" if backend.predicts else "ngram"
+        self.draft = options.draft or (best if backend.row_independent else "none")
         self.draft_tokens = options.draft_tokens
         self.drafts = drafts
         self.known = KnownText()
@@ -325,13 +326,15 @@ class Model:
     def speculator(self, draft: str | None = None) -> Speculator:
         """Drafter for one conversation; None is this model's default.
 
-        "ngram", "none", a model, "layers:0-3,26-29" (those layers of this model), or "auto" (the draft that
-        goes with this model's alias, if it is here; else "ngram").
+        "mtp" (the model's own layer that predicts further), "ngram", "none", a model, "layers:0-3,26-29"
+        (those layers of this model), or "auto" ("mtp" where the model has it; else the draft that goes with
+        its alias, if it is here; else "ngram").
 
         A draft model that is missing, too large or of another vocabulary is left out with a notice.
         """
         from tinychat.engine.speculation.control import Controller
         from tinychat.engine.speculation.draft_model import DraftModel
+        from tinychat.engine.speculation.further import FurtherLayer
         from tinychat.engine.speculation.lookup import PromptLookup
         from tinychat.engine.speculation.speculator import Speculator
 
@@ -339,12 +342,17 @@ class Model:
             arguments.text("draft", draft)
         draft = draft or self.draft
         if draft == "auto":
-            draft = self.drafts.recommended(self) if self.drafts else "ngram"
+            recommended = self.drafts.recommended(self) if self.drafts else "ngram"
+            draft = "mtp" if self.backend.predicts else recommended
         controller = Controller(self.draft_tokens)
         if draft == "none":
             return Speculator()
         if draft == "ngram":
             return Speculator(PromptLookup(), controller)
+        if draft == "mtp" and not self.backend.predicts:
+            return Speculator(notice=f"No draft: {self.name} runs without a layer that predicts further.")
+        if draft == "mtp":
+            return Speculator(FurtherLayer(self.engine), controller)
         if self.drafts is None:
             return Speculator(notice=f"No draft: {self.name} was not loaded by name.")
         try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tinychat.base.errors import UsageError
 from tinychat.models import FAMILIES
+from tinychat.network import further
 from tinychat.network.config import (
     AttentionConfig,
     ConvConfig,
@@ -150,19 +151,23 @@ def head_form(form: str, width: int) -> Form:
 class SyntheticCheckpoint:
     """A shape with random weights.
 
-    form    a name of `FORMS`, or "int4": AWQ-like, 4-bit, groups of 128 (64 or 32 where 128 does not divide),
-            with an int8 head
+    form     a name of `FORMS`, or "int4": AWQ-like, 4-bit, groups of 128 (64 or 32 where 128 does not
+             divide), with an int8 head
+    further  whether a layer that predicts further comes behind the others
 
     Every layer holds the same random numbers; they are separate bytes once packed, as in a real model.
     Raises UsageError for a shape or form that is not known, and where one does not divide the other.
     """
 
-    def __init__(self, shape: str, form: str = DEFAULT):
+    def __init__(self, shape: str, form: str = DEFAULT, further: bool = False):
         if shape not in SHAPES:
             raise UsageError(f"The shape {shape!r} is not known.", f"Known: {', '.join(SHAPES)}.")
         if form != DEFAULT and form not in FORMS:
             raise UsageError(f"The form {form!r} is not known.", f"Known: {DEFAULT}, {', '.join(FORMS)}.")
         self.config, self.form = SHAPES[shape], form
+        if further:
+            attends = [i for i in self.config.layers if isinstance(i.mixer, AttentionConfig)]
+            self.config = replace(self.config, further=attends[-1])
         self.path = Path(f"synthetic-{shape}" if form == DEFAULT else f"synthetic-{shape}-{form}")
         self._made: dict[tuple, Linear] = {}
         self._linears, self._others = _modules(self.config)
@@ -251,6 +256,8 @@ def _modules(cfg: ModelConfig) -> tuple[dict[str, tuple[int, int]], dict[str, tu
             linears[name] = (own[0], own[1])
         else:
             others[name] = own
+    linears |= further.linears(family, cfg)
+    others |= further.norms(family, cfg)
     return linears, others
 
 

@@ -193,7 +193,25 @@ void bind_states(nb::class_<PyProgram>& program) {
                         "the gates do not fit");
                 p.program.split_gates(x.p, gates.cols / dim, dim, rest, qkv.p, gates.p);
             },
-            "x"_a, "dim"_a, "qkv"_a, "gates"_a);
+            "x"_a, "dim"_a, "qkv"_a, "gates"_a)
+        .def(
+            "carry",
+            [](PyProgram& p, int memory, int layer, nb::object x, nb::object y) {
+                require(!x.is_none() || !y.is_none(), "a row is carried from somewhere to somewhere");
+                const Floats a = nb::cast<Floats>(x.is_none() ? y : x), b = nb::cast<Floats>(y.is_none() ? x : y);
+                require(a.cols == b.cols, "the rows differ");
+                const StateLayer at = state_layer(p, memory, layer, a.cols);
+                p.program.carry(at, x.is_none() ? nullptr : a.p, y.is_none() ? nullptr : b.p);
+            },
+            "memory"_a, "layer"_a, "x"_a.none(), "y"_a.none(), "the state is a row: x's become it, y gets it")
+        .def(
+            "join",
+            [](PyProgram& p, Floats a, Floats b, Floats out) {
+                require(a.cols + b.cols == out.cols, "the rows do not fit");
+                p.program.join(a.p, a.cols, b.p, b.cols, out.p);
+            },
+            "a"_a, "b"_a, "out"_a, "rows side by side")
+        .def("next_part", [](PyProgram& p) { p.program.next_part(), p.vocab_out.push_back(0); });
 }
 
 }  // namespace
@@ -359,7 +377,7 @@ void bind_ops(nb::class_<PyProgram>& program) {
                 const Linear& w = nb::cast<const Linear&>(weight);
                 require(w.w.k == x.a->k && readable(w.w, *x.a), "the head does not fit");
                 p.keep_alive(weight);
-                p.vocab_out = w.w.n;
+                p.vocab_out.back() = w.w.n;
                 p.program.lm_head(&w.w, x.a, scale, cap);
             },
             "weight"_a, "x"_a, "scale"_a = 1.0f, "cap"_a = 0.0f);

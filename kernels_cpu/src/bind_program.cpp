@@ -109,14 +109,15 @@ void add_span(const PyProgram& p, nb::handle given, StepState& s) {
 }
 
 // All step inputs are checked here once, so that kernels need not.
-void run_step(PyProgram& p, nb::tuple spans, nb::object logits, nb::object greedy) {
+void run_step(PyProgram& p, nb::tuple spans, nb::object logits, nb::object greedy, int part) {
+    require(part >= 0 && part < p.program.parts(), "the program has no such part");
     thread_local StepState s;
     s.clear(p.program.memories());
     require(spans.size() > 0, "a step has 1 to max_rows tokens");
     for (nb::handle span : spans) add_span(p, span, s);
     if (!logits.is_none()) {
         const auto out = exactly<Out<float>>(logits, "logits are float32");
-        require(out.size() == static_cast<size_t>(s.logit_rows()) * p.vocab_out, "logits have the wrong size");
+        require(out.size() == static_cast<size_t>(s.logit_rows()) * p.vocab_out[part], "logits have the wrong size");
         s.logits = out.data();
     }
     if (!greedy.is_none()) {
@@ -126,7 +127,7 @@ void run_step(PyProgram& p, nb::tuple spans, nb::object logits, nb::object greed
     }
     require(s.logit_rows() == 0 || s.logits || s.greedy, "the step asks for logits and gives no place for them");
     nb::gil_scoped_release release;
-    p.program.run(s);
+    p.program.run(s, part);
 }
 
 // n of an array [layers, kv_heads, n] that goes with a block table of the pool.
@@ -288,7 +289,7 @@ void bind_program(nb::module_& m) {
                 p.program.value_spread(memory, blocks.data(), weights.data(), out.data(), n, exact);
             },
             "memory"_a, "blocks"_a, "weights"_a, "out"_a, "exact"_a = -1)
-        .def("run", &run_step, "spans"_a, "logits"_a.none() = nb::none(), "greedy"_a.none() = nb::none(),
+        .def("run", &run_step, "spans"_a, "logits"_a.none() = nb::none(), "greedy"_a.none() = nb::none(), "part"_a = 0,
              "spans: a tuple of (ids, position, logits_from, memories), and memories of (blocks, length, scores or "
              "None, scored rows)")
         .def(

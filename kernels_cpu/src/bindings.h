@@ -99,7 +99,8 @@ struct PyProgram {
     std::vector<nb::object> keep;
     std::vector<nb::object> pool_owners;
     std::vector<LinearWeights> heads;
-    int vocab_in = 0, vocab_out = 0;
+    int vocab_in = 0;
+    std::vector<int> vocab_out{0};  // of each part
     bool closed = false;
 
     PyProgram(const std::string& isa, int threads, int max_rows) : program(find(isa), threads, max_rows) {

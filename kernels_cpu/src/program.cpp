@@ -215,6 +215,15 @@ void Program::split_gates(const float* x, int heads, int dim, int rest, float* q
     add(std::make_unique<SplitGatesOp>(x, heads, dim, rest, qkv, gates));
 }
 
+void Program::carry(const StateLayer& at, const float* x, float* y) {
+    note_use(at);
+    add(std::make_unique<CarryOp>(at, x, y));
+}
+
+void Program::join(const float* a, int n, const float* b, int m, float* y) {
+    add(std::make_unique<JoinOp>(a, n, b, m, y));
+}
+
 void Program::set_states(int memory, const StatePool& states) {
     std::lock_guard<std::mutex> lock(turn_);
     if (memory >= static_cast<int>(states_.size())) states_.resize(memory + 1);
@@ -302,7 +311,7 @@ void Program::for_heads(const KvPool& kv, Work work) {
     pool_.run(job);
 }
 
-void Program::run(StepState& step) {
+void Program::run(StepState& step, int part) {
     std::lock_guard<std::mutex> lock(turn_);
     step.pools = pools_.data(), step.states = states_.data();
     int scratch = 0;
@@ -318,9 +327,10 @@ void Program::run(StepState& step) {
     for (auto& blocks : attention_.exact)
         if (blocks.size() < exact) blocks.resize(exact + exact / 2);
     step_ = &step;
-    for (auto& op : ops_) op->reserve(step, pool_.size());
+    end_ = part + 1 < parts() ? parts_[part + 1] : ops_.size();
+    for (size_t i = parts_[part]; i < end_; i++) ops_[i]->reserve(step, pool_.size());
     if (timing_) seconds_.assign(ops_.size(), 0.0);
-    current_ = static_cast<size_t>(-1);
+    current_ = parts_[part] - 1;
     finished_.store(false, std::memory_order_relaxed);
     pool_.run(*this);
 }
@@ -329,7 +339,7 @@ void Program::run(StepState& step) {
 // next.
 void Program::advance(int thread, uint32_t turn) {
     const int threads = pool_.size();
-    while (++current_ < ops_.size()) {
+    while (++current_ < end_) {
         Op& op = *ops_[current_];
         const int n = op.chunks(*step_, threads);
         if (n == 0) continue;
@@ -371,7 +381,7 @@ bool Program::claim(Range& range, uint32_t turn, int* chunk) {
 void Program::fetch_ahead(size_t after, int thread, uint32_t turn) {
     const uint8_t* p = nullptr;
     size_t n = 0;
-    for (size_t i = after + 1; i < ops_.size() && !n; i++)
+    for (size_t i = after + 1; i < end_ && !n; i++)
         if (ops_[i]->weights_of(*step_, thread, pool_.size(), &p, &n)) break;
     n = std::min(n, kAheadBytes);
     for (size_t i = 0; i < n && gate_.value() == turn; i += 512)

@@ -158,6 +158,11 @@ class Program : private Job {
     void gated_norm(const GatedNormArgs& args);  // of all rows
     void sigmoid_mul(const SigmoidArgs& args);
     void split_gates(const float* x, int heads, int dim, int rest, float* qkv, float* gates);
+    void carry(const StateLayer& at, const float* x, float* y);  // x or y may be null
+    void join(const float* a, int n, const float* b, int m, float* y);
+    // What is recorded from here on is a part of its own: a step runs one part.
+    void next_part() { parts_.push_back(ops_.size()); }
+    int parts() const { return static_cast<int>(parts_.size()); }
     void lm_head(const LinearWeights* w, const Activations* x, float scale = 1.0f, float cap = 0.0f);
 
     // KV memories: as many as pools were given, or ops ask for.
@@ -180,8 +185,8 @@ class Program : private Job {
     // How far each of the first n slots' values lies from their weighted mean: all [layers][kv_heads][n].
     void value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n, int exact);
 
-    // Runs the step. Callers on several threads take turns. The inputs have been checked.
-    void run(StepState& step);
+    // Runs one part over the step. Callers on several threads take turns. The inputs have been checked.
+    void run(StepState& step, int part = 0);
 
     // Seconds that each op took in its last run (thread 0's view, barriers included), when timing is on.
     void set_timing(bool on) { timing_ = on; }
@@ -208,7 +213,8 @@ class Program : private Job {
     std::vector<std::unique_ptr<Activations>> activations_;
     std::vector<std::unique_ptr<Routing>> routings_;
     std::vector<std::unique_ptr<Op>> ops_;
-    std::vector<float*> scratch_;  // one for each thread
+    std::vector<size_t> parts_{0};  // where each begins
+    std::vector<float*> scratch_;   // one for each thread
     LinearOp* last_linear_ = nullptr;
     size_t scratch_floats_ = 0;
     AttentionBuffers attention_;
@@ -219,7 +225,7 @@ class Program : private Job {
     std::mutex turn_;
     const StepState* step_ = nullptr;
     // Written by the thread that finished the last chunk of an op, read by threads that took a chunk of the next.
-    size_t current_ = 0;
+    size_t current_ = 0, end_ = 0;
     int total_ = 0;  // chunks of the current op
     std::vector<Range> ranges_;
     alignas(64) std::atomic<int> done_{0};

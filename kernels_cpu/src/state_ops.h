@@ -114,6 +114,53 @@ class SigmoidOp : public Op {
     SigmoidArgs args_;
 };
 
+// A layer's state that is one row. With x it becomes x's row, and y, if there is one, gets the row before each: the
+// state before the first row, then x's own. Without x, y gets the state in each row.
+class CarryOp : public Op {
+  public:
+    CarryOp(const StateLayer& at, const float* x, float* y) : at_(at), x_(x), y_(y) {}
+    const char* name() const override { return "carry"; }
+    int chunks(const StepState& s, int) override { return static_cast<int>(s.spans.size()); }
+    void run(const StepState& s, int c, int) override {
+        const size_t n = at_.floats, bytes = n * sizeof(float), first = s.spans[c].first * n;
+        const SpanState state = span_state(s, c, at_);
+        for (int i = 0; i < s.spans[c].rows; i++) {
+            const float* before = x_ && i ? x_ + first + (i - 1) * n : state.source;
+            float* y = y_ ? y_ + first + i * n : nullptr;
+            if (y && before) memcpy(y, before, bytes);
+            if (y && !before) std::fill(y, y + n, 0.0f);
+        }
+        for (int i = 0; x_ && i < s.spans[c].rows; i++)
+            if (float* to = state.behind(i)) memcpy(to, x_ + first + i * n, bytes);
+    }
+
+  private:
+    StateLayer at_;
+    const float* x_;
+    float* y_;
+};
+
+// Rows of a and b side by side.
+class JoinOp : public Op {
+  public:
+    JoinOp(const float* a, int n, const float* b, int m, float* y) : a_(a), b_(b), n_(n), m_(m), y_(y) {}
+    const char* name() const override { return "join"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
+    void run(const StepState& s, int c, int) override {
+        const size_t n = n_, m = m_, last = std::min(s.rows, (c + 1) * piece());
+        for (size_t r = static_cast<size_t>(c) * piece(); r < last; r++) {
+            memcpy(y_ + r * (n + m), a_ + r * n, n * sizeof(float));
+            memcpy(y_ + r * (n + m) + n, b_ + r * m, m * sizeof(float));
+        }
+    }
+
+  private:
+    int piece() const { return row_piece(n_ + m_); }
+    const float *a_, *b_;
+    int n_, m_;
+    float* y_;
+};
+
 // Queries that have a gate beside them each, apart: rows [heads][2][dim] and what follows them → rows of queries and
 // what follows, and rows of gates.
 class SplitGatesOp : public Op {

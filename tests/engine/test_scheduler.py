@@ -28,12 +28,12 @@ from tinychat.engine.speculation.speculator import Speculator
 class HalfRight:
     """A drafter that knows the answer and is wrong now and then."""
 
-    name = "half right"
+    name, slow = "half right", False
 
     def __init__(self, prompt, answer, every):
         self.start, self.answer, self.every = len(prompt), answer, every
 
-    def begin(self, context):
+    def begin(self, context, branch):
         pass
 
     def propose(self, context, k, params, seed, guide=None):

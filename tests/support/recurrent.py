@@ -12,7 +12,11 @@ import numpy as np
 from tiny import TEMPLATE, byte_tokenizer
 
 from tinychat.backends.cpu import CpuBackend
+from tinychat.backends.interface import Step
+from tinychat.engine.memory.ahead import ahead
+from tinychat.engine.speculation.further import FurtherLayer
 from tinychat.models import FAMILIES
+from tinychat.network import further
 from tinychat.network.config import (
     AttentionConfig,
     ConvConfig,
@@ -48,12 +52,16 @@ class RecurrentCheckpoint:
         self.path, self.template, self.seed = Path(f"recurrent-{family}-{seed}"), template, seed
         rng, of = np.random.default_rng(seed), FAMILIES[family]
         linears = {"model.embed_tokens": (c.vocab_size, c.hidden_size)}
+        if not c.tie_embeddings:
+            linears["lm_head"] = linears["model.embed_tokens"]
         others = {"model.norm": (c.hidden_size,)}
         for i in range(c.n_layers):
             linears |= of.linears(c, i)
             others |= of.norms(c, i)
         for name, own in outside(of, c).items():
             (linears if len(own) == 2 else others)[name] = own
+        linears |= further.linears(of, c)
+        others |= further.norms(of, c)
         linears |= {
             name: shape for name, shape in others.items() if name.endswith(("in_proj_a", "in_proj_b"))
         }
@@ -65,6 +73,19 @@ class RecurrentCheckpoint:
         for name, v in self.vectors.items():
             if name.endswith("A_log"):  # as it multiplies: a state that forgets in some tens of tokens
                 v *= -0.1
+        if c.further is not None:
+            self.agree()
+
+    def agree(self):
+        """The layer that predicts further is often right: both see in a token the one that follows it."""
+        c, p = self.config, further.prefix(self.config)
+        for name, w in self.weights.items():
+            if name.endswith(("o_proj", "out_proj", "down_proj")):
+                w *= 0.02 if name.startswith(p) else 0.06
+        self.weights["model.embed_tokens"] *= 8
+        self.weights[p + "eh_proj"][:, : c.hidden_size] += 24 * np.eye(c.hidden_size, dtype=np.float32)
+        self.vectors[p + "enorm"][:] = 1
+        self.vectors[p + "shared_head.norm"] = self.vectors["model.norm"]
 
     def has(self, name):
         return name in self.weights or name in self.vectors
@@ -92,8 +113,9 @@ def recurrent_model(ctx=256, family="lfm2", grows=True, kv_bits=16, **changes):
     from tinychat.model import Model
 
     checkpoint = RecurrentCheckpoint(family, **changes)
-    backend = CpuBackend(checkpoint, WeightPolicy("none", 16), threads=1, kv_bits=kv_bits)
-    options = LoadOptions(ctx=ctx, quantize="none", head_bits=16)
+    predicts = checkpoint.config.further is not None
+    backend = CpuBackend(checkpoint, WeightPolicy("none", 16), threads=1, kv_bits=kv_bits, predicts=predicts)
+    options = LoadOptions(ctx=ctx, quantize="none", head_bits=16, draft_tokens=4 if predicts else None)
     model = Model(checkpoint, backend, "recurrent", options, Drafts(options))
     if not grows:
         model.engine.memories.more_bytes = lambda: 0
@@ -102,3 +124,13 @@ def recurrent_model(ctx=256, family="lfm2", grows=True, kv_bits=16, **changes):
 
 delta_model = partial(recurrent_model, family="qwen3_5")
 shared_model = partial(recurrent_model, family="gemma4", layer_inputs=32, layer_vocab=258)
+FURTHER = LayerConfig(FULL, DenseConfig(96))
+further_model = partial(delta_model, further=FURTHER, tie_embeddings=False)
+
+
+def looked_ahead(model, branch, tokens):
+    """The layer's logits for these tokens behind the branch."""
+    engine, memory = model.engine, FurtherLayer(model.engine)._memory
+    with engine.changing(), ahead(branch, memory, len(tokens)) as rows:
+        steps = [Step((rows.span(t),), further=True) for t in tokens]
+        return np.concatenate([engine.backend.step(step) for step in steps])

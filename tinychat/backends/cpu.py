@@ -22,7 +22,8 @@ from tinychat.backends.interface import Slots, Span, States, Step, Tails, memori
 from tinychat.base import machine
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.kernels_cpu import _native
-from tinychat.models import FAMILIES
+from tinychat.models import FAMILIES, PREDICTING
+from tinychat.network import further
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
 from tinychat.network.weight_policy import WeightPolicy
@@ -71,8 +72,9 @@ class CpuBackend:
         act_bits: int | None = None,
         kv_bits: int = 16,
         tell: Callable[[str], None] | None = None,
+        predicts: bool = False,
     ):
-        """tell hears of what takes long.
+        """tell hears of what takes long. predicts: have the layer that predicts further, if there is one.
 
         Raises UsageError for an unknown setting, or a TINYCHAT_ISA that this CPU does not run."""
         if act_bits not in (None, 8, 16):
@@ -83,8 +85,9 @@ class CpuBackend:
             self.isa = _native.isa()
         except RuntimeError as e:
             raise UsageError(*str(e).split("\n", 1)) from None
-        self.cfg: ModelConfig = checkpoint.config
+        self.cfg: ModelConfig = checkpoint.config if predicts else checkpoint.config.without_further
         self._n_outputs: int = getattr(checkpoint, "n_outputs", self.cfg.vocab_size)
+        self.predicts = self.cfg.further is not None
         memories = memories_of(self.cfg)
         self.memories = with_tails(memories) if kv_bits == 4 else memories
         # Every ISA has an exact 8-bit dot product and it is the fastest path, so it runs unless asked.
@@ -98,6 +101,9 @@ class CpuBackend:
         sources = sorted({a.source for a in self.cfg.attentions if a.source >= 0})
         recorder = Recorder(self.memories, self.act_bits, tuple(sources))
         family.forward(recorder, self.cfg, weights)
+        for few in (False, True) if self.predicts else ():
+            recorder.next_part()
+            PREDICTING[self.cfg.family].predict(recorder, self.cfg, weights, few)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))
         self.max_rows = MAX_ROWS
         self._pools = [_Pool() for _ in self.memories]
@@ -110,6 +116,7 @@ class CpuBackend:
             "act_bits": self.act_bits,
             "kv_bits": self.kv_bits,
             "threads": self.threads,
+            **({"predicts": True} if self.predicts else {}),
         }
 
     def kv_heads(self, memory: int = 0) -> tuple[int, int]:
@@ -194,7 +201,7 @@ class CpuBackend:
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
-        ropes = [self.cfg.layers[layer].attention.rope for layer in self.memories[memory].layers]
+        ropes = [self.cfg.whole.layers[layer].attention.rope for layer in self.memories[memory].layers]
         for rope in {rope for rope in ropes if rope is not None}:
             here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
             turned = np.ascontiguousarray(np.where(here, delta, 0), np.int32)
@@ -202,9 +209,12 @@ class CpuBackend:
 
     def step(self, step: Step) -> np.ndarray:
         """Run the network. float32 [asked rows, vocab]."""
-        out = np.empty((step.asked_rows, self._n_outputs), np.float32)
+        rows, all_of_them = step.asked_rows, self._n_outputs
+        n = (further.fewer(self.cfg) if step.few else 0) or all_of_them
+        out = np.empty((rows, n), np.float32)
         self._run(step, out, None)
-        return out
+        rest = ((0, 0), (0, all_of_them - n))
+        return np.pad(out, rest, constant_values=-np.inf) if n < all_of_them else out
 
     def step_greedy(self, step: Step) -> np.ndarray:
         """The argmax of each asked row (`Backend.step_greedy`); no logits are written."""
@@ -238,7 +248,8 @@ class CpuBackend:
         if self._program is None:
             raise TinychatError("The model is closed.", "Load it again.")
         self._pack.check_usable()
-        self._program.run(tuple([_native_span(span) for span in step.spans]), logits, greedy)
+        spans = tuple([_native_span(span) for span in step.spans])
+        self._program.run(spans, logits, greedy, step.further + (step.further and step.few))
 
 
 def _native_span(span: Span) -> tuple:

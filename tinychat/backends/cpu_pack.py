@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -54,12 +55,29 @@ TABLES = ("iq4_nl", "e2m1", "e4m3", "nf4")
 KERNELS = Kernels.of([*NUMBERS, "8"], PAIRS + SCALES, [*NUMBERS, "e2m1"], product(TABLES, SCALES))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """A linear for the kernels. perm: the order in which it takes its inputs, or None."""
+    """A linear for the kernels.
 
-    native: Any
+    perm    the order in which it takes its inputs, or None
+    stored  the kernels' numbers for the form, tiles, bias
+    """
+
     perm: np.ndarray | None
+    stored: tuple[tuple[int, ...], np.ndarray, np.ndarray | None]
+
+    @cached_property
+    def native(self) -> Any:
+        """The kernels' own object."""
+        form, data, bias = self.stored
+        return _native.Linear(*form, data, bias)
+
+    def first(self, n: int) -> PackedLinear:
+        """The first n outputs, whole tiles of them: the same bytes."""
+        (kind, meta, _, k, group), data, bias = self.stored
+        form = (kind, meta, n, k, group)
+        tiles, bias = data[: _native.packed_bytes(*form)], None if bias is None else bias[:n]
+        return PackedLinear(self.perm, (form, tiles, bias))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,13 +135,13 @@ class CpuWeights:
         bias = None if e["bias"] is None else self.pack.array(e["bias"], np.float32)
         perm = None if e["perm"] is None else self.pack.array(e["perm"], np.int32)
         data = self.pack.array(e["data"], np.uint8)
-        return PackedLinear(_native.Linear(*e["form"], data, bias), perm)
+        return PackedLinear(perm, (tuple(e["form"]), data, bias))
 
 
 def pack(w: Linear, threads: int = 1) -> PackedLinear:
     """One linear for the kernels, in memory."""
     exact = ExactForm.of(w, KERNELS)
-    return PackedLinear(_native.Linear(*numbers(exact), tiles(exact, threads), exact.bias), exact.perm)
+    return PackedLinear(exact.perm, (numbers(exact), tiles(exact, threads), exact.bias))
 
 
 def numbers(w: ExactForm) -> tuple[int, ...]:

@@ -9,83 +9,10 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends.cpu_pack import PackedLinear
+from tinychat.backends.cpu_values import Buffer, Heads, Record, Routes, Value
 from tinychat.backends.interface import MemorySpec, place_of, state_place, tail_of
 from tinychat.kernels_cpu import _native
 from tinychat.network.config import AttentionConfig, RopeConfig
-
-
-@dataclass(eq=False)
-class Buffer:
-    """Memory that an op writes and later ones read. `rows`: what linears read; else plain fp32."""
-
-    cols: int
-    rows: bool = False
-    as_float: bool = False
-    bits: int = 0  # integers of 8 or 16 bits
-    group: int = 0  # whose sums the readers' weights need
-    routes: Routes | None = None  # its rows are their slots
-    native: Any = None
-    first: int = -1
-    last: int = -1
-
-    def key(self) -> tuple:
-        """Buffers with the same key may take each other's place."""
-        experts = self.routes and self.routes.key()
-        return self.cols, self.rows, self.as_float, self.bits, self.group, experts
-
-    def allocate(self, program: Any) -> Any:
-        n = self.routes.native.slots if self.routes else 0
-        if self.rows:
-            return program.rows(self.cols, self.as_float, self.bits, self.group, n)
-        return program.floats(self.cols, n)
-
-
-@dataclass(eq=False)
-class Routes:
-    """Choice of experts for each row. A buffer too: one layer's may take the place of another's."""
-
-    n_experts: int
-    taken: int
-    native: Any = None
-    first: int = -1
-    last: int = -1
-
-    def key(self) -> tuple:
-        return "routes", self.n_experts, self.taken
-
-    def allocate(self, program: Any) -> Any:
-        return program.routes(self.n_experts, self.taken)
-
-
-@dataclass(eq=False)
-class Value:
-    """A handle: `floats` holds it in fp32, `rows` as linears read it; either may be missing.
-
-    tail: only the rows that get logits, moved to the front. changed: the floats of `rows` are no longer those
-    that what wrote them has put into integers.
-    """
-
-    cols: int
-    floats: Buffer | None = None
-    rows: Buffer | None = None
-    tail: bool = False
-    consumed: bool = False
-    changed: bool = False
-
-
-@dataclass(eq=False)
-class Heads:
-    """A part of a qkv value, and how it is to be rotated."""
-
-    qkv: Value
-    attention: AttentionConfig
-    rope: RopeConfig | None = None
-
-
-@dataclass(eq=False)
-class Record:
-    uses: list[Buffer | Routes]
-    emit: Callable[[Any], None]
 
 
 @dataclass
@@ -97,6 +24,7 @@ class Recorder:
     sources: tuple[int, ...] = ()  # layers whose keys and values others read behind them
     records: list[Record] = field(default_factory=list)
     tables: dict[RopeConfig, Buffer] = field(default_factory=dict)
+    kept: list[Buffer] = field(default_factory=list)  # tables of earlier parts
 
     # Ops
 
@@ -184,26 +112,33 @@ class Recorder:
         c, qkv = attention, q.qkv.floats
         table = self.tables[q.rope] if q.rope else Buffer(0)  # nothing is rotated
         out = Buffer(c.n_heads * c.head_dim)
-        memory, place = place_of(self.memories, c.kept_by(layer))
-        tail = tail_of(self.memories, memory)
-        at = _native.Attention(
-            c.n_heads,
-            c.n_kv_heads,
-            c.head_dim,
-            memory,
-            place,
-            scale=c.scale or 0.0,
-            window=c.window,
-            cap=c.soft_cap,
-            tail=-1 if tail is None else tail,
-            sinks=sinks,
-            slope=c.slope,
-            original=c.original,
-            shared=c.source >= 0,
-            exact=1 + self.sources.index(c.kept_by(layer)) if c.kept_by(layer) in self.sources else 0,
-        )
+        at = self._place(c, layer, sinks)
         self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
         self._record([qkv, out], lambda p: p.attention(at, qkv.native, out.native))
+        return Value(out.cols, floats=out)
+
+    def keep(self, k, v, attention, layer):
+        qkv, table = k.qkv.floats, self.tables[k.rope] if k.rope else Buffer(0)
+        at = self._place(attention, layer)
+        self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
+
+    def behind(self, x, layer):
+        x, out, at = self._as_floats(x), Buffer(x.cols), state_place(self.memories, layer)
+        self._record([x, out], lambda p: p.carry(*at, floats_of(x), out.native))
+        return Value(out.cols, floats=out)
+
+    def recall(self, layer, size):
+        out, at = Buffer(size), state_place(self.memories, layer)
+        self._record([out], lambda p: p.carry(*at, None, out.native))
+        return Value(size, floats=out)
+
+    def leave(self, x, layer):
+        x, at = self._as_floats(x), state_place(self.memories, layer)
+        self._record([x], lambda p: p.carry(*at, floats_of(x), None))
+
+    def join(self, a, b):
+        out, a, b = Buffer(a.cols + b.cols), self._as_floats(a), self._as_floats(b)
+        self._record([a, b, out], lambda p: p.join(floats_of(a), floats_of(b), out.native))
         return Value(out.cols, floats=out)
 
     def short_conv(self, bcx, weight, conv, layer):
@@ -313,8 +248,9 @@ class Recorder:
         )
         return Value(out.cols, floats=out)
 
-    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
+    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0, first=0):
         (w,) = weight
+        w = w.first(first) if first else w
         if x.consumed:
             raise NotImplementedError("the head's input is read by another op too")
         x.tail = True
@@ -326,13 +262,19 @@ class Recorder:
 
     # Building
 
+    def next_part(self) -> None:
+        """What is recorded from here on runs in steps of its own."""
+        self.records.append(Record([], lambda p: p.next_part()))
+        self.kept += self.tables.values()
+        self.tables = {}
+
     def build(self, program: Any) -> Any:
         """Give every buffer memory, reusing what is no longer read, and emit the ops."""
         for i, r in enumerate(self.records):
             for b in r.uses:
                 b.first = i if b.first < 0 else b.first
                 b.last = i
-        tables = set(map(id, self.tables.values()))
+        tables = set(map(id, [*self.tables.values(), *self.kept]))
         free: dict[tuple, list[Any]] = {}
         for i, r in enumerate(self.records):
             for b in r.uses:
@@ -347,6 +289,35 @@ class Recorder:
 
     def _record(self, uses: list[Buffer | Routes], emit: Callable[[Any], None]) -> None:
         self.records.append(Record(uses, emit))
+
+    def _place(self, c: AttentionConfig, layer: int, sinks: np.ndarray | None = None) -> Any:
+        memory, place = place_of(self.memories, c.kept_by(layer))
+        tail = tail_of(self.memories, memory)
+        return _native.Attention(
+            c.n_heads,
+            c.n_kv_heads,
+            c.head_dim,
+            memory,
+            place,
+            scale=c.scale or 0.0,
+            window=c.window,
+            cap=c.soft_cap,
+            tail=-1 if tail is None else tail,
+            sinks=sinks,
+            slope=c.slope,
+            original=c.original,
+            shared=c.source >= 0,
+            exact=1 + self.sources.index(c.kept_by(layer)) if c.kept_by(layer) in self.sources else 0,
+        )
+
+    @staticmethod
+    def _as_floats(x: Value) -> Buffer:
+        """The buffer that has `x` in fp32 too."""
+        if x.floats is not None:
+            return x.floats
+        assert x.rows is not None
+        x.rows.as_float, x.consumed = True, True
+        return x.rows
 
     def _input(self, x: Value, w: PackedLinear, bits: int) -> Buffer:
         """`x` in the form that `w` reads: integers if it is quantized, in the order of its inputs."""
@@ -409,6 +380,11 @@ class Recorder:
             rows.bits, rows.group = bits, w.native.group
         else:
             rows.as_float = True
+
+
+def floats_of(b: Buffer) -> Any:
+    """What a buffer holds in fp32."""
+    return b.native.floats if b.rows else b.native
 
 
 def _taps_first(weight: np.ndarray, channels: int) -> np.ndarray:

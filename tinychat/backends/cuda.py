@@ -47,6 +47,8 @@ class CudaBackend:
     name = "cuda"
     row_independent = True
     max_spans = MAX_ROWS
+    predicts = False  # there are no kernels for the layer that predicts further
+    predicts = False  # there are no kernels for the layer that predicts further
     survives_fork = False  # a GPU's context is lost in a fork
 
     def __init__(
@@ -68,7 +70,7 @@ class CudaBackend:
             )
         if kv_bits not in (8, 16):
             raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 8 or 16.")
-        self.cfg: ModelConfig = checkpoint.config
+        self.cfg: ModelConfig = checkpoint.config.without_further
         self.memories = memories_of(self.cfg)
         self.kv_bits = kv_bits
         c = self.cfg

@@ -94,6 +94,7 @@ class Recorder:
 
     gated_heads = delta_rule = norm_gated = sigmoid_mul = clamped_mul = short_conv
     norm_values = gelu_columns = norm_columns = embed_onto = scaled = short_conv
+    behind = recall = leave = join = keep = short_conv  # `CudaBackend` runs no layer that predicts further
 
     def silu_mul(self, gate_up):
         return self._gate("silu_mul", gate_up)
@@ -121,7 +122,7 @@ class Recorder:
         experts.add(self.program, routes, x.floats, x.cols, add_to.floats)
         return Value(x.cols, floats=add_to.floats)
 
-    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
+    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0, first=0):
         (w,) = weight
         self.program.head(w, self._input(x, w), scale, soft_cap)
 

@@ -42,7 +42,7 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
     """Memories that a sequence needs, in the order in which a span names them."""
     alike: dict[tuple[int, int, int], list[int]] = {}
     states: dict[int, list[int]] = {}
-    for i, layer in enumerate(cfg.layers):
+    for i, layer in enumerate(cfg.whole.layers):
         a = layer.mixer
         if isinstance(a, AttentionConfig):
             if a.source >= 0:  # its keys and values are in the memory of the layer that wrote them
@@ -50,6 +50,8 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
             alike.setdefault((a.window, a.n_kv_heads, a.head_dim), []).append(i)
         else:
             states.setdefault(a.state_size, []).append(i)
+    if cfg.further is not None:  # its attention, and the hidden state that it goes on from
+        states.setdefault(cfg.hidden_size, []).append(cfg.n_layers)
     return tuple(
         MemorySpec("window" if window else "paged", tuple(alike[window, heads, dim]), heads, dim, window)
         for window, heads, dim in sorted(alike)  # those that see everything come first
@@ -155,9 +157,15 @@ class Step:
     rows in all.
 
     What a span gets does not depend, in a single bit, on the spans beside it.
+
+    further: the layer that predicts further runs in place of the network, over one row of each sequence, with
+    what the last rows have left in its memories; only these are written. few: where the head is much
+    larger, only the first `further.FEW` token ids get logits, all others minus infinity.
     """
 
     spans: tuple[Span, ...]
+    further: bool = False
+    few: bool = False
 
     @property
     def asked_rows(self) -> int:
@@ -213,6 +221,7 @@ class Backend(Protocol):
     max_rows: int  # rows a step may have; longer prompts are prefilled in chunks
     max_spans: int  # spans a step may have
     survives_fork: bool  # whether it can go on in a forked process
+    predicts: bool  # whether it takes steps of the layer that predicts further
 
     def describe(self) -> dict[str, Any]:
         """Facts of what runs: backend, isa, act_bits, kv_bits, threads."""

@@ -95,6 +95,8 @@ def pack_path(checkpoint: Checkpoint, policy: WeightPolicy, layout: Layout, tell
     """Path of the pack of these weights in that layout."""
     fingerprint = checkpoint.fingerprint(tell)
     key = f"{fingerprint}|{policy.quantize}|{policy.head_bits}|{layout.name}|{pack_file.VERSION}"
+    if checkpoint.config.further is not None:
+        key += "|further"
     rest = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pack"
     return locations.packs_dir() / locations.pack_name(fingerprint, rest)
 

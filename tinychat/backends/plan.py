@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tinychat.backends.exact_form import Kernels
 from tinychat.base.machine import human_bytes
 from tinychat.models import FAMILIES
+from tinychat.network import further
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ExpertsConfig
 from tinychat.network.family import outside
@@ -66,6 +67,8 @@ def plan(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> Iter
         if len(own) == 2:
             share = float(_kind(name) != "embedding")
             yield _planned(checkpoint, policy, kernels, name, (own[0], own[1]), share)
+    for name, shape in further.linears(FAMILIES[cfg.family], cfg).items():  # read by drafts alone
+        yield _planned(checkpoint, policy, kernels, name, shape, 0.0)
     if not cfg.tie_embeddings:
         yield _planned(checkpoint, policy, kernels, "lm_head", table, 1.0)
 

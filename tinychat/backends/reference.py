@@ -16,7 +16,7 @@ from tinychat.backends.reference_memory import KvPool, StatePool, pool_slots, ro
 from tinychat.backends.reference_state import StateOps
 from tinychat.base import machine
 from tinychat.kernels_cpu import _native
-from tinychat.models import FAMILIES
+from tinychat.models import FAMILIES, PREDICTING
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig
 from tinychat.network.weight_policy import WeightPolicy
@@ -73,11 +73,15 @@ class ReferenceBackend(StateOps):
         policy: WeightPolicy | None = None,
         threads: int | None = None,
         kv_bits: int = 32,
+        predicts: bool = False,
     ):
-        """kv_bits: 32, or 16, 8 or 4 to keep keys and values as the fast backends do."""
+        """kv_bits: 32, or 16, 8 or 4 to keep keys and values as the fast backends do.
+        predicts: have the layer that predicts further, if there is one.
+        """
         if threads:
             torch.set_num_threads(threads)
-        self.cfg: ModelConfig = checkpoint.config
+        self.cfg: ModelConfig = checkpoint.config if predicts else checkpoint.config.without_further
+        self.predicts = self.cfg.further is not None
         self.memories = memories_of(self.cfg)
         if kv_bits == 4:
             self.memories = with_tails(self.memories)
@@ -108,6 +112,7 @@ class ReferenceBackend(StateOps):
             "act_bits": 32,
             "kv_bits": self.kv_bits,
             "threads": torch.get_num_threads(),
+            **({"predicts": True} if self.predicts else {}),
         }
 
     def kv_heads(self, memory: int = 0) -> tuple[int, int]:
@@ -146,12 +151,15 @@ class ReferenceBackend(StateOps):
         return self.pools[memory].value_spread(block_table, weights, exact)
 
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
-        ropes = [self.cfg.layers[layer].attention.rope for layer in self.memories[memory].layers]
+        ropes = [self.cfg.whole.layers[layer].attention.rope for layer in self.memories[memory].layers]
         self.pools[memory].turn_keys(block_table, delta, ropes, exact)
 
     @torch.inference_mode()
     def step(self, step: Step) -> np.ndarray:
         self._begin(step)
+        if step.further:
+            predict = PREDICTING[self.cfg.family].predict
+            return predict(self, self.cfg, self.weights, step.few).numpy()
         return self.family.forward(self, self.cfg, self.weights).numpy()
 
     def step_greedy(self, step: Step) -> np.ndarray:
@@ -247,6 +255,20 @@ class ReferenceBackend(StateOps):
             parts.append(self._attend(*what) if tail is None else self._attend_4(*what, span.memories[tail]))
         return torch.cat(parts)
 
+    def keep(self, k, v, attention, layer):
+        memory, index = place_of(self.memories, layer)
+        pool, tail = self.pools[memory], tail_of(self.memories, memory)
+        for rows, span in zip(self.rows, self.spans, strict=True):
+            slots, end = span.memories[memory], span.memories[memory].length + len(span.token_ids)
+            if tail is not None:
+                exact = self._exact(k[rows], v[rows], slots, pool, index, span.memories[tail])
+                for i in range(slots.length // BLOCK, end // BLOCK):
+                    own = exact[:, (i - slots.length // BLOCK) * BLOCK :][:, :BLOCK]
+                    pool.pack(index, int(slots.table[i]), *own)
+            else:
+                where = pool_slots(slots.table)[slots.length : end]
+                pool.kv[:, index, where] = pool.stored(torch.stack([k[rows], v[rows]]))
+
     def _attend(self, q, k, v, attention: AttentionConfig, slots: Slots, pool: KvPool, layer: int):
         """One span's attention. Slots that none of its rows sees are not read."""
         t, end = q.shape[0], slots.length + q.shape[0]
@@ -263,22 +285,17 @@ class ReferenceBackend(StateOps):
         self, q, k, v, attention: AttentionConfig, slots: Slots, pool: Kv4Pool, layer: int, tails: Tails
     ):
         """The same with keys and values in 4 bits: the rows of each block read that block as it is."""
-        began, end = slots.length % BLOCK, slots.length + q.shape[0]
+        end = slots.length + q.shape[0]
         if k is None:  # what the layer that wrote it read exactly
             exact = self.exact[id(tails), layer]
         else:
-            exact = pool.tail.stored(torch.stack([k, v]))
-            if began:
-                before = int(tails.blocks[0]) * BLOCK
-                exact = torch.cat([pool.tail.kv[:, layer, before : before + began], exact], dim=1)
+            exact = self._exact(k, v, slots, pool, layer, tails)
             if pool.spec.layers[layer] in self.sources:
                 self.exact[id(tails), layer] = exact
         stored, out = pool_slots(slots.table), []
-        for i, block in enumerate(tails.blocks.tolist()):
+        for i in range(len(tails.blocks)):
             start = (slots.length // BLOCK + i) * BLOCK  # its first slot
             own = exact[:, i * BLOCK : (i + 1) * BLOCK]
-            if block >= 0 and k is not None:
-                pool.tail.kv[:, layer, block * BLOCK : block * BLOCK + own.shape[1]] = own
             rows = slice(max(0, start - slots.length), start + BLOCK - slots.length)
             first = max(0, max(start, slots.length) + 1 - attention.window) if attention.window else 0
             kv = torch.cat([pool.kv[:, layer, stored[first:start]], own[:, max(0, first - start) :]], dim=1)
@@ -288,6 +305,21 @@ class ReferenceBackend(StateOps):
             if own.shape[1] == BLOCK and k is not None:
                 pool.pack(layer, int(slots.table[start // BLOCK]), *own)
         return torch.cat(out)
+
+    @staticmethod
+    def _exact(k, v, slots: Slots, pool: Kv4Pool, layer: int, tails: Tails) -> torch.Tensor:
+        """Keys and values of the blocks that rows are written to, from the first slot of the first on:
+        [2, slots, kv_heads, dim]. The tail has them, too.
+        """
+        began, exact = slots.length % BLOCK, pool.tail.stored(torch.stack([k, v]))
+        if began:
+            before = int(tails.blocks[0]) * BLOCK
+            exact = torch.cat([pool.tail.kv[:, layer, before : before + began], exact], dim=1)
+        for i, block in enumerate(tails.blocks.tolist()):
+            own = exact[:, i * BLOCK : (i + 1) * BLOCK]
+            if block >= 0:
+                pool.tail.kv[:, layer, block * BLOCK : block * BLOCK + own.shape[1]] = own
+        return exact
 
     def _attend_to(self, q, kv, attention: AttentionConfig, slots: Slots, layer: int, scored: int, end: int):
         """Attention of rows of one span over keys and values [2, slots, kv_heads, dim] before `end`, where
@@ -382,6 +414,8 @@ class ReferenceBackend(StateOps):
         y = (x * routes[1][..., None]).sum(1)
         return y if add_to is None else add_to + y
 
-    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0):
+    def lm_head(self, x, weight, scale=1.0, soft_cap=0.0, first=0):
         y = F.linear(x[self.asked], *weight) * scale
+        if first:
+            y[:, first:] = -torch.inf
         return soft_cap * torch.tanh(y / soft_cap) if soft_cap else y

@@ -47,6 +47,28 @@ class StateOps:
                     to[i].copy_(torch.cat([heads.flatten(), seen[i + 1 : i + delta.width].flatten()]))
         return torch.stack(out)
 
+    def behind(self, x, layer):
+        out = torch.empty_like(x)
+        for rows, state, kept in self._passes(layer):
+            out[rows] = torch.cat([state[None], x[rows][:-1]])
+            for i, to in kept:
+                to.copy_(x[rows][i])
+        return out
+
+    def recall(self, layer, size):
+        out = torch.empty(self.rows[-1].stop, size)
+        for rows, state, _ in self._passes(layer):
+            out[rows] = state
+        return out
+
+    def leave(self, x, layer):
+        for rows, _, kept in self._passes(layer):
+            for i, to in kept:
+                to.copy_(x[rows][i])
+
+    def join(self, a, b):
+        return torch.cat([a, b], dim=-1)
+
     def norm_gated(self, x, weight, gate, eps):
         heads = x.unflatten(-1, (-1, len(weight)))
         return (heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps) * weight).flatten(1) * F.silu(

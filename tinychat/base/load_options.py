@@ -64,9 +64,10 @@ class LoadOptions(Settings):
     ))
     offline: bool = setting(Flag(False, group=ENGINE, help="Never use the network."))
     draft: str | None = setting(Text(
-        None, group=ANSWER, metavar="MODEL|ngram|auto|none", help="Who drafts; the text stays the same.",
-        about="Who drafts tokens for verification, \"ngram\" or a smaller model of the same family; the text "
-        'is the same. Default: "ngram" where the backend\'s rows are independent of each other.',
+        None, group=ANSWER, metavar="MODEL|mtp|ngram|auto|none", help="Who drafts; the text stays the same.",
+        about="Who drafts tokens for verification: \"mtp\" (the model's own layer that predicts further), "
+        '"ngram", or a smaller model of the same family; the text is the same. Default: "mtp" where the '
+        "model has it, else \"ngram\", where the backend's rows are independent of each other.",
     ))
     draft_tokens: int | None = setting(Whole(
         None, 0, 15, group=ANSWER, help="Draft this many, always.",

@@ -105,7 +105,7 @@ class Generation:
         self.stats.ttft_s = first - began
         reason: FinishReason = "length"
         if self._may_continue():
-            self.speculator.begin(self.context)
+            self.speculator.begin(self.context, self.branch)
         decided = deque([first_token])
         while self._may_continue():
             if not decided:
@@ -183,7 +183,7 @@ class Generation:
                 if not (yield from self._read_again()):
                     break
                 continue
-            decided = self._decided
+            decided, self.speculator.company = self._decided, rows.company
             kept = len(decided) - 1
             if not rows.shared and not draft.forced:  # its time says nothing of what drafts cost otherwise
                 self.speculator.note(kept, rows.seconds)

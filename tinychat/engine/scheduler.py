@@ -71,6 +71,7 @@ class Rows:
     error: BaseException | None = None
     seconds: float = 0.0  # of the step
     shared: bool = False  # whether a prompt's chunk was in the step
+    company: bool = False  # whether rows of others were
 
     thread: int = 0  # that waits
     wake: threading.Lock = field(default_factory=threading.Lock)
@@ -190,7 +191,7 @@ class Scheduler:
         seconds = time.perf_counter() - began
         n, prompt = sum(n for _, n in parts), any(rows.prompt for rows, _ in parts)
         for rows, _ in parts:
-            rows.seconds, rows.shared = seconds, prompt
+            rows.seconds, rows.shared, rows.company = seconds, prompt, len(parts) > 1
         if not prompt:
             self._seconds = seconds
         elif n >= BLOCK:

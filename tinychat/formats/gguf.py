@@ -17,8 +17,9 @@ from tinychat.formats.gguf_blocks import UNPACK
 from tinychat.formats.gguf_config import FURTHER, ROPE_TENSORS, TOP, read_config
 from tinychat.formats.gguf_file import BF16, F16, F32, FORMS, Tensor, type_of
 from tinychat.formats.gguf_parts import open_parts
-from tinychat.models import FAMILIES
-from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig
+from tinychat.models import FAMILIES, PREDICTING
+from tinychat.network import further
+from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig, ModelConfig
 from tinychat.network.family import in_files, outside, shapes_in_files
 from tinychat.network.weight_form import Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear
@@ -39,6 +40,7 @@ class GGUFCheckpoint:
         self.fields = self.file.fields
         self.form, self.config = read_config(self.file)
         self._name_tensors()
+        self.config = self._with_further()
         self._hash: str | None = None
         self._check_tensors()
 
@@ -135,6 +137,15 @@ class GGUFCheckpoint:
                 usual = re.sub(pattern, name, given)
                 self.file.tensors[usual] = replace(self.file.tensors.pop(given), name=usual)
 
+    def _with_further(self) -> ModelConfig:
+        """The config, with the layer that predicts further if it is there and the family knows it."""
+        cfg, told = self.config, self.fields.get(f"{self.fields['general.architecture']}.{FURTHER}")
+        if cfg.family not in PREDICTING or told != 1:
+            return cfg
+        blk = f"blk.{cfg.n_layers}."
+        stored = {name.rpartition(".")[0] for name in self.file.tensors if name.startswith(blk)}
+        return further.found(PREDICTING[cfg.family], cfg, stored, self._name)
+
     def _check_tensors(self) -> None:
         """All that the model needs is there in its shape, and nothing that would change what it computes."""
         cfg = self.config
@@ -145,7 +156,7 @@ class GGUFCheckpoint:
         for i in range(cfg.n_layers):
             needed.update(family.linears(cfg, i))
             needed.update(family.norms(cfg, i))
-        needed.update(outside(family, cfg))
+        needed |= outside(family, cfg) | further.linears(family, cfg) | further.norms(family, cfg)
         allowed = set(ROPE_TENSORS)
         for name, shape in shapes_in_files(self.form, cfg, needed).items():
             tensor = self._tensor(name)
@@ -162,9 +173,10 @@ class GGUFCheckpoint:
             elif bias is None and name.endswith(family.biases(cfg)):
                 raise self.file.damaged(f"the tensor {self._name(name) + '.bias'!r} is missing")
             allowed |= self._tensor_scales(name, tensor)
-        further = self.fields.get(f"{self.fields['general.architecture']}.{FURTHER}")
+        told = self.fields.get(f"{self.fields['general.architecture']}.{FURTHER}")
         for name in self.file.tensors:
-            if further and (layer := _BLOCK.match(name)) and int(layer[1]) >= cfg.n_layers:
+            behind = (layer := _BLOCK.match(name)) and int(layer[1]) >= cfg.n_layers
+            if name not in allowed and told and behind:
                 continue
             if name not in allowed and not name.endswith(UNREAD + self.form.unread):
                 raise UnsupportedModelError(
@@ -190,7 +202,8 @@ class GGUFCheckpoint:
         if top := self.form.names.get(name, TOP.get(name)):
             return top
         layer, dot, module = _EXPERT.sub("mlp.experts.", name.removeprefix("model.layers.")).partition(".")
-        return f"blk.{layer}.{self.form.names[module]}" if dot and module in self.form.names else name
+        names = self.form.names if module in self.form.names else further.GGUF_NAMES
+        return f"blk.{layer}.{names[module]}" if dot and module in names else name
 
     def _tensor(self, name: str, suffix: str = ".weight") -> Tensor:
         tensor = self.file.tensors.get(self._name(name) + suffix)
@@ -233,4 +246,4 @@ class GGUFCheckpoint:
 
     def _layer(self, name: str) -> LayerConfig:
         """The layer that a module belongs to."""
-        return self.config.layers[int(name.split(".")[2])]
+        return self.config.whole.layers[int(name.split(".")[2])]

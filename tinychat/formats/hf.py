@@ -18,8 +18,8 @@ from tinychat.base.identity import Tell, content_hash
 from tinychat.formats import experts, nf4, quantized
 from tinychat.formats.quantization import SUPPORTED, read_quantization
 from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_json
-from tinychat.models import FAMILIES
-from tinychat.network import hf_config
+from tinychat.models import FAMILIES, PREDICTING
+from tinychat.network import further, hf_config
 from tinychat.network.config import ModelConfig
 from tinychat.network.family import FromHF, in_files, kept, outside, shapes_in_files
 from tinychat.network.weight_form import Form
@@ -62,6 +62,7 @@ class HFCheckpoint:
         self.config = read_config(self.json, generation)
         self.quantization = read_quantization(self.path, self.json)
         self._tensors = Tensors(self.path, self._by_module, self._wanted_file())
+        self.config = self._with_further()
         self._shapes = shapes_in_files(self._form, self.config, _expected_shapes(self.config))
         self._refuse_unknown()
         self._tie()
@@ -152,8 +153,18 @@ class HFCheckpoint:
             name = nf4.part_named(name)
             for pattern, module in self._form.tensors:
                 name = re.sub(pattern, module, name)
+            name = further.in_our_words(name, self.config)
             renamed[name] = _without_inputs(tensor)
         return experts.by_module(renamed, self.config)
+
+    def _with_further(self) -> ModelConfig:
+        """The config, with the layer that predicts further if it is there and the family knows it."""
+        cfg = self.config
+        if cfg.family not in PREDICTING:
+            return cfg
+        behind = [name for name in self._tensors if (m := _LAYER.match(name)) and int(m[1]) >= cfg.n_layers]
+        stored = {name.rpartition(".")[0] for name in behind}
+        return further.found(PREDICTING[cfg.family], cfg, stored, lambda name: name)
 
     def _wanted_file(self) -> str | None:
         """The file of weights that the folder's settings name, if they do (transformers; AutoGPTQ)."""
@@ -264,4 +275,5 @@ def _expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(cfg.n_layers):
         shapes.update(family.linears(cfg, layer))
         shapes.update(family.norms(cfg, layer))
-    return shapes | outside(family, cfg)
+    shapes |= outside(family, cfg)
+    return shapes | further.linears(family, cfg) | further.norms(family, cfg)

@@ -35,7 +35,7 @@ class LayerSubset:
         self.whole, self.keep = checkpoint, tuple(keep)
         self.path: Path = checkpoint.path
         layers = tuple(checkpoint.config.layers[i] for i in self.keep)
-        self.config = replace(checkpoint.config, layers=layers)
+        self.config = replace(checkpoint.config, layers=layers, further=None)
 
     def has(self, name: str) -> bool:
         """Whether the module exists."""

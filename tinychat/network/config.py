@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -277,6 +278,7 @@ class ModelConfig:
     long_context    a longer context that the model knows too, with `long_rope` (longrope's second factors)
     layer_inputs    values of each token that every layer gets beside the residual, from rows of an embedding
                     of `layer_vocab` rows, which has those of all layers; 0: there are none
+    further         a layer behind all others that predicts one token further (`network.further`)
     """
 
     family: str
@@ -299,6 +301,7 @@ class ModelConfig:
     long_rope: RopeConfig | None = None
     layer_inputs: int = 0
     layer_vocab: int = 0
+    further: LayerConfig | None = None
 
     def __post_init__(self):
         numbers = {
@@ -343,6 +346,17 @@ class ModelConfig:
     def n_layers(self) -> int:
         """How many layers there are."""
         return len(self.layers)
+
+    @cached_property
+    def whole(self) -> ModelConfig:
+        """The config with the layer that predicts further among the others."""
+        further = () if self.further is None else (self.further,)
+        return replace(self, layers=self.layers + further, further=None)
+
+    @property
+    def without_further(self) -> ModelConfig:
+        """The config without the layer that predicts further."""
+        return self if self.further is None else replace(self, further=None)
 
     @property
     def attentions(self) -> tuple[AttentionConfig, ...]:

@@ -185,7 +185,7 @@ def in_files(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> tuple[str,
     """
     layer, _, module = name.removeprefix("model.layers.").partition(".")
     if part := form.parts.get(module):
-        return f"model.layers.{layer}.{part.whole}", part.rows(cfg.layers[int(layer)])
+        return f"model.layers.{layer}.{part.whole}", part.rows(cfg.whole.layers[int(layer)])
     order = in_file_order(form, cfg, name)
     return name, None if order is None else np.argsort(order)
 
@@ -208,7 +208,7 @@ def in_file_order(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> np.nd
     module = name.rpartition(".")[2]
     if module not in ("q_proj", "k_proj") or not form.interleaved:
         return None
-    a = cfg.layers[int(name.split(".")[2])].attention
+    a = cfg.whole.layers[int(name.split(".")[2])].attention
     return a.neighbours(a.n_heads if module == "q_proj" else a.n_kv_heads)
 
 
@@ -283,4 +283,12 @@ class Family(Protocol):
 
     def settings(self, cfg: ModelConfig) -> Settings:
         """Entries of config.json for such a model beside what `settings.hf_config` writes for all."""
+        ...
+
+
+class Predicting(Family, Protocol):
+    """A family whose `forward` leaves what a layer that predicts further reads (`network.further`)."""
+
+    def predict(self, ops: Ops, cfg: ModelConfig, w: Any, few: bool = False) -> Handle:
+        """Token ids, one of each sequence, to logits of what follows them; few: of frequent ids only."""
         ...

@@ -120,6 +120,28 @@ class Ops(Protocol):
         """RMS norm of every len(weight) columns, times silu(gate). It may replace x: nobody else reads it."""
         ...
 
+    def behind(self, x: Handle, layer: int) -> Handle:
+        """Rows of x one row later: row i gets that of row i - 1, the first what the layer's state holds, at
+        first zeros; the last row becomes the state. [T, H] → [T, H].
+        """
+        ...
+
+    def recall(self, layer: int, size: int) -> Handle:
+        """What the layer's state holds: [T, size], the same for all rows of a sequence."""
+        ...
+
+    def leave(self, x: Handle, layer: int) -> None:
+        """The last row of x becomes the layer's state."""
+        ...
+
+    def join(self, a: Handle, b: Handle) -> Handle:
+        """Columns of a, then those of b: [T, A + B]. Both are read by nobody else."""
+        ...
+
+    def keep(self, k: Handle, v: Handle, attention: AttentionConfig, layer: int) -> None:
+        """Write k and v to the layer's cache slots, as `attention` does, for rows that come later."""
+        ...
+
     def sigmoid_mul(self, x: Handle, gate: Handle) -> Handle:
         """x · σ(gate): [T, n]; of a gate with fewer columns each is for as many neighbours of x. It may
         replace x: nobody else reads it.
@@ -190,9 +212,12 @@ class Ops(Protocol):
         """
         ...
 
-    def lm_head(self, x: Handle, weight: Handle, scale: float = 1.0, soft_cap: float = 0.0) -> Handle:
+    def lm_head(
+        self, x: Handle, weight: Handle, scale: float = 1.0, soft_cap: float = 0.0, first: int = 0
+    ) -> Handle:
         """Logits of the rows that the step asked for: float32 [rows, vocab].
 
-        Multiplied by `scale`; then, where there is a soft_cap c, they become c·tanh(logit / c).
+        Multiplied by `scale`; then, where there is a soft_cap c, they become c·tanh(logit / c). first: those
+        of the first so many token ids only; 0: of all.
         """
         ...

@@ -60,7 +60,7 @@ class Network:
     """
 
     def __init__(self, cfg: ModelConfig):
-        family = FAMILIES[cfg.family]
+        family, cfg = FAMILIES[cfg.family], cfg.without_further
         recorder = Recorder({n: s[0] for i in range(cfg.n_layers) for n, s in family.linears(cfg, i).items()})
         family.forward(recorder, cfg, family.load(Names(), cfg))
         self.embed, *nodes = recorder.nodes

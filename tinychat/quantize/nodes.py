@@ -234,6 +234,11 @@ class Recorder:
 
         return self._node("norm_gated", (x, gate), run, weight)
 
+    def behind(self, *given: Any, **also: Any) -> Any:
+        raise NotImplementedError  # `forward.network` leaves the layer that predicts further out
+
+    recall = leave = join = keep = behind
+
     def sigmoid_mul(self, x: Node, gate: Node) -> Node:
         def run(w: BlockWeights, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
             return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.sigmoid()[..., None]).flatten(-2)
@@ -293,7 +298,9 @@ class Recorder:
     def expert_sum(self, x: Node, routes: Any, add_to: Node | None = None) -> Any:
         raise NotImplementedError
 
-    def lm_head(self, x: Node, weight: str, scale: float = 1.0, soft_cap: float = 0.0) -> Node:
+    def lm_head(
+        self, x: Node, weight: str, scale: float = 1.0, soft_cap: float = 0.0, first: int = 0
+    ) -> Node:
         def run(w: BlockWeights, x: torch.Tensor) -> torch.Tensor:
             import torch
 

@@ -90,12 +90,12 @@ def test_a_pool_that_grows_keeps_what_it_holds():
 class Foresight:
     """Drafts what an earlier run said, every fifth token wrong: windows of all lengths, accepted and not."""
 
-    name = "foresight"
+    name, slow = "foresight", False
 
     def __init__(self, ids):
         self.ids = ids
 
-    def begin(self, context):
+    def begin(self, context, branch):
         self.start = len(context)
 
     def propose(self, context, k, params, seed, guide=None):

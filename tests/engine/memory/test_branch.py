@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tinychat.backends.interface import BLOCK, MemorySpec, tail_of, with_tails
+from tinychat.backends.interface import BLOCK, MemorySpec, Slots, Tails, tail_of, with_tails
 from tinychat.engine.eviction import EvictionPolicy, Ledger
+from tinychat.engine.memory.ahead import ahead
 from tinychat.engine.memory.branch import Branch, common_prefix
 from tinychat.engine.memory.pool import BlockPool, PoolExhaustedError
 from tinychat.engine.memory.sizes import blocks_at_first, blocks_of_one, new_parts
@@ -172,6 +174,25 @@ class MemoryMachine(RuleBasedStateMachine):
         memory = self.memories.pools.index(short)
         needed = blocks_of_one(self.memories.specs[memory], CTX, ROWS)
         assert short.n_blocks - len(self.memories.held(memory, others)) < needed
+
+    @precondition(lambda self: self.branches)
+    @rule(data=st.data(), n=st.integers(1, 16))
+    def look_ahead(self, data, n):
+        """A layer that predicts further writes behind a branch: nothing that is there changes."""
+        kinds, branch = [spec.kind for spec in self.memories.specs], self.branches[self.pick(data)]
+        if "state" not in kinds or len(branch) + n > CTX:
+            return
+        with suppress(PoolExhaustedError), ahead(branch, kinds.index("state"), n) as rows:
+            for at in range(len(branch), len(branch) + n):
+                span = rows.span(0)
+                assert span.position == at
+                for slots, has in zip(self.memories.slots, span.memories, strict=True):
+                    if isinstance(has, Slots):
+                        slots[has.table[at // BLOCK] * BLOCK + at % BLOCK] = "ahead"
+                    elif isinstance(has, Tails):
+                        slots[has.blocks[0] * BLOCK + at % BLOCK] = "ahead"
+                    elif has.kept[0] >= 0:
+                        slots[has.kept[0]] = "ahead"
 
     @precondition(lambda self: self.branches)
     @rule(data=st.data())

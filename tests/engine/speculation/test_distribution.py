@@ -59,7 +59,7 @@ class TableBackend:
 class TableDrafter:
     """Draws from its own table: the target's and a little noise (good), a lot (bad), or always its best."""
 
-    name = "table"
+    name, slow = "table", False
 
     def __init__(self, target: np.ndarray, kind: str):
         rng = np.random.default_rng(9)
@@ -67,7 +67,7 @@ class TableDrafter:
         noise = 0.3 if kind == "good" else 3.0
         self.table = (target + rng.normal(0, noise, target.shape)).astype(np.float32)
 
-    def begin(self, context):
+    def begin(self, context, branch):
         pass
 
     def propose(self, context, k, params, seed, guide=None):

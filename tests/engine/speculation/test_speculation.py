@@ -25,13 +25,13 @@ from tinychat.engine.speculation.speculator import Speculator
 class Scripted:
     """Guesses the true continuation, wrong at random."""
 
-    name = "scripted"
+    name, slow = "scripted", False
 
     def __init__(self, truth: list[int], n_prompt: int, right: float, seed: int = 0):
         self.truth, self.n_prompt, self.right = truth, n_prompt, right
         self.rng = np.random.default_rng(seed)
 
-    def begin(self, context):
+    def begin(self, context, branch):
         pass
 
     def propose(self, context, k, params, seed, guide=None):
@@ -166,10 +166,10 @@ def test_lookup_continues_the_latest_longest_match():
     drafter = PromptLookup()
     params = SamplingParams()
     context = [1, 2, 3, 9, 9, 1, 2, 3, 7, 7, 5, 1, 2, 3]
-    drafter.begin(context)
+    drafter.begin(context, None)
     assert drafter.propose(context, 3, params, 0).tokens == [7, 7, 5]
     assert drafter.propose([*context, 9], 2, params, 0).tokens == [9, 1]  # now 2 3 9 matches best
-    drafter.begin([5, 6, 5, 6])
+    drafter.begin([5, 6, 5, 6], None)
     assert drafter.propose([5, 6, 5, 6], 5, params, 0).tokens == [5, 6, 5, 6, 5]  # a loop goes on
     assert drafter.propose([5, 6, 5, 6, 8], 5, params, 0).tokens == []
 
@@ -229,9 +229,9 @@ def test_a_draft_with_other_tokens_is_refused_by_name():
 class Failing:
     """Works for a while, then does not."""
 
-    name = "fragile"
+    name, slow = "fragile", False
 
-    def begin(self, context):
+    def begin(self, context, branch):
         pass
 
     def propose(self, context, k, params, seed, guide=None):

@@ -23,7 +23,8 @@ class Tail:
         """thinned: whether eviction takes slots of the memory that it belongs to."""
         self.pool, self.thinned = pool, thinned
         self._blocks: dict[int, int] = {}  # by the number of the block that they are the exact form of
-        self._written = np.zeros(0, np.int32)  # what the step in preparation leaves
+        self._written = np.zeros(0, np.int32)  # what the step in preparation leaves, of blocks from here on:
+        self._first = 0
 
     def held(self) -> list[int]:
         """Blocks that it has a reference to."""
@@ -47,11 +48,12 @@ class Tail:
             raise PoolExhaustedError(self.pool)
         for i in missing:
             self._blocks[i] = self.pool.allocate()
+        self._first = first
         self._written = np.array([self._blocks.get(i, -1) for i in range(first, end)], np.int32)
 
     def span(self, length: int, scores: np.ndarray | None = None, scored_rows: int = 0) -> Tails:
-        """Blocks that a step's rows are written to."""
-        return Tails(self._written)
+        """Blocks that rows behind so many slots are written to."""
+        return Tails(self._written[length // BLOCK - self._first :])
 
     def publish(self, i: int, key: bytes) -> None:
         """Nothing: what is exact is never shared by its content."""

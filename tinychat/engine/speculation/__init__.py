@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from tinychat.engine.guide import Guide
+from tinychat.engine.memory.branch import Branch
 from tinychat.engine.sampling import SamplingParams
 
 
@@ -29,9 +30,12 @@ class Drafter(Protocol):
     """Guesses how a sequence goes on."""
 
     name: str
+    slow: bool  # whether drafting takes a part of a step
 
-    def begin(self, context: Sequence[int]) -> None:
-        """A generation starts from `context`; later calls see the same sequence, grown at its end."""
+    def begin(self, context: Sequence[int], branch: Branch) -> None:
+        """A generation starts from `context`; later calls see the same sequence, grown at its end.
+        branch: what the model has read of it.
+        """
         ...
 
     def propose(

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from tinychat.base.errors import CheckpointError, UsageError
 from tinychat.engine.engine import Engine
 from tinychat.engine.guide import Guide
-from tinychat.engine.memory.branch import common_prefix
+from tinychat.engine.memory.branch import Branch, common_prefix
 from tinychat.engine.memory.pool import PoolExhaustedError
-from tinychat.engine.penalties import Penalties
-from tinychat.engine.sampling import SamplingParams, candidates, greedy, gumbel, masked, sample
+from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.speculation import Draft
+from tinychat.engine.speculation.guesses import ANY, Guesses
 from tinychat.text.tokenizer import Tokenizer
 
 
 class DraftModel:
-    """Drafts with the model of `engine`.
+    """Drafts with the model of `engine`."""
 
-    At temperature 0 it takes its argmax. Otherwise it draws with the target's noise (the coupled rule of
-    docs/design.md), so that it guesses right whenever the two distributions lead the same noise to the same
-    token.
-    """
+    slow = True
 
     def __init__(
-        self, engine: Engine, name: str = "draft", keep_distributions: bool = False, vocab: int = 1 << 31
+        self, engine: Engine, name: str = "draft", keep_distributions: bool = False, vocab: int = ANY
     ):
         """vocab: tokens that both models have; what comes after one that they do not is not drafted."""
         self.vocab = vocab
         self.engine, self.name, self.keep_distributions = engine, name, keep_distributions
         self._branch = engine.branch()
-        self._answer = (
-            0  # index of the answer's first token: for penalties, where it costs guesses to be wrong
-        )
+        self._answer = 0  # where in the context it begins: where penalties count from
 
-    def begin(self, context: Sequence[int]) -> None:
+    def begin(self, context: Sequence[int], branch: Branch) -> None:
         """Keep what the cache shares with `context`; the rest is computed with the first draft."""
         self._answer = len(context)
         with self.engine.changing():
@@ -51,24 +44,18 @@ class DraftModel:
         guide: Guide | None = None,
     ) -> Draft:
         """k tokens, one step of the draft model each; fewer when its context is full."""
-        draft = Draft([])
-        guide = guide.fork() if guide is not None else None
+        eos_ids = self.engine.tokenizer.eos_ids
+        guesses = Guesses(
+            context, self._answer, params, seed, guide, eos_ids, self.keep_distributions, self.vocab
+        )
         try:
             with self.engine.lock:  # drafts of other conversations may want the blocks
-                self._draft(draft, context, k, params, seed, guide)
+                self._draft(guesses, context, k)
         except (PoolExhaustedError, CheckpointError):  # no room, or a draft whose weights are damaged
             pass  # fewer drafts, the same text
-        return draft
+        return guesses.draft
 
-    def _draft(
-        self,
-        draft: Draft,
-        context: Sequence[int],
-        k: int,
-        params: SamplingParams,
-        seed: int,
-        guide: Guide | None,
-    ) -> None:
+    def _draft(self, guesses: Guesses, context: Sequence[int], k: int) -> None:
         branch = self._branch
         # Only the end can differ from the last time: what was drafted and not accepted.
         start = max(0, min(len(branch), len(context)) - 64)
@@ -84,35 +71,13 @@ class DraftModel:
         for _ in range(k):
             if len(branch) + len(todo) > self.engine.n_ctx:
                 break
-            masks = guide is not None and guide.reads
-            row = self.engine.run(branch, todo, len(todo) - 1, params, masked=masks)[0]
-            due = guide.next() if guide is not None else None
-            todo = [due if isinstance(due, int) else self._choose(row, context, draft, params, seed, due)]
-            if todo[0] >= self.vocab:
+            masked = guesses.masked
+            token = guesses.take(
+                self.engine.run(branch, todo, len(todo) - 1, guesses.params, masked=masked)[0]
+            )
+            if token is None:
                 break
-            draft.tokens += todo
-            if guide is not None:
-                if todo[0] in self.engine.tokenizer.eos_ids:
-                    break
-                guide.push(todo[0])
-                if guide.finished:
-                    break
-
-    def _choose(
-        self, row, context, draft: Draft, params: SamplingParams, seed: int, allowed: np.ndarray | None
-    ) -> int:
-        penalties = Penalties.of(params, row, context, draft.tokens, self._answer)
-        if allowed is not None:
-            row = masked(row, allowed)
-        elif params.greedy:
-            return greedy(row)
-        position = len(context) + len(draft.tokens)
-        if params.temperature == 0 or not self.keep_distributions:
-            return sample(row, params, seed, position, penalties)
-        ids, p = candidates(row, params, penalties)
-        draft.distributions.append((ids, p))
-        # Rejection wants a draw that is independent of the target's own noise.
-        return int(ids[np.argmax(np.log(p) + gumbel(seed ^ 0x5DEECE66D, position, ids))])
+            todo = [token]
 
 
 def check_vocabulary(target: Tokenizer, draft: Tokenizer, shown: int = 5) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinychat.engine.guide import Guide
+from tinychat.engine.memory.branch import Branch
 from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.speculation import Draft
 
@@ -18,11 +19,11 @@ class PromptLookup:
     end needs no index that grows with it.
     """
 
-    name = "ngram"
+    name, slow = "ngram", False
     MIN, MAX = 2, 8  # `_find` begins with pairs
     WITHIN = 32_768
 
-    def begin(self, context: Sequence[int]) -> None:
+    def begin(self, context: Sequence[int], branch: Branch) -> None:
         """Nothing is remembered between calls."""
 
     def propose(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tinychat.base.errors import TinychatError
 from tinychat.engine.guide import Guide
+from tinychat.engine.memory.branch import Branch
 from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.speculation import Draft, Drafter
 from tinychat.engine.speculation.control import Controller
@@ -25,14 +26,15 @@ class Speculator:
     controller: Controller = field(default_factory=Controller)
     rule: str = "coupled"
     notice: str = ""  # why there is no drafter although one was asked for
+    company: bool = False  # whether other answers were in the last step: they would wait for a slow drafter
     _drafted: int = 0
     _draft_s: float = 0.0
 
-    def begin(self, context: Sequence[int]) -> None:
-        """An answer starts after `context`."""
+    def begin(self, context: Sequence[int], branch: Branch) -> None:
+        """An answer starts after `context`, of which the branch has all but the last token."""
         if self.drafter is not None:
             try:
-                self.drafter.begin(context)
+                self.drafter.begin(context, branch)
             except Exception as e:
                 self._drop(e)
 
@@ -48,7 +50,8 @@ class Speculator:
         if self.drafter is None:
             return Draft([])
         began = time.perf_counter()
-        k = self.controller.choose(room)
+        waited_for = self.company and self.drafter.slow and self.controller.fixed is None
+        k = 0 if waited_for else self.controller.choose(room)
         try:
             draft = self.drafter.propose(context, k, params, seed, guide) if k > 0 else Draft([])
         except Exception as e:
