@@ -212,3 +212,11 @@ def test_bench_finds_threads_or_measures_more_not_both(folder):
     code, _, err = in_process("bench", folder, "--threads", "auto", "--rows", "5")
     assert code == 2
     assert "measures prefill and decode only" in err
+
+
+def test_bench_takes_the_numbers_of_threads_that_loading_takes():
+    from tinychat.base.load_options import LoadOptions
+    from tinychat.cli.reports import ThreadCount
+
+    setting, kind = LoadOptions.SETTINGS["threads"], ThreadCount()
+    assert (kind.min, kind.max) == (setting.low, setting.high)

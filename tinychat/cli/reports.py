@@ -56,8 +56,7 @@ class ThreadCount(click.IntRange):
     """A number of threads, or "auto"."""
 
     def __init__(self) -> None:
-        setting = LoadOptions.SETTINGS["threads"]
-        super().__init__(int(setting.low), int(setting.high))
+        super().__init__(1, 1024)  # as LoadOptions.threads
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Convert as click.IntRange does."""
