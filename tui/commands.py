@@ -26,7 +26,7 @@ class Command:
 COMMANDS = (
     Command("help", "", "keys and commands", plain="this list"),
     Command("model", "[NAME]", "choose the model", plain="which model answers, or another one"),
-    Command("system", "[TEXT]", "set the system prompt; nothing shows it; - removes it"),
+    Command("system", "[TEXT]", "show and change the system prompt, or set it; - removes it"),
     Command("set", "[NAME VALUE]", f"sampling: {', '.join(SamplingParams.numbers())}"),
     Command("regen", "", "answer again, as a new branch"),
     Command("continue", "", "go on with the last answer, where it was stopped or cut"),
@@ -48,7 +48,7 @@ COMMANDS = (
     Command("new", "", "a new chat"),
     Command("clear", "", "a new chat"),
     Command("resume", "[TEXT|ID]", "find an earlier chat, or open one by its number"),
-    Command("rename", "TITLE", "name this chat", True),
+    Command("rename", "[TITLE]", "name this chat"),
     Command("delete", "", "delete this chat; /undo brings it back"),
     Command("undo", "", "bring back the chat deleted last (of this week); again: the one before"),
     Command("save", "FILE", "export this chat: .md for reading, .json for Session.load", True),

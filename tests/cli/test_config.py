@@ -70,3 +70,12 @@ def test_a_prompt_of_one_s_own_is_asked_by_name(home, tmp_path):
     assert word["stats"]["prompt_tokens"] == answer["stats"]["prompt_tokens"]
     r = tinychat("run", "-p", "down", "softly", **here)
     assert "There is no prompt down." in r.stderr
+
+
+def test_config_shows_keys_and_refuses_what_is_none(home):
+    here = home('vi = true\n[keys]\nsend = ["ctrl+s", "f5"]\n')
+    lines = [line.split() for line in tinychat("config", **here).stdout.splitlines()]
+    assert ["vi", "true", "config.toml"] in lines
+    assert ["keys.send", "ctrl+s,", "f5", "config.toml"] in lines
+    r = tinychat("config", **home('[keys]\nsned = "f5"\n'))
+    assert (r.returncode, "config.toml, line 2: sned is the name of no key" in r.stderr) == (2, True)

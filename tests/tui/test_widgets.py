@@ -276,3 +276,53 @@ async def test_a_model_chosen_while_another_loads_is_the_one_that_is_ready(store
         assert not app.chat.ready
         app.engine.load("other", {})
         await wait_until(pilot, lambda: app.chat.ready)
+
+
+async def test_title_and_system_prompt_are_seen_and_changed(store):
+    app = make_app(store)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await say(pilot, "question")
+        await answered(pilot)
+        assert not app.chat.query("#heading").first().display
+        await say(pilot, "/rename")
+        await wait_until(pilot, lambda: "New title" in screen_text(app))
+        await pilot.press("ctrl+u", *"About foxes", "enter")
+        await wait_until(pilot, lambda: screen_text(app).lstrip().startswith("About foxes"))
+        await say(pilot, "/system")
+        await wait_until(pilot, lambda: "System prompt of this chat" in screen_text(app))
+        await pilot.press(*"Be kind.", "ctrl+j", *"Be brief.", "enter")
+        await wait_until(pilot, lambda: "System: Be kind. Be brief." in screen_text(app))
+        await pilot.click("#heading", offset=(12, 1))
+        await wait_until(pilot, lambda: "System prompt of this chat" in screen_text(app))
+        await pilot.press("!", "enter")
+        await wait_until(pilot, lambda: "System: Be kind. Be brief.!" in screen_text(app))
+        await say(pilot, "more")
+        await answered(pilot, 2)
+        assert app.engine.requests[-1].system == "Be kind.\nBe brief.!"
+        await say(pilot, "/system -")
+        await wait_until(pilot, lambda: "System: " not in screen_text(app))
+    assert (store.chat(1).title, store.chat(1).system) == ("About foxes", None)
+
+
+async def test_a_saved_conversation_is_loaded_and_a_chat_is_opened_by_its_number(store, tmp_path):
+    app = make_app(store, "first answer", "second answer")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await say(pilot, "question")
+        await answered(pilot)
+        await say(pilot, f"/save {tmp_path}/chat.json")
+        await wait_until(pilot, lambda: (tmp_path / "chat.json").exists())
+        await say(pilot, "/new")
+        await wait_until(pilot, lambda: "Ask something" in screen_text(app))
+        await say(pilot, f"/load {tmp_path}/chat.json")
+        await wait_until(pilot, lambda: "first answer" in screen_text(app))
+        await say(pilot, "and more")
+        await answered(pilot, 2)
+        assert [m.ids for m in app.engine.requests[-1].path] == [[], [0, 1], []]
+        await say(pilot, "/resume 1")
+        await wait_until(pilot, lambda: "and more" not in screen_text(app))
+        await say(pilot, "/resume 99")
+        await wait_until(pilot, lambda: "There is no chat 99" in screen_text(app))
+        (tmp_path / "none.json").write_text("{}")
+        await say(pilot, f"/load {tmp_path}/none.json")
+        await wait_until(pilot, lambda: "is not a conversation" in screen_text(app))
+    assert [len(store.messages(i)) for i in (1, 2)] == [2, 4]

@@ -47,6 +47,7 @@ def config(model: str | None) -> None:
     name, source = (model, "asked for") if model else usual_model(preferences)
     rows = [("model", name or "-", source or "none yet: tinychat run offers some")]
     rows.append(("theme", preferences.theme or "as chosen last", "config.toml" if preferences.theme else ""))
+    rows += _keys(preferences)
     rows += _settings(preferences, name)
     rows += [
         (variable, "(set)" if variable in SECRET else os.environ[variable], f"environment: {what}")
@@ -56,6 +57,18 @@ def config(model: str | None) -> None:
     width = max(len(name) for name, _, _ in rows)
     for setting, value, source in rows:
         click.echo(f"{setting:<{width}}  {one_line(value):<16}  {one_line(source)}".rstrip())
+
+
+def _keys(preferences: Preferences) -> Iterator[tuple[str, str, str]]:
+    """Keys that the file changes. Raises UsageError for what the chat screen would refuse."""
+    if preferences.vi or preferences.keys:
+        from tinychat.tui.app import keys_of
+
+        keys_of(preferences)
+    if preferences.vi:
+        yield "vi", "true", "config.toml"
+    for key, those in preferences.keys.items():
+        yield f"keys.{key}", ", ".join(those), "config.toml"
 
 
 def _settings(preferences: Preferences, model: str) -> Iterator[tuple[str, str, str]]:

@@ -248,7 +248,11 @@ class ReplCommands:
         return self.keeper.held.chat
 
     def command_rename(self, rest: str) -> None:
-        self._begun_chat().title = rest
+        chat = self._begun_chat()
+        if not rest:
+            say(terminal.one_line(chat.title))
+            return
+        chat.title = rest
         self.keeper.held.change()
         self.keeper.held.flush()
         say(f"This chat is “{terminal.one_line(rest)}” now.")

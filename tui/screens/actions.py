@@ -102,14 +102,36 @@ class ChatActions(Places):
         self.action_model()
         return None
 
-    def command_system(self, rest: str) -> None:
-        chat = self.conversation.chat
+    async def command_system(self, rest: str) -> None:
         if rest:
-            chat.system = None if rest == "-" else rest
-            self.conversation.keep()
+            await self.set_system("" if rest == "-" else rest)
+        else:
+            self.action_edit_system()
+
+    async def set_system(self, text: str) -> None:
+        """The system prompt of this chat; empty: none."""
+        chat = self.conversation.chat
+        chat.system = text or None
+        self.conversation.keep()
+        await self.name_chat()
         self.say(
             f"System prompt: {chat.system}" if chat.system else "No system prompt: the template's own holds."
         )
+
+    def action_edit_system(self) -> None:
+        """A click on it."""
+        from tinychat.tui.screens.system import SystemScreen
+
+        def done(text: str | None) -> None:
+            if text is not None:
+                self.run_worker(self.set_system(text), group="system")
+
+        self.app.push_screen(SystemScreen(self.conversation.chat.system or ""), done)
+
+    def action_edit_title(self) -> None:
+        """A click on it."""
+        chat = self.conversation.chat
+        self.app.ask_text("New title", chat.title, lambda title: self.rename(chat.id, title))
 
     def command_set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
@@ -195,9 +217,11 @@ class ChatActions(Places):
             self.sidebar.find(rest)
 
     def command_rename(self, rest: str) -> None:
-        self._begun_chat().title = rest
-        self.conversation.keep()
-        self.refill()
+        chat = self._begun_chat()
+        if rest:
+            self.rename(chat.id, rest)
+        else:
+            self.action_edit_title()
 
     async def command_delete(self, rest: str) -> None:
         if self.answering:
@@ -417,7 +441,7 @@ class ChatActions(Places):
             if chat_id == self.conversation.chat.id:
                 self.conversation.chat.title = title.strip()
                 self.conversation.keep()
-                self.name_window()
+                self.run_worker(self.name_chat(), group="name")
             else:
                 self.app.store.update(chat_id, title=title.strip())
             self.refill()

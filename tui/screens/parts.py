@@ -19,6 +19,7 @@ from tinychat.tui.hints import Hints
 from tinychat.tui.host import Host
 from tinychat.tui.text import clean
 from tinychat.tui.widgets.composer import Composer
+from tinychat.tui.widgets.heading import Heading
 from tinychat.tui.widgets.sidebar import Sidebar
 from tinychat.tui.widgets.status import StatusLine
 from tinychat.tui.widgets.surface import Surface
@@ -148,9 +149,20 @@ class ChatParts(Surface, Screen[None]):
         if not branch:
             await self.transcript.mount(self._welcome(), before=0)
         await self.transcript.show(branch)
-        self.name_window()
+        await self.name_chat()
         last = self.conversation.last("assistant")
         self.status.tell(used=self.conversation.tokens_used(), **status_of(last))
+
+    async def name_chat(self) -> None:
+        """The title and the system prompt, where they are shown."""
+        self.name_window()
+        heading = next(iter(self.transcript.query(Heading)), None)
+        chat = self.conversation.chat
+        if heading is None and (chat.title or chat.system):
+            heading = Heading()
+            await self.transcript.mount(heading, before=0)
+        if heading is not None:
+            heading.show(chat, self.conversation.tree)
 
     def _welcome(self) -> Hints:
         server = split_name(self.model)[1]
