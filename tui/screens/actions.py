@@ -412,6 +412,7 @@ class ChatActions(Places):
         path = self.conversation.tree.path()
         if step < 0:
             await self.show_message(path[0])
+            self.call_after_refresh(self.transcript.scroll_home, animate=False)
         else:
             self.action_focus_last()
 

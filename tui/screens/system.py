@@ -37,7 +37,7 @@ class SystemScreen(PanelScreen[str]):
         with Vertical(id="panel"):
             yield Label("System prompt of this chat", classes="title")
             yield Words(self.system, soft_wrap=True, compact=True, tab_behavior="focus")
-            yield Label("enter keeps it · ctrl+j new line · esc leaves it as it was", classes="foot")
+            yield Label("enter keeps it · ctrl+j new line · esc closes", classes="foot")
 
     def on_mount(self) -> None:
         """Write at the end."""
