@@ -153,6 +153,8 @@ async def serve(
     found, local = sockets
     debug = bool(os.environ.get("TINYCHAT_DEBUG"))
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR if debug else logging.CRITICAL)
+    if not debug:  # it warns of each client that goes away in the middle of an answer
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
     config = uvicorn.Config(
         make_app(service, address.key, local, address.origins),
         http=protocol(limits),
