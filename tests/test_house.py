@@ -34,7 +34,7 @@ FLOORS = [
     ("quantize",),
     ("engine",),
     ("conversation",),
-    ("answer",),
+    ("answer", "losses"),
     ("dialogue",),
     ("chat_request", "embedding", "session"),
     ("model",),

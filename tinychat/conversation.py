@@ -122,7 +122,7 @@ class Message:
             m.role = "assistant" if m.model or m.ids or m.finish_reason is not None else "user"
         if m.finish_reason is not None and m.finish_reason not in REASONS:
             m.finish_reason = "error"
-        m.stats = {k: v for k, v in m.stats.items() if is_number(v)}
+        m.stats = {k: v for k, v in m.stats.items() if is_number(v) or (k == "given_up" and are_losses(v))}
         m.created = float(m.created) if is_number(m.created) and 0 <= m.created <= LATEST else 0.0
         if not are_sound(m.attachments):
             m.attachments = []
@@ -149,6 +149,17 @@ def _written(cls: type[Message]) -> tuple[tuple[str, str], ...]:
 def is_number(value: Any) -> bool:
     """Whether that is a finite number of at most 64 bits, and no bool."""
     return type(value) in (int, float) and abs(value) < 1 << 63  # which NaN and infinity are not
+
+
+def are_losses(value: Any) -> bool:
+    """Whether that is `Stats.given_up`: pairs of tokens that are gone, and of how many."""
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and all(type(n) is int for n in pair)
+        and 0 <= pair[0] <= pair[1] < 1 << 31
+        for pair in value
+    )
 
 
 class Tree:

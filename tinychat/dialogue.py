@@ -18,7 +18,7 @@ from tinychat.base import tools as checked_tools
 from tinychat.base.characters import whole
 from tinychat.base.claims import Claim
 from tinychat.base.errors import TinychatError, UsageError
-from tinychat.base.events import Event, FinishReason, Notice, Reading
+from tinychat.base.events import Done, Event, FinishReason, Notice, Reading
 from tinychat.base.files import MAX_TEXT, read_text, write_atomically
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.base.settings import Settings
@@ -318,6 +318,9 @@ class Dialogue:
                 return
         raise UsageError("This conversation is still answering.", "Cancel it, or wait for its last event.")
 
+    def _ends(self, done: Done, segments: Segments) -> None:
+        """Add to the last event what is known of the conversation then."""
+
     def _events(
         self, question: list[Message] | int, params: Any, claim: Claim, follows: bool, before: Message | None
     ) -> Generator[Event, None, None]:
@@ -351,6 +354,8 @@ class Dialogue:
                     answer = AnswerInTheMaking(question, *segments[-1], before)
                     if before is None:
                         self.tree.append(answer.message)
+                if isinstance(event, Done):
+                    self._ends(event, segments)
                 answer.hear(event)
                 yield event
         except (GeneratorExit, KeyboardInterrupt):

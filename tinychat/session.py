@@ -21,6 +21,7 @@ from tinychat.engine.memory.branch import common_prefix
 from tinychat.engine.penalties import check_bias
 from tinychat.engine.sampling import SamplingParams
 from tinychat.engine.wishes import NOTHING, Begun
+from tinychat.losses import given_up
 from tinychat.text import grammar
 from tinychat.text import response_format as formats
 from tinychat.text.markers import beginning
@@ -120,6 +121,11 @@ class Session(Dialogue):
             self._branch, prompt, params, self._cancel, self.speculator, splitter, begun, caller, guide
         )
         return self._until_circle(events) if self.ends_circles else events
+
+    def _ends(self, done: Done, segments: Segments) -> None:
+        ledger = self._branch.ledger
+        if self._branch.evicted and ledger is not None and ledger.shape[0]:
+            done.stats.given_up = given_up(ledger, self.tree.messages(), segments, len(self._branch))
 
     def _until_circle(self, events: Iterator[Event]) -> Iterator[Event]:
         """End an answer that runs in a circle, as a cancel would end it."""

@@ -116,6 +116,7 @@ def test_logits_are_those_of_attention_over_what_is_kept(name, trained):
         for h, tokens in dense.seen.items():
             kept = sorted(dense.position[h][t] for t in tokens)
             assert sorted(branch.ledger.positions[h].tolist()) == kept
+            assert sorted(branch.ledger.tokens[h].tolist()) == sorted(tokens)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -203,6 +204,36 @@ def test_a_chat_outgrows_its_context_with_one_notice(chatty):
     assert "given up" in notices[0]
     assert evicted == sorted(evicted)
     assert evicted[-1] > 200
+
+
+def test_an_answer_tells_what_was_given_up_of_each_message(chatty):
+    s = chatty.session(system="Be brief.", draft="none", temperature=0, max_tokens=60)
+    for i in range(4):
+        _, done, _ = said(s, f"Question {i}")
+        if not s._branch.evicted:
+            assert done.stats.given_up == []
+            assert "given_up" not in done.stats.as_dict()
+    nodes, found = s.tree.messages(), done.stats.given_up
+    assert len(found) == len(nodes) == 8
+    assert [n for _, n in found[1::2]] == [60, 60, 60, 60 - 1]  # the last token is not in memory yet
+    assert [n for _, n in found[2::2]] == [len(answer.prompt_ids) for answer in nodes[3::2]]
+    ledger, at = s._branch.ledger, ledger_edges(s)
+    for (gone, n), a, b in zip(found, at, at[1:], strict=False):
+        kept = np.mean([[sum(a <= t < b for t in head) for head in layer] for layer in ledger.tokens])
+        assert (gone, n) == (round(b - a - kept), b - a)
+    assert found[-1][0] == 0  # the newest stay
+    assert sum(gone for gone, _ in found) == pytest.approx(s._branch.evicted, abs=4)
+
+
+def ledger_edges(session):
+    """Where the messages begin in the tokens, and where the last one ends, by the ids that they keep."""
+    ends = [session._branch.ledger.policy.pinned]
+    at = 0
+    for answer in session.tree.messages()[1::2]:
+        at += len(answer.prompt_ids)
+        ends += [at, at + len(answer.ids)]
+        at = ends[-1]
+    return [*ends[:-1], len(session._branch)]
 
 
 def test_the_system_prompt_is_pinned(chatty):
@@ -324,6 +355,7 @@ def test_the_ledger_keeps_what_it_should_whatever_moves(seed, name, appended):
         assert ledger.size <= 128
         for h, known in truth.items():
             assert sorted(ledger.positions[h].tolist()) == sorted(known)
+            assert (ledger.tokens[h] == ledger.positions[h]).all()  # nothing was numbered anew
 
 
 @pytest.mark.parametrize("n", [40, 90, 300, 600])

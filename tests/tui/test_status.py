@@ -10,6 +10,7 @@ from scripted import Script, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
 from tinychat.process.protocol import Loaded, Loading
+from tinychat.tui.conversation import Conversation
 from tinychat.tui.text import plain
 from tinychat.tui.widgets.status import StatusLine
 
@@ -23,6 +24,11 @@ def shown(width, **facts):
     line = StatusLine()
     line.facts = facts
     return plain(line.layout_lines(width)[0])
+
+
+def words(app):
+    """What is on the screen, whatever its lines are."""
+    return " ".join(screen_text(app).split())
 
 
 def test_everything_is_said_where_there_is_room():
@@ -119,3 +125,44 @@ async def test_an_answer_says_how_it_ended(store, reason, expected):
         last = screen_text(app).splitlines()[-1]
         for part in ("KV 5.0 MB", "context 12, 12 evicted", "drafts 75%"):
             assert part in last
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 36)])
+async def test_what_was_given_up_is_marked_at_the_messages_that_it_came_from(store, size):
+    losses = [[12, 30], [1204, 2000], [0, 15], [0, 8]]
+    app = make_app(
+        store, "First.", Script("Second.", stats={"evicted_tokens": 1216, "given_up": losses}), "x"
+    )
+    async with app.run_test(size=size) as pilot:
+        await say(pilot, "one")
+        await answered(pilot)
+        assert "given up" not in screen_text(app)
+        await say(pilot, "two")
+        await answered(pilot, 2)
+        await wait_until(pilot, lambda: "1,204 of 2,000 tokens given up" in words(app))
+        lines = [line for line in screen_text(app).splitlines() if "given up" in line]
+        assert lines[0].strip() == "▌ 12 of 30 tokens given up"
+        assert len(lines) == 2  # not of what is whole
+        first, *_ = app.chat.transcript.turns
+        marked = [line for line in first.layout_lines(50) if "given up" in plain(line)]
+        assert [style for text, style in marked[0] if "given up" in text] == ["faint"]
+        app.chat.conversation.close()
+    again = make_app(store, conversation=Conversation.open(store, 1))
+    async with again.run_test(size=size) as pilot:  # it was stored with the answer
+        await wait_until(pilot, lambda: "1,204 of 2,000 tokens given up" in words(again))
+        await say(pilot, "/regen")  # read anew, and nothing is gone
+        await wait_until(pilot, lambda: "given up" not in screen_text(again))
+
+
+@pytest.mark.asyncio
+async def test_marks_that_make_no_sense_are_none(store):
+    losses = [["x", 3], None, [1, 2, 3], [10**30, -5], 7]
+    app = make_app(
+        store, Script("First.", stats={"given_up": losses}), Script("B.", stats={"given_up": "no"})
+    )
+    async with app.run_test(size=(80, 24)) as pilot:
+        for n in (1, 2):
+            await say(pilot, "one")
+            await answered(pilot, n)
+        assert "given up" not in screen_text(app)

@@ -13,7 +13,8 @@ class Stats:
     """Counts and times of one answer. Rates are tokens a second; times are seconds.
 
     tokens_per_step: decoded tokens for one pass over the weights. draft_speedup: estimated gain of drafting,
-    from the steps that ran; 1.0 without.
+    from the steps that ran; 1.0 without. given_up: of each message of the conversation, this answer the last,
+    how many of how many tokens the memory has given up, on average over layers and heads; [] where none.
     """
 
     prompt_tokens: int = 0
@@ -31,10 +32,14 @@ class Stats:
     reasoning_tokens: int = 0
     kv_bytes: int = 0
     peak_rss_bytes: int = 0
+    given_up: list[tuple[int, int]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Fields as JSON can hold them."""
-        return asdict(self)
+        """Fields as JSON can hold them; `given_up` where there is something in it."""
+        fields = asdict(self)
+        if not self.given_up:
+            del fields["given_up"]
+        return fields
 
 
 @dataclass(frozen=True)

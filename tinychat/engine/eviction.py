@@ -15,7 +15,9 @@ and the sequence is shorter by as many: no hole, no mask, and whatever comes nex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -116,9 +118,13 @@ def _numbers(a: np.ndarray) -> np.ndarray:
     return np.minimum(np.fmax(a, 0), 1e30, dtype=np.float32)
 
 
+ARRAYS = ("_tokens", "_positions", "_born", "_scores")  # of a ledger
+
+
 class Ledger:
-    """Facts that eviction knows of one branch: for each layer, KV head and slot the position of its token,
-    the attention that it received, and since when. All arrays [layers, kv_heads, slots].
+    """Facts that eviction knows of one branch: for each layer, KV head and slot which of the branch's tokens
+    is there, the position of that, the attention that it received, and since when. All arrays [layers,
+    kv_heads, slots].
     """
 
     def __init__(self, policy: EvictionPolicy, n_layers: int, n_kv_heads: int):
@@ -131,12 +137,13 @@ class Ledger:
         self.size = 0
         self.next_position = 0
         self.seen = 0  # queries whose attention was counted so far
+        self.given_up = 0  # slots, so far
         self.remembered: Votes | None = None
         self._grow(0)
 
     def _grow(self, capacity: int) -> None:
         grown = {}
-        for name, kind in (("_positions", np.int32), ("_born", np.int32), ("_scores", np.float32)):
+        for name, kind in zip(ARRAYS, (np.int32, np.int32, np.int32, np.float32), strict=True):
             grown[name] = np.zeros((*self.shape, capacity), kind)
             if self.size:
                 grown[name][..., : self.size] = getattr(self, name)[..., : self.size]
@@ -146,8 +153,8 @@ class Ledger:
         """A copy for a fork."""
         other = Ledger(self.policy, *self.shape)
         other.size, other.next_position, other.seen = self.size, self.next_position, self.seen
-        other.remembered = self.remembered
-        for name in ("_positions", "_born", "_scores"):
+        other.remembered, other.given_up = self.remembered, self.given_up
+        for name in ARRAYS:
             setattr(other, name, getattr(self, name).copy())
         return other
 
@@ -161,6 +168,18 @@ class Ledger:
         return self._positions[..., : self.size]
 
     @property
+    def tokens(self) -> np.ndarray:
+        """int32 [layers, kv_heads, slots]: which token of the branch, counted from its first."""
+        return self._tokens[..., : self.size]
+
+    def kept(self, edges: Sequence[int]) -> list[float]:
+        """Slots that a layer's KV head has, on average, of the tokens between two neighbouring edges."""
+        heads = max(1, self.shape[0] * self.shape[1])
+        slots = np.bincount(self.tokens.ravel(), minlength=self.size + self.given_up + 1)
+        before = np.concatenate(([0], np.cumsum(slots)))  # slots of all tokens before one
+        return [float(before[b] - before[a]) / heads for a, b in pairwise(edges)]
+
+    @property
     def born(self) -> np.ndarray:
         """int32 [layers, kv_heads, slots]: queries that had been counted when the slot was written."""
         return self._born[..., : self.size]
@@ -171,10 +190,20 @@ class Ledger:
         return self._scores[..., : self.size]
 
     def restore(
-        self, positions: np.ndarray, born: np.ndarray, scores: np.ndarray, next_position: int, seen: int
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        born: np.ndarray,
+        scores: np.ndarray,
+        next_position: int,
+        seen: int,
+        given_up: int,
     ) -> None:
         """Go back to what was saved."""
-        self._positions, self._born, self._scores = positions.copy(), born.copy(), scores.copy()
+        self._tokens, self._positions, self._born, self._scores = (
+            a.copy() for a in (tokens, positions, born, scores)
+        )
+        self.given_up = given_up
         self.size, self.next_position, self.seen = positions.shape[-1], next_position, seen
 
     def votes(self) -> np.ndarray:
@@ -219,6 +248,7 @@ class Ledger:
         self._reserve(n)
         end = self.size + n
         watched = np.maximum(0, np.arange(n, dtype=np.int32) - (n - rows))
+        self._tokens[..., self.size : end] = self.size + self.given_up + np.arange(n, dtype=np.int32)
         self._positions[..., self.size : end] = self.next_position + np.arange(n, dtype=np.int32)
         self._born[..., self.size : end] = self.seen + watched
         self.size, self.next_position = end, self.next_position + n
@@ -252,9 +282,10 @@ class Ledger:
         src = np.where(hole, movers, -1).astype(np.int32)
         dst = np.where(hole, victims, 0).astype(np.int32)
         layer, head, i = np.nonzero(hole)
-        for a in (self._positions, self._born, self._scores):
+        for a in (getattr(self, name) for name in ARRAYS):
             a[layer, head, dst[layer, head, i]] = a[layer, head, src[layer, head, i]]
         self._shrink(keep)
+        self.given_up += n
         return src, dst
 
     def _choose(self, n: int, value: np.ndarray | None) -> np.ndarray:

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.engine import OwnedBranch
 
-VERSION = 4
+VERSION = 5
 SECRET = 32  # bytes
 WORTH = 64  # tokens; fewer are read again as fast
-LEDGER = ("positions", "born", "scores")
+LEDGER = ("tokens", "positions", "born", "scores")
 
 
 class DamagedKvError(TinychatError):
@@ -268,7 +268,7 @@ def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: d
     if evicted and ledger is None:
         raise ValueError("positions")
     if ledger is not None:
-        _check_ledger(ledger.shape, slots, about, read)
+        _check_ledger(ledger.shape, slots, len(ids), about, read)
     with engine.changing():
         branch.free()
         engine.make(branch, len(ids), evicted)
@@ -277,8 +277,8 @@ def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: d
             engine.backend.write_blocks(np.array(held, np.int32), blocks[: len(held)], i)
         branch.restore(ids.tolist(), evicted)
         if ledger is not None:
-            positions, born, scores = (read[name] for name in LEDGER)
-            ledger.restore(positions, born, scores, int(about["next_position"]), int(about["seen"]))
+            arrays = (read[name] for name in LEDGER)
+            ledger.restore(*arrays, int(about["next_position"]), int(about["seen"]), evicted)
     return len(ids)
 
 
@@ -290,15 +290,16 @@ def _places(given: np.ndarray, length: int) -> list[int]:
 
 
 def _check_ledger(
-    heads: tuple[int, int], slots: int, about: dict[str, str], read: dict[str, np.ndarray]
+    heads: tuple[int, int], slots: int, n_ids: int, about: dict[str, str], read: dict[str, np.ndarray]
 ) -> None:
     """Raises ValueError where what is known of the slots makes no sense."""
-    for name, kind in zip(LEDGER, (np.int32, np.int32, np.float32), strict=True):
+    for name, kind in zip(LEDGER, (np.int32, np.int32, np.int32, np.float32), strict=True):
         if read[name].shape != (*heads, slots) or read[name].dtype != kind:
             raise ValueError(name)
     end = int(about["next_position"])
     if not (0 < end < 1 << 30 and 0 <= int(about["seen"]) < 1 << 30):
         raise ValueError("counts")
-    positions = np.sort(read["positions"], axis=-1)
-    if positions.size and (positions.min() < 0 or positions.max() >= end or (np.diff(positions) < 1).any()):
-        raise ValueError("positions")
+    for name, limit in (("positions", end), ("tokens", n_ids)):
+        there = np.sort(read[name], axis=-1)
+        if there.size and (there.min() < 0 or there.max() >= limit or (np.diff(there) < 1).any()):
+            raise ValueError(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tinychat.conversation import are_losses
 from tinychat.tui.screens.parts import ChatParts
 
 MARGIN = 64  # tokens that a template may write around a message
@@ -12,6 +13,7 @@ class Room(ChatParts):
     """Tokens of the context, as far as they are known."""
 
     _said_full = False  # of the present branch
+    _marked = False  # some messages say what was given up
 
     def free(self) -> int | None:
         """Tokens that a message may have now without anything being given up; None while not known."""
@@ -33,6 +35,19 @@ class Room(ChatParts):
             then = "what matters least is given up then" if evicts else "the answer ends there"
             self.say(f"The context is {used / self.context:.0%} full: {then}. /compact makes room.")
         self._said_full = nearly
+        self.mark_given_up()
+
+    def mark_given_up(self) -> None:
+        """Say at each message how much of it the model's memory has given up, as the last answer told."""
+        tree = self.conversation.tree
+        last = self.conversation.last("assistant")
+        losses = last.stats.get("given_up") if last is not None else None
+        told = dict(zip(tree.path(), losses, strict=False)) if are_losses(losses) else {}
+        if not told and (self.answering or not self._marked):
+            return  # what was known still holds, or nothing was
+        self._marked = bool(told)
+        for turn in self.transcript.turns:
+            turn.mark_given_up(*told.get(turn.node, (0, 0)))
 
     async def show_conversation(self) -> None:
         await super().show_conversation()

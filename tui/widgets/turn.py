@@ -69,6 +69,7 @@ class Turn(Lines, can_focus=True):
         super().__init__(classes=message.role)
         self.node, self.message, self.branches = node, message, siblings
         self.open = False
+        self.given_up = (0, 0)  # how many of its tokens the model's memory has given up, and how many it has
         self.waiting = ""  # what an answer without text is waiting for
         self.running: dict[str, Any] | None = None  # tokens and rate of an answer in the making
         self.prompt_text = message.prompt_text
@@ -107,6 +108,16 @@ class Turn(Lines, can_focus=True):
             self.reopen()
         self.document.append(rest[len(self._fed) :])
         self._fed = rest
+
+    def mark_given_up(self, gone: int, tokens: int) -> None:
+        """Say dimly how many of its tokens the model's memory has given up."""
+        if (gone, tokens) != self.given_up:
+            self.given_up = gone, tokens
+            self.changed()
+
+    def _loss(self) -> str:
+        gone, tokens = self.given_up
+        return f"{gone:,} of {tokens:,} tokens given up" if gone else ""
 
     def reopen(self) -> None:
         """More may come: the document is read again, since its end was taken for the end."""
@@ -245,6 +256,8 @@ class Turn(Lines, can_focus=True):
                 parts.append((describe(m.stats), "faint"))
             if m.finish_reason in REASONS:
                 parts.append(REASONS[m.finish_reason])
+        if loss := self._loss():
+            parts.append((loss, "faint"))
         parts += self._branches()
         out: Line = []
         for i, part in enumerate(parts):
@@ -296,6 +309,8 @@ class Turn(Lines, can_focus=True):
 
     def _barred(self, pieces: list[Line], bar: Span, width: int) -> list[Line]:
         out: list[Line] = [[bar, *piece] for piece in pieces]
+        if loss := self._loss():
+            out.append([bar, (shorten(loss, max(4, width - 12)), "faint")])
         branches = self._branches()
         if branches:
             spaced = [branches[0], (" ", ""), branches[1], (" ", ""), branches[2]]
