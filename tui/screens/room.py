@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tinychat.conversation import are_losses
 from tinychat.tui.screens.parts import ChatParts
 
@@ -41,7 +43,7 @@ class Room(ChatParts):
         """Say at each message how much of it the model's memory has given up, as the last answer told."""
         tree = self.conversation.tree
         last = self.conversation.last("assistant")
-        losses = last.stats.get("given_up") if last is not None else None
+        losses: Any = last.stats.get("given_up") if last is not None else None
         told = dict(zip(tree.path(), losses, strict=False)) if are_losses(losses) else {}
         if not told and (self.answering or not self._marked):
             return  # what was known still holds, or nothing was
