@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import groupby, repeat
 
 from tinychat.chats.finding import Piece
 from tinychat.tui.text import Line, clean, width_of
 
 FOUND = "found"  # the style of what was looked for
 BEFORE = 0.35  # share of the context that stands before it, where there is enough on both sides
+SEEN = 3  # characters that a cell may take: accents follow their letters
+_SPACES = re.compile(r"\s+")
 JOINERS = "\u200d\ufe0e\ufe0f"
 
 
@@ -29,18 +32,27 @@ def one_line(pieces: Iterable[Piece]) -> list[tuple[str, bool]]:
     """Harmless clusters, each with whether it was looked for; a run of spaces and new lines is one space."""
     out: list[tuple[str, bool]] = []
     for text, found in pieces:
-        for cluster in clusters(clean(text)):
+        text = clean(text)
+        if text.isascii():  # a character each
+            text = _SPACES.sub(" ", text)
+            out += zip(text[1:] if text[:1] == " " and _ends_in_space(out) else text, repeat(found))
+            continue
+        for cluster in clusters(text):
             if not cluster.isspace():
                 out.append((cluster, found))
-            elif out and out[-1][0] != " ":
+            elif not _ends_in_space(out):
                 out.append((" ", found))
     return out
 
 
+def _ends_in_space(cells: list[tuple[str, bool]]) -> bool:
+    return not cells or cells[-1][0] == " "
+
+
 def fitted(pieces: Iterable[Piece], width: int) -> Line:
     """At most `width` cells of an excerpt, with (the beginning of) what was found in view."""
-    cells = one_line(pieces)
-    sizes = [width_of(c) for c, _ in cells]
+    cells = one_line(_near(list(pieces), width))
+    sizes = [1 if c.isascii() else width_of(c) for c, _ in cells]
     if sum(sizes) <= width:
         return _spans(cells)
     start = next((i for i, (_, found) in enumerate(cells) if found), 0)
@@ -65,6 +77,21 @@ def fitted(pieces: Iterable[Piece], width: int) -> Line:
         *_spans(cells[first:last]),
         *([("…", "")] if cut_after else []),
     ]
+
+
+def _near(pieces: list[Piece], width: int) -> list[Piece]:
+    """Those pieces that may be seen: a line's width of characters, a few times, around what was found."""
+    first = next((i for i, (_, found) in enumerate(pieces) if found), 0)
+    most = SEEN * width
+    out: list[Piece] = []
+    for text, found in pieces[:first]:
+        out.append((text if len(text) <= most else "…" + text[-most:], found))
+    for text, found in pieces[first:]:
+        out.append((text if len(text) <= most else text[:most] + "…", found))
+        most -= len(text)
+        if most <= 0:
+            break
+    return out
 
 
 def _spans(cells: list[tuple[str, bool]]) -> Line:

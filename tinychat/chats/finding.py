@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 PART = 8192  # characters that are looked through at a time
@@ -37,36 +38,43 @@ class Finder:
     """Finds the words of a search; of the last one a beginning is enough. `words`: a pattern for each."""
 
     words: tuple[str, ...]
+    by_words: bool = True
 
     @classmethod
     def of(cls, text: str, by_words: bool = True) -> Finder:
         """by_words: as the index of words finds them; otherwise the text as it is, anywhere."""
         found = words_of(text) if by_words else [text.strip()]
-        patterns = [re.escape(folded(w)[0]) for w in found]
+        patterns = [p for w in found if (p := re.escape(folded(w)[0]))]
         if by_words:
-            begun = [rf"(?<![^\W_]){p}" for p in patterns if p]
-            patterns = [*(p + r"(?![^\W_])" for p in begun[:-1]), *begun[-1:]]
-        return cls(tuple(p for p in patterns if p))
+            patterns = [*(p + r"(?![^\W_])" for p in patterns[:-1]), *patterns[-1:]]
+        return cls(tuple(patterns), by_words)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where the words are in `text`, in order; accents that follow a letter belong to it."""
         if not self.words:
             return []
+        return list(self._spans(text))
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
         low, places = folded(text)
-        found = []
-        for match in re.finditer("|".join(self.words), low):
-            start, end = match.span()
+        for start, end in self._matches("|".join(self.words), low):
             if places is not None:
                 start, end = places[start], places[end - 1] + 1
                 while end < len(text) and unicodedata.combining(text[end]):
                     end += 1
-            found.append((start, end))
-        return found
+            yield start, end
+
+    def _matches(self, pattern: str, low: str) -> Iterator[tuple[int, int]]:
+        # What comes before is looked at afterwards: an expression that begins with a letter is found faster.
+        for match in re.finditer(pattern, low):
+            start, end = match.span()
+            if not (self.by_words and start and low[start - 1].isalnum()):
+                yield start, end
 
     def all_in(self, text: str) -> bool:
         """Whether every word is in the text."""
         low = folded(text)[0]
-        return bool(self.words) and all(re.search(w, low) for w in self.words)
+        return bool(self.words) and all(any(True for _ in self._matches(w, low)) for w in self.words)
 
     def any_in(self, text: str) -> bool:
         """Whether one of the words is."""
@@ -89,7 +97,7 @@ class Finder:
         """Where the first place is, a part of a long text at a time; 0 where there is none."""
         for start in range(0, max(1, len(text)), PART):
             before = min(start, LONGEST_SEARCH)
-            found = self.spans(text[start - before : start + PART])
-            if found:
-                return start - before + found[0][0]
+            found = next(self._spans(text[start - before : start + PART]), None) if self.words else None
+            if found is not None:
+                return start - before + found[0]
         return 0
