@@ -116,7 +116,7 @@ def test_of_thirty_rounds_only_what_is_new_is_read(thinking, monkeypatch):
         *[f"<think>\n{i}\n</think>\n\n{ODD if i % 2 else CALL}" for i in range(30)],
         "Done.",
     )
-    session = thinking.session("x" * 1000, temperature=0)
+    session = thinking.session("x" * 100, temperature=0)
     last = done(session.send("Go.", tools=[add]))
     for i in range(30):
         held = last.stats.prompt_tokens + last.stats.generated_tokens

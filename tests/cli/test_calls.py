@@ -94,7 +94,7 @@ def one(model, monkeypatch, tmp_path):
 
     def ask(*options, answers):
         says(monkeypatch, model, *answers)
-        return on_terminal("run", "llama", "2 + 3?", "--temp", "0", *options)
+        return on_terminal("run", "smollm2-135m", "2 + 3?", "--temp", "0", *options)
 
     return ask
 

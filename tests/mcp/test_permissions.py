@@ -88,6 +88,15 @@ def test_nothing_runs_that_was_not_allowed(tmp_path):
     assert len(servers.called) == 3
 
 
+def test_what_cannot_be_written_holds_for_the_run_and_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    box = Toolbox(FakeServers(), Permissions(tmp_path / "file" / "allowed.json"))
+    assert box.result(called("add"), 4096, lambda tool, call: "always") == "5"
+    assert box.permissions.of(box.tools()[0]) == "always"
+    assert "holds until the chat ends" in box.news()
+    assert box.news() == ""
+
+
 def test_one_answer_is_offered_what_was_allowed_by_name(tmp_path):
     box = Toolbox(
         FakeServers("5" * 5000), Permissions(tmp_path / "a.json", for_now=("fs/sub",)), only=("fs/sub",)

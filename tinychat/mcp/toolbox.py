@@ -40,6 +40,7 @@ class Toolbox:
         self.problem: TinychatError | None = None  # of the file
         self._began = 0.0
         self._told: dict[str, str] = {}
+        self._unwritten = ""
 
     @classmethod
     def found(cls, allowed: Sequence[str] = (), alone: bool = False) -> Toolbox:
@@ -74,6 +75,9 @@ class Toolbox:
 
     def news(self) -> str:
         """A sentence about what went wrong since the last time; else empty."""
+        if self._unwritten:
+            said, self._unwritten = self._unwritten, ""
+            return said
         if self.problem is not None and "" not in self._told:
             self._told[""] = self.problem.what
             return f"{self.problem.what} {self.problem.todo}"
@@ -113,6 +117,14 @@ class Toolbox:
         name = call["function"]["name"]
         return next((t for t in self.tools() if t.called == name), None)
 
+    def keep(self, tool: Tool, answer: str | None) -> None:
+        """Keep what the user said, if it is for good; that it cannot be written is among the news."""
+        if answer in (ALWAYS, NEVER) and self.permissions.of(tool) != answer:
+            try:
+                self.permissions.keep(tool, answer)
+            except TinychatError as e:
+                self._unwritten = f"{e.what} {e.todo}"
+
     def run(self, tool: Tool, call: Call) -> Future[Result]:
         """Have it called; whether that may be was found out before."""
         return self.servers.call(tool, json.loads(call["function"]["arguments"], strict=False))
@@ -134,8 +146,7 @@ class Toolbox:
         answer = self.permissions.of(tool) or ask(tool, call)
         if answer is None:
             return None
-        if answer in (ALWAYS, NEVER) and self.permissions.of(tool) != answer:
-            self.permissions.keep(tool, answer)
+        self.keep(tool, answer)
         if answer == NEVER:
             return DENIED
         future = self.run(tool, call)

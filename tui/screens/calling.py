@@ -7,8 +7,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tinychat.base.errors import TinychatError
-from tinychat.mcp.permissions import ALWAYS, NEVER
+from tinychat.mcp.permissions import NEVER
 from tinychat.mcp.toolbox import DENIED, MOST_ROUNDS, STOPPED
 from tinychat.mcp.tools import cut
 from tinychat.process.protocol import Finished
@@ -108,11 +107,7 @@ class Calling(Hearing):
 
         self.status.tell(state="asks you")
         answer = await self.app.push_screen_wait(AllowingScreen(tool, call["function"]["arguments"]))
-        if answer in (ALWAYS, NEVER):
-            try:
-                self.app.toolbox.permissions.keep(tool, answer)
-            except TinychatError as e:
-                self.complain(e)
+        self.app.toolbox.keep(tool, answer)
         return answer
 
     def command_mcp(self, rest: str) -> Any:
