@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import glob
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
 
@@ -115,6 +114,7 @@ class Device:
         self._spent: list[tuple[str, Any]] = []  # to be freed then
         self._held: list[np.ndarray] = []  # that copies may read or write until then
         self._held_bytes = 0
+        self._popped = byref(c_void_p())  # made here: when Python ends, names may be gone before memory is
         self._library = _open(library)
         version = c_int()
         self._call("cuDriverGetVersion", byref(version))
@@ -244,18 +244,9 @@ class Device:
         if self.busy:
             self._spent.append((function, address))
         else:
-            with self._current():
-                getattr(self._library, function)(address)
-
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """Be the calling thread's device for a moment."""
-        before = c_void_p()
-        self._library.cuCtxPushCurrent_v2(self._context)
-        try:
-            yield
-        finally:
-            self._library.cuCtxPopCurrent_v2(byref(before))
+            self._library.cuCtxPushCurrent_v2(self._context)
+            getattr(self._library, function)(address)
+            self._library.cuCtxPopCurrent_v2(self._popped)
 
     # Kernels
 

@@ -76,7 +76,7 @@ def products(
         x, share = _reordered(p, r, weights, x, share), 1
     tiles = {FEW: 1, MANY: 1 if shape.form.bits == 32 else 2}
     kernels = {
-        columns: p.modules.kernel("experts.cu", f"experts_{tiles[columns]}x{columns}", shape.form.defines)
+        columns: p.modules.kernel("experts.cu", f"experts_{tiles[columns]}x{columns}", shape.defines)
         for columns in tiles
     }
 

@@ -51,7 +51,7 @@ class Form:
 
     @property
     def defines(self) -> dict[str, str]:
-        """Definitions that linear.cu and embed.cu are compiled with."""
+        """Definitions that embed.cu is compiled with."""
         words = {"BITS": self.bits, "DECODING": self.decoding, "BESIDE": self.beside, "GROUP": self.group}
         return {name: str(word) for name, word in words.items()}
 
@@ -86,6 +86,15 @@ class Shape:
     n: int
     k: int
     group: int
+
+    @property
+    def defines(self) -> dict[str, str]:
+        """Definitions that linear.cu and experts.cu are compiled with. SPLIT: a stage's chunks are in groups
+        of their own.
+        """
+        plain = self.form.beside != "NONE" and self.form.group == 0
+        split = plain and self.form.stage > CHUNK and self.groups > 1 and self.group % self.form.stage != 0
+        return {**self.form.defines, **({"SPLIT": "1"} if split else {})}
 
     @property
     def tiles(self) -> int:

@@ -77,7 +77,7 @@ def launch(
     if name:
         tiles, columns = (int(n) for n in name.removeprefix("linear_").split("x"))
         chosen, grid = name, (-(-rows // columns), -(-s.tiles // tiles))
-    kernel = modules.kernel("linear.cu", chosen, s.form.defines)
+    kernel = modules.kernel("linear.cu", chosen, s.defines)
     modules.device.launch(
         kernel, grid, THREADS, w.codes, w.meta, w.zeros, x, w.bias, y, rows, s.n, s.stages, s.group, s.groups,
         row_length(s.k), ldy, int(add), float(scale), float(cap),

@@ -61,7 +61,8 @@ def compilers(driver: Version | None = None) -> Iterator[Nvrtc]:
 
     Raises CompilerMissingError if there is none.
     """
-    why, known = "NVRTC, CUDA's run-time compiler, is not installed.", []
+    why = "NVRTC, CUDA's run-time compiler, is not installed."
+    known: list[Nvrtc] = []
     for path in candidates():
         try:
             found = Nvrtc(path)

@@ -103,12 +103,19 @@ struct State {
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, o[COLUMNS][4] = {};
 };
 
+// AHEAD: values are on their way while scores become probabilities: for few rows, where no other warp has something to
+// do meanwhile, and registers suffice.
+template <bool AHEAD>
 DEVICE void attend_stretch(State& state, const Attention& a, const Tile& tile, const Cache& cache, int head,
                            int stretch) {
     int g = lane_id() / 4;
     for (int begin = stretch * STRETCH; begin < (stretch + 1) * STRETCH; begin += SLOTS) {
         if (begin + SLOTS <= tile.begin || begin >= tile.end) continue;  // nobody sees it; there may be no such block
         u8* unit = cache.unit(begin, head);
+        RawValue values[AHEAD ? COLUMNS : 1];
+        if constexpr (AHEAD)
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c) values[c] = read_value(unit, 8 * c + g);
         float s[2][4];
         score(s, tile, unit, begin, a);
         float factor[2];
@@ -136,7 +143,7 @@ DEVICE void attend_stretch(State& state, const Attention& a, const Tile& tile, c
         for (int c = 0; c < COLUMNS; ++c) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) state.o[c][i] *= factor[i / 2];
-            uint2 v = load_value_part(unit, 8 * c + g);
+            uint2 v = AHEAD ? value_part(values[AHEAD ? c : 0], unit, 8 * c + g) : load_value_part(unit, 8 * c + g);
             mma(state.o[c], p[0], p[1], p[2], p[3], v.x, v.y);
         }
     }
@@ -176,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(128)
     int stretch = tile.begin / STRETCH + blockIdx.x * 4 + warp_id();
     if (stretch * STRETCH >= tile.end) return;
     State state;
-    attend_stretch(state, a, tile, a.cache(piece.of.table), head, stretch);
+    attend_stretch<HEAD <= 128>(state, a, tile, a.cache(piece.of.table), head, stretch);
     int t = lane_id() % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -191,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 EXPORT(attend_stretches)
-// resources attend_stretches: registers 255, spills 4, stack 8, shared 0
+// resources attend_stretches: registers 255, spills 8, stack 8, shared 0
 // resources attend_stretches/192: registers 255, spills 8, stack 8, shared 0
 // resources attend_stretches/224: registers 255, spills 64, stack 64, shared 0
 // resources attend_stretches/256: registers 255, spills 64, stack 64, shared 0
@@ -249,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP)
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
     for (int stretch = tile.begin / STRETCH; stretch * STRETCH < tile.end; ++stretch) {
         State state;
-        attend_stretch(state, a, tile, a.cache(own.of.table), head, stretch);
+        attend_stretch<false>(state, a, tile, a.cache(own.of.table), head, stretch);
         Factors f[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) f[r] = merge(m[r], l[r], state.m[r], state.l[r]);

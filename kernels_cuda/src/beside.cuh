@@ -28,20 +28,14 @@ constexpr int BESIDE_BYTES = RUNS * (4 * WORDS + (KIND == Beside::ZERO ? 4 : 0))
 struct Weights {
     const u8 *codes, *meta, *zeros;
     int stages, group, groups;
-    bool split;  // a stage's chunks are in groups of their own
 };
-
-// Groups of 32, and others that do not begin at whole stages, have their scales applied after each chunk.
-DEVICE bool splits(int group, int groups) { return GROUP == 0 && CHUNKS > 1 && groups > 1 && group % STAGE != 0; }
 
 // A lane's eight inputs of a chunk are two quads of four; so many of them at a time are in one group.
 constexpr int QUADS = HALVES ? 1 : 2;
 
 // Which of a stage's scales, and which of its records, are those of a quad.
 DEVICE int scale_of(int chunk, int quad) { return HALVES ? 2 * chunk + quad : chunk; }
-DEVICE int record_in(const Weights& w, int chunk, int quad) {
-    return CODED ? 0 : HALVES || w.split ? scale_of(chunk, quad) : 0;
-}
+DEVICE int record_in(int chunk, int quad) { return CODED ? 0 : HALVES || SPLIT ? scale_of(chunk, quad) : 0; }
 
 // Where the records of a tile's group begin that scale c of a stage is of.
 DEVICE size_t record_of(const Weights& w, int tile, int stage, int c) {
@@ -81,23 +75,80 @@ DEVICE void copy_words(u32* to, const u8* from) {
     for (int i = 0; i < N; ++i) to[i] = words[i];
 }
 
-// A stage's scales of one tile to shared memory: `to` is the tile's, zeros lie at `zeros`.
-DEVICE void fetch_beside(u8* to, u8* zeros, const Weights& w, int tile, int stage) {
-    [[maybe_unused]] int lane = lane_id(), g = lane / 4;
+// Where a lane finds what stands beside the codes of one stage, of the one STEP stages on, and so forth: nothing is
+// divided on the way. Coded: a stage's place in its block is always the same.
+template <int STEP>
+struct Places {
+    const u8 *meta, *zeros;            // plain: of a lane, in the first of all records
+    const u8 *times, *fields, *upper;  // coded
+    size_t tile;                       // records (coded: bytes) to the next tile's, 0 where there is none
+    u32 record;                        // eight a group
+    int left;                          // groups from this one to the tile's last
+    int size, at;                      // inputs of a group, and of the stage's before it
+    int step, rest;                    // groups and inputs that STEP stages are
+    static_assert(!CODED || STEP % IN_BLOCK == 0);
+
+    DEVICE_MEMBER Places(const Weights& w, int of, int stage, bool next) {
+        [[maybe_unused]] int g = lane_id() / 4;
+        if constexpr (CODED) {
+            const u8* from = coded(w, of);
+            times = from + times_at(stage, g), fields = from + fields_at(stage, g), upper = from + upper_at(stage, g);
+            tile = next ? coded(w, 1) - w.meta : 0;
+        } else if constexpr (RECORD > 0) {
+            size = HALVES ? 16 : w.group;
+            int group = stage * STAGE / size;
+            at = stage * STAGE - group * size;
+            step = STEP * STAGE / size, rest = STEP * STAGE - step * size;
+            record = (static_cast<u32>(of) * w.groups + group) * RECORDS;
+            meta = w.meta + g * RECORD;
+            if constexpr (KIND == Beside::ZERO) zeros = w.zeros + g / 4 * 4;
+            left = w.groups - 1 - group;
+            tile = next ? static_cast<size_t>(w.groups) * RECORDS : 0;
+        }
+    }
+
+    DEVICE_MEMBER void move() {
+        if constexpr (CODED) {
+            constexpr int BYTES = STEP / IN_BLOCK * BLOCK;
+            if constexpr (!HEAD) times += BYTES;
+            fields += BYTES;
+            if constexpr (SIX) upper += BYTES;
+        } else if constexpr (RECORD > 0) {
+            int n = step;
+            if (!HALVES) {
+                at += rest;
+                if (at >= size) at -= size, ++n;
+            }
+            left -= n;
+            record += n * RECORDS;
+        }
+    }
+
+    // Groups from the stage's first to that of its scale c; zeros behind the last input.
+    DEVICE_MEMBER int ahead(int c) const {
+        int n = HALVES ? c : at + c * CHUNK >= size ? 1 : 0;
+        return n < left ? n : left;
+    }
+};
+
+// A stage's scales of the r-th tile to shared memory: `to` is the tile's, zeros lie at `zeros`.
+template <class Places>
+DEVICE void fetch_beside(u8* to, u8* zeros, const Places& from, size_t r) {
+    [[maybe_unused]] int lane = lane_id();
     if constexpr (CODED) {
-        const u8* from = coded(w, tile);
-        if constexpr (TIMES > 0) copy_async<TIMES>(to + lane * TIMES, from + times_at(stage, g));
+        if constexpr (TIMES > 0) copy_async<TIMES>(to + lane * TIMES, from.times + r * from.tile);
         to += TIMES * WARP;
-        copy_async<FIELD_UNIT>(to + lane * FIELD_UNIT, from + fields_at(stage, g));
+        copy_async<FIELD_UNIT>(to + lane * FIELD_UNIT, from.fields + r * from.tile);
         to += FIELD_UNIT * WARP;
-        if constexpr (SIX) copy_async<4>(to + lane * 4, from + upper_at(stage, g));
+        if constexpr (SIX) copy_async<4>(to + lane * 4, from.upper + r * from.tile);
     } else if constexpr (RECORD > 0) {
 #pragma unroll
         for (int c = 0; c < SCALES; ++c) {
-            if (!HALVES && c > 0 && !w.split) break;
-            size_t at = record_of(w, tile, stage, c) + g;
-            copy_async<RECORD>(to + (c * WARP + lane) * RECORD, w.meta + at * RECORD);
-            if constexpr (KIND == Beside::ZERO) copy_async<4>(zeros + (c * WARP + lane) * 4, w.zeros + at / 4 * 4);
+            if (!HALVES && c > 0 && !SPLIT) break;
+            size_t at = from.record + (c > 0 ? from.ahead(c) * RECORDS : 0);
+            at += r * from.tile;
+            copy_async<RECORD>(to + lane * RECORD + c * WARP * RECORD, from.meta + at * RECORD);
+            if constexpr (KIND == Beside::ZERO) copy_async<4>(zeros + lane * 4 + c * WARP * 4, from.zeros + at);
         }
     }
 }
@@ -130,7 +181,7 @@ DEVICE void read_beside(const Weights& w, int tile, int stage, u32 (&words)[RUNS
     } else if constexpr (RECORD > 0) {
 #pragma unroll
         for (int c = 0; c < SCALES; ++c) {
-            if (!HALVES && c > 0 && !w.split) break;
+            if (!HALVES && c > 0 && !SPLIT) break;
             size_t at = record_of(w, tile, stage, c) + g;
             copy_words<WORDS>(words[c], w.meta + at * RECORD);
             if constexpr (KIND == Beside::ZERO) zeros[c] = w.zeros[at];

@@ -105,14 +105,31 @@ DEVICE uint2 unpack(u32 codes, u32 scales_low, u32 scales_high) {
     return {multiply_halves(low, scales_low), multiply_halves(high, scales_high)};
 }
 
-// One channel of the four values that a lane multiplies: slots 4t … 4t + 3.
-DEVICE uint2 load_value_part(u8* unit, int channel) {
-    int at = channel * SLOTS + lane_id() % 4 * 4;
+// One channel of the four values that a lane multiplies, slots 4t … 4t + 3, as they lie.
+struct RawValue {
+    u32 words[CODE];
+};
+
+DEVICE RawValue read_value(u8* unit, int channel) {
+    const u8* from = values_of(unit) + (channel * SLOTS + lane_id() % 4 * 4) * CODE;
+    RawValue raw;
     if constexpr (KV_BITS == 16) {
-        return *reinterpret_cast<const uint2*>(halves(values_of(unit)) + at);
+        uint2 v = *reinterpret_cast<const uint2*>(from);
+        raw.words[0] = v.x, raw.words[CODE - 1] = v.y;
     } else {
-        u32 codes = *reinterpret_cast<const u32*>(values_of(unit) + at);
+        raw.words[0] = *reinterpret_cast<const u32*>(from);
+    }
+    return raw;
+}
+
+// And as pairs of halves.
+DEVICE uint2 value_part(const RawValue& raw, u8* unit, int channel) {
+    if constexpr (KV_BITS == 16) {
+        return {raw.words[0], raw.words[CODE - 1]};
+    } else {
         uint2 scales = *reinterpret_cast<const uint2*>(value_scales(unit) + channel / 32 * SLOTS + lane_id() % 4 * 4);
-        return unpack(codes, scales.x, scales.y);
+        return unpack(raw.words[0], scales.x, scales.y);
     }
 }
+
+DEVICE uint2 load_value_part(u8* unit, int channel) { return value_part(read_value(unit, channel), unit, channel); }

@@ -7,6 +7,8 @@ constexpr u32 EACH = 0x10001;            // 1 in both halves of a word
 constexpr u32 HALF_1024 = 0x6400;        // 1024 + n as a half has n in its lowest bits, for n up to 1023
 constexpr u32 HALF_512 = 0x6000;         // and 512 + n / 2
 constexpr u32 HALF_256 = 0x5c00;         // 256
+constexpr u32 HALF_SIXTEENTH = 0x2c00;   // 1 / 16
+constexpr u32 MINUS_64 = 0xd400;         // −64 − n / 16 as a half has n in its lowest bits, for n up to 1023
 constexpr int SMALL = BITS < 4 ? 2 : 4;  // bits of a code in the first of two planes
 constexpr u32 LESS = BITS <= 8 && DECODED == Decoding::SIGNED ? 1 << (BITS - 1) % 8 : 0;
 
@@ -15,18 +17,15 @@ struct Codes {
     u32 low[LOW / 4], high[HIGH ? HIGH / 4 : 1];
 };
 
-// A stage to shared memory, in the background.
-DEVICE void fetch_codes(u8* to, const u8* from, u64 policy) {
-    constexpr int EACH_COPY = LOW < 16 ? LOW : 16;
+constexpr int LOW_COPY = LOW < 16 ? LOW : 16;  // bytes that a lane reads at once
+
+// A stage to shared memory, in the background. low, high: the lane's first bytes in each plane.
+DEVICE void fetch_codes(u8* to, const u8* low, const u8* high, u64 policy) {
+    int lane = lane_id();
 #pragma unroll
-    for (int i = 0; i < LOW / EACH_COPY; ++i) {
-        int at = (i * WARP + lane_id()) * EACH_COPY;
-        copy_once<EACH_COPY>(to + at, from + at, policy);
-    }
-    if constexpr (HIGH > 0) {
-        int at = LOW * WARP + lane_id() * HIGH;
-        copy_once<HIGH>(to + at, from + at, policy);
-    }
+    for (int i = 0; i < LOW / LOW_COPY; ++i)
+        copy_once<LOW_COPY>(to + lane * LOW_COPY + i * WARP * LOW_COPY, low + i * WARP * LOW_COPY, policy);
+    if constexpr (HIGH > 0) copy_once<HIGH>(to + lane * HIGH + LOW * WARP, high, policy);
 }
 
 // The lane's part of a stage, from shared or global memory.
@@ -54,16 +53,17 @@ DEVICE void read_codes(const u8* stage, Codes& c) {
 
 DEVICE u32 shifted(u32 x, int right) { return right >= 0 ? x >> right : x << -right; }
 
-// Codes of up to 6 bits, inputs 2i and 2i + 1 of the lane's eight of a chunk: half 0 of output g, 1 of g + 8.
+// Codes of up to 6 bits plus 1024, inputs 2i and 2i + 1 of the lane's eight of a chunk: half 0 of output g, 1 of g + 8.
 DEVICE u32 code_pair(const Codes& c, int chunk, int half, int i) {
+    constexpr u32 BASE = HALF_1024 * EACH;
     if constexpr (SMALL == 2) {
-        u32 code = c.low[chunk] >> (8 * half + 2 * i) & 3 * EACH;
-        if constexpr (HIGH == 4) code |= shifted(c.high[0], 8 * chunk + 4 * half + i - SMALL) & 4 * EACH;
+        u32 code = and_or(c.low[chunk] >> (8 * half + 2 * i), 3 * EACH, BASE);
+        if constexpr (HIGH == 4) code = and_or(shifted(c.high[0], 8 * chunk + 4 * half + i - SMALL), 4 * EACH, code);
         return code;
     } else {
-        u32 code = c.low[2 * chunk + half] >> 4 * i & 15 * EACH;
-        if constexpr (HIGH == 4) code |= shifted(c.high[0], 8 * chunk + 4 * half + i - SMALL) & 16 * EACH;
-        if constexpr (HIGH == 8) code |= shifted(c.high[chunk], 8 * half + 2 * i - SMALL) & 48 * EACH;
+        u32 code = and_or(c.low[2 * chunk + half] >> 4 * i, 15 * EACH, BASE);
+        if constexpr (HIGH == 4) code = and_or(shifted(c.high[0], 8 * chunk + 4 * half + i - SMALL), 16 * EACH, code);
+        if constexpr (HIGH == 8) code = and_or(shifted(c.high[chunk], 8 * half + 2 * i - SMALL), 48 * EACH, code);
         return code;
     }
 }
@@ -119,10 +119,14 @@ DEVICE void unpack_quad(const Codes& c, int chunk, int half, int quad, u32 zero,
         a[0] = subtract_halves(pick_bytes(bytes, LEAD * 0x1010101, 0x4140), (BASE + 128) * EACH);
         a[1] = subtract_halves(pick_bytes(bytes, LEAD * 0x1010101, 0x4342), (BASE + 128) * EACH);
     } else {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            u32 code = code_pair(c, chunk, half, 2 * quad + i) | HALF_1024 * EACH;
-            a[i] = subtract_halves(code, (HALF_1024 + LESS) * EACH + zero * EACH);
+        u32 less = (HALF_1024 + LESS) * EACH + zero * EACH;
+        a[0] = subtract_halves(code_pair(c, chunk, half, 2 * quad), less);
+        if constexpr (BITS == 4) {
+            // The odd nibbles where they are, 16 times as large: 1024 + 16 q, by 1/16, less 64 and the zero.
+            u32 code = and_or(c.low[2 * chunk + half] >> 8 * quad, 240 * EACH, HALF_1024 * EACH);
+            a[1] = fma_halves(code, HALF_SIXTEENTH * EACH, (MINUS_64 + 16 * LESS) * EACH + zero * (16 * EACH));
+        } else {
+            a[1] = subtract_halves(code_pair(c, chunk, half, 2 * quad + 1), less);
         }
     }
 }

@@ -26,7 +26,15 @@ constexpr int SLOTS = 16;  // in a block of the KV cache
 constexpr float LARGEST_HALF = 65504.0f;
 constexpr double TURN = 6.283185307179586;
 
-DEVICE int lane_id() { return threadIdx.x % WARP; }
+DEVICE int lane_id() {
+#ifdef TINYCHAT_HOST
+    return threadIdx.x % WARP;
+#else
+    u32 lane;
+    asm("mov.u32 %0, %%laneid;" : "=r"(lane));  // nobody has to mask it
+    return lane;
+#endif
+}
 DEVICE int warp_id() { return threadIdx.x / WARP; }
 DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -52,9 +60,10 @@ DEVICE void start() {
     wait_for_kernels();
 }
 
-// Whether copies of what is read once say so (evict-first), so that they push nothing out of L2. Not from sm_90 on: ptxas
-// before 13.4 can leave the register unwritten there that such a copy's policy is in (Triton #11660), which is an illegal
-// instruction, or bytes at a wrong place. Where the other copies fail as well, kernels are compiled with HINTS 0.
+// Whether copies of what is read once say so (evict-first), so that they push nothing out of L2. Not from sm_90 on:
+// ptxas before 13.4 can leave the register unwritten there that such a copy's policy is in (Triton #11660), which is an
+// illegal instruction, or bytes at a wrong place. Where the other copies fail as well, kernels are compiled with HINTS
+// 0.
 #ifndef HINTS
 #define HINTS (__CUDA_ARCH__ < 900)
 #endif
@@ -192,6 +201,28 @@ DEVICE u32 subtract_halves(u32 a, u32 b) {
 #endif
 }
 
+// a · b + c, rounded once; the twin's is where the product and the sum are exact.
+DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
+#ifdef TINYCHAT_HOST
+    return to_halves(fmaf(low_float(a), low_float(b), low_float(c)), fmaf(high_float(a), high_float(b), high_float(c)));
+#else
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+#endif
+}
+
+// (a & b) | c in one instruction, where the compiler makes two of constants.
+DEVICE u32 and_or(u32 a, u32 b, u32 c) {
+#ifdef TINYCHAT_HOST
+    return (a & b) | c;
+#else
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+#endif
+}
+
 DEVICE u32 multiply_halves(u32 a, u32 b) {
 #ifdef TINYCHAT_HOST
     return to_halves(low_float(a) * low_float(b), high_float(a) * high_float(b));
@@ -253,7 +284,9 @@ DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #ifdef TINYCHAT_HOST
     host::mma(c, a0, a1, a2, a3, b0, b1);
 #else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    // volatile: all lanes of a warp come here together, so it may not move to where only some of them go
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #endif

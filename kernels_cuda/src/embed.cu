@@ -8,7 +8,7 @@ extern "C" __global__ void __launch_bounds__(256)
     start();
     int i = blockIdx.x * 256 + threadIdx.x;
     if (i >= n) return;
-    float w = weight_at({codes, meta, zeros, stages, group, groups, false}, ids[blockIdx.y], i);
+    float w = weight_at({codes, meta, zeros, stages, group, groups}, ids[blockIdx.y], i);
     to[static_cast<size_t>(blockIdx.y) * n + i] = w * scale;
 }
 EXPORT(embed)

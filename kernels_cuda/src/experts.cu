@@ -15,14 +15,14 @@
         if (work[0] < 0 || !table[4 * work[0]]) return;                                                            \
         table += 4 * work[0];                                                                                      \
         auto address = [&](int i) { return reinterpret_cast<const u8*>(table[i]); };                               \
-        Weights w{address(0), address(1), address(2), stages, group, groups, splits(group, groups)};               \
+        Weights w{address(0), address(1), address(2), stages, group, groups};                                      \
         Output to{y, outputs, ldy, 0, 1, 0};                                                                       \
         auto* bias = reinterpret_cast<const float*>(table[3]);                                                     \
         linear<TILES, COLUMNS>(w, ListedRows{pairs, share}, x, bias, to, work[1], work[2], ldx);                   \
     }                                                                                                              \
     EXPORT(name)
 
-// resources experts_1x8: registers 80, spills 0, shared 49152
+// resources experts_1x8: registers 80, spills 0, shared 49152, stage 124
 LINEAR(experts_1x8, 1, 1, 3)
 #if BITS == 32  // two tiles would leave no room for a pipeline
 // resources experts_1x32: registers 128, spills 0, shared 49152

@@ -3,6 +3,7 @@
 //   DECODING  what a code means: a number of Decoding
 //   BESIDE    what turns the codes of a group into weights: a number of Beside; 16 and 32 bits have none
 //   GROUP     16: groups of 16 inputs; 32: of 32, where scales are coded; 0: of any multiple of 32, told at launch
+//   SPLIT     1: a stage's chunks are in groups of their own: of 32, and others that do not begin at whole stages
 //
 // w [n, k] in tiles of 16 outputs, each in stages of 64 inputs (up to 6 bits) or 32 (NF4, 8 bits and more). A stage is
 // what the 32 lanes of a warp read, 16, 8 or 4 bytes a lane and plane, each lane what it holds of the mma's 16×16
@@ -39,6 +40,9 @@ enum class Beside { NONE, FP16, ZERO, FP16_FP16, FP32, FP32_FP32, INT4_INT4, INT
 #define DECODING SIGNED
 #define BESIDE FP16
 #define GROUP 0
+#endif
+#ifndef SPLIT
+#define SPLIT 0
 #endif
 
 constexpr Decoding DECODED = Decoding::DECODING;

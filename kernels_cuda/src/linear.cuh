@@ -30,18 +30,32 @@ struct Ring {
     static constexpr int ZEROS = TILES * WARP * SCALES * RECORD;  // where they begin behind the records
 };
 
-// A stage of TILES tiles into a slot of the ring.
+// A warp's next stage of TILES tiles, of which a second may not be there: then the first is read twice.
 template <int TILES>
-DEVICE void fetch(u8* slot, const Weights& w, int tile, int stage, int tiles, u64 policy) {
-    u8* beside = slot + TILES * STAGE_BYTES;
-    for (int r = 0; r < TILES; ++r) {
-        int from = tile + r < tiles ? tile + r : tiles - 1;  // the last block's surplus reads what it will not use
-        fetch_codes(slot + r * STAGE_BYTES, w.codes + (static_cast<size_t>(from) * w.stages + stage) * STAGE_BYTES,
-                    policy);
-        fetch_beside(beside + r * WARP * RUNS * 4 * WORDS, beside + Ring<TILES>::ZEROS + r * WARP * SCALES * 4, w, from,
-                     stage);
+struct Source {
+    const u8 *low, *high;  // codes of the lane
+    Places<WARPS> beside;
+    size_t tile;  // bytes from one tile's codes to the next one's
+
+    DEVICE_MEMBER Source(const Weights& w, int of, int tiles, int stage)
+        : beside(w, of, stage, of + 1 < tiles), tile(of + 1 < tiles ? static_cast<size_t>(w.stages) * STAGE_BYTES : 0) {
+        const u8* codes = w.codes + (static_cast<size_t>(of) * w.stages + stage) * STAGE_BYTES;
+        low = codes + lane_id() * LOW_COPY;
+        high = codes + LOW * WARP + lane_id() * HIGH;
     }
-}
+
+    DEVICE_MEMBER void fetch(u8* slot, u64 policy) {
+        u8* to = slot + TILES * STAGE_BYTES;
+#pragma unroll
+        for (int r = 0; r < TILES; ++r) {
+            fetch_codes(slot + r * STAGE_BYTES, low + r * tile, high + r * tile, policy);
+            fetch_beside(to + r * WARP * RUNS * 4 * WORDS, to + Ring<TILES>::ZEROS + r * WARP * SCALES * 4, beside, r);
+        }
+        low += WARPS * STAGE_BYTES;
+        if constexpr (HIGH > 0) high += WARPS * STAGE_BYTES;
+        beside.move();
+    }
+};
 
 // acc += c scaled, and the inputs' sums times the offsets; c is spent.
 DEVICE void apply(float (&acc)[4], float (&c)[4], const float (&sums)[4], const float* scales) {
@@ -84,26 +98,26 @@ DEVICE void add_inputs(float (&sums)[4], int first, const uint4& x) {
     multiply(sums, first, ones, ones, x);
 }
 
-// The lane's eight of a chunk's inputs, of a row that begins at `chunk`.
-DEVICE uint4 read_inputs(const u16* chunk, int t) {
+// The lane's eight of a chunk's inputs, from the first of them on; those of the chunk's are `first_input` before it.
+DEVICE int first_input() { return lane_id() % 4 * (HALVES ? 4 : 8); }
+
+DEVICE uint4 read_inputs(const u16* from) {
     if (HALVES) {
-        uint2 low = *reinterpret_cast<const uint2*>(chunk + 4 * t);
-        uint2 high = *reinterpret_cast<const uint2*>(chunk + CHUNK / 2 + 4 * t);
+        uint2 low = *reinterpret_cast<const uint2*>(from);
+        uint2 high = *reinterpret_cast<const uint2*>(from + CHUNK / 2);
         return {low.x, low.y, high.x, high.y};
     }
-    return *reinterpret_cast<const uint4*>(chunk + 8 * t);
+    return *reinterpret_cast<const uint4*>(from);
 }
 
 // Which rows a product is of: all, one behind the other.
 struct EveryRow {
-    static constexpr bool LISTED = false;
     DEVICE_MEMBER int of_x(int i) const { return i; }
     DEVICE_MEMBER int of_y(int i) const { return i; }
 };
 
 // Or those of a list: rows of y, `share` of which have a row of x in common.
 struct ListedRows {
-    static constexpr bool LISTED = true;
     const int* list;
     int share;
     DEVICE_MEMBER int of_x(int i) const { return list[i] / share; }
@@ -135,62 +149,67 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
     let_next_start();
     int lane = lane_id(), warp = warp_id(), g = lane / 4, t = lane % 4;
     int tile = blockIdx.y * TILES, tiles = divide_up(to.outputs, TILE);
-    u8* ring = shared + warp * R::DEPTH * R::SLOT;
     u64 policy = evict_first();
-    float acc[TILES][COLUMNS][4] = {};
-    [[maybe_unused]] int listed[COLUMNS];
-    if constexpr (Rows::LISTED)
-        for (int j = 0; j < COLUMNS; ++j) listed[j] = first + 8 * j + g < rows ? of.of_x(first + 8 * j + g) : -1;
-
+    Source<TILES> source(w, tile, tiles, warp);
+    constexpr int RING = R::DEPTH * R::SLOT;  // of a warp
     for (int i = 0; i < R::DEPTH - 1; ++i) {
-        int stage = warp + i * WARPS;
-        if (stage < w.stages) fetch<TILES>(ring + i * R::SLOT, w, tile, stage, tiles, policy);
+        if (warp + i * WARPS < w.stages) source.fetch(shared + warp * RING + i * R::SLOT, policy);
         copy_commit();
     }
-    wait_for_kernels();               // the first stages of weights are on their way by then
-    int at = 0, next = R::DEPTH - 1;  // slots
+    wait_for_kernels();  // the first stages of weights are on their way by then
+
+    // The lane's row of each column, where its next inputs are. Rows behind the last are copies of it, and not stored.
+    constexpr bool AHEAD = COLUMNS <= 2;  // inputs of the next stage are read while this one is multiplied
+    u32 from[COLUMNS];
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) {
+        int row = first + 8 * j + g < rows ? first + 8 * j + g : rows - 1;
+        from[j] = static_cast<u32>(of.of_x(row)) * ldx + warp * STAGE + first_input();
+    }
+    uint4 v[AHEAD ? CHUNKS : 1][COLUMNS];
+    if (AHEAD && warp < w.stages)
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; ++chunk)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j) v[chunk][j] = read_inputs(x + from[j] + chunk * CHUNK);
+    float acc[TILES][COLUMNS][4] = {};
+    int at = warp * RING, free = at + RING - R::SLOT, end = at + RING;  // slots
     for (int stage = warp; stage < w.stages; stage += WARPS) {
-        int ahead = stage + (R::DEPTH - 1) * WARPS;
-        if (ahead < w.stages) fetch<TILES>(ring + next * R::SLOT, w, tile, ahead, tiles, policy);
+        if (stage + (R::DEPTH - 1) * WARPS < w.stages) source.fetch(shared + free, policy);
         copy_commit();
         copy_wait<R::DEPTH - 1>();
-        const u8* slot = ring + at * R::SLOT;
+        const u8* slot = shared + at;
         [[maybe_unused]] const u8* beside = slot + TILES * STAGE_BYTES;
         float c[TILES][COLUMNS][4] = {}, sums[COLUMNS][4] = {};
+        u32 zeros[TILES] = {};
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            uint4 v[COLUMNS];
+            auto& inputs = v[AHEAD ? chunk : 0];
+            if (!AHEAD)
 #pragma unroll
-            for (int j = 0; j < COLUMNS; ++j) {
-                int row = first + 8 * j + g;
-                bool there = row < rows;
-                if constexpr (Rows::LISTED) row = listed[j], there = row >= 0;
-                v[j] = {0, 0, 0, 0};
-                if (there) v[j] = read_inputs(x + static_cast<size_t>(row) * ldx + stage * STAGE + chunk * CHUNK, t);
-            }
+                for (int j = 0; j < COLUMNS; ++j) inputs[j] = read_inputs(x + from[j] + chunk * CHUNK);
 #pragma unroll
             for (int quad = 0; quad < 2; quad += QUADS) {
                 if constexpr (OFFSETS)
 #pragma unroll
-                    for (int j = 0; j < COLUMNS; ++j) add_inputs(sums[j], quad, v[j]);
-                bool last = GROUP > 0 || chunk == CHUNKS - 1 || w.split;
-                int record = record_in(w, chunk, quad);
+                    for (int j = 0; j < COLUMNS; ++j) add_inputs(sums[j], quad, inputs[j]);
+                bool last = GROUP > 0 || chunk == CHUNKS - 1 || SPLIT;
+                int record = record_in(chunk, quad);
 #pragma unroll
                 for (int r = 0; r < TILES; ++r) {
-                    u32 zeros = 0;
-                    if constexpr (KIND == Beside::ZERO)
-                        zeros = beside[R::ZEROS + ((r * SCALES + record) * WARP + lane) * 4 + g % 4];
+                    if (KIND == Beside::ZERO && (HALVES || SPLIT || chunk + quad == 0))
+                        zeros[r] = beside[R::ZEROS + ((r * SCALES + record) * WARP + lane) * 4 + g % 4];
                     Codes codes;
                     read_codes(slot + r * STAGE_BYTES, codes);
                     Chunk weights;
-                    unpack_parts(weights, codes, chunk, quad, zeros);
+                    unpack_parts(weights, codes, chunk, quad, zeros[r]);
 #pragma unroll
-                    for (int j = 0; j < COLUMNS; ++j) multiply_parts(c[r][j], quad, weights, v[j]);
+                    for (int j = 0; j < COLUMNS; ++j) multiply_parts(c[r][j], quad, weights, inputs[j]);
                     if (!last) continue;
                     u32 words[WORDS ? WORDS : 1];
                     float scales[4];
                     read_fetched(beside + r * WARP * RUNS * 4 * WORDS, record, words);
-                    scales_of(words, stage, scale_of(chunk, quad), scales);
+                    scales_of(words, CODED ? warp : stage, scale_of(chunk, quad), scales);
 #pragma unroll
                     for (int j = 0; j < COLUMNS; ++j) apply(acc[r][j], c[r][j], sums[j], scales);
                 }
@@ -199,9 +218,14 @@ DEVICE void linear(const Weights& w, const Rows& of, const u16* x, const float* 
                     for (int j = 0; j < COLUMNS; ++j)
                         for (int i = 0; i < 4; ++i) sums[j][i] = 0;
             }
+            if (AHEAD && stage + WARPS < w.stages)
+#pragma unroll
+                for (int j = 0; j < COLUMNS; ++j) inputs[j] = read_inputs(x + from[j] + WARPS * STAGE + chunk * CHUNK);
         }
-        at = at + 1 == R::DEPTH ? 0 : at + 1;
-        next = next + 1 == R::DEPTH ? 0 : next + 1;
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) from[j] += WARPS * STAGE;
+        free = at;
+        at = at + R::SLOT == end ? end - RING : at + R::SLOT;
     }
 
     // The warps' sums, added from the first to the last; 8 rows at a time.

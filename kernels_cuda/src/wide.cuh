@@ -18,12 +18,12 @@ constexpr int ALONG = 4, ACROSS = 2;   // warps along the outputs, and the rows
 constexpr int BLOCK_TILES = ALONG * TILES, BLOCK_ROWS = ACROSS * COLUMNS * 8;
 constexpr int UNITS = STAGE / 8;  // of 16 bytes, in a row of x
 constexpr int BUFFERS = 3;
-constexpr int AT_ONCE = GROUP > 0 ? 1 : CHUNKS;  // chunks whose sums are scaled together
+constexpr int AT_ONCE = GROUP > 0 || SPLIT ? 1 : CHUNKS;  // chunks whose sums are scaled together
 
 static_assert(ALONG * ACROSS == WARPS);
 
-// Sums over all residues. They change eight times in all, so where coded scales need registers they are kept in local
-// memory: what ptxas would put there instead is needed in each stage.
+// Sums over all residues. They change eight times in all, so where coded scales, or those of each chunk, need
+// registers, they are kept in local memory: what ptxas would put there instead is needed in each stage.
 template <bool LOCAL>
 struct Total {
     typedef float Sum;
@@ -61,14 +61,14 @@ DEVICE void read_beside(Raw& raw, const Weights& w, int tile, int stage, int til
     for (int r = 0; r < TILES; ++r) ::read_beside(w, tile_of(tile, r, tiles), stage, raw.beside[r], raw.zeros[r]);
 }
 
-DEVICE void unpack(Unpacked& to, const Raw& raw, const Weights& w, int first) {
+DEVICE void unpack(Unpacked& to, const Raw& raw, int first) {
 #pragma unroll
     for (int r = 0; r < TILES; ++r)
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll
             for (int quad = 0; quad < 2; quad += QUADS) {
-                bool later = record_in(w, first + i, quad) > 0;
+                bool later = record_in(first + i, quad) > 0;
                 u32 zeros = KIND != Beside::ZERO ? 0
                             : later              ? raw.zeros[r][scale_of(first + i, quad)]
                                                  : raw.zeros[r][0];
@@ -76,7 +76,7 @@ DEVICE void unpack(Unpacked& to, const Raw& raw, const Weights& w, int first) {
             }
 }
 
-DEVICE void read_scales(Unpacked& to, const Raw& raw, const Weights& w, int stage, int first) {
+DEVICE void read_scales(Unpacked& to, const Raw& raw, int stage, int first) {
 #pragma unroll
     for (int r = 0; r < TILES; ++r)
 #pragma unroll
@@ -84,7 +84,7 @@ DEVICE void read_scales(Unpacked& to, const Raw& raw, const Weights& w, int stag
 #pragma unroll
             for (int quad = 0; quad < 2; quad += QUADS) {
                 int c = scale_of(first + i, quad);
-                bool later = !CODED && record_in(w, first + i, quad) > 0;
+                bool later = !CODED && record_in(first + i, quad) > 0;
                 scales_of(later ? raw.beside[r][c] : raw.beside[r][0], stage, c, to.scales[r][scale_of(i, quad)]);
             }
 }
@@ -117,14 +117,14 @@ DEVICE void fetch_rows(u8* buffer, const u16* x, int first, int rows, int ldx, i
 }
 
 // acc += the products of some chunks for eight rows, of which the lane has 16 bytes a chunk.
-DEVICE void add_column(float (&acc)[TILES][4], const Unpacked& w, const uint4 (&v)[AT_ONCE], bool split) {
+DEVICE void add_column(float (&acc)[TILES][4], const Unpacked& w, const uint4 (&v)[AT_ONCE]) {
     float sums[4] = {}, c[TILES][4] = {};
 #pragma unroll
     for (int chunk = 0; chunk < AT_ONCE; ++chunk)
 #pragma unroll
         for (int quad = 0; quad < 2; quad += QUADS) {
             if constexpr (OFFSETS) add_inputs(sums, quad, v[chunk]);
-            bool last = GROUP > 0 || chunk == AT_ONCE - 1 || split;
+            bool last = GROUP > 0 || chunk == AT_ONCE - 1 || SPLIT;
 #pragma unroll
             for (int r = 0; r < TILES; ++r) {
                 multiply_parts(c[r], quad, w.w[r][chunk], v[chunk]);
@@ -147,7 +147,7 @@ DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Outp
         return residue < WARPS && residue < w.stages ? residue : -1;
     };
     float acc[TILES][COLUMNS][4] = {};
-    Total<CODED>::Sum total[TILES][COLUMNS][4] = {};
+    Total<CODED || SPLIT>::Sum total[TILES][COLUMNS][4] = {};
 
     int fetched = 0, buffer = 0;
     for (int i = 0; i < BUFFERS - 1; ++i) {
@@ -172,8 +172,8 @@ DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Outp
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk += AT_ONCE) {
             Unpacked unpacked;
-            unpack(unpacked, raw, w, chunk);
-            read_scales(unpacked, raw, w, stage, chunk);
+            unpack(unpacked, raw, chunk);
+            read_scales(unpacked, raw, stage, chunk);
             if (chunk + AT_ONCE == CHUNKS && next >= 0) {
                 read_codes(raw, w, tile, next, tiles);
                 if (AHEAD) read_beside(raw, w, tile, next, tiles);
@@ -187,7 +187,7 @@ DEVICE void linear(const Weights& w, const u16* x, const float* bias, const Outp
 #pragma unroll
                 for (int r = 0; r < TILES; ++r)
                     for (int i = 0; i < 4; ++i) column[r][i] = acc[r][j][i];
-                add_column(column, unpacked, v, w.split);
+                add_column(column, unpacked, v);
 #pragma unroll
                 for (int r = 0; r < TILES; ++r)
                     for (int i = 0; i < 4; ++i) acc[r][j][i] = column[r][i];

@@ -138,6 +138,12 @@ T insert_bits(T a, T b, u32 at, u32 n) {
         b = static_cast<T>((b & ~(T(1) << (at + i))) | (a >> i & 1) << (at + i));
     return b;
 }
+// Each bit of three words, by a table of eight bits.
+static u32 logic(u32 a, u32 b, u32 c, u32 table) {
+    u32 d = 0;
+    for (int i = 0; i < 32; ++i) d |= (table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i;
+    return d;
+}
 static u32 permute(u32 a, u32 b, u32 selector) {
     const u8 bytes[] = {u8(a), u8(a >> 8), u8(a >> 16), u8(a >> 24), u8(b), u8(b >> 8), u8(b >> 16), u8(b >> 24)};
     u32 d = 0;
@@ -179,6 +185,17 @@ static u32 of_pair(f32 (*f)(f32, f32), u32 a, u32 b) {
     for (int high = 0; high < 2; ++high) {
         u16 raw;
         set(raw, static_cast<f16>(f(half_of(a, high), half_of(b, high))));
+        d |= u32(raw) << 16 * high;
+    }
+    return d;
+}
+// The product of two halves is exact in fp64, and so is its sum with a third: rounded once.
+static u32 fma_pair(u32 a, u32 b, u32 c) {
+    u32 d = 0;
+    for (int high = 0; high < 2; ++high) {
+        f64 sum = static_cast<f64>(half_of(a, high)) * half_of(b, high) + half_of(c, high);
+        u16 raw;
+        set(raw, static_cast<f16>(sum));
         d |= u32(raw) << 16 * high;
     }
     return d;

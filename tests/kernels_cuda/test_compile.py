@@ -1,6 +1,6 @@
 """Every source under NVRTC for every GPU generation, its registers, spills and shared memory against the
-limits beside the kernels ("// resources NAME: registers …, spills …, shared …"), and what it makes for sm_90
-against an error of ptxas. No GPU is needed.
+limits beside the kernels ("// resources NAME: registers …, spills …, shared …, stage …"), and what it makes
+for sm_90 against an error of ptxas. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cubin import COPY_ASYNC, OPCODE, kernels, lost_policies
+from cubin import COPY_ASYNC, OPCODE, kernels, lost_policies, stage
 
 from tinychat.kernels_cuda import driver, layout, modules
 from tinychat.kernels_cuda.nvrtc import CompilerMissingError, compilers
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(NVRTC is None, reason=WHY)
 
 def limits(source: str) -> dict[str, dict[str, int]]:
     """What a source says that its kernels may use; "NAME/256" is NAME for heads of that size and
-    "NAME/coded" for coded scales; what is not named none."""
+    "NAME/coded" for coded scales, or those of each chunk; what is not named none."""
     found = {}
     for name, rest in re.findall(
         r"^// resources ([\w/]+): (.*)$", (modules.SOURCES / source).read_text(), re.M
@@ -60,9 +60,15 @@ def check(source: str, defines: dict[str, str], architecture: int) -> None:
         assert lost_policies(image) == 0, f"{source} {defines}"
     allowed, actual = limits(source), used(log)
     assert actual
+    if defines == ZEROS.defines:
+        for name, code in kernels(image).items():
+            if "stage" in allowed[name]:
+                actual[name]["stage"] = stage(code, architecture)
+                assert actual[name]["stage"] > 50  # its products alone
     for name, resources in actual.items():
         for what, n in resources.items():
-            kind = "coded" if defines.get("BESIDE") in layout.CODED else defines.get("HEAD")
+            coded = defines.get("BESIDE") in layout.CODED or "SPLIT" in defines
+            kind = "coded" if coded else defines.get("HEAD")
             limit = allowed.get(f"{name}/{kind}", allowed[name]).get(what, 0)
             assert n <= limit, f"{name} {defines} sm_{architecture}: {n} {what}"
 
@@ -75,10 +81,11 @@ def linear_units(*forms: layout.Form) -> list[tuple[str, dict[str, str]]]:
     return [(source, form.defines) for form in forms for source in ("linear.cu", "experts.cu")]
 
 
+ZEROS = layout.Form(4, "UNSIGNED", "ZERO")
 # Forms of 4 and 8 bits, of floats, and those of files.
 FORMS = (
     layout.Form(4, "SIGNED", "FP16"),
-    layout.Form(4, "UNSIGNED", "ZERO"),
+    ZEROS,
     layout.Form(4, "UNSIGNED", "FP16_FP16"),
     layout.Form(4, "UNSIGNED", "FP32_FP32"),
     layout.Form(8, "SIGNED", "FP16"),
@@ -110,7 +117,7 @@ FORMS = (
 
 # Every source, in its commonest shape.
 USUAL = [
-    *linear_units(layout.Form(4, "UNSIGNED", "ZERO")),
+    *linear_units(ZEROS),
     ("embed.cu", layout.Form(8, "SIGNED", "FP16").defines),
     ("rows.cu", {}),
     ("logits.cu", {}),
@@ -151,6 +158,11 @@ def test_other_forms_compile_within_their_limits():
 def test_everything_compiles_for_every_gpu(architecture):
     heads = [unit for head in range(32, 257, 32) for bits in (16, 8) for unit in attention_units(head, bits)]
     check_all([*linear_units(*FORMS), *heads], architecture)
+    in_half_stages = [
+        (source, {**defines, "SPLIT": "1"}) for source, defines in linear_units(*FORMS)
+        if defines["GROUP"] == "0" and defines["BESIDE"] != "NONE" and int(defines["BITS"]) < 8
+    ]  # fmt: skip
+    check_all(in_half_stages, architecture)
     check_all([("embed.cu", form.defines) for form in FORMS], architecture)
 
 
@@ -198,7 +210,7 @@ def test_a_copy_whose_policy_is_lost_is_counted(copying):
 def test_with_hints_the_compilers_error_is_found():
     if NVRTC.version >= (13, 4):
         pytest.skip(f"{NVRTC.title} does not have the error")
-    source, defines = modules.SOURCES / "linear.cu", layout.Form(4, "UNSIGNED", "ZERO").defines
+    source, defines = modules.SOURCES / "linear.cu", ZEROS.defines
     image, _ = NVRTC.compile(source, modules.headers(), "sm_90", {**defines, "HINTS": "1"})
     assert lost_policies(image) > 0
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 
 COPY_ASYNC = 0xDAE  # LDGSTS, with a uniform register
+BRANCH = 0x947
+MULTIPLY = 0x3C  # HMMA, without how its operands are given
 OPCODE = 0xFFF
 
 
@@ -32,3 +34,23 @@ def lost_policies(image: bytes) -> int:
         for code in kernels(image).values()
         for low, high in code
     )
+
+
+def stage(code: list[tuple[int, int]], architecture: int) -> int:
+    """Instructions of a kernel's shortest loop that copies in the background and multiplies, or 0."""
+    found = []
+    for i, (low, high) in enumerate(code):
+        begin = i + 1 + _offset(low, high, architecture) if low & OPCODE == BRANCH else i + 1
+        if {MULTIPLY, COPY_ASYNC & 0xFF} <= {word & 0xFF for word, _ in code[begin:i]}:
+            found.append(i + 1 - begin)
+    return min(found, default=0)
+
+
+def _offset(low: int, high: int, architecture: int) -> int:
+    """Where a branch goes, in instructions from the next one on."""
+    bits = high << 64 | low
+    if architecture < 90:
+        distance, width = bits >> 32 & (1 << 50) - 1, 50
+    else:
+        distance, width = (bits >> 34 & (1 << 48) - 1) << 10 | (bits >> 16 & 0xFF) << 2, 58
+    return (distance - (1 << width) * (distance >> (width - 1))) // 16

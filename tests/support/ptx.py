@@ -62,6 +62,7 @@ ARITHMETIC = [
     (rf"or\.{TYPE}", "set<T>(a, A<T>(b) | A<T>(c))"),
     (rf"xor\.{TYPE}", "set<T>(a, A<T>(b) ^ A<T>(c))"),
     (rf"not\.{TYPE}", "set<T>(a, ~A<T>(b))"),
+    (r"lop3\.b32", "set<u32>(a, logic(A<u32>(b), A<u32>(c), A<u32>(d), A<u32>(e)))"),
     (r"and\.pred", "a = b && c"),
     (r"or\.pred", "a = b || c"),
     (r"xor\.pred", "a = b != c"),
@@ -78,6 +79,7 @@ ARITHMETIC = [
     (r"setp\.nan\.f32", "a = std::isnan(A<f32>(b)) || std::isnan(A<f32>(c))"),
     (r"sub\.f16x2", "set<u32>(a, of_pair(sub, A<u32>(b), A<u32>(c)))"),
     (r"mul\.f16x2", "set<u32>(a, of_pair(mul, A<u32>(b), A<u32>(c)))"),
+    (r"fma\.rn\.f16x2", "set<u32>(a, fma_pair(A<u32>(b), A<u32>(c), A<u32>(d)))"),
     (r"add\.f16x2", "set<u32>(a, of_pair(add, A<u32>(b), A<u32>(c)))"),
     (r"cvt\.rn\.f16x2\.f32", "set<u32>(a, pack_halves(A<f32>(b), A<f32>(c)))"),
     (r"cvt\.f32\.f16", "set<f32>(a, A<f16>(b))"),
@@ -153,6 +155,8 @@ class Kernel:
 
     def value(self, operand: str) -> str:
         """The C++ for an operand's bits."""
+        if operand == "%laneid":
+            return "(tid(0) % 32)"
         if m := re.fullmatch(r"(!?)%(\w+?)(\d*)", operand):
             return f"{m[1]}{m[2]}_{m[3]}" if m[3] else m[2]
         if m := re.fullmatch(r"%(n?)(c?ta|t)(?:id)\.([xyz])", operand):

@@ -99,7 +99,7 @@ class Loader:
         """Linears that share an input; neighbours that can be one weight are."""
         packed = _joined([self._read(n) for n in names])
         source = "experts.cu" if EXPERT in names[0] else "linear.cu"
-        self.sources += [(source, shape.form.defines) for shape, _ in packed]
+        self.sources += [(source, shape.defines) for shape, _ in packed]
         return tuple(linear.upload(self.modules, *p, self._allocate) for p in packed)
 
     def router(self, name: str) -> tuple[DeviceLinear, ...]:
