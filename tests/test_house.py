@@ -41,7 +41,7 @@ FLOORS = [
     ("tool_loop",),
     ("loading",),
     ("synthetic",),
-    ("bench", "bench_threads", "perplexity"),
+    ("bench", "bench_threads", "perplexity", "gpu_check"),
     ("chats",),
     ("process",),
     ("serve",),

@@ -151,6 +151,7 @@ def head_form(form: str, width: int) -> Form:
 class SyntheticCheckpoint:
     """A shape with random weights.
 
+    shape    a name of `SHAPES`, or the dimensions of another one
     form     a name of `FORMS`, or "int4": AWQ-like, 4-bit, groups of 128 (64 or 32 where 128 does not
              divide), with an int8 head
     further  whether a layer that predicts further comes behind the others
@@ -159,12 +160,14 @@ class SyntheticCheckpoint:
     Raises UsageError for a shape or form that is not known, and where one does not divide the other.
     """
 
-    def __init__(self, shape: str, form: str = DEFAULT, further: bool = False):
-        if shape not in SHAPES:
+    def __init__(self, shape: str | ModelConfig, form: str = DEFAULT, further: bool = False):
+        config = SHAPES.get(shape) if isinstance(shape, str) else shape
+        if config is None:
             raise UsageError(f"The shape {shape!r} is not known.", f"Known: {', '.join(SHAPES)}.")
         if form != DEFAULT and form not in FORMS:
             raise UsageError(f"The form {form!r} is not known.", f"Known: {DEFAULT}, {', '.join(FORMS)}.")
-        self.config, self.form = SHAPES[shape], form
+        shape = shape if isinstance(shape, str) else "model"
+        self.config, self.form = config, form
         if further:
             attends = [i for i in self.config.layers if isinstance(i.mixer, AttentionConfig)]
             self.config = replace(self.config, further=attends[-1])

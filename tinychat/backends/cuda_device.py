@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tinychat.backends import cuda_record
 from tinychat.base import locations, machine
 from tinychat.base.errors import DeviceLostError, TinychatError, UsageError
 from tinychat.kernels_cuda import linear
@@ -27,13 +28,18 @@ INSTALL = "pip install nvidia-cuda-nvrtc-cu12"
 _opened: dict[str, Modules] = {}
 
 
-def open_modules(library: str = LIBRARY, tell: Callable[[str], None] | None = None) -> Modules:
-    """One device a process. tell: hears that kernels have to be compiled, which takes a while.
+def open_modules(
+    library: str = LIBRARY,
+    tell: Callable[[str], None] | None = None,
+    variant: cuda_record.Variant | None = None,
+) -> Modules:
+    """One device a process. tell: hears that kernels have to be compiled, which takes a while. variant: how
+    they are run, in place of what the self-check has found out.
 
     Raises UsageError if there is none that works, or no compiler for it.
     """
     if library not in _opened:
-        _opened[library] = _open(library, tell)
+        _opened[library] = _open(library, tell, variant)
     if error := _opened[library].device.lost:
         raise DeviceLostError(
             f"{_opened[library].device.name} failed earlier in this process ({error}).",
@@ -43,7 +49,7 @@ def open_modules(library: str = LIBRARY, tell: Callable[[str], None] | None = No
     return _opened[library]
 
 
-def _open(library: str, tell: Callable[[str], None] | None) -> Modules:
+def _open(library: str, tell: Callable[[str], None] | None, variant: cuda_record.Variant | None) -> Modules:
     try:
         device = Device(library)
     except DeviceMissingError as e:
@@ -55,7 +61,7 @@ def _open(library: str, tell: Callable[[str], None] | None) -> Modules:
             f"The GPU cannot be used ({e}).", "Use --device cpu; nvidia-smi may say more."
         ) from e
     try:
-        return _compiled(device, tell)
+        return _compiled(device, tell, variant)
     except (CompilerMissingError, CompileError) as e:
         raise UsageError(
             f"The kernels for {device.name} cannot be compiled: {e}", f"{INSTALL}, or use --device cpu."
@@ -64,11 +70,14 @@ def _open(library: str, tell: Callable[[str], None] | None) -> Modules:
         raise TinychatError(f"The kernels do not run on {device.name} ({e}).", "Use --device cpu.") from e
 
 
-def _compiled(device: Device, tell: Callable[[str], None] | None) -> Modules:
+def _compiled(
+    device: Device, tell: Callable[[str], None] | None, variant: cuda_record.Variant | None = None
+) -> Modules:
     """The device with the best compiler whose kernels the driver takes."""
     refused: RefusedError | None = None
     for compiler in compilers(device.driver_version):
         modules = Modules(device, Cache(locations.kernels_dir(), compiler), tell)
+        (variant or cuda_record.variant_for(modules)).apply(modules)
         try:
             check(modules)
         except RefusedError as e:

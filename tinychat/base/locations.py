@@ -56,6 +56,11 @@ def kernels_dir() -> Path:
     return home() / "kernels"
 
 
+def gpu_check_file() -> Path:
+    """What the self-check of the GPU came to."""
+    return home() / "gpu-check.json"
+
+
 def pack_name(fingerprint: str, rest: str = "") -> str:
     """How the names of a checkpoint's packs begin, and go on."""
     return "".join(c if c.isalnum() else "-" for c in fingerprint)[:80] + "--" + rest

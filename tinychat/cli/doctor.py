@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -34,9 +35,16 @@ NETWORK_SECONDS = 2.0
     metavar="MODEL",
     help="Read all of MODEL and its packs; say what is damaged.",
 )
+@click.option(
+    "--gpu",
+    is_flag=True,
+    help="Check the GPU's kernels against the CPU, which takes some minutes; keep how they are to be run.",
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
-def doctor(verify: str | None, as_json: bool) -> None:
+def doctor(verify: str | None, gpu: bool, as_json: bool) -> None:
     """What this machine has, what tinychat uses of it, which models fit, and what is wrong."""
+    if gpu:
+        sys.exit(_check_gpu(as_json))
     if verify is not None:
         sys.exit(_verify(verify, as_json))
     facts = gather()
@@ -55,6 +63,33 @@ def doctor(verify: str | None, as_json: bool) -> None:
             terminal.label("All well.", "green")
             click.echo()
     sys.exit(1 if facts["problems"] else 0)
+
+
+def _check_gpu(as_json: bool) -> int:
+    """The exit code: 1 where the GPU may not be trusted."""
+    from tinychat import gpu_check
+
+    record = gpu_check.run(tell=partial(click.echo, err=True))
+    if as_json:
+        click.echo(json.dumps(asdict(record), indent=2))
+        return 0 if record.passed else 1
+    tables.show(
+        [(name, f"{result:.2f} s" if isinstance(result, float) else result)
+         for name, result in record.trials.items()]
+    )  # fmt: skip
+    click.echo()
+    without = [word for word, on in asdict(record.variant).items() if not on]
+    if record.passed:
+        terminal.label("All well.", "green")
+        speed = record.facts.get("bandwidth_gb_s")
+        click.echo(f" {record.facts.get('gpu')} copies {speed} GB/s." if speed else "")
+        if without:
+            click.echo(f"Kernels are run without {' and '.join(without)} here; with it they fail.")
+        return 0
+    terminal.label("problem", "red")
+    click.echo(": The GPU computes something else than the CPU, or nothing. Use --device cpu.")
+    click.echo(f"To report it, attach {locations.gpu_check_file()}.")
+    return 1
 
 
 def _verify(model: str, as_json: bool) -> int:
