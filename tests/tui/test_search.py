@@ -46,8 +46,8 @@ def highlighted(app):
 async def opened(pilot, words):
     await pilot.press("ctrl+b")
     await wait_until(pilot, lambda: bool(pilot.app.query(Search)))
-    await pilot.press(*words)
-    await wait_until(pilot, lambda: pilot.app.chat.sidebar.words == words)
+    pilot.app.chat.sidebar.find(words)
+    await pilot.pause()
 
 
 async def test_a_chat_opens_at_the_place_and_n_goes_on_over_all_branches(store):
@@ -71,6 +71,11 @@ async def test_a_chat_opens_at_the_place_and_n_goes_on_over_all_branches(store):
         ):
             await pilot.press(key)
             await wait_until(pilot, lambda p=place, s=seen: p in screen_text(app) and s in screen_text(app))
+        turn = app.chat.transcript.turn(1)
+        marked = turn.layout_lines(turn.content_size.width)
+        turn.mark(None)
+        assert highlighted(app) == []
+        assert list(map(plain, turn.layout_lines(turn.content_size.width))) == list(map(plain, marked))
         await say(pilot, "/new")
         await wait_until(pilot, lambda: "Ask something" in screen_text(app))
         assert app.chat.found is None
@@ -199,17 +204,3 @@ async def test_excerpts_are_printed_and_a_cut_list_is_said(tmp_path, monkeypatch
     assert everything.stderr == ""
     listed = CliRunner().invoke(cli, ["chats"])
     assert "There are more than these 2" in listed.stderr
-
-
-async def test_marks_do_not_change_what_is_said(store):
-    fill(store)
-    app = make_app(store)
-    async with app.run_test(size=(80, 24)) as pilot:
-        await opened(pilot, "glacier")
-        await pilot.press("down", "down", "enter")
-        await wait_until(pilot, lambda: "place 1 of 3" in screen_text(app))
-        turn = app.focused
-        before = [plain(line) for line in turn.layout_lines(turn.content_size.width)]
-        turn.mark(None)
-        assert [plain(line) for line in turn.layout_lines(turn.content_size.width)] == before
-        assert highlighted(app) == []
