@@ -257,7 +257,7 @@ class ChatApp(Host):
         chat.show_loading()
         if news := self.toolbox.news():
             chat.say(news, error=True)
-        busy, was_busy = chat.answering or not chat.ready, self._was_busy
+        busy, was_busy = chat.answering or not (chat.ready or chat.trouble), self._was_busy
         self._was_busy = busy
         if self.engine.pid is None or chat.facts.get("server") or not (busy or was_busy):
             chat.status.tell(cpu=None)

@@ -1,8 +1,8 @@
 """`tinychat.process.worker` with a model that only plays one: run it as the engine's process.
 
 It answers "slow N" with N words, 20 ms each; "die" by killing itself after three words; "lose" by losing its
-device there; "think" with a reasoning; "hostile" with everything that a terminal could obey; everything else
-with "echo: …".
+device there; "think" with a reasoning; a question for a summary with one; "hostile" with everything that a
+terminal could obey; everything else with "echo: …".
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import time
 
 from tinychat.base.errors import DeviceLostError, UsageError
 from tinychat.base.events import Completion, Done, Notice, Stats, TextDelta
+from tinychat.chats.summary import PROMPT
 from tinychat.conversation import Message, Tree
 from tinychat.engine.sampling import SamplingParams
 from tinychat.process.worker import serve
 from tinychat.text.reasoning import Splitter
 from tinychat.text.stopping import Outlet
+
+SUMMARY = PROMPT.partition("{")[0]
 
 # Colours, a title, the clipboard, a link, another screen, the cursor elsewhere, mouse reports, questions that
 # a terminal answers as if typed, C1 controls, directions, joined emoji, deep nesting, a megabyte in one line.
@@ -68,6 +71,8 @@ class FakeSession:
             words = ["one ", "two ", "three ", None]
         if question == "hostile":
             words = [HOSTILE[i : i + 5000] for i in range(0, len(HOSTILE), 5000)]
+        if question.startswith(SUMMARY):
+            words = ["What was said, ", "in short."]
         if question == "think":
             words = ["<think>", "hidden ", "thought", "</think>", "\n\n", "shown"]
         said, reason, outlet, thought = [], "stop", Outlet(splitter=Splitter()), 0

@@ -9,7 +9,7 @@ import pytest
 import textual
 from branchy import held, small
 from pictures import compare, picture
-from scripted import Script, screen_text, wait_until
+from scripted import Script, listed, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
 from tinychat.tui.theme import THEMES
@@ -82,3 +82,45 @@ async def test_the_tree_of_a_chat(store, size, monkeypatch):
         await wait_until(pilot, lambda: "● └" in screen_text(app) or "● ├" in screen_text(app))
         await pilot.pause(0.1)
         compare(f"tree-{size[0]}x{size[1]}", picture(app))
+
+
+SIZES = [(60, 20), (80, 24), (120, 36)]
+LOOKS = [(size, "tinychat-dark") for size in SIZES] + [
+    ((80, 24), "tinychat-light"),
+    ((80, 24), "tinychat-contrast"),
+]
+
+
+@pytest.mark.parametrize(("size", "theme"), LOOKS)
+async def test_the_first_minute_and_the_choice_of_models(store, size, theme, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    app = make_app(store)
+    app.theme, app.model, app.conversation.chat.model = theme, "", ""
+    app.engine.listed = listed(installed=False)
+    name = f"{theme}-{size[0]}x{size[1]}"
+    async with app.run_test(size=size) as pilot:
+        await wait_until(pilot, lambda: "enter downloads it" in screen_text(app))
+        await pilot.pause(0.1)
+        compare(f"first-{name}", picture(app))
+        app.engine.listed = listed()
+        await pilot.press("up", "enter")
+        await wait_until(pilot, lambda: "enter loads" in screen_text(app))
+        await pilot.pause(0.1)
+        compare(f"models-{name}", picture(app))
+
+
+@pytest.mark.parametrize(("size", "theme"), LOOKS)
+async def test_a_context_that_is_nearly_full_with_files_and_marks(store, size, theme, tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.md").write_text("word " * 300)
+    used = {"prompt_tokens": 3800, "generated_tokens": 8, "given_up": [[12, 30], [0, 8]]}
+    app = make_app(store, Script("It is short.", stats=used))
+    app.theme, app.engine.facts = theme, {"evicts": True}
+    async with app.run_test(size=size) as pilot:
+        await say(pilot, "Is it short?")
+        await answered(pilot)
+        await pilot.press(*"see @notes.md and @gone.md please")
+        await wait_until(pilot, lambda: "300 of 224 tokens" in screen_text(app))
+        await pilot.pause(0.1)
+        compare(f"room-{theme}-{size[0]}x{size[1]}", picture(app))

@@ -14,6 +14,7 @@ from tinychat.tui.screens.too_large import TooLargeScreen
 from tinychat.tui.widgets.turn import Turn, duration
 from tinychat.tui.words import Words
 
+NONE_YET = "No model is chosen yet."
 TICK = 0.5  # seconds between two looks at what is shown beside the text
 LONG = 10.0  # seconds of an answer after which a terminal that nobody looks at rings its bell
 PATIENCE = 10.0  # seconds that an engine may take to count tokens
@@ -278,7 +279,7 @@ class Answering(Room):
             elif not self.model:
                 self.say("No model yet: ctrl+o chooses one.")
 
-        self.first, self.trouble = True, trouble or "No model is chosen yet."
+        self.first, self.trouble = True, trouble or NONE_YET
         self.status.tell(state="no model")
         self.app.push_screen(FirstScreen(trouble, self.model), done)
 
@@ -290,7 +291,8 @@ class Answering(Room):
             if name:
                 self.run_worker(self.choose_model(name))
 
-        self.app.push_screen(ModelScreen(self.model, self.trouble), done)
+        trouble = "" if self.trouble == NONE_YET else self.trouble
+        self.app.push_screen(ModelScreen(self.model, trouble), done)
 
     async def choose_model(self, name: str) -> None:
         """Load another model; the conversation goes on with it."""

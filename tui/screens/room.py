@@ -15,7 +15,6 @@ class Room(ChatParts):
     """Tokens of the context, as far as they are known."""
 
     _said_full = False  # of the present branch
-    _marked = False  # some messages say what was given up
 
     def free(self) -> int | None:
         """Tokens that a message may have now without anything being given up; None while not known."""
@@ -45,11 +44,8 @@ class Room(ChatParts):
         last = self.conversation.last("assistant")
         losses: Any = last.stats.get("given_up") if last is not None else None
         told = dict(zip(tree.path(), losses, strict=False)) if are_losses(losses) else {}
-        if not told and (self.answering or not self._marked):
-            return  # what was known still holds, or nothing was
-        self._marked = bool(told)
-        for turn in self.transcript.turns:
-            turn.mark_given_up(*told.get(turn.node, (0, 0)))
+        if told or not self.answering:  # what was known holds until an answer has ended
+            self.transcript.mark_given_up(told)
 
     async def show_conversation(self) -> None:
         await super().show_conversation()

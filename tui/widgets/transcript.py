@@ -30,6 +30,9 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
         super().__init__(id="transcript")
         self._below = False  # whether there is more below what is in view
         self._older: list[tuple[int, Message, list[int]]] = []
+        self._losses: dict[
+            int, tuple[int, int]
+        ] = {}  # of messages by their places: tokens given up, of how many
 
     def on_mount(self) -> None:
         """Stay at the end."""
@@ -62,6 +65,13 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
                 await self.mount_all(new)
         self.anchor()
 
+    def mark_given_up(self, losses: dict[int, tuple[int, int]]) -> None:
+        """Have messages say how many of their tokens were given up, by their places; others say nothing."""
+        if losses or self._losses:
+            self._losses = losses
+            for turn in self.turns:
+                turn.mark_given_up(*losses.get(turn.node, (0, 0)))
+
     async def load_older(self) -> bool:
         """Mount some more at the top, without moving what is seen; False if there are none."""
         if not self._older:
@@ -81,7 +91,10 @@ class Transcript(Surface, VerticalScroll, can_focus=False):
         first = self.turns[0] if self.turns else None
         before = self.virtual_size.height
         at = self.scroll_y
-        await self.mount_all([Turn(*m) for m in older], before=first)
+        turns = [Turn(*m) for m in older]
+        for turn in turns:
+            turn.given_up = self._losses.get(turn.node, turn.given_up)
+        await self.mount_all(turns, before=first)
 
         def keep_place() -> None:
             self.scroll_to(y=at + self.virtual_size.height - before, animate=False)
