@@ -195,6 +195,7 @@ void bind_program(nb::module_& m) {
         });
     nb::class_<PyProgram> program(m, "Program");
     bind_ops(program);
+    bind_streams(program);
     program.def(nb::init<const std::string&, int, int>(), "isa"_a, "threads"_a, "max_rows"_a)
         .def_prop_ro("max_rows", [](const PyProgram& p) { return p.program.max_rows(); })
         .def(

@@ -131,6 +131,7 @@ struct PyProgram {
 };
 
 void bind_ops(nb::class_<PyProgram>& program);
+void bind_streams(nb::class_<PyProgram>& program);
 void bind_program(nb::module_& m);
 
 }  // namespace tinychat

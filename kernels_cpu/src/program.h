@@ -150,6 +150,11 @@ class Program : private Job {
     void expert_sum(const Routing* routing, const float* x, float* y, int cols, bool add);
     void repeat_columns(const float* x, int cols, int last, float* y);  // y = x, and its last columns again
     void scale_rows(float* x, int cols, const float* by);               // by the one number there
+    // Any other op. It may change what a linear has made, so no later op is done along with that.
+    void other(std::unique_ptr<Op> op) {
+        last_linear_ = nullptr;
+        add(std::move(op));
+    }
     // y = out · conv(in · x), the three side by side in a row; a layer's state begins with that of its convolution.
     void short_conv(const StateLayer& at, const float* x, const float* weight, int channels, int width, float* y);
     // y = the delta rule over silu(conv(x)); conv: [rows, channels] and gates: [rows, 2 · value heads], to be used.

@@ -37,6 +37,7 @@ ARCHS = {
     "olmo2": "olmo2",
     "gemma2": "gemma2",
     "gemma3": "gemma3",
+    "gemma3n": "gemma3n",
     "gemma4": "gemma4",
     "gemma4 wide": "gemma4",
     "gemma4 tied": "gemma4",

@@ -133,6 +133,7 @@ def test_a_gpu_refuses_by_name_what_it_has_no_kernels_for(case):
         "qwen2moe": "sigmoid",
         "gemma4 tied": "norms of values",
         "gemma4moe": "norms of values",
+        "gemma3n": "an embedding for each layer",
         "gemma4": "an embedding for each layer",
         "hunyuan": "behind their rotation",
     }
@@ -284,6 +285,7 @@ def test_silent_settings_are_those_of_transformers():
         "Granite",
         "Gemma2",
         "Gemma3",
+        "Gemma3n",
         "Gemma4",
         "Olmo3",
         "Exaone4",

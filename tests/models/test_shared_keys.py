@@ -136,6 +136,27 @@ def test_quantizers_and_strange_settings_are_refused_in_words():
         assert len(str(e.value).splitlines()) == 2, setting
 
 
+def test_another_stream_and_strange_sizes_of_gemma_3n_are_refused_in_words():
+    cls, changes = CASES["gemma3n sparse"]
+    given = random_config(cls, **changes)
+    with pytest.raises(UnsupportedModelError, match="embedding for each layer"):
+        network(read_config(given))
+    for setting, value, error in (
+        ("altup_active_idx", 1, UnsupportedModelError),
+        ("altup_correct_scale", False, UnsupportedModelError),
+        ("intermediate_size", [128], CheckpointError),
+        ("intermediate_size", [], CheckpointError),
+        ("activation_sparsity_pattern", [0.5], CheckpointError),
+        ("activation_sparsity_pattern", [1.0] * 4, CheckpointError),
+        ("activation_sparsity_pattern", "none", CheckpointError),
+        ("altup_num_inputs", 99, CheckpointError),
+        ("laurel_rank", 0, CheckpointError),
+    ):
+        with pytest.raises(error) as e:
+            read_config(json.loads(json.dumps({**given, setting: value})))
+        assert len(str(e.value).splitlines()) == 2, setting
+
+
 def test_a_folder_of_a_model_without_keys_is_quantized(tmp_path):
     assert (
         len(

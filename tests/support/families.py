@@ -52,12 +52,12 @@ class FromTransformers:
         own, family = STRANGE.get(name.rpartition(".")[2]), self.config.family
         if own is not None:
             return own(self.state[name + ".weight"])
-        plain = not family.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next")) or name.endswith(
-            "linear_attn.norm"
-        )
+        plain = family not in OFFSET or name.endswith("linear_attn.norm")
         stored = self.state[name if name in self.state else name + ".weight"]
         if name.endswith("router.scale"):
             stored = stored * len(stored) ** -0.5
+        if name.endswith("altup.router_norm"):
+            stored = stored / len(stored)
         return stored + np.float32(not plain)
 
     def tokenizer(self):
@@ -72,6 +72,7 @@ class FromTransformers:
         pass
 
 
+OFFSET = ("gemma2", "gemma3", "qwen3_5", "qwen3_5_moe", "qwen3_next")  # whose norms files hold less one
 # What is no weight of a linear or norm: how the network has it, of what transformers has.
 STRANGE = {
     "A_log": lambda a: -np.exp(a),
@@ -180,7 +181,7 @@ def random_model(name: str, **changes):
     torch.manual_seed(0)
     hf = cls(cls.config_class(**{**SHAPE, **changes})).float().eval()
     less = name.startswith(
-        ("Gemma2", "Gemma3", "Qwen3_5", "Qwen3Next")
+        ("Gemma2", "Gemma3For", "Qwen3_5", "Qwen3Next")
     )  # hold norms as what they differ from one
     with torch.no_grad():
         for parameter, p in hf.named_parameters():
@@ -258,6 +259,18 @@ TWO_ROPES = {
     "full_attention": dict(rope_type="proportional", partial_rotary_factor=0.5, rope_theta=5e5),
     "sliding_attention": dict(rope_type="default", rope_theta=500.0),
 }
+GEMMA3N = dict(
+    head_dim=16,
+    hidden_size_per_layer_input=32,
+    vocab_size_per_layer_input=258,
+    sliding_window=48,
+    num_hidden_layers=4,
+    num_kv_shared_layers=2,
+    laurel_rank=32,
+    final_logit_softcapping=5.0,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    pad_token_id=0,
+)
 GEMMA4 = dict(
     head_dim=8,
     global_head_dim=16,
@@ -360,6 +373,17 @@ CASES = {
                 "sliding_attention": dict(rope_type="default", rope_theta=500.0),
             },
         ),
+    ),
+    "gemma3n": ("Gemma3nForCausalLM", GEMMA3N),
+    "gemma3n sparse": (
+        "Gemma3nForCausalLM",
+        dict(
+            GEMMA3N,
+            activation_sparsity_pattern=[0.95, 0.5, 0.0, 0.0],
+            altup_num_inputs=3,
+            attention_bias=True,
+        )
+        | dict(intermediate_size=[128, 96, 128, 160], vocab_size_per_layer_input=250, sliding_window=20),
     ),
     "gemma4": ("Gemma4ForCausalLM", GEMMA4),
     "gemma4 wide": (

@@ -38,7 +38,7 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(c.hidden_size)
     dense = [t for name, t in hf.state_dict().items() if name.endswith(("mlp.up_proj.weight", ".w3.weight"))]
-    sizes = [len(t) for t in dense]
+    sizes = [len(t) for t in dense] if arch != "gemma3n" else c.intermediate_size
     w.add_feed_forward_length(sizes if len(set(sizes)) > 1 else sizes[0] if sizes else c.intermediate_size)
     w.add_head_count(c.num_attention_heads)
     types = getattr(c, "layer_types", None) or [""]
@@ -231,6 +231,27 @@ def gemma4(w: GGUFWriter, c, tensors: dict) -> None:
         tensors[f"{name}.weight"] = tensors.pop(name)
 
 
+def gemma3n(w: GGUFWriter, c, tensors: dict) -> None:
+    """Gemma3NModel of llama.cpp's converter."""
+    pattern(w, c, tensors)
+    w.add_final_logit_softcapping(c.final_logit_softcapping)
+    w.add_rope_freq_base_swa(c.rope_parameters["sliding_attention"]["rope_theta"])
+    w.add_altup_active_idx(c.altup_active_idx)
+    w.add_altup_num_inputs(c.altup_num_inputs)
+    w.add_embedding_length_per_layer_input(c.hidden_size_per_layer_input)
+    w.add_shared_kv_layers(c.num_kv_shared_layers)
+    normal, sparse = torch.distributions.normal.Normal(0, 1), torch.tensor(c.activation_sparsity_pattern)
+    w.add_activation_sparsity_scale([normal.icdf(s).item() for s in sparse])
+    for part in ("altup_projections", "altup_unembed_projections"):
+        parts = [tensors.pop(f"model.{part}.{i}.weight") for i in range(c.altup_num_inputs - 1)]
+        tensors[f"model.{part}.weight"] = torch.stack(parts)
+    for name in [n for n in tensors if n.endswith("correct_output_scale")]:
+        tensors[f"{name}.weight"] = tensors.pop(name)
+    table = "model.embed_tokens_per_layer.weight"
+    missing = c.vocab_size - len(tensors[table])
+    tensors[table] = torch.cat([tensors[table], torch.zeros(max(0, missing), tensors[table].shape[1])])
+
+
 def granite_swa(w: GGUFWriter, c, tensors: dict) -> None:
     granite(w, c, tensors)
     pattern(w, c, tensors)
@@ -359,6 +380,7 @@ METADATA = {
     "granite": granite,
     "gemma2": gemma,
     "gemma3": gemma,
+    "gemma3n": gemma3n,
     "gemma4": gemma4,
     "exaone4": pattern,
     "granite_swa": granite_swa,

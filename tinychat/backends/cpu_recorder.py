@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends.cpu_pack import PackedLinear
+from tinychat.backends.cpu_streams import StreamOps
 from tinychat.backends.cpu_values import Buffer, Heads, Record, Routes, Value
 from tinychat.backends.interface import MemorySpec, place_of, state_place, tail_of
 from tinychat.kernels_cpu import _native
@@ -16,7 +17,7 @@ from tinychat.network.config import AttentionConfig, RopeConfig
 
 
 @dataclass
-class Recorder:
+class Recorder(StreamOps):
     """Implements `Ops` by writing down what to run. Norms and activations take the form that is read."""
 
     memories: tuple[MemorySpec, ...]

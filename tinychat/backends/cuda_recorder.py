@@ -95,6 +95,7 @@ class Recorder:
     gated_heads = delta_rule = norm_gated = sigmoid_mul = clamped_mul = short_conv
     norm_values = gelu_columns = norm_columns = embed_onto = scaled = short_conv
     behind = recall = leave = join = keep = short_conv  # `CudaBackend` runs no layer that predicts further
+    tanh = times = summed = resized = mix_streams = correct_streams = cut_gates = short_conv
 
     def silu_mul(self, gate_up):
         return self._gate("silu_mul", gate_up)

@@ -103,7 +103,7 @@ def _planned(
 
 def _kind(name: str) -> str:
     """Kind of module that a name is of."""
-    if name.endswith(("mlp.gate", "mlp.shared_expert_gate")):
+    if name.endswith(("mlp.gate", "mlp.shared_expert_gate", "altup.modality_router")):
         return "router"
     where = {
         "embed_tokens": "embedding",

@@ -384,6 +384,31 @@ class ReferenceBackend(StateOps):
         rows = weight[0][torch.where(self.ids < len(weight[0]), self.ids, 0)]
         return (x + rows * scale) * factor
 
+    def tanh(self, x):
+        return torch.tanh(x)
+
+    def times(self, x, weight):
+        return x * weight
+
+    def summed(self, xs, factor):
+        return torch.stack(list(xs)).sum(0) * factor
+
+    def resized(self, x, like):
+        size, now = (t.pow(2).mean(-1, keepdim=True) for t in (like, x))
+        return x * size.sqrt() / now.clamp(min=1e-5).sqrt()
+
+    def mix_streams(self, xs, factors):
+        n, streams = len(xs), torch.stack(list(xs), 1)
+        return list((streams + factors.unflatten(1, (n, n)) @ streams).unbind(1))
+
+    def correct_streams(self, xs, x, factors):
+        return [old + (1 + by[:, None]) * (x - xs[0]) for old, by in zip(xs, factors.unbind(1), strict=True)]
+
+    def cut_gates(self, gate_up, deviations):
+        gate, up = gate_up.chunk(2, dim=-1)
+        cutoff = gate.mean(-1, keepdim=True) + gate.std(-1, keepdim=True, unbiased=False) * deviations
+        return torch.cat([F.relu(gate - cutoff), up], -1)
+
     def scaled(self, x, weight):
         return x * weight
 

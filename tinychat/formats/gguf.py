@@ -27,6 +27,7 @@ from tinychat.text.tokenizer import Tokenizer
 
 UNREAD = ("attn_rot_embd", "rotary_emb.inv_freq")  # ends of the names of tensors that change nothing
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.")
+_STACKED = re.compile(r"^(model\.\w+)\.(\d{1,3})$")
 _FUSED = re.compile(r"mlp\.experts\.\d{1,6}\.(gate_proj|up_proj)$")
 _EXPERT = re.compile(r"mlp\.experts\.(\d{1,6})\.")
 
@@ -207,6 +208,13 @@ class GGUFCheckpoint:
 
     def _tensor(self, name: str, suffix: str = ".weight") -> Tensor:
         tensor = self.file.tensors.get(self._name(name) + suffix)
+        if tensor is None and (stacked := _STACKED.match(name)):  # one of several outside of blocks
+            whole, i = self._tensor(stacked[1], suffix), int(stacked[2])
+            n = whole.shape[0] if len(whole.shape) == 3 else 0
+            if i >= n:
+                raise self.file.damaged(f"the tensor {whole.name!r} has the shape {list(whole.shape)}")
+            size = whole.n_bytes // n
+            return replace(whole, shape=whole.shape[1:], start=whole.start + i * size, n_bytes=size)
         if tensor is None and (fused := _FUSED.search(name)):  # gate and up of an expert in one
             whole = self._tensor(name[: fused.start(1)] + "gate_up_proj", suffix)
             half, size = whole.shape[0] // 2, whole.n_bytes // 2

@@ -87,6 +87,14 @@ class Metadata:
             raise self.file.damaged(f"the field {self.arch}.{key} is not a whole number for each layer")
         return [int(v) for v in values[:n]]
 
+    def numbers(self, key: str, n: int) -> list[float]:
+        """A list of n numbers, infinite ones too."""
+        value = self.file.fields.get(f"{self.arch}.{key}")
+        given = np.asarray(value) if isinstance(value, list | np.ndarray) else np.zeros(0)
+        if given.dtype.kind not in "iuf" or given.ndim != 1 or len(given) < n:
+            raise self.file.damaged(f"the field {self.arch}.{key} is no list of {n} numbers")
+        return [float(v) for v in given[:n]]
+
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a tensor of the file; () where there is none."""
         found = self.file.tensors.get(tensor)

@@ -203,12 +203,18 @@ Recurrence = ConvConfig | DeltaConfig
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """One gated MLP for all tokens, of an intermediate size."""
+    """One gated MLP for all tokens, of an intermediate size.
+
+    cutoff  gates count only as far as they lie above their mean and so many deviations; None: as they are
+    """
 
     size: int
+    cutoff: float | None = None
 
     def __post_init__(self):
         check_number("intermediate_size", self.size, 1 << 19)
+        if self.cutoff is not None and not math.isfinite(self.cutoff):
+            raise _damaged(f"The checkpoint cuts gates off at {self.cutoff!r} deviations.")
 
 
 @dataclass(frozen=True)
@@ -279,6 +285,8 @@ class ModelConfig:
     layer_inputs    values of each token that every layer gets beside the residual, from rows of an embedding
                     of `layer_vocab` rows, which has those of all layers; 0: there are none
     further         a layer behind all others that predicts one token further (`network.further`)
+    streams         how many residuals there are side by side, of which blocks read the first
+    laurel          channels of a second way around attention; 0: there is none
     """
 
     family: str
@@ -302,6 +310,8 @@ class ModelConfig:
     layer_inputs: int = 0
     layer_vocab: int = 0
     further: LayerConfig | None = None
+    streams: int = 1
+    laurel: int = 0
 
     def __post_init__(self):
         numbers = {
@@ -326,6 +336,9 @@ class ModelConfig:
         if self.layer_inputs:
             check_number("layer inputs", self.layer_inputs, 1 << 14)
             check_number("vocabulary of layer inputs", self.layer_vocab, 1 << 22)
+        check_number("number of streams", self.streams, 16)
+        if self.streams > 1:
+            check_number("laurel rank", self.laurel, 1 << 14)
         self._check_sources()
         for token_id in (self.bos_id, *self.eos_ids):
             if token_id is not None and type(token_id) is not int:

@@ -45,6 +45,10 @@ class Metadata(Protocol):
         """A value for each of n layers, from a list or a single number. Raises CheckpointError."""
         ...
 
+    def numbers(self, key: str, n: int) -> list[float]:
+        """A list of n numbers, infinite ones too. Raises CheckpointError."""
+        ...
+
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a tensor of the file, by its name there; () where there is none."""
         ...
@@ -122,6 +126,7 @@ class FromHF:
     rope_fields   fields of a rope scaling that it has beside those that all have
     interleaved   whether its files hold rows of q and k for rotating neighbours (x[2i], x[2i + 1])
     parts         modules that its files hold among the rows of others, by their names inside a block
+    varied        whether `intermediate_size` may be a list; `layers` reads it then
     unread        ends of the names of modules that files may have in layers that do not use them
     model_type    its name in the `text_config` of wrappers
     wrappers      architectures of models of several inputs whose `text_config` may describe such a model
@@ -140,6 +145,7 @@ class FromHF:
     rope_fields: tuple[str, ...] = ()
     interleaved: bool = False
     parts: Mapping[str, Part] = field(default_factory=dict)
+    varied: bool = False
     unread: tuple[str, ...] = ()
     model_type: str = ""
     wrappers: tuple[str, ...] = ()

@@ -126,7 +126,10 @@ def _config(family: str, form: FromHF, cfg: Settings, generation: Settings) -> M
         ropes.pop("rope"),
         _window(cfg) if form.windows else 0,
     )
-    stack = Stack(cfg["num_hidden_layers"], attention, DenseConfig(cfg["intermediate_size"]))
+    size = cfg["intermediate_size"]
+    if form.varied and isinstance(size, list):
+        size = size[0]
+    stack = Stack(cfg["num_hidden_layers"], attention, DenseConfig(size))
     eos = generation.get("eos_token_id")
     eos = cfg.get("eos_token_id") if eos is None else eos
     fields: dict[str, Any] = dict(

@@ -170,6 +170,38 @@ class Ops(Protocol):
         """
         ...
 
+    def tanh(self, x: Handle) -> Handle:
+        """tanh of each number. It may replace x: nobody else reads it."""
+        ...
+
+    def times(self, x: Handle, weight: Handle) -> Handle:
+        """x · weight, column by column: [T, n]."""
+        ...
+
+    def summed(self, xs: Sequence[Handle], factor: float) -> Handle:
+        """factor · the sum of all xs, [T, n] each."""
+        ...
+
+    def resized(self, x: Handle, like: Handle) -> Handle:
+        """x scaled to the magnitude of `like`, row by row: x · √mean(like²) / √max(mean(x²), 1e-5). It may
+        replace x: nobody else reads it.
+        """
+        ...
+
+    def mix_streams(self, xs: Sequence[Handle], factors: Handle) -> list[Handle]:
+        """y_i = x_i + Σ_j factors[i · n + j] · x_j, of n streams [T, H]; factors: [T, n·n]."""
+        ...
+
+    def correct_streams(self, xs: Sequence[Handle], x: Handle, factors: Handle) -> list[Handle]:
+        """y_i = x_i + (1 + factors[i]) · (x - x_0), of n streams; factors: [T, n]. They replace xs."""
+        ...
+
+    def cut_gates(self, gate_up: Handle, deviations: float) -> Handle:
+        """The first half of each row as far as it lies above its mean and so many of its deviations, else 0;
+        the second as it is. It may replace gate_up: nobody else reads it.
+        """
+        ...
+
     def scaled(self, x: Handle, weight: Handle) -> Handle:
         """x times the one number of `weight`. It replaces x."""
         ...

@@ -271,6 +271,11 @@ class Recorder:
     def embed_onto(self, x: Node, weight: str, scale: float, factor: float) -> Node:
         raise NotImplementedError  # `norm_columns` comes first
 
+    def tanh(self, *given: Any) -> Any:
+        raise NotImplementedError  # of models with an embedding for each layer: `norm_columns` comes first
+
+    times = summed = resized = mix_streams = correct_streams = cut_gates = tanh
+
     def scaled(self, x: Node, weight: str) -> Node:
         return self._node("scaled", (x,), lambda w, x: x * w.norm[short(weight)], weight)
 
