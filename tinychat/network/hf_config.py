@@ -67,7 +67,7 @@ def read(
     _refuse(arch, form, cfg)
     try:
         config = _config(family, form, cfg, generation or {})
-    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as e:
         raise CheckpointError(
             f"config.json does not describe a {arch}: {type(e).__name__} {e}.",
             "The folder is damaged or incomplete; pull it again.",
