@@ -293,7 +293,15 @@ def cost(args: argparse.Namespace) -> None:
 
         near, far = question(100), question(4000)
         whole = timed(lambda: read(engine, ids[::-1][:4032]).free())
-        adds = 32 * 3900 * c.n_heads * c.head_dim * 2 * c.n_layers / fused_multiply_adds()
+        adds = (
+            32
+            * 3900
+            * c.attentions[0].n_heads
+            * c.attentions[0].head_dim
+            * 2
+            * c.n_layers
+            / fused_multiply_adds()
+        )
         print("32-token question, first token, ms")
         print(f"| after 100 tokens | {1e3 * near:.1f} |\n| after 4,000 tokens | {1e3 * far:.1f} |")
         print(f"| the attention that it adds, at the machine's fp32 rate | {1e3 * adds:.1f} |")

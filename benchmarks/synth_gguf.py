@@ -63,12 +63,12 @@ def write(shape: str, tokenizer: Path, out: Path, form: str = DEFAULT) -> None:
     w.add_context_length(8192)
     w.add_embedding_length(c.hidden_size)
     w.add_feed_forward_length(c.layers[0].mlp.size)
-    w.add_head_count(c.n_heads)
-    w.add_head_count_kv(c.n_kv_heads)
+    w.add_head_count(c.attentions[0].n_heads)
+    w.add_head_count_kv(c.attentions[0].n_kv_heads)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_freq_base(10000.0)
     w.add_vocab_size(c.vocab_size)
-    w.add_rope_dimension_count(c.head_dim)
+    w.add_rope_dimension_count(c.attentions[0].head_dim)
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     types = reader.fields["tokenizer.ggml.token_type"].contents()
     tokens = (tokens + [f"[PAD{i}]" for i in range(c.vocab_size - len(tokens))])[: c.vocab_size]
@@ -87,7 +87,7 @@ def write(shape: str, tokenizer: Path, out: Path, form: str = DEFAULT) -> None:
 
     body = GGMLQuantizationType["Q4_0" if form == DEFAULT else form.upper()]
     head = GGMLQuantizationType.Q8_0 if head_form(form, c.hidden_size) == HEAD else GGMLQuantizationType.Q6_K
-    h, kv = c.hidden_size, c.n_kv_heads * c.head_dim
+    h, kv = c.hidden_size, c.attentions[0].n_kv_heads * c.attentions[0].head_dim
     linear("token_embd.weight", head if c.tie_embeddings else body, c.vocab_size, h)
     if not c.tie_embeddings:
         linear("output.weight", head, c.vocab_size, h)
@@ -97,10 +97,10 @@ def write(shape: str, tokenizer: Path, out: Path, form: str = DEFAULT) -> None:
         w.add_tensor(b + "attn_norm.weight", np.ones(h, np.float32))
         w.add_tensor(b + "ffn_norm.weight", np.ones(h, np.float32))
         for name, n, k in (
-            ("attn_q", c.n_heads * c.head_dim, h),
+            ("attn_q", c.attentions[0].n_heads * c.attentions[0].head_dim, h),
             ("attn_k", kv, h),
             ("attn_v", kv, h),
-            ("attn_output", h, c.n_heads * c.head_dim),
+            ("attn_output", h, c.attentions[0].n_heads * c.attentions[0].head_dim),
             ("ffn_gate", c.layers[0].mlp.size, h),
             ("ffn_up", c.layers[0].mlp.size, h),
             ("ffn_down", h, c.layers[0].mlp.size),

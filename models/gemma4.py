@@ -64,10 +64,7 @@ STILL = 1e29  # what GGUF divides frequencies by, at least, of pairs that do not
 
 
 def shared(
-    slides: Callable[[int], bool],
-    n: int,
-    own: int,
-    heads: Callable[[int], AttentionConfig],
+    slides: Callable[[int], bool], n: int, own: int, heads: Callable[[int], AttentionConfig]
 ) -> Callable[[int], AttentionConfig]:
     """Attention of layer i, of which those behind the first `own` attend to what the last one of these that
     is of their type has written. Raises ValueError where none is.
@@ -129,10 +126,9 @@ def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
         )
 
     own = stack.n - c["num_kv_shared_layers"]
-    wide = 2 if c["use_double_wide_mlp"] else 1
 
     def mlp(i: int) -> DenseConfig | ExpertsConfig:
-        size = stack.mlp.size * (1 if i < own else wide)
+        size = stack.mlp.size * (2 if c["use_double_wide_mlp"] and i >= own else 1)
         if not c["enable_moe_block"]:
             return DenseConfig(size)
         return ExpertsConfig(c["num_experts"], c["top_k_experts"], c["moe_intermediate_size"], shared=size)
@@ -238,6 +234,13 @@ HF = {
         wrappers=("Gemma4ForConditionalGeneration",),
     )
 }
+HF["Gemma4UnifiedForCausalLM"] = replace(
+    HF["Gemma4ForCausalLM"],
+    defaults=HF["Gemma4ForCausalLM"].defaults
+    | {"hidden_size_per_layer_input": 0, "sliding_window": 1024, "max_position_embeddings": 262144},
+    model_type="gemma4_unified_text",
+    wrappers=("Gemma4UnifiedForConditionalGeneration",),
+)
 GGUF = {
     "gemma4": FromGGUF(
         NAMES

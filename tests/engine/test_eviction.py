@@ -27,7 +27,7 @@ class Dense:
     def __init__(self, model, policy, trained=10**9):
         self.c, self.w, self.policy, self.trained = model.config, model.backend.weights, policy, trained
         c = self.c
-        heads = [(layer, g) for layer in range(c.n_layers) for g in range(c.n_kv_heads)]
+        heads = [(layer, g) for layer in range(c.n_layers) for g in range(c.attentions[0].n_kv_heads)]
         self.seen = {h: [] for h in heads}  # tokens
         self.position = {h: {} for h in heads}  # of a token
         self.score = {h: {} for h in heads}
@@ -71,11 +71,14 @@ class Dense:
         for layer, b in enumerate(self.w.blocks):
             qkv = b.qkv[0] @ norm(x, b.attn_norm)
             q, k, v = (
-                a.view(-1, c.head_dim)
-                for a in qkv.split([c.n_heads * c.head_dim] + 2 * [c.n_kv_heads * c.head_dim])
+                a.view(-1, c.attentions[0].head_dim)
+                for a in qkv.split(
+                    [c.attentions[0].n_heads * c.attentions[0].head_dim]
+                    + 2 * [c.attentions[0].n_kv_heads * c.attentions[0].head_dim]
+                )
             )
             out = []
-            for g in range(c.n_kv_heads):
+            for g in range(c.attentions[0].n_kv_heads):
                 h = layer, g
                 self.k[h].append(k[g])
                 self.v[h].append(v[g])
@@ -85,9 +88,11 @@ class Dense:
                 self.turned[h][t] = self.rotate(k[g], position)
                 keys = torch.stack([self.turned[h][i] for i in seen])
                 values = torch.stack([self.v[h][i] for i in seen])
-                per = c.n_heads // c.n_kv_heads
+                per = c.attentions[0].n_heads // c.attentions[0].n_kv_heads
                 for j in range(per):
-                    p = (keys @ self.rotate(q[g * per + j], position) / c.head_dim**0.5).softmax(0)
+                    p = (
+                        keys @ self.rotate(q[g * per + j], position) / c.attentions[0].head_dim ** 0.5
+                    ).softmax(0)
                     out.append(p @ values)
                     for i, weight in zip(seen, p.tolist(), strict=True):
                         self.score[h][i] += weight

@@ -188,7 +188,13 @@ SMOLLM2 = {
 
 def test_llama_2_config():
     c = read_config(LLAMA_2)
-    assert (c.family, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim) == ("llama", 32, 32, 32, 128)
+    assert (
+        c.family,
+        c.n_layers,
+        c.attentions[0].n_heads,
+        c.attentions[0].n_kv_heads,
+        c.attentions[0].head_dim,
+    ) == ("llama", 32, 32, 32, 128)
     assert (c.hidden_size, c.layers[0].mlp, c.vocab_size, c.context_length) == (
         4096,
         DenseConfig(11008),
@@ -201,7 +207,7 @@ def test_llama_2_config():
 
 def test_llama_3_1_config():
     c = read_config(LLAMA_3_1)
-    assert (c.n_kv_heads, c.head_dim, c.context_length) == (8, 128, 131072)
+    assert (c.attentions[0].n_kv_heads, c.attentions[0].head_dim, c.context_length) == (8, 128, 131072)
     assert c.eos_ids == (128001, 128008, 128009)
     assert c.rope == RopeConfig(5e5, 128, "llama3", 8.0, 1.0, 4.0, 8192)
 
@@ -217,7 +223,12 @@ def test_mistral_slides_its_window():
 
 def test_smollm2_config():
     c = read_config(SMOLLM2)
-    assert (c.n_heads, c.n_kv_heads, c.head_dim, c.tie_embeddings) == (9, 3, 64, True)
+    assert (
+        c.attentions[0].n_heads,
+        c.attentions[0].n_kv_heads,
+        c.attentions[0].head_dim,
+        c.tie_embeddings,
+    ) == (9, 3, 64, True)
     assert c.rope == RopeConfig(theta=1e5, dim=64)
 
 

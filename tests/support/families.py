@@ -399,6 +399,12 @@ CASES = {
         | dict(hidden_size_per_layer_input=0, sliding_window=40, use_bidirectional_attention="vision")
         | dict(rope_parameters=TWO_ROPES),
     ),
+    "gemma4 unified": (
+        "Gemma4UnifiedForCausalLM",
+        dict(head_dim=16, global_head_dim=32, sliding_window=30, num_kv_shared_layers=1, num_hidden_layers=4)
+        | dict(layer_types=["full_attention", "sliding_attention", "full_attention", "full_attention"])
+        | dict(use_double_wide_mlp=True, num_key_value_heads=1),
+    ),
     "gemma4moe": (
         "Gemma4ForCausalLM",
         dict(head_dim=16, global_head_dim=32, hidden_size_per_layer_input=0, sliding_window=40)

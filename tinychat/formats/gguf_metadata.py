@@ -66,7 +66,7 @@ def said(cfg: ModelConfig, name: str) -> tuple[Fields, dict[str, np.ndarray]]:
     from gguf import GGUFValueType as T
 
     arch, form = architecture(cfg)
-    mixer, rope = cfg.attentions[0], cfg.rope or RopeConfig(dim=cfg.head_dim)
+    mixer, rope = cfg.attentions[0], cfg.rope or RopeConfig(dim=cfg.attentions[0].head_dim)
     assert isinstance(cfg.layers[0].mlp, DenseConfig)
     whole = {
         "block_count": cfg.n_layers,

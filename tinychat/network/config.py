@@ -320,6 +320,8 @@ class ModelConfig:
             "vocab_size": 1 << 22,
             "context_length": 1 << 25,
         }
+        numbers |= {"layer_inputs": 1 << 14, "layer_vocab": 1 << 22} if self.layer_inputs else {}
+        numbers |= {"streams": 16, "laurel": 1 << 14} if self.streams != 1 else {}
         for name, limit in numbers.items():
             check_number(name, getattr(self, name), limit)
         experts = sum(layer.mlp.n for layer in self.layers if isinstance(layer.mlp, ExpertsConfig))
@@ -332,13 +334,7 @@ class ModelConfig:
         if not self.attentions:
             raise _damaged("The checkpoint has no layer with attention.")
         if self.long_rope is not None:
-            self.long_rope.check(self.head_dim)
-        if self.layer_inputs:
-            check_number("layer inputs", self.layer_inputs, 1 << 14)
-            check_number("vocabulary of layer inputs", self.layer_vocab, 1 << 22)
-        check_number("number of streams", self.streams, 16)
-        if self.streams > 1:
-            check_number("laurel rank", self.laurel, 1 << 14)
+            self.long_rope.check(self.attentions[0].head_dim)
         self._check_sources()
         for token_id in (self.bos_id, *self.eos_ids):
             if token_id is not None and type(token_id) is not int:
@@ -404,21 +400,6 @@ class ModelConfig:
         )
         longer = replace(self, context_length=self.long_context, layers=layers)
         return replace(longer, long_context=0, long_rope=None)
-
-    @property
-    def n_heads(self) -> int:
-        """Query heads of the first layer that attends."""
-        return self.attentions[0].n_heads
-
-    @property
-    def n_kv_heads(self) -> int:
-        """Key and value heads of the first layer that attends."""
-        return self.attentions[0].n_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Dimensions of a head in the first layer that attends."""
-        return self.attentions[0].head_dim
 
     @property
     def n_experts(self) -> int:
