@@ -401,7 +401,7 @@ CASES = {
     ),
     "gemma4 unified": (
         "Gemma4UnifiedForCausalLM",
-        dict(head_dim=16, global_head_dim=32, sliding_window=30, num_kv_shared_layers=1, num_hidden_layers=4)
+        dict(head_dim=8, global_head_dim=16, sliding_window=30, num_kv_shared_layers=1, num_hidden_layers=4)
         | dict(layer_types=["full_attention", "sliding_attention", "full_attention", "full_attention"])
         | dict(use_double_wide_mlp=True, num_key_value_heads=1),
     ),
