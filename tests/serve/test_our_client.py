@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
+from said import says
 from serving import serving
 from tiny import tiny_model
 
@@ -77,3 +79,35 @@ def test_its_key_and_its_refusals_are_understood(model, monkeypatch):
             list(session.send("word " * 5000))
         assert "new chat" in e.value.todo
         assert list(session.send("Hello."))[-1].finish_reason == "length"
+
+
+def test_tools_and_a_schema_go_through_both(model, monkeypatch):
+    def add(a: int, b: int) -> int:
+        """Adds.
+
+        Args:
+            a: One.
+            b: Another.
+        """
+        return a + b
+
+    with serving(model) as server:
+        session = connected(server).session(max_tokens=200)
+        with monkeypatch.context() as patch:
+            says(patch, model, '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>')
+            done = list(session.send("2 + 3?", tools=[add]))[-1]
+        assert done.finish_reason == "tool_calls"
+        (call,) = done.completion.tool_calls
+        assert (call.name, json.loads(call.arguments)) == ("add", {"a": 2, "b": 3})
+        asked = [
+            {"role": "user", "content": "2 + 3?"},
+            {**done.completion.message()},
+            {"role": "tool", "content": "5", "tool_call_id": call.id},
+        ]
+        said = list(session.send_results(["5"], temperature=0, max_tokens=9))[-1].completion.text
+        assert said == model.chat(asked, tools=[add], temperature=0, max_tokens=9).text
+        session = connected(server).session(temperature=1, seed=3, max_tokens=200)
+        schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+        schema |= {"additionalProperties": False}
+        session.response_format = {"type": "json_schema", "json_schema": {"schema": schema}}
+        assert json.loads(list(session.send("?"))[-1].completion.text)["a"] in (1, 2)
