@@ -5,6 +5,7 @@ every kind of memory, also after a restart, and where memory holds less than is 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 from agents import THINKING, Agent, Turn, Watch, call, tools, words
@@ -23,7 +24,9 @@ MAKES = {
     "state": recurrent_model,
     "delta": delta_model,
 }
-THOUGHT = "The user wants to know what is in the files, so I look at the next one. " * 3
+SLOW = pytest.mark.slow
+FEW = ["window", "delta", pytest.param("full", marks=SLOW), pytest.param("state", marks=SLOW)]
+THOUGHT = "The user wants to know what is in the files, so I look at the next one. "
 
 
 def make(kind: str, ctx: int, **more):
@@ -69,10 +72,10 @@ def check(turns: list[Turn], before: Turn | None = None, slack: int = 1) -> None
             assert turn.read <= turn.prompt - had - 1 + slack
 
 
-def session(monkeypatch, tmp_path, kind, speaks, system, n, official=False, thought=""):
-    """n turns of an agent with a restart in the middle; what each took."""
+def session(monkeypatch, tmp_path, kind, speaks, system, n, official=False, thought="", thinks=True):
+    """n turns of an agent with a restart in the middle; what each took. thinks: as of an `Agent`."""
     watch, made = Watch(monkeypatch), []
-    agent = Agent(None, speaks, words(system), tools(max(1, system // 1000)))
+    agent = Agent(None, speaks, words(system), tools(max(1, system // 1000)), thinks)
     agent.ask("What is in the project?")
     for part in (range(n - n // 2), range(n - n // 2, n)):
         with make(kind, 1 << 15) as model, serving(model, folder=tmp_path) as server:
@@ -96,11 +99,22 @@ def _same(value):
         ("state", "openai", ""),
         ("delta", "anthropic", THOUGHT),
     ],
+    ids=["full", "window", "state", "delta"],
 )
 def test_turns_of_an_agent_read_only_what_is_new(monkeypatch, tmp_path, kind, speaks, thought):
     turns = session(monkeypatch, tmp_path, kind, speaks, 600, 5, thought=thought)
     assert turns[0].read == turns[0].prompt > 600
     check(turns)
+
+
+@pytest.mark.parametrize(("kind", "speaks"), [("window", "openai"), ("delta", "anthropic")])
+def test_an_agent_that_drops_thoughts_between_its_calls_has_the_last_call_read_again(
+    monkeypatch, tmp_path, kind, speaks
+):
+    turns = session(monkeypatch, tmp_path, kind, speaks, 600, 4, thought=THOUGHT, thinks=False)
+    for last, turn in pairwise(turns):
+        assert turn.known >= last.prompt
+        assert turn.read == turn.computed <= turn.prompt - last.prompt + 2 * BLOCK
 
 
 @pytest.mark.slow
@@ -116,7 +130,7 @@ def test_thirty_turns_on_ten_thousand_tokens(monkeypatch, tmp_path, kind, speaks
     print(f"{kind} {speaks}: {turns[0].read} tokens, then {read} of {total} in {len(turns) - 1} turns")
 
 
-@pytest.mark.parametrize("kind", sorted(MAKES))
+@pytest.mark.parametrize("kind", FEW)
 def test_two_agents_share_memory_for_one_and_a_half(monkeypatch, tmp_path, kind):
     """What makes way is written to disk and read back, not computed again."""
     ctx, watch = 2048, Watch(monkeypatch)
@@ -152,7 +166,7 @@ def question(agent: Agent, watch: Watch, monkeypatch, model, text: str, written:
     return Turn(used["prompt_tokens"], used["completion_tokens"], read, watch.computed, watch.known)
 
 
-@pytest.mark.parametrize("kind", sorted(MAKES))
+@pytest.mark.parametrize("kind", FEW)
 def test_a_thought_that_the_client_drops_costs_the_answer_behind_it(monkeypatch, tmp_path, kind):
     """What was read before the thought is known, also after a restart; a snapshot of a window or a state lies
     up to two blocks before. The prompts are those of our own chat, whose template strips thoughts.
