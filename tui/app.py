@@ -322,7 +322,7 @@ class ChatApp(Host):
         self._interrupted = now
         if self.chat.answering:
             self.chat.action_stop()
-        self.chat.say("ctrl+c again to leave (also ctrl+q).")
+        self.chat.say(f"{self.keys.named('copy_or_leave')} again to leave (also {self.keys.named('leave')}).")
 
     def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
         from tinychat.tui.commands import COMMANDS

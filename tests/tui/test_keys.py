@@ -42,7 +42,8 @@ def make_app(store, tmp_path, text, *scripts):
 
 
 async def test_keys_do_what_config_toml_says_and_the_help_shows_them(store, tmp_path):
-    text = '[keys]\nsend = "ctrl+s"\nnewline = ["enter", "ctrl+j"]\nchats = "f9"\nedit_message = "E"\n'
+    text = '[keys]\nsend = "ctrl+s"\nnewline = ["enter", "ctrl+j"]\nchats = "f9"\n'
+    text += 'edit_message = "E"\nrename_chat = "R"\n'
     app = make_app(store, tmp_path, text)
     async with app.run_test(size=(100, 60)) as pilot:
         await wait_until(pilot, lambda: app.chat.ready)
@@ -57,6 +58,8 @@ async def test_keys_do_what_config_toml_says_and_the_help_shows_them(store, tmp_
         assert app.chat.sidebar is None
         await pilot.press("f9")
         await wait_until(pilot, lambda: app.chat.sidebar is not None)
+        await pilot.press("down")
+        await wait_until(pilot, lambda: "R rename" in screen_text(app))
         await pilot.press("escape", "ctrl+up", "e")
         assert app.chat.editing is None
         await pilot.press("E")

@@ -58,7 +58,7 @@ class ChatActions(Places):
         if not self.answering:
             await self.say_words(words)
         elif self.editing is not None:
-            self.say("Still answering: esc stops it.")
+            self.say(f"Still answering: {self.key('stop')} stops it.")
         else:
             self.composer.queue.put(replace(words, waited=True))
             self.composer.clear()
@@ -156,7 +156,7 @@ class ChatActions(Places):
     async def regenerate(self, question: int | None = None, once: Mapping[str, Any] | None = None) -> None:
         """Answer a question (default: the last one) again; once: sampling parameters of this answer alone."""
         if self.answering:
-            raise UsageError("Still answering.", "esc stops it.")
+            raise UsageError("Still answering.", f"{self.key('stop')} stops it.")
         if question is None:
             question = self.conversation.tree.question
         if question is None:
@@ -167,7 +167,7 @@ class ChatActions(Places):
     def command_continue(self, rest: str) -> None:
         tree = self.conversation.tree
         if self.answering:
-            raise UsageError("Still answering.", "esc stops it.")
+            raise UsageError("Still answering.", f"{self.key('stop')} stops it.")
         if tree.leaf is None or tree.nodes[tree.leaf].role != "assistant":
             raise UsageError("There is no answer to go on with.", "Say something, or /regen.")
         if tree.nodes[tree.leaf].finish_reason in ("stop", "tool_calls"):
@@ -186,7 +186,7 @@ class ChatActions(Places):
     def begin_edit(self, node: int) -> None:
         """Put a message of the user into the composer."""
         if self.answering:
-            raise UsageError("Still answering.", "esc stops it.")
+            raise UsageError("Still answering.", f"{self.key('stop')} stops it.")
         self.editing = node
         m = self.conversation.tree.nodes[node]
         self.composer.restore(m.content, m.attachments)
@@ -201,7 +201,7 @@ class ChatActions(Places):
     async def action_new_chat(self) -> None:
         """An empty conversation with the same model and settings."""
         if self.answering:
-            self.say("Still answering: esc stops it.")
+            self.say(f"Still answering: {self.key('stop')} stops it.")
             return
         chat = self.conversation.chat
         await self.open(Conversation(self.app.store, self.model, chat.system, chat.params))
@@ -225,7 +225,7 @@ class ChatActions(Places):
 
     async def command_delete(self, rest: str) -> None:
         if self.answering:
-            raise UsageError("Still answering.", "esc stops it.")
+            raise UsageError("Still answering.", f"{self.key('stop')} stops it.")
         chat = self._begun_chat()
         if not chat.id:
             raise UsageError("This chat is not stored.", "/new begins another one.")

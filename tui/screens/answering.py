@@ -158,7 +158,7 @@ class Answering(Room):
         elif state == "loading":
             text = "waiting for the model"
         elif state == "no model":
-            text = "waiting for a model: ctrl+o chooses one, esc leaves it"
+            text = f"waiting for a model: {self.key('model')} chooses one, {self.key('stop')} leaves it"
         elif state == "stopping" and time.monotonic() - self._stopped > 1:
             text = "stopping; esc again ends the engine and starts another"
         elif state == "reading" and self._progress is not None:
@@ -277,7 +277,7 @@ class Answering(Room):
             elif name:
                 self.run_worker(self.choose_model(name))
             elif not self.model:
-                self.say("No model yet: ctrl+o chooses one.")
+                self.say(f"No model yet: {self.key('model')} chooses one.")
 
         self.first, self.trouble = True, trouble or NONE_YET
         self.status.tell(state="no model")
@@ -297,7 +297,7 @@ class Answering(Room):
     async def choose_model(self, name: str) -> None:
         """Load another model; the conversation goes on with it."""
         if self.answering and self.question is None:
-            self.say("Still answering: esc stops it.")
+            self.say(f"Still answering: {self.key('stop')} stops it.")
             return
         busy = not self.ready and not self.trouble  # with another model: that process is ended
         self.ready, self.trouble, self._deaths = False, "", []

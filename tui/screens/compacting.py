@@ -47,9 +47,11 @@ class Compacting(Calling):
     async def command_compact(self, rest: str) -> None:
         """Ask the model for a summary of the present branch."""
         if self.answering:
-            raise UsageError("Still answering.", "esc stops it.")
+            raise UsageError("Still answering.", f"{self.key('stop')} stops it.")
         if not self.ready:
-            raise UsageError("There is no model that could write a summary.", "ctrl+o chooses one.")
+            raise UsageError(
+                "There is no model that could write a summary.", f"{self.key('model')} chooses one."
+            )
         path = self.conversation.path()
         while path and path[-1].role != "assistant":
             path.pop()  # it never got an answer
@@ -109,7 +111,7 @@ class Compacting(Calling):
         if self._stopping:
             how_far = "stopping"
         self.status.tell(state="summarising")
-        self.say(f"Writing a summary: {how_far}. esc stops it, and the chat stays as it is.")
+        self.say(f"Writing a summary: {how_far}. {self.key('stop')} stops it, and the chat stays as it is.")
 
     # What the engine says goes to the summary while one is written
 

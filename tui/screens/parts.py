@@ -115,6 +115,10 @@ class ChatParts(Surface, Screen[None]):
         """Tokens that the model can read; 0 while unknown."""
         return self.facts.get("ctx") or 0
 
+    def key(self, name: str) -> str:
+        """The key of that name, for a hint."""
+        return self.app.keys.named(name)
+
     def say(self, text: str, error: bool = False) -> None:
         """A line above the composer; empty takes it away."""
         notice = self.query_one("#notice", Static)

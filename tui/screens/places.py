@@ -58,7 +58,7 @@ class Places(Compacting):
     def not_while_answering(self) -> None:
         """Raises UsageError while an answer is being made."""
         if self.answering:
-            raise UsageError("Still answering.", "esc stops it.")
+            raise UsageError("Still answering.", f"{self.key('stop')} stops it.")
 
     # The tree
 
@@ -163,7 +163,7 @@ class Places(Compacting):
         """The next place that has the words, or the one before; behind the last comes the first."""
         found = self.found
         if found is None:
-            raise UsageError("Nothing was searched for.", "ctrl+b searches the chats.")
+            raise UsageError("Nothing was searched for.", f"{self.key('chats')} searches the chats.")
         turn = self.transcript.turn(found.nodes[found.at])
         lines = turn.marks(found.finder) if turn is not None else []
         if turn is not None and found.line is not None and 0 <= found.line + step < len(lines):
@@ -205,7 +205,7 @@ class Places(Compacting):
         self.transcript.scroll_to(y=y - self.transcript.size.height // 3, animate=False, force=True)
         place = f", place {found.line + 1} of {len(lines)}" if len(lines) > 1 else ""
         count = f"Message {found.at + 1} of {len(found.nodes)}{place}"
-        self.say(f"{count} · n next · N previous")
+        self.say(f"{count} · {self.key('next_found')} next · {self.key('previous_found')} previous")
 
 
 def having(tree: Tree, finder: Finder) -> list[int]:

@@ -16,13 +16,20 @@ from tinychat.base.errors import TinychatError
 from tinychat.chats.chat_store import ChatStore, Hit
 from tinychat.tui.excerpts import FOUND, fitted
 from tinychat.tui.hints import Hints
+from tinychat.tui.host import Host
 from tinychat.tui.messages import ChatAction, OpenChat, Trouble
 from tinychat.tui.text import clean, shorten, width_of
 
 MOST = 200  # chats that are listed
 ROOM = 34  # cells of a line, unless the terminal shows nothing else
 FIELD_HINTS = ("enter open the first", "↓ to the list", "esc close")
-LIST_HINTS = ("enter open", "r rename", "d delete", "u undo", "x export", "↑ search", "esc close")
+LIST_HINTS = {  # by the names of the keys
+    "open_chat": "open",
+    "rename_chat": "rename",
+    "delete_chat": "delete",
+    "undo_delete": "undo",
+    "export_chat": "export",
+}
 
 
 class ChatList(OptionList):
@@ -78,6 +85,8 @@ class Search(Input):
 
 class Sidebar(Vertical):
     """Search field and list."""
+
+    app: Host
 
     def __init__(self, store: ChatStore, now: Callable[[], float] = time.time):
         super().__init__(id="sidebar")
@@ -154,7 +163,8 @@ class Sidebar(Vertical):
     def on_descendant_focus(self) -> None:
         """Hint at the keys of what has the focus."""
         in_list = self.query_one(ChatList).has_focus
-        self.query_one(Hints).show(LIST_HINTS if in_list else FIELD_HINTS)
+        hints = [f"{self.app.keys.named(name)} {does}" for name, does in LIST_HINTS.items()]
+        self.query_one(Hints).show([*hints, "↑ search", "esc close"] if in_list else FIELD_HINTS)
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Search as it is typed."""
