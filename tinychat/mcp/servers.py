@@ -19,7 +19,7 @@ from tinychat.mcp.config import ServerConfig
 from tinychat.mcp.stdio import StdioTransport
 from tinychat.mcp.tools import MOST_TOOLS, Listed, Result, Tool, named, read_listed, result_of
 
-START_SECONDS = 30.0  # until a server must have told its tools
+START_SECONDS = 60.0  # until a server must have told its tools
 CALL_SECONDS = 600.0  # that a call may take
 END_SECONDS = 3.0  # that the end of all servers is waited for
 PAGES = 20  # of a list of tools
