@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from recurrent import delta_model, recurrent_model, shared_model
+from recurrent import further_model, recurrent_model, shared_model
 from session_helpers import conversation_ids, opening, turn
 from tiny import tiny_model
 
@@ -21,6 +21,7 @@ class SessionMachine(RuleBasedStateMachine):
         super().__init__()
         self.model = self.make(ctx=256, grows=False)
         self.alone = self.make(ctx=256)  # shares nothing with the conversation
+        self.alone.draft = "none"
         self.session = self.model.session(kv_policy="none", temperature=0, max_tokens=5)
         self.finished = []
 
@@ -89,9 +90,9 @@ class RecurrentSessionMachine(SessionMachine):
 
 
 class DeltaSessionMachine(SessionMachine):
-    """Layers with full attention and with a delta rule."""
+    """Layers with full attention and with a delta rule, and one behind them that drafts."""
 
-    make = staticmethod(delta_model)
+    make = staticmethod(further_model)
 
 
 class SharedSessionMachine(SessionMachine):

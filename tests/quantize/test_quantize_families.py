@@ -277,6 +277,16 @@ def test_an_order_of_heads_that_config_json_cannot_say_is_refused_before_anythin
     assert not (tmp_path / "out").exists()
 
 
+def test_a_qwen3_next_without_experts_is_refused_before_anything_is_written(tmp_path):
+    cls, changes = CASES["qwen3next listed"]
+    random_model(cls, **changes | dict(mlp_only_layers=[0, 1, 2])).save_pretrained(tmp_path / "source")
+    byte_tokenizer().save(tmp_path / "source")
+    with pytest.raises(UnsupportedModelError, match="projections") as e:
+        quantize(HFCheckpoint(tmp_path / "source"), tmp_path / "out", method="rtn")
+    assert len(str(e.value).splitlines()) == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_mixtures_of_experts_are_refused(tmp_path, text):
     cls, changes = CASES["mixtral"]
     random_model(cls, **changes).save_pretrained(tmp_path / "source")

@@ -201,7 +201,7 @@ class CpuBackend:
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
-        ropes = [self.cfg.whole.layers[layer].attention.rope for layer in self.memories[memory].layers]
+        ropes = [self.cfg.all_layers[layer].attention.rope for layer in self.memories[memory].layers]
         for rope in {rope for rope in ropes if rope is not None}:
             here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
             turned = np.ascontiguousarray(np.where(here, delta, 0), np.int32)

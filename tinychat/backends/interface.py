@@ -42,7 +42,7 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
     """Memories that a sequence needs, in the order in which a span names them."""
     alike: dict[tuple[int, int, int], list[int]] = {}
     states: dict[int, list[int]] = {}
-    for i, layer in enumerate(cfg.whole.layers):
+    for i, layer in enumerate(cfg.all_layers):
         a = layer.mixer
         if isinstance(a, AttentionConfig):
             if a.source >= 0:  # its keys and values are in the memory of the layer that wrote them

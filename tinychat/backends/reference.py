@@ -151,7 +151,7 @@ class ReferenceBackend(StateOps):
         return self.pools[memory].value_spread(block_table, weights, exact)
 
     def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
-        ropes = [self.cfg.whole.layers[layer].attention.rope for layer in self.memories[memory].layers]
+        ropes = [self.cfg.all_layers[layer].attention.rope for layer in self.memories[memory].layers]
         self.pools[memory].turn_keys(block_table, delta, ropes, exact)
 
     @torch.inference_mode()

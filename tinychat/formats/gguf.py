@@ -254,4 +254,4 @@ class GGUFCheckpoint:
 
     def _layer(self, name: str) -> LayerConfig:
         """The layer that a module belongs to."""
-        return self.config.whole.layers[int(name.split(".")[2])]
+        return self.config.all_layers[int(name.split(".")[2])]

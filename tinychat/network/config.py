@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -356,11 +355,15 @@ class ModelConfig:
         """How many layers there are."""
         return len(self.layers)
 
-    @cached_property
+    @property
+    def all_layers(self) -> tuple[LayerConfig, ...]:
+        """The layers, and behind them the one that predicts further, if there is one."""
+        return self.layers if self.further is None else (*self.layers, self.further)
+
+    @property
     def whole(self) -> ModelConfig:
         """The config with the layer that predicts further among the others."""
-        further = () if self.further is None else (self.further,)
-        return replace(self, layers=self.layers + further, further=None)
+        return self if self.further is None else replace(self, layers=self.all_layers, further=None)
 
     @property
     def without_further(self) -> ModelConfig:

@@ -191,7 +191,7 @@ def in_files(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> tuple[str,
     """
     layer, _, module = name.removeprefix("model.layers.").partition(".")
     if part := form.parts.get(module):
-        return f"model.layers.{layer}.{part.whole}", part.rows(cfg.whole.layers[int(layer)])
+        return f"model.layers.{layer}.{part.whole}", part.rows(cfg.all_layers[int(layer)])
     order = in_file_order(form, cfg, name)
     return name, None if order is None else np.argsort(order)
 
@@ -214,7 +214,7 @@ def in_file_order(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> np.nd
     module = name.rpartition(".")[2]
     if module not in ("q_proj", "k_proj") or not form.interleaved:
         return None
-    a = cfg.whole.layers[int(name.split(".")[2])].attention
+    a = cfg.all_layers[int(name.split(".")[2])].attention
     return a.neighbours(a.n_heads if module == "q_proj" else a.n_kv_heads)
 
 

@@ -235,6 +235,7 @@ def _check(
     **wishes: Any,
 ) -> Target:
     """The target; raises for what cannot be done, before anything is read."""
+    from tinychat.models import FAMILIES
     from tinychat.quantize import settings
     from tinychat.quantize.forward import network
     from tinychat.quantize.target import choose
@@ -247,6 +248,11 @@ def _check(
     if cfg.n_experts:
         raise UnsupportedModelError(
             f"{checkpoint.path.name} is a mixture of experts, which cannot be quantized yet.",
+            'It runs with quantize="rtn", or as someone quantized it.',
+        )
+    if any(form.parts for form in FAMILIES[cfg.family].HF.values()):
+        raise UnsupportedModelError(
+            f"Files hold projections of a {cfg.family} model together; quantizers do not write that yet.",
             'It runs with quantize="rtn", or as someone quantized it.',
         )
     if out.suffix == ".gguf" and format is None:
