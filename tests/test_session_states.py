@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from recurrent import delta_model, recurrent_model
+from recurrent import delta_model, recurrent_model, shared_model
 from session_helpers import conversation_ids
 from tiny import TEMPLATE
 
@@ -14,6 +14,7 @@ from tinychat.engine.memory.branch import common_prefix
 from tinychat.session import Session
 
 LONG = "x" * 4000
+MEMORIES = {"convolution": recurrent_model, "delta rule": delta_model, "shared keys": shared_model}
 # As templates of reasoning models: what an answer begins with, and all up to its end, is gone one turn later.
 STRIPPED = TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}").replace(
     "assistant\n{%", "assistant\n<think>\n{%"
@@ -34,7 +35,7 @@ def read(done) -> int:
     return done.stats.prompt_tokens - done.stats.cached_tokens
 
 
-@pytest.mark.parametrize("make", [recurrent_model, delta_model], ids=["convolution", "delta rule"])
+@pytest.mark.parametrize("make", MEMORIES.values(), ids=MEMORIES)
 def test_a_turn_of_a_long_chat_reads_what_is_new(make):
     with long_context(make, TEMPLATE) as model:
         session = model.session(temperature=0, max_tokens=20, kv_policy="none")
@@ -86,7 +87,7 @@ def test_another_answer_and_an_edit_go_on_from_the_nearest_state():
         assert read(edited) < 100
 
 
-@pytest.mark.parametrize("make", [recurrent_model, delta_model], ids=["convolution", "delta rule"])
+@pytest.mark.parametrize("make", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("drafts", [False, True])
 def test_a_branch_from_disk_goes_on_behind_the_middle_of_a_block_and_back_again(make, drafts, tmp_path):
     """The state at the last whole block is not on disk: no other may be taken for it."""
