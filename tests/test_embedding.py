@@ -15,6 +15,7 @@ from tiny import byte_tokenizer, tiny_folder
 import tinychat
 from tinychat.base.errors import CheckpointError, UnsupportedModelError, UsageError
 from tinychat.formats.embedder import Pooling
+from tinychat.hub.huggingface import choose_files
 
 TEXTS = [
     "A short text.",
@@ -150,4 +151,13 @@ def test_damaged_settings_are_an_error(tmp_path, content):
     say(tmp_path)
     (tmp_path / "modules.json").write_text(content)
     with pytest.raises(CheckpointError):
+        Pooling.of(tmp_path)
+
+
+def test_the_pooling_is_pulled_with_a_model_and_missed_without(tmp_path):
+    names = ["config.json", "model.safetensors", "modules.json", "1_Pooling/config.json", "onnx/config.json"]
+    assert choose_files("owner/repo", names, None) == sorted(names[:4])
+    say(tmp_path)
+    (tmp_path / "1_Pooling" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="lacks 1_Pooling"):
         Pooling.of(tmp_path)

@@ -71,7 +71,10 @@ class Pooling:
             raise CheckpointError(
                 f"{folder.name} has its pooling in {below[:40]!r}, no folder of its own.", _PULL
             )
-        mode = _mode(folder.name, read_json(folder / below / "config.json") or {})
+        said = read_json(folder / below / "config.json")
+        if said is None:
+            raise CheckpointError(f"{folder.name} lacks {below}/config.json.", _PULL)
+        mode = _mode(folder.name, said)
         shape = read_json(folder / "sentence_bert_config.json") or {}
         longest = shape.get("max_seq_length")
         return cls(

@@ -21,6 +21,7 @@ from tinychat.hub.transfer import check_room, disk_errors, sha256_of, watched
 
 SETTINGS = re.compile(
     r"[\w.-]+\.(json|jinja)|additional_chat_templates/[\w.-]+\.jinja|tokenizer[\w.-]*|README\.md|LICENSE[\w.-]*"
+    r"|\d_Pooling/config\.json"  # how an embedding model makes one vector of a text
 )
 WEIGHTS = (".safetensors", ".gguf")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
