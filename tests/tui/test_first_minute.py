@@ -146,8 +146,9 @@ def test_line_by_line_it_asks_for_a_number(home, monkeypatch, tiny_file, tmp_pat
     monkeypatch.setattr("tinychat.hub.fits.available_memory", lambda: 4_000_000_000)
     code, shown = on_terminal("run", "--plain", typed="")
     assert code == 130  # the end of the input is no choice
-    assert re.search(r"1  \S+ +[\d.]+ [MG]B to download, ≈ [\d.]+ tok/s, \S+; \w+", shown)
+    assert re.search(r"1  \S+ +[\d.]+ [MG]B +≈ [\d.]+ tok/s +\S+ +\w+", shown)
     assert "the demo" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_what_is_taken_where_no_model_is_named(home, tiny_file):

@@ -58,17 +58,14 @@ def choose_model() -> str:
 
     machine = Machine.here(read_bandwidth())
     lines = [
-        (
-            f.name,
-            f"{human_bytes(f.size):>7} to download, {human_rate(f.rate)} tok/s, {f.license}; {f.good_for}",
-        )
+        (f.name, f"{human_bytes(f.size):>7}  {human_rate(f.rate)} tok/s  {f.license:<10}  {f.good_for}")
         for f in ([] if offline_by_environment() else offer(available(machine), machine))
     ]
     lines = [(name, "is here, in Hugging Face's cache") for name in cached()] + lines
     if not lines or not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise no_model()
-    click.echo("There is no model on this machine yet. To begin with:", err=True)
+    click.echo("There is no model on this machine yet. These fit (download, estimated speed):", err=True)
     for i, (name, facts) in enumerate(lines, 1):
-        click.echo(f"  {i}  {name:<16} {facts}", err=True)
+        click.echo(f"  {i}  {name:<15} {facts}", err=True)
     number = click.prompt("Which one", type=click.IntRange(1, len(lines)), default=1, err=True)
     return lines[number - 1][0]

@@ -40,6 +40,7 @@ HINTS = (  # keys by name, and what they do; or a sign that begins something
 
 
 BAR = 36  # cells of a bar
+KEPT_PART = "esc twice stops it; what is here is kept, and it goes on the next time."
 
 
 class ChatParts(Surface, Screen[None]):
@@ -149,7 +150,7 @@ class ChatParts(Surface, Screen[None]):
         """The present branch, or a welcome."""
         tree = self.conversation.tree
         branch = [(i, tree.nodes[i], siblings) for i, siblings in tree.branches()]
-        await self.query("#welcome").remove()
+        await self.query("#welcome, #download").remove()
         if not branch:
             await self.transcript.mount(self._welcome(), before=0)
         await self.transcript.show(branch)
@@ -179,13 +180,18 @@ class ChatParts(Surface, Screen[None]):
 
     def show_download(self, what: str, done: int, total: int) -> None:
         """How far a download is, under the welcome while that is there; no total takes it away."""
-        for welcome in self.query("#welcome").results(Static):
-            text = self._welcome()
-            if total:
-                n = min(BAR, done * BAR // total)
-                text += f"\n\n{what}\n{'█' * n}{'░' * (BAR - n)} {done * 100 // total} %"
-                text += "\nesc twice stops it; what is here is kept, and it goes on the next time."
-            welcome.update(text)
+        shown = next(iter(self.query("#download").results(Static)), None)
+        welcome = next(iter(self.query("#welcome")), None)
+        if not total or welcome is None:
+            if shown is not None:
+                shown.remove()
+            return
+        n = min(BAR, done * BAR // total)
+        text = f"{what}\n{'█' * n}{'░' * (BAR - n)} {done * 100 // total} %\n{KEPT_PART}"
+        if shown is None:
+            self.transcript.mount(Static(text, id="download", markup=False), after=welcome)
+        else:
+            shown.update(text)
 
     async def open(self, conversation: Conversation) -> None:
         """Another conversation."""
