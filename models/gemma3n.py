@@ -175,12 +175,9 @@ class Block(gemma3.Block):
 
 
 @dataclass(frozen=True)
-class Weights(llama.Weights):
-    """Llama's, what makes the inputs of layers, and what makes streams of embeddings and one of these."""
+class Weights(gemma4.Weights):
+    """Gemma 4's, and what makes streams of embeddings and one of these."""
 
-    table: Handle
-    projection: Handle
-    projection_norm: Handle
     embeds: list[Handle]
     unembeds: list[Handle]
 

@@ -335,7 +335,7 @@ def load(w: WeightSource, cfg: ModelConfig) -> Weights:
     return Weights(**vars(known), table=table, projection=projection, projection_norm=norm)
 
 
-def attention(ops: Ops, cfg: ModelConfig, w: Block, x: Handle, layer: int) -> Handle:
+def attention(ops: Ops, cfg: ModelConfig, w: gemma3.Block, x: Handle, layer: int) -> Handle:
     """What the layer `layer` attends to, of the normed rows x [T, hidden]: [T, hidden]."""
     a = cfg.layers[layer].attention
     q, k, v = ops.split_heads(ops.linear(x, w.qkv), a)

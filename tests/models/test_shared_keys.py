@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import recurrent
 from families import CASES, FromTransformers, logits_of, random_config, random_model, relative_error
 from memories import allocate, step_of
 from recurrent import RecurrentCheckpoint, shared_model
@@ -73,6 +74,28 @@ def test_any_cut_of_a_prompt_gives_the_same_answer_in_few_bits(kv_bits, monkeypa
         return done.completion.token_ids
 
     assert answer(512) == answer(1) == answer(37)
+
+
+def test_in_4_bits_every_layer_reads_what_the_reference_reads(monkeypatch):
+    def logits():
+        model = shared_model(kv_bits=4)
+        branch = model.engine.branch()
+        rows = [
+            model.engine.run(branch, IDS[a : a + n].tolist(), n - 1)[-1]
+            for a, n in ((0, 70), (70, 1), (71, 20))
+        ]
+        model.close()
+        return np.array(rows)
+
+    ours = logits()
+    monkeypatch.setattr(
+        recurrent,
+        "CpuBackend",
+        lambda checkpoint, policy, threads, kv_bits, **_: ReferenceBackend(
+            checkpoint, policy, threads, kv_bits
+        ),
+    )
+    assert relative_error(ours, logits()) < 1e-3
 
 
 def test_an_answer_goes_on_beyond_a_budget_the_same_with_drafts():
