@@ -37,7 +37,7 @@ def test_a_terminal_is_not_moved_by_a_hostile_answer(tmp_path):
         t.press("Enter")
         shown = t.wait(lambda s: "the end" in s and "tok/s" in s, 60)
         assert "rm ␛[1m-rf /tmp/nothing" in shown
-        t.press("C-Up", "Home")
+        t.press("C-Up", "Home", "End")  # to the first message and back
         t.press("PageUp", "PageDown")
         assert t.screen.rstrip().splitlines()[-1].lstrip().startswith("ready · ")
         assert (t.title, t.clipboard) == ("hostile · tinychat", "")  # what was asked, no more
