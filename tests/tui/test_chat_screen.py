@@ -132,7 +132,7 @@ async def test_the_status_line_counts_the_context_while_it_is_filled(store):
     app = make_app(store, Script("one two three four", 4, hang=True))
     async with app.run_test(size=(100, 30)) as pilot:
         await say(pilot, "count")
-        await wait_until(pilot, lambda: "context 14/4096" in screen_text(app))
+        await wait_until(pilot, lambda: " 14/4096" in screen_text(app))
         assert app.chat.answering
 
 

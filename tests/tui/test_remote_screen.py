@@ -36,7 +36,7 @@ def test_a_chat_with_a_server(tmp_path):
                 lambda s: re.search(r"ready · org/big-model · server 127.0.0.1:\d+", s) is not None
             )
             assert "What you say goes to 127.0.0.1" in shown
-            assert "context 0/32768" in shown
+            assert " 0/32768" in shown
             say(t, "slow")
             t.wait("word20")
             t.press("Escape")
@@ -55,7 +55,7 @@ def test_a_chat_with_a_server(tmp_path):
             assert "hidden thought" not in t.screen  # folded
             say(t, "/think")
             t.wait("hidden thought")
-            t.wait("context 10/32768")
+            t.wait(" 10/32768")
 
             played.scripts = [answer("\x1b]0;stolen\x07 \x1b[2J[@click=app.quit]x[/]")]
             say(t, "be hostile")

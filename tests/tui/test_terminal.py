@@ -49,7 +49,7 @@ def test_the_installed_command_with_the_demo_model(tmp_path, demo_gguf):
         t.wait(lambda s: t.title == "Tell me a long story about a fox. · tinychat")
         assert "▌ Tell me a long story about a fox." in stopped
         assert re.search(r"tok/s · first token \d+ ms|first token [\d.]+ s", stopped)
-        assert re.search(r"context \d+/2048", stopped)
+        assert re.search(r"context \S+ \d+/2048", stopped)
 
         t.press("C-r")
         t.wait(lambda s: re.search(r"● \d+ tokens", s) is not None, 60)

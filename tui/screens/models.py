@@ -96,7 +96,8 @@ class ModelScreen(Choice):
         self.query_one("#facts", Label).display = not served
         offline = " · offline: nothing can be downloaded" if found.get("offline") else ""
         where = found["server"] if served else fitting.machine(found) + offline
-        state.update(f"{where}\nenter loads · esc closes")
+        between = " · " if served else "\n"
+        state.update(f"{where}{between}enter loads · esc closes")
 
     def _row(self, m: dict[str, Any], here: bool) -> Content:
         self._models[m["name"]] = m
