@@ -31,7 +31,7 @@ class ViArea(TextArea):
             if event.key != "escape" or self.busy():
                 return False
             self.set_insert(False)
-            at = self._offset()
+            at = self.cursor_place()
             self._to(max(line_start(self.text, at), at - 1))
             return True
         if event.key == "escape" and vi.begun:
@@ -39,14 +39,14 @@ class ViArea(TextArea):
             return True
         if not event.is_printable or event.character is None:
             return False
-        done = vi.press(event.character, self.text, self._offset())
+        done = vi.press(event.character, self.text, self.cursor_place())
         if isinstance(done, Edit):
             self._change_to(done.text)
             self._to(done.at)
             self.set_insert(done.insert)
         elif done == "undo":
             self.undo()
-            self._to(last_place(self.text, self._offset()))
+            self._to(last_place(self.text, self.cursor_place()))
         elif done is not None:
             self.beyond(-1 if done == "up" else 1)
         return True
@@ -58,7 +58,8 @@ class ViArea(TextArea):
             self.vi.forget()
             self.border_subtitle = "" if insert else NORMAL
 
-    def _offset(self) -> int:
+    def cursor_place(self) -> int:
+        """Number of characters before the cursor."""
         row, column = self.cursor_location
         return sum(len(line) + 1 for line in self.text.split("\n")[:row]) + column
 

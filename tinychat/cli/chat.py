@@ -96,7 +96,9 @@ def run(words: tuple[str, ...], **o: Any) -> None:
     if o["as_json"] and o["stream_json"]:
         raise UsageError("--json and --stream-json exclude each other.", "Choose one.")
     resumed = o["latest"] or o["resume"] is not None
-    model, prompt = model_and_prompt(words, resumed or o["kept"] is not None, o["server"] is not None)
+    keys = o["api_key_env"] is not None or o["api_key_file"] is not None
+    remote = o["server"] is not None or (keys and not resumed)  # a key alone is refused by `served`
+    model, prompt = model_and_prompt(words, resumed or o["kept"] is not None, remote)
     named, preferences = model is not None, Preferences.read()
     own = None if o["kept"] is None else prompts.find(o["kept"])
     model = model or (own and own.model) or ""

@@ -263,8 +263,7 @@ class Composer(Vertical):
         """Read the files that the text names, once each. written: also the name that one is at the end of."""
         found: dict[str, Path] = {}
         if "@" in self.text:
-            document = self.input.document
-            at = None if written else document.get_index_from_location(self.input.cursor_location)
+            at = None if written else self.input.cursor_place()
             named = [*mentions(self.text), *missed(self.text, at)]
             found = dict(sorted(named, key=lambda item: self.text.find(item[0])))
         if found.keys() != self._files.keys():
@@ -371,11 +370,11 @@ class Composer(Vertical):
             self.text = f"/{chosen} "
             return True
         if self._kind == "argument":
-            command, begun = completing.begun_argument(self.text) or ("", "")
-            if on_enter and command != "prompt":  # what is typed may be meant as it is
+            name, begun = completing.begun_argument(self.text) or ("", "")
+            if on_enter and name != "prompt":  # what is typed may be meant as it is
                 return False
             self.text = self.text[: len(self.text) - len(begun)] + chosen
-            if command in ("prompt", "set"):
+            if name in ("prompt", "set"):
                 self.text += " "
             return True
         fragment = self._fragment() or ""
