@@ -277,8 +277,9 @@ def _adopt(model: ChatModel, branch: OwnedBranch, about: dict[str, str], read: d
             engine.backend.write_blocks(np.array(held, np.int32), blocks[: len(held)], i)
         branch.restore(ids.tolist(), evicted)
         if ledger is not None:
-            arrays = (read[name] for name in LEDGER)
-            ledger.restore(*arrays, int(about["next_position"]), int(about["seen"]), evicted)
+            tokens, positions, born, scores = (read[name] for name in LEDGER)
+            next_position, seen = int(about["next_position"]), int(about["seen"])
+            ledger.restore(tokens, positions, born, scores, next_position, seen, evicted)
     return len(ids)
 
 
