@@ -58,6 +58,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *((name, c_uint64) for name in ("q", "pool", "tables", "places", "pieces", "watches", "totals")),
+        ("sinks", c_uint64),
         *((name, c_int) for name in ("rows", "layer", "layers", "heads", "kv_heads", "size", "ld", "window")),
         ("scale", c_float),
         ("cap", c_float),
@@ -91,14 +92,17 @@ class Attention:
         window: int,
         scale: float,
         cap: float,
+        sinks: Memory | None = None,
     ) -> Call:
-        """Arguments of all launches for a layer. facts: tables, places, pieces, watches (src/step.cuh)."""
+        """Arguments of all launches for a layer. facts: tables, places, pieces, watches (src/step.cuh).
+        sinks: float32 [heads].
+        """
         s = self.shape
         addresses = {name: m.address for name, m in facts.items()}
         return Call(
             q=q.address, totals=totals.address, pool=pool.address, rows=rows, layer=layer, layers=s.layers,
             heads=s.heads, kv_heads=s.kv_heads, size=s.size, ld=row_length(s.heads * s.size), window=window,
-            scale=scale, cap=cap, **addresses,
+            scale=scale, cap=cap, sinks=sinks.address if sinks else 0, **addresses,
         )  # fmt: skip
 
     def row_bytes(self, stretches: int) -> int:

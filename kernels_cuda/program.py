@@ -114,9 +114,9 @@ class Program:
             ),
         )
 
-    def gate(self, name: str, x: Buffer, n: int, each: int = 1) -> Buffer:
-        """silu_mul or gelu_mul, as halves."""
-        return self._halved(name, x, n, each=each)
+    def gate(self, name: str, x: Buffer, n: int, *how: float, each: int = 1) -> Buffer:
+        """silu_mul, gelu_mul, or clamped_mul by its limit and alpha, as halves."""
+        return self._halved(name, x, n, *how, each=each)
 
     def halve(self, x: Buffer, n: int, perm: Memory | None) -> Buffer:
         """Floats as halves, in the order of `perm`."""
@@ -165,6 +165,7 @@ class Program:
         window: int,
         scale: float,
         cap: float,
+        sinks: Memory | None = None,
     ) -> Buffer:
         """Turn, append, attend, score: as halves. layer: of the memory."""
         pool = self.pools[memory]
@@ -175,7 +176,7 @@ class Program:
             extent = z.extents[memory]
             call = a.call(
                 q=q.memory, totals=totals.memory, pool=pool.blocks, facts=self.inputs.facts(z, memory),
-                rows=z.rows, layer=layer, window=window, scale=scale, cap=cap,
+                rows=z.rows, layer=layer, window=window, scale=scale, cap=cap, sinks=sinks,
             )  # fmt: skip
             a.append(call, qkv.memory, table.memory if table else None, pairs)
             if z.few:

@@ -168,6 +168,11 @@ DEVICE Factors merge(float& total_m, float& total_l, float m, float l) {
     return f;
 }
 
+// A head's sink behind everything that a row sees: what its total is multiplied by.
+DEVICE float add_sink(const Attention& a, int head, float& m, float& l) {
+    return a.sinks ? merge(m, l, a.sinks[head], 1).total : 1;
+}
+
 // Stretches, from nothing, for rows row … row + rows - 1 of the step. The first of a row's is the one with the first
 // slot that it sees: stats: float2 (m, l) [rows, heads, stretches], parts: float [rows, heads, stretches, HEAD].
 // grid (⌈stretches / 4⌉, kv_heads, pieces), 128 threads: a warp a stretch.
@@ -229,6 +234,7 @@ extern "C" __global__ void __launch_bounds__(HEAD)
             o = o * f.total + part[j] * f.stretch;
         }
     }
+    o *= add_sink(a, head, m, l);
     if (i == 0) a.totals[out * a.heads + head] = {m, l};
     to += out * a.ld;
     if (i < size) to[head * size + i] = to_half(o / l);
@@ -270,12 +276,13 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP)
     for (int r = 0; r < 2; ++r) {
         int index = own.query + lane / 4 + 8 * r, row = own.of.row + index / group, of = head * group + index % group;
         if (index >= own.of.rows * group) continue;
+        float factor = add_sink(a, of, m[r], l[r]);
         if (t == 0) a.totals[static_cast<size_t>(row) * a.heads + of] = {m[r], l[r]};
         u16* out = to + static_cast<size_t>(row) * a.ld;
         for (int c = 0; c < COLUMNS; ++c)
             for (int i = 0; i < 2; ++i) {
                 int channel = 8 * c + 2 * t + i;
-                if (channel < a.size) out[of * a.size + channel] = to_half(total[c][2 * r + i][lane] / l[r]);
+                if (channel < a.size) out[of * a.size + channel] = to_half(total[c][2 * r + i][lane] * factor / l[r]);
             }
         if (of == a.heads - 1)
             for (int j = a.heads * a.size + t; j < a.ld; j += 4) out[j] = 0;

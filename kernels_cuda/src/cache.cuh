@@ -42,6 +42,7 @@ struct Attention {
     const Piece* pieces;   // of every sequence's queries
     const Watch* watches;  // sequences whose attention is scored
     float2* totals;        // (m, l) of every row's softmax, [rows, heads]
+    const float* sinks;    // [heads], or null: one more score of each head, which takes its share and gives nothing
     int rows;
     int layer, layers;  // of the memory
     int heads, kv_heads;

@@ -89,6 +89,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) gelu_mul(const float* x, u
 EXPORT(gelu_mul)
 // resources gelu_mul: registers 40, spills 0, shared 0
 
+// g · σ(alpha · g) · (u + 1), of the halves g, at most `limit`, and u, within ± limit.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    clamped_mul(const float* x, float limit, float alpha, u16* to, int n, int ld) {
+    start();
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= ld) return;
+    x += static_cast<size_t>(blockIdx.y) * 2 * n;
+    float y = 0;
+    if (i < n) {
+        float g = fminf(x[i], limit), u = fminf(fmaxf(x[n + i], -limit), limit);
+        y = g / (1 + expf(-alpha * g)) * (u + 1);
+    }
+    to[static_cast<size_t>(blockIdx.y) * ld + i] = to_half(y);
+}
+EXPORT(clamped_mul)
+// resources clamped_mul: registers 40, spills 0, shared 0
+
 // Floats to the halves that a linear reads, in its order (perm, or null). grid (⌈ld / 256⌉, rows).
 extern "C" __global__ void __launch_bounds__(THREADS) halve(const float* x, const int* perm, u16* to, int n, int ld) {
     start();

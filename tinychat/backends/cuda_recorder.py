@@ -85,14 +85,15 @@ class Recorder:
         memory, place = place_of(self.memories, layer)
         a = attention
         out = self.program.attend(
-            q.qkv.floats, table, pairs, memory, place, a.window, a.scale or a.head_dim**-0.5, a.soft_cap
-        )
+            q.qkv.floats, table, pairs, memory, place, a.window, a.scale or a.head_dim**-0.5, a.soft_cap,
+            sinks,
+        )  # fmt: skip
         return Value(a.n_heads * a.head_dim, halves=out)
 
     def short_conv(self, *args):
         raise NotImplementedError  # `CudaBackend` refuses models with states before, and `check` the others
 
-    gated_heads = delta_rule = norm_gated = sigmoid_mul = clamped_mul = short_conv
+    gated_heads = delta_rule = norm_gated = sigmoid_mul = short_conv
     norm_values = gelu_columns = norm_columns = embed_onto = scaled = short_conv
     behind = recall = leave = join = keep = short_conv  # `CudaBackend` runs no layer that predicts further
     tanh = times = summed = resized = mix_streams = correct_streams = cut_gates = short_conv
@@ -127,9 +128,12 @@ class Recorder:
         (w,) = weight
         self.program.head(w, self._input(x, w), scale, soft_cap)
 
-    def _gate(self, name, gate_up):
+    def clamped_mul(self, gate_up, limit, alpha):
+        return self._gate("clamped_mul", gate_up, float(limit), float(alpha))
+
+    def _gate(self, name, gate_up, *how):
         n, each = gate_up.cols // 2, gate_up.each
-        return Value(n, halves=self.program.gate(name, gate_up.floats, n, each), each=each)
+        return Value(n, halves=self.program.gate(name, gate_up.floats, n, *how, each=each), each=each)
 
     def _input(self, x: Value, w: DeviceLinear) -> Buffer:
         """`x` as halves, in the order of the weight's inputs."""
@@ -165,8 +169,6 @@ class _Trial:
         return q, k
 
     def attention(self, q, k, v, attention, layer, sinks=None):
-        if sinks is not None:
-            raise _not_yet("attention with sinks")
         if attention.source >= 0:
             raise _not_yet("layers that attend to another's keys and values")
         if attention.slope:
@@ -174,9 +176,6 @@ class _Trial:
 
     def sigmoid_mul(self, x, gate):
         raise _not_yet("sigmoid gates")
-
-    def clamped_mul(self, gate_up, limit, alpha):
-        raise _not_yet("clamped gates")
 
     def embed_onto(self, x, weight, scale, factor):
         raise _not_yet("an embedding for each layer")
