@@ -212,7 +212,7 @@ def test_a_full_disk_does_not_keep_anyone_from_chatting(folder, home):
     assert out.stdout
     assert out.stderr.count(b"\n") <= 1  # packed weights were not kept: said in one line
     assert b".py" not in out.stderr
-    small = {"aliases.json", "hashes.json", "hashes.lock"}
+    small = {"aliases.json", "hashes.json", "hashes.lock", "settings.json"}
     assert {f.name for f in home.rglob("*") if f.is_file()} <= small
 
 

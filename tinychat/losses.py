@@ -23,6 +23,7 @@ def given_up(
     """
     edges = message_edges(path, segments, n_ids)
     edges[0] = min(ledger.policy.pinned, edges[1])  # the system prompt is no message
+    edges = [min(edge, n_ids) for edge in edges]  # of a prompt that was cancelled not all was read
     sizes = [b - a for a, b in pairwise(edges)]
     kept = ledger.kept(edges)
     return [(max(0, round(n - k)), n) for n, k in zip(sizes, kept, strict=True)]

@@ -442,7 +442,7 @@ std::vector<float> run_experts(std::vector<std::unique_ptr<Weights>>& w, const s
     p.expert_linear(r, first, gate_up, 2 * f);
     p.gate_mul(gate_up, mid, {}, r);
     p.expert_linear(r, second, down, k);
-    p.expert_sum(r, down, y, k);
+    p.expert_sum(r, down, y, k, true);
     std::vector<int32_t> zero(rows);
     for (int round = 0; round < 3; round++) {
         std::memcpy(in, x.data(), rows * k * sizeof(float));

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from cli_helpers import TINYCHAT
 
 
@@ -134,3 +135,17 @@ def test_ctrl_c_on_the_demo_model(demo_gguf, here):
     assert (process.returncode, err) == (130, b"")
     assert (first + out).endswith(b"\n")
     assert len(out) < 2000
+
+
+def test_ctrl_c_while_a_class_is_being_made_is_ctrl_c(capsys):
+    """Python 3.11 and earlier wrap what is raised in `__set_name__`."""
+    from tinychat.cli.main import INTERRUPTED, report
+
+    class Field:
+        def __set_name__(self, owner, name):
+            raise KeyboardInterrupt
+
+    with pytest.raises((RuntimeError, KeyboardInterrupt)) as raised:
+        type("Made", (), {"field": Field()})
+    assert report(raised.value) == INTERRUPTED
+    assert "Internal error" not in capsys.readouterr().err

@@ -67,7 +67,7 @@ def test_no_command_lets_a_stranger_speak_to_the_terminal(evil, here):
         ),
         (["run", here / "bad", "hi"], "", 1),
         (["run", evil, "hi", "-f", next(here.glob("note*"))], "", 2),
-        (["run", f"no{EVIL}", "hi"], "", 3),
+        (["run", f"no{EVIL}", "hi"], "", 0),  # it has spaces, so all of it is said to a model
         (["run", EVIL, "hi"], "", 1),
         (["show", evil], "", 0),
         (["show", here / "evil.gguf"], "", 0),
@@ -132,8 +132,9 @@ def test_licences_are_text(evil, monkeypatch):
 def test_completion_offers_no_name_that_a_shell_would_show_as_something_else(evil):
     from tinychat.cli.options import complete_models
 
-    assert "smollm2-135m" in complete_models(None, None, "")
-    assert not [n for n in complete_models(None, None, "") if not n.isprintable()]
+    offered = [item.value for item in complete_models(None, None, "")]
+    assert "smollm2-135m" in offered
+    assert not [n for n in offered if not n.isprintable()]
 
 
 def test_on_a_real_terminal(evil, here):

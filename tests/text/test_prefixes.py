@@ -125,7 +125,7 @@ SAID = st.lists(st.tuples(st.text(st.sampled_from("ab .\n#é<"), min_size=1, max
 def test_a_session_has_the_ids_of_the_whole_conversation(tokenizer, template, said):
     t = ChatTemplate(TEMPLATES[template], tokenizer)
     session = Session.__new__(Session)
-    session._system, session.tree = None, Tree()
+    session._system, session._tools, session.tree = None, [], Tree()
     session.model = SimpleNamespace(template=t, tokenizer=tokenizer, bos=lambda text: [])
     at = None
     for question, text in [*said, ("a", "cc")]:

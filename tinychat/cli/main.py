@@ -75,7 +75,7 @@ def report(e: BaseException) -> int:
         # Keep the interpreter from complaining at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if isinstance(e, (KeyboardInterrupt, click.exceptions.Abort)):
+    if isinstance(e, (KeyboardInterrupt, click.exceptions.Abort)) or _from_interrupt(e):
         click.echo(err=True)
         return INTERRUPTED
     if os.environ.get("TINYCHAT_DEBUG"):
@@ -109,6 +109,11 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
         click.echo(str(message), err=True)
     else:
         click.echo(warnings.formatwarning(message, category, filename, lineno, line), nl=False, err=True)
+
+
+def _from_interrupt(e: BaseException) -> bool:
+    """Whether Ctrl+C is the cause: Python 3.11 and earlier wrap what comes while a class is being made."""
+    return isinstance(e, RuntimeError) and isinstance(e.__cause__, KeyboardInterrupt)
 
 
 if __name__ == "__main__":

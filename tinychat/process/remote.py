@@ -192,7 +192,7 @@ class RemoteSession(Dialogue):
         if not self.continues:
             raise UsageError(
                 f"{self.model.server.address} is not known to go on with answers.",
-                "vLLM, SGLang, llama.cpp and tinychat do. Here, ask for the rest of it.",
+                "Those of tinychat, vLLM, SGLang and llama.cpp do. Here, ask for the rest of it.",
             )
         if not closed or (thought is not None and not text):
             raise UsageError(
