@@ -39,7 +39,7 @@ def wheel(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     settings = ["--config-settings=build-dir=" + str(out / "build")]
     if request.param == "python":
-        settings.append("--config-settings=wheel.cmake=false")
+        settings += ["--config-settings=wheel.cmake=false", "--config-settings=wheel.py-api=py3"]
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", out]
     built = run(*command, *settings, REPOSITORY, cwd=out)
     assert built.returncode == 0, built.stderr

@@ -46,7 +46,7 @@ def test_memory_and_time_are_limited(monkeypatch):
 
 
 def test_what_is_read_and_refused_is_counted_and_made_the_same_again(tmp_path):
-    seen = run({"a": Case(write, lambda path: None), "b": Case(write, refuses)}, seed=7, minutes=0.005)
+    seen = run({"a": Case(write, lambda path: None), "b": Case(write, refuses)}, seed=7, minutes=0.05)
     assert not seen.faults
     assert min(seen.counts["a read"], seen.counts["b refused"]) > 0
     first, second = tmp_path / "1", tmp_path / "2"

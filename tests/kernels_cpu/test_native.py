@@ -66,6 +66,7 @@ def need(*tools: str) -> None:
         pytest.skip(f"needs {' and '.join(missing)}")
 
 
+@pytest.mark.long  # a minute to compile and to emulate
 def test_neon_gives_the_bits_of_the_scalar_kernels(tmp_path):
     need("aarch64-linux-gnu-g++", "qemu-aarch64")
     neon = {"isa_neon": ["-march=armv8.2-a+dotprod"]}

@@ -216,7 +216,10 @@ def test_an_unknown_instruction_is_named():
         translate(text)
 
 
-@pytest.mark.parametrize("target", ["compute_90", pytest.param("compute_120", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param("compute_90", marks=pytest.mark.long), pytest.param("compute_120", marks=pytest.mark.slow)],
+)
 def test_a_compiled_model_is_the_references(device, target):
     """A whole step: 4-bit weights, an 8-bit head, an 8-bit cache; prefill, single tokens, a verification.
 

@@ -35,10 +35,7 @@ def test_the_folder_is_read_back_bit_for_bit_and_by_transformers(tmp_path, text,
     for field in (
         "hidden_size",
         "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "head_dim",
-        "rope",
+        "attentions",
         "tie_embeddings",
         "eos_ids",
     ):

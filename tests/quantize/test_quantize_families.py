@@ -188,7 +188,14 @@ def test_smoothquants_folding_leaves_the_function_as_it_is(source, monkeypatch):
     assert relative_error(forward(checkpoint, IDS, lambda c, i: folded[i]), logits_of(hf, IDS)) < 2e-3
 
 
-@pytest.mark.parametrize("source", ONE_EACH, indirect=True)
+METHODS_FOR = ("qwen2", "gemma2", "gemma4 tied", "granite_swa thetas", "qwen3.5", "lfm2")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [n if n in METHODS_FOR else pytest.param(n, marks=pytest.mark.slow) for n in ONE_EACH],
+    indirect=True,
+)
 def test_each_method_writes_a_folder_that_runs_and_is_close(source, text, tmp_path):
     checkpoint, hf = source
     want, error = logits_of(hf, IDS), {}

@@ -127,19 +127,34 @@ def test_without_a_hub_it_says_so_keeps_the_choice_and_takes_what_is_typed(tmp_p
     assert remembered.recall(tmp_path / "settings.json")["model"] == str(tmp_path / "mine.gguf")
 
 
-def test_where_nobody_can_be_asked_two_lines_say_what_to_do(home, monkeypatch):
-    code, out, err = in_process("run", "why is the sky blue?")
+def test_where_nobody_can_be_asked_the_demo_answers_and_it_is_said(home, monkeypatch):
+    taken = []
+    monkeypatch.setattr("tinychat.cli.chat._answer", lambda model, *_: taken.append(model) or 0)
+    code, _, err = in_process("run", "why is the sky blue?")
+    assert (code, taken) == (0, [DEMO])
+    said = rf"There is no model on this machine yet: {DEMO} answers, a demo .*\nFor a better one: "
+    assert re.match(said, err)
+
+
+def test_where_nothing_can_be_had_two_lines_say_what_to_do(home, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr("tinychat.hub.fits.available_memory", lambda: 100_000_000)
+        code, out, err = in_process("run", "why is the sky blue?")
     assert (code, out) == (3, "")
-    what, todo = err.splitlines()
-    assert what == "Error: There is no model on this machine yet."
+    assert err.splitlines() == [
+        "Error: There is no model on this machine yet.",
+        "All names: tinychat list --available",
+    ]
+    code, _, err = in_process("serve")
+    assert code == 3
     assert re.match(
-        r"Get one: tinychat pull \S+ \([\d.]+ [MG]B\)\. All names: tinychat list --available$", todo
+        r"Get one: tinychat pull \S+ \([\d.]+ [MG]B\)\. All names: tinychat list --available$",
+        err.splitlines()[1],
     )
     monkeypatch.setenv("TINYCHAT_OFFLINE", "1")
     code, out, err = in_process("run", "why is the sky blue?")
     assert (code, len(err.splitlines())) == (3, 2)
     assert "tinychat is offline" in err
-    assert in_process("serve")[0] == 3
 
 
 def test_line_by_line_it_asks_for_a_number(home, monkeypatch, tiny_file, tmp_path):

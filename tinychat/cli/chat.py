@@ -17,7 +17,7 @@ from tinychat.base.load_options import LoadOptions
 from tinychat.base.preferences import Preferences, Section
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.cli.calls import to_the_end, toolbox_of
-from tinychat.cli.first import choose_model, no_model, usual_model
+from tinychat.cli.first import choose_model, model_unasked, usual_model
 from tinychat.cli.options import (
     CHAT_NUMBER,
     answering_options,
@@ -127,7 +127,7 @@ def run(words: tuple[str, ...], **o: Any) -> None:
     model, o["connector"] = served(model, o, named)
     plain = o["plain"] or os.environ.get("TERM") in ("dumb", "unknown")
     if not model and text is not None:
-        raise no_model()
+        model = model_unasked()
     if not model and plain:
         model = choose_model()
     _prefer(preferences, model, o, chat, own)

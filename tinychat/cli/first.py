@@ -48,6 +48,28 @@ def no_model() -> TinychatError:
     )
 
 
+def model_unasked() -> str:
+    """One answer on an empty machine: a model in Hugging Face's cache, or the demo; stderr says so.
+
+    Raises ModelNotFoundError where nothing can be had.
+    """
+    from tinychat.hub.fits import DEMO, Machine, available
+    from tinychat.hub.installing import offline_by_environment
+    from tinychat.hub.reach import cached
+
+    if here := cached():
+        return here[0]
+    fits = [] if offline_by_environment() else available(Machine.here())
+    if not any(f.demo and not f.why_not for f in fits):
+        raise no_model()
+    click.echo(
+        f"There is no model on this machine yet: {DEMO} answers, a demo that knows little.\n"
+        "For a better one: tinychat run in a terminal, or tinychat list --available.",
+        err=True,
+    )
+    return DEMO
+
+
 def choose_model() -> str:
     """Ask on the terminal which model to begin with. Raises ModelNotFoundError where nobody can be asked, or
     nothing can be had.
