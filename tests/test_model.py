@@ -51,6 +51,20 @@ def test_the_api_of_the_readme(folder):
         assert model.n_ctx == 128
 
 
+def test_a_text_is_a_chat_of_one_message_whole_and_in_pieces():
+    with tiny_model(ctx=256) as model:
+        asked = dict(temperature=0, max_tokens=8)
+        whole = model.chat([{"role": "user", "content": "hi"}], **asked)
+        assert model.chat("hi", **asked).token_ids == whole.token_ids
+        for said in ("hi", [{"role": "user", "content": "hi"}]):
+            *pieces, done = model.chat(said, stream=True, **asked)
+            assert [p.token_id for p in pieces if p.token_id is not None] == whole.token_ids
+            assert done.completion.text == "".join(p.text for p in pieces) == whole.text
+        for bad in ("", b"hi", 7):
+            with pytest.raises(UsageError):
+                model.chat(bad)
+
+
 @pytest.mark.parametrize(
     "bad",
     [

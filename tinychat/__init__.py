@@ -1,7 +1,7 @@
 """tinychat: chat with a language model on your own machine.
 
     model = tinychat.load("smollm2-135m")
-    print(model.chat([{"role": "user", "content": "hi"}]).text)
+    print(model.chat("hi").text)
 
 Importing loads nothing heavy; names below are imported on first use.
 """

@@ -374,6 +374,10 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        facts, family = self.backend.describe(), self.config.family
+        return f"<Model {self.name}: {family}, {facts['backend']} {facts['isa']}, context {self.n_ctx}>"
+
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         self._refuse_embedder()
         return check_bias(self.default_sampling.but(**sampling), self.config.vocab_size)

@@ -76,6 +76,12 @@ class Session(Dialogue):
             None  # as it was before the last answer, for the next one in its place
         )
 
+    def __repr__(self) -> str:
+        n, here = len(self.nodes), len(self.path())
+        said = f"{here} message{'s' * (here != 1)}" + (f" of {n}" if n > here else "")
+        busy = ", answering" if self._claim.generator is not None else ""
+        return f"<Session with {self.model.name}: {said}{busy}>"
+
     # The prompt
 
     def count_tokens(self) -> int:

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
+
+SHOWN = 60  # characters of a text in a repr
 
 FinishReason = Literal["stop", "length", "cancelled", "context_full", "error", "tool_calls", "repeating"]
 
 
-@dataclass
-class Stats:
+def _brief(value: Any) -> str:
+    if isinstance(value, str) and len(value) > SHOWN:
+        return f"{value[:SHOWN]!r}…"
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+class _Brief:
+    """Base of dataclasses whose repr has the fields that say something: no defaults, the beginning of a long
+    text, and nothing twice.
+    """
+
+    def __repr__(self) -> str:
+        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != _default(f)}  # type: ignore[arg-type]
+        if given.get("written") == given.get("text"):
+            given.pop("written", None)
+        return f"{type(self).__name__}({', '.join(f'{k}={_brief(v)}' for k, v in given.items())})"
+
+
+@dataclass(repr=False)
+class Stats(_Brief):
     """Counts and times of one answer. Rates are tokens a second; times are seconds.
 
     tokens_per_step: decoded tokens for one pass over the weights. draft_speedup: estimated gain of drafting,
@@ -42,8 +66,8 @@ class Stats:
         return fields
 
 
-@dataclass(frozen=True)
-class ToolCall:
+@dataclass(frozen=True, repr=False)
+class ToolCall(_Brief):
     """A call that a model asks for. `arguments`: a JSON object as text, without duplicate keys."""
 
     id: str
@@ -56,7 +80,7 @@ class ToolCall:
         return {"id": self.id, "type": "function", "function": function}
 
 
-@dataclass
+@dataclass(repr=False)
 class Completion:
     """A finished answer: its text, the ids that were generated (without the stop token) and why it ended.
 
@@ -75,6 +99,14 @@ class Completion:
     tool_calls: list[ToolCall] = field(default_factory=list)
     written: str = ""
     stop: str | None = None
+
+    def __repr__(self) -> str:
+        n, rate = len(self.token_ids), self.stats.decode_tps
+        said = [_brief(self.text), self.finish_reason, f"{n} token{'s' * (n != 1)}"]
+        said += [f"{rate:.1f} tok/s"] if rate else []
+        said += [f"reasoning={_brief(self.reasoning)}"] if self.reasoning else []
+        said += [f"tool_calls={self.tool_calls!r}"] if self.tool_calls else []
+        return f"<Completion {', '.join(said)}>"
 
     def message(self) -> dict[str, Any]:
         """The answer as a message of the conversation that goes on with it."""
@@ -97,8 +129,8 @@ class Logprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class TextDelta:
+@dataclass(frozen=True, repr=False)
+class TextDelta(_Brief):
     """One token. `text` may be empty: half a character, or held back because it may begin a stop string or
     reasoning.
 
@@ -130,8 +162,8 @@ class TextDelta:
         return int(self.token_id is not None)
 
 
-@dataclass(frozen=True)
-class ToolCallDelta:
+@dataclass(frozen=True, repr=False)
+class ToolCallDelta(_Brief):
     """A piece of a call, in the order in which it is written.
 
     The first one of a call, and no other, has its id and its name; `arguments` is a piece of JSON text.
@@ -147,16 +179,16 @@ class ToolCallDelta:
     text: str = ""
 
 
-@dataclass(frozen=True)
-class Notice:
+@dataclass(frozen=True, repr=False)
+class Notice(_Brief):
     """Something the user should know that is not part of the answer."""
 
     message: str
     text: str = ""
 
 
-@dataclass(frozen=True)
-class Reading:
+@dataclass(frozen=True, repr=False)
+class Reading(_Brief):
     """A long prompt is being read: so far `tokens` of `total`, `rate` of them a second."""
 
     tokens: int
@@ -165,7 +197,7 @@ class Reading:
     text: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Done:
     """Always the last event."""
 
@@ -173,6 +205,9 @@ class Done:
     stats: Stats
     completion: Completion
     text: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Done {self.completion!r}>"
 
 
 Event = TextDelta | ToolCallDelta | Notice | Reading | Done
