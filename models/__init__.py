@@ -5,6 +5,8 @@ the family: how its files read, what its tensors are called (`tinychat.network.f
 from __future__ import annotations
 
 from tinychat.models import (
+    deepseek_v2,
+    deepseek_v3,
     ernie4_5,
     exaone4,
     gemma2,
@@ -13,6 +15,7 @@ from tinychat.models import (
     gemma4,
     glm,
     glm4,
+    glm4_moe_lite,
     gpt_oss,
     granite,
     granite_swa,
@@ -40,6 +43,8 @@ from tinychat.models import (
 from tinychat.network.family import Family, Predicting
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
     "ernie4_5": ernie4_5,
     "exaone4": exaone4,
     "gemma2": gemma2,
@@ -48,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4": gemma4,
     "glm": glm,
     "glm4": glm4,
+    "glm4_moe_lite": glm4_moe_lite,
     "gpt_oss": gpt_oss,
     "granite": granite,
     "lfm2": lfm2,

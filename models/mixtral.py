@@ -126,7 +126,8 @@ def load(w: WeightSource, cfg: ModelConfig) -> llama.Weights:
 def experts(ops: Ops, mlp: ExpertsConfig, w: Experts, x: Handle, add_to: Handle) -> Handle:
     """The experts that each token takes, weighted and added up. x: [T, hidden], normed."""
     scores = ops.linear(x, w.router)
-    routes = ops.route(scores, mlp.taken, mlp.normalize, mlp.sigmoid, w.bias, mlp.scale)
+    rule, groups = (mlp.normalize, mlp.sigmoid, w.bias, mlp.scale), (mlp.groups, mlp.taken_groups)
+    routes = ops.route(scores, mlp.taken, *rule, groups=groups)
     h = ops.silu_mul(ops.expert_linear(x, w.gate_up, routes))
     return ops.expert_sum(ops.expert_linear(h, w.down, routes), routes, add_to)
 

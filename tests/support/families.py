@@ -44,6 +44,8 @@ class FromTransformers:
         return name + ".weight" in self.state
 
     def linear(self, name):
+        if name.endswith((".k_b_proj", ".v_b_proj")):
+            return latent_part(self.state, self.config, name)
         stored = DenseLinear(self.state[name + ".weight"], self.state.get(name + ".bias"))
         order = in_file_order(next(iter(FAMILIES[self.config.family].HF.values())), self.config, name)
         return stored if order is None else stored.reordered(np.argsort(order))
@@ -72,6 +74,15 @@ class FromTransformers:
         pass
 
 
+def latent_part(state: dict, cfg, name: str) -> DenseLinear:
+    """What makes keys or values of latent rows: files have [heads · (plain + value), rank] for both."""
+    prefix, _, module = name.rpartition(".")
+    a, n = cfg.layers[int(name.split(".")[2])].attention, cfg.layers[0].attention.latent.plain
+    each = state[f"{prefix}.kv_b_proj.weight"].reshape(a.n_heads, -1, a.latent.rank)
+    own = each[:, :n].swapaxes(1, 2) if module == "k_b_proj" else each[:, n:]
+    return DenseLinear(np.ascontiguousarray(own.reshape(-1, own.shape[-1])))
+
+
 OFFSET = ("gemma2", "gemma3", "qwen3_5", "qwen3_5_moe", "qwen3_next")  # whose norms files hold less one
 # What is no weight of a linear or norm: how the network has it, of what transformers has.
 STRANGE = {
@@ -88,6 +99,7 @@ def as_modules_are_called(name: str) -> str:
     name = name.replace("model.embedding_norm.", "model.norm.").replace(
         "self_attn.g_proj", "self_attn.gate_proj"
     )
+    name = name.replace("mlp.gate.e_score_correction_bias", "mlp.expert_bias")
     for parts in ("gate.", "experts.", "expert_bias"):
         name = name.replace(f"feed_forward.{parts}", f"mlp.{parts}")
     name = re.sub(r"(layers\.\d+)\.experts\.", r"\1.mlp.experts.", name)  # Gemma 4's
@@ -193,7 +205,7 @@ def random_model(name: str, **changes):
             else:
                 p.normal_(0, 0.7 if parameter.endswith("bias") else 1.2 / math.sqrt(p.shape[-1]))
         for buffer, b in hf.named_buffers():
-            if buffer.endswith("expert_bias"):
+            if buffer.endswith(("expert_bias", "correction_bias")):
                 b.uniform_(-0.3, 0.3)
             if buffer.endswith("layer_scalar"):
                 b.uniform_(0.5, 1.5)
@@ -283,6 +295,18 @@ GEMMA4 = dict(
     layer_types=["sliding_attention", "full_attention"] * 2,
 )
 
+LATENT = dict(
+    kv_lora_rank=32,
+    q_lora_rank=None,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    num_key_value_heads=4,
+)
 # name → transformers' class, and how its config differs from SHAPE
 CASES = {
     "llama dynamic rope": ("LlamaForCausalLM", rope("dynamic", factor=4.0)),
@@ -547,4 +571,36 @@ CASES = {
         | rope("yarn", truncate=False, beta_fast=32.0, beta_slow=1.0, **YARN),
     ),
     "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
+}
+LATENT_CASES = {
+    "deepseek2moe": ("DeepseekV2ForCausalLM", dict(LATENT, routed_scaling_factor=1.7)),
+    "deepseek2moe groups": (
+        "DeepseekV2ForCausalLM",
+        dict(LATENT, q_lora_rank=48, topk_method="group_limited_greedy", n_group=4, topk_group=2)
+        | dict(first_k_dense_replace=0, n_shared_experts=1, v_head_dim=48, kv_lora_rank=64)
+        | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+        | rope("yarn", mscale=0.7, mscale_all_dim=0.9, **YARN),
+    ),
+    "deepseek3moe": (
+        "DeepseekV3ForCausalLM",
+        dict(LATENT, q_lora_rank=32, n_group=4, topk_group=2, routed_scaling_factor=2.5)
+        | dict(qk_nope_head_dim=16, v_head_dim=32, rms_norm_eps=1e-5)
+        | rope("yarn", mscale=1.0, mscale_all_dim=1.0, beta_fast=32, beta_slow=1, **YARN),
+    ),
+    "deepseek3moe halves": (
+        "DeepseekV3ForCausalLM",
+        dict(LATENT, n_group=1, topk_group=1, norm_topk_prob=False, rope_interleave=False)
+        | dict(attention_bias=True, n_shared_experts=2),
+    ),
+    "glm4moelite": (
+        "Glm4MoeLiteForCausalLM",
+        {name: n for name, n in LATENT.items() if name != "first_k_dense_replace"}
+        | dict(
+            q_lora_rank=32,
+            qk_nope_head_dim=48,
+            v_head_dim=64,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6),
+        )
+        | dict(mlp_layer_types=["dense", "sparse", "dense"]),
+    ),
 }

@@ -12,6 +12,7 @@ from tinychat.backends.cpu_pack import PackedLinear
 from tinychat.backends.cpu_streams import StreamOps
 from tinychat.backends.cpu_values import Buffer, Heads, Record, Routes, Value
 from tinychat.backends.interface import MemorySpec, place_of, state_place, tail_of
+from tinychat.base.errors import UnsupportedModelError
 from tinychat.kernels_cpu import _native
 from tinychat.network.config import AttentionConfig, RopeConfig
 
@@ -123,6 +124,12 @@ class Recorder(StreamOps):
         at = self._place(attention, layer)
         self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
 
+    def head_linear(self, x, weight, heads):
+        raise UnsupportedModelError(
+            "The model has latent attention, which the CPU's kernels do not know yet.",
+            "Use --device reference.",
+        )
+
     def behind(self, x, layer):
         x, out, at = self._as_floats(x), Buffer(x.cols), state_place(self.memories, layer)
         self._record([x, out], lambda p: p.carry(*at, floats_of(x), out.native))
@@ -221,7 +228,7 @@ class Recorder(StreamOps):
             )
         return Value(rows.cols, rows=rows)
 
-    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None):
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None, groups=(1, 1)):
         source, routes = scores.floats, Routes(scores.cols, n)
         rule = (normalize, sigmoid, bias, scale, each)
         self._record([source, routes], lambda p: p.route(source.native, routes.native, *rule))

@@ -104,7 +104,7 @@ class Recorder:
     def gelu_mul(self, gate_up):
         return self._gate("gelu_mul", gate_up)
 
-    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None):
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None, groups=(1, 1)):
         return experts.route(self.program, scores.floats, scores.cols, n, normalize)
 
     def expert_linear(self, x, weights, routes):
@@ -180,7 +180,10 @@ class _Trial:
     def embed_onto(self, x, weight, scale, factor):
         raise _not_yet("an embedding for each layer")
 
-    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None):
+    def head_linear(self, x, weight, heads):
+        raise _not_yet("latent attention")
+
+    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None, groups=(1, 1)):
         if each is not None:
             raise _not_yet("experts with a factor each")
         if sigmoid or bias is not None or scale != 1:

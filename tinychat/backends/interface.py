@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from tinychat.base.errors import UnsupportedModelError
 from tinychat.network.config import AttentionConfig, ModelConfig
 
 BLOCK = 16  # slots in a KV block
@@ -20,41 +21,52 @@ class MemorySpec:
 
     kind         paged: keys and values of every token. window: of the last `window` tokens (what lies behind
                  is never read again, so its blocks may be given back). state: a fixed number of bytes a
-                 sequence. latent: one compressed row a token (no backend has it yet). tail: the newest blocks
-                 of another memory, whose complete blocks are in 4 bits, in 16 bits
+                 sequence. tail: the newest blocks of another memory, whose complete blocks are in 4 bits, in
+                 16 bits
     layers       which layers of the model, ascending; arrays of one memory have their layers in this order
     kv_heads, head_dim  of paged, window and tail memories
     window       tokens that a token attends to, itself included; of window memories
+    latent       last values of a key that are the token's value too, so that only keys are stored (latent
+                 attention); 0: keys and values are stored apart
     state_bytes  of one sequence, all its layers together; of state memories
     of           index of the memory whose newest blocks it holds; of tail memories
     """
 
-    kind: Literal["paged", "window", "state", "latent", "tail"]
+    kind: Literal["paged", "window", "state", "tail"]
     layers: tuple[int, ...]
     kv_heads: int = 0
     head_dim: int = 0
     window: int = 0
     state_bytes: int = 0
     of: int = -1
+    latent: int = 0
+
+    @property
+    def sides(self) -> int:
+        """Rows of a token that are stored for each head: its key and its value, or one that is both."""
+        return 1 if self.latent else 2
 
 
 def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
     """Memories that a sequence needs, in the order in which a span names them."""
-    alike: dict[tuple[int, int, int], list[int]] = {}
+    alike: dict[tuple[int, int, int, int], list[int]] = {}
     states: dict[int, list[int]] = {}
     for i, layer in enumerate(cfg.all_layers):
         a = layer.mixer
         if isinstance(a, AttentionConfig):
             if a.source >= 0:  # its keys and values are in the memory of the layer that wrote them
                 continue
-            alike.setdefault((a.window, a.n_kv_heads, a.head_dim), []).append(i)
+            latent = a.latent.rank if a.latent else 0
+            alike.setdefault((a.window, a.n_kv_heads, a.head_dim, latent), []).append(i)
         else:
             states.setdefault(a.state_size, []).append(i)
     if cfg.further is not None:  # its attention, and the hidden state that it goes on from
         states.setdefault(cfg.hidden_size, []).append(cfg.n_layers)
     return tuple(
-        MemorySpec("window" if window else "paged", tuple(alike[window, heads, dim]), heads, dim, window)
-        for window, heads, dim in sorted(alike)  # those that see everything come first
+        MemorySpec(
+            "window" if shape[0] else "paged", tuple(alike[shape]), *shape[1:3], shape[0], latent=shape[3]
+        )
+        for shape in sorted(alike)  # those that see everything come first
     ) + tuple(
         MemorySpec("state", tuple(layers), state_bytes=4 * size * len(layers))
         for size, layers in states.items()
@@ -62,7 +74,15 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
 
 
 def with_tails(memories: tuple[MemorySpec, ...]) -> tuple[MemorySpec, ...]:
-    """The same memories, with keys and values in 4 bits: a tail for each that has any, behind them all."""
+    """The same memories, with keys and values in 4 bits: a tail for each that has any, behind them all.
+
+    Raises UnsupportedModelError for latent rows, of which one value stands for those of all heads.
+    """
+    if any(spec.latent for spec in memories):
+        raise UnsupportedModelError(
+            "A model with latent attention caches one short row a token, which is not kept in 4 bits.",
+            "Use --kv-bits 16 or 8.",
+        )
     kv = [(m, spec) for m, spec in enumerate(memories) if spec.kind in ("paged", "window")]
     return *memories, *(replace(spec, kind="tail", window=0, of=m) for m, spec in kv)
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from tinychat.backends.interface import BLOCK, Slots, Step, Tails, memories_of, place_of, tail_of, with_tails
+from tinychat.backends.reference_experts import ExpertOps
 from tinychat.backends.reference_kv4 import Kv4Pool
+from tinychat.backends.reference_latent import LatentOps
 from tinychat.backends.reference_memory import KvPool, StatePool, pool_slots, rotate
 from tinychat.backends.reference_state import StateOps
 from tinychat.base import machine
@@ -57,7 +59,7 @@ class _Loader:
         return torch.from_numpy(head.dequantize()), bias
 
 
-class ReferenceBackend(StateOps):
+class ReferenceBackend(ExpertOps, LatentOps, StateOps):
     """Implements `Backend` and, eagerly, `Ops`."""
 
     name = "reference"
@@ -250,7 +252,7 @@ class ReferenceBackend(StateOps):
             q = q * (1 + attention.slope * far).float()[:, None, None]
         self.sinks = sinks
         for rows, span in zip(self.rows, self.spans, strict=True):
-            kv = (None, None) if k is None else (k[rows], v[rows])
+            kv = [None if x is None else x[rows] for x in (k, v)]
             what = q[rows], *kv, attention, span.memories[memory], pool, index
             parts.append(self._attend(*what) if tail is None else self._attend_4(*what, span.memories[tail]))
         return torch.cat(parts)
@@ -275,8 +277,8 @@ class ReferenceBackend(StateOps):
         first = max(0, slots.length + 1 - attention.window) if attention.window else 0
         where = pool_slots(slots.table)[first:end]
         if k is not None:
-            pool.kv[0, layer, where[-t:]] = pool.stored(k)
-            pool.kv[1, layer, where[-t:]] = pool.stored(v)
+            for side, x in enumerate((k,) if v is None else (k, v)):
+                pool.kv[side, layer, where[-t:]] = pool.stored(x)
         return self._attend_to(
             q, pool.kv[:, layer, where], attention, slots, layer, slots.scored_rows - t, end
         )
@@ -326,7 +328,9 @@ class ReferenceBackend(StateOps):
         the last row's own slot is. scored: the number of the first of them among the scored rows, negative
         before these.
         """
-        keys, values = (x.transpose(0, 1)[None] for x in kv)
+        keys, values = kv[0].transpose(0, 1)[None], kv[-1].transpose(0, 1)[None]
+        if attention.latent is not None:
+            values = values[..., attention.latent.rotated :]
         own, first = torch.arange(end - q.shape[0], end)[:, None], end - kv.shape[1]
         there = torch.arange(first, end)
         mask = there <= own
@@ -416,28 +420,6 @@ class ReferenceBackend(StateOps):
         gate, up = gate_up.chunk(2, dim=-1)
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(alpha * gate) * (up + 1)
-
-    def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None):
-        weights = scores.sigmoid() if sigmoid else scores.softmax(-1)
-        # sorted rather than topk, which promises nothing on a tie
-        chosen = weights if bias is None else weights + bias
-        experts = chosen.sort(dim=-1, descending=True, stable=True).indices[:, :n]
-        weights = weights.gather(-1, experts)
-        total = weights.sum(-1, keepdim=True) + (1e-6 if sigmoid else 0.0)
-        weights = (weights / total if normalize else weights) * scale
-        return experts, weights if each is None else weights * each[experts]
-
-    def expert_linear(self, x, weights, routes):
-        experts, _ = routes
-        x = x[:, None].expand(-1, experts.shape[1], -1) if x.dim() == 2 else x
-        y = x.new_empty(*experts.shape, weights[0][0].shape[0])
-        for e in experts.unique().tolist():
-            y[experts == e] = self.linear(x[experts == e], weights[e])
-        return y
-
-    def expert_sum(self, x, routes, add_to=None):
-        y = (x * routes[1][..., None]).sum(1)
-        return y if add_to is None else add_to + y
 
     def lm_head(self, x, weight, scale=1.0, soft_cap=0.0, first=0):
         y = F.linear(x[self.asked], *weight) * scale

@@ -51,17 +51,19 @@ def _empty(*shape: int) -> torch.Tensor:
 
 
 class KvPool:
-    """Keys and values of one paged or window memory: float32 [2, layers, slots, kv_heads, head_dim]."""
+    """Keys and values of one paged or window memory: float32 [2, layers, slots, kv_heads, head_dim]; of rows
+    that are both, [1, …].
+    """
 
     def __init__(self, spec: MemorySpec, bits: int):
         """bits: 32, or 16 or 8 to keep keys and values as the fast backends do."""
         self.spec, self.bits = spec, bits
-        self.kv = torch.empty(2, len(spec.layers), 0, spec.kv_heads, spec.head_dim)
-        self.bytes_per_block = 2 * len(spec.layers) * BLOCK * spec.kv_heads * spec.head_dim * 4
+        self.kv = torch.empty(spec.sides, len(spec.layers), 0, spec.kv_heads, spec.head_dim)
+        self.bytes_per_block = spec.sides * len(spec.layers) * BLOCK * spec.kv_heads * spec.head_dim * 4
 
     def allocate(self, n_blocks: int) -> None:
-        before, (two, layers, _, *head) = self.kv, self.kv.shape
-        self.kv = _empty(two, layers, n_blocks * BLOCK, *head)
+        before, (sides, layers, _, *head) = self.kv, self.kv.shape
+        self.kv = _empty(sides, layers, n_blocks * BLOCK, *head)
         if before.shape[2] < self.kv.shape[2]:
             self.kv[:, :, : before.shape[2]] = before
 
@@ -71,11 +73,10 @@ class KvPool:
 
     def read(self, table: np.ndarray) -> np.ndarray:
         blocks = self.kv.unflatten(2, (-1, BLOCK)).permute(2, 0, 1, 3, 4, 5)[table.tolist()]
-        floats = 2 * len(self.spec.layers) * BLOCK * self.spec.kv_heads * self.spec.head_dim
-        return blocks.contiguous().numpy().reshape(len(table), floats).view(np.uint8)
+        return blocks.contiguous().numpy().reshape(len(table), self.bytes_per_block // 4).view(np.uint8)
 
     def write(self, table: np.ndarray, data: np.ndarray) -> None:
-        blocks = self.kv.unflatten(2, (-1, BLOCK))  # [2, layers, blocks, BLOCK, kv_heads, head_dim]
+        blocks = self.kv.unflatten(2, (-1, BLOCK))  # [sides, layers, blocks, BLOCK, kv_heads, head_dim]
         shape = (len(table), *blocks.shape[:2], *blocks.shape[3:])
         given = torch.from_numpy(data.view(np.float32).reshape(shape).copy())
         blocks[:, :, table.tolist()] = given.permute(1, 2, 0, 3, 4, 5)
@@ -97,7 +98,8 @@ class KvPool:
         self.kv[:, layer, to, head] = self.kv[:, layer, from_, head]
 
     def value_spread(self, table: np.ndarray, weights: np.ndarray, exact: int = -1) -> np.ndarray:
-        return spread(self.kv[1, :, pool_slots(table)[: weights.shape[2]]].transpose(1, 2), weights)
+        values = self.kv[-1, :, pool_slots(table)[: weights.shape[2]]].transpose(1, 2)
+        return spread(values[..., -self.spec.latent :], weights)  # all of them where nothing is latent
 
     def turn_keys(
         self, table: np.ndarray, delta: np.ndarray, ropes: list[RopeConfig | None], exact: int = -1

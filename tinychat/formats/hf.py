@@ -21,9 +21,9 @@ from tinychat.formats.tensors import FLOATS, PULL_AGAIN, Tensor, Tensors, read_j
 from tinychat.models import FAMILIES, PREDICTING
 from tinychat.network import further, hf_config
 from tinychat.network.config import ModelConfig
-from tinychat.network.family import FromHF, in_files, kept, outside, shapes_in_files
+from tinychat.network.family import FromHF, in_files, kept, outside, shapes_in_files, turned
 from tinychat.network.weight_form import Form
-from tinychat.network.weights import DenseLinear, Linear
+from tinychat.network.weights import DenseLinear, Linear, transposed
 from tinychat.text.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -77,6 +77,8 @@ class HFCheckpoint:
         stored = self._linear(whole)
         if rows is None:
             return stored
+        if heads := turned(self._form, self.config, name):
+            return transposed(stored, rows, heads)
         try:
             return stored.reordered(rows)
         except ValueError as e:
@@ -101,7 +103,10 @@ class HFCheckpoint:
 
     def stored(self, name: str) -> tuple[Form | str, int]:
         """Form of a linear or the embedding, a name where there are no words, and its bytes."""
+        opened = turned(self._form, self.config, name)
         name, rows = in_files(self._form, self.config, name)
+        if opened and self._quantized(name) and rows is not None:
+            return FLOAT_FORMS["F32"], 4 * len(rows) * self._shapes[name][1]
         if not self._quantized(name):
             dtype = self._tensors[f"{name}.weight"].dtype
             form: Form | str = FLOAT_FORMS.get(dtype, dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tinychat.base.errors import CheckpointError
+from tinychat.network.latent import LatentConfig
 
 MOST_LAYERS = 1024
 MOST_TAPS = 16  # tokens that a short convolution sees
@@ -87,6 +88,7 @@ class AttentionConfig:
     turnable  whether a cached key can be turned to another position: not if it was changed behind its rope
     source    the layer whose keys and values it attends to instead of its own; -1: it has its own
     tied      its values are its keys as their linear gives them, so there is no linear of values
+    latent    what its one key and value head is made of, if that is one compressed row; head_dim is its size
     """
 
     n_heads: int
@@ -101,10 +103,13 @@ class AttentionConfig:
     turnable: bool = True
     source: int = -1
     tied: bool = False
+    latent: LatentConfig | None = None
 
     def __post_init__(self):
         for name, limit in (("n_heads", 1024), ("n_kv_heads", 1024), ("head_dim", 1024)):
             check_number(name, getattr(self, name), limit)
+        for name in ("rank", "plain", "rotated", "value") if self.latent else ():
+            check_number(f"latent attention's {name} size", getattr(self.latent, name), 1024)
         if self.n_heads % self.n_kv_heads:
             raise _damaged(f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.")
         _check_scales(self.scale)
@@ -230,6 +235,7 @@ class ExpertsConfig:
     sigmoid    weights are the sigmoids of scores, not their softmax
     biased     experts are chosen by their weights plus a bias
     scale      what the weights are multiplied by in the end
+    groups     equal groups that the experts fall into, of which a token chooses `taken_groups` first
     """
 
     n: int
@@ -242,6 +248,8 @@ class ExpertsConfig:
     sigmoid: bool = False
     biased: bool = False
     scale: float = 1.0
+    groups: int = 1
+    taken_groups: int = 1
 
     def __post_init__(self):
         whole = all(type(n) is int for n in (self.n, self.taken, self.size, self.shared))
@@ -254,6 +262,9 @@ class ExpertsConfig:
                 f" takes {self.taken!r}."
             )
         _check_scales(self.scale)
+        whole = type(self.groups) is type(self.taken_groups) is int and 1 <= self.taken_groups <= self.groups
+        if not whole or self.n % self.groups or self.taken * self.groups > self.n * self.taken_groups:
+            raise _damaged(f"The checkpoint has {self.n} experts in {self.groups!r} groups.")
 
 
 @dataclass(frozen=True)

@@ -100,12 +100,15 @@ class Kept:
 class Part:
     """A module that files hold among the rows of a larger one.
 
-    whole  the larger one, as it is called inside a block
-    rows   of the whole, in the order that they have here: int64 [out], for a layer
+    whole   the larger one, as it is called inside a block
+    rows    of the whole, in the order that they have here: int64 [out], for a layer
+    turned  of how many matrices one below the other these rows are, each of which is stored transposed; None:
+            they are one, as it is used
     """
 
     whole: str
     rows: Callable[[LayerConfig], np.ndarray]
+    turned: Callable[[LayerConfig], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class FromHF:
     parts         modules that its files hold among the rows of others, by their names inside a block
     varied        whether `intermediate_size` may be a list; `layers` reads it then
     unread        ends of the names of modules that files may have in layers that do not use them
+    head_dim      the setting that has the size of heads, or of what is rotated of them
     model_type    its name in the `text_config` of wrappers
     wrappers      architectures of models of several inputs whose `text_config` may describe such a model
     """
@@ -147,6 +151,7 @@ class FromHF:
     parts: Mapping[str, Part] = field(default_factory=dict)
     varied: bool = False
     unread: tuple[str, ...] = ()
+    head_dim: str = "head_dim"
     model_type: str = ""
     wrappers: tuple[str, ...] = ()
 
@@ -196,6 +201,13 @@ def in_files(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> tuple[str,
     return name, None if order is None else np.argsort(order)
 
 
+def turned(form: FromHF | FromGGUF, cfg: ModelConfig, name: str) -> int:
+    """Of how many matrices, each of which files hold transposed, the linear `name` is; 0: of none."""
+    layer, _, module = name.removeprefix("model.layers.").partition(".")
+    part = form.parts.get(module)
+    return part.turned(cfg.all_layers[int(layer)]) if part and part.turned else 0
+
+
 def shapes_in_files(
     form: FromHF | FromGGUF, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
@@ -203,6 +215,8 @@ def shapes_in_files(
     out: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         whole, _ = in_files(form, cfg, name)
+        if n := turned(form, cfg, name):
+            shape = (n * shape[1], shape[0] // n)
         out[whole] = (out[whole][0] + shape[0], *shape[1:]) if whole in out else shape
     return out
 

@@ -22,6 +22,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None, 0),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
+    "moe_layer_freq": (None, 1),
     "n_group": (None, 0, 1),
     "n_routed_experts": (None, 0),
     "n_shared_experts": (None, 0),
@@ -117,7 +118,7 @@ WRAPPED = (
 
 def _config(family: str, form: FromHF, cfg: Settings, generation: Settings) -> ModelConfig:
     hidden, heads = cfg["hidden_size"], cfg["num_attention_heads"]
-    head_dim = cfg.get("head_dim") or hidden // heads
+    head_dim = cfg.get(form.head_dim) or hidden // heads
     ropes = _ropes(cfg, head_dim, form.rope_fields)
     attention = AttentionConfig(
         heads,

@@ -119,6 +119,15 @@ def _yarn(base: RopeConfig, params: dict, original: int, cfg: dict) -> RopeConfi
     )
 
 
+def score_magnitude(cfg: dict[str, Any], rope: RopeConfig) -> float:
+    """What scores of attention are multiplied by besides, in families of latent attention: with YaRN, by the
+    square of what `mscale_all_dim` says.
+    """
+    params = cfg.get("rope_parameters") or cfg.get("rope_scaling") or {}
+    all_dims = float(params.get("mscale_all_dim") or 0.0)
+    return _mscale(rope.factor, all_dims) ** 2 if rope.kind == "yarn" and all_dims else 1.0
+
+
 def _mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 

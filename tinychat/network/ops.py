@@ -91,6 +91,34 @@ class Ops(Protocol):
         """
         ...
 
+    def head_linear(self, x: Handle, weight: Handle, heads: int) -> Handle:
+        """Each head times a matrix of its own: [T, heads·W] → [T, heads·out].
+
+        weight: one linear [heads·out, in] that has the heads' matrices one below the other. Each reads the
+        first `in` of its head's W columns.
+        """
+        ...
+
+    def latent_attention(
+        self,
+        q: Handle,
+        absorbed: Handle,
+        row: Handle,
+        norm: Handle,
+        eps: float,
+        attention: AttentionConfig,
+        layer: int,
+    ) -> Handle:
+        """Write the rows to the layer's cache slots; causal attention over compressed rows: [T, heads·rank].
+
+        With the attention's `latent`: q [T, heads·(plain + rotated)], of which the rotated parts are read;
+        absorbed: [T, heads·rank], the plain parts times each head's own matrix. row: [T, rank + rotated], of
+        which the first part is normed, with the weight `norm`. Rotated parts are turned at the step's
+        positions. A head's query (rotated, absorbed) meets the cached rows (rotated, compressed); what it
+        gets is the weighted sum of the compressed parts.
+        """
+        ...
+
     def short_conv(self, bcx: Handle, weight: Handle, conv: ConvConfig, layer: int) -> Handle:
         """C · conv(B · x): [T, 3 channels] → [T, channels]. Each channel by itself and causal; what the
         convolution saw of the last tokens is the layer's state.
@@ -219,13 +247,16 @@ class Ops(Protocol):
         bias: Handle | None = None,
         scale: float = 1.0,
         each: Handle | None = None,
+        groups: tuple[int, int] = (1, 1),
     ) -> Handle:
         """Choice of n experts for each token: those of the largest softmax(scores), which weighs them.
 
         scores: [T, experts], one for each expert. `normalize`: a token's weights are made to sum to one.
         sigmoid: weights are σ(score), each by itself. bias: [experts], added where weights are compared, not
         where they weigh. scale: what all weights are multiplied by in the end; each: [experts], what those of
-        an expert are multiplied by besides.
+        an expert are multiplied by besides. groups: into how many equal ones the experts fall, and how many
+        of them a token takes, before all else: those with the largest weight, where there is a bias those
+        with the largest sum of two weights with it.
         Ties go to the expert with the lower number.
         """
         ...

@@ -190,6 +190,15 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def transposed(w: Linear, rows: np.ndarray, heads: int) -> DenseLinear:
+    """Of some rows, int64 [heads · n], each matrix [n, k] as [k, n], one below the other. Codes are opened,
+    into float32, since the inputs that share a scale are no longer neighbours.
+    """
+    stored = w.weight if isinstance(w, DenseLinear) else w.dequantize()
+    turned = stored[rows].reshape(heads, -1, w.shape[1]).swapaxes(1, 2).reshape(heads * w.shape[1], -1)
+    return DenseLinear(np.ascontiguousarray(turned), bf16=isinstance(w, DenseLinear) and w.bf16)
+
+
 def quantize_int8(weight: np.ndarray, bias: np.ndarray | None = None) -> QuantizedLinear:
     """Round a float32 [out, in] weight to int8 with one fp16 scale for each 32 inputs (GGUF's Q8_0).
 

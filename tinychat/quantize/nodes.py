@@ -224,6 +224,15 @@ class Recorder:
 
         return self._node("delta_rule", (qkv, beta, alpha), run, *names)
 
+    def head_linear(self, x: Node, weight: tuple[str, ...], heads: int) -> Node:
+        raise UnsupportedModelError(
+            "A model with latent attention cannot be quantized yet.",
+            'It runs with quantize="rtn", or as someone quantized it.',
+        )
+
+    def latent_attention(self, *given: Any) -> Any:
+        raise NotImplementedError  # `head_linear` comes first
+
     def norm_gated(self, x: Node, weight: str, gate: Node, eps: float) -> Node:
         from torch.nn import functional
 
@@ -291,6 +300,7 @@ class Recorder:
         bias: str | None = None,
         scale: float = 1.0,
         each: str | None = None,
+        groups: tuple[int, int] = (1, 1),
     ) -> Any:
         raise UnsupportedModelError(
             "A mixture of experts cannot be quantized yet.",
