@@ -33,7 +33,7 @@ FLOORS = [
     ("hub",),
     ("quantize",),
     ("engine",),
-    ("conversation",),
+    ("conversation", "keywords"),
     ("answer", "losses"),
     ("dialogue",),
     ("chat_request", "embedding", "session"),

@@ -46,11 +46,17 @@ _EXPORTS = {
     "Notice": "tinychat.base.events",
     "Reading": "tinychat.base.events",
     "Done": "tinychat.base.events",
+    "Event": "tinychat.base.events",
     "Completion": "tinychat.base.events",
     "ToolCall": "tinychat.base.events",
     "ToolCallDelta": "tinychat.base.events",
     "run_tools": "tinychat.tool_loop",
     "Stats": "tinychat.base.events",
+    "SamplingKeywords": "tinychat.keywords",
+    "PromptKeywords": "tinychat.keywords",
+    "ChatKeywords": "tinychat.keywords",
+    "SessionKeywords": "tinychat.keywords",
+    "LoadKeywords": "tinychat.keywords",
     "TinychatError": "tinychat.base.errors",
     "UsageError": "tinychat.base.errors",
     "ModelNotFoundError": "tinychat.base.errors",
@@ -62,18 +68,24 @@ _EXPORTS = {
 
 
 __all__ = [
+    "ChatKeywords",
     "CheckpointError",
     "Completion",
     "Done",
     "DownloadError",
+    "Event",
+    "LoadKeywords",
     "LoadOptions",
     "MemoryBudgetError",
     "Model",
     "ModelNotFoundError",
     "Notice",
+    "PromptKeywords",
     "Reading",
+    "SamplingKeywords",
     "SamplingParams",
     "Session",
+    "SessionKeywords",
     "Stats",
     "TextDelta",
     "TinychatError",
@@ -100,6 +112,7 @@ if TYPE_CHECKING:
     from tinychat.base.events import (
         Completion,
         Done,
+        Event,
         Notice,
         Reading,
         Stats,
@@ -109,16 +122,25 @@ if TYPE_CHECKING:
     )
     from tinychat.base.load_options import LoadOptions
     from tinychat.base.sampling_params import SamplingParams
+    from tinychat.keywords import (
+        ChatKeywords,
+        LoadKeywords,
+        PromptKeywords,
+        SamplingKeywords,
+        SessionKeywords,
+    )
     from tinychat.loading import load
     from tinychat.model import Model
     from tinychat.session import Session
     from tinychat.tool_loop import run_tools
 
 
-def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'tinychat' has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers would believe in every name
+
+    def __getattr__(name):
+        if name in _EXPORTS:
+            return getattr(importlib.import_module(_EXPORTS[name]), name)
+        raise AttributeError(f"module 'tinychat' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinychat.answer import AnswerInTheMaking
 from tinychat.base import arguments
@@ -24,6 +24,11 @@ from tinychat.base.sampling_params import SamplingParams
 from tinychat.base.settings import Settings
 from tinychat.conversation import Message, Saved, Tree
 from tinychat.text.attachments import are_sound
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tinychat.keywords import SamplingKeywords
 
 Segments = list[tuple[str, list[int]]]  # a prompt's pieces with their token ids, where those are known
 
@@ -179,8 +184,8 @@ class Dialogue:
         text: str,
         *,
         attachments: Sequence[dict[str, str]] = (),
-        tools: Any = None,
-        **sampling: Any,
+        tools: Iterable[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        **sampling: Unpack[SamplingKeywords],
     ) -> Generator[Event, None, None]:
         """Say something and stream the answer. Sampling parameters given here hold for this answer only.
 
@@ -203,7 +208,7 @@ class Dialogue:
             self.tree.append(m)
 
     def send_results(
-        self, results: Mapping[str, str] | Iterable[str], **sampling: Any
+        self, results: Mapping[str, str] | Iterable[str], **sampling: Unpack[SamplingKeywords]
     ) -> Generator[Event, None, None]:
         """Give the results of the calls at the end of the conversation, and stream the answer to them.
 
@@ -240,7 +245,7 @@ class Dialogue:
         files = [{k: whole(v) for k, v in a.items()} for a in files]
         return Message("user", text, parent, attachments=files)
 
-    def regenerate(self, **sampling: Any) -> Generator[Event, None, None]:
+    def regenerate(self, **sampling: Unpack[SamplingKeywords]) -> Generator[Event, None, None]:
         """Answer the last message again, as a new branch beside the old answer."""
         question, leaf = self.tree.question, self.leaf
         if question is None or leaf is None:
@@ -251,7 +256,7 @@ class Dialogue:
             params = params.but(seed=params.seed + len(self.tree.siblings(leaf)))
         return self._answer(question, params)
 
-    def go_on(self, **sampling: Any) -> Generator[Event, None, None]:
+    def go_on(self, **sampling: Unpack[SamplingKeywords]) -> Generator[Event, None, None]:
         """Go on with the last answer, which was stopped, cut by its length or interrupted; only what is new
         is said. `max_tokens` counts from here; a seed gives the text that it would have given in one go.
         """
@@ -263,7 +268,12 @@ class Dialogue:
         return self._answer(answer.parent, self.params.but(**sampling), before=answer)
 
     def edit(
-        self, node: int, text: str, *, attachments: Sequence[dict[str, str]] | None = None, **sampling: Any
+        self,
+        node: int,
+        text: str,
+        *,
+        attachments: Sequence[dict[str, str]] | None = None,
+        **sampling: Unpack[SamplingKeywords],
     ) -> Generator[Event, None, None]:
         """Say `text` in place of the user message `node`, as a new branch, and stream the answer. The files
         that went with it stay, unless others are given.

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinychat.backends.interface import Backend
 from tinychat.base import arguments
@@ -26,6 +26,11 @@ from tinychat.network.family import outside
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.text import rendering
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tinychat.keywords import LoadKeywords
+
 AUTO_GPU = False  # until the CUDA engine has been run on a GPU: docs/performance.md lists what was not
 
 
@@ -34,7 +39,7 @@ def load(
     options: LoadOptions | None = None,
     *,
     progress: Callable[[str], None] | None = None,
-    **changes: Any,
+    **changes: Unpack[LoadKeywords],
 ) -> Model:
     """Load a model: an alias (downloaded if need be), a Hugging Face repo id, a local folder or a .gguf file.
 

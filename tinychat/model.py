@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
@@ -34,11 +34,16 @@ from tinychat.text.response_format import response_format as response_format_of
 from tinychat.text.template import ChatTemplate
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
     from tinychat.engine.shelf import Shelf
     from tinychat.engine.speculation.speculator import Speculator
     from tinychat.formats.embedder import Pooling
+    from tinychat.keywords import ChatKeywords, PromptKeywords, SamplingKeywords, SessionKeywords
 
 DEFAULT_CTX = 8192
+Messages = str | Iterable[Mapping[str, Any]]
 
 
 def room_for_memories(backend: Backend) -> int:
@@ -202,7 +207,7 @@ class Model:
             name = "window"
         return EvictionPolicy.of(name, budget or self.n_ctx)
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """float32 [n_tokens, vocab]: row i is the prediction after token i. Raises UsageError on ids out of
         range.
 
@@ -210,16 +215,24 @@ class Model:
         """
         return self.engine.logits(self._ids(token_ids), self.eviction())
 
-    def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[Event]:
-        """Continue a bare prompt (text or ids; no chat template). Yields events; sampling parameters by
-        keyword.
+    def generate(
+        self, prompt: str | Sequence[int], **options: Unpack[PromptKeywords]
+    ) -> Generator[Event, None, None]:
+        """Continue a bare prompt (text or ids; no chat template). Yields events. options: sampling
+        parameters, `draft` and `logprobs` as in `request`.
         """
-        return self.continuing(prompt, **sampling).events(self)
+        return self.continuing(prompt, **options).events(self)
 
-    def continuing(self, prompt: str | Sequence[int], **options: Any) -> PromptRequest:
+    def continuing(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        draft: str | None = None,
+        logprobs: int | None = None,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> PromptRequest:
         """What `generate` asks for, checked. Raises UsageError."""
-        draft, odds = options.pop("draft", None), _top(options.pop("logprobs", None))
-        params = self._params(options)
+        odds, params = _top(logprobs), self._params(sampling)
         if isinstance(prompt, str):
             refuse_oversized(self.tokenizer, [prompt], self.n_ctx, self.eviction() is not None)
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else self._ids(prompt)
@@ -227,17 +240,22 @@ class Model:
 
     @overload
     def chat(
-        self, messages: str | Iterable[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+        self, messages: Messages, *, stream: Literal[False] = False, **options: Unpack[ChatKeywords]
     ) -> Completion: ...
 
     @overload
     def chat(
-        self, messages: str | Iterable[Mapping[str, Any]], *, stream: Literal[True], **options: Any
-    ) -> Iterator[Event]: ...
+        self, messages: Messages, *, stream: Literal[True], **options: Unpack[ChatKeywords]
+    ) -> Generator[Event, None, None]: ...
+
+    @overload
+    def chat(
+        self, messages: Messages, *, stream: bool, **options: Unpack[ChatKeywords]
+    ) -> Completion | Generator[Event, None, None]: ...
 
     def chat(
-        self, messages: str | Iterable[Mapping[str, Any]], *, stream: bool = False, **options: Any
-    ) -> Completion | Iterator[Event]:
+        self, messages: Messages, *, stream: bool = False, **options: Unpack[ChatKeywords]
+    ) -> Completion | Generator[Event, None, None]:
         """One answer to {"role", "content"} messages (a text is what the user says). A model without a chat
         template continues their text.
 
@@ -256,18 +274,18 @@ class Model:
 
     def request(
         self,
-        messages: str | Iterable[Mapping[str, Any]],
+        messages: Messages,
         *,
         draft: str | None = None,
         response_format: Mapping[str, Any] | Form | None = None,
         think: bool | None = None,
         effort: str | None = None,
-        tools: Any = None,
-        tool_choice: Any = "auto",
+        tools: Iterable[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
         logprobs: int | None = None,
         go_on: bool = False,
-        **sampling: Any,
+        **sampling: Unpack[SamplingKeywords],
     ) -> ChatRequest:
         """What `chat` asks for, checked. Raises UsageError.
 
@@ -278,9 +296,9 @@ class Model:
         logprobs: how many of the likeliest tokens are told with each one's log-probability. go_on: the last
         message is an answer that was begun; what is new of it is told.
         """
-        messages, form = arguments.messages(messages), response_format_of(response_format)
-        begun = arguments.begun(messages) if arguments.flag("go_on", go_on) else None
-        messages = messages if begun is None else messages[:-1]
+        said, form = arguments.messages(messages), response_format_of(response_format)
+        begun = arguments.begun(said) if arguments.flag("go_on", go_on) else None
+        said = said if begun is None else said[:-1]
         given = checked_tools.tools(tools)
         choice = checked_tools.tool_choice(tool_choice, given)
         several = arguments.flag("parallel_tool_calls", parallel_tool_calls)
@@ -296,16 +314,16 @@ class Model:
         if self.template is not None and choice != "none":
             told = [t for t in given if t["function"]["name"] == choice] or given
             form = self.template.tools.form(told, choice != "auto", several, form) if told else form
-        return ChatRequest(messages, params, draft, given, choice, several, form, think, effort, odds, begun)
+        return ChatRequest(said, params, draft, given, choice, several, form, think, effort, odds, begun)
 
-    def session(self, system: str | None = None, **sampling: Any) -> Session:
-        """A conversation with a memory. `draft`, `kv_budget` and `kv_policy` as in `load`; sampling
-        parameters by keyword.
+    def session(self, system: str | None = None, **options: Unpack[SessionKeywords]) -> Session:
+        """A conversation with a memory. options: sampling parameters; `draft`, `kv_budget` and `kv_policy` as
+        in `load`; `response_format` as in `request`.
         """
         self._refuse_embedder()
-        return Session(self, system, **sampling)
+        return Session(self, system, **options)
 
-    def embed(self, texts: Sequence[str], dimensions: int | None = None) -> np.ndarray:
+    def embed(self, texts: Sequence[str], dimensions: int | None = None) -> NDArray[np.float32]:
         """A vector for each text, float32 [n, dimensions], as sentence-transformers makes them of a folder
         that it wrote. dimensions: the first so many; None: all.
 

@@ -32,8 +32,11 @@ from tinychat.text.stopping import cut_ids
 from tinychat.text.tokenizer import SOME_TEXT
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.engine import OwnedBranch
+    from tinychat.keywords import SamplingKeywords
     from tinychat.text.calls.caller import Caller
 
 __all__ = ["Message", "Session"]
@@ -56,7 +59,7 @@ class Session(Dialogue):
         kv_budget: int | None = None,
         kv_policy: str | None = None,
         response_format: Mapping[str, Any] | Form | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingKeywords],
     ):
         if not hasattr(model, "engine"):
             raise UsageError(f"The model is {arguments.shown(model)}.", "Give what tinychat.load returned.")

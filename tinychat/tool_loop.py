@@ -15,6 +15,9 @@ from tinychat.base.errors import UsageError
 from tinychat.base.events import Completion, ToolCall
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tinychat.keywords import ChatKeywords
     from tinychat.model import Model
 
 MOST_TURNS = 8
@@ -45,7 +48,7 @@ def run_tools(
     *,
     most_turns: int = MOST_TURNS,
     allow: Callable[[ToolCall], bool] = lambda call: True,
-    **options: Any,
+    **options: Unpack[ChatKeywords],
 ) -> ToolRun:
     """Have a model answer, and run what it calls: these functions and nothing else.
 
