@@ -34,7 +34,6 @@ COMMANDS = (
         "compact",
         "",
         "go on from a summary, which the model writes; the whole chat stays, as a branch",
-        screen="it is for the chat screen, which shows the summary beside the whole chat",
     ),
     Command(
         "edit",

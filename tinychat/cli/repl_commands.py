@@ -15,6 +15,7 @@ from tinychat.base.files import write_atomically
 from tinychat.base.preferences import Preferences
 from tinychat.base.sampling_params import SamplingParams
 from tinychat.chats import outline
+from tinychat.cli.compact import compact
 from tinychat.cli.output import describe
 from tinychat.tui import branches, commands
 from tinychat.tui.commands import BY_NAME, COMMANDS
@@ -80,6 +81,9 @@ class ReplCommands:
 
     def command_continue(self, rest: str) -> None:
         self.answer(self.session.go_on())
+
+    def command_compact(self, rest: str) -> None:
+        compact(self.session, self.keeper)
 
     def command_edit(self, rest: str) -> None:
         last = self.session.tree.last("user")

@@ -21,6 +21,7 @@ from tinychat.tui.messages import ChatAction, OpenChat, Trouble
 from tinychat.tui.text import clean, shorten, width_of
 
 MOST = 200  # chats that are listed
+AT_ONCE = 40  # more than a terminal shows; the others are laid out when these are painted
 ROOM = 34  # cells of a line, unless the terminal shows nothing else
 FIELD_HINTS = ("enter open the first", "↓ to the list", "esc close")
 LIST_HINTS = {  # by the names of the keys
@@ -93,6 +94,7 @@ class Sidebar(Vertical):
         self.store, self.now = store, now
         self.current = 0
         self._filled_for = 0  # cells of a line
+        self._filling = 0  # how often the list was filled
 
     def compose(self):
         """Nothing is read from the store before it is shown."""
@@ -129,18 +131,29 @@ class Sidebar(Vertical):
         option, place = chats.highlighted_option, chats.highlighted or 0
         before = option.id if option is not None else str(self.current)
         self._filled_for = self._room
+        place_before = next((i for i, hit in enumerate(hits) if str(hit.chat.id) == before), None)
+        first = AT_ONCE + (place_before or place)
+        self._filling += 1
         chats.clear_options()
+        self._add(hits[:first], False if hits[first:] else more)
+        if hits:  # where it was, if the one that it was on is gone
+            chats.highlighted = min(place, len(hits) - 1) if place_before is None else place_before
+        if hits[first:]:
+            self.call_after_refresh(self._add_later, self._filling, hits[first:], more)
+
+    def _add_later(self, filling: int, hits: list[Hit], more: bool) -> None:
+        """Lay out what nobody sees yet, unless the list is another one by now."""
+        if filling == self._filling:
+            self._add(hits, more)
+
+    def _add(self, hits: list[Hit], more: bool) -> None:
+        chats = self.query_one(ChatList)
         chats.add_options([Option(self._prompt(hit), str(hit.chat.id)) for hit in hits])
         if more or not hits:
             said = f"… and older ones: search for {'another word' if self.words else 'a word'}"
             if not hits:
                 said = "Nothing found." if self.words else "No chats yet."
             chats.add_option(Option(Content.assemble((said, "$secondary")), disabled=True))
-        for i, hit in enumerate(hits):
-            if str(hit.chat.id) == before:
-                chats.highlighted = i
-        if chats.highlighted is None and hits:
-            chats.highlighted = min(place, len(hits) - 1)  # where it was: the one that it was on is gone
 
     def _prompt(self, hit: Hit) -> Content:
         width = self._room
