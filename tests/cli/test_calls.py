@@ -82,7 +82,7 @@ def test_what_is_always_allowed_runs_and_mcp_takes_it_back(talk):
 @pytest.fixture
 def one(model, monkeypatch, tmp_path):
     """Ask for one answer, with a server in mcp.json."""
-    pytest.importorskip("mcp")
+    pytest.importorskip("mcp_types")
     server = Path(__file__).parents[1] / "support" / "odd_mcp_server.py"
     (tmp_path / "mcp.json").write_text(
         json.dumps({"mcpServers": {"fs": {"command": sys.executable, "args": ["-S", str(server)]}}})

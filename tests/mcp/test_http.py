@@ -11,7 +11,7 @@ import pytest
 from tinychat.mcp.config import ServerConfig
 from tinychat.mcp.servers import Servers
 
-pytest.importorskip("mcp")
+pytest.importorskip("mcp_types")
 
 
 @pytest.fixture

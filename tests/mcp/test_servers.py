@@ -16,7 +16,7 @@ from tinychat.mcp.config import ServerConfig
 from tinychat.mcp.servers import Servers
 from tinychat.mcp.toolbox import Toolbox
 
-pytest.importorskip("mcp")
+pytest.importorskip("mcp_types")
 SUPPORT = Path(__file__).parents[1] / "support"
 SERVER = str(SUPPORT / "odd_mcp_server.py")
 

@@ -77,12 +77,12 @@ def test_the_installed_command_with_the_demo_model(tmp_path, demo_gguf):
         t.type("/new")  # what was cut decides nothing there: this answer fills the context
         t.press("Enter")
         t.wait("Ask something.")
+        screen, child = descendants(t, "tinychat run")[-1], descendants(t, "tinychat.process.worker")[-1]
         t.type("Tell me a very long story about a very long river.")
         t.press("Enter")
         store = ChatStore(tmp_path / "chats.db")
         t.wait(lambda _: len(store.chats()) == 2 and store.messages(2)[-1].role == "assistant", 60)
         t.wait(lambda _: store.messages(2)[-1].content, 60)  # stored while it streams
-        screen, child = descendants(t, "tinychat run")[-1], descendants(t, "tinychat.process.worker")[-1]
         screen.kill()
         t.wait("ended with 137")
         psutil.wait_procs([child], timeout=5)

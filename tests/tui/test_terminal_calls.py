@@ -19,7 +19,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def test_a_call_is_asked_for_run_allowed_for_good_and_the_server_ends_with_the_chat(tmp_path):
-    pytest.importorskip("mcp")
+    pytest.importorskip("mcp_types")
     server = str(TESTS / "support" / "odd_mcp_server.py")
     config = tmp_path / "mcp.json"
     config.write_text(
