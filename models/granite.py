@@ -19,7 +19,8 @@ def _scaled(stack: Stack, scale: float | None) -> tuple[LayerConfig, ...]:
     return stack.layers(lambda i: attention)
 
 
-def _from_hf(c: Settings) -> dict[str, Any]:
+def constants(c: Settings) -> dict[str, Any]:
+    """The multipliers, as ModelConfig has them."""
     return {
         "embed_scale": float(c["embedding_multiplier"]),
         "residual_scale": float(c["residual_multiplier"]),
@@ -41,7 +42,7 @@ HF = {
         dict.fromkeys(MULTIPLIERS, 1.0),
         MULTIPLIERS,
         layers=lambda c, stack: _scaled(stack, float(c["attention_multiplier"])),
-        constants=_from_hf,
+        constants=constants,
     )
 }
 GGUF = {

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tinychat.models import llama, qwen3
-from tinychat.network.config import ConvConfig, DenseConfig, LayerConfig, ModelConfig
+from tinychat.network.config import DenseConfig, LayerConfig, ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Kept, Metadata, Settings, Stack, WeightSource
 from tinychat.network.ops import Handle, Ops
+from tinychat.network.recurrence import ConvConfig
 
 DEFAULTS: Settings = {
     "norm_eps": 1e-5,

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from tinychat.models import lfm2, llama
 from tinychat.models.lfm2 import NORM_OFFSET
-from tinychat.network.config import AttentionConfig, ConvConfig, LayerConfig, ModelConfig
+from tinychat.network.config import AttentionConfig, LayerConfig, ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Kept, Settings, Stack, WeightSource
 from tinychat.network.hf_rope import rope_config
 from tinychat.network.ops import Handle, Ops
+from tinychat.network.recurrence import ConvConfig
 
 __all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
 

@@ -14,9 +14,10 @@ from tinychat.base.errors import UnsupportedModelError
 from tinychat.models import llama
 from tinychat.models.llama import NAMES
 from tinychat.network import further, hf_config
-from tinychat.network.config import AttentionConfig, DeltaConfig, LayerConfig, ModelConfig
+from tinychat.network.config import AttentionConfig, LayerConfig, ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Kept, Metadata, Settings, Stack, WeightSource
 from tinychat.network.ops import DeltaWeights, Handle, Ops
+from tinychat.network.recurrence import DeltaConfig
 
 DEFAULTS: Settings = {
     "head_dim": 256,

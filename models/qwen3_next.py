@@ -12,9 +12,10 @@ import numpy as np
 from tinychat.models import llama, qwen3_5, qwen3_5_moe
 from tinychat.models.qwen3_5 import NORM_OFFSET, biases, norms
 from tinychat.network import further, hf_config
-from tinychat.network.config import DeltaConfig, DenseConfig, LayerConfig, ModelConfig
+from tinychat.network.config import DenseConfig, LayerConfig, ModelConfig
 from tinychat.network.family import FromHF, Metadata, Part, Settings, Stack, WeightSource
 from tinychat.network.ops import Handle, Ops
+from tinychat.network.recurrence import DeltaConfig
 
 __all__ = [
     "GGUF",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from recurrent import delta_model, recurrent_model, shared_model
+from recurrent import delta_model, mamba_model, recurrent_model, shared_model
 from session_helpers import conversation_ids
 from tiny import TEMPLATE
 
@@ -14,7 +14,12 @@ from tinychat.engine.memory.branch import common_prefix
 from tinychat.session import Session
 
 LONG = "x" * 4000
-MEMORIES = {"convolution": recurrent_model, "delta rule": delta_model, "shared keys": shared_model}
+MEMORIES = {
+    "convolution": recurrent_model,
+    "delta rule": delta_model,
+    "state space": mamba_model,
+    "shared keys": shared_model,
+}
 # As templates of reasoning models: what an answer begins with, and all up to its end, is gone one turn later.
 STRIPPED = TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}").replace(
     "assistant\n{%", "assistant\n<think>\n{%"

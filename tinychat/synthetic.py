@@ -13,8 +13,6 @@ from tinychat.models import FAMILIES
 from tinychat.network import further
 from tinychat.network.config import (
     AttentionConfig,
-    ConvConfig,
-    DeltaConfig,
     DenseConfig,
     ExpertsConfig,
     LayerConfig,
@@ -22,6 +20,7 @@ from tinychat.network.config import (
     RopeConfig,
 )
 from tinychat.network.family import outside
+from tinychat.network.recurrence import ConvConfig, DeltaConfig
 from tinychat.network.weight_form import NUMBERS, ROW, SUPER, TABLES, Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
 

@@ -169,15 +169,55 @@ void bind_states(nb::class_<PyProgram>& program) {
             "decay, "
             "dt; qkv and gates: to be used")
         .def(
-            "norm_gated",
-            [](PyProgram& p, Floats x, nb::object weight, Floats gate, float eps) {
-                const auto w = nb::cast<In<float>>(weight);
-                const int width = static_cast<int>(w.size());
-                require(width > 0 && x.cols % width == 0 && gate.cols == x.cols, "the norm's shapes differ");
-                p.keep_alive(weight);
-                p.program.gated_norm({x.p, gate.p, w.data(), x.cols, width, eps, 0, 0});
+            "mamba",
+            [](PyProgram& p, int memory, int layer, std::vector<int> heads, Floats x, std::vector<nb::object> weights,
+               int width, std::vector<float> limits, Floats xbc, Floats gates, Floats out) {
+                require(heads.size() == 4 && weights.size() == 5 && limits.size() == 2, "the layer does not fit");
+                for (int n : heads) require(n >= 1 && n <= 1024, "the heads do not fit");
+                const MambaLayer at{heads[0], heads[1], heads[2], heads[3]};
+                require(at.n_heads % at.groups == 0 && at.values() <= 1 << 16, "the heads do not fit");
+                require(width >= 2 && width <= kMostTaps, "the convolution does not fit");
+                const int channels = at.channels(), values = at.values();
+                require(x.cols == values + channels + at.n_heads && xbc.cols == channels && out.cols == values &&
+                            gates.cols == 2 * at.n_heads,
+                        "the shapes of the layer differ");
+                const size_t n = at.n_heads, taps = static_cast<size_t>(channels) * width, ld = x.cols;
+                const size_t floats = static_cast<size_t>(values) * at.state + taps - channels;
+                ConvArgs conv{};
+                conv.x = x.p + values, conv.ld = ld, conv.weight = vector_of(p, weights[0], taps);
+                conv.bias = weights[1].is_none() ? nullptr : vector_of(p, weights[1], channels);
+                conv.width = width, conv.y = xbc.p;
+                MambaGateArgs steps{};
+                steps.at = at, steps.steps = x.p + values + channels, steps.ld = ld, steps.gates = gates.p;
+                steps.decay = vector_of(p, weights[2], n), steps.dt = vector_of(p, weights[3], n);
+                steps.least = limits[0], steps.most = limits[1];
+                MambaArgs args{};
+                args.at = at, args.xbc = xbc.p, args.gates = gates.p, args.y = out.p;
+                args.skip = vector_of(p, weights[4], n);
+                p.program.mamba(state_layer(p, memory, layer, floats), args, conv, steps);
             },
-            "x"_a, "weight"_a, "gate"_a, "eps"_a, "x = norm(x) * silu(gate)")
+            "memory"_a, "layer"_a, "heads"_a, "x"_a, "weights"_a, "width"_a, "limits"_a, "xbc"_a, "gates"_a, "out"_a,
+            "heads: how many, their dim, state, groups; x: gate, x, B, C, steps; weights: conv [width, channels], its "
+            "bias or None, decay, dt, skip; xbc and gates: to be used")
+        .def(
+            "norm_gated",
+            [](PyProgram& p, Floats x, nb::object weight, Floats gate, float eps, int width, bool gated) {
+                require(gate.cols >= x.cols && (gated || !weight.is_none()), "the norm's shapes differ");
+                GatedNormArgs args{x.p, gate.p, static_cast<size_t>(gate.cols), nullptr, 0, x.cols, width, eps, gated,
+                                   0,   0};
+                if (!weight.is_none()) {
+                    const auto w = nb::cast<In<float>>(weight);
+                    const int n = static_cast<int>(w.size());
+                    if (!width) args.width = n;
+                    require(args.width > 0 && x.cols % args.width == 0 && (n == args.width || n == x.cols),
+                            "the norm's shapes differ");
+                    args.weight = w.data(), args.step = n == args.width ? 0 : args.width;
+                    p.keep_alive(weight);
+                }
+                p.program.gated_norm(args);
+            },
+            "x"_a, "weight"_a.none(), "gate"_a, "eps"_a, "width"_a = 0, "gated"_a = false,
+            "x = norm(x) * silu(gate); gated: norm(x * silu(gate)); without weight: not normed")
         .def(
             "sigmoid_mul",
             [](PyProgram& p, Floats x, Floats gate) {
@@ -363,6 +403,17 @@ void bind_ops(nb::class_<PyProgram>& program) {
             "attention"_a, "qkv"_a, "out"_a)
         .def("silu_mul", gate_mul(GateKind::kSilu), "x"_a, "out"_a)
         .def("gelu_mul", gate_mul(GateKind::kGelu), "x"_a, "out"_a)
+        .def(
+            "relu_square",
+            [](PyProgram& p, Floats x, Rows out, nb::object routes) {
+                const Routing* r = routes.is_none() ? nullptr : nb::cast<Routes>(routes).r;
+                require(x.cols == out.a->k, "the columns do not fit");
+                require(!r || (x.rows >= nb::cast<Routes>(routes).slots() &&
+                               out.rows >= nb::cast<Routes>(routes).slots()),
+                        "there are too few slots");
+                p.program.gate_mul(x.p, out.a, {GateKind::kRelu}, r, x.p, x.cols);
+            },
+            "x"_a, "out"_a, "routes"_a.none() = nb::none(), "max(x, 0)^2")
         .def(
             "clamped_mul",
             [](PyProgram& p, Floats x, Rows out, float limit, float alpha) {

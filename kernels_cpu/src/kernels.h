@@ -51,9 +51,9 @@ struct QuantizeArgs {
     int r0, r1;
 };
 
-// What becomes of a gate g and what it lets through, u: silu(g) · u; gelu(g) · u by GELU's tanh formula; or, clamped,
-// g' · σ(alpha · g') · (u' + 1) with g' = min(g, limit) and u' in ±limit.
-enum class GateKind { kSilu, kGelu, kClamped };
+// What becomes of a gate g and what it lets through, u: silu(g) · u; gelu(g) · u by GELU's tanh formula; max(g, 0) · u;
+// or, clamped, g' · σ(alpha · g') · (u' + 1) with g' = min(g, limit) and u' in ±limit.
+enum class GateKind { kSilu, kGelu, kRelu, kClamped };
 struct GateFunction {
     GateKind kind = GateKind::kSilu;
     float limit = 0.0f, alpha = 1.0f;
@@ -259,6 +259,8 @@ struct KernelTable {
     void (*short_conv)(const ConvArgs&);
     void (*delta_gates)(const DeltaGateArgs&);
     void (*delta_rule)(const DeltaArgs&);
+    void (*mamba_gates)(const MambaGateArgs&);
+    void (*mamba)(const MambaArgs&);
     void (*gated_norm)(const GatedNormArgs&);
     void (*sigmoid_mul)(const SigmoidArgs&);
 };

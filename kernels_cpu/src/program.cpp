@@ -207,6 +207,15 @@ void Program::delta_rule(const StateLayer& state, const DeltaLayer& at, const fl
     add(std::make_unique<DeltaOp>(k_, &scratch_, args, state));
 }
 
+void Program::mamba(const StateLayer& state, const MambaArgs& args, ConvArgs conv, const MambaGateArgs& gates) {
+    note_use(state);
+    need_scratch(MambaOp::scratch(args.at));
+    conv.channels = args.at.channels(), conv.silu = true, conv.ldy = conv.channels;
+    add(std::make_unique<ConvOp>(k_, conv, state, static_cast<size_t>(args.at.values()) * args.at.state));
+    add(std::make_unique<MambaGateOp>(k_, gates));
+    add(std::make_unique<MambaOp>(k_, &scratch_, args, state));
+}
+
 void Program::gated_norm(const GatedNormArgs& args) { add(std::make_unique<GatedNormOp>(k_, args)); }
 
 void Program::sigmoid_mul(const SigmoidArgs& args) { add(std::make_unique<SigmoidOp>(k_, args)); }

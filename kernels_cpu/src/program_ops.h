@@ -224,7 +224,8 @@ class GateOp : public Op {
            const LinearOp* before, const float* up, size_t ld_up)
         : k_(k), x_(x), out_(out), f_(f), routing_(routing), before_(before), up_(up), ld_up_(ld_up) {}
     const char* name() const override {
-        return f_.kind == GateKind::kSilu ? "silu_mul" : f_.kind == GateKind::kGelu ? "gelu_mul" : "clamped_mul";
+        static const char* const names[] = {"silu_mul", "gelu_mul", "relu_square", "clamped_mul"};
+        return names[static_cast<int>(f_.kind)];
     }
     int chunks(const StepState& s, int) override {
         if (before_ && before_->fused(s)) return 0;

@@ -307,6 +307,7 @@ inline V16<S> gated(const GateFunction& f, V16<S> g, V16<S> up) {
         return g / (e + V::set1(1.0f)) * (up + V::set1(1.0f));
     }
     // GELU's tanh formula is x · sigmoid(2 √(2/π) (x + 0.044715 x³))
+    if constexpr (kind == GateKind::kRelu) return V::max(g, V::set1(0.0f)) * up;
     const V z = kind == GateKind::kGelu ? g * V::fma(g * g, V::set1(0.0713548163f), V::set1(1.5957691216f)) : g;
     const V e = exp16<S>(z * V::set1(-1.0f));
     return g / (e + V::set1(1.0f)) * up;
@@ -339,6 +340,8 @@ void gate_mul(const GateArgs& a) {
         gate_rows<S, GateKind::kClamped>(a);
     else if (a.f.kind == GateKind::kGelu)
         gate_rows<S, GateKind::kGelu>(a);
+    else if (a.f.kind == GateKind::kRelu)
+        gate_rows<S, GateKind::kRelu>(a);
     else
         gate_rows<S, GateKind::kSilu>(a);
 }

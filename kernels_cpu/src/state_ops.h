@@ -60,7 +60,7 @@ class DeltaOp : public Op {
   public:
     DeltaOp(const KernelTable& k, const std::vector<float*>* scratch, const DeltaArgs& args, const StateLayer& at)
         : k_(k), scratch_(scratch), args_(args), at_(at) {}
-    static size_t scratch(const DeltaLayer& at) { return static_cast<size_t>(at.key_dim) * kDeltaColumns; }
+    static size_t scratch(const DeltaLayer& at) { return static_cast<size_t>(at.key_dim) * kStateColumns; }
     const char* name() const override { return "delta_rule"; }
     int chunks(const StepState& s, int) override { return static_cast<int>(s.spans.size()) * each(); }
     void run(const StepState& s, int c, int thread) override {
@@ -78,6 +78,48 @@ class DeltaOp : public Op {
     const KernelTable& k_;
     const std::vector<float*>* scratch_;
     DeltaArgs args_;
+    StateLayer at_;
+};
+
+class MambaGateOp : public Op {
+  public:
+    MambaGateOp(const KernelTable& k, const MambaGateArgs& args) : k_(k), args_(args) {}
+    const char* name() const override { return "mamba_gates"; }
+    int chunks(const StepState& s, int) override { return pieces(s.rows, piece()); }
+    void run(const StepState& s, int c, int) override {
+        MambaGateArgs a = args_;
+        a.r0 = c * piece(), a.r1 = std::min(s.rows, (c + 1) * piece());
+        k_.mamba_gates(a);
+    }
+
+  private:
+    int piece() const { return row_piece(16 * args_.at.n_heads); }  // exponentials take longer than products
+    const KernelTable& k_;
+    MambaGateArgs args_;
+};
+
+class MambaOp : public Op {
+  public:
+    MambaOp(const KernelTable& k, const std::vector<float*>* scratch, const MambaArgs& args, const StateLayer& at)
+        : k_(k), scratch_(scratch), args_(args), at_(at) {}
+    static size_t scratch(const MambaLayer& at) { return static_cast<size_t>(at.state) * kStateColumns; }
+    const char* name() const override { return "mamba"; }
+    int chunks(const StepState& s, int) override { return static_cast<int>(s.spans.size()) * each(); }
+    void run(const StepState& s, int c, int thread) override {
+        const size_t span = c / each(), first = s.spans[span].first;
+        MambaArgs a = args_;
+        a.head = c % each() / a.at.blocks(), a.block = c % each() % a.at.blocks();
+        a.n = s.spans[span].rows, a.state = span_state(s, span, at_);
+        a.xbc += first * a.at.channels(), a.gates += first * 2 * a.at.n_heads, a.y += first * a.at.values();
+        a.scratch = (*scratch_)[thread];
+        k_.mamba(a);
+    }
+
+  private:
+    int each() const { return args_.at.n_heads * args_.at.blocks(); }
+    const KernelTable& k_;
+    const std::vector<float*>* scratch_;
+    MambaArgs args_;
     StateLayer at_;
 };
 

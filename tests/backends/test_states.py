@@ -16,7 +16,7 @@ IDS = np.random.default_rng(3).integers(0, 258, 60).astype(np.int32)
 TABLE = np.arange(8, dtype=np.int32)
 
 
-@pytest.fixture(params=["lfm2", "qwen3_5"])
+@pytest.fixture(params=["lfm2", "qwen3_5", "granitemoehybrid"])
 def family(request, tmp_path, monkeypatch):
     monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path))
     return request.param
@@ -60,7 +60,7 @@ def test_states_of_alike_layers_are_one_memory(family):
     (spec,) = (m for m in memories_of(cfg) if m.kind == "state")
     mixers = [cfg.layers[i].mixer for i in spec.layers]
     assert spec.state_bytes == 4 * sum(m.state_size for m in mixers)
-    assert len(mixers) == {"lfm2": 1, "qwen3_5": 2}[family]
+    assert len(mixers) == {"lfm2": 1, "qwen3_5": 2, "granitemoehybrid": 2}[family]
 
 
 def test_rows_pass_one_by_one_however_they_are_cut(backend):

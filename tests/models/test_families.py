@@ -138,6 +138,7 @@ def test_a_gpu_refuses_by_name_what_it_has_no_kernels_for(case):
     }
     refused |= {
         "ministral3": "position",
+        "granite-h": "state-space",
         "qwen3.5": "",
         "qwen3next": "",
         "lfm": "",
@@ -302,6 +303,7 @@ def test_silent_settings_are_those_of_transformers():
         "Ministral3",
         "HunYuanDenseV1",
         "GraniteSWA",
+        "GraniteMoeHybrid",
         "Qwen2Moe",
         "GptOss",
     )

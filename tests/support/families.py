@@ -91,6 +91,8 @@ STRANGE = {
     "conv1d": lambda a: a[:, 0],
     "conv": lambda a: a[:, 0],
     "expert_bias": lambda a: a,
+    "D": lambda a: a,
+    "conv1d_bias": lambda a: a,
 }
 
 
@@ -103,7 +105,9 @@ def as_modules_are_called(name: str) -> str:
     for parts in ("gate.", "experts.", "expert_bias"):
         name = name.replace(f"feed_forward.{parts}", f"mlp.{parts}")
     name = re.sub(r"(layers\.\d+)\.experts\.", r"\1.mlp.experts.", name)  # Gemma 4's
-    return name + ".weight" if name.endswith(("A_log", "dt_bias", "expert_bias")) else name
+    name = name.replace("block_sparse_moe.", "mlp.").replace("conv1d.bias", "conv1d_bias")
+    vectors = ("A_log", "dt_bias", "expert_bias", "mamba.D", "conv1d_bias")
+    return name + ".weight" if name.endswith(vectors) else name
 
 
 def experts_apart(state: dict) -> dict:
@@ -307,6 +311,11 @@ LATENT = dict(
     first_k_dense_replace=1,
     num_key_value_heads=4,
 )
+MAMBA = dict(mamba_n_heads=8, mamba_d_state=16)
+GRANITE_H = dict(GRANITE, **MAMBA, shared_intermediate_size=96, num_local_experts=0) | dict(
+    layer_types=["linear_attention", "full_attention", "linear_attention"]
+)
+
 # name → transformers' class, and how its config differs from SHAPE
 CASES = {
     "llama dynamic rope": ("LlamaForCausalLM", rope("dynamic", factor=4.0)),
@@ -569,6 +578,18 @@ CASES = {
         "GptOssForCausalLM",
         dict(GPT_OSS, num_hidden_layers=4, sliding_window=128, num_key_value_heads=1)
         | rope("yarn", truncate=False, beta_fast=32.0, beta_slow=1.0, **YARN),
+    ),
+    "granite-h": ("GraniteMoeHybridForCausalLM", GRANITE_H),
+    "granite-h groups": (
+        "GraniteMoeHybridForCausalLM",
+        dict(GRANITE_H, mamba_n_groups=4, mamba_d_conv=3, mamba_conv_bias=False, mamba_proj_bias=True)
+        | dict(mamba_d_state=24, mamba_n_heads=4, mamba_expand=3, time_step_limit=(0.2, 1.5))
+        | dict(position_embedding_type="rope", attention_bias=True, tie_word_embeddings=True)
+        | dict(layer_types=["full_attention", "linear_attention", "linear_attention"]),
+    ),
+    "granite-h moe": (
+        "GraniteMoeHybridForCausalLM",
+        dict(GRANITE_H, num_local_experts=8, num_experts_per_tok=3, intermediate_size=64),
     ),
     "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
 }

@@ -17,16 +17,9 @@ from tinychat.engine.memory.ahead import ahead
 from tinychat.engine.speculation.further import FurtherLayer
 from tinychat.models import FAMILIES
 from tinychat.network import further
-from tinychat.network.config import (
-    AttentionConfig,
-    ConvConfig,
-    DeltaConfig,
-    DenseConfig,
-    LayerConfig,
-    ModelConfig,
-    RopeConfig,
-)
+from tinychat.network.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, RopeConfig
 from tinychat.network.family import outside
+from tinychat.network.recurrence import ConvConfig, DeltaConfig, MambaConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear
 
@@ -37,6 +30,11 @@ NEAR = replace(SLIDING, scale=1.0)
 FAR = AttentionConfig(4, 2, 32, RopeConfig(1e4, 32, "proportional", turned=8), scale=1.0)
 LAYERS = {
     "lfm2": (FULL, SLIDING, ConvConfig(64, 4)),
+    "granitemoehybrid": (
+        MambaConfig(4, 24, 16, 2, 4),
+        replace(FULL, rope=None),
+        MambaConfig(4, 24, 16, 2, 4),
+    ),
     "gemma4": (NEAR, FAR, NEAR, replace(NEAR, source=2), replace(FAR, source=1)),
     "qwen3_5": (DeltaConfig(2, 4, 16, 16, 4), FULL, DeltaConfig(2, 4, 16, 16, 4)),
 }
@@ -123,6 +121,7 @@ def recurrent_model(ctx=256, family="lfm2", grows=True, kv_bits=16, **changes):
 
 
 delta_model = partial(recurrent_model, family="qwen3_5")
+mamba_model = partial(recurrent_model, family="granitemoehybrid")
 shared_model = partial(recurrent_model, family="gemma4", layer_inputs=32, layer_vocab=258)
 FURTHER = LayerConfig(FULL, DenseConfig(96))
 further_model = partial(delta_model, further=FURTHER, tie_embeddings=False)

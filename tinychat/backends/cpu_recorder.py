@@ -169,6 +169,24 @@ class Recorder(StreamOps):
         self._record([*inputs, used, gates, out], emit)
         return Value(out.cols, floats=out)
 
+    def mamba(self, x, weights, mamba, layer, eps):
+        m, w, source = mamba, weights, x.floats
+        at, heads = state_place(self.memories, layer), [m.n_heads, m.head_dim, m.state, m.groups]
+        vectors = [_taps_first(w.conv, m.channels), w.bias, w.decay, w.dt, w.skip]
+        used, gates, out = Buffer(m.channels), Buffer(2 * m.n_heads), Buffer(m.values)
+        limits, width = [m.least, m.most], m.values // m.groups
+
+        def emit(p):
+            to = (used.native, gates.native, out.native)
+            p.mamba(*at, heads, source.native, vectors, m.width, limits, *to)
+            p.norm_gated(out.native, w.norm, source.native, eps, width, m.gated or w.norm is None)
+
+        self._record([source, used, gates, out], emit)
+        return Value(out.cols, floats=out)
+
+    def multiplied(self, x, sizes, factors):
+        return self.times(x, np.repeat(np.float32(factors), sizes))
+
     def norm_gated(self, x, weight, gate, eps):
         x, gate = x.floats, gate.floats
         self._record([x, gate], lambda p: p.norm_gated(x.native, weight, gate.native, eps))
@@ -188,6 +206,15 @@ class Recorder(StreamOps):
 
     def gelu_mul(self, gate_up):
         return self._gate(gate_up, "gelu_mul")
+
+    def relu_square(self, up):
+        source, routes = up.floats, up.floats.routes
+        rows, uses = Buffer(up.cols, rows=True, routes=routes), [routes] if routes else []
+        self._record(
+            [*uses, source, rows],
+            lambda p: p.relu_square(source.native, rows.native, routes and routes.native),
+        )
+        return Value(rows.cols, rows=rows)
 
     def gelu_columns(self, gate, x, first):
         source, beside, rows = gate.floats, x.floats, Buffer(gate.cols, rows=True)

@@ -174,6 +174,9 @@ class _Trial:
         if attention.slope:
             raise _not_yet("queries that are scaled by their position")
 
+    def mamba(self, x, weights, mamba, layer, eps):
+        raise _not_yet("state-space layers")
+
     def sigmoid_mul(self, x, gate):
         raise _not_yet("sigmoid gates")
 

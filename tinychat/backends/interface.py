@@ -52,14 +52,13 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
     alike: dict[tuple[int, int, int, int], list[int]] = {}
     states: dict[int, list[int]] = {}
     for i, layer in enumerate(cfg.all_layers):
-        a = layer.mixer
-        if isinstance(a, AttentionConfig):
-            if a.source >= 0:  # its keys and values are in the memory of the layer that wrote them
-                continue
-            latent = a.latent.rank if a.latent else 0
-            alike.setdefault((a.window, a.n_kv_heads, a.head_dim, latent), []).append(i)
-        else:
-            states.setdefault(a.state_size, []).append(i)
+        for a in (layer.mixer, layer.beside):
+            if not isinstance(a, AttentionConfig):
+                if a is not None:
+                    states.setdefault(a.state_size, []).append(i)
+            elif a.source < 0:  # else they are in the memory of the layer that wrote them
+                latent = a.latent.rank if a.latent else 0
+                alike.setdefault((a.window, a.n_kv_heads, a.head_dim, latent), []).append(i)
     if cfg.further is not None:  # its attention, and the hidden state that it goes on from
         states.setdefault(cfg.hidden_size, []).append(cfg.n_layers)
     return tuple(

@@ -378,6 +378,9 @@ class ReferenceBackend(ExpertOps, LatentOps, StateOps):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
 
+    def relu_square(self, up):
+        return F.relu(up).square()
+
     def gelu_columns(self, gate, x, first):
         return F.gelu(gate, approximate="tanh") * x[:, first : first + gate.shape[1]]
 

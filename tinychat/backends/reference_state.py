@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tinychat.backends.interface import MemorySpec, Span, state_place
-from tinychat.network.config import DeltaConfig
+from tinychat.network.recurrence import DeltaConfig, MambaConfig
 
 
 class StateOps:
@@ -46,6 +46,27 @@ class StateOps:
                 if i in to:
                     to[i].copy_(torch.cat([heads.flatten(), seen[i + 1 : i + delta.width].flatten()]))
         return torch.stack(out)
+
+    def mamba(self, x, weights, mamba, layer, eps):
+        m, w, out = mamba, weights, []
+        gate, xbc, steps = x.split([m.values, m.channels, m.n_heads], dim=-1)
+        steps = F.softplus(steps + w.dt).clamp(m.least, m.most)
+        for rows, state, kept in self._passes(layer):
+            heads, before = state.split([m.values * m.state, (m.width - 1) * m.channels])
+            y, seen = convolved(xbc[rows], before, w.conv)
+            v, b, c = mamba_heads(F.silu(y if w.bias is None else y + w.bias), m)
+            heads, to = heads.view(-1, m.state, m.head_dim), dict(kept)
+            decay, change = torch.exp(w.decay * steps[rows]), steps[rows][..., None] * v
+            for i in range(len(v)):
+                heads = heads * decay[i, :, None, None] + b[i][..., None] * change[i][:, None]
+                y = torch.einsum("hsd,hs->hd", heads, c[i]) + w.skip[:, None] * v[i]
+                out.append(y.flatten())
+                if i in to:
+                    to[i].copy_(torch.cat([heads.flatten(), seen[i + 1 : i + m.width].flatten()]))
+        return gated(torch.stack(out), gate, w.norm, m, eps)
+
+    def multiplied(self, x, sizes, factors):
+        return x * torch.cat([torch.full((n,), f) for n, f in zip(sizes, factors, strict=True)])
 
     def behind(self, x, layer):
         out = torch.empty_like(x)
@@ -97,6 +118,26 @@ def convolved(
     return sum(
         (w * seen[i : i + len(x)] for i, w in enumerate(weight.view(x.shape[1], -1).T)), torch.zeros(())
     ), seen
+
+
+def mamba_heads(xbc: torch.Tensor, m: MambaConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values of each head [..., n_heads, head_dim], and its group's B and C: [..., n_heads, state]."""
+    v, b, c = xbc.split([m.values, m.groups * m.state, m.groups * m.state], dim=-1)
+    b, c = (x.unflatten(-1, (m.groups, -1)).repeat_interleave(m.n_heads // m.groups, dim=-2) for x in (b, c))
+    return v.unflatten(-1, (-1, m.head_dim)), b, c
+
+
+def gated(
+    y: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, m: MambaConfig, eps: float
+) -> torch.Tensor:
+    """What a state-space layer gives [..., values], with its gate and norm."""
+    if m.gated or weight is None:
+        y = y * F.silu(gate)
+    if weight is None:
+        return y
+    groups = y.unflatten(-1, (m.groups, -1))
+    y = (groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * weight
+    return y if m.gated else y * F.silu(gate)
 
 
 def delta_heads(qkv: torch.Tensor, delta: DeltaConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tinychat.base.errors import CheckpointError
+from tinychat.network.checks import check_caps, check_number, check_scales, damaged
 from tinychat.network.latent import LatentConfig
+from tinychat.network.recurrence import Recurrence
 
 MOST_LAYERS = 1024
-MOST_TAPS = 16  # tokens that a short convolution sees
-MOST_VALUES = 1 << 15  # of a token, all heads of a delta rule
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,10 @@ class RopeConfig:
     def check(self, head_dim: int) -> None:
         """Raises CheckpointError for a rope that heads of that size cannot have."""
         if type(self.dim) is not int or self.dim % 2 or not 0 < self.dim <= head_dim:
-            raise _damaged(f"The checkpoint rotates {self.dim} of {head_dim} head dimensions.")
+            raise damaged(f"The checkpoint rotates {self.dim} of {head_dim} head dimensions.")
         if not math.isfinite(self.theta) or self.theta <= 0:
-            raise _damaged(f"The checkpoint has rope theta {self.theta!r}.")
-        _check_scales(self.magnitude)
+            raise damaged(f"The checkpoint has rope theta {self.theta!r}.")
+        check_scales(self.magnitude)
         try:
             with np.errstate(all="ignore"):
                 frequencies = self.frequencies()
@@ -70,7 +69,7 @@ class RopeConfig:
             frequencies = np.zeros(1)
         stays = (frequencies == 0) & (self.kind == "proportional") & (self.turned > 0)
         if not (np.isfinite(frequencies) & ((frequencies > 0) | stays)).all():
-            raise _damaged(
+            raise damaged(
                 f"The checkpoint's rope scaling {self.kind!r} gives frequencies that are not positive."
             )
 
@@ -111,12 +110,12 @@ class AttentionConfig:
         for name in ("rank", "plain", "rotated", "value") if self.latent else ():
             check_number(f"latent attention's {name} size", getattr(self.latent, name), 1024)
         if self.n_heads % self.n_kv_heads:
-            raise _damaged(f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.")
-        _check_scales(self.scale)
-        _check_caps(self.soft_cap, self.slope)
+            raise damaged(f"The checkpoint has {self.n_heads} heads for {self.n_kv_heads} KV heads.")
+        check_scales(self.scale)
+        check_caps(self.soft_cap, self.slope)
         check_number("original context", self.original, 1 << 25)
         if not isinstance(self.window, int) or self.window < 0:
-            raise _damaged(f"The checkpoint's sliding window is {self.window!r} tokens.")
+            raise damaged(f"The checkpoint's sliding window is {self.window!r} tokens.")
         if self.rope is not None:
             self.rope.check(self.head_dim)
 
@@ -140,90 +139,32 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class ConvConfig:
-    """A gated causal convolution over the last few tokens, each channel by itself, in place of attention.
-
-    width  tokens that a token sees, itself included
-    """
-
-    channels: int
-    width: int
-
-    def __post_init__(self):
-        check_number("convolution", self.channels, 1 << 17)
-        _check_width(self.width)
-
-    @property
-    def state_size(self) -> int:
-        """Numbers that a sequence keeps: what the convolution saw of the last tokens."""
-        return (self.width - 1) * self.channels
-
-
-@dataclass(frozen=True)
-class DeltaConfig:
-    """Gated delta rule behind a short convolution, in place of attention (Yang et al., Gated DeltaNet, 2024).
-
-    n_keys, key_dim      heads of queries and keys, and values in each
-    n_values, value_dim  heads of values, each with a state [key_dim, value_dim], and values in each
-    width                tokens that the convolution sees
-    tiled                value head i reads key head i mod n_keys; else i div (n_values / n_keys)
-    """
-
-    n_keys: int
-    n_values: int
-    key_dim: int
-    value_dim: int
-    width: int
-    tiled: bool = False
-
-    def __post_init__(self):
-        for name in ("n_keys", "n_values", "key_dim", "value_dim"):
-            check_number(f"delta rule's {name}", getattr(self, name), 1024)
-        _check_width(self.width)
-        if self.n_values % self.n_keys or self.values > MOST_VALUES:
-            raise _damaged(
-                f"The checkpoint has {self.n_values} value heads of {self.value_dim} for"
-                f" {self.n_keys} key heads."
-            )
-
-    @property
-    def channels(self) -> int:
-        """Channels of the convolution: queries, keys and values of a token."""
-        return 2 * self.n_keys * self.key_dim + self.values
-
-    @property
-    def values(self) -> int:
-        """Values of a token, all heads."""
-        return self.n_values * self.value_dim
-
-    @property
-    def state_size(self) -> int:
-        """Numbers that a sequence keeps: the heads' states, and what the convolution saw."""
-        return self.values * self.key_dim + (self.width - 1) * self.channels
-
-
-Recurrence = ConvConfig | DeltaConfig
-
-
-@dataclass(frozen=True)
 class DenseConfig:
-    """One gated MLP for all tokens, of an intermediate size.
+    """One MLP for all tokens, of an intermediate size.
 
     cutoff  gates count only as far as they lie above their mean and so many deviations; None: as they are
+    gated   else there is one linear in place of gate and up, and max(x, 0)² of what it gives
+    absent  there is none, of the size 0
     """
 
     size: int
     cutoff: float | None = None
+    gated: bool = True
+    absent: bool = False
 
     def __post_init__(self):
-        check_number("intermediate_size", self.size, 1 << 19)
+        if not (self.absent and self.size == 0):
+            check_number("intermediate_size", self.size, 1 << 19)
         if self.cutoff is not None and not math.isfinite(self.cutoff):
-            raise _damaged(f"The checkpoint cuts gates off at {self.cutoff!r} deviations.")
+            raise damaged(f"The checkpoint cuts gates off at {self.cutoff!r} deviations.")
+
+
+NO_MLP = DenseConfig(0, absent=True)
 
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Gated MLPs of which each token takes some.
+    """MLPs of which each token takes some.
 
     n          experts in the layer
     taken      how many of them a token takes
@@ -236,6 +177,7 @@ class ExpertsConfig:
     biased     experts are chosen by their weights plus a bias
     scale      what the weights are multiplied by in the end
     groups     equal groups that the experts fall into, of which a token chooses `taken_groups` first
+    gated      as in `DenseConfig`
     """
 
     n: int
@@ -250,29 +192,36 @@ class ExpertsConfig:
     scale: float = 1.0
     groups: int = 1
     taken_groups: int = 1
+    gated: bool = True
 
     def __post_init__(self):
         whole = all(type(n) is int for n in (self.n, self.taken, self.size, self.shared))
-        _check_caps(self.limit)
-        _check_scales(self.alpha)
+        check_caps(self.limit)
+        check_scales(self.alpha)
         whole = whole and 0 <= self.shared <= 1 << 19
         if not (whole and 1 <= self.taken <= min(self.n, 64) and 1 <= self.size <= 1 << 19):
-            raise _damaged(
+            raise damaged(
                 f"The checkpoint has {self.n!r} experts of the size {self.size!r} in a layer, and a token"
                 f" takes {self.taken!r}."
             )
-        _check_scales(self.scale)
+        check_scales(self.scale)
         whole = type(self.groups) is type(self.taken_groups) is int and 1 <= self.taken_groups <= self.groups
         if not whole or self.n % self.groups or self.taken * self.groups > self.n * self.taken_groups:
-            raise _damaged(f"The checkpoint has {self.n} experts in {self.groups!r} groups.")
+            raise damaged(f"The checkpoint has {self.n} experts in {self.groups!r} groups.")
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One decoder block: what mixes tokens, and what follows it."""
+    """One decoder block: what mixes tokens, and what follows it.
 
-    mixer: AttentionConfig | Recurrence
+    mixer   None: the block is an MLP only
+    mlp     NO_MLP: the block is a mixer only
+    beside  what mixes tokens beside the attention, of the same input
+    """
+
+    mixer: AttentionConfig | Recurrence | None
     mlp: DenseConfig | ExpertsConfig
+    beside: Recurrence | None = None
 
     @property
     def attention(self) -> AttentionConfig:
@@ -336,19 +285,19 @@ class ModelConfig:
             check_number(name, getattr(self, name), limit)
         experts = sum(layer.mlp.n for layer in self.layers if isinstance(layer.mlp, ExpertsConfig))
         if experts > 1 << 17:
-            raise _damaged(f"The checkpoint has {experts} experts in its layers.")
-        _check_scales(self.embed_scale, self.residual_scale, self.logit_scale)
-        _check_caps(self.logit_soft_cap)
+            raise damaged(f"The checkpoint has {experts} experts in its layers.")
+        check_scales(self.embed_scale, self.residual_scale, self.logit_scale)
+        check_caps(self.logit_soft_cap)
         if not 0 < self.norm_eps < 1:
-            raise _damaged(f"The checkpoint has norm epsilon {self.norm_eps!r}.")
+            raise damaged(f"The checkpoint has norm epsilon {self.norm_eps!r}.")
         if not self.attentions:
-            raise _damaged("The checkpoint has no layer with attention.")
+            raise damaged("The checkpoint has no layer with attention.")
         if self.long_rope is not None:
             self.long_rope.check(self.attentions[0].head_dim)
         self._check_sources()
         for token_id in (self.bos_id, *self.eos_ids):
             if token_id is not None and type(token_id) is not int:
-                raise _damaged(f"The checkpoint's token id {token_id!r} is not a number.")
+                raise damaged(f"The checkpoint's token id {token_id!r} is not a number.")
 
     def _check_sources(self) -> None:
         for i, layer in enumerate(self.layers):
@@ -359,7 +308,7 @@ class ModelConfig:
             alike = ("n_kv_heads", "head_dim", "window")
             whole = isinstance(own, AttentionConfig) and own.source < 0
             if not whole or any(getattr(own, name) != getattr(a, name) for name in alike):
-                raise _damaged(f"Layer {i} cannot attend to the keys and values of layer {a.source}.")
+                raise damaged(f"Layer {i} cannot attend to the keys and values of layer {a.source}.")
 
     @property
     def n_layers(self) -> int:
@@ -419,31 +368,3 @@ class ModelConfig:
     def n_experts(self) -> int:
         """The most experts that a layer has."""
         return max(layer.mlp.n if isinstance(layer.mlp, ExpertsConfig) else 0 for layer in self.layers)
-
-
-def check_number(name: str, value: object, limit: int) -> None:
-    """Raises CheckpointError unless `value` is a whole number from 1 to `limit`."""
-    if type(value) is not int or not 1 <= value <= limit:
-        raise CheckpointError(
-            f"The checkpoint's {name} is {value!r}, outside 1…{limit}.",
-            "The file is damaged or not a language model; pull it again.",
-        )
-
-
-def _check_width(width: object) -> None:
-    if type(width) is not int or not 2 <= width <= MOST_TAPS:
-        raise _damaged(f"The checkpoint has a convolution over {width!r} tokens, outside 2…{MOST_TAPS}.")
-
-
-def _check_scales(*scales: float | None) -> None:
-    if not all(scale is None or (math.isfinite(scale) and scale > 0) for scale in scales):
-        raise _damaged(f"The checkpoint multiplies by {scales!r}, which are not all positive numbers.")
-
-
-def _check_caps(*caps: float) -> None:
-    if not all(math.isfinite(cap) and cap >= 0 for cap in caps):
-        raise _damaged(f"The checkpoint caps scores or logits at {caps!r}.")
-
-
-def _damaged(what: str) -> CheckpointError:
-    return CheckpointError(what, "The file is damaged; pull it again.")

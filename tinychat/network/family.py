@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tinychat.network.checks import check_number
 from tinychat.network.config import (
     MOST_LAYERS,
     AttentionConfig,
@@ -15,10 +16,9 @@ from tinychat.network.config import (
     ExpertsConfig,
     LayerConfig,
     ModelConfig,
-    Recurrence,
-    check_number,
 )
 from tinychat.network.ops import Handle, Ops
+from tinychat.network.recurrence import Recurrence
 
 Settings = dict[str, Any]
 """config.json."""
@@ -73,7 +73,7 @@ class Stack:
 
     def layers(
         self,
-        mixer: Callable[[int], AttentionConfig | Recurrence] | None = None,
+        mixer: Callable[[int], AttentionConfig | Recurrence | None] | None = None,
         mlp: Callable[[int], DenseConfig | ExpertsConfig] | None = None,
     ) -> tuple[LayerConfig, ...]:
         """All layers; `mixer` and `mlp` say what layer i has where they are not all alike."""
@@ -172,6 +172,8 @@ class FromGGUF:
     varied       whether heads and MLPs may differ by layer in what all files name alike; `layers` asks for
                  each layer's then, and a Stack has those of the first
     unread       ends of the names of tensors that files may have in blocks that do not use them
+    joined       linears whose rows files hold in several tensors, by their names inside a block
+    flattened    ends of the names of vectors that are stored in several dimensions
     vectors      how vectors are read that files hold otherwise than the network has them, by the ends of
                  their names
     """
@@ -187,6 +189,8 @@ class FromGGUF:
     parts: Mapping[str, Part] = field(default_factory=dict)
     varied: bool = False
     unread: tuple[str, ...] = ()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    flattened: tuple[str, ...] = ()
     vectors: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
 
 

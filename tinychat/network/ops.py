@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tinychat.network.config import AttentionConfig, ConvConfig, DeltaConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, RopeConfig
+from tinychat.network.recurrence import ConvConfig, DeltaConfig, MambaConfig
 
 Handle = Any
 
@@ -23,6 +24,20 @@ class DeltaWeights:
     conv: Handle
     decay: Handle
     dt: Handle
+
+
+@dataclass(frozen=True)
+class MambaWeights:
+    """Vectors of a state-space layer. conv: [channels, width]; bias: of the convolution, [channels], or None;
+    decay, dt, skip: [n_heads]; norm: [values], or None.
+    """
+
+    conv: Handle
+    bias: Handle | None
+    decay: Handle
+    dt: Handle
+    skip: Handle
+    norm: Handle | None
 
 
 class Ops(Protocol):
@@ -144,6 +159,23 @@ class Ops(Protocol):
         """
         ...
 
+    def mamba(self, x: Handle, weights: MambaWeights, mamba: MambaConfig, layer: int, eps: float) -> Handle:
+        """State-space layer, token after token on each head's state S [state, head_dim]: [T, values].
+
+        x: [T, projected], which are gates z of the values, then v, B and C before the convolution, and steps.
+        v, B, C = silu(conv(…) + bias); step = softplus(steps + dt), within the layer's limits;
+        S ← exp(decay · step) · S + B (step · v)ᵀ; y = Sᵀ C + skip · v; B and C are those of the head's group.
+        The result is norm(y · silu(z)), each group by itself; norm(y) · silu(z) where the layer is not gated
+        first; y · silu(z) where it is not normed.
+        """
+        ...
+
+    def multiplied(self, x: Handle, sizes: Sequence[int], factors: Sequence[float]) -> Handle:
+        """x with its columns multiplied, so many of them by each factor. It may replace x: nobody else reads
+        it.
+        """
+        ...
+
     def norm_gated(self, x: Handle, weight: Handle, gate: Handle, eps: float) -> Handle:
         """RMS norm of every len(weight) columns, times silu(gate). It may replace x: nobody else reads it."""
         ...
@@ -182,6 +214,10 @@ class Ops(Protocol):
 
     def gelu_mul(self, gate_up: Handle) -> Handle:
         """[T, 2F] → gelu(first half) · second half, by GELU's tanh formula: [T, F]."""
+        ...
+
+    def relu_square(self, up: Handle) -> Handle:
+        """max(up, 0)²: [T, F]; up may be what experts give."""
         ...
 
     def gelu_columns(self, gate: Handle, x: Handle, first: int) -> Handle:

@@ -13,9 +13,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tinychat.base.errors import UnsupportedModelError
-from tinychat.network.config import AttentionConfig, ConvConfig, DeltaConfig, RopeConfig
-from tinychat.network.ops import DeltaWeights
-from tinychat.quantize.recurrence import conv_over, delta_over
+from tinychat.network.config import AttentionConfig, RopeConfig
+from tinychat.network.ops import DeltaWeights, MambaWeights
+from tinychat.network.recurrence import ConvConfig, DeltaConfig, MambaConfig
+from tinychat.quantize.recurrence import conv_over, delta_over, mamba_over
 
 if TYPE_CHECKING:
     import torch
@@ -233,6 +234,28 @@ class Recorder:
     def latent_attention(self, *given: Any) -> Any:
         raise NotImplementedError  # `head_linear` comes first
 
+    def mamba(self, x: Node, weights: MambaWeights, mamba: MambaConfig, layer: int, eps: float) -> Node:
+        names = (weights.conv, weights.bias, weights.decay, weights.dt, weights.skip, weights.norm)
+
+        def run(w: BlockWeights, x: torch.Tensor) -> torch.Tensor:
+            vectors = (None if name is None else w.norm[short(name)] for name in names)
+            return mamba_over(x, MambaWeights(*vectors), mamba, eps)
+
+        return self._node("mamba", (x,), run, *(name for name in names if name is not None))
+
+    def multiplied(self, x: Node, sizes: Sequence[int], factors: Sequence[float]) -> Node:
+        if isinstance(x, Product):
+            x.cut(*sizes)
+
+        def run(w: BlockWeights, x: Any) -> Any:
+            import torch
+
+            if isinstance(x, list):
+                return [part * f for part, f in zip(x, factors, strict=True)]
+            return x * torch.cat([torch.full((n,), f) for n, f in zip(sizes, factors, strict=True)])
+
+        return self._node("multiplied", (x,), run)
+
     def norm_gated(self, x: Node, weight: str, gate: Node, eps: float) -> Node:
         from torch.nn import functional
 
@@ -267,6 +290,9 @@ class Recorder:
         return self._node(
             "gelu_mul", (gate_up,), lambda w, x: functional.gelu(x[0], approximate="tanh") * x[1]
         )
+
+    def relu_square(self, up: Node) -> Node:
+        return self._node("relu_square", (up,), lambda w, x: x.relu().square())
 
     def gelu_columns(self, gate: Node, x: Node, first: int) -> Node:
         raise NotImplementedError  # `embed_onto` comes first

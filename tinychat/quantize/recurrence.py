@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tinychat.network.config import DeltaConfig
+from tinychat.network.ops import MambaWeights
+from tinychat.network.recurrence import DeltaConfig, MambaConfig
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,38 @@ def delta_over(
         last = since[..., -1:, :]
         state = last.exp() * state + (kc * (last - since).exp()).transpose(-1, -2) @ change
     return torch.cat(out, dim=2).transpose(1, 2).flatten(2)
+
+
+def mamba_over(x: torch.Tensor, w: MambaWeights, m: MambaConfig, eps: float) -> torch.Tensor:
+    """`Ops.mamba` in chunks: [S, T, values] (Dao & Gu, Transformers are SSMs, 2024, section 6)."""
+    import torch
+    from torch.nn import functional
+
+    z, xbc, steps = x.split([m.values, m.channels, m.n_heads], dim=-1)
+    y = conv_over(xbc, w.conv)
+    shared = m.groups * m.state
+    v, b, c = functional.silu(y if w.bias is None else y + w.bias).split([m.values, shared, shared], dim=-1)
+    v = v.unflatten(-1, (-1, m.head_dim)).transpose(1, 2)  # [S, heads, T, dim]
+    b, c = (a.unflatten(-1, (m.groups, -1)).transpose(1, 2) for a in (b, c))
+    b, c = (a.repeat_interleave(m.n_heads // m.groups, dim=1) for a in (b, c))
+    steps = functional.softplus(steps + w.dt).clamp(m.least, m.most)
+    given, log = steps.transpose(1, 2)[..., None] * v, (w.decay * steps).transpose(1, 2)
+    state, out = v.new_zeros(*v.shape[:2], m.state, m.head_dim), []
+    for start in range(0, v.shape[2], CHUNK):
+        part = slice(start, start + CHUNK)
+        bc, cc, gc = b[:, :, part], c[:, :, part], given[:, :, part]
+        since = log[:, :, part].cumsum(-1)[..., None]  # of the chunk's beginning, in logarithms
+        between = (since - since.transpose(-1, -2)).tril().exp().tril()
+        out.append(since.exp() * (cc @ state) + (cc @ bc.transpose(-1, -2) * between) @ gc)
+        last = since[..., -1:, :]
+        state = last.exp() * state + (bc * (last - since).exp()).transpose(-1, -2) @ gc
+    y = (torch.cat(out, dim=2) + w.skip[:, None, None] * v).transpose(1, 2).flatten(2)
+    y = y * functional.silu(z) if m.gated or w.norm is None else y
+    if w.norm is None:
+        return y
+    y = y.unflatten(-1, (m.groups, -1))
+    y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * w.norm
+    return y if m.gated else y * functional.silu(z)
 
 
 def _heads(qkv: torch.Tensor, delta: DeltaConfig) -> tuple[torch.Tensor, ...]:
