@@ -20,6 +20,7 @@ from tinychat.network.recurrence import MambaConfig
 __all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
 
 INTO, OUT = "shared_mlp.input_linear", "shared_mlp.output_linear"
+GATE, UP = "shared_mlp.gate_proj", "shared_mlp.up_proj"  # INTO's halves, which GGUF has apart
 
 
 def _from_hf(c: Settings, stack: Stack) -> tuple[LayerConfig, ...]:
@@ -77,11 +78,16 @@ GGUF = {
     "granitehybrid": replace(
         granite.GGUF["granite"],
         names={k: name for k, name in mixtral.EXPERT_NAMES.items() if k not in _MLP}
-        | {OUT: "ffn_down", **{f"mamba.{k}": name for k, name in mamba.GGUF_NAMES.items()}},
+        | {
+            OUT: "ffn_down",
+            GATE: "ffn_gate",
+            UP: "ffn_up",
+            **{f"mamba.{k}": name for k, name in mamba.GGUF_NAMES.items()},
+        },
         options=(*granite.GGUF["granite"].options, "expert_count"),
         layers=_from_gguf,
         tensors=(*mamba.GGUF_OWN, (r"\.ffn_(gate|up|down)_shexp\.", r".ffn_\1.")),
-        joined={INTO: ("ffn_gate", "ffn_up")},
+        joined={INTO: (GATE, UP)},
         flattened=("mamba.A_log", "mamba.D", "mamba.norm"),
     )
 }

@@ -408,9 +408,9 @@ void bind_ops(nb::class_<PyProgram>& program) {
             [](PyProgram& p, Floats x, Rows out, nb::object routes) {
                 const Routing* r = routes.is_none() ? nullptr : nb::cast<Routes>(routes).r;
                 require(x.cols == out.a->k, "the columns do not fit");
-                require(!r || (x.rows >= nb::cast<Routes>(routes).slots() &&
-                               out.rows >= nb::cast<Routes>(routes).slots()),
-                        "there are too few slots");
+                require(
+                    !r || (x.rows >= nb::cast<Routes>(routes).slots() && out.rows >= nb::cast<Routes>(routes).slots()),
+                    "there are too few slots");
                 p.program.gate_mul(x.p, out.a, {GateKind::kRelu}, r, x.p, x.cols);
             },
             "x"_a, "out"_a, "routes"_a.none() = nb::none(), "max(x, 0)^2")

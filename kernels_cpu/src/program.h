@@ -160,8 +160,8 @@ class Program : private Job {
     // y = the delta rule over silu(conv(x)); conv: [rows, channels] and gates: [rows, 2 · value heads], to be used.
     void delta_rule(const StateLayer& state, const DeltaLayer& at, const float* x, const float* weight, int width,
                     const DeltaGateArgs& gates, float* y);
-    // A Mamba-2 layer, without its gate: y = the states' outputs over silu(conv(x)). conv: of which x, ld, weight, bias and
-    // width are given and y is to be used, [rows, channels]; gates: to be used.
+    // A Mamba-2 layer, without its gate: y = the states' outputs over silu(conv(x)). conv: of which x, ld, weight, bias
+    // and width are given and y is to be used, [rows, channels]; gates: to be used.
     void mamba(const StateLayer& state, const MambaArgs& args, ConvArgs conv, const MambaGateArgs& gates);
     void gated_norm(const GatedNormArgs& args);  // of all rows
     void sigmoid_mul(const SigmoidArgs& args);

@@ -126,8 +126,8 @@ struct MambaArgs {
 // x ← norm(x) · weight · silu(gate), or, `gated` before it is normed, norm(x · silu(gate)) · weight: root-mean-square
 // norms of `width` columns each, in place. Without weights x ← x · silu(gate).
 struct GatedNormArgs {
-    float* x;             // [rows, cols]
-    const float* gate;    // [rows, ld], of which the first cols
+    float* x;           // [rows, cols]
+    const float* gate;  // [rows, ld], of which the first cols
     size_t ld;
     const float* weight;  // null: nothing is normed
     size_t step;          // from the weights of one norm to those of the next; 0: they are the same

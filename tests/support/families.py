@@ -583,9 +583,13 @@ CASES = {
     "granite-h groups": (
         "GraniteMoeHybridForCausalLM",
         dict(GRANITE_H, mamba_n_groups=4, mamba_d_conv=3, mamba_conv_bias=False, mamba_proj_bias=True)
-        | dict(mamba_d_state=24, mamba_n_heads=4, mamba_expand=3, time_step_limit=(0.2, 1.5))
+        | dict(mamba_d_state=24, mamba_n_heads=4, mamba_expand=3)
         | dict(position_embedding_type="rope", attention_bias=True, tie_word_embeddings=True)
         | dict(layer_types=["full_attention", "linear_attention", "linear_attention"]),
+    ),
+    "granite-h limits": (
+        "GraniteMoeHybridForCausalLM",
+        dict(GRANITE_H, time_step_limit=(0.2, 1.5), mamba_n_groups=2),
     ),
     "granite-h moe": (
         "GraniteMoeHybridForCausalLM",

@@ -19,7 +19,7 @@ from tiny_gguf import permute
 ARCHS = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
 NAMED_AS = {"granite_swa": "granite"}  # younger than the package
 # LlamaModel and what the converter derives from it: rows of q and k in pairs
-PERMUTED = ("llama", "smollm3", "granite", "granite_swa", "mistral3")
+PERMUTED = ("granitehybrid", "llama", "smollm3", "granite", "granite_swa", "mistral3")
 
 
 def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda name: None) -> None:
@@ -39,10 +39,13 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
     w.add_embedding_length(c.hidden_size)
     dense = [t for name, t in hf.state_dict().items() if name.endswith(("mlp.up_proj.weight", ".w3.weight"))]
     sizes = [len(t) for t in dense] if arch != "gemma3n" else c.intermediate_size
+    if arch == "granitehybrid":
+        sizes = [c.intermediate_size if c.num_local_experts else c.shared_intermediate_size]
     w.add_feed_forward_length(sizes if len(set(sizes)) > 1 else sizes[0] if sizes else c.intermediate_size)
     w.add_head_count(c.num_attention_heads)
     types = getattr(c, "layer_types", None) or [""]
-    kv_heads = [c.num_key_value_heads * (kind != "conv") for kind in types]
+    stateful = ("conv", "linear_attention") if arch == "granitehybrid" else ("conv",)
+    kv_heads = [c.num_key_value_heads * (kind not in stateful) for kind in types]
     if arch == "gemma4":
         kv_heads = [c.per_layer_config[i].num_key_value_heads for i in range(c.num_hidden_layers)]
     w.add_head_count_kv(kv_heads if len(set(kv_heads)) > 1 else c.num_key_value_heads)
@@ -113,7 +116,7 @@ SCALES = dict.fromkeys(Kind, 1 / 16) | {
 
 def experts(w: GGUFWriter, c, tensors: dict) -> None:
     n = getattr(c, "num_local_experts", None) or getattr(c, "num_experts", None)
-    if not n or c.model_type == "lfm2_moe":
+    if not n or c.model_type in ("lfm2_moe", "granitemoehybrid"):
         return
     if c.model_type == "gemma4_text":
         return gemma4_experts(w, c, tensors)
@@ -373,7 +376,52 @@ def next_deltas(w: GGUFWriter, c, tensors: dict) -> None:
         tensors[name.replace(".dt_bias", ".dt_proj.bias")] = t
 
 
+def states(w: GGUFWriter, c, tensors: dict, p: str = "mamba") -> None:
+    """Mamba2Model of llama.cpp's converter."""
+    w.add_ssm_conv_kernel(c.mamba_d_conv)
+    w.add_ssm_state_size(c.mamba_d_state)
+    w.add_ssm_group_count(c.mamba_n_groups)
+    w.add_ssm_time_step_rank(c.mamba_n_heads)
+    w.add_ssm_inner_size(c.mamba_n_heads * c.mamba_d_head)
+    for name in [n for n in tensors if f".{p}." in n]:
+        t = tensors.pop(name)
+        if name.endswith("conv1d.weight"):
+            t = t.squeeze(1)
+        elif name.endswith((".A_log", ".D")):
+            t = (-torch.exp(t) if name.endswith("A_log") else t)[:, None]
+        elif name.endswith(f"{p}.norm.weight"):
+            t = t.reshape(c.mamba_n_groups, -1)
+        tensors[name.replace(".dt_bias", ".dt_proj.bias")] = t
+
+
+def granite_states(w: GGUFWriter, c, tensors: dict) -> None:
+    """GraniteHybridModel of llama.cpp's converter."""
+    granite(w, c, tensors)
+    states(w, c, tensors)
+    w.add_rope_scaling_finetuned(c.position_embedding_type == "rope")
+    end = "_shexp" if c.num_local_experts else ""
+    if end:
+        w.add_expert_count(c.num_local_experts)
+        w.add_expert_used_count(c.num_experts_per_tok)
+        w.add_expert_shared_feed_forward_length(c.shared_intermediate_size)
+    for name in [n for n in tensors if "shared_mlp" in n or "block_sparse_moe" in n]:
+        t, blk = tensors.pop(name), f"blk.{name.split('.')[2]}.ffn_"
+        if "input_linear" in name:
+            gate, up = t.chunk(2)
+            tensors |= {f"{blk}gate{end}.weight": gate, f"{blk}up{end}.weight": up}
+        elif "output_linear" in name:
+            tensors[f"{blk}down{end}.weight"] = t
+        elif "router" in name:
+            tensors[blk + "gate_inp.weight"] = t
+        elif name.endswith("gate_up_proj"):
+            gate, up = t.chunk(2, dim=1)
+            tensors |= {blk + "gate_exps.weight": gate, blk + "up_exps.weight": up}
+        else:
+            tensors[blk + "down_exps.weight"] = t
+
+
 METADATA = {
+    "granitehybrid": granite_states,
     "lfm2": convolutions,
     "lfm2moe": routed_convolutions,
     "qwen35": deltas,

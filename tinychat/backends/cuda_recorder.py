@@ -93,7 +93,7 @@ class Recorder:
     def short_conv(self, *args):
         raise NotImplementedError  # `CudaBackend` refuses models with states before, and `check` the others
 
-    gated_heads = delta_rule = norm_gated = sigmoid_mul = short_conv
+    gated_heads = delta_rule = mamba = multiplied = relu_square = norm_gated = sigmoid_mul = short_conv
     norm_values = gelu_columns = norm_columns = embed_onto = scaled = short_conv
     behind = recall = leave = join = keep = short_conv  # `CudaBackend` runs no layer that predicts further
     tanh = times = summed = resized = mix_streams = correct_streams = cut_gates = short_conv

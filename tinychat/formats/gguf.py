@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from dataclasses import replace
 from hashlib import sha256
@@ -22,7 +23,7 @@ from tinychat.network import further
 from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig, ModelConfig
 from tinychat.network.family import in_files, outside, shapes_in_files
 from tinychat.network.weight_form import Coded, Form, Numbers
-from tinychat.network.weights import DenseLinear, Linear
+from tinychat.network.weights import DenseLinear, Linear, joined
 from tinychat.text.tokenizer import Tokenizer
 
 UNREAD = ("attn_rot_embd", "rotary_emb.inv_freq")  # ends of the names of tensors that change nothing
@@ -47,7 +48,8 @@ class GGUFCheckpoint:
 
     def has(self, name: str) -> bool:
         """Whether the module exists (a tied model has no `lm_head`)."""
-        return self._name(self._where(name)[0]) + ".weight" in self.file.tensors
+        name = self._where(name)[0]
+        return all(self._name(part) + ".weight" in self.file.tensors for part in self._joined(name) or [name])
 
     def linear(self, name: str) -> Linear:
         """A linear module or the embedding, in Hugging Face's row order.
@@ -55,6 +57,8 @@ class GGUFCheckpoint:
         Types with a function in `gguf_blocks` → QuantizedLinear, exactly; others → DenseLinear.
         """
         name, rows = self._where(name)
+        if parts := self._joined(name):
+            return joined([self.linear(part) for part in parts])
         tensor = self._tensor(name)
         bias = None
         if self._name(name) + ".bias" in self.file.tensors:
@@ -82,6 +86,11 @@ class GGUFCheckpoint:
 
     def stored(self, name: str) -> tuple[Form | str, int]:
         """Form of a linear or the embedding, the name of its type where there are no words, and its bytes."""
+        if parts := self._joined(name):
+            each = [self.stored(part) for part in parts]
+            forms = {form for form, _ in each}
+            words = forms.pop() if len(forms) == 1 else " and ".join(sorted(map(str, forms)))
+            return words, sum(n_bytes for _, n_bytes in each)
         name, rows = self._where(name)
         tensor = self._tensor(name)
         type_name, share = type_of(tensor.kind)[0], 1.0 if rows is None else len(rows) / tensor.shape[0]
@@ -159,7 +168,7 @@ class GGUFCheckpoint:
             needed.update(family.norms(cfg, i))
         needed |= outside(family, cfg) | further.linears(family, cfg) | further.norms(family, cfg)
         allowed = set(ROPE_TENSORS)
-        for name, shape in shapes_in_files(self.form, cfg, needed).items():
+        for name, shape in self._apart(shapes_in_files(self.form, cfg, needed)).items():
             tensor = self._tensor(name)
             if tensor.shape != shape:
                 raise self.file.damaged(
@@ -198,6 +207,19 @@ class GGUFCheckpoint:
             raise self.file.damaged(f"the tensor {scale.name!r} has the shape {list(scale.shape)}")
         return {self._name(name) + ".scale", self._name(name) + ".input_scale"}
 
+    def _joined(self, name: str) -> list[str]:
+        """Names of the linears that a linear is put together of; none, where it is one itself."""
+        layer, _, module = name.removeprefix("model.layers.").partition(".")
+        return [f"model.layers.{layer}.{part}" for part in self.form.joined.get(module, ())]
+
+    def _apart(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of modules, of those that are put together the parts, which are as large as each other."""
+        out: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            parts = self._joined(name)
+            out |= {part: (shape[0] // len(parts), *shape[1:]) for part in parts} or {name: shape}
+        return out
+
     def _name(self, name: str) -> str:
         """`model.layers.3.mlp.up_proj` → `blk.3.ffn_up`; an unknown name stays as it is and is not found."""
         if top := self.form.names.get(name, TOP.get(name)):
@@ -227,6 +249,8 @@ class GGUFCheckpoint:
             return self._one_of(tensor, self._layer(name).mlp, int(expert[1]), dimensions)
         if suffix == ".weight" and name.endswith(self.form.flat) and len(tensor.shape) == 1:
             return replace(tensor, shape=(1, *tensor.shape))
+        if name.endswith(self.form.flattened):
+            return replace(tensor, shape=(math.prod(tensor.shape),))
         return tensor
 
     def _one_of(

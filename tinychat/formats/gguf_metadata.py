@@ -171,7 +171,7 @@ def _facts(cfg: ModelConfig) -> dict[str, Any]:
     for i, layer in enumerate(cfg.layers):
         where, a = f"layer {i}", layer.mixer
         if not isinstance(a, AttentionConfig):
-            facts[f"{where} recurrence"] = astuple(a)
+            facts[f"{where} recurrence"] = astuple(a) if a is not None else ()
             continue
         heads = (a.n_heads, a.n_kv_heads, a.head_dim)
         facts[f"{where} heads"] = heads

@@ -89,11 +89,17 @@ class Kept:
 
     read, write  from the file to the network, and back; a convolution is read as [channels, width]
     part         how the tensor's name goes on behind the module's
+    module       the last part of the module's name in files, where it is another one
     """
 
     read: Callable[[np.ndarray], np.ndarray] = lambda a: a
     write: Callable[[np.ndarray], np.ndarray] = lambda a: a
     part: str = ".weight"
+    module: str = ""
+
+    def tensor(self, name: str) -> str:
+        """The file's name of the tensor that holds the module `name`."""
+        return (f"{name.rpartition('.')[0]}.{self.module}" if self.module else name) + self.part
 
 
 @dataclass(frozen=True)

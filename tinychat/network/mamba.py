@@ -28,7 +28,7 @@ DEFAULTS: Settings = {
 # Vectors that are no norms, by their ends, and how they are called in folders.
 KEPT = {
     ".conv1d": Kept(write=lambda a: a[:, None]),
-    ".conv1d_bias": Kept(part=""),
+    ".conv1d_bias": Kept(part=".bias", module="conv1d"),
     ".dt_bias": Kept(part=""),
     ".A_log": Kept(lambda a: -np.exp(a), lambda a: np.log(-a), part=""),
     ".D": Kept(part=""),
@@ -146,12 +146,13 @@ def mixed(ops: Ops, m: MambaConfig, w: Mamba, n: Handle, layer: int, eps: float,
 
 def settings(m: MambaConfig) -> Settings:
     """Entries of config.json about the layer, in fields named `mamba_`."""
+    limited = (m.least, m.most) != DEFAULTS["time_step_limit"]  # JSON has no word for infinity
     return {
+        **({"time_step_limit": [m.least, m.most]} if limited else {}),
         "mamba_n_heads": m.n_heads,
         "mamba_d_head": m.head_dim,
         "mamba_d_state": m.state,
         "mamba_n_groups": m.groups,
         "mamba_d_conv": m.width,
         "mamba_conv_bias": m.biased,
-        "time_step_limit": [m.least, m.most],
     }

@@ -6,6 +6,7 @@ kernels for (`tinychat.backends.exact_form`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,6 +218,16 @@ class Coded:
 
 
 Numbers = np.ndarray | Coded  # float16 or float32 as they are, or coded
+
+
+def below(parts: Sequence[Numbers | None]) -> Numbers:
+    """Scales or offsets of one kind, below each other."""
+    coded = [p for p in parts if isinstance(p, Coded)]
+    if not coded:
+        return np.concatenate([p for p in parts if isinstance(p, np.ndarray)])
+    times = [np.broadcast_to(p.times, (len(p.codes), p.times.shape[1])) for p in coded if p.times is not None]
+    codes = np.concatenate([p.codes for p in coded])
+    return Coded(coded[0].kind, codes, np.concatenate(times) if times else None)
 
 
 def floats(numbers: Numbers) -> np.ndarray:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tinychat.network.weight_form import ROW, TABLES, Form, Numbers, floats, is_finite, is_no_e4m3, kind_of
+from tinychat.network.weight_form import (
+    ROW,
+    TABLES,
+    Form,
+    Numbers,
+    below,
+    floats,
+    is_finite,
+    is_no_e4m3,
+    kind_of,
+)
 
 Q8_GROUP = 32
 PIECE = 1 << 20  # weights that are rounded at a time
@@ -183,6 +194,27 @@ class DenseLinear:
 
 
 Linear = QuantizedLinear | DenseLinear
+
+
+def joined(parts: Sequence[Linear]) -> Linear:
+    """The outputs of several linears below each other: as they are stored where all are stored alike, else
+    opened, into float32.
+    """
+    biased = [w.bias for w in parts if w.bias is not None]
+    bias = np.concatenate(biased) if len(biased) == len(parts) else None
+    first = parts[0]
+    if isinstance(first, QuantizedLinear):
+        others = [w for w in parts if isinstance(w, QuantizedLinear) and w.form == first.form]
+        plain = all(w.rows == 1 and w.perm is None and w.codes.dtype == first.codes.dtype for w in others)
+        if plain and len(others) == len(parts):
+            zeros = None if first.zeros is None else np.concatenate([w.zeros for w in others])
+            offsets = None if first.offsets is None else below([w.offsets for w in others])
+            codes, scales = np.concatenate([w.codes for w in others]), below([w.scales for w in others])
+            return replace(first, codes=codes, scales=scales, zeros=zeros, offsets=offsets, bias=bias)
+    elif all(isinstance(w, DenseLinear) and w.form == first.form for w in parts):
+        whole = np.concatenate([w.weight for w in parts if isinstance(w, DenseLinear)])
+        return DenseLinear(whole, bias, first.bf16)
+    return DenseLinear(np.concatenate([w.dequantize() for w in parts]), bias)
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:

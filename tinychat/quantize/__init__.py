@@ -263,6 +263,11 @@ def _check(
         raise UsageError(
             f"{out} does not fit: the format {target.format} is {what}.", "Change --out or --format."
         )
+    if target.format == "gguf" and any(form.joined for form in FAMILIES[cfg.family].GGUF.values()):
+        raise UnsupportedModelError(
+            f"GGUF holds projections of a {cfg.family} model apart; quantizers do not write that yet.",
+            "Use another --format.",
+        )
     network(cfg)  # refuses a family whose blocks cannot be quantized one by one
     if cfg.tie_embeddings is False and not checkpoint.has("lm_head"):
         raise CheckpointError(f"{checkpoint.path} has no output head.", "Pull the model again.")

@@ -142,6 +142,8 @@ def _folds(x: Node) -> dict[str, Any]:
     made_of = x.inputs[-1] if x.inputs else x
     if x.op in ("silu_mul", "gelu_mul", "short_conv") and isinstance(made_of, Product):
         return {"rows": made_of.parts[1]}
+    if x.op == "mamba" and x.weights[-1].endswith(".norm"):  # its weights come last
+        return {"norm": short(x.weights[-1])}
     if x.op == "sigmoid_mul":  # the gate stays as it is
         return _folds(x.inputs[0])
     if x.op == "attention" and made_of.op == "heads":

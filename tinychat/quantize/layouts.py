@@ -72,7 +72,7 @@ class StoredBlock:
             out.linear[name] = linear if order is None else linear.reordered(np.argsort(order))
         for name, shape in FAMILIES[cfg.family].norms(cfg, layer).items():
             form = Kept() if gguf else kept(FAMILIES[cfg.family], name)
-            stored = tensors[f"{name}{form.part}"].astype(np.float32).reshape(shape)
+            stored = tensors[form.tensor(name)].astype(np.float32).reshape(shape)
             out.norm[name.removeprefix(prefix)] = form.read(stored)
         return out
 
@@ -103,7 +103,7 @@ def as_stored(name: str, norm: np.ndarray, cfg: ModelConfig) -> Tensors:
     """A norm, or what else a block has beside linears, as its family's folders hold it, in float16."""
     own = kept(FAMILIES[cfg.family], name)
     with np.errstate(over="ignore"):
-        return {f"{name}{own.part}": own.write(norm).astype(np.float16)}
+        return {own.tensor(name): own.write(norm).astype(np.float16)}
 
 
 def _names(cfg: ModelConfig, layer: int) -> list[str]:
