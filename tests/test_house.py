@@ -36,6 +36,7 @@ FLOORS = [
     ("conversation", "keywords"),
     ("answer", "losses"),
     ("dialogue",),
+    ("async_dialogue",),
     ("chat_request", "embedding", "session"),
     ("model",),
     ("tool_loop",),

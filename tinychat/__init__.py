@@ -37,6 +37,7 @@ if importlib.util.find_spec("tinychat.models") is None:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Aside": "tinychat.base.aside",
     "load": "tinychat.loading",
     "Model": "tinychat.model",
     "Session": "tinychat.session",
@@ -68,6 +69,7 @@ _EXPORTS = {
 
 
 __all__ = [
+    "Aside",
     "ChatKeywords",
     "CheckpointError",
     "Completion",
@@ -100,6 +102,7 @@ __all__ = [
 
 TYPE_CHECKING = False  # as in typing, without importing it
 if TYPE_CHECKING:
+    from tinychat.base.aside import Aside
     from tinychat.base.errors import (
         CheckpointError,
         DownloadError,

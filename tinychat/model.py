@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
@@ -11,6 +12,7 @@ import numpy as np
 from tinychat.backends.interface import BLOCK, Backend
 from tinychat.base import arguments
 from tinychat.base import tools as checked_tools
+from tinychat.base.aside import Aside
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.base.events import Completion, Done, Event
 from tinychat.base.load_options import LoadOptions
@@ -223,6 +225,11 @@ class Model:
         """
         return self.continuing(prompt, **options).events(self)
 
+    def agenerate(self, prompt: str | Sequence[int], **options: Unpack[PromptKeywords]) -> Aside[Event]:
+        """`generate` for coroutines: `async for event in model.agenerate("…")`."""
+        cancel = threading.Event()
+        return Aside(lambda: self.continuing(prompt, **options).events(self, cancel), cancel.set)
+
     def continuing(
         self,
         prompt: str | Sequence[int],
@@ -248,11 +255,6 @@ class Model:
         self, messages: Messages, *, stream: Literal[True], **options: Unpack[ChatKeywords]
     ) -> Generator[Event, None, None]: ...
 
-    @overload
-    def chat(
-        self, messages: Messages, *, stream: bool, **options: Unpack[ChatKeywords]
-    ) -> Completion | Generator[Event, None, None]: ...
-
     def chat(
         self, messages: Messages, *, stream: bool = False, **options: Unpack[ChatKeywords]
     ) -> Completion | Generator[Event, None, None]:
@@ -271,6 +273,31 @@ class Model:
             if isinstance(event, Done):
                 return event.completion
         raise AssertionError("a generation ends with Done")
+
+    @overload
+    def achat(
+        self, messages: Messages, *, stream: Literal[False] = False, **options: Unpack[ChatKeywords]
+    ) -> Coroutine[Any, Any, Completion]: ...
+
+    @overload
+    def achat(
+        self, messages: Messages, *, stream: Literal[True], **options: Unpack[ChatKeywords]
+    ) -> Aside[Event]: ...
+
+    def achat(
+        self, messages: Messages, *, stream: bool = False, **options: Unpack[ChatKeywords]
+    ) -> Coroutine[Any, Any, Completion] | Aside[Event]:
+        """`chat` for coroutines: `await model.achat("…")`, or `async for event in model.achat("…",
+        stream=True)`. A thread of its own makes the answer; cancelling the task stops it between two steps.
+        """
+        cancel = threading.Event()
+
+        def events() -> Generator[Event, None, None]:
+            return self.request(messages, **options).events(self, cancel)
+
+        if arguments.flag("stream", stream):
+            return Aside(events, cancel.set)
+        return _awaited(Aside(lambda: (e for e in events() if isinstance(e, Done)), cancel.set))
 
     def request(
         self,
@@ -402,6 +429,11 @@ class Model:
 
     def _ids(self, given: Iterable[int]) -> list[int]:
         return arguments.token_ids(given, self.config.vocab_size)
+
+
+async def _awaited(ends: Aside[Done]) -> Completion:
+    done = [end async for end in ends]  # to the end of the thread
+    return done[0].completion
 
 
 def _top(logprobs: int | None) -> int | None:

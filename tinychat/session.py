@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat.async_dialogue import AsyncDialogue
 from tinychat.base import arguments
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.base.events import Done, Event, TextDelta
 from tinychat.conversation import Message
-from tinychat.dialogue import Dialogue, Segments
+from tinychat.dialogue import Segments
 from tinychat.engine.eviction import SMALLEST
 from tinychat.engine.guide import Guide, guide_for
 from tinychat.engine.memory.branch import common_prefix
@@ -44,11 +45,11 @@ __all__ = ["Message", "Session"]
 SPELLINGS = 512  # of answers with calls, that a conversation remembers
 
 
-class Session(Dialogue):
+class Session(AsyncDialogue):
     """One conversation with one model. Writes nothing anywhere unless told to (`save`).
 
     `send`, `regenerate` and `edit` yield events (TextDelta, Notice, then Done). Whatever was generated before
-    a cancel, an error or a closed iterator stays in the conversation.
+    a cancel, an error or a closed iterator stays in the conversation. Coroutines use `asend` and the like.
     """
 
     def __init__(
