@@ -10,7 +10,10 @@ tinychat stores them, against those of the file. Error: the worst row of 64, |lo
 truth is fp32 arithmetic on the weights that the gguf package reads from the file.
 
 `perplexity`: real models, requantized to each type; docutils' specification as in quality.py, windows of 512
-tokens, the second half of each scored, the same ids on both sides.
+tokens, the second half of each scored, the same ids on both sides. llama.cpp runs each file twice: as it is,
+where it rounds the inputs of every product to 8 bits, and with the same weights opened to fp32, where it
+rounds nothing. Every other column is compared with the latter, with the 95 % interval over windows. The last
+one is fp32 arithmetic with inputs rounded as llama.cpp rounds them.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 import tinychat
@@ -215,20 +220,78 @@ def nll_of(path: Path, windows: np.ndarray, **how: object) -> np.ndarray:
     return np.array(means)
 
 
+def opened(path: Path) -> Path:
+    """The same model with its weights in fp32, beside it."""
+    out = path.with_suffix(".fp32.gguf")
+    reader = GGUFReader(path)
+    writer = GGUFWriter(out, str(reader.fields["general.architecture"].contents()))
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        part = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], part)
+    for t in reader.tensors:
+        writer.add_tensor(t.name, dequantize(t.data, t.tensor_type).reshape(t.shape[::-1]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@contextmanager
+def inputs_rounded() -> Iterator[None]:
+    """Let the reference backend round the inputs of every product as llama.cpp does on CPUs: to int8, by 256
+    for weights in superblocks of 256 (Q8_K), which it uses where they divide the inputs, else by 32 (Q8_0).
+    """
+    import torch
+
+    from tinychat.backends.reference import ReferenceBackend
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        wide = x.shape[-1] % 256 == 0
+        groups = x.unflatten(-1, (-1, 256 if wide else 32))
+        scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        return ((groups / scale).round() * (scale if wide else scale.half().float())).flatten(-2)
+
+    def behind(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda self, x, *args, **more: product(self, rounded(x), *args, **more)
+
+    plain = {name: getattr(ReferenceBackend, name) for name in ("linear", "lm_head")}
+    for name, product in plain.items():
+        setattr(ReferenceBackend, name, behind(product))
+    try:
+        yield
+    finally:
+        for name, product in plain.items():
+            setattr(ReferenceBackend, name, product)
+
+
+def against(nll: np.ndarray, truth: np.ndarray) -> str:
+    """A perplexity, and how far it is from another one on the same windows."""
+    d = nll - truth
+    off = 1.96 * d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else np.nan
+    return f"{np.exp(nll.mean()):.4f} ({np.expm1(d.mean()):+.3%} ± {off:.3%})"
+
+
 def perplexity(o: argparse.Namespace) -> None:
-    """Both perplexities of each model in each type."""
-    print("| model | type | llama.cpp | tinychat, 16-bit activations | 8-bit | fp32 on the same weights |")
-    print("|---|---|---|---|---|---|")
+    """All perplexities of each model in each type."""
+    print("| model | type | llama.cpp, fp32 | llama.cpp | fp32 | 16-bit inputs | 8-bit | fp32, its inputs |")
+    print("|---|---|---|---|---|---|---|---|")
+    reference = {"device": "reference", "head_bits": 16}
     for source in map(Path, o.names):
         windows = windows_of(o, source)
         print(f"{source.name}: {len(windows)} windows", file=sys.stderr)
         for kind in o.types.split(","):
             path = quantized(o, source, kind)
-            theirs = np.exp(of_llama_cpp(o, path, windows, "nll").mean())
-            cells = [f"{theirs:.4f}"]
-            for how in ({"act_bits": 16}, {"act_bits": 8}, {"device": "reference", "head_bits": 16}):
-                ours = np.exp(nll_of(path, windows, **{"device": "cpu", **how}).mean())
-                cells.append(f"{ours:.4f} ({ours / theirs - 1:+.3%})")
+            wide = opened(path)
+            truth = of_llama_cpp(o, wide, windows, "nll")
+            wide.unlink()
+            cells = [f"{np.exp(truth.mean()):.4f}", against(of_llama_cpp(o, path, windows, "nll"), truth)]
+            for how in (reference, {"device": "cpu", "act_bits": 16}, {"device": "cpu", "act_bits": 8}):
+                cells.append(against(nll_of(path, windows, **how), truth))
+            with inputs_rounded():
+                cells.append(against(nll_of(path, windows, **reference), truth))
             print(f"| {source.stem} | {kind} | {' | '.join(cells)} |", flush=True)
 
 
