@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from emulation import bench, cache, controls, driver, needs_emulation
+from tiny import tiny_folder
 
+import tinychat
 from tinychat import gpu_check
-from tinychat.backends import cuda_device, cuda_record
+from tinychat.backends import cuda_device, cuda_proof, cuda_record
+from tinychat.backends.cuda import CudaBackend
 from tinychat.backends.cuda_record import VARIANTS, Record, Variant
 from tinychat.base.errors import TinychatError
 from tinychat.kernels_cuda import linear
 from tinychat.kernels_cuda.attention import Attention
-from tinychat.kernels_cuda.driver import Device, Graph
+from tinychat.kernels_cuda.driver import Device, DeviceError, Graph, LostError
 from tinychat.kernels_cuda.modules import Modules
 
 
@@ -28,6 +32,11 @@ def home(tmp_path, monkeypatch):
 
 
 # The trials, in this process
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny")
 
 
 @pytest.fixture
@@ -56,8 +65,8 @@ def tried(*wanted: str) -> dict[str, str]:
             try:
                 trial()
                 results[name] = ""
-            except gpu_check.WrongError as e:
-                results[name] = str(e)
+            except Exception as e:  # as the child has it
+                results[name] = f"{type(e).__name__}: {e}"
     return results
 
 
@@ -73,7 +82,97 @@ def wrong_for(rows: int, spoil):
     return spoiled
 
 
+def spoiled(method, spoil):
+    """A method of the backend whose results are spoiled by `spoil(result, step, backend)`."""
+    whole = getattr(CudaBackend, method)
+
+    def run(self, step, *rest):
+        return spoil(whole(self, step, *rest), step, self)
+
+    return CudaBackend, method, run
+
+
+def fails(error):
+    def raises(*_, **__):
+        raise error
+
+    return raises
+
+
+def of_rows(rows, change):
+    """Changes what steps of so many rows come to."""
+    return lambda got, step, _: change(got) if len(got) == rows else got
+
+
+def first(found):
+    """The largest logits with the first two in the wrong order."""
+    for f in found:
+        f.ids[:2] = f.ids[1::-1]
+    return found
+
+
+CALLS = count()
 FAULTS = {
+    "prefill is off": (
+        spoiled("step", of_rows(40, lambda a: a * np.float32(1.1))),
+        "prefill, 16",
+        "logits are off by",
+    ),
+    "prefill is off with an 8-bit cache": (
+        spoiled("step", of_rows(40, lambda a: np.roll(a, 1, 1))),
+        "prefill, 8",
+        "logits are off by",
+    ),
+    "infinite logits": (
+        spoiled("step", of_rows(40, lambda a: a + np.float32(np.inf))),
+        "prefill, 16",
+        "logits are off by",
+    ),
+    "one row alone has other bits": (
+        spoiled("step", of_rows(1, lambda a: np.nextafter(a, np.float32(99)))),
+        "rows, 16",
+        "rows in several steps: other bits",
+    ),
+    "five rows have other bits with an 8-bit cache": (
+        spoiled("step", of_rows(5, lambda a: np.nextafter(a, np.float32(99)))),
+        "rows, 8",
+        "rows in several steps: other bits",
+    ),
+    "the wrong token is the largest": (
+        spoiled("step_greedy", lambda got, *_: got + 1),
+        "choice, 16",
+        "argmax: other bits",
+    ),
+    "the largest logits are in the wrong order": (
+        spoiled("step_largest", lambda got, *_: first(got)),
+        "choice, 16",
+        "the largest logits: other bits",
+    ),
+    "kernels that overlap read what is not there yet": (
+        spoiled("step", lambda got, *_: got + np.float32(next(CALLS) % 2)),
+        "overlap, 16",
+        "kernels one after the other: other bits",
+    ),
+    "distances of values that nobody measures": (
+        (CudaBackend, "value_spread", lambda self, table, weights: np.zeros_like(weights)),
+        "eviction, 16",
+        "distances of values are off",
+    ),
+    "an illegal address": (
+        (linear, "launch", fails(LostError("cuLaunchKernel", 700, "CUDA_ERROR_ILLEGAL_ADDRESS"))),
+        "linears of gptq4",
+        "ILLEGAL_ADDRESS",
+    ),
+    "too little memory": (
+        (Device, "allocate", fails(DeviceError("cuMemAlloc", 2, "CUDA_ERROR_OUT_OF_MEMORY"))),
+        "linears of q8_0",
+        "OUT_OF_MEMORY",
+    ),
+    "a device that is lost half-way": (
+        (CudaBackend, "step", fails(LostError("cuStreamSynchronize", 719, "CUDA_ERROR_LAUNCH_FAILED"))),
+        "rows, 16",
+        "LAUNCH_FAILED",
+    ),
     "one row count is wrong": (
         (linear, "launch", wrong_for(5, lambda a: a + np.float32(0.01))),
         "linears of gptq4",
@@ -119,11 +218,20 @@ FAULTS = {
 
 @needs_emulation
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_and_named(fewer, fault, monkeypatch):
+def test_a_fault_is_found_and_named_and_the_chat_is_the_cpus(fewer, fault, monkeypatch, folder):
     (where, what, instead), trial, message = FAULTS[fault]
-    monkeypatch.setattr(where, what, instead)
-    (result,) = tried(trial).values()
-    assert message in result
+    with monkeypatch.context() as m:
+        m.setattr(where, what, instead)
+        (result,) = tried(trial).items()
+    assert message in result[1]
+    Record(cuda_record.key_of(bench().modules), False, trials=dict([result])).store()
+    monkeypatch.setattr("tinychat.loading.has_gpu", lambda: True)
+    monkeypatch.setattr("tinychat.backends.cuda_device.open_modules", lambda tell=None: bench().modules)
+    with pytest.warns(RuntimeWarning, match=f"The CPU is used: .* self-check .{result[0]}"):
+        model = tinychat.load(folder)
+    with model:
+        assert model.describe()["backend"] == "cpu"
+        assert list(model.generate("hello", max_tokens=2, temperature=0.0))
 
 
 @needs_emulation
@@ -180,7 +288,7 @@ say(end={"second": 0.25}); say(done=True)
 
 
 def run(mode: str, seconds: float = 30, tell=None) -> Record:
-    return gpu_check.run([sys.executable, "-I", "-S", "-c", CHILD, mode], seconds, tell)
+    return cuda_proof.run([sys.executable, "-I", "-S", "-c", CHILD, mode], seconds, tell)
 
 
 def test_a_device_that_passes_is_kept_as_it_is(home):
@@ -275,14 +383,14 @@ def test_doctor_shows_what_the_check_came_to(monkeypatch, home):
 
     facts = {"gpu": "GPU of tests", "bandwidth_gb_s": 900.5}
     sound = Record("k", True, Variant(hints=False), {"linears of q4_k": 1.5}, facts)
-    monkeypatch.setattr(gpu_check, "run", lambda tell: sound)
+    monkeypatch.setattr(cuda_proof, "run", lambda tell: sound)
     done = CliRunner().invoke(cli, ["doctor", "--gpu"])
     assert done.exit_code == 0, done.output
     assert "linears of q4_k" in done.output
     assert "GPU of tests copies 900.5 GB/s" in done.output
     assert "without hints" in done.output
     failed = Record("k", False, VARIANTS[-1], {"linears of q4_k": "the process ended (-6)"}, facts)
-    monkeypatch.setattr(gpu_check, "run", lambda tell: failed)
+    monkeypatch.setattr(cuda_proof, "run", lambda tell: failed)
     done = CliRunner().invoke(cli, ["doctor", "--gpu"])
     assert done.exit_code == 1
     assert "the process ended (-6)" in done.output

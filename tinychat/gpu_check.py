@@ -1,30 +1,24 @@
 """The GPU's self-check: every kind of kernel that models need, over small weights and a small model, against
-the CPU; then how fast memory is copied. `tinychat doctor --gpu` runs it.
-
-It runs in a child process, which may crash or hang; where that fails, once more without overlapping kernels,
-and without cache hints.
+the CPU; then how fast memory is copied. It is the child of `backends/cuda_proof.py`, and may crash or hang.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from tinychat.backends import cuda_record
-from tinychat.backends.cuda_record import VARIANTS, Record, Variant
+from tinychat.backends.cuda_record import Variant
 from tinychat.backends.interface import BLOCK, Backend, Step
-from tinychat.base import children
 from tinychat.base.errors import TinychatError
 from tinychat.kernels_cuda import linear
 from tinychat.kernels_cuda.modules import Modules
@@ -32,7 +26,6 @@ from tinychat.network.config import AttentionConfig, DenseConfig, LayerConfig, M
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.synthetic import FORMS, SyntheticCheckpoint, random_linear
 
-SECONDS = 300  # that a child may take: most of it is compiling
 CHECKED = ("gptq4", "q4_0", "q4_k", "q6_k", "q8_0", "mxfp4")  # forms of weights
 ROWS = (1, 5, 16, 64, 200)
 SHAPE = (272, 1024)  # of each: outputs and inputs
@@ -44,60 +37,6 @@ Trial = tuple[str, Callable[[], None]]
 
 class WrongError(Exception):
     """A trial's numbers are not what they should be."""
-
-
-def run(
-    command: list[str] | None = None, seconds: float = SECONDS, tell: Callable[[str], None] | None = None
-) -> Record:
-    """Check the GPU in child processes, one for each way of running kernels until one passes, and keep the
-    result.
-
-    command: in place of this module. Raises TinychatError where there is no GPU to check.
-    """
-    command = command or children.python_command("tinychat.gpu_check")
-    for variant in VARIANTS:
-        if tell:
-            how = [word for word, on in asdict(variant).items() if not on]
-            tell("Checking the GPU" + (f" without {' and '.join(how)}." if how else "."))
-        record = _child([*command, json.dumps(asdict(variant))], variant, seconds)
-        if record.passed:
-            break
-    record.store()
-    return record
-
-
-def _child(command: list[str], variant: Variant, seconds: float) -> Record:
-    """What one child came to. Where it ended without a word, the trial that it had begun is to blame."""
-    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as cried:
-        try:
-            code = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=cried, timeout=seconds, check=False
-            ).returncode
-            end = f"the process ended ({code})"
-        except subprocess.TimeoutExpired:
-            end = f"nothing happened within {seconds:g} seconds"
-        for file in (said, cried):
-            file.seek(0)
-        lines, last_words = said.read().decode(errors="replace").splitlines(), cried.read()[-2000:]
-    record, begun, ended = Record("", False, variant), "opening the GPU", False
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        begun = event.get("begin", begun)
-        record.trials |= event.get("end", {})
-        record.facts |= event.get("facts", {})
-        record.key = event.get("key", record.key)
-        if "refused" in event:
-            raise TinychatError(*event["refused"])
-        ended = ended or "done" in event
-    failed = [name for name, result in record.trials.items() if isinstance(result, str)]
-    record.passed = ended and not failed
-    if not ended:
-        record.trials[begun] = end
-        record.facts["stderr"] = last_words.decode(errors="replace")
-    return record
 
 
 def main(arguments: list[str], opened: Callable[[Variant], Modules] | None = None) -> None:

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from tinychat.keywords import LoadKeywords
 
-AUTO_GPU = False  # until the CUDA engine has been run on a GPU: docs/performance.md lists what was not
-
 
 def load(
     model: str | Path,
@@ -102,9 +100,9 @@ def make_backend(
     policy = WeightPolicy(options.quantize, options.head_bits)
     if device == "cuda":
         return _cuda(checkpoint, policy, kv_bits, progress)
-    if device == "auto" and AUTO_GPU and has_gpu():
+    if device == "auto" and has_gpu():
         try:
-            return _cuda(checkpoint, policy, kv_bits, progress)
+            return _cuda(checkpoint, policy, kv_bits, progress, proved=True)
         except TinychatError as e:
             warnings.warn(f"The CPU is used: {e.what}", RuntimeWarning, stacklevel=2)
     # Mapped packs can be dropped by the system, but a model larger than memory would crawl.
@@ -129,12 +127,18 @@ def make_backend(
 
 
 def _cuda(
-    checkpoint: Checkpoint, policy: WeightPolicy, kv_bits: int, progress: Callable[[str], None] | None
+    checkpoint: Checkpoint,
+    policy: WeightPolicy,
+    kv_bits: int,
+    progress: Callable[[str], None] | None,
+    proved: bool = False,
 ) -> Backend:
+    """proved: only where the GPU has passed its self-check, which is made now if it was not."""
     from tinychat.backends.cuda import CudaBackend
     from tinychat.backends.cuda_device import free_memory, open_modules
+    from tinychat.backends.cuda_proof import open_proved
 
-    modules = open_modules(tell=progress)
+    modules = open_proved(progress) if proved else open_modules(tell=progress)
     _check_room(checkpoint, 0.55, free_memory(modules.device))
     return CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=modules, tell=progress)
 

@@ -7,11 +7,15 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from tinychat.base import locations
 from tinychat.kernels_cuda import modules
 from tinychat.kernels_cuda.modules import Modules
+
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Record:
     passed    whether the GPU may be trusted, with `variant`
     trials    each with its seconds, or what went wrong, in their order, of the last variant
     facts     of the GPU
+    stamp     what it holds for, as far as can be seen without opening the GPU
     """
 
     key: str
@@ -46,6 +51,7 @@ class Record:
     variant: Variant = VARIANTS[0]
     trials: dict[str, float | str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    stamp: str = field(default_factory=lambda: stamp())
 
     def store(self) -> None:
         """Raises OSError."""
@@ -58,14 +64,26 @@ class Record:
 
 def key_of(on: Modules) -> str:
     """Whatever a self-check depends on: GPU, driver, compiler and kernels."""
+    device = on.device
+    driver = "{}.{}".format(*device.driver_version)
+    return "|".join((device.name, on.target, f"driver {driver}", on.cache.compiler.name, _kernels()))
+
+
+def stamp() -> str:
+    """Kernels and driver, found without the driver's help: one that is new may hang when it is first used."""
+    try:
+        driver = DRIVER.read_text().partition("\n")[0]
+    except (OSError, ValueError):
+        driver = ""  # a Jetson, or WSL
+    return f"{_kernels()}|{driver}"
+
+
+@lru_cache
+def _kernels() -> str:
     key = hashlib.sha256()
     for file in sorted((*modules.SOURCES.glob("*.cu"), *modules.SOURCES.glob("*.cuh"))):
         key.update(file.read_bytes())
-    device = on.device
-    driver = "{}.{}".format(*device.driver_version)
-    return "|".join(
-        (device.name, on.target, f"driver {driver}", on.cache.compiler.name, key.hexdigest()[:16])
-    )
+    return key.hexdigest()[:16]
 
 
 def stored() -> Record | None:
@@ -73,7 +91,7 @@ def stored() -> Record | None:
     try:
         data = json.loads(locations.gpu_check_file().read_text())
         variant = Variant(**{k: bool(v) for k, v in data.pop("variant").items()})
-        return Record(variant=variant, **data)
+        return Record(**{"stamp": "", **data, "variant": variant})
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
 

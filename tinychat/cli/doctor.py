@@ -67,9 +67,9 @@ def doctor(verify: str | None, gpu: bool, as_json: bool) -> None:
 
 def _check_gpu(as_json: bool) -> int:
     """The exit code: 1 where the GPU may not be trusted."""
-    from tinychat import gpu_check
+    from tinychat.backends import cuda_proof
 
-    record = gpu_check.run(tell=partial(click.echo, err=True))
+    record = cuda_proof.run(tell=partial(click.echo, err=True))
     if as_json:
         click.echo(json.dumps(asdict(record), indent=2))
         return 0 if record.passed else 1
@@ -291,11 +291,9 @@ def sentences(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _gpu(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    from tinychat.loading import AUTO_GPU
-
     if "gpu_memory" not in facts:
         return [("GPU", f"{facts['gpu']}; the CPU computes")]
-    used = "--device auto takes it" if AUTO_GPU else "--device cuda takes it, auto stays on the CPU for now"
+    used = "--device auto takes it, once it has passed tinychat doctor --gpu"
     if "gpu_compiler" not in facts:
         used = "it cannot be used yet (see below); the CPU computes"
     details = ("gpu_driver", "gpu_memory", "gpu_compiler", "gpu_kernels")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from emulation import bench
 
+from tinychat.backends.cuda_record import Record, key_of
+
 
 @pytest.fixture(autouse=True)
 def process():
@@ -25,8 +27,10 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def machine_with_gpu(monkeypatch):
-    """`open_modules` finds the device of these tests, or raises what it is told to."""
+def machine_with_gpu(monkeypatch, home):
+    """`open_modules` finds the device of these tests, which has passed its self-check, or raises what it is
+    told to.
+    """
     found = {"error": None, "modules": None}
 
     def open_modules(tell=None):
@@ -38,5 +42,5 @@ def machine_with_gpu(monkeypatch):
 
     monkeypatch.setattr("tinychat.backends.cuda_device.open_modules", open_modules)
     monkeypatch.setattr("tinychat.loading.has_gpu", lambda: True)
-    monkeypatch.setattr("tinychat.loading.AUTO_GPU", True)
+    Record(key_of(bench().modules), True).store()
     return found
