@@ -147,9 +147,14 @@ def _signature(name: str, function: Any) -> str:
     returned = found.return_annotation
     after = "" if returned is found.empty or inspect.isclass(function) else f" -> {returned}"
     line = f"{name}({', '.join(given)}){after}"
-    if len(line) <= WIDTH:
-        return line
-    return "\n".join([f"{name}(", *(f"    {g}," for g in given), f"){after}"])
+    if len(line) > WIDTH:
+        line = "\n".join([f"{name}(", *(f"    {g}," for g in given), f"){after}"])
+    return _quoted(line)
+
+
+def _quoted(code: str) -> str:
+    """Code with the quotes that the house has."""
+    return code.replace("'", '"')
 
 
 def _default(function: Any, parameter: inspect.Parameter) -> str:
@@ -171,7 +176,7 @@ def _keywords(thing: Any) -> Iterator[str]:
         yield from (f"Those of {_link(base)}, and:", "")
     new = [k for k in thing.__annotations__ if base is None or k not in base.__annotations__]
     types = {k: getattr(t, "__forward_arg__", t) for k, t in thing.__annotations__.items()}
-    yield from _code("\n".join(f"{k}: {types[k]}" for k in new))
+    yield from _code(_quoted("\n".join(f"{k}: {types[k]}" for k in new)))
 
 
 def _code(text: str) -> list[str]:
