@@ -1,4 +1,4 @@
-"""What eviction costs: the tables of docs/long-chats.md.
+"""What eviction costs: the tables of docs/long-chats-figures.md.
 
     python benchmarks/long_chats.py perplexity --work DIR     # 37 documents, budgets 50, 25 and 12.5 %
                                     [--plot FILE.svg]         # (needs matplotlib)

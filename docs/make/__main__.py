@@ -2,6 +2,7 @@
 
 python docs/make                  everything
 python docs/make which-model      docs/which-model.md
+python docs/make reference        docs/reference.md, from docstrings and types
 python docs/make transcripts      what follows each command under a mark <!-- transcript -->
 python docs/make pictures         docs/tui.svg, docs/tree.svg; --model NAME: by another model than the demo
 """
@@ -15,11 +16,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import documents
+import reference
 import screenshots
 import transcripts
 import which_model
 
-PARTS = ("which-model", "transcripts", "pictures")
+PARTS = ("which-model", "reference", "transcripts", "pictures")
 
 
 def main() -> None:
@@ -30,8 +32,9 @@ def main() -> None:
     parts = chosen.parts or PARTS
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    if "which-model" in parts:
-        (documents.REPOSITORY / which_model.PAGE).write_text(which_model.page(), encoding="utf-8")
+    for part, maker in (("which-model", which_model), ("reference", reference)):
+        if part in parts:
+            (documents.REPOSITORY / maker.PAGE).write_text(maker.page(), encoding="utf-8")
     if "transcripts" in parts:
         for page, text in documents.pages().items():
             if (made := transcripts.remade(text)) != text:

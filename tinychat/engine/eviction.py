@@ -43,7 +43,7 @@ class EvictionPolicy:
 
     @staticmethod
     def of(name: str, budget: int, pinned: int = SINKS, recent: int | None = None) -> EvictionPolicy:
-        """A policy with a quarter of the budget recent (why: docs/long-chats.md), less where pins need it.
+        """A policy with a quarter of the budget recent, less where pins need it (docs/long-chats-figures.md).
 
         Raises UsageError for an unknown name, or a budget that the pinned tokens fill.
         """
@@ -75,9 +75,9 @@ class EvictionPolicy:
         return max(0, -(-(slots + n - self.budget) // BLOCK) * BLOCK)
 
     # Every query of an answer votes: without the early votes, what was told early is forgotten
-    # (docs/long-chats.md). Of a prompt the last ones do, and the last ones of a chunk that an eviction
-    # follows. The prompt alone decides them: a prefix found in the cache that ends before them changes
-    # nothing.
+    # (docs/long-chats-figures.md). Of a prompt the last ones do, and the last ones of a chunk that an
+    # eviction follows. The prompt alone decides them: a prefix found in the cache that ends before them
+    # changes nothing.
 
     def chunk_end(self, at: int, n_prompt: int) -> int:
         """End of the chunk of token `at`."""
