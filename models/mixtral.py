@@ -96,12 +96,17 @@ def experts_of(layer: LayerConfig) -> ExpertsConfig:
     return layer.mlp
 
 
+def into_experts(mlp: ExpertsConfig) -> tuple[str, ...]:
+    """The linears of an expert that read what it is given."""
+    return ("gate_proj", "up_proj") if mlp.gated else ("up_proj",)
+
+
 def load_experts(w: WeightSource, p: str, mlp: ExpertsConfig) -> Experts:
     """The experts of the block whose modules' names begin with `p`."""
-    names = [f"{p}mlp.experts.{e}." for e in range(mlp.n)]
+    names, into = [f"{p}mlp.experts.{e}." for e in range(mlp.n)], into_experts(mlp)
     return Experts(
         router=w.router(p + ROUTER),
-        gate_up=[w.linear(e + "gate_proj", e + "up_proj") for e in names],
+        gate_up=[w.linear(*(e + name for name in into)) for e in names],
         down=[w.linear(e + "down_proj") for e in names],
         bias=w.vector(p + BIAS) if mlp.biased else None,
     )
@@ -128,7 +133,8 @@ def experts(ops: Ops, mlp: ExpertsConfig, w: Experts, x: Handle, add_to: Handle)
     scores = ops.linear(x, w.router)
     rule, groups = (mlp.normalize, mlp.sigmoid, w.bias, mlp.scale), (mlp.groups, mlp.taken_groups)
     routes = ops.route(scores, mlp.taken, *rule, groups=groups)
-    h = ops.silu_mul(ops.expert_linear(x, w.gate_up, routes))
+    h = ops.expert_linear(x, w.gate_up, routes)
+    h = ops.silu_mul(h) if mlp.gated else ops.relu_square(h)
     return ops.expert_sum(ops.expert_linear(h, w.down, routes), routes, add_to)
 
 
@@ -157,8 +163,8 @@ def expert_linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     mlp, p, h = experts_of(cfg.layers[layer]), f"model.layers.{layer}.", cfg.hidden_size
     shapes, f = {p + ROUTER: (mlp.n, h)}, mlp.size
     for e in range(mlp.n):
-        names = ("gate_proj", "up_proj", "down_proj")
-        shapes |= {f"{p}mlp.experts.{e}.{n}": s for n, s in zip(names, ((f, h), (f, h), (h, f)), strict=True)}
+        expert = f"{p}mlp.experts.{e}."
+        shapes |= {expert + name: (f, h) for name in into_experts(mlp)} | {expert + "down_proj": (h, f)}
     return shapes
 
 

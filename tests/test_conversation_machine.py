@@ -18,7 +18,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from recurrent import further_model, looked_ahead, recurrent_model
+from recurrent import further_model, looked_ahead, mamba_model, recurrent_model
 from tiny import tiny_model
 
 from tinychat.engine import kv_file
@@ -220,6 +220,12 @@ class RecurrentMachine(ConversationMachine):
     model = staticmethod(recurrent_model)
 
 
+class StateSpaceMachine(ConversationMachine):
+    """Full attention and state spaces."""
+
+    model = staticmethod(mamba_model)
+
+
 class DeltaMachine(ConversationMachine):
     """Full attention, in 4 bits, delta rules, and a layer that predicts further."""
 
@@ -243,11 +249,14 @@ class DeltaMachine(ConversationMachine):
 ConversationMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 ConversationMachine8.TestCase.settings = settings(max_examples=10, stateful_step_count=40, deadline=None)
 WindowMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
-RecurrentMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
+StateSpaceMachine.TestCase.settings = RecurrentMachine.TestCase.settings = settings(
+    max_examples=8, stateful_step_count=30, deadline=None
+)
 DeltaMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
 TestConversations = ConversationMachine.TestCase
 TestConversations8 = ConversationMachine8.TestCase
 TestWindows = WindowMachine.TestCase
+TestStateSpace = StateSpaceMachine.TestCase
 TestRecurrent = RecurrentMachine.TestCase
 TestDelta = DeltaMachine.TestCase
 

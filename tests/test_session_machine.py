@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from recurrent import further_model, recurrent_model, shared_model
+from recurrent import further_model, mamba_model, recurrent_model, shared_model
 from session_helpers import conversation_ids, opening, turn
 from tiny import tiny_model
 
@@ -95,6 +95,12 @@ class DeltaSessionMachine(SessionMachine):
     make = staticmethod(further_model)
 
 
+class StateSpaceSessionMachine(SessionMachine):
+    """Layers with full attention and with a state space."""
+
+    make = staticmethod(mamba_model)
+
+
 class SharedSessionMachine(SessionMachine):
     """Layers with a window and without, and others that attend to keys and values of these."""
 
@@ -104,11 +110,17 @@ class SharedSessionMachine(SessionMachine):
 SessionMachine.TestCase.settings = settings(
     max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
-for machine in (RecurrentSessionMachine, DeltaSessionMachine, SharedSessionMachine):
+for machine in (
+    RecurrentSessionMachine,
+    DeltaSessionMachine,
+    StateSpaceSessionMachine,
+    SharedSessionMachine,
+):
     machine.TestCase.settings = settings(
         max_examples=8, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
     )
 TestSession = SessionMachine.TestCase
+TestStateSpaceSession = StateSpaceSessionMachine.TestCase
 TestRecurrentSession = RecurrentSessionMachine.TestCase
 TestDeltaSession = DeltaSessionMachine.TestCase
 TestSharedSession = SharedSessionMachine.TestCase

@@ -20,7 +20,7 @@ from tinychat.network.config import (
     RopeConfig,
 )
 from tinychat.network.family import outside
-from tinychat.network.recurrence import ConvConfig, DeltaConfig
+from tinychat.network.recurrence import ConvConfig, DeltaConfig, MambaConfig
 from tinychat.network.weight_form import NUMBERS, ROW, SUPER, TABLES, Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
 
@@ -79,6 +79,19 @@ def _qwen35(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, value
 SHAPES["lfm2-1.2b"] = _lfm2(2048, 8192, (2, 5, 8, 10, 12, 14), 16)
 SHAPES["qwen3.5-0.8b"] = _qwen35(1024, 3584, 24, 8, 2, 16)
 SHAPES["qwen3.5-4b"] = _qwen35(2560, 9216, 32, 16, 4, 32)
+
+
+def _granite4(hidden: int, ffn: int, attending: tuple[int, ...], layers: int) -> ModelConfig:
+    heads = hidden // 128
+    attention = AttentionConfig(heads, 4, 128, scale=1 / 128)
+    state = MambaConfig(hidden // 32, 64, 128, 1, 4)
+    shape = replace(_shape(hidden, ffn, layers, heads, 4, 100352, tied=True), family="granitemoehybrid")
+    mixers = [attention if i in attending else state for i in range(layers)]
+    made = tuple(LayerConfig(mixer, DenseConfig(ffn)) for mixer in mixers)
+    return replace(shape, layers=made, embed_scale=12.0, residual_scale=0.22, logit_scale=1 / 6)
+
+
+SHAPES["granite-4-h-1b"] = _granite4(1536, 4096, (5, 15, 25, 35), 40)
 
 
 def _gemma4(hidden: int, ffn: int, layers: int, kv_heads: int, shared: int) -> ModelConfig:

@@ -139,6 +139,8 @@ def test_a_gpu_refuses_by_name_what_it_has_no_kernels_for(case):
     refused |= {
         "ministral3": "position",
         "granite-h": "state-space",
+        "falcon-h1": "state-space",
+        "nemotron-h": "state-space",
         "qwen3.5": "",
         "qwen3next": "",
         "lfm": "",
@@ -304,6 +306,8 @@ def test_silent_settings_are_those_of_transformers():
         "HunYuanDenseV1",
         "GraniteSWA",
         "GraniteMoeHybrid",
+        "FalconH1",
+        "NemotronH",
         "Qwen2Moe",
         "GptOss",
     )

@@ -101,12 +101,15 @@ def as_modules_are_called(name: str) -> str:
     name = name.replace("model.embedding_norm.", "model.norm.").replace(
         "self_attn.g_proj", "self_attn.gate_proj"
     )
+    for theirs, ours in (("embeddings", "embed_tokens"), ("norm_f", "norm"), ("final_layernorm", "norm")):
+        name = name.replace(f"model.{theirs}.", f"model.{ours}.")
+    name = re.sub(r"\.mixer\.(gate|experts)\.", r".mlp.\1.", name)
     name = name.replace("mlp.gate.e_score_correction_bias", "mlp.expert_bias")
     for parts in ("gate.", "experts.", "expert_bias"):
         name = name.replace(f"feed_forward.{parts}", f"mlp.{parts}")
     name = re.sub(r"(layers\.\d+)\.experts\.", r"\1.mlp.experts.", name)  # Gemma 4's
     name = name.replace("block_sparse_moe.", "mlp.").replace("conv1d.bias", "conv1d_bias")
-    vectors = ("A_log", "dt_bias", "expert_bias", "mamba.D", "conv1d_bias")
+    vectors = ("A_log", "dt_bias", "expert_bias", ".D", "conv1d_bias")
     return name + ".weight" if name.endswith(vectors) else name
 
 
@@ -187,15 +190,21 @@ def as_files_name_it(name: str, cls: str) -> str:
 
 def random_config(name: str, **changes) -> dict:
     """The config.json of such a model."""
-    config = getattr(transformers, name).config_class(**{**SHAPE, **changes})
+    config = config_class(getattr(transformers, name), changes)
     return config.to_dict() | {"architectures": [name]}
+
+
+def config_class(cls, changes: dict):
+    """Transformers' config of such a model; a Nemotron-H counts its layers itself."""
+    shape = {k: v for k, v in SHAPE.items() if k != "num_hidden_layers" or "layers_block_type" not in changes}
+    return cls.config_class(**{**shape, **changes})
 
 
 def random_model(name: str, **changes):
     """A transformers model whose every parameter, norms and biases too, is random."""
     cls = getattr(transformers, name)
     torch.manual_seed(0)
-    hf = cls(cls.config_class(**{**SHAPE, **changes})).float().eval()
+    hf = cls(config_class(cls, changes)).float().eval()
     less = name.startswith(
         ("Gemma2", "Gemma3For", "Qwen3_5", "Qwen3Next")
     )  # hold norms as what they differ from one
@@ -312,6 +321,23 @@ LATENT = dict(
     num_key_value_heads=4,
 )
 MAMBA = dict(mamba_n_heads=8, mamba_d_state=16)
+FACTORS = dict(
+    embedding_multiplier=5.0,
+    lm_head_multiplier=0.4,
+    key_multiplier=0.6,
+    attention_in_multiplier=1.3,
+    attention_out_multiplier=0.7,
+    ssm_in_multiplier=1.2,
+    ssm_out_multiplier=0.5,
+    mlp_multipliers=[0.8, 0.3],
+    ssm_multipliers=[0.7, 1.1, 0.9, 1.4, 0.6],
+)
+NEMOTRON = dict(head_dim=16, mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, n_groups=2) | dict(
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=64,
+    moe_shared_expert_intermediate_size=96,
+)
 GRANITE_H = dict(GRANITE, **MAMBA, shared_intermediate_size=96, num_local_experts=0) | dict(
     layer_types=["linear_attention", "full_attention", "linear_attention"]
 )
@@ -578,6 +604,32 @@ CASES = {
         "GptOssForCausalLM",
         dict(GPT_OSS, num_hidden_layers=4, sliding_window=128, num_key_value_heads=1)
         | rope("yarn", truncate=False, beta_fast=32.0, beta_slow=1.0, **YARN),
+    ),
+    "falcon-h1": ("FalconH1ForCausalLM", dict(MAMBA, mamba_d_ssm=96)),
+    "falcon-h1 factors": (
+        "FalconH1ForCausalLM",
+        dict(MAMBA, mamba_d_ssm=96, mamba_n_groups=2, mamba_rms_norm=True, mamba_conv_bias=False, **FACTORS)
+        | dict(tie_word_embeddings=True, num_key_value_heads=1),
+    ),
+    "falcon-h1 gated": (
+        "FalconH1ForCausalLM",
+        dict(MAMBA, mamba_d_ssm=None, mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_n_groups=2)
+        | rope("linear", factor=2.0),
+    ),
+    "nemotron-h": (
+        "NemotronHForCausalLM",
+        dict(NEMOTRON, layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"]),
+    ),
+    "nemotron-h bias": (
+        "NemotronHForCausalLM",
+        dict(NEMOTRON, layers_block_type=["mlp", "full_attention", "linear_attention"], n_groups=4)
+        | dict(mlp_bias=True, attention_bias=True, use_bias=True, use_conv_bias=False, conv_kernel=3)
+        | dict(layer_norm_epsilon=1e-3),
+    ),
+    "nemotron-h moe": (
+        "NemotronHForCausalLM",
+        dict(NEMOTRON, layers_block_type=["linear_attention", "moe", "full_attention", "moe"])
+        | dict(routed_scaling_factor=2.5),
     ),
     "granite-h": ("GraniteMoeHybridForCausalLM", GRANITE_H),
     "granite-h groups": (

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,24 +40,30 @@ def write(path: Path, hf, arch: str, kind: Callable[[str], Kind | None] = lambda
     w.add_embedding_length(c.hidden_size)
     dense = [t for name, t in hf.state_dict().items() if name.endswith(("mlp.up_proj.weight", ".w3.weight"))]
     sizes = [len(t) for t in dense] if arch != "gemma3n" else c.intermediate_size
+    if arch.startswith("nemotron"):
+        size = c.moe_intermediate_size if arch.endswith("moe") else c.intermediate_size
+        sizes = [size * (kind in ("mlp", "moe")) for kind in c.layer_types]
     if arch == "granitehybrid":
         sizes = [c.intermediate_size if c.num_local_experts else c.shared_intermediate_size]
     w.add_feed_forward_length(sizes if len(set(sizes)) > 1 else sizes[0] if sizes else c.intermediate_size)
     w.add_head_count(c.num_attention_heads)
     types = getattr(c, "layer_types", None) or [""]
-    stateful = ("conv", "linear_attention") if arch == "granitehybrid" else ("conv",)
+    stateful = ("conv", "mlp", "moe")
+    stateful += ("linear_attention",) if arch == "granitehybrid" or arch.startswith("nemotron") else ()
     kv_heads = [c.num_key_value_heads * (kind not in stateful) for kind in types]
     if arch == "gemma4":
         kv_heads = [c.per_layer_config[i].num_key_value_heads for i in range(c.num_hidden_layers)]
     w.add_head_count_kv(kv_heads if len(set(kv_heads)) > 1 else c.num_key_value_heads)
     w.add_key_length(head_dim)
     w.add_value_length(head_dim)
-    w.add_layer_norm_rms_eps(c.norm_eps if arch.startswith("lfm2") else c.rms_norm_eps)
+    eps = next(name for name in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon") if hasattr(c, name))
+    w.add_layer_norm_rms_eps(getattr(c, "norm_eps" if arch.startswith("lfm2") else eps))
     w.add_vocab_size(c.vocab_size)
     tensors = dict(hf.state_dict())
     experts(w, c, tensors)
     METADATA.get(arch, window)(w, c, tensors)
-    rope(w, c, head_dim, tensors)
+    if not arch.startswith("nemotron"):
+        rope(w, c, head_dim, tensors)
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("gpt-2")
     w.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"])
@@ -116,7 +123,7 @@ SCALES = dict.fromkeys(Kind, 1 / 16) | {
 
 def experts(w: GGUFWriter, c, tensors: dict) -> None:
     n = getattr(c, "num_local_experts", None) or getattr(c, "num_experts", None)
-    if not n or c.model_type in ("lfm2_moe", "granitemoehybrid"):
+    if not n or c.model_type in ("lfm2_moe", "granitemoehybrid", "nemotron_h"):
         return
     if c.model_type == "gemma4_text":
         return gemma4_experts(w, c, tensors)
@@ -420,7 +427,59 @@ def granite_states(w: GGUFWriter, c, tensors: dict) -> None:
             tensors[blk + "down_exps.weight"] = t
 
 
+def falcon_states(w: GGUFWriter, c, tensors: dict) -> None:
+    """FalconH1Model of llama.cpp's converter: factors become part of the weights."""
+    states(w, c, tensors)
+    attends = c.attention_in_multiplier
+    by = {
+        "q_proj": attends,
+        "k_proj": attends * c.key_multiplier,
+        "v_proj": attends,
+        "o_proj": c.attention_out_multiplier,
+        "gate_proj": c.mlp_multipliers[0],
+        "down_proj": c.mlp_multipliers[1],
+        "out_proj": c.ssm_out_multiplier,
+        "lm_head": c.lm_head_multiplier,
+        "embed_tokens": c.embedding_multiplier,
+    }
+    values, shared = c.mamba_n_heads * c.mamba_d_head, c.mamba_n_groups * c.mamba_d_state
+    sizes = (values, values, shared, shared, c.mamba_n_heads)
+    for name, t in list(tensors.items()):
+        module = name.split(".")[-2]
+        if module == "in_proj":
+            parts = zip(t.split(sizes), c.ssm_multipliers, strict=True)
+            tensors[name] = torch.cat([part * f * c.ssm_in_multiplier for part, f in parts])
+        elif module in by:
+            tensors[name] = t * by[module]
+
+
+def nemotron(w: GGUFWriter, c, tensors: dict) -> None:
+    """NemotronHModel of llama.cpp's converter."""
+    named = dict(mamba_d_conv=c.conv_kernel, mamba_d_state=c.ssm_state_size, mamba_n_groups=c.n_groups)
+    named |= dict(mamba_n_heads=c.mamba_num_heads, mamba_d_head=c.mamba_head_dim)
+    states(w, SimpleNamespace(**named), tensors, "mixer")
+    if w.arch == "nemotron_h_moe":
+        w.add_expert_count(c.n_routed_experts)
+        w.add_expert_used_count(c.num_experts_per_tok)
+        w.add_expert_feed_forward_length(c.moe_intermediate_size)
+        w.add_expert_shared_feed_forward_length(c.moe_shared_expert_intermediate_size)
+        w.add_expert_shared_count(c.n_shared_experts)
+        w.add_expert_weights_norm(c.norm_topk_prob)
+        w.add_expert_weights_scale(c.routed_scaling_factor)
+        w.add_expert_group_count(c.n_group)
+    for name in list(tensors):
+        usual = name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
+        if ".experts." in usual:
+            usual = usual.replace("backbone.", "model.").replace("mixer.experts", "mlp.experts")
+        usual = usual.replace("e_score_correction_bias", "e_score_correction.bias")
+        usual = usual if usual.endswith((".weight", ".bias", "_log", ".D")) else usual + ".weight"
+        tensors[usual] = tensors.pop(name)
+
+
 METADATA = {
+    "falcon-h1": falcon_states,
+    "nemotron_h": nemotron,
+    "nemotron_h_moe": nemotron,
     "granitehybrid": granite_states,
     "lfm2": convolutions,
     "lfm2moe": routed_convolutions,

@@ -18,7 +18,7 @@ import numpy as np
 from tinychat.formats.tensors import Tensor
 from tinychat.network.config import ExpertsConfig, ModelConfig
 
-_FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)(_\w+)?")
+_FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|up_proj|down_proj)(_\w+)?")
 _SWITCH = re.compile(
     r"(model\.layers\.\d+\.(?:mlp|block_sparse_moe)\.)switch_mlp\.(gate_proj|up_proj|down_proj)\.(\w+)"
 )

@@ -169,7 +169,7 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
     )
     n = m.number("block_count") - m.number(FURTHER, 0)
     size = (
-        m.each("feed_forward_length", n)[0]
+        next(filter(None, m.each("feed_forward_length", n)), 0)  # of the first layer that has an MLP
         if form.varied
         else m.number("feed_forward_length", m.get("expert_feed_forward_length"))
     )
@@ -197,7 +197,8 @@ def _kv_heads(m: Metadata, heads: int, varied: bool) -> int:
     if f"{m.arch}.attention.head_count_kv" not in m.file.fields:
         return heads
     given = m.each("attention.head_count_kv", m.number("block_count"))
-    alike = set(given[:1] if varied else given) - {0}
+    alike = set(filter(None, given))
+    alike = set(list(filter(None, given))[:1]) if varied else alike
     if len(alike) > 1:
         raise UnsupportedModelError(
             f"The GGUF has layers of {' and '.join(map(str, sorted(alike)))} KV heads.",

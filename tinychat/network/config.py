@@ -211,17 +211,40 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """What a block multiplies by.
+
+    into             parts of a state-space layer's input: gates, values, what is written and read by, steps
+    out, attention   what goes into the last linear of that layer, and of the attention
+    gate, down       the MLP's gates, and what goes into its last linear
+    """
+
+    into: tuple[float, ...] = (1.0,) * 5
+    out: float = 1.0
+    attention: float = 1.0
+    gate: float = 1.0
+    down: float = 1.0
+
+    def __post_init__(self):
+        if len(self.into) != 5:
+            raise damaged(f"The checkpoint has {len(self.into)} factors of a state-space layer.")
+        check_scales(*self.into, self.out, self.attention, self.gate, self.down)
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One decoder block: what mixes tokens, and what follows it.
 
     mixer   None: the block is an MLP only
     mlp     NO_MLP: the block is a mixer only
     beside  what mixes tokens beside the attention, of the same input
+    factors what parts of the block are multiplied by
     """
 
     mixer: AttentionConfig | Recurrence | None
     mlp: DenseConfig | ExpertsConfig
     beside: Recurrence | None = None
+    factors: Factors = Factors()
 
     @property
     def attention(self) -> AttentionConfig:

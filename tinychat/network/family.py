@@ -139,6 +139,7 @@ class FromHF:
     unread        ends of the names of modules that files may have in layers that do not use them
     head_dim      the setting that has the size of heads, or of what is rotated of them
     model_type    its name in the `text_config` of wrappers
+    said          the settings by the names that they have in others' files, where it has names of its own
     wrappers      architectures of models of several inputs whose `text_config` may describe such a model
     """
 
@@ -159,6 +160,7 @@ class FromHF:
     unread: tuple[str, ...] = ()
     head_dim: str = "head_dim"
     model_type: str = ""
+    said: Callable[[Settings], Settings] = lambda settings: settings
     wrappers: tuple[str, ...] = ()
 
 

@@ -65,8 +65,9 @@ def read(
     cfg = {**form.defaults, **given}
     if given.get("rope_scaling"):  # the older name of what a default may stand for
         cfg["rope_parameters"] = given.get("rope_parameters")
-    _refuse(arch, form, cfg)
     try:
+        cfg = form.said(cfg)
+        _refuse(arch, form, cfg)
         config = _config(family, form, cfg, generation or {})
     except (LookupError, TypeError, ValueError, ArithmeticError) as e:
         raise CheckpointError(
