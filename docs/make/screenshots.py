@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIZE = (112, 30)  # columns and rows
+SIZE = (118, 30)  # columns and rows
 BEFORE = ("Name three colours.", "What is the capital of France?")  # chats that stand in the list
 QUESTION = "Write a Python function that reverses a string. Only the code."
 SEEDS = 1, 3  # of the two answers to it

@@ -163,3 +163,26 @@ def test_a_flag_that_does_not_exist_is_found(machine):
         parse(["run", "--no-such-flag"])
     with pytest.raises(click.ClickException):
         parse(["show"])
+
+
+OTHERS = {  # options that pages name and that are not tinychat's
+    "--windows": "benchmarks/quality.py",
+    "--forms": "benchmarks/quality.py",
+    "--enable-auto-tool-choice": "vLLM",
+    "--tool-call-parser": "vLLM, SGLang",
+    "--max-model-len": "vLLM",
+}
+
+
+def test_options_that_sentences_name_are_there():
+    options = {
+        o for c in cli.commands.values() for p in c.params for o in (*p.opts, *p.secondary_opts)
+    } | set(OTHERS)
+    named = {
+        (page, span)
+        for page, text in pages().items()
+        for span in re.findall(r"(?<!`)`(--[a-z][\w-]*)[^`]*`", text)
+    }
+    assert len(named) > 50, "nothing was found"
+    assert not [f"{page}: {option}" for page, option in sorted(named) if option not in options]
+    assert set(OTHERS) <= {option for _, option in named}
