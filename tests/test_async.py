@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import threading
+import weakref
 
 import pytest
 from session_helpers import END, GREEDY
@@ -156,6 +158,22 @@ async def test_what_is_wrong_is_raised_where_it_is_awaited(model):
         model.achat("hi", stream="yes")
     assert session.nodes == []
     assert not answering()
+
+
+async def test_a_conversation_that_is_forgotten_gives_its_memory_back_at_once(model):
+    session = model.session(**GREEDY)
+    [_ async for _ in session.asend("hi")]
+    async for _ in session.asend("and?"):
+        break
+    [_ async for _ in session.asend("last", max_tokens=2)]
+    gone = weakref.ref(session)
+    gc.collect()
+    gc.disable()
+    try:
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_model_that_is_closed_meanwhile_ends_the_answer_with_an_error():

@@ -46,6 +46,7 @@ class Work(threading.Thread, Generic[T]):
             self._error = e
         with self._changed:
             self._ended = True
+            del self._make, self._cancel  # whoever keeps the thread does not keep what it worked for
             self._wake()
 
     def _run(self) -> None:
