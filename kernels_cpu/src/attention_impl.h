@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "attention_kv4.h"
+#include "attention_latent.h"
 #include "cache_impl.h"
 
 namespace tinychat {
@@ -175,8 +176,9 @@ void weigh_values(const AttentionArgs& a, int part, int s0, int n_slots, const f
 template <class S, class K, int P>
 void weigh_part(const AttentionArgs& a, int part, int s0, int n_slots, const float* weights, float* scaled,
                 float* values) {
-    const int dim = a.kv->padded_dim();
+    const int dim = a.kv->padded_values();
     int d0 = 0;
+    if (a.kv->latent) return weigh_latent<S, P>(a, part, s0, n_slots, weights, values, dim);
     if constexpr (std::is_same_v<K, Kv4>) {
         float offsets[P];
         for (int group = 0; d0 < dim; group++) {
@@ -216,7 +218,7 @@ inline void merge_state(float* state, float max, float sum, const float* values,
 template <class S, class K, int P>
 void attend_part(const AttentionArgs& a, const PairBatch& b, int part, float* scores, float* values) {
     using V = V16<S>;
-    const int dim = a.kv->padded_dim();
+    const int dim = a.kv->padded_values();
     int s0 = kPartSlots, n_slots = 0;  // what any pair attends to, from a whole block on
     for (int p = 0; p < P; p++) {
         n_slots = b.valid[p] > n_slots ? b.valid[p] : n_slots;
@@ -306,7 +308,7 @@ inline void interleave(const float* const* from, int d, float* to) {
 template <class S>
 inline void finish_pair(const AttentionArgs& a, const float* state, int row, int head) {
     using V = V16<S>;
-    const int d = a.at.head_dim;
+    const int d = a.at.value_dim();
     float* out = a.out + (static_cast<size_t>(row) * a.at.n_heads + head) * d;
     float total = state[1];
     if (a.at.sinks) {
@@ -346,7 +348,7 @@ void attend_own(const AttentionArgs& a, int pairs, const Batches& batch_at, floa
 
 template <class S, class K>
 void attention_over(const AttentionArgs& a) {
-    const int d = a.at.head_dim, dim = a.kv->padded_dim(), per_kv = a.at.per_kv();
+    const int d = a.at.head_dim, dim = a.kv->padded_values(), per_kv = a.at.per_kv();
     const size_t ld = a.at.cols();
     const int head0 = a.kv_head * per_kv, rows = a.r1 - a.r0, pairs = rows * per_kv;
     float* scores = a.scratch;
@@ -426,7 +428,7 @@ void attention(const AttentionArgs& a) {
 // Rows r0…r1-1 of the query heads of one KV head: their parts merged in slot order.
 template <class S>
 void attention_merge(const AttentionArgs& a) {
-    const int dim = a.kv->padded_dim(), per_kv = a.at.per_kv();
+    const int dim = a.kv->padded_values(), per_kv = a.at.per_kv();
     for (int row = a.r0; row < a.r1; row++)
         for (int head = a.kv_head * per_kv; head < (a.kv_head + 1) * per_kv; head++) {
             float* first = a.partial + (static_cast<size_t>(row) * a.at.n_heads + head) * a.n_states * (dim + kState);

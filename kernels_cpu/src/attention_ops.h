@@ -223,7 +223,7 @@ class AttentionOp : public Op {
         a.kv = &s.pools[at_.memory], a.blocks = slots.blocks, a.length = slots.length;
         a.part0 = p.part0, a.n_parts = p.parts, a.n_states = p.states, a.r1 = span.rows;
         a.exact = exact_.of(s, slots);
-        a.out = out_ + static_cast<size_t>(span.first) * at_.n_heads * at_.head_dim;
+        a.out = out_ + static_cast<size_t>(span.first) * at_.n_heads * at_.value_dim();
         a.partial = p.split ? buffers_->partial.data() + p.partial : nullptr;
         if (slots.scored_rows)
             a.score = {buffers_->weights.data() + p.weights, buffers_->peaks.data() + p.peaks,

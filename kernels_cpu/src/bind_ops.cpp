@@ -64,15 +64,19 @@ void bind_experts(nb::class_<PyProgram>& program) {
         .def(
             "route",
             [](PyProgram& p, Floats scores, Routes routes, bool normalize, bool sigmoid, nb::object bias, float scale,
-               nb::object each) {
+               nb::object each, std::pair<int, int> groups) {
                 require(scores.cols == routes.r->n_experts, "there is not one score for each expert");
+                const auto [all, taken] = groups;
+                require(taken >= 1 && taken <= all && scores.cols % all == 0 &&
+                            routes.r->taken <= scores.cols / all * taken,
+                        "the groups of experts do not fit");
                 const size_t n = scores.cols;
                 const float* added = bias.is_none() ? nullptr : vector_of(p, bias, n);
                 const float* times = each.is_none() ? nullptr : vector_of(p, each, n);
-                p.program.route(scores.p, routes.r, {normalize, sigmoid, added, scale, times});
+                p.program.route(scores.p, routes.r, {normalize, sigmoid, added, scale, times, all, taken});
             },
             "scores"_a, "routes"_a, "normalize"_a, "sigmoid"_a = false, "bias"_a = nb::none(), "scale"_a = 1.0f,
-            "each"_a = nb::none())
+            "each"_a = nb::none(), "groups"_a = std::make_pair(1, 1))
         .def(
             "expert_input",
             [](PyProgram& p, Routes routes, Floats x, std::vector<std::vector<std::pair<Rows, nb::object>>> inputs) {
@@ -395,7 +399,7 @@ void bind_ops(nb::class_<PyProgram>& program) {
             "attention",
             [](PyProgram& p, Attention attention, Floats qkv, Floats out) {
                 const AttentionLayer& at = attention.at;
-                require(qkv.cols == at.cols() && out.cols == at.n_heads * at.head_dim, "the heads do not fit");
+                require(qkv.cols == at.cols() && out.cols == at.n_heads * at.value_dim(), "the heads do not fit");
                 p.check_memory(at);
                 if (at.sinks) p.keep_alive(attention.owner);
                 p.program.attention(at, qkv.p, out.p);

@@ -49,8 +49,9 @@ void add_slots(const PyProgram& p, nb::handle given, int memory, int rows, SpanS
     require(slots.length >= 0, "position and length must not be negative");
     const long long end = static_cast<long long>(slots.length) + rows;
     if (use.layers) {
-        require(kv.n_layers >= use.layers && kv.n_kv == use.n_kv && kv.head_dim == use.head_dim,
-                "the KV pool does not fit the ops");
+        require(
+            kv.n_layers >= use.layers && kv.n_kv == use.n_kv && kv.head_dim == use.head_dim && kv.latent == use.latent,
+            "the KV pool does not fit the ops");
         const long long need = (end + kBlockSlots - 1) / kBlockSlots;
         require(static_cast<long long>(blocks.size()) >= need, "the block table does not cover the step");
         for (long long i = std::max(0, slots.length + 1 - use.reach) / kBlockSlots; i < need; i++)
@@ -161,7 +162,8 @@ void bind_program(nb::module_& m) {
         .def(
             "__init__",
             [](Attention* self, int n_heads, int n_kv, int head_dim, int memory, int layer, float scale, int window,
-               float cap, int tail, nb::object sinks, double slope, double original, bool shared, int exact) {
+               float cap, int tail, nb::object sinks, double slope, double original, bool shared, int exact,
+               int latent) {
                 require(n_kv > 0 && n_heads > 0 && n_heads <= 1024 && n_heads % n_kv == 0 && head_dim > 0 &&
                             head_dim <= 1024 && layer >= 0 && layer < 1 << 20,
                         "the heads do not fit");
@@ -174,6 +176,9 @@ void bind_program(nb::module_& m) {
                 new (self) Attention{{n_heads, n_kv, head_dim, memory, layer, tail, scale, window, cap}, {}};
                 self->at.slope = slope, self->at.original = original;
                 self->at.shared = shared, self->at.exact = exact;
+                require(latent >= 0 && latent < head_dim && (!latent || (tail < 0 && !shared)),
+                        "latent values are a part of keys, in 8 or 16 bits");
+                self->at.latent = latent;
                 if (sinks.is_none()) return;
                 const auto given = exactly<In<float>>(sinks, "sinks are float32");
                 require(static_cast<int>(given.size()) == n_heads, "there is not one sink for each head");
@@ -181,7 +186,7 @@ void bind_program(nb::module_& m) {
             },
             "n_heads"_a, "n_kv"_a, "head_dim"_a, "memory"_a = 0, "layer"_a = 0, "scale"_a = 0.0f, "window"_a = 0,
             "cap"_a = 0.0f, "tail"_a = -1, "sinks"_a.none() = nb::none(), "slope"_a = 0.0, "original"_a = 1.0,
-            "shared"_a = false, "exact"_a = 0,
+            "shared"_a = false, "exact"_a = 0, "latent"_a = 0,
             "scale 0: 1 / sqrt(head_dim); window: a row attends to the last so many slots, 0 all; cap: of the scores, "
             "0 none; tail: the memory that has the newest blocks of one of 4 bits in 16; sinks: one more score of each "
             "head; slope and original: queries at p are multiplied by 1 + slope · log(1 + ⌊p / original⌋); shared: it "
@@ -196,6 +201,7 @@ void bind_program(nb::module_& m) {
     nb::class_<PyProgram> program(m, "Program");
     bind_ops(program);
     bind_streams(program);
+    bind_latent(program);
     program.def(nb::init<const std::string&, int, int>(), "isa"_a, "threads"_a, "max_rows"_a)
         .def_prop_ro("max_rows", [](const PyProgram& p) { return p.program.max_rows(); })
         .def(
@@ -221,12 +227,14 @@ void bind_program(nb::module_& m) {
             "k"_a, "as_float"_a, "bits"_a, "group"_a, "rows"_a = 0)
         .def(
             "set_kv",
-            [](PyProgram& p, int memory, nb::object pool, int n_blocks, int n_layers, int n_kv, int head_dim,
-               int bits) {
+            [](PyProgram& p, int memory, nb::object pool, int n_blocks, int n_layers, int n_kv, int head_dim, int bits,
+               int latent) {
                 require(memory >= 0 && memory < kMostMemories, "there is no such memory");
                 require(bits == 4 || bits == 8 || bits == 16, "the cache has 4, 8 or 16 bits");
+                require(latent >= 0 && latent < head_dim + (latent == 0) && (!latent || bits != 4),
+                        "latent values are a part of keys, in 8 or 16 bits");
                 KvPool kv;
-                kv.bits = bits;
+                kv.bits = bits, kv.latent = latent;
                 auto bytes = exactly<Out<uint8_t>>(pool, "a pool is uint8");
                 kv.base = bytes.data();
                 kv.n_blocks = n_blocks, kv.n_layers = n_layers, kv.n_kv = n_kv, kv.head_dim = head_dim;
@@ -235,7 +243,7 @@ void bind_program(nb::module_& m) {
                 p.pool_owners.resize(std::max(p.pool_owners.size(), static_cast<size_t>(memory) + 1));
                 p.pool_owners[memory] = pool;
             },
-            "memory"_a, "pool"_a, "n_blocks"_a, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16)
+            "memory"_a, "pool"_a, "n_blocks"_a, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16, "latent"_a = 0)
         .def(
             "set_states",
             [](PyProgram& p, int memory, nb::object pool, int n_slots, size_t floats) {

@@ -116,7 +116,8 @@ struct PyProgram {
     // All layers of a memory have the same heads.
     void check_memory(const AttentionLayer& at) const {
         const MemoryUse use = program.use(at.memory);
-        require(!use.layers || (use.n_kv == at.n_kv && use.head_dim == at.head_dim), "a memory's layers differ");
+        require(!use.layers || (use.n_kv == at.n_kv && use.head_dim == at.head_dim && use.latent == at.latent),
+                "a memory's layers differ");
     }
     // The order of n inputs; null for None.
     const int32_t* permutation(const nb::object& perm, int n) {
@@ -132,6 +133,7 @@ struct PyProgram {
 
 void bind_ops(nb::class_<PyProgram>& program);
 void bind_streams(nb::class_<PyProgram>& program);
+void bind_latent(nb::class_<PyProgram>& program);
 void bind_program(nb::module_& m);
 
 }  // namespace tinychat

@@ -185,6 +185,7 @@ void rope_kv(const RopeArgs& a) {
         for (int h = 0; h < a.at.n_kv; h++) {
             rotate_head<S>(k + h * d, table, a.half, d, 1.0f, x);
             store_slot<S>(*to.kv, x, to.keys(h), in_block, true);
+            if (a.at.latent) continue;
             memcpy(x, v + h * d, d * sizeof(float));
             store_slot<S>(*to.kv, x, to.values(h), in_block, false);
         }
@@ -241,7 +242,11 @@ class BlockValues {
 };
 
 template <class S>
+void latent_spread(const SpreadArgs& a);
+
+template <class S>
 void value_spread(const SpreadArgs& a) {
+    if (a.kv->latent) return latent_spread<S>(a);
     using V = V16<S>;
     const int dim = a.kv->padded_dim();
     float mean[kMaxHeadDim + 16] = {}, opened[kBlockSlots * kMaxHeadDim], total = 0.0f;

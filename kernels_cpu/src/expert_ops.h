@@ -28,6 +28,7 @@ class RouteOp : public Op {
         float* weight = &r_->weights[static_cast<size_t>(row) * r_->taken];
         left_ = p_;
         for (int e = 0; rule_.bias && e < r_->n_experts; e++) left_[e] += rule_.bias[e];
+        if (rule_.groups > 1) choose_groups();
         for (int n = 0; n < r_->taken; n++) {
             int best = -1;
             for (int e = 0; e < r_->n_experts; e++)
@@ -43,6 +44,27 @@ class RouteOp : public Op {
         for (int n = 0; n < r_->taken; n++)
             weight[n] = (rule_.normalize ? p_[expert[n]] / kept : p_[expert[n]]) * rule_.scale;
         for (int n = 0; rule_.each && n < r_->taken; n++) weight[n] *= rule_.each[expert[n]];
+    }
+    // Takes the experts of all but the best groups out: those with the largest weight, or, where there is a bias, with
+    // the largest sum of two. Of equals the first; NaN counts for nothing.
+    void choose_groups() {
+        const int each = r_->n_experts / rule_.groups;
+        sums_.assign(rule_.groups, 0.0f);
+        for (int g = 0; g < rule_.groups; g++) {
+            float one = kTaken, two = kTaken;
+            for (int e = g * each; e < (g + 1) * each; e++) {
+                if (left_[e] > one)
+                    two = one, one = left_[e];
+                else if (left_[e] > two)
+                    two = left_[e];
+            }
+            sums_[g] = rule_.bias && each > 1 ? one + two : one;
+        }
+        order_.resize(rule_.groups);
+        for (int g = 0; g < rule_.groups; g++) order_[g] = g;
+        std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) { return sums_[a] > sums_[b]; });
+        for (int i = rule_.taken_groups; i < rule_.groups; i++)
+            std::fill_n(left_.begin() + order_[i] * each, each, kTaken);
     }
     // p_: the softmax of the scores, or the sigmoid of each.
     void weigh(const float* x) {
@@ -83,7 +105,8 @@ class RouteOp : public Op {
     const float* scores_;
     Routing* r_;
     RouteRule rule_;
-    std::vector<float> p_, left_;
+    std::vector<float> p_, left_, sums_;
+    std::vector<int> order_;
 };
 
 // What the experts of a slot read of its row, in the form and order that each wants.

@@ -49,6 +49,7 @@ struct QuantizeArgs {
     const int32_t* perm;  // out column j takes input perm[j]; or null
     Activations out;
     int r0, r1;
+    size_t ld = 0;  // of x, where that is not k
 };
 
 // What becomes of a gate g and what it lets through, u: silu(g) · u; gelu(g) · u by GELU's tanh formula; max(g, 0) · u;
@@ -102,9 +103,11 @@ struct AttentionLayer {
     int exact = 0;                 // of the buffers of exact blocks of 4-bit memories: 0, that of all layers in turn
     double slope = 0.0;            // queries at position p are multiplied by 1 + slope · log(1 + ⌊p / original⌋) too
     double original = 1.0;
+    int latent = 0;  // so many last channels of a key are its value too, and no values are stored; 0: they are apart
 
     int per_kv() const { return n_heads / n_kv; }
-    int cols() const { return (n_heads + (shared ? 0 : 2 * n_kv)) * head_dim; }
+    int cols() const { return (n_heads + (shared ? 0 : latent ? n_kv : 2 * n_kv)) * head_dim; }
+    int value_dim() const { return latent ? latent : head_dim; }
     // First slot that a row attends to, where `visible` are there with its own.
     int first_slot(int visible) const { return window && visible > window ? visible - window : 0; }
 };
@@ -165,7 +168,7 @@ struct AttentionArgs {
     int part0, n_parts;  // what any row of the span attends to
     int n_states;        // that a row and head leave: one for each part, and in 4 bits another for the row's own block
     float* partial;
-    float* out;          // [rows, heads · head_dim]
+    float* out;          // [rows, heads · value_dim]
     ScoreScratch score;  // of scored rows; without weights: there are none
     int kv_head, r0, r1, p0, p1;
     float* scratch;

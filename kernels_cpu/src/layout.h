@@ -86,6 +86,7 @@ struct Activations {
 // The paged KV pool. A block holds 16 slots of every layer: for each layer and KV head
 //   keys    [head_dim padded to 16][16 slots]: slots in the lanes, so a score needs no horizontal sum
 //   values  [16 slots][head_dim padded to 16]
+// or keys alone, where the last `latent` channels of a slot's key are its value too,
 // in fp16, or in int8 with an fp16 scale for each slot and 32 channels behind each head's codes: [groups][16 slots].
 //
 // In 4 bits, for complete blocks: lines of 64 bytes, of which a 32-bit lane has 8 codes, the first one lowest
@@ -100,7 +101,10 @@ constexpr int kKv4Group = 32;
 struct KvPool {
     uint8_t* base = nullptr;
     int n_blocks = 0, n_layers = 0, n_kv = 0, head_dim = 0, bits = 16;
+    int latent = 0;
 
+    int sides() const { return latent ? 1 : 2; }
+    int padded_values() const { return static_cast<int>(round_up(latent ? latent : head_dim, 16)); }
     int padded_dim() const { return static_cast<int>(round_up(head_dim, 16)); }
     int groups() const {
         const int group = bits == 4 ? kKv4Group : kKvGroup;
@@ -112,7 +116,7 @@ struct KvPool {
         return bits != 8 ? code_bytes() : round_up(code_bytes() + groups() * kBlockSlots * sizeof(uint16_t), 64);
     }
     size_t grid_bytes() const { return bits == 4 ? 2 * (padded_dim() + groups() * kBlockSlots) + 4 : 0; }
-    size_t layer_bytes() const { return 2 * n_kv * head_bytes(); }
+    size_t layer_bytes() const { return sides() * n_kv * head_bytes(); }
     // Without the padding a block is often a power of two of bytes: a head's keys of all blocks would then share a few
     // cache sets and push each other out before they are read.
     size_t block_bytes() const {
@@ -120,9 +124,11 @@ struct KvPool {
         return bytes + (bits != 4 ? 33 * 64 : bytes / 64 % 2 ? 0 : 64);
     }
     uint8_t* keys(int block, int layer, int head) const {
-        return base + block * block_bytes() + layer * layer_bytes() + 2 * head * head_bytes();
+        return base + block * block_bytes() + layer * layer_bytes() + sides() * head * head_bytes();
     }
-    uint8_t* values(int block, int layer, int head) const { return keys(block, layer, head) + head_bytes(); }
+    uint8_t* values(int block, int layer, int head) const {
+        return keys(block, layer, head) + (latent ? 0 : head_bytes());
+    }
     // In 4 bits: what a head's codes mean.
     uint8_t* grids(int block, int layer, int head) const {
         return keys(block, n_layers, 0) + (layer * n_kv + head) * grid_bytes();

@@ -49,9 +49,9 @@ void bind_packing(nb::module_& m) {
 
 }  // namespace
 
-size_t kv_block_bytes(int n_layers, int n_kv, int head_dim, int bits) {
+size_t kv_block_bytes(int n_layers, int n_kv, int head_dim, int bits, int latent) {
     KvPool kv;
-    kv.bits = bits;
+    kv.bits = bits, kv.latent = latent;
     kv.n_layers = n_layers, kv.n_kv = n_kv, kv.head_dim = head_dim;
     return kv.block_bytes();
 }
@@ -73,7 +73,7 @@ NB_MODULE(_native, m) {
     m.def("read_bandwidth", &read_bandwidth, nb::arg("threads"), nb::arg("bytes") = size_t{1} << 30,
           nb::arg("rounds") = 5, nb::call_guard<nb::gil_scoped_release>(),
           "Best of `rounds` plain multi-threaded reads, GB/s.");
-    m.def("kv_block_bytes", &kv_block_bytes, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16,
+    m.def("kv_block_bytes", &kv_block_bytes, "n_layers"_a, "n_kv"_a, "head_dim"_a, "bits"_a = 16, "latent"_a = 0,
           "Bytes of one block of 16 slots, all layers, in the pool that `set_kv` takes.");
     m.def(
         "checksum",

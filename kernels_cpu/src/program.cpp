@@ -10,6 +10,7 @@
 
 #include "attention_ops.h"
 #include "expert_ops.h"
+#include "latent_ops.h"
 #include "program_ops.h"
 #include "state_ops.h"
 
@@ -116,10 +117,27 @@ void Program::linear(std::vector<LinearPart> parts, float* y, int ldy, const flo
     add(std::move(op));
 }
 
+void Program::head_linear(const LinearWeights* w, int heads, const float* x, int width, const int32_t* perm,
+                          const Activations* in, float* y) {
+    const int n = w->n / heads, rows = static_cast<int>(round_up(max_rows_, kRowBlock));
+    std::vector<const Activations*> inputs;
+    std::vector<LinearPart> parts;
+    for (int h = 0; h < heads; h++) {
+        activations_.push_back(std::make_unique<Activations>(in->from_row(h * rows)));
+        head_weights_.push_back(std::make_unique<LinearWeights>(w->from_tile(h * n / kTile)));
+        head_weights_.back()->n = n;
+        inputs.push_back(activations_.back().get());
+        parts.push_back({head_weights_.back().get(), inputs.back(), h * n});
+    }
+    other(head_input_op(k_, x, width, perm, std::move(inputs)));
+    linear(std::move(parts), y, w->n, nullptr);
+}
+
 void Program::note_use(const AttentionLayer& at, int reach) {
     if (at.memory >= static_cast<int>(uses_.size())) uses_.resize(at.memory + 1);
     MemoryUse& use = uses_[at.memory];
     use = {std::max(use.layers, at.layer + 1), at.n_kv, at.head_dim, std::max(use.reach, reach), at.tail};
+    use.latent = at.latent;
     if (at.tail < 0) return;
     if (at.tail >= static_cast<int>(uses_.size())) uses_.resize(at.tail + 1);
     MemoryUse& tail = uses_[at.tail];
@@ -271,11 +289,12 @@ void Program::move_slots(int memory, const int32_t* blocks, const int32_t* src, 
                 uint8_t *va = kv.values(from, layer, head), *vb = kv.values(to, layer, head);
                 for (int d = 0; d < kv.padded_dim(); d++)
                     memcpy(kb + (d * kBlockSlots + b) * element, ka + (d * kBlockSlots + a) * element, element);
-                memcpy(vb + b * row, va + a * row, row);
+                if (!kv.latent) memcpy(vb + b * row, va + a * row, row);
                 if (kv.bits == 16) continue;
                 for (int g = 0; g < kv.groups(); g++) {
                     const size_t scales = kv.code_bytes() + g * kBlockSlots * sizeof(uint16_t);
                     memcpy(kb + scales + b * sizeof(uint16_t), ka + scales + a * sizeof(uint16_t), sizeof(uint16_t));
+                    if (kv.latent) continue;
                     memcpy(vb + scales + b * sizeof(uint16_t), va + scales + a * sizeof(uint16_t), sizeof(uint16_t));
                 }
             }

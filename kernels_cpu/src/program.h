@@ -60,11 +60,12 @@ struct ExpertInput {
 
 // How scores become the weights of experts, of which the largest are taken.
 struct RouteRule {
-    bool normalize;               // the weights of those that are taken sum to one
-    bool sigmoid = false;         // each score by itself, not a softmax of all
-    const float* bias = nullptr;  // [experts], added to the weights to choose by them
-    float scale = 1.0f;           // the weights are multiplied by it in the end
-    const float* each = nullptr;  // [experts], and by that of their expert
+    bool normalize;                    // the weights of those that are taken sum to one
+    bool sigmoid = false;              // each score by itself, not a softmax of all
+    const float* bias = nullptr;       // [experts], added to the weights to choose by them
+    float scale = 1.0f;                // the weights are multiplied by it in the end
+    const float* each = nullptr;       // [experts], and by that of their expert
+    int groups = 1, taken_groups = 1;  // equal groups of experts, and how many a row chooses from
 };
 
 // Which experts the rows of a step take. Each row has a slot with each of its experts; the slots of an expert follow
@@ -110,6 +111,7 @@ struct MemoryUse {
     int reach = 0;  // slots back from a row, itself included, that are read
     int tail = -1;  // the memory of its newest blocks, if it is one of 4 bits
     bool is_tail = false;
+    int latent = 0;    // of its keys, channels that are values too
     size_t state = 0;  // numbers of each layer, if it is one of states
 };
 
@@ -137,6 +139,10 @@ class Program : private Job {
     void norm_heads(const HeadNormArgs& args);                            // of all rows
     void quantize(const float* x, const int32_t* perm, Activations* out, bool tail);
     void linear(std::vector<LinearPart> parts, float* y, int ldy, const float* add);
+    // y = each head's first columns of its `width` of x, times its own matrix; w: one below the other. in: rows for
+    // all heads.
+    void head_linear(const LinearWeights* w, int heads, const float* x, int width, const int32_t* perm,
+                     const Activations* in, float* y);
     void rotate(const RotateArgs& args);  // of all rows
     void rope_kv(const AttentionLayer& at, float* qkv, const float* table, int half);
     void attention(const AttentionLayer& at, const float* qkv, float* out);
@@ -219,6 +225,7 @@ class Program : private Job {
     ThreadPool pool_;
     Arena arena_;
     std::vector<std::unique_ptr<Activations>> activations_;
+    std::vector<std::unique_ptr<LinearWeights>> head_weights_;
     std::vector<std::unique_ptr<Routing>> routings_;
     std::vector<std::unique_ptr<Op>> ops_;
     std::vector<size_t> parts_{0};  // where each begins

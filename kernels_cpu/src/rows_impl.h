@@ -280,7 +280,7 @@ void quantize(const QuantizeArgs& a) {
     const int k = a.out.k;
     float permuted[kSpan];
     for (int r = a.r0; r < a.r1; r++) {
-        const float* x = a.x + static_cast<size_t>(a.rows ? a.rows[r] : r) * k;
+        const float* x = a.x + static_cast<size_t>(a.rows ? a.rows[r] : r) * (a.ld ? a.ld : k);
         RowQuantizer<S> quantizer(a.out, r);
         for (int i = 0; i < k; i += kSpan) {
             const int n = k - i < kSpan ? k - i : kSpan;

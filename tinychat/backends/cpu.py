@@ -158,10 +158,10 @@ class CpuBackend:
         else:
             self._program.set_kv(memory, pool.bytes, pool.blocks, *self._shape(memory))
 
-    def _shape(self, memory: int) -> tuple[int, int, int, int]:
+    def _shape(self, memory: int) -> tuple[int, int, int, int, int]:
         spec = self.memories[memory]
         bits = 16 if spec.kind == "tail" else self.kv_bits
-        return len(spec.layers), spec.kv_heads, spec.head_dim, bits
+        return len(spec.layers), spec.kv_heads, spec.head_dim, bits, spec.latent
 
     def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
         """Copy a pool block, all layers (copy-on-write)."""

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from tinychat.backends.cpu_latent import LatentOps
 from tinychat.backends.cpu_pack import PackedLinear
 from tinychat.backends.cpu_streams import StreamOps
 from tinychat.backends.cpu_values import Buffer, Heads, Record, Routes, Value
 from tinychat.backends.interface import MemorySpec, place_of, state_place, tail_of
-from tinychat.base.errors import UnsupportedModelError
 from tinychat.kernels_cpu import _native
 from tinychat.network.config import AttentionConfig, RopeConfig
 
 
 @dataclass
-class Recorder(StreamOps):
+class Recorder(LatentOps, StreamOps):
     """Implements `Ops` by writing down what to run. Norms and activations take the form that is read."""
 
     memories: tuple[MemorySpec, ...]
@@ -113,7 +113,7 @@ class Recorder(StreamOps):
     def attention(self, q, k, v, attention, layer, sinks=None):
         c, qkv = attention, q.qkv.floats
         table = self.tables[q.rope] if q.rope else Buffer(0)  # nothing is rotated
-        out = Buffer(c.n_heads * c.head_dim)
+        out = Buffer(c.n_heads * (c.latent.rank if c.latent else c.head_dim))
         at = self._place(c, layer, sinks)
         self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
         self._record([qkv, out], lambda p: p.attention(at, qkv.native, out.native))
@@ -123,12 +123,6 @@ class Recorder(StreamOps):
         qkv, table = k.qkv.floats, self.tables[k.rope] if k.rope else Buffer(0)
         at = self._place(attention, layer)
         self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
-
-    def head_linear(self, x, weight, heads):
-        raise UnsupportedModelError(
-            "The model has latent attention, which the CPU's kernels do not know yet.",
-            "Use --device reference.",
-        )
 
     def behind(self, x, layer):
         x, out, at = self._as_floats(x), Buffer(x.cols), state_place(self.memories, layer)
@@ -257,7 +251,7 @@ class Recorder(StreamOps):
 
     def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None, groups=(1, 1)):
         source, routes = scores.floats, Routes(scores.cols, n)
-        rule = (normalize, sigmoid, bias, scale, each)
+        rule = (normalize, sigmoid, bias, scale, each, groups)
         self._record([source, routes], lambda p: p.route(source.native, routes.native, *rule))
         return routes
 
@@ -342,6 +336,7 @@ class Recorder(StreamOps):
             slope=c.slope,
             original=c.original,
             shared=c.source >= 0,
+            latent=c.latent.rank if c.latent else 0,
             exact=1 + self.sources.index(c.kept_by(layer)) if c.kept_by(layer) in self.sources else 0,
         )
 
@@ -408,13 +403,6 @@ class Recorder(StreamOps):
             ),
         )
         return inputs
-
-    @staticmethod
-    def _want(rows: Buffer, w: PackedLinear, bits: int) -> None:
-        if w.native.quantized:
-            rows.bits, rows.group = bits, w.native.group
-        else:
-            rows.as_float = True
 
 
 def floats_of(b: Buffer) -> Any:

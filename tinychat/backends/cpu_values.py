@@ -8,6 +8,8 @@ from typing import Any
 
 from tinychat.network.config import AttentionConfig, RopeConfig
 
+ROWS = 8  # of integers, in a block of their own
+
 
 @dataclass(eq=False)
 class Buffer:
@@ -19,6 +21,7 @@ class Buffer:
     bits: int = 0  # integers of 8 or 16 bits
     group: int = 0  # whose sums the readers' weights need
     routes: Routes | None = None  # its rows are their slots
+    heads: int = 0  # it has a step's rows for each of so many heads
     native: Any = None
     first: int = -1
     last: int = -1
@@ -26,10 +29,11 @@ class Buffer:
     def key(self) -> tuple:
         """Buffers with the same key may take each other's place."""
         experts = self.routes and self.routes.key()
-        return self.cols, self.rows, self.as_float, self.bits, self.group, experts
+        return self.cols, self.rows, self.as_float, self.bits, self.group, experts, self.heads
 
     def allocate(self, program: Any) -> Any:
         n = self.routes.native.slots if self.routes else 0
+        n = self.heads * -(-program.max_rows // ROWS) * ROWS if self.heads else n
         if self.rows:
             return program.rows(self.cols, self.as_float, self.bits, self.group, n)
         return program.floats(self.cols, n)
