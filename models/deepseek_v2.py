@@ -8,13 +8,14 @@ other one rounds differently.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.models import llama, mixtral
 from tinychat.models.llama import NORM_OFFSET
 from tinychat.network.config import AttentionConfig, DenseConfig, ExpertsConfig, LayerConfig, ModelConfig
-from tinychat.network.family import FromGGUF, FromHF, Part, Settings, Stack, WeightSource
+from tinychat.network.family import FromGGUF, FromHF, Metadata, Part, Settings, Stack, WeightSource
 from tinychat.network.hf_rope import score_magnitude
 from tinychat.network.latent import LatentConfig
 from tinychat.network.ops import Handle, Ops
@@ -108,7 +109,77 @@ HF = {
         head_dim="qk_rope_head_dim",
     )
 }
-GGUF: dict[str, FromGGUF] = {}
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.k_b_proj": "attn_k_b",
+    "self_attn.v_b_proj": "attn_v_b",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    SHARED + "gate_proj": "ffn_gate_shexp",
+    SHARED + "up_proj": "ffn_up_shexp",
+    SHARED + "down_proj": "ffn_down_shexp",
+    mixtral.BIAS: "exp_probs_b",
+}
+
+
+def _from_gguf(m: Metadata, stack: Stack) -> tuple[LayerConfig, ...]:
+    rotated, rope = m.number("rope.dimension_count"), stack.attention.rope
+    query = m.number("attention.key_length_mla", m.number("attention.key_length", 0))
+    latent = LatentConfig(
+        m.number("attention.kv_lora_rank"),
+        query - rotated,
+        rotated,
+        m.number("attention.value_length_mla", m.number("attention.value_length", 0)),
+        0 if m.shape("blk.0.attn_q.weight") else m.number("attention.q_lora_rank"),
+    )
+    scale = latent.query**-0.5
+    if (
+        rope is not None
+        and rope.kind == "yarn"
+        and (told := m.number("rope.scaling.yarn_log_multiplier", 0.0))
+    ):
+        # a tenth of mscale_all_dim, which is mscale too: rotated parts keep their magnitude, scores do not
+        scale *= (1 + told * math.log(rope.factor)) ** 2
+        rope = replace(rope, magnitude=float(m.number("rope.scaling.attn_factor", 1.0)))
+    a = AttentionConfig(stack.attention.n_heads, 1, latent.row, rope, scale=scale, latent=latent)
+    dense = m.number("leading_dense_block_count", 0)
+    if dense >= stack.n:
+        return stack.layers(lambda i: a)
+    size, biased = m.number("expert_feed_forward_length"), bool(m.shape(f"blk.{dense}.exp_probs_b.bias"))
+    some = ExpertsConfig(
+        m.number("expert_count"),
+        m.number("expert_used_count"),
+        size,
+        normalize=bool(m.get("expert_weights_norm", False)),
+        shared=size * m.number("expert_shared_count", 0),
+        sigmoid=m.number("expert_gating_func", 2 if biased else 1) == 2,
+        biased=biased,
+        scale=float(m.number("expert_weights_scale", 0.0)) or 1.0,
+        groups=m.number("expert_group_count", 0) or 1,
+        taken_groups=m.number("expert_group_used_count", 0) or 1,
+    )
+    return stack.layers(lambda i: a, lambda i: stack.mlp if i < dense else some)
+
+
+GGUF = {
+    "deepseek2": FromGGUF(
+        mixtral.EXPERT_NAMES | NAMES,
+        heaped=("self_attn.k_b_proj", "self_attn.v_b_proj"),
+        options=(
+            "expert_count",
+            "expert_gating_func",
+            "expert_group_count",
+            "expert_shared_count",
+            "expert_weights_scale",
+        ),
+        layers=_from_gguf,
+        tensors=((r"\.exp_probs_b\.bias$", ".exp_probs_b.weight"),),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -233,7 +304,7 @@ def linears(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
 def norms(cfg: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what else a block has."""
     own, p = cfg.layers[layer], f"model.layers.{layer}."
-    latent, found = latent_of(own), dict(llama.norms(cfg, layer))
+    latent, found = latent_of(own), dict[str, tuple[int, ...]](llama.norms(cfg, layer))
     found[p + "self_attn.kv_a_layernorm"] = (latent.rank,)
     if latent.query_rank:
         found[p + "self_attn.q_a_layernorm"] = (latent.query_rank,)

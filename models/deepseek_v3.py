@@ -9,7 +9,7 @@ from dataclasses import replace
 from tinychat.models import deepseek_v2, mixtral
 from tinychat.models.deepseek_v2 import NORM_OFFSET, biases, forward, linears, load, norms
 from tinychat.network.config import ExpertsConfig, LayerConfig, ModelConfig
-from tinychat.network.family import FromGGUF, FromHF, Kept, Settings, Stack
+from tinychat.network.family import FromHF, Kept, Settings, Stack
 
 __all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
 
@@ -57,7 +57,14 @@ HF = {
         head_dim="qk_rope_head_dim",
     )
 }
-GGUF: dict[str, FromGGUF] = {}
+# Files of early 2025, whatever model they hold, have what makes keys and values in one tensor.
+GGUF = {
+    "deepseek2": replace(
+        deepseek_v2.GGUF["deepseek2"],
+        when=lambda m: bool(m.shape("blk.0.attn_kv_b.weight")),
+        parts=deepseek_v2.PARTS,
+    )
+}
 
 
 def settings(cfg: ModelConfig) -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from recurrent import further_model, mamba_model, recurrent_model, shared_model
+from recurrent import further_model, latent_model, mamba_model, recurrent_model, shared_model
 from session_helpers import conversation_ids, opening, turn
 from tiny import tiny_model
 
@@ -107,6 +107,12 @@ class SharedSessionMachine(SessionMachine):
     make = staticmethod(shared_model)
 
 
+class LatentSessionMachine(SessionMachine):
+    """Layers of which a token's cached row is its key and its value."""
+
+    make = staticmethod(latent_model)
+
+
 SessionMachine.TestCase.settings = settings(
     max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -115,6 +121,7 @@ for machine in (
     DeltaSessionMachine,
     StateSpaceSessionMachine,
     SharedSessionMachine,
+    LatentSessionMachine,
 ):
     machine.TestCase.settings = settings(
         max_examples=8, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
@@ -124,3 +131,4 @@ TestStateSpaceSession = StateSpaceSessionMachine.TestCase
 TestRecurrentSession = RecurrentSessionMachine.TestCase
 TestDeltaSession = DeltaSessionMachine.TestCase
 TestSharedSession = SharedSessionMachine.TestCase
+TestLatentSession = LatentSessionMachine.TestCase

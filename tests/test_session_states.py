@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from recurrent import delta_model, mamba_model, recurrent_model, shared_model
+from recurrent import delta_model, latent_model, mamba_model, recurrent_model, shared_model
 from session_helpers import conversation_ids
 from tiny import TEMPLATE
 
@@ -19,6 +19,7 @@ MEMORIES = {
     "delta rule": delta_model,
     "state space": mamba_model,
     "shared keys": shared_model,
+    "latent rows": latent_model,
 }
 # As templates of reasoning models: what an answer begins with, and all up to its end, is gone one turn later.
 STRIPPED = TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}").replace(

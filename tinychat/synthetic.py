@@ -20,6 +20,7 @@ from tinychat.network.config import (
     RopeConfig,
 )
 from tinychat.network.family import outside
+from tinychat.network.latent import LatentConfig
 from tinychat.network.recurrence import ConvConfig, DeltaConfig, MambaConfig
 from tinychat.network.weight_form import NUMBERS, ROW, SUPER, TABLES, Coded, Form, Numbers
 from tinychat.network.weights import DenseLinear, Linear, QuantizedLinear
@@ -115,6 +116,15 @@ SHAPES["gpt-oss-20b"] = replace(
     _shape(2880, 2880, 24, 45, 9, 201088, tied=False, bias=True),
     family="gpt_oss",
     layers=(LayerConfig(_NEAR, _GPT_OSS), LayerConfig(replace(_NEAR, window=0), _GPT_OSS)) * 12,
+)
+
+_LATENT = LatentConfig(512, 128, 64, 128)
+_DEEPSEEK = AttentionConfig(16, 1, _LATENT.row, RopeConfig(dim=64), scale=192**-0.5, latent=_LATENT)
+_DEEPSEEK_MOE = ExpertsConfig(64, 6, 1408, normalize=False, shared=2 * 1408)
+SHAPES["deepseek-v2-lite"] = replace(
+    _shape(2048, 10944, 27, 16, 16, 102400, tied=False),
+    family="deepseek_v2",
+    layers=(LayerConfig(_DEEPSEEK, DenseConfig(10944)), *[LayerConfig(_DEEPSEEK, _DEEPSEEK_MOE)] * 26),
 )
 
 DEFAULT = "int4"  # 4-bit with zero points as AWQ has it, in the largest group up to 128 that divides a width

@@ -78,6 +78,9 @@ ARCHS = {
     "nemotron-h bias": "nemotron_h",
     "nemotron-h moe": "nemotron_h_moe",
     "qwen2moe": "qwen2moe",
+    "deepseek2moe": "deepseek2",
+    "deepseek3moe": "deepseek2",
+    "glm4moelite": "deepseek2",
     "gpt-oss": "gpt-oss",
     "gpt-oss yarn": "gpt-oss",
 }

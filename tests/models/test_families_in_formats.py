@@ -54,6 +54,7 @@ FAMILY_CASES = (
     "lfm3",
     "qwen3.5",
     "qwen3next listed",
+    "deepseek2moe",
 )
 
 

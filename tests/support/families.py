@@ -309,14 +309,14 @@ GEMMA4 = dict(
 )
 
 LATENT = dict(
-    kv_lora_rank=32,
+    kv_lora_rank=64,
     q_lora_rank=None,
     qk_nope_head_dim=32,
     qk_rope_head_dim=16,
     v_head_dim=16,
     n_routed_experts=8,
     num_experts_per_tok=3,
-    moe_intermediate_size=32,
+    moe_intermediate_size=64,
     first_k_dense_replace=1,
     num_key_value_heads=4,
 )
@@ -647,14 +647,14 @@ CASES = {
         "GraniteMoeHybridForCausalLM",
         dict(GRANITE_H, num_local_experts=8, num_experts_per_tok=3, intermediate_size=64),
     ),
-    "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
-}
-LATENT_CASES = {
-    "deepseek2moe": ("DeepseekV2ForCausalLM", dict(LATENT, routed_scaling_factor=1.7)),
+    "deepseek2moe": (
+        "DeepseekV2ForCausalLM",
+        dict(LATENT, routed_scaling_factor=1.7) | rope("yarn", mscale=0.707, mscale_all_dim=0.707, **YARN),
+    ),
     "deepseek2moe groups": (
         "DeepseekV2ForCausalLM",
         dict(LATENT, q_lora_rank=48, topk_method="group_limited_greedy", n_group=4, topk_group=2)
-        | dict(first_k_dense_replace=0, n_shared_experts=1, v_head_dim=48, kv_lora_rank=64)
+        | dict(first_k_dense_replace=0, n_shared_experts=1, v_head_dim=48, kv_lora_rank=48)
         | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
         | rope("yarn", mscale=0.7, mscale_all_dim=0.9, **YARN),
     ),
@@ -678,6 +678,7 @@ LATENT_CASES = {
             v_head_dim=64,
             rope_parameters=dict(rope_type="default", rope_theta=1e6),
         )
-        | dict(mlp_layer_types=["dense", "sparse", "dense"]),
+        | dict(mlp_layer_types=["dense", "sparse", "sparse"]),
     ),
+    "granite plain": ("GraniteForCausalLM", dict(attention_multiplier=0.25)),
 }

@@ -196,7 +196,7 @@ def rope(w: GGUFWriter, c, head_dim: int, tensors: dict) -> None:
             w.add_rope_scaling_yarn_beta_fast(p["beta_fast"])
             w.add_rope_scaling_yarn_beta_slow(p["beta_slow"])
         if p.get("mscale_all_dim"):
-            w.add_rope_scaling_yarn_log_mul(p["mscale_all_dim"])
+            w.add_rope_scaling_yarn_log_mul(p["mscale_all_dim"] * (0.1 if w.arch == "deepseek2" else 1))
         if p.get("llama_4_scaling_beta"):
             w.add_attn_temperature_scale(p["llama_4_scaling_beta"])
     if p["rope_type"] == "longrope":  # Phi3MiniModel.generate_extra_tensors
@@ -290,6 +290,35 @@ def pattern(w: GGUFWriter, c, tensors: dict) -> None:
     if c.sliding_window:
         w.add_sliding_window(c.sliding_window)
         w.add_sliding_window_pattern([kind == "sliding_attention" for kind in c.layer_types])
+
+
+def latent(w: GGUFWriter, c, tensors: dict) -> None:
+    """DeepseekV2Model of llama.cpp's converter."""
+    from gguf import ExpertGatingFuncType
+
+    row = c.kv_lora_rank + c.qk_rope_head_dim
+    for key, n in (("head_count_kv", 1), ("key_length", row), ("value_length", c.kv_lora_rank)):
+        w.kv_data[0][f"deepseek2.attention.{key}"].value = n
+    w.add_key_length_mla(c.qk_head_dim)
+    w.add_value_length_mla(c.v_head_dim)
+    w.add_kv_lora_rank(c.kv_lora_rank)
+    if c.q_lora_rank:
+        w.add_q_lora_rank(c.q_lora_rank)
+    w.add_leading_dense_block_count(getattr(c, "first_k_dense_replace", 1))
+    w.add_expert_shared_count(c.n_shared_experts)
+    w.add_expert_weights_scale(c.routed_scaling_factor)
+    w.add_expert_group_count(c.n_group or 1)
+    w.add_expert_group_used_count(c.topk_group or 1)
+    if c.norm_topk_prob:
+        w.add_expert_weights_norm(True)
+    if c.model_type == "deepseek_v3":
+        w.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    for name in [n for n in tensors if n.endswith("e_score_correction_bias")]:
+        tensors[name.replace("_bias", ".bias")] = tensors.pop(name)
+    for name in [n for n in tensors if n.endswith("kv_b_proj.weight")]:
+        each = tensors.pop(name).unflatten(0, (c.num_attention_heads, -1))
+        tensors[name.replace("kv_b", "k_b")] = each[:, : c.qk_nope_head_dim].transpose(1, 2).contiguous()
+        tensors[name.replace("kv_b", "v_b")] = each[:, c.qk_nope_head_dim :].contiguous()
 
 
 def convolutions(w: GGUFWriter, c, tensors: dict) -> None:
@@ -477,6 +506,7 @@ def nemotron(w: GGUFWriter, c, tensors: dict) -> None:
 
 
 METADATA = {
+    "deepseek2": latent,
     "falcon-h1": falcon_states,
     "nemotron_h": nemotron,
     "nemotron_h_moe": nemotron,

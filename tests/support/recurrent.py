@@ -1,5 +1,5 @@
-"""Tiny models with every kind of memory: full attention, a sliding window, layers with a state, and layers
-that attend to keys and values of others.
+"""Tiny models with every kind of memory: full attention, a sliding window, layers with a state, layers that
+attend to keys and values of others, and layers with latent rows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tinychat.models import FAMILIES
 from tinychat.network import further
 from tinychat.network.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, RopeConfig
 from tinychat.network.family import outside
+from tinychat.network.latent import LatentConfig
 from tinychat.network.recurrence import ConvConfig, DeltaConfig, MambaConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import DenseLinear
@@ -28,6 +29,7 @@ FULL = AttentionConfig(4, 2, 16, RopeConfig(dim=8))
 SLIDING = AttentionConfig(4, 2, 16, RopeConfig(dim=8, theta=500.0), WINDOW)
 NEAR = replace(SLIDING, scale=1.0)
 FAR = AttentionConfig(4, 2, 32, RopeConfig(1e4, 32, "proportional", turned=8), scale=1.0)
+LATENT = AttentionConfig(4, 1, 48, RopeConfig(dim=16), scale=0.2, latent=LatentConfig(32, 16, 16, 16))
 LAYERS = {
     "lfm2": (FULL, SLIDING, ConvConfig(64, 4)),
     "granitemoehybrid": (
@@ -36,6 +38,7 @@ LAYERS = {
         MambaConfig(4, 24, 16, 2, 4),
     ),
     "gemma4": (NEAR, FAR, NEAR, replace(NEAR, source=2), replace(FAR, source=1)),
+    "deepseek_v2": (LATENT, LATENT),
     "qwen3_5": (DeltaConfig(2, 4, 16, 16, 4), FULL, DeltaConfig(2, 4, 16, 16, 4)),
 }
 
@@ -120,6 +123,7 @@ def recurrent_model(ctx=256, family="lfm2", grows=True, kv_bits=16, **changes):
     return model
 
 
+latent_model = partial(recurrent_model, family="deepseek_v2")
 delta_model = partial(recurrent_model, family="qwen3_5")
 mamba_model = partial(recurrent_model, family="granitemoehybrid")
 shared_model = partial(recurrent_model, family="gemma4", layer_inputs=32, layer_vocab=258)

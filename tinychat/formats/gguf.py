@@ -21,9 +21,9 @@ from tinychat.formats.gguf_parts import open_parts
 from tinychat.models import FAMILIES, PREDICTING
 from tinychat.network import further
 from tinychat.network.config import DenseConfig, ExpertsConfig, LayerConfig, ModelConfig
-from tinychat.network.family import in_files, outside, shapes_in_files
+from tinychat.network.family import in_files, outside, shapes_in_files, turned
 from tinychat.network.weight_form import Coded, Form, Numbers
-from tinychat.network.weights import DenseLinear, Linear, joined
+from tinychat.network.weights import DenseLinear, Linear, joined, transposed
 from tinychat.text.tokenizer import Tokenizer
 
 UNREAD = ("attn_rot_embd", "rotary_emb.inv_freq")  # ends of the names of tensors that change nothing
@@ -56,9 +56,15 @@ class GGUFCheckpoint:
 
         Types with a function in `gguf_blocks` → QuantizedLinear, exactly; others → DenseLinear.
         """
-        name, rows = self._where(name)
-        if parts := self._joined(name):
+        whole, rows = self._where(name)
+        if parts := self._joined(whole):
             return joined([self.linear(part) for part in parts])
+        if rows is not None and (heads := turned(self.form, self.config, name)):
+            return transposed(self._linear(whole, None), rows, heads)
+        return self._linear(whole, rows)
+
+    def _linear(self, name: str, rows: np.ndarray | None) -> Linear:
+        """These rows of a module of the file; None: all."""
         tensor = self._tensor(name)
         bias = None
         if self._name(name) + ".bias" in self.file.tensors:
@@ -91,8 +97,11 @@ class GGUFCheckpoint:
             forms = {form for form, _ in each}
             words = forms.pop() if len(forms) == 1 else " and ".join(sorted(map(str, forms)))
             return words, sum(n_bytes for _, n_bytes in each)
+        opened = turned(self.form, self.config, name)
         name, rows = self._where(name)
         tensor = self._tensor(name)
+        if opened and rows is not None and tensor.kind not in (F32, F16, BF16):
+            return Form(32, "fp32"), 4 * len(rows) * tensor.shape[1]
         type_name, share = type_of(tensor.kind)[0], 1.0 if rows is None else len(rows) / tensor.shape[0]
         return FORMS.get(type_name, type_name), round(tensor.n_bytes * share)
 
@@ -247,6 +256,8 @@ class GGUFCheckpoint:
         if expert := _EXPERT.search(name):
             dimensions = 3 if suffix == ".weight" else 2
             return self._one_of(tensor, self._layer(name).mlp, int(expert[1]), dimensions)
+        if suffix == ".weight" and name.endswith(self.form.heaped) and len(tensor.shape) == 3:
+            return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
         if suffix == ".weight" and name.endswith(self.form.flat) and len(tensor.shape) == 1:
             return replace(tensor, shape=(1, *tensor.shape))
         if name.endswith(self.form.flattened):

@@ -146,7 +146,8 @@ def _config(file: GGUFFile, family: str, form: FromGGUF, m: Metadata) -> ModelCo
     if not heads:
         raise file.damaged("it has no attention heads")
     head_dim = m.number("attention.key_length", hidden // heads)
-    if m.number("attention.value_length", head_dim) != head_dim:
+    latent = bool(m.get("attention.kv_lora_rank"))
+    if not latent and m.number("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError(
             "The GGUF has keys and values of different lengths.", "Such models are not supported."
         )

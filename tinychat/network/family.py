@@ -172,6 +172,7 @@ class FromGGUF:
     when         what tells it from another family of the same architecture
     interleaved  whether rows of q and k are stored for rotating neighbours (x[2i], x[2i + 1])
     flat         ends of the names of linears with one output that are stored as vectors
+    heaped       ends of the names of linears that are stored as a matrix for each head
     options      those of `gguf_config.OPTIONS` that it has; `layers` and `constants` read them
     layers       the layers of a model
     constants    what ModelConfig has besides
@@ -190,6 +191,7 @@ class FromGGUF:
     when: Callable[[Metadata], bool] | None = None
     interleaved: bool = False
     flat: tuple[str, ...] = ()
+    heaped: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     layers: Callable[[Metadata, Stack], tuple[LayerConfig, ...]] = lambda metadata, stack: stack.layers()
     constants: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}
