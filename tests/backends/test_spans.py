@@ -43,6 +43,7 @@ MODELS = {
     "windows, 4-bit KV": (lambda: windows(attn_soft_cap=2.0), dict(kv_bits=4, act_bits=16)),
     "experts": (experts, {}),
     "convolutions": (lambda: RecurrentCheckpoint("lfm2"), {}),
+    "state spaces": (lambda: RecurrentCheckpoint("granitemoehybrid"), {}),
     "delta rules, 4-bit KV": (lambda: RecurrentCheckpoint("qwen3_5"), dict(kv_bits=4)),
 }
 

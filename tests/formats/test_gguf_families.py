@@ -137,7 +137,15 @@ def of_one(kind: Kind):
     return lambda name: None if "ffn_gate_inp" in name else kind
 
 
+def of_states(name: str) -> Kind | None:
+    """Types of a model with state spaces, whose vectors and convolutions stay floats."""
+    if "ssm_" in name and not name.endswith(("ssm_in.weight", "ssm_out.weight")):
+        return None
+    return Kind.Q6_K if "ffn_down" in name or "token_embd" in name else Kind.Q4_K
+
+
 STORED = {
+    "Granite 4, whose gates are a tensor of their own": ("granite-h", of_states, "granitehybrid"),
     "k-quants in a Llama, whose q and k have another order": ("llama yarn", mixed, "llama"),
     "Gemma 3's tied table": ("gemma3", mixed, "gemma3"),
     "Phi-3's fused projections": ("phi3", mixed, "phi3"),
@@ -161,7 +169,11 @@ WIDE = dict(
     num_key_value_heads=16,
     head_dim=16,
 )
-SIZES = {"qwen3moe": dict(moe_intermediate_size=256), "gemma3": dict(query_pre_attn_scalar=16)}
+SIZES = {
+    "granite-h": dict(shared_intermediate_size=512, layer_types=["linear_attention", "full_attention"]),
+    "qwen3moe": dict(moe_intermediate_size=256),
+    "gemma3": dict(query_pre_attn_scalar=16),
+}
 
 
 @pytest.mark.parametrize("stored", STORED)

@@ -55,6 +55,7 @@ FAMILIES = (
     "granite_swa thetas",
     "granite-h",
     "granite-h groups",
+    "nemotron-h bias",
 )
 ONE_EACH = tuple(name for name in FAMILIES if name not in ("phi3 partial", "gemma2 caps", "gemma3"))
 GGUF_CASES = {
@@ -89,6 +90,9 @@ GGUF_CASES = {
     "qwen2moe": "qwen2moe",
     "granite-h": "granitehybrid",
     "granite-h moe": "granitehybrid",
+    "falcon-h1": "falcon-h1",
+    "nemotron-h": "nemotron_h",
+    "nemotron-h moe": "nemotron_h_moe",
 }
 IDS = np.random.default_rng(1).integers(32, 127, 128).astype(np.int32)
 
@@ -173,9 +177,12 @@ def test_folding_leaves_the_function_as_it_is(source, monkeypatch):
         folded.append(result.weights())
         unscaled = [names for names, s in scales.items() if bool((s == 1).all())]
         unscaled = [names for names in unscaled if "linear_attn" not in names[0]]  # gates read that norm too
+        unscaled = [names for names in unscaled if names != ("mixer.down_proj",)]  # behind a square
         if cfg.family == "gemma4":  # values are normed, so nothing before them takes the scales
             unscaled = [names for names in unscaled if names != ("self_attn.o_proj",)]
-        normed = any(hasattr(hf.model.layers[0], name) for name in ("input_layernorm", "operator_norm"))
+        normed = any(
+            hasattr(hf.model.layers[0], name) for name in ("input_layernorm", "operator_norm", "norm")
+        )
         assert len(unscaled) == (0 if normed else 2)
     got = forward(checkpoint, IDS, lambda _, layer: folded[layer])
     assert relative_error(got, logits_of(hf, IDS)) < 2e-3  # folded norms and biases are in fp16
@@ -221,7 +228,11 @@ def facts(c: ModelConfig) -> dict:
     """What the config says, ropes by what they do."""
     out = {k: v for k, v in vars(c).items() if k not in ("layers", "long_rope")}
     for i, layer in enumerate(c.layers):
-        out |= {f"{i}.{k}": v for k, v in vars(layer.mixer).items()} | {f"{i}.mlp": layer.mlp}
+        mixer = vars(layer.mixer) if layer.mixer else {}
+        out |= {f"{i}.{k}": v for k, v in mixer.items()} | {
+            f"{i}.mlp": layer.mlp,
+            f"{i}.beside": layer.beside,
+        }
         if not isinstance(layer.mixer, AttentionConfig):
             continue
         out[f"{i}.scale"] = layer.mixer.scale or layer.mixer.head_dim**-0.5
@@ -299,11 +310,12 @@ def test_a_qwen3_next_without_experts_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_projections_that_gguf_holds_apart_are_refused_before_anything_is_written(tmp_path):
-    cls, changes = CASES["granite-h"]
+@pytest.mark.parametrize("case", ["granite-h", "nemotron-h"])
+def test_shapes_that_gguf_holds_otherwise_are_refused_before_anything_is_written(case, tmp_path):
+    cls, changes = CASES[case]
     random_model(cls, **changes).save_pretrained(tmp_path / "source")
     byte_tokenizer().save(tmp_path / "source")
-    with pytest.raises(UnsupportedModelError, match="apart") as e:
+    with pytest.raises(UnsupportedModelError, match="other shapes") as e:
         quantize(HFCheckpoint(tmp_path / "source"), tmp_path / "out.gguf", method="rtn")
     assert len(str(e.value).splitlines()) == 2
     assert not (tmp_path / "out.gguf").exists()

@@ -263,9 +263,9 @@ def _check(
         raise UsageError(
             f"{out} does not fit: the format {target.format} is {what}.", "Change --out or --format."
         )
-    if target.format == "gguf" and any(form.joined for form in FAMILIES[cfg.family].GGUF.values()):
+    if target.format == "gguf" and any(form.flattened for form in FAMILIES[cfg.family].GGUF.values()):
         raise UnsupportedModelError(
-            f"GGUF holds projections of a {cfg.family} model apart; quantizers do not write that yet.",
+            f"GGUF holds tensors of a {cfg.family} model in other shapes; quantizers do not write that yet.",
             "Use another --format.",
         )
     network(cfg)  # refuses a family whose blocks cannot be quantized one by one
