@@ -1,6 +1,6 @@
 // Keys and values in 4 bits: a complete block of 16 slots.
 //   keys    by channel over the slots, code · scale + offset: scales and offsets have 8 bits, times an fp16 of the head
-//           each. No key is cut off, since that costs more than wider steps.
+//           each, the nearest to the range that there are.
 //   values  by slot over groups of 32 channels, (code + zero) · scale: zeros have 8 bits, scales 8 bits of their own, a
 //           quarter of an fp16 without sign and without its last seven bits. So a slot that moves takes its value
 //           along.
@@ -165,13 +165,13 @@ inline void open_key_grids(const Block4& b, float* scale, float* offset) {
 template <class S>
 inline bool choose_key_grid(const Block4& b, int channel, float low, float high) {
     const float unit = from_half<S>(b.units()[0]), offset_unit = from_half<S>(b.units()[1]);
-    const float down = std::floor(low / std::max(offset_unit, kTiny) + 1e-3f);
+    const float down = std::nearbyint(low / std::max(offset_unit, kTiny));
     const float code = down < -128.0f ? -128.0f : down > 127.0f ? 127.0f : down;
     const float step = std::max((high - code * offset_unit) * (1.0f / kLargestCode), 0.0f);
-    const float up = std::ceil(step / std::max(unit, kTiny) - 1e-3f);
+    const float near = std::max(std::nearbyint(step / std::max(unit, kTiny)), step > 0.0f ? 1.0f : 0.0f);
     b.key_offsets()[channel] = static_cast<int8_t>(code >= -128.0f ? code : 0.0f);
-    b.key_scales()[channel] = static_cast<uint8_t>(up <= 255.0f ? up : 255.0f);
-    return down >= -128.0f && up <= 255.0f;
+    b.key_scales()[channel] = static_cast<uint8_t>(near <= 255.0f ? near : 255.0f);
+    return down >= -128.0f && near <= 255.0f;
 }
 
 // x: [padded_dim][16 slots]

@@ -12,7 +12,7 @@ from tiny import TinyCheckpoint
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.interface import BLOCK, MemorySpec, Slots, Span, Step, Tails
 from tinychat.backends.reference import ReferenceBackend
-from tinychat.backends.reference_kv4 import Grid, Kv4Pool
+from tinychat.backends.reference_kv4 import Grid, KeyGrid, Kv4Pool
 from tinychat.backends.reference_memory import KvPool
 from tinychat.kernels_cpu import _native
 from tinychat.network.weight_policy import WeightPolicy
@@ -42,6 +42,16 @@ def test_a_number_is_off_by_a_step_at_most(size, middle):
     step = torch.maximum(step, x.abs().amax(1) / 111)  # zeros have 8 bits
     assert ((got - x).abs() <= step[:, None]).all()
     assert ((got - x).abs().square().mean(1).sqrt() < 0.4 * step).float().mean() > 0.95
+
+
+def test_scales_and_offsets_of_8_bits_cost_keys_little():
+    rng = torch.Generator().manual_seed(2)
+    widths = torch.randn(64, generator=rng).mul(0.7).exp()  # some channels are ten times as wide as others
+    k = torch.randn(40, BLOCK, 1, 64, generator=rng) * widths + 2 * torch.randn(64, generator=rng) * widths
+    low, high = k.amin(1, keepdim=True), k.amax(1, keepdim=True)
+    step = (high - low) / 15
+    free = ((k - low) / step).round() * step + low
+    assert (KeyGrid.over(k).rounded(k) - k).square().sum() < 1.03 * (free - k).square().sum()
 
 
 def test_not_a_number_stays_visible():

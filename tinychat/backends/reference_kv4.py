@@ -35,8 +35,8 @@ class KeyGrid(NamedTuple):
 
     @staticmethod
     def over(k: torch.Tensor) -> KeyGrid:
-        """The grids that spread over the keys of blocks, [… slots, kv_heads, head_dim]. Nothing is cut off:
-        the largest keys matter most.
+        """The grids that spread over the keys of blocks, [… slots, kv_heads, head_dim]: the nearest there
+        are. Those that cut nothing off are wider, and so farther from the keys.
         """
         low = k.amin(-3, keepdim=True)
         unit = (low.abs().amax(-1, keepdim=True) * np.float32(1 / 127)).half().float()
@@ -49,13 +49,14 @@ class KeyGrid(NamedTuple):
         """The grids of these units, and whether they suffice for each channel."""
         low = k.amin(-3, keepdim=True)
         offset = KeyGrid._offsets(low, units[1])
-        up = (KeyGrid._steps(k, offset) / units[0].clamp_min(TINY) - 1e-3).ceil()
-        enough = (up <= 255) & ((low / units[1].clamp_min(TINY) + 1e-3).floor() >= -128)
-        return KeyGrid(up.clamp(0, 255) * units[0], offset, units), enough
+        steps = KeyGrid._steps(k, offset)
+        code = torch.maximum((steps / units[0].clamp_min(TINY)).round(), (steps > 0).float())
+        enough = (code <= 255) & ((low / units[1].clamp_min(TINY)).round() >= -128)
+        return KeyGrid(code.clamp(0, 255) * units[0], offset, units), enough
 
     @staticmethod
     def _offsets(low: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-        return (low / unit.clamp_min(TINY) + 1e-3).floor().clamp(-128, 127) * unit
+        return (low / unit.clamp_min(TINY)).round().clamp(-128, 127) * unit
 
     @staticmethod
     def _steps(k: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

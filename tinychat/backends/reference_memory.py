@@ -73,7 +73,7 @@ class KvPool:
 
     def read(self, table: np.ndarray) -> np.ndarray:
         blocks = self.kv.unflatten(2, (-1, BLOCK)).permute(2, 0, 1, 3, 4, 5)[table.tolist()]
-        return blocks.contiguous().numpy().reshape(len(table), self.bytes_per_block // 4).view(np.uint8)
+        return blocks.flatten(1).contiguous().numpy().view(np.uint8)
 
     def write(self, table: np.ndarray, data: np.ndarray) -> None:
         blocks = self.kv.unflatten(2, (-1, BLOCK))  # [sides, layers, blocks, BLOCK, kv_heads, head_dim]
