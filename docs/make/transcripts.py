@@ -47,13 +47,11 @@ def _folded(written: str) -> str:
 
 
 class Shell:
-    """Commands in one home, from one folder of the reader's."""
+    """Commands in one home, from one empty folder."""
 
     def __init__(self, home: str):
         self.folder = os.path.join(home, "notes")
         os.mkdir(self.folder)
-        with open(os.path.join(self.folder, "notes.md"), "w", encoding="utf-8") as f:
-            f.write("The meeting is on Tuesday at ten. Anna brings the plans, Ben the coffee.\n")
         self.env = {**os.environ, "TINYCHAT_HOME": home, "NO_COLOR": "1", "COLUMNS": "100"}
 
     def run(self, line: str) -> str:
