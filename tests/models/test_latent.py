@@ -7,6 +7,7 @@ import pytest
 from families import CASES, FromTransformers, logits_of, random_config, random_model, relative_error
 from family_gguf import write
 from memories import allocate, step_of
+from recurrent import latent_model
 
 from tinychat.backends.cpu import CpuBackend
 from tinychat.backends.interface import BLOCK
@@ -115,3 +116,17 @@ def test_what_a_router_may_not_be_is_said():
     limited = {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1}
     with pytest.raises(CheckpointError, match="8 experts in 3 groups"):
         read_config({**given, **limited})
+
+
+def test_a_chat_beyond_its_budget_gives_rows_up_and_drafts_change_nothing():
+    said = []
+    for draft in ("none", "ngram"):
+        with latent_model(ctx=256) as m:
+            m.tokenizer.eos_ids = frozenset()
+            s = m.session(temperature=0, draft=draft, kv_budget=128, max_tokens=300)
+            *_, done = s.send("abc " * 5)
+            said.append(done.completion.token_ids)
+            assert done.stats.evicted_tokens > 0
+            assert s._branch.slots <= 128
+            assert s._branch.position <= 256 < len(s._branch)
+    assert said[0] == said[1]
