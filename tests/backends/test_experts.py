@@ -156,8 +156,8 @@ def taken_by_the_last_token(checkpoint) -> list[list[int]]:
     taken = []
 
     class Watched(ReferenceBackend):
-        def route(self, scores, n, normalize, *args):
-            experts, weights = super().route(scores, n, normalize, *args)
+        def route(self, scores, n, normalize, *args, **named):
+            experts, weights = super().route(scores, n, normalize, *args, **named)
             taken.append(experts[-1].tolist())
             return experts, weights
 

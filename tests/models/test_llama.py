@@ -253,7 +253,7 @@ def test_generation_config_names_the_stop_tokens():
 
 
 @pytest.mark.parametrize(
-    "arch", ["DeepseekV2ForCausalLM", "GPT2LMHeadModel", "MambaForCausalLM", "LlamaForSequenceClassification"]
+    "arch", ["BloomForCausalLM", "GPT2LMHeadModel", "MambaForCausalLM", "LlamaForSequenceClassification"]
 )
 def test_unsupported_architecture_is_refused_by_name(arch):
     with pytest.raises(UnsupportedModelError, match=arch):
