@@ -156,5 +156,6 @@ def test_names_that_programs_know_stay_where_they_were():
     bare = Session.__new__(Session)
     bare.nodes = [Message("user", "a")]
     assert [m.content for m in bare.nodes] == ["a"]
+    assert (bare.tools, bare.leaf) == ([], None)
     assert len(char_of_byte()) == 256
     assert callable(Model.needs_bos)

@@ -45,7 +45,6 @@ class Dialogue:
     def __init__(self, system: str | None, params: Any):
         self.system = system
         self.params = params
-        self._tools: list[dict[str, Any]] = []
         self._notices: list[str] = []  # to be said with the next answer
         self._cancel = threading.Event()
         self._claim = Claim()  # of the answer that is being made
@@ -110,6 +109,11 @@ class Dialogue:
         found = checked_tools.tools(value)
         self._check_tools(found)
         self._tools = found
+
+    @cached_property
+    def _tools(self) -> list[dict[str, Any]]:
+        """As they were set; none at first."""
+        return []
 
     def _check_tools(self, tools: list[dict[str, Any]]) -> None:
         """Raises UsageError where whoever answers cannot be given these."""
