@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import json
+import threading
 
 import pytest
 from said import says
@@ -102,8 +104,52 @@ def test_what_is_no_function_is_refused(model):
         """Waits."""
         return x
 
-    for functions in ([3], [wait], [add, add], "add", [{"name": "add"}]):
+    for functions in ([3], [add, add], "add", [{"name": "add"}]):
         with pytest.raises(UsageError):
             tinychat.run_tools(model, "?", functions)
+        with pytest.raises(UsageError):
+            asyncio.run(tinychat.arun_tools(model, "?", functions))
+    with pytest.raises(UsageError, match="arun_tools"):
+        tinychat.run_tools(model, "?", [wait])
     with pytest.raises(UsageError):
         tinychat.run_tools(model, "?", [add], most_turns=0)
+
+
+def test_coroutines_are_awaited_and_what_blocks_runs_beside_the_loop(model, monkeypatch):
+    here = []
+
+    async def turn(degrees: int) -> str:
+        """Turns."""
+        await asyncio.sleep(0)
+        here.append(threading.current_thread() is threading.main_thread())
+        return f"{degrees} degrees"
+
+    def block() -> None:
+        """Blocks."""
+        here.append(threading.current_thread() is threading.main_thread())
+
+    async def broken() -> None:
+        """Breaks."""
+        raise ValueError("broken")
+
+    async def allow(call):
+        return call.name != "secret"
+
+    calls = [
+        written("turn", degrees=90),
+        written("turn"),
+        written("block"),
+        written("broken"),
+        written("secret"),
+    ]
+    says(monkeypatch, model, "\n".join(calls), "Done.")
+    run = asyncio.run(tinychat.arun_tools(model, "?", [turn, block, broken], allow=allow, temperature=0))
+    assert run.text == "Done."
+    assert [m["content"] for m in run.messages if m["role"] == "tool"] == [
+        "90 degrees",
+        "Error: turn cannot be called so: missing a required argument: 'degrees'",
+        "null",
+        "Error: ValueError: broken",
+        "Error: the user does not allow this call.",
+    ]
+    assert here == [True, False]

@@ -51,6 +51,7 @@ _EXPORTS = {
     "Completion": "tinychat.base.events",
     "ToolCall": "tinychat.base.events",
     "ToolCallDelta": "tinychat.base.events",
+    "arun_tools": "tinychat.tool_loop",
     "run_tools": "tinychat.tool_loop",
     "Stats": "tinychat.base.events",
     "SamplingKeywords": "tinychat.keywords",
@@ -96,6 +97,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "arun_tools",
     "load",
     "run_tools",
 ]
@@ -135,7 +137,7 @@ if TYPE_CHECKING:
     from tinychat.loading import load
     from tinychat.model import Model
     from tinychat.session import Session
-    from tinychat.tool_loop import run_tools
+    from tinychat.tool_loop import arun_tools, run_tools
 
 
 if not TYPE_CHECKING:  # type checkers would believe in every name

@@ -50,7 +50,7 @@ PARTS: list[tuple[str, str, list[Any]]] = [
         EVENTS,
     ),
     ("Event loops", "What `asend`, `achat(…, stream=True)` and the like give.", ["Aside"]),
-    ("Tools", "", ["run_tools", ToolRun]),
+    ("Tools", "", ["run_tools", "arun_tools", ToolRun]),
     ("Sampling", "", ["SamplingParams"]),
     (
         "Keywords",

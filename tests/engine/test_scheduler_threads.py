@@ -113,8 +113,26 @@ def test_draft_models_draft_for_several_threads(model, alone):
 
 
 def test_bench_has_all_answers_decode_together(model, monkeypatch):
-    monkeypatch.setattr(module, "RETURN_SECONDS", 0.5)  # however busy the machine is
-    seen = spans_of(monkeypatch)
+    seen, due, inner = spans_of(monkeypatch), [], Scheduler._gather
+
+    class Ready(threading.Barrier):
+        """When all have begun, the next step begins when all want something, however busy the machine is."""
+
+        def __init__(self, parties, action):
+            def begin():
+                action()
+                due.append(parties)
+
+            super().__init__(parties, begin)
+
+    def gather(scheduler):
+        while due and len(scheduler._wanted) < due[0]:
+            time.sleep(0)
+        due.clear()
+        inner(scheduler)
+
+    monkeypatch.setattr(Scheduler, "_gather", gather)
+    monkeypatch.setattr(threading, "Barrier", Ready)
     rows = measure_together(model.backend, model.tokenizer, 258, (4,), 30, 1)
     assert [row["sequences"] for row in rows] == [1, 4]
     assert all(row["tok_s"] > 0 for row in rows)

@@ -106,7 +106,10 @@ class TinyCheckpoint:
         return self.vectors[name]
 
     def tokenizer(self):
-        return byte_tokenizer(self.template)
+        tokenizer = byte_tokenizer(self.template)
+        if not self.config.eos_ids:  # nor does the marker of turns end an answer, whenever it is chosen
+            tokenizer.eos_ids = frozenset()
+        return tokenizer
 
     def fingerprint(self, tell=None):
         return self._fingerprint
