@@ -162,17 +162,27 @@ main()
     assert (out.returncode, out.stderr) == (130, b"")
 
 
-def test_ctrl_c_ends_a_program_whose_thread_does_not(home):
-    code = """
+@pytest.mark.parametrize("after", ["main_ends", "main_begins"])
+def test_ctrl_c_ends_a_program_whose_thread_does_not(home, after):
+    code = f"""
 import os, signal, sys, threading, time
-from tinychat.__main__ import main
+import tinychat.cli.main, tinychat.__main__ as m
+m.PATIENCE = 0.2
+main_begins, main_ends = threading.Event(), threading.Event()
+def run():
+    main_begins.set()
+    if {after == "main_begins"}:
+        time.sleep(60)
+tinychat.cli.main.main = run
 def stuck():
-    time.sleep(0.5)
+    {after}.wait()
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(600)
 threading.Thread(target=stuck).start()
-sys.argv[1:] = ["--version"]
-main()
+try:
+    m.main()
+finally:
+    main_ends.set()
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
     assert (out.returncode, out.stderr) == (130, b"")

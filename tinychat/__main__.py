@@ -2,6 +2,8 @@
 
 import sys
 
+PATIENCE = 5  # seconds that threads have to end after Ctrl+C
+
 
 def main() -> None:
     """The command line."""
@@ -14,6 +16,7 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
+        _end_soon()
         raise SystemExit(130) from None
     finally:
         # What there was to say is said; Python's own shutdown takes a tenth of a second and would complain. A
@@ -25,6 +28,16 @@ def main() -> None:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background job
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_soon() -> None:
+    """Python waits for its threads, and one that reads from a dead network may take minutes."""
+    import os
+    import threading
+
+    timer = threading.Timer(PATIENCE, os._exit, (130,))
+    timer.daemon = True
+    timer.start()
 
 
 def _unraisable(lost) -> None:

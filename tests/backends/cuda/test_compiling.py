@@ -51,7 +51,7 @@ def test_loading_says_that_it_compiles_the_first_time_only(first_time, machine_w
         heard.clear()
         with tinychat.load(folder, device="cuda", progress=heard.append) as m:
             assert heard == expected
-            assert m.chat([{"role": "user", "content": "hi"}], max_tokens=3).token_ids
+            assert m.chat([{"role": "user", "content": "hi"}], max_tokens=3, seed=1).token_ids
         assert heard == expected
 
 
