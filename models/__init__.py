@@ -4,6 +4,8 @@ the family: how its files read, what its tensors are called (`tinychat.network.f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tinychat.models import (
     deepseek_v2,
     deepseek_v3,
@@ -43,7 +45,10 @@ from tinychat.models import (
     seed_oss,
     smollm3,
 )
+from tinychat.network import eagle
+from tinychat.network.config import ModelConfig
 from tinychat.network.family import Family, Predicting
+from tinychat.network.ops import Handle
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": deepseek_v2,
@@ -92,3 +97,16 @@ PREDICTING: dict[str, Predicting] = {
     "qwen3_next": qwen3_next,
 }
 """Those of them that know the layer behind the others which predicts one token further."""
+
+UNTAPPED = frozenset(
+    (
+        *("falcon_h1", "gemma2", "gemma3", "gemma3n", "gemma4"),
+        *("granite", "granite_swa", "granitemoehybrid", "muse_glimmer"),
+    )
+)
+"""Those that no head can look into: their residual or embedding is scaled, or there are several of them."""
+
+
+def predictor(cfg: ModelConfig) -> Callable[..., Handle]:
+    """Forward pass of the layer that predicts further: the head's, or that of the family's own layer."""
+    return eagle.predict if cfg.head is not None else PREDICTING[cfg.family].predict

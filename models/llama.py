@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.network import further, hf_config
+from tinychat.network import eagle, further, hf_config
 from tinychat.network.config import AttentionConfig, LayerConfig, ModelConfig
+from tinychat.network.eagle import Eagle
 from tinychat.network.family import FromGGUF, FromHF, Settings, WeightSource
 from tinychat.network.further import Further
 from tinychat.network.ops import Handle, Ops
@@ -63,7 +64,7 @@ class Weights:
     blocks: list[Any]
     norm: Handle
     head: Handle
-    further: Further | None
+    further: Further | Eagle | None
 
 
 def load_block(w: WeightSource, p: str, layer: LayerConfig) -> Block:
@@ -117,10 +118,13 @@ def forward(
     """Token ids (the step's input) to logits. keep: what a block that attends leaves for later rows, in a
     family that knows the layer which predicts further.
     """
-    x = ops.embed(w.embed, cfg.embed_scale)
+    x, seen = ops.embed(w.embed, cfg.embed_scale), None
     for layer, weights in enumerate(w.blocks):
+        seen = eagle.tapped(ops, cfg, w, x, layer, seen)
         x = block(ops, cfg, weights, x, layer)
-    if w.further is not None and keep is not None:
+    if cfg.head is not None:
+        eagle.remember(ops, cfg, w, eagle.tapped(ops, cfg, w, x, cfg.n_layers, seen))
+    elif w.further is not None and keep is not None:
         further.remember(ops, cfg, w, x, keep)
     return ops.lm_head(ops.rms_norm(x, w.norm, cfg.norm_eps), w.head, soft_cap=cfg.logit_soft_cap)
 

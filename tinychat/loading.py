@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from tinychat.backends.interface import Backend
 from tinychat.base import arguments
-from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
+from tinychat.base.errors import MemoryBudgetError, ModelNotFoundError, TinychatError, UsageError
 from tinychat.base.extras import import_torch
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import HEADROOM, available_memory, has_gpu, human_bytes
 from tinychat.engine.speculation.draft_model import check_vocabulary
 from tinychat.formats import open_checkpoint
+from tinychat.formats.eagle import EagleHead, head_in
 from tinychat.formats.embedder import EmbeddingCheckpoint, for_embeddings
 from tinychat.model import Model
 from tinychat.models import FAMILIES
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from tinychat.keywords import LoadKeywords
+
+WORDS = ("auto", "mtp", "ngram", "none")  # drafts that are no models
 
 
 def load(
@@ -66,7 +69,12 @@ def load(
         options = LoadOptions.made({**vars(options), "head_bits": 16})
     checkpoint.config = _for_context(checkpoint.config, options.ctx)
     checkpoint.tokenizer()  # one that is refused is refused before weights are read
-    loaded = Model(checkpoint, make_backend(checkpoint, options, progress), name, options, Drafts(options))
+    drafts = Drafts(options)
+    head = drafts.head(checkpoint.config)
+    backend = make_backend(checkpoint, options, progress, head)
+    if head is not None and not backend.predicts:
+        drafts.has_no_kernels()
+    loaded = Model(checkpoint, backend, name, options, drafts)
     loaded.eviction(options.kv_budget, options.kv_policy)  # refuse what cannot work now, not in mid-chat
     if options.think is not None:
         loaded.think(options.think)
@@ -90,9 +98,13 @@ def _for_context(cfg: ModelConfig, ctx: int | None) -> ModelConfig:
 
 
 def make_backend(
-    checkpoint: Checkpoint, options: LoadOptions, progress: Callable[[str], None] | None = None
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    progress: Callable[[str], None] | None = None,
+    head: EagleHead | None = None,
 ) -> Backend:
-    """The backend that the options name, loaded; progress as in `load`.
+    """The backend that the options name, loaded; progress as in `load`. head: drafts, where there are kernels
+    for it.
 
     Raises MemoryBudgetError before anything is read if it cannot fit.
     """
@@ -106,13 +118,13 @@ def make_backend(
         except TinychatError as e:
             warnings.warn(f"The CPU is used: {e.what}", RuntimeWarning, stacklevel=2)
     # Mapped packs can be dropped by the system, but a model larger than memory would crawl.
-    _check_room(checkpoint, 4 if device == "reference" else 0.55, available_memory())
+    _check_room(checkpoint, 4 if device == "reference" else 0.55, available_memory(), head)
     if device == "reference":
         import_torch("The reference device")
         from tinychat.backends.reference import ReferenceBackend
 
         bits = 32 if kv_bits == 16 else kv_bits
-        return ReferenceBackend(checkpoint, policy, options.threads, bits, options.draft == "mtp")
+        return ReferenceBackend(checkpoint, policy, options.threads, bits, options.draft == "mtp", head)
     from tinychat.backends.cpu import CpuBackend
 
     return CpuBackend(
@@ -123,6 +135,7 @@ def make_backend(
         kv_bits=kv_bits,
         tell=progress,
         predicts=options.draft in (None, "mtp", "auto"),
+        head=head,
     )
 
 
@@ -143,8 +156,10 @@ def _cuda(
     return CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=modules, tell=progress)
 
 
-def _check_room(checkpoint: Checkpoint, bytes_a_weight: float, free: int) -> None:
-    need = count_weights(checkpoint.config) * bytes_a_weight
+def _check_room(
+    checkpoint: Checkpoint, bytes_a_weight: float, free: int, head: EagleHead | None = None
+) -> None:
+    need = (count_weights(checkpoint.config) + (head.n_weights if head else 0)) * bytes_a_weight
     if need + HEADROOM > free:
         raise MemoryBudgetError(
             f"{checkpoint.path.name} needs {human_bytes(need)} beside {human_bytes(HEADROOM)} to work in, "
@@ -166,9 +181,37 @@ class Drafts:
     """The draft models of one model, each loaded once, with the options that its own loading was given."""
 
     def __init__(self, options: LoadOptions):
-        self._options = options.inherited()
+        self._options, self._draft = options.inherited(), options.draft
         self._loaded: dict[str, Model] = {}
-        self._refused: dict[str, UsageError] = {}
+        self._refused: dict[str, TinychatError] = {}
+        self._found: dict[str, Path] = {}  # where drafts lie that were looked for already
+
+    def head(self, cfg: ModelConfig) -> EagleHead | None:
+        """The head that the options name as the draft, for a model of that shape; None: they name something
+        else, or it cannot be used, which is said when the draft is asked for.
+        """
+        from tinychat.hub import store
+
+        draft = self._draft
+        if draft in (None, *WORDS) or draft.startswith("layers:"):
+            return None
+        try:
+            self._found[draft] = store.resolve(draft, offline=self._options.offline)
+            head = head_in(self._found[draft])
+            if head is not None:
+                head.onto(cfg)
+            return head
+        except ModelNotFoundError:
+            return None
+        except TinychatError as e:
+            self._refused[draft] = e
+            return None
+
+    def has_no_kernels(self) -> None:
+        """The head cannot be used where the model runs, which is said when it is asked for."""
+        self._refused[str(self._draft)] = UsageError(
+            f"{self._draft} is an EAGLE-3 head, for which the GPU has no kernels yet.", "Use --device cpu."
+        )
 
     def recommended(self, model: Model) -> str:
         """The draft that goes with the model's alias, if it is here; else "ngram"."""
@@ -202,7 +245,7 @@ class Drafts:
         facts = model.backend.describe()  # what "auto" came to: drafts must be computed by the same kernels
         options = self._options.but(device=facts["backend"], threads=facts["threads"])
         if not draft.startswith("layers:"):
-            return load(draft, options)
+            return load(self._found.get(draft, draft), options)
         from tinychat.formats.subset import LayerSubset, parse_layers
 
         part = LayerSubset(model.checkpoint, parse_layers(draft.removeprefix("layers:")))

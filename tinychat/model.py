@@ -101,7 +101,11 @@ class Model:
         )
         self.kv_budget, self.kv_policy = options.kv_budget, options.kv_policy
         self.kv_disk_budget = options.kv_disk_budget
-        best = "mtp" if backend.predicts else "ngram"
+        # The draft that the backend makes itself: its own layer, or the head that it was loaded with.
+        self.own_draft = (
+            (options.draft if "head" in backend.describe() else "mtp") if backend.predicts else None
+        )
+        best = self.own_draft or "ngram"
         self.draft = options.draft or (best if backend.row_independent else "none")
         self.draft_tokens = options.draft_tokens
         self.drafts = drafts
@@ -371,9 +375,9 @@ class Model:
     def speculator(self, draft: str | None = None) -> Speculator:
         """Drafter for one conversation; None is this model's default.
 
-        "mtp" (the model's own layer that predicts further), "ngram", "none", a model, "layers:0-3,26-29"
-        (those layers of this model), or "auto" ("mtp" where the model has it; else the draft that goes with
-        its alias, if it is here; else "ngram").
+        "mtp" (the model's own layer that predicts further), "ngram", "none", a model, the EAGLE-3 head that
+        this model was loaded with, "layers:0-3,26-29" (those layers of this model), or "auto" (head or "mtp",
+        where the model has one; else the draft that goes with its alias, if it is here; else "ngram").
 
         A draft model that is missing, too large or of another vocabulary is left out with a notice.
         """
@@ -388,16 +392,16 @@ class Model:
         draft = draft or self.draft
         if draft == "auto":
             recommended = self.drafts.recommended(self) if self.drafts else "ngram"
-            draft = "mtp" if self.backend.predicts else recommended
+            draft = self.own_draft or recommended
         controller = Controller(self.draft_tokens)
         if draft == "none":
             return Speculator()
         if draft == "ngram":
             return Speculator(PromptLookup(), controller)
-        if draft == "mtp" and not self.backend.predicts:
-            return Speculator(notice=f"No draft: {self.name} runs without a layer that predicts further.")
+        if draft == self.own_draft:
+            return Speculator(FurtherLayer(self.engine, "mtp" if draft == "mtp" else "eagle3"), controller)
         if draft == "mtp":
-            return Speculator(FurtherLayer(self.engine), controller)
+            return Speculator(notice=f"No draft: {self.name} runs without a layer that predicts further.")
         if self.drafts is None:
             return Speculator(notice=f"No draft: {self.name} was not loaded by name.")
         try:

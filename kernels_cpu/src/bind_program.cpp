@@ -162,8 +162,8 @@ void bind_program(nb::module_& m) {
         .def(
             "__init__",
             [](Attention* self, int n_heads, int n_kv, int head_dim, int memory, int layer, float scale, int window,
-               float cap, int tail, nb::object sinks, double slope, double original, bool shared, int exact,
-               int latent) {
+               float cap, int tail, nb::object sinks, double slope, double original, bool shared, int exact, int latent,
+               int skipped) {
                 require(n_kv > 0 && n_heads > 0 && n_heads <= 1024 && n_heads % n_kv == 0 && head_dim > 0 &&
                             head_dim <= 1024 && layer >= 0 && layer < 1 << 20,
                         "the heads do not fit");
@@ -178,7 +178,8 @@ void bind_program(nb::module_& m) {
                 self->at.shared = shared, self->at.exact = exact;
                 require(latent >= 0 && latent < head_dim && (!latent || (tail < 0 && !shared)),
                         "latent values are a part of keys, in 8 or 16 bits");
-                self->at.latent = latent;
+                require(skipped >= 0 && skipped < kBlockSlots, "a block's slots are not all skipped");
+                self->at.latent = latent, self->at.skipped = skipped;
                 if (sinks.is_none()) return;
                 const auto given = exactly<In<float>>(sinks, "sinks are float32");
                 require(static_cast<int>(given.size()) == n_heads, "there is not one sink for each head");
@@ -186,12 +187,13 @@ void bind_program(nb::module_& m) {
             },
             "n_heads"_a, "n_kv"_a, "head_dim"_a, "memory"_a = 0, "layer"_a = 0, "scale"_a = 0.0f, "window"_a = 0,
             "cap"_a = 0.0f, "tail"_a = -1, "sinks"_a.none() = nb::none(), "slope"_a = 0.0, "original"_a = 1.0,
-            "shared"_a = false, "exact"_a = 0, "latent"_a = 0,
+            "shared"_a = false, "exact"_a = 0, "latent"_a = 0, "skipped"_a = 0,
             "scale 0: 1 / sqrt(head_dim); window: a row attends to the last so many slots, 0 all; cap: of the scores, "
             "0 none; tail: the memory that has the newest blocks of one of 4 bits in 16; sinks: one more score of each "
             "head; slope and original: queries at p are multiplied by 1 + slope · log(1 + ⌊p / original⌋); shared: it "
             "has "
-            "queries alone; exact: whose buffers of exact blocks, of a memory of 4 bits, 0 those of all in turn");
+            "queries alone; exact: whose buffers of exact blocks, of a memory of 4 bits, 0 those of all in turn; "
+            "skipped: first slots that no row attends to");
     nb::class_<Floats>(m, "Floats", "fp32 rows of a program.").def_ro("cols", &Floats::cols);
     nb::class_<Rows>(m, "Rows", "A value as linears read it: integers, fp32, or both.")
         .def_prop_ro("floats", [](const Rows& r) {

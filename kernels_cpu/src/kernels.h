@@ -103,13 +103,17 @@ struct AttentionLayer {
     int exact = 0;                 // of the buffers of exact blocks of 4-bit memories: 0, that of all layers in turn
     double slope = 0.0;            // queries at position p are multiplied by 1 + slope · log(1 + ⌊p / original⌋) too
     double original = 1.0;
-    int latent = 0;  // so many last channels of a key are its value too, and no values are stored; 0: they are apart
+    int latent = 0;   // so many last channels of a key are its value too, and no values are stored; 0: they are apart
+    int skipped = 0;  // first slots that no row attends to
 
     int per_kv() const { return n_heads / n_kv; }
     int cols() const { return (n_heads + (shared ? 0 : latent ? n_kv : 2 * n_kv)) * head_dim; }
     int value_dim() const { return latent ? latent : head_dim; }
     // First slot that a row attends to, where `visible` are there with its own.
-    int first_slot(int visible) const { return window && visible > window ? visible - window : 0; }
+    int first_slot(int visible) const {
+        const int first = window && visible > window ? visible - window : 0;
+        return first > skipped ? first : skipped;
+    }
 };
 
 // Rotates q in place (and scales it for the softmax), writes rotated k and v to the cache, unless they are another

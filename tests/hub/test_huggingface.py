@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from heads import head_settings, head_tensors, save_head
 from hub_server import OLD, REPO, SHA, Hub
 from tiny import tiny_folder
 from tiny_gguf import write
@@ -178,6 +179,25 @@ def test_a_model_of_an_unsupported_family_is_refused_before_a_byte_of_it(hub, ti
     hub.files["config.json"] = json.dumps(config | {"architectures": ["MambaForCausalLM"]}).encode()
     refused(tinychat("pull", REPO), 1, "MambaForCausalLM")
     assert fetched(hub) == {"config.json"}
+
+
+def test_a_head_is_pulled_and_drafts_and_one_of_another_kind_is_refused_before_a_byte_of_it(
+    hub, tinychat, tmp_path
+):
+    s = head_settings(eagle_aux_hidden_state_layer_ids=[0, 1, 2])
+    folder = save_head(tmp_path / "head", s, head_tensors(s))
+    files = {f.name: f.read_bytes() for f in folder.iterdir()}
+    older = {**files, "config.json": json.dumps(s | dict(architectures=["LlamaForCausalLMEagle"])).encode()}
+    hub.repos |= {"someone/head": files, "someone/older": older}
+    code, out, err = tinychat(
+        *("run", REPO, "hi", "--draft", "someone/head", "--draft-tokens", "3"),
+        *("--temp", "0", "--max-tokens", "8", "--json"),
+    )
+    assert code == 0, err
+    assert "No draft" not in err
+    assert json.loads(out)["stats"]["drafted_tokens"] > 0
+    assert installed(tinychat) == ["someone/head", REPO]
+    refused(tinychat("pull", "someone/older"), 1, "EAGLE-1")
 
 
 def test_one_gguf_of_several_is_fetched(hub, tinychat, tmp_path):

@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,16 @@ import numpy as np
 from tinychat.backends import pack_store
 from tinychat.backends.cpu_pack import CpuLayout, CpuWeights
 from tinychat.backends.cpu_recorder import Recorder
+from tinychat.backends.guessed import named, spread
 from tinychat.backends.interface import Slots, Span, States, Step, Tails, memories_of, with_tails
 from tinychat.base import machine
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.kernels_cpu import _native
-from tinychat.models import FAMILIES, PREDICTING
-from tinychat.network import further
+from tinychat.models import FAMILIES, predictor
+from tinychat.network import eagle, further
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
+from tinychat.network.eagle import Head
 from tinychat.network.weight_policy import WeightPolicy
 
 MAX_ROWS = 512
@@ -73,8 +75,10 @@ class CpuBackend:
         kv_bits: int = 16,
         tell: Callable[[str], None] | None = None,
         predicts: bool = False,
+        head: Head | None = None,
     ):
         """tell hears of what takes long. predicts: have the layer that predicts further, if there is one.
+        head: have this one in its place.
 
         Raises UsageError for an unknown setting, or a TINYCHAT_ISA that this CPU does not run."""
         if act_bits not in (None, 8, 16):
@@ -86,8 +90,14 @@ class CpuBackend:
         except RuntimeError as e:
             raise UsageError(*str(e).split("\n", 1)) from None
         self.cfg: ModelConfig = checkpoint.config if predicts else checkpoint.config.without_further
+        self._guessed = head and head.ids  # what the head's outputs stand for
+        if head is not None:
+            self.cfg = head.onto(checkpoint.config)
         self._n_outputs: int = getattr(checkpoint, "n_outputs", self.cfg.vocab_size)
         self.predicts = self.cfg.further is not None
+        self._of_head: dict[str, Any] = {}
+        if head is not None:
+            self._of_head["head"] = head.fingerprint(tell)
         memories = memories_of(self.cfg)
         self.memories = with_tails(memories) if kv_bits == 4 else memories
         # Every ISA has an exact 8-bit dot product and it is the fastest path, so it runs unless asked.
@@ -96,14 +106,18 @@ class CpuBackend:
         self.threads = threads or _native.cores()
         family = FAMILIES[self.cfg.family]
         layout = CpuLayout(self.threads)
-        self._pack = pack_store.opened(checkpoint, policy or WeightPolicy(), family, layout, tell)
-        weights = family.load(CpuWeights(self._pack), self.cfg)
+        policy = policy or WeightPolicy()
+        self._packs = [pack_store.opened(checkpoint, policy, family, layout, tell)]
+        weights = family.load(CpuWeights(self._packs[0]), self.cfg)
+        if head is not None:
+            self._packs.append(pack_store.opened(head, policy, eagle, layout))
+            weights = replace(weights, further=eagle.load(CpuWeights(self._packs[1]), self.cfg))
         sources = sorted({a.source for a in self.cfg.attentions if a.source >= 0})
         recorder = Recorder(self.memories, self.act_bits, tuple(sources))
         family.forward(recorder, self.cfg, weights)
-        for few in (False, True) if self.predicts else ():
+        for few in _parts(self.cfg):
             recorder.next_part()
-            PREDICTING[self.cfg.family].predict(recorder, self.cfg, weights, few)
+            predictor(self.cfg)(recorder, self.cfg, weights, few)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))
         self.max_rows = MAX_ROWS
         self._pools = [_Pool() for _ in self.memories]
@@ -116,7 +130,7 @@ class CpuBackend:
             "act_bits": self.act_bits,
             "kv_bits": self.kv_bits,
             "threads": self.threads,
-            **({"predicts": True} if self.predicts else {}),
+            **({"predicts": True, **self._of_head} if self.predicts else {}),
         }
 
     def kv_heads(self, memory: int = 0) -> tuple[int, int]:
@@ -210,17 +224,17 @@ class CpuBackend:
     def step(self, step: Step) -> np.ndarray:
         """Run the network. float32 [asked rows, vocab]."""
         rows, all_of_them = step.asked_rows, self._n_outputs
-        n = (further.fewer(self.cfg) if step.few else 0) or all_of_them
+        ids = self._guessed if step.further else None
+        n = (further.fewer(self.cfg) if step.few else 0) or (all_of_them if ids is None else len(ids))
         out = np.empty((rows, n), np.float32)
         self._run(step, out, None)
-        rest = ((0, 0), (0, all_of_them - n))
-        return np.pad(out, rest, constant_values=-np.inf) if n < all_of_them else out
+        return spread(out, all_of_them, ids)
 
     def step_greedy(self, step: Step) -> np.ndarray:
         """The argmax of each asked row (`Backend.step_greedy`); no logits are written."""
         out = np.empty(step.asked_rows, np.int32)
         self._run(step, None, out)
-        return out
+        return named(out, self._guessed) if step.further else out
 
     def free_memory(self) -> int:
         """Bytes that the machine can still give."""
@@ -247,9 +261,16 @@ class CpuBackend:
     def _run(self, step: Step, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
         if self._program is None:
             raise TinychatError("The model is closed.", "Load it again.")
-        self._pack.check_usable()
+        for pack in self._packs:
+            pack.check_usable()
         spans = tuple([_native_span(span) for span in step.spans])
-        self._program.run(spans, logits, greedy, step.further + (step.further and step.few))
+        few = step.few and further.fewer(self.cfg) > 0
+        self._program.run(spans, logits, greedy, step.further + (step.further and few))
+
+
+def _parts(cfg: ModelConfig) -> tuple[bool, ...]:
+    """The parts of a program that draft: of all ids, and of few, where these are fewer."""
+    return () if cfg.further is None else (False, True) if further.fewer(cfg) else (False,)
 
 
 def _native_span(span: Span) -> tuple:

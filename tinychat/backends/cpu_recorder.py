@@ -337,6 +337,7 @@ class Recorder(LatentOps, StreamOps):
             original=c.original,
             shared=c.source >= 0,
             latent=c.latent.rank if c.latent else 0,
+            skipped=c.skipped,
             exact=1 + self.sources.index(c.kept_by(layer)) if c.kept_by(layer) in self.sources else 0,
         )
 

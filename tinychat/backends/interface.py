@@ -60,7 +60,7 @@ def memories_of(cfg: ModelConfig) -> tuple[MemorySpec, ...]:
                 latent = a.latent.rank if a.latent else 0
                 alike.setdefault((a.window, a.n_kv_heads, a.head_dim, latent), []).append(i)
     if cfg.further is not None:  # its attention, and the hidden state that it goes on from
-        states.setdefault(cfg.hidden_size, []).append(cfg.n_layers)
+        states.setdefault(cfg.handed_on, []).append(cfg.n_layers)
     return tuple(
         MemorySpec(
             "window" if shape[0] else "paged", tuple(alike[shape]), *shape[1:3], shape[0], latent=shape[3]

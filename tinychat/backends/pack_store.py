@@ -19,7 +19,8 @@ from tinychat.backends.pack_file import FileSink, MemorySink, Pack, PackInMemory
 from tinychat.backends.plan import rounded
 from tinychat.base import locations
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.family import Family
+from tinychat.network.config import ModelConfig
+from tinychat.network.family import WeightSource
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear
 
@@ -41,10 +42,18 @@ class Layout(Protocol):
         ...
 
 
+class Loads(Protocol):
+    """A family, or what else asks a loader for all its weights."""
+
+    def load(self, w: WeightSource, cfg: ModelConfig) -> Any:
+        """Ask for every weight, in the order of use."""
+        ...
+
+
 def opened(
     checkpoint: Checkpoint,
     policy: WeightPolicy,
-    family: Family,
+    family: Loads,
     layout: Layout,
     tell: Tell | None = None,
     at_once: bool = False,
@@ -123,7 +132,7 @@ class Packer:
         self.checkpoint, self.policy, self.layout, self.sink = checkpoint, policy, layout, sink
         self.index: dict[str, Any] = {"linears": {}, "vectors": {}}
 
-    def pack(self, family: Family) -> dict[str, Any]:
+    def pack(self, family: Loads) -> dict[str, Any]:
         """All weights, one after the other; the index."""
         family.load(self, self.checkpoint.config)
         self.sink.finish(self.index)

@@ -4,12 +4,14 @@ backend.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tinychat.backends.guessed import spread
 from tinychat.backends.interface import BLOCK, Slots, Step, Tails, memories_of, place_of, tail_of, with_tails
 from tinychat.backends.reference_experts import ExpertOps
 from tinychat.backends.reference_kv4 import Kv4Pool
@@ -18,9 +20,11 @@ from tinychat.backends.reference_memory import KvPool, StatePool, pool_slots, ro
 from tinychat.backends.reference_state import StateOps
 from tinychat.base import machine
 from tinychat.kernels_cpu import _native
-from tinychat.models import FAMILIES, PREDICTING
+from tinychat.models import FAMILIES, predictor
+from tinychat.network import eagle
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig
+from tinychat.network.eagle import Head
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear
 
@@ -76,19 +80,28 @@ class ReferenceBackend(ExpertOps, LatentOps, StateOps):
         threads: int | None = None,
         kv_bits: int = 32,
         predicts: bool = False,
+        head: Head | None = None,
     ):
         """kv_bits: 32, or 16, 8 or 4 to keep keys and values as the fast backends do.
-        predicts: have the layer that predicts further, if there is one.
+        predicts: have the layer that predicts further, if there is one. head: have this one in its place.
         """
         if threads:
             torch.set_num_threads(threads)
         self.cfg: ModelConfig = checkpoint.config if predicts else checkpoint.config.without_further
+        self._guessed = head and head.ids  # what the head's outputs stand for
+        if head is not None:
+            self.cfg = head.onto(checkpoint.config)
         self.predicts = self.cfg.further is not None
+        self._of_head: dict[str, Any] = {}
         self.memories = memories_of(self.cfg)
         if kv_bits == 4:
             self.memories = with_tails(self.memories)
         self.family = FAMILIES[self.cfg.family]
-        self.weights = self.family.load(_Loader(checkpoint, policy or WeightPolicy()), self.cfg)
+        policy = policy or WeightPolicy()
+        self.weights = self.family.load(_Loader(checkpoint, policy), self.cfg)
+        if head is not None:
+            self.weights = replace(self.weights, further=eagle.load(_Loader(head, policy), self.cfg))
+            self._of_head["head"] = head.fingerprint()
         self.kv_bits = kv_bits
         tails = {spec.of: KvPool(spec, 16) for spec in self.memories if spec.kind == "tail"}
         self.pools: list[Any] = []
@@ -114,7 +127,7 @@ class ReferenceBackend(ExpertOps, LatentOps, StateOps):
             "act_bits": 32,
             "kv_bits": self.kv_bits,
             "threads": torch.get_num_threads(),
-            **({"predicts": True} if self.predicts else {}),
+            **({"predicts": True, **self._of_head} if self.predicts else {}),
         }
 
     def kv_heads(self, memory: int = 0) -> tuple[int, int]:
@@ -160,8 +173,8 @@ class ReferenceBackend(ExpertOps, LatentOps, StateOps):
     def step(self, step: Step) -> np.ndarray:
         self._begin(step)
         if step.further:
-            predict = PREDICTING[self.cfg.family].predict
-            return predict(self, self.cfg, self.weights, step.few).numpy()
+            logits = predictor(self.cfg)(self, self.cfg, self.weights, step.few).numpy()
+            return spread(logits, self.cfg.vocab_size, self._guessed)
         return self.family.forward(self, self.cfg, self.weights).numpy()
 
     def step_greedy(self, step: Step) -> np.ndarray:
@@ -336,6 +349,7 @@ class ReferenceBackend(ExpertOps, LatentOps, StateOps):
         mask = there <= own
         if attention.window:
             mask &= there > own - attention.window
+        mask &= there >= attention.skipped
         self._score(q, keys[0], mask, attention, slots, layer, scored, first)
         if attention.soft_cap or self.sinks is not None:
             p = self._probabilities(q, keys[0], mask, attention)  # [kv_heads, heads of each, rows, slots]

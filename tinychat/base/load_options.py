@@ -66,8 +66,9 @@ class LoadOptions(Settings):
     draft: str | None = setting(Text(
         None, group=ANSWER, metavar="MODEL|mtp|ngram|auto|none", help="Who drafts; the text stays the same.",
         about="Who drafts tokens for verification: \"mtp\" (the model's own layer that predicts further), "
-        '"ngram", or a smaller model of the same family; the text is the same. Default: "mtp" where the '
-        "model has it, else \"ngram\", where the backend's rows are independent of each other.",
+        '"ngram", a smaller model of the same family, or an EAGLE-3 head; the text is the same. Default: '
+        '"mtp" where the model has it, else "ngram", where the backend\'s rows are independent of each '
+        "other.",
     ))
     draft_tokens: int | None = setting(Whole(
         None, 0, 15, group=ANSWER, help="Draft this many, always.",

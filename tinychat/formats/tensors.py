@@ -30,6 +30,7 @@ DTYPES = {
     "U32": "<u4",
     "I8": "i1",
     "U8": "u1",
+    "BOOL": "u1",
     "F8_E4M3": "u1",
     "F8_E8M0": "u1",
 }  # BF16 and F8: their bits

@@ -130,8 +130,18 @@ def cached(source: Source) -> Path | None:
             names = tensors  # by whatever name, as old AutoGPTQ repos have it
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    whole = names <= set(files) and (root / "config.json").is_file() and (root / "tokenizer.json").is_file()
-    return root if whole else None
+    whole = names <= set(files) and (root / "config.json").is_file()
+    return root if whole and ((root / "tokenizer.json").is_file() or _is_head(root)) else None
+
+
+def _is_head(root: Path) -> bool:
+    from tinychat.formats.eagle import is_head
+    from tinychat.formats.tensors import read_json
+
+    try:
+        return is_head(read_json(root / "config.json") or {})
+    except TinychatError:
+        return False
 
 
 def choose_files(repo: str, names: list[str], wanted: str | None = None) -> list[str]:
@@ -201,6 +211,7 @@ def _check_config(repo: str, revision: str | None, files: list[str], staging: Pa
         return
     import huggingface_hub as hub
 
+    from tinychat.formats.eagle import check_settings, is_head
     from tinychat.formats.hf import read_config
     from tinychat.formats.quantization import read_quantization
 
@@ -212,6 +223,9 @@ def _check_config(repo: str, revision: str | None, files: list[str], staging: Pa
             raise ValueError("not an object")
     except (OSError, ValueError) as e:
         raise CheckpointError(f"config.json of {repo} is damaged: {e}.", "Choose another repository.") from e
+    if is_head(config):
+        check_settings(config)
+        return
     read_config(config)
     read_quantization(path.parent, config)
 

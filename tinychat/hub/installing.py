@@ -88,12 +88,15 @@ def _install_from(source: Source, name: str, folder: Path, parts: Path, expect: 
 
 def _checked(staging: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Open what was downloaded, so that nothing unreadable gets installed; what a listing says of it."""
-    from tinychat.formats import open_checkpoint
+    from tinychat.formats import open_weights
+    from tinychat.formats.eagle import EagleHead
 
     path = model_path(staging, facts)
-    checkpoint = open_checkpoint(path)
-    checkpoint.tokenizer()
-    said = {"quantization": quantization(path, checkpoint), "context": checkpoint.config.context_length}
+    checkpoint = open_weights(path)
+    said: dict[str, Any] = {"quantization": quantization(path, checkpoint)}
+    if not isinstance(checkpoint, EagleHead):
+        checkpoint.tokenizer()
+        said["context"] = checkpoint.config.context_length
     license = facts.get("license") or license_of(path, checkpoint)
     return said | ({"license": license} if license else {})
 

@@ -212,12 +212,12 @@ def remove(model: str) -> int:
 
 def _remove_packs(path: Path) -> int:
     """Delete what backends have made of the model: its packs. Returns the bytes freed."""
-    from tinychat.formats import open_checkpoint
+    from tinychat.formats import open_weights
 
     if not locations.packs_dir().is_dir():
         return 0
     try:
-        fingerprint = open_checkpoint(path).fingerprint()
+        fingerprint = open_weights(path).fingerprint()
     except (TinychatError, OSError):
         return 0
     freed = 0

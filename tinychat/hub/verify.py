@@ -12,7 +12,8 @@ from tinychat.base import identity, locations
 from tinychat.base.errors import CheckpointError, TinychatError
 from tinychat.base.files import MappedFile
 from tinychat.base.machine import human_bytes
-from tinychat.formats import open_checkpoint
+from tinychat.formats import open_weights
+from tinychat.formats.eagle import EagleHead
 from tinychat.hub.transfer import sha256_of
 
 Tell = Callable[[str], None]
@@ -47,8 +48,9 @@ def verify(path: Path, manifest: dict[str, Any] | None = None, tell: Tell | None
         except OSError as e:
             out.bad_files[name] = e.strerror or str(e)
     try:
-        checkpoint = open_checkpoint(path)
-        checkpoint.tokenizer()
+        checkpoint = open_weights(path)
+        if not isinstance(checkpoint, EagleHead):
+            checkpoint.tokenizer()
     except TinychatError as e:
         out.bad_files.setdefault(path.name, e.what)
         return out

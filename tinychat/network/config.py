@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tinychat.network.checks import check_caps, check_number, check_scales, damaged
+from tinychat.network.head_config import HeadConfig
 from tinychat.network.latent import LatentConfig
 from tinychat.network.recurrence import Recurrence
 
@@ -88,6 +89,7 @@ class AttentionConfig:
     source    the layer whose keys and values it attends to instead of its own; -1: it has its own
     tied      its values are its keys as their linear gives them, so there is no linear of values
     latent    what its one key and value head is made of, if that is one compressed row; head_dim is its size
+    skipped   first tokens of a text that nobody attends to
     """
 
     n_heads: int
@@ -103,6 +105,7 @@ class AttentionConfig:
     source: int = -1
     tied: bool = False
     latent: LatentConfig | None = None
+    skipped: int = 0
 
     def __post_init__(self):
         for name, limit in (("n_heads", 1024), ("n_kv_heads", 1024), ("head_dim", 1024)):
@@ -267,6 +270,7 @@ class ModelConfig:
     layer_inputs    values of each token that every layer gets beside the residual, from rows of an embedding
                     of `layer_vocab` rows, which has those of all layers; 0: there are none
     further         a layer behind all others that predicts one token further (`network.further`)
+    head            what that layer has around it if it is a head out of another folder (`network.eagle`)
     streams         how many residuals there are side by side, of which blocks read the first
     laurel          channels of a second way around attention; 0: there is none
     """
@@ -294,6 +298,7 @@ class ModelConfig:
     further: LayerConfig | None = None
     streams: int = 1
     laurel: int = 0
+    head: HeadConfig | None = None
 
     def __post_init__(self):
         numbers = {
@@ -346,12 +351,19 @@ class ModelConfig:
     @property
     def whole(self) -> ModelConfig:
         """The config with the layer that predicts further among the others."""
-        return self if self.further is None else replace(self, layers=self.all_layers, further=None)
+        return (
+            self if self.further is None else replace(self, layers=self.all_layers, further=None, head=None)
+        )
 
     @property
     def without_further(self) -> ModelConfig:
         """The config without the layer that predicts further."""
-        return self if self.further is None else replace(self, further=None)
+        return self if self.further is None else replace(self, further=None, head=None)
+
+    @property
+    def handed_on(self) -> int:
+        """Size of the state that the layer which predicts further goes on from."""
+        return self.head.hidden_size if self.head else self.hidden_size
 
     @property
     def attentions(self) -> tuple[AttentionConfig, ...]:

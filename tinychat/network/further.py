@@ -102,7 +102,7 @@ Keep = Callable[[Ops, ModelConfig, Any, Handle, int], None]
 
 def load(w: WeightSource, cfg: ModelConfig, load_block: LoadBlock) -> Further | None:
     """Ask the backend's loader `w` for its weights, if there is such a layer."""
-    if cfg.further is None:
+    if cfg.further is None or cfg.head is not None:  # a head comes from elsewhere
         return None
     p = prefix(cfg)
     return Further(
@@ -125,7 +125,7 @@ def remember(ops: Ops, cfg: ModelConfig, w: Any, x: Handle, keep: Keep) -> None:
 
 def fewer(cfg: ModelConfig) -> int:
     """How many token ids get logits where few do; 0: all."""
-    return FEW if cfg.vocab_size >= 2 * FEW else 0
+    return FEW if cfg.vocab_size >= 2 * FEW and cfg.head is None else 0
 
 
 def predict(ops: Ops, cfg: ModelConfig, w: Any, block: Block, few: bool) -> Handle:

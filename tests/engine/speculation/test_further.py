@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from drafted import answer, same_text
 from recurrent import FURTHER, RecurrentCheckpoint, delta_model, further_model, looked_ahead
 
 from tinychat.base.load_options import LoadOptions
 from tinychat.engine import kv_file
-from tinychat.engine.eviction import EvictionPolicy
 from tinychat.engine.speculation.control import Controller, _Mean
 from tinychat.engine.speculation.further import FurtherLayer, few_suffice
 from tinychat.engine.speculation.speculator import Speculator
@@ -26,35 +26,6 @@ def model(tmp_path_factory):
         m.setenv("TINYCHAT_HOME", str(tmp_path_factory.mktemp("home")))
         with further_model(ctx=256) as made:
             yield made
-
-
-def answer(model, prompt, policy=None, drafts=None, **params):
-    """(ids, statistics) of an answer on a branch of its own."""
-    speculator = Speculator(FurtherLayer(model.engine), Controller(drafts)) if drafts else None
-    branch = model.engine.branch(policy)
-    params = model.default_sampling.but(max_tokens=40, **params)
-    *_, done = model.engine.generate(branch, prompt, params, speculator=speculator)
-    branch.free()
-    return done.completion.token_ids, done.stats
-
-
-def same_text(model, prompts: int, seed: int = 0) -> tuple[int, int, int]:
-    """Random prompts, windows, settings and policies; tokens drafted, accepted and given up."""
-    rng, drafted, accepted, evicted = np.random.default_rng(seed), 0, 0, 0
-    for i in range(prompts):
-        prompt = rng.integers(0, 256, int(rng.integers(1, 100))).tolist()
-        params = dict(temperature=0.0)
-        if i % 2:
-            params = dict(temperature=float(rng.uniform(0.3, 1.2)), seed=int(rng.integers(1 << 31)))
-        if rng.random() < 0.3:
-            params["repeat_penalty"] = 1.15
-        policy = EvictionPolicy.of("h2o", 112) if rng.random() < 0.4 else None
-        plain, _ = answer(model, prompt, policy, **params)
-        ours, stats = answer(model, prompt, policy, drafts=int(rng.integers(1, 9)), **params)
-        assert ours == plain
-        drafted, accepted = drafted + stats.drafted_tokens, accepted + stats.accepted_tokens
-        evicted += stats.evicted_tokens
-    return drafted, accepted, evicted
 
 
 def test_the_text_is_the_same_and_drafts_are_accepted(model):

@@ -1,4 +1,4 @@
-"""Drafts by the model's own layer that predicts further: on its branch, with its embedding and head."""
+"""Drafts by the layer that predicts further, the model's own or a head's: on the model's branch."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class FurtherLayer:
     wherever that goes, and a draft begins with nothing to read.
     """
 
-    name, slow = "mtp", True
+    slow = True
 
-    def __init__(self, engine: Home):
-        self.engine = engine
+    def __init__(self, engine: Home, name: str = "mtp"):
+        self.engine, self.name = engine, name
         self._branch: ref[Branch] | None = None
         self._answer, self._few = 0, False  # where in the context it begins; whether few ids suffice
         memories = engine.backend.memories
@@ -54,11 +54,13 @@ class FurtherLayer:
         seed: int,
         guide: Guide | None = None,
     ) -> Draft:
-        """k tokens, a row of the layer each; none while the branch has given way, or there is no room."""
+        """k tokens, a row of the layer each; none while the branch has given way, before it has a token, or
+        where there is no room.
+        """
         branch, engine = self._branch() if self._branch is not None else None, self.engine
         guesses = Guesses(context, self._answer, params, seed, guide, engine.tokenizer.eos_ids)
         with engine.changing():
-            if branch is not None and len(branch) == len(context) - 1:
+            if branch is not None and 0 < len(branch) == len(context) - 1:
                 # no room, or weights that are damaged: fewer drafts, the same text
                 self._few = few_suffice(context[-LOOKED_AT:])
                 with suppress(PoolExhaustedError, CheckpointError), ahead(branch, self._memory, k) as rows:
