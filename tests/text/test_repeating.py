@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinychat.text.repeating import EVERY, LONGEST, WINDOW, Circle
+from tinychat.text.repeating import EVERY, LONGEST, LONGEST_WIDE, WIDE, WINDOW, Circle
 
 
 def closes(pieces):
@@ -40,12 +40,23 @@ def test_what_does_not_repeat_is_left_alone(ids, random):
         "Look:\n\n~~~python\n" + "x = 0\n" * 300,
         "| a | b |\n|---|---|\n" + "| 0 | 0 |\n" * 200,
         "Indented:\n\n" + "    00 00 00 00\n" * 200,
+        "```\n" + "{\n    'a': 0\n}\n" * 100,  # for a while
+        "```\n" + "0 0 0 0\n\n" * 600,
     ],
 )
 def test_code_and_tables_may_repeat(text):
     pieces = [w for line in text.splitlines(keepends=True) for w in line.replace(" ", "\x00 ").split("\x00")]
     assert len(pieces) > 2 * WINDOW
     assert closes(pieces) is None
+
+
+@pytest.mark.parametrize("before", ["", "```\n"])
+def test_several_lines_again_and_again_are_a_circle_in_a_table_or_in_code(before):
+    rows = [p for name in ("Mars", "Earth", "Venus") for p in ("|", f" {name}", " |", " 1", " |", "\n")]
+    n = closes([before, *rows * 100])
+    assert WIDE <= n < WIDE + len(rows) + 8 * EVERY
+    long = [p for i in range(LONGEST_WIDE // 3 + 1) for p in ("|", f" {i}", "\n")]
+    assert closes([before, *long * 10]) is None
 
 
 def test_behind_the_code_it_counts_again():
