@@ -78,6 +78,18 @@ class Memory:
         return Memory(self.address + start, stop - start, self._owner or self)
 
 
+class SharedMemory(Memory):
+    """Bytes of the host's that the device reads over the bus, by the same address. `bytes`: uint8 [size]."""
+
+    def __init__(self, bytes: np.ndarray):
+        super().__init__(bytes.ctypes.data, bytes.size, bytes)
+        self.bytes = bytes
+
+    def __getitem__(self, part: slice) -> SharedMemory:
+        """The bytes from `part.start` to `part.stop`."""
+        return SharedMemory(self.bytes[part])
+
+
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute with an int for its value."""
 
@@ -192,9 +204,20 @@ class Device:
         raw._owner = _Freed(self, "cuMemFreeHost", address)
         return np.frombuffer(raw, np.uint8)[:size].view(dtype).reshape(shape)
 
+    def shared(self, size: int) -> SharedMemory:
+        """Host memory that kernels read over the bus (with unified addresses all pinned memory is that).
+        Raises OutOfMemoryError.
+        """
+        return SharedMemory(self.pinned((size,), np.uint8))
+
     def upload(self, to: Memory, data: np.ndarray) -> None:
-        """Into device memory. Nobody may write to the array before `synchronize`."""
-        if data.nbytes:
+        """Into device memory. Nobody may write to the array before `synchronize`. What is put into shared
+        memory must be new there: kernels that read what it was may still run.
+        """
+        data = np.ascontiguousarray(data)
+        if isinstance(to, SharedMemory):
+            to.bytes[: data.nbytes] = data.reshape(-1).view(np.uint8)
+        elif data.nbytes:
             self._hold(data)
             size = c_size_t(data.nbytes)
             self._put("cuMemcpyHtoDAsync_v2", c_uint64(to.address), c_void_p(data.ctypes.data), size)

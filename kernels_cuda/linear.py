@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,16 +87,20 @@ def launch(
 def upload(
     modules: Modules,
     shape: Shape,
-    parts: dict[str, np.ndarray | None],
+    parts: Mapping[str, np.ndarray | Sequence[np.ndarray] | None],
     allocate: Callable[[int], Memory] | None = None,
 ) -> DeviceLinear:
-    """Packed arrays (codes, meta, zeros, bias, perm) to the device."""
+    """Packed arrays (codes, meta, zeros, bias, perm) to the device; each may be in pieces, one behind the
+    other.
+    """
     memory: dict[str, Memory] = {}
-    for name, a in parts.items():
-        if a is not None:
-            a = np.ascontiguousarray(a)
-            memory[name] = (allocate or modules.device.allocate)(a.nbytes)
-            modules.device.upload(memory[name], a)
+    for name, part in parts.items():
+        pieces, at = [part] if isinstance(part, np.ndarray) else part or [], 0
+        if pieces:
+            memory[name] = (allocate or modules.device.allocate)(sum(a.nbytes for a in pieces))
+        for a in pieces:
+            modules.device.upload(memory[name][at : at + a.nbytes], a)
+            at += a.nbytes
     rest = (memory.get(name) for name in ("meta", "zeros", "bias", "perm"))
     return DeviceLinear(shape, memory["codes"], *rest)
 

@@ -40,6 +40,7 @@ FLOORS = [
     ("chat_request", "embedding", "session"),
     ("model",),
     ("tool_loop",),
+    ("fitting",),
     ("loading",),
     ("synthetic",),
     ("bench", "bench_threads", "perplexity", "gpu_check"),

@@ -69,6 +69,7 @@ class LoadKeywords(TypedDict, total=False):
     kv_disk_budget: int
     kv_bits: Literal[16, 8, 4]
     device: Literal["auto", "cpu", "cuda", "reference"]
+    gpu_memory: float | Literal["auto"]
     threads: int | None
     act_bits: Literal[16, 8] | None
     head_bits: Literal[8, 16]

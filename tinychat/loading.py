@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinychat import fitting
 from tinychat.backends.interface import Backend
 from tinychat.base import arguments
 from tinychat.base.errors import MemoryBudgetError, ModelNotFoundError, TinychatError, UsageError
 from tinychat.base.extras import import_torch
 from tinychat.base.load_options import LoadOptions
-from tinychat.base.machine import HEADROOM, available_memory, has_gpu, human_bytes
+from tinychat.base.machine import HEADROOM, available_memory, has_gpu, human_bytes, human_rate
 from tinychat.engine.speculation.draft_model import check_vocabulary
 from tinychat.formats import open_checkpoint
 from tinychat.formats.eagle import EagleHead, head_in
@@ -111,10 +112,10 @@ def make_backend(
     device, kv_bits = options.device, options.kv_bits
     policy = WeightPolicy(options.quantize, options.head_bits)
     if device == "cuda":
-        return _cuda(checkpoint, policy, kv_bits, progress)
+        return _cuda(checkpoint, policy, options, progress)
     if device == "auto" and has_gpu():
         try:
-            return _cuda(checkpoint, policy, kv_bits, progress, proved=True)
+            return _cuda(checkpoint, policy, options, progress, proved=True)
         except TinychatError as e:
             warnings.warn(f"The CPU is used: {e.what}", RuntimeWarning, stacklevel=2)
     # Mapped packs can be dropped by the system, but a model larger than memory would crawl.
@@ -142,18 +143,39 @@ def make_backend(
 def _cuda(
     checkpoint: Checkpoint,
     policy: WeightPolicy,
-    kv_bits: int,
+    options: LoadOptions,
     progress: Callable[[str], None] | None,
     proved: bool = False,
 ) -> Backend:
-    """proved: only where the GPU has passed its self-check, which is made now if it was not."""
-    from tinychat.backends.cuda import CudaBackend
-    from tinychat.backends.cuda_device import free_memory, open_modules
+    """proved: only where the GPU has passed its self-check, which is made now if it was not; and only where
+    it is not slower than the CPU.
+    """
+    from tinychat.backends import cuda
+    from tinychat.backends.cuda_device import open_modules
     from tinychat.backends.cuda_proof import open_proved
 
+    memories = cuda.refuse_unknown(checkpoint, options.kv_bits)
     modules = open_proved(progress) if proved else open_modules(tell=progress)
-    _check_room(checkpoint, 0.55, free_memory(modules.device))
-    return CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=modules, tell=progress)
+    how = fitting.Fitting(checkpoint, policy, options, memories)
+    gpu = fitting.Gpu.of(modules.device)
+    how.division(gpu)  # what cannot fit is refused before weights are read
+    pack = cuda.opened_pack(checkpoint, policy, progress)
+    division = how.division(gpu, pack)
+    if division.in_ram:
+        fitting.check_ram(checkpoint, division)
+        gpu = gpu.measured(modules.device)
+        rate, alone = how.rate(division, gpu), how.on_cpu().rate
+        if proved and rate and alone and rate < alone:
+            raise MemoryBudgetError(
+                f"{gpu.name} has no room for all of {checkpoint.path.name}, and would be slower with a part.",
+                "Use --device cuda to try.",
+            )
+        if progress is not None:
+            progress(f"{fitting.away(division)}: {human_rate(rate)} tokens a second")
+    return cuda.CudaBackend(
+        checkpoint, policy, kv_bits=options.kv_bits, modules=modules, tell=progress, pack=pack,
+        division=division, limit=gpu.limit(options.gpu_memory),
+    )  # fmt: skip
 
 
 def _check_room(

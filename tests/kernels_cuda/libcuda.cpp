@@ -49,6 +49,7 @@ std::string failing;
 int failing_code = 0, lost = 0;
 int version = 12060, devices = 1, capability = 86, integrated = 0;
 size_t total = size_t(8) << 30, used = 0;
+size_t host_total = size_t(8) << 30, host_used = 0;  // pinned
 int launches = 0, overlaps = 0;
 void* current = nullptr;  // context
 std::vector<void*> before;
@@ -174,10 +175,17 @@ allocations.erase(it);
 return 0;
 }
 CALL(cuMemHostAlloc, void** address, size_t size, unsigned)
+if (host_used + size > host_total) return OUT_OF_MEMORY;
 *address = aligned_alloc(256, (size + 255) / 256 * 256);
+allocations[reinterpret_cast<uint64_t>(*address)] = {*address, 0, size};  // kernels may read it too
+host_used += size;
 return 0;
 }
 CALL(cuMemFreeHost, void* address)
+auto it = allocations.find(reinterpret_cast<uint64_t>(address));
+if (it == allocations.end()) return INVALID;
+host_used -= it->second.size;
+allocations.erase(it);
 free(address);
 return 0;
 }
@@ -333,6 +341,8 @@ extern "C" void fake_lose(int code) { lost = code; }
 extern "C" int fake_launches() { return launches; }
 extern "C" int fake_overlaps() { return overlaps; }
 extern "C" size_t fake_used() { return used; }
+extern "C" size_t fake_host_used() { return host_used; }
+extern "C" void fake_host(size_t bytes) { host_total = bytes; }
 extern "C" void* fake_current() { return current; }
 extern "C" void fake_be_current(void* context) { current = context; }
 extern "C" void fake_listen(bool on) {

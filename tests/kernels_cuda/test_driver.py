@@ -29,6 +29,7 @@ def device():
 @pytest.fixture
 def called():
     """`called()`: what has been asked of the driver since the last time."""
+    gc.collect()  # what earlier tests left is freed by other devices
     controls().fake_listen(True)
 
     def since() -> list[str]:

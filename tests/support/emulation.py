@@ -113,7 +113,8 @@ def controls() -> ctypes.CDLL:
     """What libcuda.cpp has beside the driver's functions: `fake_fail` and so on."""
     library = ctypes.CDLL(driver())
     library.fake_device.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_size_t]
-    library.fake_used.restype = ctypes.c_size_t
+    library.fake_used.restype = library.fake_host_used.restype = ctypes.c_size_t
+    library.fake_host.argtypes = [ctypes.c_size_t]
     library.fake_said.restype = ctypes.c_char_p
     library.fake_current.restype = ctypes.c_void_p
     library.fake_be_current.argtypes = [ctypes.c_void_p]

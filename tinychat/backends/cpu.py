@@ -19,7 +19,7 @@ from tinychat.backends import pack_store
 from tinychat.backends.cpu_pack import CpuLayout, CpuWeights
 from tinychat.backends.cpu_recorder import Recorder
 from tinychat.backends.guessed import named, spread
-from tinychat.backends.interface import Slots, Span, States, Step, Tails, memories_of, with_tails
+from tinychat.backends.interface import MemorySpec, Slots, Span, States, Step, Tails, memories_of, with_tails
 from tinychat.base import machine
 from tinychat.base.errors import MemoryBudgetError, TinychatError, UsageError
 from tinychat.kernels_cpu import _native
@@ -140,9 +140,7 @@ class CpuBackend:
 
     def kv_bytes_per_block(self, memory: int = 0) -> int:
         """Bytes of one block of BLOCK slots: keys and values of all layers of that memory; or of a state."""
-        if self.memories[memory].kind == "state":
-            return self.memories[memory].state_bytes
-        return _native.kv_block_bytes(*self._shape(memory))
+        return block_bytes(self.memories[memory], self.kv_bits)
 
     def allocate_kv(self, n_blocks: int, memory: int = 0) -> None:
         """Have a KV pool of so many blocks; memory is touched only as blocks are used."""
@@ -173,9 +171,7 @@ class CpuBackend:
             self._program.set_kv(memory, pool.bytes, pool.blocks, *self._shape(memory))
 
     def _shape(self, memory: int) -> tuple[int, int, int, int, int]:
-        spec = self.memories[memory]
-        bits = 16 if spec.kind == "tail" else self.kv_bits
-        return len(spec.layers), spec.kv_heads, spec.head_dim, bits, spec.latent
+        return _shape_of(self.memories[memory], self.kv_bits)
 
     def copy_block(self, src: int, dst: int, memory: int = 0) -> None:
         """Copy a pool block, all layers (copy-on-write)."""
@@ -271,6 +267,16 @@ class CpuBackend:
 def _parts(cfg: ModelConfig) -> tuple[bool, ...]:
     """The parts of a program that draft: of all ids, and of few, where these are fewer."""
     return () if cfg.further is None else (False, True) if further.fewer(cfg) else (False,)
+
+
+def block_bytes(spec: MemorySpec, kv_bits: int) -> int:
+    """Bytes of one block of BLOCK slots, all layers of that memory; or of a state."""
+    return spec.state_bytes if spec.kind == "state" else _native.kv_block_bytes(*_shape_of(spec, kv_bits))
+
+
+def _shape_of(spec: MemorySpec, kv_bits: int) -> tuple[int, int, int, int, int]:
+    bits = 16 if spec.kind == "tail" else kv_bits
+    return len(spec.layers), spec.kv_heads, spec.head_dim, bits, spec.latent
 
 
 def _native_span(span: Span) -> tuple:

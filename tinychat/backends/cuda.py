@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from tinychat.backends import pack_store
 from tinychat.backends.cuda_device import free_memory, open_modules
-from tinychat.backends.cuda_pack import Loader
-from tinychat.backends.cuda_recorder import Recorder, check
+from tinychat.backends.cuda_model import MAX_ROWS, assemble
+from tinychat.backends.cuda_pack import CudaLayout, Loader, Source
+from tinychat.backends.cuda_recorder import check
+from tinychat.backends.cuda_room import Division
 from tinychat.backends.interface import BLOCK, LargestLogits, MemorySpec, Slots, Step, memories_of
 from tinychat.base.errors import (
     DeviceLostError,
@@ -25,20 +28,16 @@ from tinychat.base.errors import (
 )
 from tinychat.base.machine import human_bytes
 from tinychat.kernels_cuda import experts, head
-from tinychat.kernels_cuda.attention import MAX_HEAD, Shape
+from tinychat.kernels_cuda.attention import MAX_HEAD
 from tinychat.kernels_cuda.driver import DeviceError, Memory, OutOfMemoryError
 from tinychat.kernels_cuda.inputs import Sequence
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.kernels_cuda.pool import Pool
-from tinychat.kernels_cuda.program import Program, program_sources
 from tinychat.kernels_cuda.steps import Steps
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
 from tinychat.network.weight_policy import WeightPolicy
-
-MAX_ROWS = 512
-WORKSPACE = 64 << 20  # for attention's stretches: 16 rows of 32 heads at 16,000 tokens of context
 
 
 class CudaBackend:
@@ -47,7 +46,6 @@ class CudaBackend:
     name = "cuda"
     row_independent = True
     max_spans = MAX_ROWS
-    predicts = False  # there are no kernels for the layer that predicts further
     predicts = False  # there are no kernels for the layer that predicts further
     survives_fork = False  # a GPU's context is lost in a fork
 
@@ -59,48 +57,30 @@ class CudaBackend:
         kv_bits: int = 16,
         modules: Modules | None = None,
         tell: Callable[[str], None] | None = None,
+        pack: Source | None = None,
+        division: Division | None = None,
+        limit: int | None = None,
     ):
         """modules: a device and its compiler, in place of this machine's. tell hears of what takes long.
+        pack: that of the checkpoint, if it is open already. division: what stays in RAM; None: nothing, and
+        what does not fit is an error. limit: bytes of the device that may be taken, of those that are free.
 
         Raises UsageError for an unknown setting or where there is no usable GPU, MemoryBudgetError.
         """
-        if kv_bits == 4:
-            raise UsageError(
-                "The CUDA engine has no KV cache in 4 bits yet.", "Use --kv-bits 8, or --device cpu."
-            )
-        if kv_bits not in (8, 16):
-            raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 8 or 16.")
         self.cfg: ModelConfig = checkpoint.config.without_further
-        self.memories = memories_of(self.cfg)
+        self.memories = refuse_unknown(checkpoint, kv_bits)
         self.kv_bits = kv_bits
-        c = self.cfg
-        for spec in self.memories:
-            _check_memory(spec, checkpoint.path.name)
-        if c.n_experts > experts.MOST:
-            raise UnsupportedModelError(
-                f"{checkpoint.path.name} has {c.n_experts} experts in a layer; {experts.MOST} are the most.",
-                "Use --device cpu.",
-            )
-        check(FAMILIES[c.family], c)
         self._modules = modules or open_modules()
         self._device = self._modules.device
         self.max_rows = MAX_ROWS
-        shapes = [  # the layers of a memory are alike, but for rope and window
-            Shape(len(m.layers), c.layers[m.layers[0]].attention.n_heads, m.kv_heads, m.head_dim, kv_bits)
-            for m in self.memories
-        ]
         self._steps: Steps | None = None
         with self._on_device():
-            family = FAMILIES[c.family]
-            loader = Loader(checkpoint, policy or WeightPolicy(), family, self._modules, tell)
-            weights = family.load(loader, c)
-            self._modules.prepare([*loader.sources, *program_sources(shapes)])
-            workspace = self._device.allocate(WORKSPACE)
-            pools = [Pool(self._modules, shape, workspace) for shape in shapes]
-            program = Program(self._modules, MAX_ROWS, pools)
-            family.forward(Recorder(program, self.memories), c, weights)
-            program.build()
-            self._steps = Steps(program)
+            pack = pack or opened_pack(checkpoint, policy, tell)
+            self._kept_back = max(0, free_memory(self._device) - limit) if limit is not None else 0
+            spare = division.spare if division else None
+            loader = Loader(pack, self._modules, division.away if division else frozenset(), spare)
+            self._steps = Steps(assemble(loader, self.cfg, self.memories, kv_bits))
+        self.in_ram = loader.in_ram
 
     def describe(self) -> dict[str, Any]:
         """Facts of what runs: backend, isa, act_bits, kv_bits, threads."""
@@ -111,12 +91,13 @@ class CudaBackend:
             "kv_bits": self.kv_bits,
             "threads": None,
             "gpu": self._device.name,
+            **({"in_ram": self.in_ram} if self.in_ram else {}),
         }
 
     def free_memory(self) -> int:
         """Bytes that the device can still give."""
         with self._on_device():
-            return free_memory(self._device)
+            return max(0, free_memory(self._device) - self._kept_back)
 
     def bandwidth(self) -> float:
         """GB/s of a plain copy within the device, bytes read and written: the measure for decoding."""
@@ -333,6 +314,38 @@ class CudaBackend:
             f"{name} failed ({e}).",
             "What was said is kept. Start again; if it happens again, use --device cpu.",
         )
+
+
+def opened_pack(
+    checkpoint: Checkpoint, policy: WeightPolicy | None = None, tell: Callable[[str], None] | None = None
+) -> Source:
+    """The checkpoint's weights in the layout of these kernels."""
+    family = FAMILIES[checkpoint.config.family]
+    return pack_store.opened(checkpoint, policy or WeightPolicy(), family, CudaLayout(), tell, at_once=True)
+
+
+def refuse_unknown(checkpoint: Checkpoint, kv_bits: int) -> tuple[MemorySpec, ...]:
+    """The memories of a model that there are kernels for.
+
+    Raises UnsupportedModelError for one that there are none for, UsageError for a cache that there is not.
+    """
+    if kv_bits == 4:
+        raise UsageError(
+            "The CUDA engine has no KV cache in 4 bits yet.", "Use --kv-bits 8, or --device cpu."
+        )
+    if kv_bits not in (8, 16):
+        raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 8 or 16.")
+    cfg = checkpoint.config.without_further
+    memories = memories_of(cfg)
+    for spec in memories:
+        _check_memory(spec, checkpoint.path.name)
+    if cfg.n_experts > experts.MOST:
+        raise UnsupportedModelError(
+            f"{checkpoint.path.name} has {cfg.n_experts} experts in a layer; {experts.MOST} are the most.",
+            "Use --device cpu.",
+        )
+    check(FAMILIES[cfg.family], cfg)
+    return memories
 
 
 def _check_memory(spec: MemorySpec, name: str) -> None:

@@ -148,8 +148,28 @@ def free_memory(device: Device) -> int:
     their memory, what the CPU counts: the GPU's own count leaves out what the page cache would give back.
     """
     device.enter()
+    if device.busy:
+        device.synchronize()  # what was given up is free then
     free = machine.available_memory() if device.integrated else device.memory()[0]
     return max(0, free - device.room)
+
+
+MEASURED = 64 << 20  # bytes that are copied to measure a device
+
+
+def rates(device: Device) -> tuple[float, float]:
+    """GB/s of a plain copy within the device (read and written), and of the bus to it from pinned memory.
+
+    Raises DeviceError.
+    """
+    size = min(MEASURED, device.memory()[0] // 4)
+    a, b, host = device.allocate(size), device.allocate(size), device.pinned((size,), np.uint8)
+    inside, over = (
+        min(device.seconds(copy) for _ in range(3))
+        for copy in (lambda: device.copy(a, b), lambda: device.upload(a, host))
+    )
+    device.synchronize()
+    return 2 * size / max(inside, 1e-9) / 1e9, size / max(over, 1e-9) / 1e9
 
 
 def report(library: str = LIBRARY) -> dict[str, Any]:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
-from tinychat.backends import pack_store
 from tinychat.backends.exact_form import ExactForm, Kernels
 from tinychat.backends.pack_store import Put
 from tinychat.kernels_cuda import layout, linear
-from tinychat.kernels_cuda.driver import Memory
+from tinychat.kernels_cuda.driver import Memory, OutOfMemoryError
 from tinychat.kernels_cuda.layout import TILE, Form, Shape
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.modules import Modules
-from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.family import Family
+from tinychat.network import weight_form
 from tinychat.network.weight_form import TABLES, Coded
-from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import Linear, bf16_to_f32
 
 BESIDES = (
@@ -42,32 +40,40 @@ EXPERT = ".experts."  # in the name of a linear that is one of many
 PIECE, ALIGNED = 16 << 20, 256  # bytes
 
 Packed = tuple[Shape, dict[str, "np.ndarray | None"]]
+Pieces = tuple[Shape, dict[str, list[np.ndarray]]]  # of each part, one behind the other
 
 
-def _joined(packed: list[Packed]) -> list[Packed]:
+def _joined(packed: list[Packed]) -> list[Pieces]:
     """Weights of one form below each other, where the upper one ends with a whole tile."""
-    out: list[Packed] = []
+    out: list[Pieces] = []
     for shape, parts in packed:
-        if out and parts["perm"] is None:
+        pieces = {name: [] if a is None else [a] for name, a in parts.items()}
+        if out and not pieces["perm"]:
             above, over = out[-1]
             alike = (above.form, above.k, above.group) == (shape.form, shape.k, shape.group)
-            if alike and above.n % TILE == 0 and over["perm"] is None:
-                out[-1] = replace(above, n=above.n + shape.n), _below(above, over, shape, parts)
+            if alike and above.n % TILE == 0 and not over["perm"]:
+                both = {name: over[name] + pieces[name] for name in ("codes", "meta", "zeros", "perm")}
+                if over["bias"] or pieces["bias"]:
+                    pairs = ((above, over), (shape, pieces))
+                    both["bias"] = [a for s, p in pairs for a in p["bias"] or [np.zeros(s.n, np.float32)]]
+                out[-1] = replace(above, n=above.n + shape.n), {"bias": [], **both}
                 continue
-        out.append((shape, parts))
+        out.append((shape, pieces))
     return out
 
 
-def _below(above: Shape, over: dict, shape: Shape, parts: dict) -> dict[str, np.ndarray | None]:
-    both: dict[str, np.ndarray | None] = {"perm": None, "bias": None}
-    for name in ("codes", "meta", "zeros"):
-        both[name] = None if parts[name] is None else np.concatenate([over[name], parts[name]])
-    if over["bias"] is not None or parts["bias"] is not None:
-        pairs = ((above, over), (shape, parts))
-        both["bias"] = np.concatenate(
-            [np.zeros(s.n, np.float32) if p["bias"] is None else p["bias"] for s, p in pairs]
-        )
-    return both
+class Source(Protocol):
+    """What a pack is to the loader: `pack_file.Pack`, or its outline alone (`cuda_room.Outline`)."""
+
+    index: dict[str, Any]
+
+    def vector(self, name: str) -> np.ndarray:
+        """float32 [n]."""
+        ...
+
+    def array(self, at: list[int], dtype: Any) -> np.ndarray:
+        """One part, flat."""
+        ...
 
 
 class Loader:
@@ -76,17 +82,19 @@ class Loader:
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        policy: WeightPolicy,
-        family: Family,
-        modules: Modules,
-        tell: Callable[[str], None] | None = None,
+        self, pack: Source, modules: Modules, away: frozenset[str] = frozenset(), spare: int | None = None
     ):
-        self.pack = pack_store.opened(checkpoint, policy, family, CudaLayout(), tell, at_once=True)
-        self.modules = modules
+        """away: linears that stay in RAM, each by the first of the names that it is asked for by; kernels
+        read them over the bus. spare: so does whatever the device turns out to have no room for, beside as
+        many bytes for what comes behind the weights; None: that is an error.
+        """
+        self.pack, self.modules, self.away = pack, modules, away
+        self.spills = spare is not None
+        self._spare = modules.device.allocate(spare) if spare else None
         self.sources: list[tuple[str, dict[str, str]]] = []  # that the weights need, and how compiled
-        self._piece = Memory(0, 0)
+        self.sizes: dict[str, int] = {}  # bytes of linears, by the first of their names
+        self.on_device = self.in_ram = 0  # bytes of weights
+        self._pieces = {False: Memory(0, 0), True: Memory(0, 0)}
 
     def vector(self, name: str) -> Memory:
         """float32 [n]."""
@@ -100,7 +108,9 @@ class Loader:
         packed = _joined([self._read(n) for n in names])
         source = "experts.cu" if EXPERT in names[0] else "linear.cu"
         self.sources += [(source, shape.defines) for shape, _ in packed]
-        return tuple(linear.upload(self.modules, *p, self._allocate) for p in packed)
+        self.sizes[names[0]] = sum(a.nbytes for _, parts in packed for part in parts.values() for a in part)
+        allocate = partial(self._allocate, away=names[0] in self.away)
+        return tuple(linear.upload(self.modules, *p, allocate) for p in packed)
 
     def router(self, name: str) -> tuple[DeviceLinear, ...]:
         """The linear that chooses experts."""
@@ -117,15 +127,32 @@ class Loader:
         """The output head, or the embedding where they are one."""
         return self.linear(name) if name in self.pack.index["linears"] else tied_to
 
-    def _allocate(self, size: int) -> Memory:
-        """Device memory. Small weights share pieces: the driver rounds each allocation up to its pages."""
+    def release(self) -> None:
+        """All weights are there: what was to be spared is free."""
+        self._spare = None
+
+    def _allocate(self, size: int, away: bool = False) -> Memory:
+        """Memory. Small weights share pieces: the driver rounds each allocation up to its pages."""
         if size > PIECE // 8:
-            return self.modules.device.allocate(size)
-        if self._piece.size < size:
-            self._piece = self.modules.device.allocate(PIECE)
-        memory = self._piece[:size]
-        self._piece = self._piece[-(-size // ALIGNED) * ALIGNED :]
+            return self._take(size, away)
+        if self._pieces[away].size < size:
+            self._pieces[away] = self._take(PIECE, away)
+        memory = self._pieces[away][:size]
+        self._pieces[away] = self._pieces[away][-(-size // ALIGNED) * ALIGNED :]
         return memory
+
+    def _take(self, size: int, away: bool) -> Memory:
+        device = self.modules.device
+        if not away:
+            try:
+                memory = device.allocate(size)
+                self.on_device += size
+                return memory
+            except OutOfMemoryError:
+                if not self.spills:
+                    raise
+        self.in_ram += size
+        return device.shared(size)
 
     def _read(self, name: str) -> Packed:
         e = self.pack.index["linears"][name]
@@ -148,6 +175,17 @@ class CudaLayout:
         where = {part: put(parts[part]) for part in PARTS}
         form = [*astuple(shape.form), shape.n, shape.k, shape.group]
         return {**where, "form": form, "data": where["codes"]}
+
+
+def shape_of(form: weight_form.Form, n: int, k: int) -> Shape:
+    """The shape of a weight that is stored in such a form, as far as it follows without its numbers."""
+    if form.is_float:
+        return Shape(Form(32 if form.bits == 32 else 16), n, k, k)
+    words = [kind.upper() for kind in (form.scale, form.offset) if kind != "none"]
+    word = "ZERO" if form.offset == "zero" else "_".join(words)
+    group = form.group or k
+    small = 16 if group == 16 else 32 if word in layout.CODED else 0
+    return Shape(Form(form.bits, form.decoding.upper(), word, small), n, k, group)
 
 
 def pack(w: Linear) -> Packed:

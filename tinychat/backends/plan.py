@@ -54,23 +54,32 @@ def plan(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> Iter
 
     What depends on the numbers is not known: fp32 scales that halves hold exactly run as halves.
     """
+    return (w for _, w in planned(checkpoint, policy, kernels))
+
+
+def planned(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> Iterator[tuple[str, Planned]]:
+    """The same, each with its name."""
+
+    def one(name: str, shape: tuple[int, int], share: float) -> tuple[str, Planned]:
+        return name, _planned(checkpoint, policy, kernels, name, shape, share)
+
     cfg = checkpoint.config
     table = (cfg.vocab_size, cfg.hidden_size)
     linears = FAMILIES[cfg.family].linears
-    yield _planned(checkpoint, policy, kernels, "model.embed_tokens", table, float(cfg.tie_embeddings))
+    yield one("model.embed_tokens", table, float(cfg.tie_embeddings))
     for i, layer in enumerate(cfg.layers):
         taken = layer.mlp.taken / layer.mlp.n if isinstance(layer.mlp, ExpertsConfig) else 1.0
         for name, shape in linears(cfg, i).items():
             share = taken if _kind(name) == "experts" else 1.0
-            yield _planned(checkpoint, policy, kernels, name, shape, share)
+            yield one(name, shape, share)
     for name, own in outside(FAMILIES[cfg.family], cfg).items():
         if len(own) == 2:
             share = float(_kind(name) != "embedding")
-            yield _planned(checkpoint, policy, kernels, name, (own[0], own[1]), share)
+            yield one(name, (own[0], own[1]), share)
     for name, shape in further.linears(FAMILIES[cfg.family], cfg).items():  # read by drafts alone
-        yield _planned(checkpoint, policy, kernels, name, shape, 0.0)
+        yield one(name, shape, 0.0)
     if not cfg.tie_embeddings:
-        yield _planned(checkpoint, policy, kernels, "lm_head", table, 1.0)
+        yield one("lm_head", table, 1.0)
 
 
 def rounded(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> str | None:

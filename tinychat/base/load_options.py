@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tinychat.base.errors import UsageError
-from tinychat.base.settings import Choice, Flag, Settings, Text, Whole, setting
+from tinychat.base.settings import Choice, Flag, Gigabytes, Settings, Text, Whole, setting
 
 ENGINE, CONTEXT, ANSWER = "engine", "context", "answer"  # groups: a draft model inherits those of ENGINE
 
@@ -45,6 +45,11 @@ class LoadOptions(Settings):
         "auto", ("auto", "cpu", "cuda", "reference"), group=ENGINE, help="What computes.",
         about='"auto" is the CPU, until the CUDA engine has been run on a GPU; "reference" is torch in fp32: '
         "slow, the truth.",
+    ))
+    gpu_memory: float | Literal["auto"] = setting(Gigabytes(
+        "auto", group=ENGINE, metavar="auto|GB", help="What a model may take of the GPU; the rest is in RAM.",
+        about="What a model may take of the GPU's memory, cache and all, in GB; weights that do not fit "
+        'stay in RAM. "auto": what is free.',
     ))
     threads: int | None = setting(Whole(
         None, 1, 1024, group=ENGINE, help="CPU threads.",

@@ -122,6 +122,29 @@ class Choice(Setting):
         return " | ".join(str(c) if self.numbers else f'"{c}"' for c in self.choices)
 
 
+class Gigabytes(Setting):
+    """A number of GB, or "auto"."""
+
+    MOST: ClassVar[float] = 1e6
+
+    def check(self, name: str, value: Any) -> Any:
+        """A number above 0, or that word."""
+        if isinstance(value, str) and value == "auto":
+            return value
+        todo = 'Give GB, such as 8 or 7.5, or "auto".'
+        try:
+            number = arguments.number(name, value, 0, self.MOST)
+        except UsageError as e:
+            raise UsageError(e.what, todo) from None
+        if not number:
+            raise UsageError(f"{name} is {number}.", todo)
+        return number
+
+    def range(self) -> str:
+        """Both."""
+        return '"auto" | GB'
+
+
 class Flag(Setting):
     """Yes or no; with the default None, the command line has an option for no, too."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinychat.base.machine import human_bytes
+from tinychat.base.machine import human_bytes, human_rate
 
 INT8 = "8-bit, groups of 32, fp16 scale"
 NEAR = 0.02  # sizes that differ by less are one: padding, orders of columns
@@ -43,6 +43,38 @@ def weights(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     stored, runs = facts["token"]["stored_bytes"], facts["token"]["runs_bytes"]
     more = "" if abs(runs - stored) <= NEAR * stored else f"; {human_bytes(stored)} as stored"
     return [*lines, ("token", "", human_bytes(runs), f"read for each token{more}")]
+
+
+TAKES = {
+    "gpu": "the GPU, with all of it",
+    "gpu and ram": "the GPU, with a part in RAM",
+    "cpu": "the CPU",
+    None: "nothing here",
+}
+
+
+def fit(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a model would take, a line each (`fitting.facts`)."""
+    gpu, cpu = facts["gpu"], facts["cpu"]
+    lines = [("context", f"{facts['context']} tokens, cached in {facts['kv_bits']} bits")]
+    if gpu is None:
+        lines.append(("GPU", "none"))
+    elif "why_not" in gpu:
+        lines.append(("GPU", gpu["why_not"]))
+    else:
+        weights, cache, work = (human_bytes(gpu[name]) for name in ("weights", "cache", "work"))
+        takes = f"weights {weights}, cache {cache}, work {work}"
+        lines.append(("GPU", f"{gpu['name']}: {takes}, of {human_bytes(gpu['limit'])}"))
+        if gpu["away"]:
+            lines.append(("RAM", f"{gpu['away']}, read over the bus"))
+        lines.append(("", f"{human_rate(gpu['tokens_per_s'])} tokens a second"))
+    takes = f"weights {human_bytes(cpu['weights'])}, cache {human_bytes(cpu['cache'])}"
+    room = "" if cpu["fits"] else "too much: "
+    lines.append(("CPU", f"{room}{takes}, of {human_bytes(cpu['free'])} that are free"))
+    if cpu["fits"]:
+        lines.append(("", f"{human_rate(cpu['tokens_per_s'])} tokens a second"))
+    lines.append(("runs on", TAKES[facts["takes"]]))
+    return lines + [("would fit", words) for words in facts["advice"]]
 
 
 def _runs(form: str, w: dict[str, Any]) -> str:

@@ -12,13 +12,17 @@ import click
 
 from tinychat.base.characters import is_unicode
 from tinychat.base.errors import UsageError
+from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import human_bytes, human_rate
 from tinychat.cli import model_facts, tables
-from tinychat.cli.options import Name, file_type, model_argument
+from tinychat.cli.options import Name, file_type, model_argument, options_of, pick
 
 if TYPE_CHECKING:
     from tinychat.hub.aliases import Alias
     from tinychat.hub.fits import Fit, Machine
+
+
+FITTED = ("ctx", "kv_bits", "gpu_memory", "quantize", "head_bits")  # load options that sizes depend on
 
 
 def _echo_json(value: Any) -> None:
@@ -118,11 +122,19 @@ def _show_available(fits: list[Fit], machine: Machine) -> None:
 
 @click.command()
 @model_argument
+@click.option("--fit", is_flag=True, help="What it takes of GPU and RAM, and how fast that is.")
+@options_of(LoadOptions, FITTED)
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
-def show(model: str, as_json: bool) -> None:
+def show(model: str, fit: bool, as_json: bool, **o: Any) -> None:
     """Facts about an installed MODEL, a folder or a .gguf file."""
     from tinychat.hub import store
 
+    given = pick(o, FITTED)
+    if fit:
+        return _show_fit(model, LoadOptions(**given), as_json)
+    if given:
+        flag = f"--{next(iter(given)).replace('_', '-')}"
+        raise UsageError(f"{flag} is for what a model takes.", f"tinychat show {model} --fit {flag} …")
     facts = store.show(model)
     if as_json:
         _echo_json(facts)
@@ -130,6 +142,20 @@ def show(model: str, as_json: bool) -> None:
     tables.show(model_facts.rows(facts))
     click.echo()
     tables.show(model_facts.weights(facts), ("module", "bits", "bytes", "as"))
+
+
+def _show_fit(model: str, options: LoadOptions, as_json: bool) -> None:
+    """Where the model would lie, before any of it is loaded."""
+    from tinychat import fitting
+    from tinychat.formats import open_checkpoint
+    from tinychat.hub import store
+
+    checkpoint = open_checkpoint(store.resolve(model, offline=True))
+    facts = fitting.facts(checkpoint, options, fitting.supposed(options, fitting.here()))
+    if as_json:
+        _echo_json(facts)
+    else:
+        tables.show(model_facts.fit(facts))
 
 
 @click.command()

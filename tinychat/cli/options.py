@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from tinychat.base.load_options import ANSWER, CONTEXT, ENGINE, LoadOptions
 from tinychat.base.sampling_params import SamplingParams
-from tinychat.base.settings import Biases, Choice, Flag, Number, Setting, Settings, Texts, Whole
+from tinychat.base.settings import Biases, Choice, Flag, Gigabytes, Number, Setting, Settings, Texts, Whole
 from tinychat.base.terminal import one_line
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -73,6 +73,24 @@ class Size(click.ParamType):
         if size > 1 << 62:
             self.fail(f"{value[:20]!r} is more than any disk has.", param, ctx)
         return int(size)
+
+
+class GpuMemory(click.ParamType):
+    """GB, as `Size` where a unit stands behind; or "auto"."""
+
+    name = "auto|GB"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Convert to GB; a usage error otherwise."""
+        if not isinstance(value, str) or value == "auto":
+            return value
+        try:
+            number = float(value) if value[-1:].isdigit() else Size().convert(value, param, ctx) / 1e9
+        except ValueError:
+            number = 0.0
+        if not 0 < number <= Gigabytes.MOST:
+            self.fail(f"{value!r} is no amount of memory. Write GB, such as 8 or 7.5, or auto.", param, ctx)
+        return number
 
 
 def complete_models(ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
@@ -149,6 +167,8 @@ def _option(name: str, s: Setting) -> Callable:
 def _type(s: Setting) -> click.ParamType:
     if s.unit == "bytes":
         return Size()
+    if isinstance(s, Gigabytes):
+        return GpuMemory()
     if isinstance(s, Whole):
         return click.IntRange(int(s.low), None if s.high is None else int(s.high))
     if isinstance(s, Number):

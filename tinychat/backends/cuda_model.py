@@ -1,0 +1,38 @@
+"""A model on a device: its weights, its memories, and its ops as a program. The device may be one that only
+counts (`cuda_room`), so that what is said of a model before it is loaded is what loading it does.
+"""
+
+from __future__ import annotations
+
+from tinychat.backends.cuda_pack import Loader
+from tinychat.backends.cuda_recorder import Recorder
+from tinychat.backends.interface import MemorySpec
+from tinychat.kernels_cuda.attention import Shape
+from tinychat.kernels_cuda.pool import Pool
+from tinychat.kernels_cuda.program import Program, program_sources
+from tinychat.models import FAMILIES
+from tinychat.network.config import ModelConfig
+
+MAX_ROWS = 512
+WORKSPACE = 64 << 20  # for attention's stretches: 16 rows of 32 heads at 16,000 tokens of context
+
+
+def shapes_of(cfg: ModelConfig, memories: tuple[MemorySpec, ...], kv_bits: int) -> list[Shape]:
+    """Attention over each memory: its layers are alike, but for rope and window."""
+    return [
+        Shape(len(m.layers), cfg.layers[m.layers[0]].attention.n_heads, m.kv_heads, m.head_dim, kv_bits)
+        for m in memories
+    ]
+
+
+def assemble(loader: Loader, cfg: ModelConfig, memories: tuple[MemorySpec, ...], kv_bits: int) -> Program:
+    """The model, loaded and recorded; its pools have no blocks yet."""
+    modules, family, shapes = loader.modules, FAMILIES[cfg.family], shapes_of(cfg, memories, kv_bits)
+    weights = family.load(loader, cfg)
+    loader.release()
+    modules.prepare([*loader.sources, *program_sources(shapes)])
+    workspace = modules.device.allocate(WORKSPACE)
+    program = Program(modules, MAX_ROWS, [Pool(modules, shape, workspace) for shape in shapes])
+    family.forward(Recorder(program, memories), cfg, weights)
+    program.build()
+    return program
