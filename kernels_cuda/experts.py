@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinychat.kernels_cuda.driver import Memory
 from tinychat.kernels_cuda.inputs import GRAPH_ROWS
 from tinychat.kernels_cuda.linear import THREADS, DeviceLinear, row_length
 from tinychat.kernels_cuda.program import Buffer, Program
 
 MOST = 1024  # experts: src/routes.cu
+MOST_GROUPS = 64  # of experts
 FEW, MANY = 8, 32  # rows of an expert in one block
 
 
@@ -39,7 +41,19 @@ class Routes:
         return min(pairs, pairs // self.columns(rows) + self.experts)
 
 
-def route(p: Program, scores: Buffer, experts: int, taken: int, normalize: bool) -> Routes:
+@dataclass(frozen=True)
+class Rule:
+    """How experts are chosen and weighed (`Ops.route`). bias, each: a float for each expert, or None."""
+
+    normalize: bool
+    sigmoid: bool = False
+    bias: Memory | None = None
+    scale: float = 1.0
+    each: Memory | None = None
+    groups: tuple[int, int] = (1, 1)
+
+
+def route(p: Program, scores: Buffer, experts: int, taken: int, rule: Rule) -> Routes:
     """scores: floats [rows, experts]."""
     kernel = p.modules.kernel("routes.cu", "route")
     r = Routes(experts, taken, *(p.floats(n * taken) for n in (1, 1, 1, 3)))
@@ -47,7 +61,8 @@ def route(p: Program, scores: Buffer, experts: int, taken: int, normalize: bool)
         [scores, r.chosen, r.weights, r.pairs, r.work],
         lambda z: p.device.launch(
             kernel, (1,), 1024, scores.memory, r.chosen.memory, r.weights.memory, r.pairs.memory,
-            r.work.memory, z.rows, experts, taken, int(normalize), r.columns(z.rows), r.pieces(z.rows),
+            r.work.memory, z.rows, experts, taken, int(rule.normalize), int(rule.sigmoid), float(rule.scale),
+            rule.bias, rule.each, *rule.groups, r.columns(z.rows), r.pieces(z.rows),
         ),
     )  # fmt: skip
     return r

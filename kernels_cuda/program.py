@@ -136,6 +136,32 @@ class Program:
         )
         return out
 
+    def relu_square(self, x: Buffer, n: int, each: int = 1) -> Buffer:
+        """max(x, 0)², as halves."""
+        return self._halved("relu_square", x, n, each=each)
+
+    def sigmoid_mul(self, x: Buffer, gate: Buffer, n: int, gates: int) -> None:
+        """Halves times σ of floats, in place."""
+        kernel, ld = self.rows_kernel("sigmoid_mul"), row_length(n)
+        self.record(
+            [x, gate],
+            lambda z: self.device.launch(
+                kernel, (-(-n // 256), z.rows), 256, gate.memory, x.memory, n, ld, n // gates
+            ),
+        )
+
+    def split_gates(self, x: Buffer, n: int, queries: int, size: int) -> tuple[Buffer, Buffer]:
+        """Heads without the gates that stand behind each of the first, and these: floats."""
+        kernel, heads, gates = self.rows_kernel("split_gates"), self.floats(n - queries), self.floats(queries)
+        self.record(
+            [x, heads, gates],
+            lambda z: self.device.launch(
+                kernel, (-(-n // 256), z.rows), 256, x.memory, heads.memory, gates.memory, n, 2 * queries,
+                size,
+            ),
+        )  # fmt: skip
+        return heads, gates
+
     def linear(self, w: DeviceLinear, x: Buffer, to: Buffer, column: int, cols: int, add: bool) -> None:
         """Into (or added to) the columns of `to` from `column` on."""
         self.weights.append(w)

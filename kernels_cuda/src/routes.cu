@@ -6,39 +6,112 @@ constexpr int THREADS = 1024;  // of `route`
 constexpr int PLAIN = 256;     // of the others
 constexpr int MOST = 1024;     // experts
 constexpr int TAKEN = 64;      // of a row, at most
+constexpr int GROUPS = 64;     // of experts, at most
 
-// The `taken` largest scores of a row, lowest expert first among equals, and exp(score) as shares of all experts', or
-// of those taken (normalize). Every lane of a warp takes part.
-DEVICE void choose(const float* scores, int experts, int taken, int normalize, int* chosen, float* weights) {
+// How a row's experts are chosen and weighed (`Ops.route`). bias, each: [experts], or null.
+struct Rule {
+    int normalize, sigmoid;
+    float scale;
+    const float *bias, *each;
+    int groups, taken_groups;
+};
+
+// The largest key of a warp's lanes, on all of them.
+DEVICE u64 largest(u64 key) {
+    for (int mask = WARP / 2; mask; mask /= 2) {
+        u64 other = shuffle_xor(key, mask);
+        key = other > key ? other : key;
+    }
+    return key;
+}
+
+// One row's scores, as a warp sees them.
+struct Scores {
+    const float* scores;
+    int experts;
+    Rule rule;
+    float most, all;  // the largest, and the sum of exp(score - most)
+
+    // σ(score), or exp(score) as its share of all experts'.
+    DEVICE_MEMBER float weight(int e) const {
+        return rule.sigmoid ? 1 / (1 + expf(-scores[e])) : expf(scores[e] - most) / all;
+    }
+
+    // What experts are compared by.
+    DEVICE_MEMBER u64 key(int e) const {
+        if (rule.bias) return key_of(weight(e) + rule.bias[e], e);
+        return key_of(rule.sigmoid ? weight(e) : scores[e], e);
+    }
+
+    // The largest key below `last` of the experts first … end - 1.
+    DEVICE_MEMBER u64 best(int first, int end, u64 last) const {
+        u64 best = 0;
+        for (int e = first + lane_id(); e < end; e += WARP) {
+            u64 k = key(e);
+            if (k < last && k > best) best = k;
+        }
+        return largest(best);
+    }
+
+    // A bit for each group that the row takes: those with the largest weight, or sum of two with their bias.
+    DEVICE_MEMBER u64 groups() const {
+        int size = experts / rule.groups;
+        u64 own[GROUPS / WARP] = {}, taken = 0;
+        for (int g = 0; g < rule.groups; ++g) {
+            u64 one = best(g * size, (g + 1) * size, ~0ull);
+            float sum = value_of(one);
+            if (rule.bias && size > 1) sum += value_of(best(g * size, (g + 1) * size, one));
+#pragma unroll
+            for (int i = 0; i < GROUPS / WARP; ++i)
+                if (g == i * WARP + lane_id()) own[i] = key_of(sum, g);
+        }
+        for (int i = 0; i < rule.taken_groups; ++i) {
+            u64 best = 0;
+#pragma unroll
+            for (u64 k : own) best = k > best && !(taken >> id_of(k) & 1) ? k : best;
+            taken |= 1ull << id_of(largest(best));
+        }
+        return taken;
+    }
+};
+
+// The `taken` first experts of a row, lowest expert first among equals, and their weights. Every lane of a warp takes
+// part.
+DEVICE void choose(const float* row, int experts, int taken, Rule rule, int* chosen, float* weights) {
     int lane = lane_id();
-    u64 last = ~0ull;
-    float most = 0, all = 0, own[TAKEN / WARP] = {}, total = 0;
+    Scores s{row, experts, rule, 0, 0};
+    u64 top = 0;
+    for (int e = lane; e < experts; e += WARP) {
+        u64 k = key_of(row[e], e);
+        top = k > top ? k : top;
+    }
+    s.most = value_of(largest(top));
+    for (int e = lane; e < experts; e += WARP) s.all += expf(row[e] - s.most);
+    s.all = warp_sum(s.all);
+    u64 seen = rule.groups > 1 ? s.groups() : ~0ull, last = ~0ull;
+    int size = experts / rule.groups;
+    float own[TAKEN / WARP] = {}, total = 0;
     for (int place = 0; place < taken; ++place) {
         u64 best = 0;
         for (int e = lane; e < experts; e += WARP) {
-            u64 key = key_of(scores[e], e);
+            u64 key = rule.groups > 1 && !(seen >> (e / size) & 1) ? key_of(-INFINITY, e) : s.key(e);
             if (key < last && key > best) best = key;
         }
-        for (int mask = WARP / 2; mask; mask /= 2) {
-            u64 other = shuffle_xor(best, mask);
-            best = other > best ? other : best;
-        }
-        if (place == 0) {
-            most = value_of(best);
-            for (int e = lane; e < experts; e += WARP) all += expf(scores[e] - most);
-            all = warp_sum(all);
-        }
-        float weight = expf(value_of(best) - most) / all;
+        best = largest(best);
+        int expert = id_of(best);
+        float weight = s.weight(expert);
         total += weight;
-        if (lane == 0) chosen[place] = id_of(best);
+        if (lane == 0) chosen[place] = expert;
+        if (rule.each) weight *= rule.each[expert];
 #pragma unroll
         for (int i = 0; i < TAKEN / WARP; ++i)
             if (place == i * WARP + lane) own[i] = weight;
         last = best;
     }
+    if (rule.sigmoid) total += 1e-6f;
 #pragma unroll
     for (int i = 0; i < TAKEN / WARP; ++i)
-        if (i * WARP + lane < taken) weights[i * WARP + lane] = normalize ? own[i] / total : own[i];
+        if (i * WARP + lane < taken) weights[i * WARP + lane] = (rule.normalize ? own[i] / total : own[i]) * rule.scale;
 }
 
 // Sums of the threads' numbers before and with each: to[thread], of two numbers each. `n` threads have one that counts.
@@ -62,14 +135,16 @@ DEVICE void running_sums(int (&to)[2][THREADS], int n) {
 // One block: a layer's scores are few, and the rest waits for all of them.
 extern "C" __global__ void __launch_bounds__(THREADS)
     route(const float* scores, int* chosen, float* weights, int* pairs, int* work, int rows, int experts, int taken,
-          int normalize, int columns, int pieces) {
+          int normalize, int sigmoid, float scale, const float* bias, const float* each, int groups, int taken_groups,
+          int columns, int pieces) {
     start();
+    Rule rule{normalize, sigmoid, scale, bias, each, groups, taken_groups};
     __shared__ int sums[2][THREADS];  // pairs and pieces of the experts so far
     __shared__ int next[MOST];        // where an expert's next pair goes
     int thread = threadIdx.x, all = rows * taken;
     next[thread] = 0;
     for (int row = warp_id(); row < rows; row += THREADS / WARP)
-        choose(scores + static_cast<size_t>(row) * experts, experts, taken, normalize, chosen + row * taken,
+        choose(scores + static_cast<size_t>(row) * experts, experts, taken, rule, chosen + row * taken,
                weights + row * taken);
     __syncthreads();
     for (int p = thread; p < all; p += THREADS) add_together(&next[chosen[p]], 1);
@@ -91,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int p = thread; p < all; p += THREADS) pairs[add_together(&next[chosen[p]], 1)] = p;
 }
 EXPORT(route)
-// resources route: registers 64, spills 0, shared 12288
+// resources route: registers 64, spills 48, stack 48, shared 12288
 
 // The halves that each pair's expert reads, in its order: to[pair][i] = x[pair / share][perms[expert][i]]; no address:
 // as they are. x: halves [rows, ld]. grid (⌈ld / 256⌉, pairs).

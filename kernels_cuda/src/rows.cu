@@ -106,6 +106,50 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 EXPORT(clamped_mul)
 // resources clamped_mul: registers 40, spills 0, shared 0
 
+// max(x, 0)², as halves, zero from n to ld. x: float [rows, n]. grid (⌈ld / 256⌉, rows).
+extern "C" __global__ void __launch_bounds__(THREADS) relu_square(const float* x, u16* to, int n, int ld) {
+    start();
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= ld) return;
+    float y = i < n ? fmaxf(x[static_cast<size_t>(blockIdx.y) * n + i], 0.0f) : 0;
+    to[static_cast<size_t>(blockIdx.y) * ld + i] = to_half(y * y);
+}
+EXPORT(relu_square)
+// resources relu_square: registers 32, spills 0, shared 0
+
+// x *= σ(gate), halves in place; each of a row's n / share gates is for `share` neighbours. grid (⌈n / 256⌉, rows).
+extern "C" __global__ void __launch_bounds__(THREADS) sigmoid_mul(const float* gate, u16* x, int n, int ld, int share) {
+    start();
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= n) return;
+    float g = gate[static_cast<size_t>(blockIdx.y) * (n / share) + i / share];
+    x += static_cast<size_t>(blockIdx.y) * ld + i;
+    *x = to_half(to_float(*x) / (1 + expf(-g)));
+}
+EXPORT(sigmoid_mul)
+// resources sigmoid_mul: registers 32, spills 0, shared 0
+
+// Rows of n floats whose first `queries` are heads of `size` with as many gates behind each, apart: to heads [rows,
+// n - queries / 2], which also get what stands behind the queries, and gates [rows, queries / 2]. grid (⌈n / 256⌉,
+// rows).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    split_gates(const float* x, float* heads, float* gates, int n, int queries, int size) {
+    start();
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= n) return;
+    size_t row = blockIdx.y;
+    float value = x[row * n + i];
+    int head = i / (2 * size), at = i % (2 * size), half = queries / 2;
+    if (i >= queries)
+        heads[row * (n - half) + i - half] = value;
+    else if (at < size)
+        heads[row * (n - half) + head * size + at] = value;
+    else
+        gates[row * half + head * size + at - size] = value;
+}
+EXPORT(split_gates)
+// resources split_gates: registers 40, spills 0, shared 0
+
 // Floats to the halves that a linear reads, in its order (perm, or null). grid (⌈ld / 256⌉, rows).
 extern "C" __global__ void __launch_bounds__(THREADS) halve(const float* x, const int* perm, u16* to, int n, int ld) {
     start();

@@ -103,12 +103,13 @@ def test_experts_that_nobody_takes_are_not_read():
     assert np.isnan(run(weights, x, scores)).any(axis=1).tolist() == [False, True, False]
 
 
-def routed(scores, taken, normalize=True):
+def routed(scores, taken, normalize=True, bias=None, each=None, **rule):
     """(chosen, weights, pairs, work, routes), as the kernel leaves them."""
     b, (rows, n) = bench(), scores.shape
     p = Program(b.modules, rows)
     source = p.floats(n)
-    r = experts.route(p, source, n, taken, normalize)
+    rule = experts.Rule(normalize, bias=b.put(bias), each=b.put(each), **rule)
+    r = experts.route(p, source, n, taken, rule)
     place_of: dict[str, Buffer] = dict(
         source=source, chosen=r.chosen, weights=r.weights, pairs=r.pairs, work=r.work
     )
@@ -156,6 +157,52 @@ def test_shares_of_all_experts_where_they_are_not_normalized():
     p /= p.sum(1, keepdims=True)
     assert chosen.tolist() == [[0, 2], [2, 3]]
     np.testing.assert_allclose(weights, np.take_along_axis(p, chosen, 1), rtol=2e-6)
+
+
+RULES = {
+    "sigmoid": dict(sigmoid=True),
+    "sigmoid whole": dict(sigmoid=True, normalize=False, scale=2.5),
+    "bias": dict(bias=True),
+    "sigmoid bias": dict(sigmoid=True, bias=True),
+    "each": dict(each=True, scale=0.5),
+    "groups": dict(groups=(4, 2), normalize=False),
+    "groups by two": dict(sigmoid=True, bias=True, groups=(6, 3), scale=2.5),
+    "groups of one": dict(bias=True, groups=(48, 20)),
+    "many groups": dict(groups=(24, 9)),
+}
+
+
+def chosen_by(scores, taken, normalize=True, sigmoid=False, bias=None, scale=1.0, each=None, groups=(1, 1)):
+    """Experts and weights of one row of scores by what `Ops.route` says, in float64."""
+    s = scores.astype(np.float64)
+    weights = 1 / (1 + np.exp(-s)) if sigmoid else np.exp(s) / np.exp(s).sum()
+    compared = weights if bias is None else weights + bias
+    parts = np.split(compared, groups[0])
+    sums = [np.sort(part)[::-1][: 1 if bias is None else 2].sum() for part in parts]
+    for g in np.argsort(-np.array(sums), kind="stable")[groups[1] :]:
+        compared = compared.copy()
+        compared[g * len(parts[0]) : (g + 1) * len(parts[0])] = -np.inf
+    experts = np.argsort(-compared, kind="stable")[:taken]
+    w = weights[experts]
+    w = w / (w.sum() + (1e-6 if sigmoid else 0)) if normalize else w
+    return experts, w * scale * (1 if each is None else each[experts])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_routers_of_every_kind(name):
+    rng, n, taken = np.random.default_rng(3), 48, 6
+    rule = dict(RULES[name])
+    for vector in ("bias", "each"):
+        if rule.get(vector):
+            rule[vector] = rng.normal(size=n).astype(np.float32)
+    scores = rng.normal(size=(40, n)).astype(np.float32)
+    chosen, weights, *_ = routed(scores, taken, **rule)
+    for row, experts_, weights_ in zip(scores, chosen, weights, strict=True):
+        expected = chosen_by(row, taken, **rule)
+        assert experts_.tolist() == expected[0].tolist()
+        np.testing.assert_allclose(weights_, expected[1], rtol=3e-6)
+    few = [routed(scores[i : i + 1], taken, **rule)[1][0] for i in (0, 17)]
+    np.testing.assert_array_equal(few, weights[[0, 17]])
 
 
 def test_scores_that_are_no_numbers_stay_in_their_row():

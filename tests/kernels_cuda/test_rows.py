@@ -77,6 +77,38 @@ def test_gates(n):
 
 
 @pytest.mark.parametrize("n", WIDTHS)
+def test_squares_of_what_is_positive(n):
+    rows, ld = 3, linear.row_length(n)
+    x = floats(rows, n)
+    out = run("relu_square", (-(-ld // 256), rows), x, ..., n, ld, out=poison(rows, ld), dtype=np.float16)
+    np.testing.assert_allclose(out[:, :n], np.maximum(x, 0) ** 2, rtol=1e-3, atol=1e-6)
+    assert not out[:, n:].any()
+
+
+@pytest.mark.parametrize("share", [1, 4, 300])
+def test_sigmoid_gates_of_one_or_several_neighbours(share):
+    rows, n = 3, 300
+    ld = linear.row_length(n)
+    x, gate = floats(rows, ld).astype(np.float16), floats(rows, n // share)
+    out = run("sigmoid_mul", (-(-n // 256), rows), gate, ..., n, ld, share, out=x, dtype=np.float16)
+    gates = np.repeat(1 / (1 + np.exp(-gate.astype(np.float64))), share, axis=1)
+    np.testing.assert_allclose(out[:, :n], x[:, :n] * gates, rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(out[:, n:], x[:, n:])
+
+
+def test_queries_and_the_gates_behind_each():
+    b, rows, heads, size, rest = bench(), 3, 5, 24, 96
+    x = floats(rows, 2 * heads * size + rest)
+    to, gates = (b.put(np.full((rows, n), np.nan, np.float32)) for n in (heads * size + rest, heads * size))
+    grid = -(-x.shape[1] // 256), rows
+    b.run("rows.cu", "split_gates", grid, 256, b.put(x), to, gates, x.shape[1], 2 * heads * size, size)
+    pairs = x[:, : 2 * heads * size].reshape(rows, heads, 2, size)
+    expected = np.concatenate([pairs[:, :, 0].reshape(rows, -1), x[:, -rest:]], axis=1)
+    np.testing.assert_array_equal(b.get(to, expected.shape), expected)
+    np.testing.assert_array_equal(b.get(gates, (rows, heads * size)), pairs[:, :, 1].reshape(rows, -1))
+
+
+@pytest.mark.parametrize("n", WIDTHS)
 def test_halves_in_the_order_of_a_permutation(n):
     rows, ld = 3, linear.row_length(n)
     x, perm, grid = floats(rows, n), RNG.permutation(n).astype(np.int32), (-(-ld // 256), 3)

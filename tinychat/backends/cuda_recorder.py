@@ -93,10 +93,23 @@ class Recorder:
     def short_conv(self, *args):
         raise NotImplementedError  # `CudaBackend` refuses models with states before, and `check` the others
 
-    gated_heads = delta_rule = mamba = multiplied = relu_square = norm_gated = sigmoid_mul = short_conv
+    delta_rule = mamba = multiplied = norm_gated = short_conv
     norm_values = gelu_columns = norm_columns = embed_onto = scaled = short_conv
     behind = recall = leave = join = keep = short_conv  # `CudaBackend` runs no layer that predicts further
     tanh = times = summed = resized = mix_streams = correct_streams = cut_gates = short_conv
+
+    def gated_heads(self, qkv, attention):
+        queries = attention.n_heads * attention.head_dim
+        heads, gates = self.program.split_gates(qkv.floats, qkv.cols, queries, attention.head_dim)
+        q, k, v = self.split_heads(Value(qkv.cols - queries, floats=heads), attention)
+        return q, k, v, Value(queries, floats=gates)
+
+    def sigmoid_mul(self, x, gate):
+        self.program.sigmoid_mul(x.halves, gate.floats, x.cols, gate.cols)
+        return x
+
+    def relu_square(self, up):
+        return Value(up.cols, halves=self.program.relu_square(up.floats, up.cols, up.each), each=up.each)
 
     def silu_mul(self, gate_up):
         return self._gate("silu_mul", gate_up)
@@ -111,7 +124,8 @@ class Recorder:
         raise NotImplementedError
 
     def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None, groups=(1, 1)):
-        return experts.route(self.program, scores.floats, scores.cols, n, normalize)
+        rule = experts.Rule(normalize, sigmoid, bias, scale, each, groups)
+        return experts.route(self.program, scores.floats, scores.cols, n, rule)
 
     def expert_linear(self, x, weights, routes):
         alike: dict[tuple[int, layout.Shape], dict[int, DeviceLinear]] = {}  # a launch each
@@ -183,20 +197,18 @@ class _Trial:
     def mamba(self, x, weights, mamba, layer, eps):
         raise _not_yet("state-space layers")
 
-    def sigmoid_mul(self, x, gate):
-        raise _not_yet("sigmoid gates")
-
     def embed_onto(self, x, weight, scale, factor):
         raise _not_yet("an embedding for each layer")
 
     def head_linear(self, x, weight, heads):
         raise _not_yet("latent attention")
 
+    def gated_heads(self, qkv, attention):
+        return None, None, None, None
+
     def route(self, scores, n, normalize, sigmoid=False, bias=None, scale=1.0, each=None, groups=(1, 1)):
-        if each is not None:
-            raise _not_yet("experts with a factor each")
-        if sigmoid or bias is not None or scale != 1:
-            raise _not_yet("a router by sigmoids")
+        if groups[0] > experts.MOST_GROUPS:
+            raise _not_yet(f"{groups[0]} groups of experts")
 
 
 def check(family: Family, cfg: ModelConfig) -> None:

@@ -1,4 +1,6 @@
-"""Families with parts of their own, on the (emulated) GPU against transformers: sinks, clamped gates."""
+"""Families with parts of their own, on the (emulated) GPU against transformers: sinks, clamped gates, gated
+experts.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,11 @@ def run(checkpoint, cuts):
     return np.concatenate(out)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name.startswith(("gpt-oss", "granite_swa"))])
-def test_sinks_take_their_share_as_in_transformers(case):
+OWN = ("gpt-oss", "granite_swa", "qwen2moe")
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith(OWN)])
+def test_logits_are_those_of_transformers_however_a_prompt_is_cut(case):
     cls, changes = CASES[case]
     hf = random_model(cls, **changes)
     checkpoint = FromTransformers(hf)
