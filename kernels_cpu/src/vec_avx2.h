@@ -10,9 +10,10 @@ namespace tinychat {
 
 struct Avx2 {
     static constexpr int kLanes = 8;
-    static constexpr int kRows = 4;
+    static constexpr int kRows = 8;
     static constexpr bool kWide = false;  // sums of products of bytes have 16 bits at first
-    static constexpr int kPairs = 8;      // of attention
+    static constexpr bool kMatrices = false;
+    static constexpr int kPairs = 8;  // of attention
     using F = __m256;
     using I = __m256i;
     using Acc8 = __m256i;
@@ -47,8 +48,14 @@ struct Avx2 {
         __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
     }
+    // A sum as it stands here: compilers know that integers may be added in any order, form all products first, and
+    // then spill them (of five rows 42 in each half of a stage).
+    static I in_order(I a) {
+        __asm__("" : "+x"(a));
+        return a;
+    }
     static I set1i(int32_t x) { return _mm256_set1_epi32(x); }
-    static I addi(I a, I b) { return _mm256_add_epi32(a, b); }
+    static I addi(I a, I b) { return in_order(_mm256_add_epi32(a, b)); }
     static I round(F a) { return _mm256_cvtps_epi32(a); }
     static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
     static F pow2(I n) {
@@ -142,14 +149,16 @@ struct Avx2 {
     static Acc8 acc8() { return _mm256_setzero_si256(); }
     // Bytes 0…63 × -127…127: a pair is at most 2·127 times the largest byte, so int16 holds 8 of bytes up to 15, 4 of
     // bytes up to 31 and 2 of all.
-    static Acc8 dot_u8(Acc8 a, I w, const int8_t* x) { return _mm256_add_epi16(a, _mm256_maddubs_epi16(w, word(x))); }
+    static Acc8 dot_u8(Acc8 a, I w, const int8_t* x) {
+        return in_order(_mm256_add_epi16(a, _mm256_maddubs_epi16(w, word(x))));
+    }
     static I finish_u8(Acc8 a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
     static I prepare_s8(I w) { return w; }
     // |w| · (x with w's sign): a pair is at most 2·128·127, so int16 does not saturate for the weights we store (≥
     // -127).
     static Acc8 dot_s8(Acc8 a, I w, const int8_t* x) {
         I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(word(x), w));
-        return _mm256_add_epi32(a, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        return in_order(_mm256_add_epi32(a, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
     }
     static I finish_s8(Acc8 a, int32_t) { return a; }
     static Acc16 acc16() { return _mm256_setzero_si256(); }
@@ -162,7 +171,9 @@ struct Avx2 {
         if constexpr (!is_signed) return odd ? _mm256_srli_epi16(w, 8) : _mm256_and_si256(w, _mm256_set1_epi16(255));
         return _mm256_srai_epi16(odd ? w : _mm256_slli_epi16(w, 8), 8);
     }
-    static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) { return _mm256_add_epi32(a, _mm256_madd_epi16(w, word(x))); }
+    static Acc16 dot_pair(Acc16 a, I w, const int16_t* x) {
+        return in_order(_mm256_add_epi32(a, _mm256_madd_epi16(w, word(x))));
+    }
     static I finish16(Acc16 a) { return a; }
     static I zeros4(const uint8_t* p, int first) {
         __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
