@@ -75,9 +75,16 @@ bool supported(IsaKind isa) {
 #elif defined(__aarch64__) && defined(__APPLE__)
         case IsaKind::kNeon:
             return true;  // every Apple arm64 has the dot product and fp16 conversions
+        case IsaKind::kI8mm: {
+            int has = 0;
+            size_t size = sizeof has;
+            return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, nullptr, 0) == 0 && has;
+        }
 #elif defined(__aarch64__)
         case IsaKind::kNeon:
             return (getauxval(AT_HWCAP) >> 20) & 1;  // HWCAP_ASIMDDP
+        case IsaKind::kI8mm:
+            return supported(IsaKind::kNeon) && ((getauxval(AT_HWCAP2) >> 13) & 1);  // HWCAP2_I8MM
 #endif
         default:
             return false;
@@ -192,6 +199,8 @@ const char* isa_name(IsaKind isa) {
             return "avx512vnni";
         case IsaKind::kNeon:
             return "neon";
+        case IsaKind::kI8mm:
+            return "i8mm";
         default:
             return "scalar";
     }
@@ -199,7 +208,8 @@ const char* isa_name(IsaKind isa) {
 
 std::vector<IsaKind> supported_isas() {
     std::vector<IsaKind> out;
-    for (IsaKind isa : {IsaKind::kAvx512Vnni, IsaKind::kAvxVnni, IsaKind::kAvx2, IsaKind::kNeon, IsaKind::kScalar})
+    for (IsaKind isa :
+         {IsaKind::kAvx512Vnni, IsaKind::kAvxVnni, IsaKind::kAvx2, IsaKind::kI8mm, IsaKind::kNeon, IsaKind::kScalar})
         if (supported(isa)) out.push_back(isa);
     return out;
 }

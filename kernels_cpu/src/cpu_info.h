@@ -7,7 +7,7 @@
 namespace tinychat {
 
 // Ordered by preference on each architecture; the names are what TINYCHAT_ISA takes.
-enum class IsaKind { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kNeon };
+enum class IsaKind { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kNeon, kI8mm };
 
 // Whether the 256-bit dot products have their own encoding here (AVX-VNNI), not only that of AVX-512.
 bool has_avx_vnni();

@@ -14,6 +14,8 @@ const KernelTable& kernels_for(IsaKind isa) {
 #elif defined(__aarch64__)
         case IsaKind::kNeon:
             return kernels_neon();
+        case IsaKind::kI8mm:
+            return kernels_i8mm();
 #endif
         default:
             return kernels_scalar();

@@ -287,6 +287,7 @@ const KernelTable& kernels_avxvnni();
 const KernelTable& kernels_avx512();
 #elif defined(__aarch64__)
 const KernelTable& kernels_neon();
+const KernelTable& kernels_i8mm();
 #endif
 
 const KernelTable& kernels_for(IsaKind isa);

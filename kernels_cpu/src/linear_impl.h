@@ -13,13 +13,31 @@
 namespace tinychat {
 namespace {
 
+// The same as `dot` for units that multiply small matrices: two rows of activations at a time, 8 inputs deep.
+template <class S, int M, WeightKind C, int First, int Count>
+inline __attribute__((always_inline)) void dot_pairs(const uint8_t* lines, const int8_t* x, typename S::I (&out)[M]) {
+    typename S::Pair acc[(M + 1) / 2];
+    for (auto& a : acc) a = S::pair();
+    unroll<Count / 2>([&](auto b) {
+        constexpr int line = First + 2 * b;
+        const typename S::Pair w = S::eights(byte_line<S, C, line>(lines), byte_line<S, C, line + 1>(lines));
+        for (int m = 0; m < M; m += 2) {  // the last of an odd number of rows is a pair with itself
+            const int8_t* row = x + m * kActGroup + line * 4;
+            acc[m / 2] = S::dot_eights(acc[m / 2], w, row, m + 1 < M ? row + kActGroup : row);
+        }
+    });
+    for (int m = 0; m < M; m++) out[m] = m % 2 ? S::second(acc[m / 2]) : S::first(acc[m / 2]);
+}
+
 // Integer dot product of Count byte-lines with kLanes rows, for M rows of activations.
 //   lines  the first code line of 32 inputs, at the first of these rows;  x  integers of the first activation row
 //   nsum   of these 32 inputs, which signed bytes need, so their Count is 8
 template <class S, int M, WeightKind C, int First, int Count>
 inline __attribute__((always_inline)) void dot(const uint8_t* lines, const int8_t* x, const int32_t* nsum,
                                                typename S::I (&out)[M]) {
-    if constexpr (has_signed_bytes(C)) {
+    if constexpr (S::kMatrices && M > 1) {
+        dot_pairs<S, M, C, First, Count>(lines, x, out);
+    } else if constexpr (has_signed_bytes(C)) {
         typename S::Acc8 acc[M];
         for (int m = 0; m < M; m++) acc[m] = S::acc8();
         unroll<Count>([&](auto b) {

@@ -1,6 +1,6 @@
 // Every instruction set of this machine against the scalar one, bit for bit, on buffers of exactly the right size; and
 // programs run by several threads. Made to be run under the sanitizers and under qemu:
-//   kernels_test kernels | threads
+//   kernels_test kernels | threads | isas
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -481,6 +481,8 @@ int main(int argc, char** argv) {
         test_threads();
         test_experts();
         test_spans();
+    } else if (what == "isas") {
+        for (IsaKind isa : supported_isas()) std::printf("%s\n", isa_name(isa));
     } else {
         const KernelTable& scalar = kernels_for(IsaKind::kScalar);
         test_experts();

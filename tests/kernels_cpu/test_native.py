@@ -69,10 +69,12 @@ def need(*tools: str) -> None:
 @pytest.mark.long  # a minute to compile and to emulate
 def test_neon_gives_the_bits_of_the_scalar_kernels(tmp_path):
     need("aarch64-linux-gnu-g++", "qemu-aarch64")
-    neon = {"isa_neon": ["-march=armv8.2-a+dotprod"]}
+    neon = {"isa_neon": ["-march=armv8.2-a+dotprod"], "isa_i8mm": ["-march=armv8.2-a+dotprod+i8mm"]}
     binary = build(tmp_path, "aarch64-linux-gnu-g++", ["-static"], neon)
-    assert "neon\n" in check(["qemu-aarch64", "-cpu", "max", str(binary), "kernels"])
+    assert check(["qemu-aarch64", "-cpu", "max", str(binary), "kernels"]).split()[:2] == ["i8mm", "neon"]
     check(["qemu-aarch64", "-cpu", "max", str(binary), "threads"])
+    for cpu, isas in {"neoverse-n1": ["neon", "scalar"], "cortex-a72": ["scalar"]}.items():
+        assert check(["qemu-aarch64", "-cpu", cpu, str(binary), "isas"]).split()[:-1] == isas
 
 
 @pytest.mark.slow
