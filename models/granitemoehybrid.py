@@ -71,6 +71,7 @@ HF = {
             ),
             (r"\.block_sparse_moe\.(output_linear\.weight$|experts\.down_proj)", ".mlp.experts.down_proj"),
         ),
+        written=((r"\.mlp\.gate\.", ".block_sparse_moe.router.layer."),),
     )
 }
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

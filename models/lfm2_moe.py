@@ -64,6 +64,10 @@ HF = {
         mixers=("conv",),
         vectors=lfm2.KEPT | {mixtral.BIAS: Kept()},
         tensors=(lfm2.LAST_NORM, *EXPERTS),
+        written=(
+            *mixtral.written("feed_forward"),
+            (r"\.mlp\.expert_bias\.weight$", ".feed_forward.expert_bias"),
+        ),
     )
 }
 GGUF = {

@@ -44,6 +44,13 @@ def _from_gguf(m: Metadata, stack: Stack) -> tuple[LayerConfig, ...]:
     return stack.layers(mlp=lambda i: mlp)
 
 
+def written(mlp: str) -> tuple[tuple[str, str], ...]:
+    """What files call experts whose linears have numbers, in a module of that name (`FromHF.written`)."""
+    numbers = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    experts = ((rf"\.mlp\.experts\.(\d+)\.{k}\.", rf".{mlp}.experts.\1.{w}.") for k, w in numbers.items())
+    return (r"\.mlp\.gate\.", f".{mlp}.gate."), *experts
+
+
 HF = {
     "MixtralForCausalLM": FromHF(
         {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2},
@@ -56,6 +63,7 @@ HF = {
             (r"block_sparse_moe\.experts\.(\d+)\.w2\.", r"mlp.experts.\1.down_proj."),
             (r"block_sparse_moe\.experts\.(\d+)\.w3\.", r"mlp.experts.\1.up_proj."),
         ),
+        written=written("block_sparse_moe"),
     )
 }
 GGUF = {

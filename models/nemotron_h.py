@@ -163,6 +163,10 @@ HF = {
             (r"\.mixer\.gate\.e_score_correction_bias$", f".{mixtral.BIAS}.weight"),
             (r"\.mixer\.(gate|experts)\.", r".mlp.\1."),
         ),
+        written=(
+            (r"\.mlp\.expert_bias$", ".mixer.gate.e_score_correction_bias"),
+            (r"\.mlp\.(gate|experts)\.", r".mixer.\1."),
+        ),
         said=_said,
     )
 }

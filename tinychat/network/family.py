@@ -132,6 +132,7 @@ class FromHF:
     vectors       those of `norms` that are no norms, by the ends of their names
     tensors       how its files call modules, as pairs of a regular expression and what is put in its place to
                   get the names of `linears` and `norms`
+    written       the other way round, where quantized folders that others read have names of their own
     rope_fields   fields of a rope scaling that it has beside those that all have
     interleaved   whether its files hold rows of q and k for rotating neighbours (x[2i], x[2i + 1])
     parts         modules that its files hold among the rows of others, by their names inside a block
@@ -153,6 +154,7 @@ class FromHF:
     mixers: tuple[str, ...] = ()
     vectors: Mapping[str, Kept] = field(default_factory=dict)
     tensors: tuple[tuple[str, str], ...] = ()
+    written: tuple[tuple[str, str], ...] = ()
     rope_fields: tuple[str, ...] = ()
     interleaved: bool = False
     parts: Mapping[str, Part] = field(default_factory=dict)

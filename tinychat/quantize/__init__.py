@@ -3,9 +3,9 @@
 `target` says what may be asked for, `grids` which levels a weight then has; `calibration` gives the text,
 `nodes` writes a family's forward pass down, `forward` runs a block of it, `block` scales and fits its
 linears, `rounding` rounds one of them; `gptq` does both as its paper says; `smooth` moves loud channels into
-8-bit weights, and `folding` their scales into what lies before; `walk` goes from block to block; `layouts`
-packs a block; `tune` distils what stands beside the codes of all; `settings` names what config.json says;
-`folder` and `gguf_output` write the result.
+8-bit weights, and `folding` their scales into what lies before; `experts` says which tokens an expert is
+fitted to; `walk` goes from block to block; `layouts` packs a block; `tune` distils what stands beside the
+codes of all; `settings` names what config.json says; `folder` and `gguf_output` write the result.
 """
 
 from __future__ import annotations
@@ -245,11 +245,6 @@ def _check(
         raise UsageError(f"The ranges {ranges!r} are not known.", f"Use {' or '.join(RANGES)}.")
     if tune and wishes["method"] == "smoothquant":
         raise UsageError("smoothquant has nothing to tune.", "Leave --tune out.")
-    if cfg.n_experts:
-        raise UnsupportedModelError(
-            f"{checkpoint.path.name} is a mixture of experts, which cannot be quantized yet.",
-            'It runs with quantize="rtn", or as someone quantized it.',
-        )
     if any(form.parts for form in FAMILIES[cfg.family].HF.values()):
         raise UnsupportedModelError(
             f"Files hold projections of a {cfg.family} model together; quantizers do not write that yet.",
@@ -266,6 +261,11 @@ def _check(
     if target.format == "gguf" and any(form.flattened for form in FAMILIES[cfg.family].GGUF.values()):
         raise UnsupportedModelError(
             f"GGUF holds tensors of a {cfg.family} model in other shapes; quantizers do not write that yet.",
+            "Use another --format.",
+        )
+    if target.format == "gguf" and cfg.n_experts:
+        raise UnsupportedModelError(
+            "GGUF holds the experts of a layer in one tensor; quantizers do not write that yet.",
             "Use another --format.",
         )
     network(cfg)  # refuses a family whose blocks cannot be quantized one by one

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinychat.network.config import ModelConfig
+from tinychat.quantize.experts import Mixture, given, reach
 from tinychat.quantize.folding import bounded, exact_in_norm, norm16, of_rows
 from tinychat.quantize.forward import Forward, Group, Half
 from tinychat.quantize.grids import Grid
@@ -118,10 +119,13 @@ class BlockQuantizer:
         """w: the float block (not changed). x_f, x_q [S, T, H]: its input in the float and the quantized
         network, overwritten. Returns the quantized block and its outputs in both.
         """
-        float_w, w = w, w.copy()
+        float_w, w = w, BlockWeights(w.linear, dict(w.bias), dict(w.norm), w.layer)
         out, start = QuantizedBlock({}, {}, {}, w.layer), x_q.clone()
         halves = self.forward.halves(w.layer)
         for half in halves:
+            if half.mixture:
+                self._mixed(half, half.mixture, w, out, float_w, x_f, x_q, goes_on=half is not halves[-1])
+                continue
             for group in half.groups[:-1]:
                 self._early(half, group, w, out, float_w, x_f, x_q)
             self._last(half, w, out, float_w, x_f, x_q, goes_on=half is not halves[-1])
@@ -193,6 +197,53 @@ class BlockQuantizer:
         now = BlockWeights(linear, w.bias, w.norm, w.layer)
         for b in self._batches(x_q):
             x_q[b] = f.value(half.end, now, {half.start: x_q[b], group.input: inner[b]})
+
+    def _mixed(
+        self,
+        half: Half,
+        mixture: Mixture,
+        w: BlockWeights,
+        out: QuantizedBlock,
+        float_w: BlockWeights,
+        x_f: torch.Tensor,
+        x_q: torch.Tensor,
+        goes_on: bool,
+    ) -> None:
+        """Quantizes experts, and what all tokens take beside them, into `out`; x_f and x_q as in `_last`."""
+        f, now = self.forward, self._now(half, w, out, float_w)
+        narrow, routed = given(f, half.start, mixture, now, x_q, self.options.batch)
+        wide, _ = given(f, half.start, mixture, float_w, x_f, self.options.batch)
+        for e, tokens in enumerate(reach(routed, len(narrow))):
+            into, down = mixture.into.experts[e], mixture.down.experts[e]
+            q, x = narrow[tokens], wide[tokens]
+            self._round(Group(mixture.input, (into,)), w, out, q, x, float_w)
+            now.linear.update((n, out.linear[n].dequantize()) for n in into.parts)
+            q, x = mixture.between(e, now, q), mixture.between(e, float_w, x)
+            group = Group(mixture.middle, (down,), rows=mixture.rows_of_up(e))
+            self._fold(group, w, out, self._round(group, w, out, q, x, float_w))
+        for group in half.groups:
+            self._early(half, group, w, out, float_w, x_f, x_q)
+        own = {n for p in mixture.products for n in p.parts} | {n for g in half.groups for n in g.names}
+        linear = now.linear | {n: out.linear[n].dequantize() for n in own}
+        now = BlockWeights(linear, w.bias, w.norm, w.layer)
+        for b in self._batches(x_q):
+            x_f[b] = f.value(half.end, float_w, {half.start: x_f[b]})
+            if goes_on:
+                x_q[b] = f.value(half.end, now, {half.start: x_q[b]})
+
+    def _round(
+        self,
+        group: Group,
+        w: BlockWeights,
+        out: QuantizedBlock,
+        x_q: torch.Tensor,
+        x_f: torch.Tensor,
+        float_w: BlockWeights,
+    ) -> torch.Tensor:
+        """`_quantize` on the rows [n, K] that the linears read in both networks."""
+        m = _Moments()
+        m.add(x_q[None], x_f[None])
+        return self._quantize(group, w, out, m, float_w, None)
 
     def advance(
         self, w: BlockWeights, quantized: BlockWeights, x_f: torch.Tensor, x_q: torch.Tensor

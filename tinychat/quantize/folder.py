@@ -11,9 +11,10 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from tinychat.base.errors import TinychatError, UsageError
 from tinychat.base.files import read_text
 from tinychat.base.machine import human_bytes
+from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
 from tinychat.quantize.forward import finite
@@ -200,7 +202,9 @@ class OutputFolder(Output):
         self, path: Path, checkpoint: Checkpoint, target: Target, rest: list[Entry], record: dict[str, Any]
     ) -> None:
         path.mkdir()
-        write_weights(path, [*rest, *self._block_entries(checkpoint.config.n_layers)])
+        cfg = checkpoint.config
+        blocks = [as_written(cfg, e) for e in self._block_entries(cfg.n_layers)]
+        write_weights(path, [*rest, *blocks])
         write_settings(path, checkpoint, target.quantization_config())
         _write_json(path / RECORD, {**self.job, **record})
 
@@ -218,6 +222,14 @@ class OutputFolder(Output):
     def size(self) -> int:
         """Bytes of its files."""
         return sum(f.stat().st_size for f in self.out.iterdir())
+
+
+def as_written(cfg: ModelConfig, entry: Entry) -> Entry:
+    """The tensor by the name that its family's files have for it."""
+    form, name = next(iter(FAMILIES[cfg.family].HF.values())), entry.name
+    for module, own in form.written:
+        name = re.sub(module, own, name)
+    return replace(entry, name=name)
 
 
 def rest(checkpoint: Checkpoint) -> list[Entry]:

@@ -8,6 +8,7 @@ from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
 from tinychat.network.family import kept
 from tinychat.quantize.forward import Group
+from tinychat.quantize.linears import chooses
 from tinychat.quantize.nodes import BlockWeights
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ def norm16(name: str, v: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
     """A norm's weight (or what else is kept) as a file in fp16 gives it back."""
     import torch
 
+    if chooses(cfg, name):
+        return v
     own = kept(FAMILIES[cfg.family], name)
     stored = torch.from_numpy(own.write(v.detach().numpy())).half().float()
     return torch.from_numpy(own.read(stored.numpy().reshape(v.shape)))

@@ -14,7 +14,10 @@ from tinychat.base.errors import CheckpointError, UnsupportedModelError
 from tinychat.models import FAMILIES
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import AttentionConfig, ModelConfig
-from tinychat.quantize.nodes import IDS, BlockWeights, Names, Node, Product, Recorder, short
+from tinychat.quantize import experts
+from tinychat.quantize.experts import Mixture
+from tinychat.quantize.linears import routers
+from tinychat.quantize.nodes import IDS, BlockWeights, ExpertProduct, Names, Node, Product, Recorder, short
 
 if TYPE_CHECKING:
     import torch
@@ -46,11 +49,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Half:
-    """From one state of the residual stream to the next: a block's attention, or its MLP."""
+    """From one state of the residual stream to the next: a block's attention, or its MLP.
+
+    mixture  experts, which come before the groups
+    """
 
     start: Node
     end: Node
     groups: tuple[Group, ...]
+    mixture: Mixture | None = None
 
 
 class Network:
@@ -73,13 +80,13 @@ class Network:
         start, layers = self.embed, _by_layer(nodes)
         for layer in range(cfg.n_layers):
             halves = []
-            for part in _halves(layers[layer]):
+            for part in _joined(_halves(layers[layer])):
                 if not {x for node in part for x in node.inputs} <= {start, *part} or part[-1].op not in ENDS:
                     raise UnsupportedModelError(
                         f"The blocks of a {cfg.family} model pass on more than their sum.",
                         'Such a model cannot be quantized yet; it runs with quantize="rtn".',
                     )
-                halves.append(Half(start, part[-1], _groups(part, readers)))
+                halves.append(Half(start, part[-1], _groups(part, readers), Mixture.of(part)))
                 start = part[-1]
             self.blocks.append(tuple(halves))
         self.final_norm, self.head = layers[-1]
@@ -89,6 +96,7 @@ class Network:
         it is a part itself.
         """
         products = [p for half in self.blocks[layer] for group in half.groups for p in group.products]
+        products += [p for half in self.blocks[layer] if half.mixture for p in half.mixture.products]
         return {
             short(name): dict(zip(p.parts, p.sizes, strict=True)) if p.sizes else {}
             for p in products
@@ -122,6 +130,19 @@ def _halves(nodes: Sequence[Node]) -> list[list[Node]]:
         if node.op == "add":
             parts.append([])
     return [part for part in parts if part]
+
+
+def _joined(parts: list[list[Node]]) -> list[list[Node]]:
+    """The same, but experts and what every token takes beside them, of the same input, as one."""
+    joined: list[list[Node]] = []
+    for part in parts:
+        reads = {x for node in part for x in node.inputs}
+        beside = joined and any(isinstance(node, ExpertProduct) for node in (*joined[-1], *part))
+        if beside and reads - {*part, joined[-1][-1]}:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def _groups(nodes: Sequence[Node], readers: Mapping[Node, list[Node]]) -> tuple[Group, ...]:
@@ -172,13 +193,17 @@ class Forward:
 
         def of(x: Node) -> Any:
             if x not in values:
-                inputs = map(of, x.inputs)
-                if self.rounded is not None and isinstance(x, Product):
-                    inputs = map(self.rounded, inputs)
+                inputs = list(map(of, x.inputs))
+                if self.rounded is not None and isinstance(x, Product | ExpertProduct):
+                    inputs[0] = self._rounded(inputs[0])
                 values[x] = x.run(w, *inputs)
             return values[x]
 
         return of(node)
+
+    def _rounded(self, x: Any) -> Any:
+        assert self.rounded is not None
+        return [self.rounded(rows) for rows in x] if isinstance(x, list) else self.rounded(x)
 
     def product(self, group: Group, w: BlockWeights, known: Mapping[Node, torch.Tensor]) -> torch.Tensor:
         """Result of the last linear of a group, before it is added to anything."""
@@ -201,17 +226,26 @@ class Forward:
         are overwritten by what the block makes of them.
         """
         sums: dict[str, torch.Tensor] = {}
+        of_experts: dict[Mixture, dict[str, Any]] = {}
         for b in range(0, len(x), batch):
             part = x[b : b + batch]
             for half in self.halves(w.layer):
                 known = {half.start: part}
+                if mixture := half.mixture:
+                    given = self.value(mixture.input, w, known)
+                    known |= {mixture.input: given, mixture.routes: self.value(mixture.routes, w, known)}
+                    read = given.flatten(0, 1), known[mixture.routes], of_experts.setdefault(mixture, {})
+                    experts.mean_squares(mixture, w, *read)
                 for group in half.groups:
                     known[group.input] = read = self.value(group.input, w, known)
                     squares = read.flatten(0, 1).square().sum(0)
                     sums |= {n: sums.get(n, 0) + squares for n in group.names}
                 part = self.value(half.end, w, known)
             x[b : b + batch] = part
-        return {name: s / (x.shape[0] * x.shape[1]) for name, s in sums.items()}
+        found = {name: s / (x.shape[0] * x.shape[1]) for name, s in sums.items()}
+        for mixture, own in of_experts.items():
+            found |= experts.means(mixture, own)
+        return found
 
     def normed(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """The last block's output […, H] as the head reads it."""
@@ -237,6 +271,9 @@ def read_block(checkpoint: Checkpoint, layer: int) -> BlockWeights:
         linear = checkpoint.linear(name)
         inside = name.removeprefix(prefix)
         weight = torch.from_numpy(finite(linear.dequantize(), name))
+        if name in routers(cfg):
+            w.norm[inside] = weight
+            continue
         w.linear |= apart(cfg, layer, inside, weight)
         if linear.bias is not None:
             bias = torch.from_numpy(finite(np.array(linear.bias, np.float32), name + ".bias"))

@@ -10,11 +10,12 @@ be computed at each step: what is read of it are the rows of the upper Cholesky 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinychat.quantize.block import QuantizedBlock
+from tinychat.quantize.experts import Mixture, given, reach
 from tinychat.quantize.folding import norm16
 from tinychat.quantize.forward import Forward, Group, Half
 from tinychat.quantize.grids import Grid
@@ -74,16 +75,19 @@ class GPTQQuantizer:
         """w: the float block (not changed). x [S, T, H]: its input in the quantized network, overwritten.
         Returns the quantized block and its output.
         """
-        f, now = self.forward, w.copy()
+        f, now = self.forward, BlockWeights(dict(w.linear), layer=w.layer)
         now.norm = {k: norm16(k, v, f.cfg) for k, v in w.norm.items()}
         now.bias = {k: v.half().float() for k, v in w.bias.items()}
         out = QuantizedBlock({}, now.bias, now.norm, w.layer)
         for half in f.halves(w.layer):
+            if half.mixture:
+                self._mixed(half, half.mixture, now, out, x)
+                continue
             for group in half.groups[:-1]:
-                self._round(group, now, out, self._inputs(half, group, now, x))
+                self._round(group.names, now, out, self._inputs(half, group, now, x))
             last = half.groups[-1]
             inner = x.new_empty(*x.shape[:2], now.linear[last.names[0]].shape[1])
-            self._round(last, now, out, self._inputs(half, last, now, x, inner))
+            self._round(last.names, now, out, self._inputs(half, last, now, x, inner))
             for b in self._batches(x):
                 x[b] = f.value(half.end, now, {half.start: x[b], last.input: inner[b]})
         return out, x
@@ -93,6 +97,21 @@ class GPTQQuantizer:
         for s in self._batches(x):
             x[s] = self.forward.block(x[s], quantized)
         return x
+
+    def _mixed(
+        self, half: Half, mixture: Mixture, now: BlockWeights, out: QuantizedBlock, x: torch.Tensor
+    ) -> None:
+        """Round experts, and what every token takes beside them; x becomes what follows."""
+        f = self.forward
+        m, routed = given(f, half.start, mixture, now, x, self.batch)
+        for e, tokens in enumerate(reach(routed, len(m))):
+            into, down, rows = mixture.into.experts[e], mixture.down.experts[e], m[tokens]
+            self._round(into.parts, now, out, [rows])
+            self._round(down.parts, now, out, [mixture.between(e, now, rows)])
+        for group in half.groups:
+            self._round(group.names, now, out, self._inputs(half, group, now, x))
+        for b in self._batches(x):
+            x[b] = f.value(half.end, now, {half.start: x[b]})
 
     def _inputs(
         self, half: Half, group: Group, now: BlockWeights, x: torch.Tensor, kept: torch.Tensor | None = None
@@ -105,17 +124,21 @@ class GPTQQuantizer:
             yield read
 
     def _round(
-        self, group: Group, now: BlockWeights, out: QuantizedBlock, inputs: Iterable[torch.Tensor]
+        self,
+        names: Sequence[str],
+        now: BlockWeights,
+        out: QuantizedBlock,
+        inputs: Iterable[torch.Tensor],
     ) -> None:
-        """Round the linears of a group, which read `inputs`; `now` and `out` get them."""
+        """Round linears that read `inputs`, […, in] each; `now` and `out` get them."""
         products, n = None, 0
         for batch in inputs:
-            rows = batch.flatten(0, 1)
+            rows = batch.flatten(0, -2)
             products = rows.T @ rows if products is None else products + rows.T @ rows
             n += len(rows)
         assert products is not None  # there is a window
         mean = products / n
-        for name in group.names:
+        for name in names:
             w, grid = now.linear[name], self.grid(len(mean))
             out.linear[name] = gptq(w, mean, grid, self.damp, self.act_order, self.search)
             now.linear[name] = out.linear[name].dequantize()

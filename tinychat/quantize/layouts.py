@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from tinychat.network.config import ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Kept, in_file_order, kept
 from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize.forward import apart, network
+from tinychat.quantize.linears import choosing, quantized
 from tinychat.quantize.nodes import BlockWeights
 from tinychat.quantize.target import Target
 
@@ -27,12 +28,13 @@ Tensors = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class StoredBlock:
     """A block as files have it, by the names inside it: fused linears in one; norms float32, as they are
-    multiplied by.
+    multiplied by; routers float32, which are in 16 bits where these hold them.
     """
 
     layer: int
     linear: dict[str, QuantizedLinear]
     norm: dict[str, np.ndarray]
+    routers: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, block: QuantizedBlock, cfg: ModelConfig) -> StoredBlock:
@@ -45,7 +47,9 @@ class StoredBlock:
             rounded = block.linear[parts[0]].stacked([block.linear[p] for p in parts[1:]])
             bias = torch.cat([block.bias[p] for p in parts]) if parts[0] in block.bias else None
             linear[name] = rounded.canonical(bias)
-        return cls(block.layer, linear, {name: v.numpy() for name, v in block.norm.items()})
+        chosen = choosing(cfg, block.layer)
+        norms = {name: v.numpy() for name, v in block.norm.items() if name not in chosen}
+        return cls(block.layer, linear, norms, {name: block.norm[name].numpy() for name in chosen})
 
     def tensors(self, cfg: ModelConfig, target: Target) -> Tensors:
         """The tensors of its family's files; in a folder norms are without their offset."""
@@ -58,6 +62,8 @@ class StoredBlock:
             out |= {f"{whole}.{part}": a for part, a in own.items()}
         for name, v in self.norm.items():
             out |= {f"{prefix}{name}.weight": v} if gguf else as_stored(prefix + name, v, cfg)
+        for name, v in self.routers.items():
+            out[f"{prefix}{name}.weight"] = v if gguf else _in_few_bits(v)
         return out
 
     @classmethod
@@ -74,6 +80,8 @@ class StoredBlock:
             form = Kept() if gguf else kept(FAMILIES[cfg.family], name)
             stored = tensors[form.tensor(name)].astype(np.float32).reshape(shape)
             out.norm[name.removeprefix(prefix)] = form.read(stored)
+        for name, shape in choosing(cfg, layer).items():
+            out.routers[name] = tensors[f"{prefix}{name}.weight"].astype(np.float32).reshape(shape)
         return out
 
     def weights(self, cfg: ModelConfig) -> BlockWeights:
@@ -85,7 +93,7 @@ class StoredBlock:
             w.linear |= apart(cfg, self.layer, name, torch.from_numpy(linear.dequantize()))
             if linear.bias is not None:
                 w.bias |= apart(cfg, self.layer, name, torch.from_numpy(linear.bias))
-        w.norm = {name: torch.from_numpy(v) for name, v in self.norm.items()}
+        w.norm = {name: torch.from_numpy(v) for name, v in {**self.norm, **self.routers}.items()}
         return w
 
 
@@ -109,7 +117,14 @@ def as_stored(name: str, norm: np.ndarray, cfg: ModelConfig) -> Tensors:
 def _names(cfg: ModelConfig, layer: int) -> list[str]:
     """The linears of a block by their names inside it."""
     prefix = f"model.layers.{layer}."
-    return [name.removeprefix(prefix) for name in FAMILIES[cfg.family].linears(cfg, layer)]
+    return [name.removeprefix(prefix) for name in quantized(cfg, layer)]
+
+
+def _in_few_bits(a: np.ndarray) -> np.ndarray:
+    """float32 as float16, where that holds it exactly."""
+    with np.errstate(over="ignore"):
+        half = a.astype(np.float16)
+    return half if np.array_equal(half, a) else a
 
 
 def _int_quantized(weight: QuantizedLinear) -> Tensors:

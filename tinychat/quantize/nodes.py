@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from tinychat.backends.reference_experts import ExpertOps
 from tinychat.base.errors import UnsupportedModelError
 from tinychat.network.config import AttentionConfig, RopeConfig
 from tinychat.network.ops import DeltaWeights, MambaWeights
 from tinychat.network.recurrence import ConvConfig, DeltaConfig, MambaConfig
 from tinychat.quantize.recurrence import conv_over, delta_over, mamba_over
+from tinychat.quantize.routed import Routed
+from tinychat.quantize.windows import attended, rms, rotated
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +84,15 @@ class Product(Node):
             self.run = _product(self.parts)
 
 
+@dataclass(eq=False)
+class ExpertProduct(Node):
+    """Linears of experts, of each those that share an input. Its value is a list of theirs, each of the rows
+    that the expert gets, in their order; so is what it reads, or it is what all are given: [S, T, in].
+    """
+
+    experts: tuple[Product, ...] = ()
+
+
 def short(name: str) -> str:
     """A module's name inside its block; that of one outside of all as it is."""
     return name.split(".", 3)[3] if name.startswith("model.layers.") else name
@@ -124,18 +135,20 @@ class Recorder:
 
             x = w.linear[weight][ids]
             x = x if scale == 1 else x * scale
-            return _norm(x, torch.ones(x.shape[-1]), norm_eps) if norm_eps else x
+            return rms(x, torch.ones(x.shape[-1]), norm_eps) if norm_eps else x
 
         return self._node("embed", (IDS,), run, weight)
 
     def rms_norm(self, x: Node, weight: str, eps: float, add_to: Node | None = None) -> Node:
         name = short(weight)
-        y = self._node("rms_norm", (x,), lambda w, x: _norm(x, w.norm[name], eps), weight)
+        y = self._node("rms_norm", (x,), lambda w, x: rms(x, w.norm[name], eps), weight)
         return y if add_to is None else self._add(add_to, y)
 
     def linear(self, x: Node, weight: tuple[str, ...], add_to: Node | None = None) -> Node:
         if isinstance(weight, Routing):
-            return self._node("gates", (x,), lambda w, x: x @ w.norm[short(weight[0])].T, *weight)
+            name = short(weight[0])
+            y = self._node("gates", (x,), lambda w, x: x @ w.norm[name].T, *weight)
+            return y if add_to is None else self._add(add_to, y)
         y = Product("linear", (x,), _product(tuple(map(short, weight))), weight)
         self.nodes.append(y)
         return y if add_to is None else self._add(add_to, y)
@@ -168,24 +181,24 @@ class Recorder:
     ) -> tuple[Node, Node]:
         def normed(x: Node, weight: str | None) -> Node:
             if weight is None:
-                return self._node("norm_heads", (x,), lambda w, x: _norm(x, x.new_ones(x.shape[-1]), eps))
+                return self._node("norm_heads", (x,), lambda w, x: rms(x, x.new_ones(x.shape[-1]), eps))
             name = short(weight)
 
             def run(w: BlockWeights, x: torch.Tensor) -> torch.Tensor:
                 scale, d = w.norm[name], x.shape[-1]
                 spans = x.transpose(1, 2).flatten(2).unflatten(-1, (-1, len(scale)))
-                return _norm(spans, scale, eps).flatten(-2).unflatten(-1, (-1, d)).transpose(1, 2)
+                return rms(spans, scale, eps).flatten(-2).unflatten(-1, (-1, d)).transpose(1, 2)
 
             return self._node("norm_heads", (x,), run, weight)
 
         return normed(q, q_weight), normed(k, k_weight)
 
     def norm_values(self, v: Node, eps: float) -> Node:
-        return self._node("norm_values", (v,), lambda w, v: _norm(v, v.new_ones(v.shape[-1]), eps))
+        return self._node("norm_values", (v,), lambda w, v: rms(v, v.new_ones(v.shape[-1]), eps))
 
     def rope(self, q: Node, k: Node, rope: RopeConfig) -> tuple[Node, Node]:
         def turned(x: Node) -> Node:
-            return self._node("rope", (x,), lambda w, x: _rotate(x, rope))
+            return self._node("rope", (x,), lambda w, x: rotated(x, rope))
 
         return turned(q), turned(k)
 
@@ -201,7 +214,7 @@ class Recorder:
 
         def run(w: BlockWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             own = [w.norm[short(name)] for name in names]
-            return _attention(q, k, v, attention, *own).transpose(1, 2).flatten(2)
+            return attended(q, k, v, attention, *own).transpose(1, 2).flatten(2)
 
         node = self._node("attention", (q, k, v), run, *names)
         node.attention = attention
@@ -261,7 +274,7 @@ class Recorder:
 
         def run(w: BlockWeights, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
             scale = w.norm[short(weight)]
-            heads = _norm(x.unflatten(-1, (-1, len(scale))), scale, eps)
+            heads = rms(x.unflatten(-1, (-1, len(scale))), scale, eps)
             return heads.flatten(-2) * functional.silu(gate)
 
         return self._node("norm_gated", (x, gate), run, weight)
@@ -280,34 +293,43 @@ class Recorder:
     def silu_mul(self, gate_up: Product) -> Node:
         from torch.nn import functional
 
-        self._halve(gate_up)
-        return self._node("silu_mul", (gate_up,), lambda w, x: functional.silu(x[0]) * x[1])
+        return self._gated("silu_mul", gate_up, functional.silu)
 
     def gelu_mul(self, gate_up: Product) -> Node:
         from torch.nn import functional
 
+        return self._gated("gelu_mul", gate_up, lambda x: functional.gelu(x, approximate="tanh"))
+
+    def _gated(self, op: str, gate_up: Product | ExpertProduct, gate: Callable[..., torch.Tensor]) -> Node:
+        if isinstance(gate_up, ExpertProduct):
+            return self._node(op, (gate_up,), lambda w, xs: [gate(x[0]) * x[1] for x in xs])
         self._halve(gate_up)
-        return self._node(
-            "gelu_mul", (gate_up,), lambda w, x: functional.gelu(x[0], approximate="tanh") * x[1]
-        )
+        return self._node(op, (gate_up,), lambda w, x: gate(x[0]) * x[1])
 
     def relu_square(self, up: Node) -> Node:
+        if isinstance(up, ExpertProduct):
+            return self._node("relu_square", (up,), lambda w, xs: [x.relu().square() for x in xs])
         return self._node("relu_square", (up,), lambda w, x: x.relu().square())
 
     def gelu_columns(self, gate: Node, x: Node, first: int) -> Node:
         raise NotImplementedError  # `embed_onto` comes first
 
     def norm_columns(self, x: Node, weight: str, eps: float) -> Node:
+        name = short(weight)
+
+        def run(w: BlockWeights, x: torch.Tensor) -> torch.Tensor:
+            return rms(x.unflatten(-1, (-1, len(w.norm[name]))), w.norm[name], eps).flatten(-2)
+
+        return self._node("norm_columns", (x,), run, weight)
+
+    def embed_onto(self, x: Node, weight: str, scale: float, factor: float) -> Node:
         raise UnsupportedModelError(
             "A model with an embedding for each layer cannot be quantized yet.",
             'It runs with quantize="rtn", or as someone quantized it.',
         )
 
-    def embed_onto(self, x: Node, weight: str, scale: float, factor: float) -> Node:
-        raise NotImplementedError  # `norm_columns` comes first
-
     def tanh(self, *given: Any) -> Any:
-        raise NotImplementedError  # of models with an embedding for each layer: `norm_columns` comes first
+        raise NotImplementedError  # of models with an embedding for each layer: `embed_onto` comes first
 
     times = summed = resized = mix_streams = correct_streams = cut_gates = tanh
 
@@ -315,7 +337,9 @@ class Recorder:
         return self._node("scaled", (x,), lambda w, x: x * w.norm[short(weight)], weight)
 
     def clamped_mul(self, gate_up: Product, limit: float, alpha: float) -> Node:
-        raise NotImplementedError  # `route` comes first
+        raise UnsupportedModelError(
+            "The experts of a gpt-oss have 4 bits as they are, and are not quantized.", "Run it as it is."
+        )
 
     def route(
         self,
@@ -327,17 +351,41 @@ class Recorder:
         scale: float = 1.0,
         each: str | None = None,
         groups: tuple[int, int] = (1, 1),
-    ) -> Any:
-        raise UnsupportedModelError(
-            "A mixture of experts cannot be quantized yet.",
-            'It runs with quantize="rtn", or as someone quantized it.',
-        )
+    ) -> Node:
+        names = [name for name in (bias, each) if name is not None]
 
-    def expert_linear(self, x: Node, weights: Sequence[Any], routes: Any) -> Any:
-        raise NotImplementedError  # `route` comes first
+        def run(w: BlockWeights, scores: torch.Tensor) -> Routed:
+            b, e = (None if name is None else w.norm[short(name)] for name in (bias, each))
+            rule = (n, normalize, sigmoid, b, scale, e, groups)
+            chosen = ExpertOps.route(None, scores.flatten(0, 1), *rule)  # type: ignore[arg-type]
+            return Routed.of(*chosen, scores.shape[-1])
 
-    def expert_sum(self, x: Node, routes: Any, add_to: Node | None = None) -> Any:
-        raise NotImplementedError
+        return self._node("route", (scores,), run, *names)
+
+    def expert_linear(self, x: Node, weights: Sequence[tuple[str, ...]], routes: Node) -> ExpertProduct:
+        own = tuple(Product("linear", (x,), _product(tuple(map(short, of))), of) for of in weights)
+
+        def run(w: BlockWeights, x: Any, routed: Routed) -> list[Any]:
+            rows = x if isinstance(x, list) else [x.flatten(0, 1)[tokens] for tokens in routed.tokens]
+            return [linears.run(w, given) for linears, given in zip(own, rows, strict=True)]
+
+        names = tuple(name for linears in own for name in linears.weights)
+        node = ExpertProduct("expert_linear", (x, routes), run, names, experts=own)
+        self.nodes.append(node)
+        return node
+
+    def expert_sum(self, x: Node, routes: Node, add_to: Node | None = None) -> Node:
+        def run(
+            w: BlockWeights, xs: list[torch.Tensor], routed: Routed, scores: torch.Tensor
+        ) -> torch.Tensor:
+            windows, tokens = scores.shape[:2]
+            out = xs[0].new_zeros(windows * tokens, xs[0].shape[1])
+            for rows, places, weights in zip(xs, routed.tokens, routed.weights, strict=True):
+                out = out.index_add(0, places, rows * weights[:, None])
+            return out.view(windows, tokens, -1)
+
+        y = self._node("expert_sum", (x, routes, *routes.inputs), run)
+        return y if add_to is None else self._add(add_to, y)
 
     def lm_head(
         self, x: Node, weight: str, scale: float = 1.0, soft_cap: float = 0.0, first: int = 0
@@ -375,55 +423,3 @@ def _product(parts: tuple[str, ...]) -> Callable[[BlockWeights, torch.Tensor], A
         return products if len(parts) > 1 else products[0]
 
     return run
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    import torch
-
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-
-
-@lru_cache(maxsize=8)
-def _turns(rope: RopeConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the positions 0…length - 1: each [length, D / 2]."""
-    import torch
-
-    with torch.inference_mode(False):  # kept for those who want gradients through them
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.from_numpy(rope.frequencies())
-        return (rope.magnitude * torch.cos(angle)).float(), (rope.magnitude * torch.sin(angle)).float()
-
-
-def _rotate(x: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    """[S, heads, T, D] at the positions 0…T - 1."""
-    import torch
-
-    cos, sin = _turns(rope, x.shape[2])
-    half = cos.shape[1]
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-
-
-def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionConfig, sinks: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Causal attention within each window; q, k, v and result [S, heads, T, D]. sinks: [heads]."""
-    import torch
-
-    t, cap, window = q.shape[2], a.soft_cap, a.window
-    if a.slope:
-        far = torch.log1p(torch.floor(torch.arange(t, dtype=torch.float64) / a.original))
-        q = q * (1 + a.slope * far).float()[:, None]
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    if not cap and sinks is None and not 0 < window < t:
-        return sdpa(q, k, v, is_causal=True, scale=a.scale, enable_gqa=True)
-    distance = torch.arange(t)[:, None] - torch.arange(t)
-    seen = (distance >= 0) & (distance < (window or t))
-    if not cap and sinks is None:
-        return sdpa(q, k, v, attn_mask=seen, scale=a.scale, enable_gqa=True)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * (a.scale or q.shape[-1] ** -0.5)
-    scores = (cap * torch.tanh(scores / cap) if cap else scores).masked_fill(~seen, -torch.inf)
-    if sinks is None:
-        return scores.softmax(-1) @ v
-    one_more = sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.cat([scores, one_more], dim=-1).softmax(-1)[..., :-1] @ v

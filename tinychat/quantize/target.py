@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinychat.base.errors import UnsupportedModelError, UsageError
-from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
 from tinychat.network.weight_form import ROW, SUPER
 from tinychat.quantize.grids import Grid, Offsets, SixBit, Symmetric
+from tinychat.quantize.linears import quantized
 
 METHODS = ("awq", "gptq", "rtn", "smoothquant")
 BITS = {"awq": (4,), "gptq": (2, 3, 4, 8), "compressed-tensors": (2, 3, 4, 8), "gguf": (4, 8)}
@@ -68,7 +68,7 @@ class Target:
         """How many linears have another GGUF type than the one that was asked for, by that type."""
         if self.format != "gguf":
             return {}
-        layers = (FAMILIES[cfg.family].linears(cfg, i) for i in range(cfg.n_layers))
+        layers = (quantized(cfg, i) for i in range(cfg.n_layers))
         types = [self.type_of(k) for linears in layers for _, k in linears.values()]
         return {t: types.count(t) for t in dict.fromkeys(types) if t != self.type}
 
@@ -163,6 +163,12 @@ def _w8a8(
     return Target("compressed-tensors", 8, ROW, symmetric=True, inputs=8)
 
 
+def _each_kind(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Linears of the first layer of each kind."""
+    kinds = {(type(layer.mixer), layer.mlp): i for i, layer in reversed(list(enumerate(cfg.layers)))}
+    return {name: shape for i in sorted(kinds.values()) for name, shape in quantized(cfg, i).items()}
+
+
 def _or(words: Any) -> str:
     return " or ".join(map(str, words))
 
@@ -170,7 +176,7 @@ def _or(words: Any) -> str:
 def _check_widths(cfg: ModelConfig, format: str, bits: int) -> None:
     """Raises UnsupportedModelError where the outputs do not fit in the format's words."""
     whole = {"awq": 8, "gptq": 32 if bits == 3 else 32 // bits}.get(format, 1)
-    for name, (n, _) in FAMILIES[cfg.family].linears(cfg, 0).items():
+    for name, (n, _) in _each_kind(cfg).items():
         if n % whole:
             raise UnsupportedModelError(
                 f"{name} has {n} outputs, not a multiple of {whole}, which the format {format} needs.",
@@ -185,7 +191,7 @@ def choose_group(cfg: ModelConfig, wanted: int | None) -> int:
     Raises UsageError when `wanted` does not divide them, naming those that do; UnsupportedModelError when
     none does.
     """
-    shapes = FAMILIES[cfg.family].linears(cfg, 0)
+    shapes = _each_kind(cfg)
     fit = [g for g in GROUPS if all(k % g == 0 for _, k in shapes.values())]
     if not fit:
         inputs = sorted({k for _, k in shapes.values()})

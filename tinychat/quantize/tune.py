@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinychat.base.machine import available_memory
-from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
 from tinychat.network.weight_form import Coded, Numbers
 from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize.forward import Forward, apart, read_block
 from tinychat.quantize.layouts import StoredBlock
+from tinychat.quantize.linears import quantized
 from tinychat.quantize.nodes import BlockWeights
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ class TunedBlock:
         self.layer = stored.layer
         self.linear = {name: TunedLinear(linear) for name, linear in stored.linear.items()}
         self.norm = {name: Moving(norm) for name, norm in stored.norm.items()}
+        self.routers = stored.routers
 
     def moving(self) -> Iterator[Moving]:
         """All of its numbers that move."""
@@ -189,13 +190,14 @@ class TunedBlock:
                 bias = torch.from_numpy(tuned.linear.bias.astype(np.float32))
                 w.bias |= apart(cfg, self.layer, name, bias)
         w.norm = {name: norm.value() for name, norm in self.norm.items()}
+        w.norm |= {name: torch.from_numpy(router) for name, router in self.routers.items()}
         return w
 
     def stored(self) -> StoredBlock:
         """The block with its numbers as they are now."""
         linear = {name: tuned.stored() for name, tuned in self.linear.items()}
         norm = {name: moving.value().detach().numpy() for name, moving in self.norm.items()}
-        return StoredBlock(self.layer, linear, norm)
+        return StoredBlock(self.layer, linear, norm, self.routers)
 
 
 class Tuner:
@@ -339,7 +341,7 @@ def kept(cfg: ModelConfig) -> int:
     """Bytes of all blocks of one step with what their gradients need."""
     tokens, total = PLAN.batch * LENGTH, 0
     for i, layer in enumerate(cfg.layers):
-        weights = sum(n * k for n, k in FAMILIES[cfg.family].linears(cfg, i).values())
+        weights = sum(n * k for n, k in quantized(cfg, i).values())
         total += 8 * weights + 4 * tokens * (16 * cfg.hidden_size + 5 * layer.mlp.size)
     return total
 
@@ -348,7 +350,7 @@ def needed(cfg: ModelConfig, group: int, n_tokens: int) -> int:
     """Bytes that tuning takes at most: codes and what stands beside them with Adam's two moments and the
     gradient, one block of either model, the float model's last states, embedding and head, and distributions.
     """
-    sizes = [[n * k for n, k in FAMILIES[cfg.family].linears(cfg, i).values()] for i in range(cfg.n_layers)]
+    sizes = [[n * k for n, k in quantized(cfg, i).values()] for i in range(cfg.n_layers)]
     weights, block = sum(map(sum, sizes)), max(map(sum, sizes))
     held = weights + 24 * weights // (group or cfg.hidden_size)
     tables = 4 * cfg.vocab_size * (cfg.hidden_size * (1 if cfg.tie_embeddings else 2) + 8 * TOKENS)
