@@ -2,10 +2,11 @@
 
     python benchmarks/speculation.py [--target llama-2-7b --draft qwen2.5-0.5b] [--tokens 64] [--markdown
     OUT.md]
-    python benchmarks/speculation.py --heads [--target qwen3.5-4b]
+    python benchmarks/speculation.py --heads [--target qwen3.5-4b] [--layers 12]
 
 With --heads the target drafts by its own layer that predicts further; plain steps are those of a target
-without that layer, so what the layer costs in each step counts against it. Otherwise:
+without that layer, so what the layer costs in each step counts against it. --layers takes the first so many
+of its layers, where all of them do not fit in memory. Otherwise:
 
 The draft model really runs (its time is real); which of its tokens are right is scripted, so that α is known.
 For each α and k: realised tokens a step against (1 − α^(k+1)) / (1 − α), and the measured speed-up over plain
@@ -20,6 +21,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ from tinychat.base.sampling_params import SamplingParams
 from tinychat.engine.engine import Engine
 from tinychat.engine.speculation.further import FurtherLayer
 from tinychat.loading import make_backend
-from tinychat.synthetic import SyntheticCheckpoint
+from tinychat.synthetic import SHAPES, SyntheticCheckpoint
 
 ALPHAS, WINDOWS = (0.5, 0.7, 0.8, 0.9), (1, 2, 3, 4, 5, 6, 8)
 HEAD_ALPHAS, HEAD_WINDOWS = (0.6, 0.75, 0.9), (1, 2, 3, 4, 5)
@@ -59,8 +61,10 @@ class Runner:
 class Pair:
     """A target without and with the layer that predicts further, over one pack of weights."""
 
-    def __init__(self, shape: str, threads: int | None, n_ctx: int):
-        checkpoint = SyntheticCheckpoint(shape, further=True)
+    def __init__(self, shape: str, threads: int | None, n_ctx: int, layers: int | None = None):
+        whole = SHAPES[shape]
+        first = shape if layers is None else replace(whole, layers=whole.layers[:layers])
+        checkpoint = SyntheticCheckpoint(first, further=True)
         self.greedy = SamplingParams(temperature=0.0)
         self.engines = []
         for draft in ("none", "mtp"):
@@ -98,9 +102,9 @@ class Pair:
         return time.perf_counter() - began
 
 
-def with_heads(target: str, tokens: int, threads: int | None) -> list[dict]:
+def with_heads(target: str, tokens: int, threads: int | None, layers: int | None) -> list[dict]:
     """A row of figures for each window and acceptance."""
-    pair, rng, rows = Pair(target, threads, 2 * tokens + 64), np.random.default_rng(1), []
+    pair, rng, rows = Pair(target, threads, 2 * tokens + 64, layers), np.random.default_rng(1), []
     for k in HEAD_WINDOWS:
         for alpha in HEAD_ALPHAS:
             pair.begin()
@@ -186,13 +190,14 @@ def main() -> None:
     p.add_argument("--target")
     p.add_argument("--draft", default="qwen2.5-0.5b")
     p.add_argument("--heads", action="store_true", help="the target drafts by itself")
+    p.add_argument("--layers", type=int, help="with --heads: the first so many layers of the target")
     p.add_argument("--tokens", type=int, default=64)
     p.add_argument("--threads", type=int)
     p.add_argument("--markdown", type=Path)
     o = p.parse_args()
     target = o.target or ("qwen3.5-4b" if o.heads else "llama-2-7b")
     if o.heads:
-        rows = with_heads(target, o.tokens, o.threads)
+        rows = with_heads(target, o.tokens, o.threads, o.layers)
     else:
         rows = with_draft(target, o.draft, o.tokens, o.threads)
     show(rows, o.markdown)

@@ -80,6 +80,13 @@ def _qwen35(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, value
 SHAPES["lfm2-1.2b"] = _lfm2(2048, 8192, (2, 5, 8, 10, 12, 14), 16)
 SHAPES["qwen3.5-0.8b"] = _qwen35(1024, 3584, 24, 8, 2, 16)
 SHAPES["qwen3.5-4b"] = _qwen35(2560, 9216, 32, 16, 4, 32)
+_QWEN35_MOE = _qwen35(2048, 512, 40, 16, 2, 32)
+SHAPES["qwen3.5-35b-a3b"] = replace(
+    _QWEN35_MOE,
+    family="qwen3_5_moe",
+    tie_embeddings=False,
+    layers=tuple(replace(x, mlp=ExpertsConfig(256, 8, 512, shared=512)) for x in _QWEN35_MOE.layers),
+)
 
 
 def _granite4(hidden: int, ffn: int, attending: tuple[int, ...], layers: int) -> ModelConfig:

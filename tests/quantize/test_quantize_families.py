@@ -56,6 +56,7 @@ FAMILIES = (
     "granite-h",
     "granite-h groups",
     "nemotron-h bias",
+    "falcon-h1 factors",
 )
 MIXTURES = (
     "mixtral window",

@@ -147,7 +147,6 @@ class BlockQuantizer:
     ) -> None:
         """Quantizes linears that others of the half come after, into `out`; those judge the scales."""
         f, m, now = self.forward, _Moments(), self._now(half, w, out, float_w)
-        last = half.groups[-1]
         for b in self._batches(x_q):
             m.add(
                 f.value(group.input, now, {half.start: x_q[b]}),
@@ -157,10 +156,10 @@ class BlockQuantizer:
         few = f.value(group.input, now, {half.start: few_q})
         few_f = few_q if self.options.target == "local" else x_f[: len(few_q)]
         ideal = few if self.options.target == "local" else f.value(group.input, float_w, {half.start: few_f})
-        wanted = f.product(last, float_w, {half.start: few_f, group.input: ideal})
+        wanted = f.result(half, float_w, {half.start: few_f, group.input: ideal})
 
         def error(trial: BlockWeights) -> float:
-            got = f.product(last, trial, {half.start: few_q, group.input: few})
+            got = f.result(half, trial, {half.start: few_q, group.input: few})
             return float((got - wanted).pow(2).mean())
 
         self._fold(group, w, out, self._quantize(group, w, out, m, float_w, error))

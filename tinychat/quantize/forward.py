@@ -52,12 +52,14 @@ class Half:
     """From one state of the residual stream to the next: a block's attention, or its MLP.
 
     mixture  experts, which come before the groups
+    sums     how many of the groups' results are added up in the end
     """
 
     start: Node
     end: Node
     groups: tuple[Group, ...]
     mixture: Mixture | None = None
+    sums: int = 1
 
 
 class Network:
@@ -86,7 +88,8 @@ class Network:
                         f"The blocks of a {cfg.family} model pass on more than their sum.",
                         'Such a model cannot be quantized yet; it runs with quantize="rtn".',
                     )
-                halves.append(Half(start, part[-1], _groups(part, readers), Mixture.of(part)))
+                sums = sum(node.op == "add" for node in part)
+                halves.append(Half(start, part[-1], _groups(part, readers), Mixture.of(part), sums))
                 start = part[-1]
             self.blocks.append(tuple(halves))
         self.final_norm, self.head = layers[-1]
@@ -133,12 +136,14 @@ def _halves(nodes: Sequence[Node]) -> list[list[Node]]:
 
 
 def _joined(parts: list[list[Node]]) -> list[list[Node]]:
-    """The same, but experts and what every token takes beside them, of the same input, as one."""
+    """The same, but as one what is added one after the other and made of the same: experts and what every
+    token takes beside them, attention and a state-space layer.
+    """
     joined: list[list[Node]] = []
     for part in parts:
-        reads = {x for node in part for x in node.inputs}
-        beside = joined and any(isinstance(node, ExpertProduct) for node in (*joined[-1], *part))
-        if beside and reads - {*part, joined[-1][-1]}:
+        others = {x for node in part for x in node.inputs}.difference(part, *[p[-1:] for p in joined[-1:]])
+        experts = any(isinstance(node, ExpertProduct) for p in (*joined[-1:], part) for node in p)
+        if joined and others and (experts or others <= set(joined[-1])):
             joined[-1] += part
         else:
             joined.append(part)
@@ -160,7 +165,10 @@ def _folds(x: Node) -> dict[str, Any]:
     """Weights that make `x` and can be divided by scales of its channels."""
     if x.op == "rms_norm":
         return {"norm": short(x.weights[0])}
+    if x.op == "multiplied":  # factors leave scales alone
+        return _folds(x.inputs[0])
     made_of = x.inputs[-1] if x.inputs else x
+    made_of = made_of.inputs[0] if made_of.op == "multiplied" else made_of
     if x.op in ("silu_mul", "gelu_mul", "short_conv") and isinstance(made_of, Product):
         return {"rows": made_of.parts[1]}
     if x.op == "mamba" and x.weights[-1].endswith(".norm"):  # its weights come last
@@ -209,6 +217,12 @@ class Forward:
         """Result of the last linear of a group, before it is added to anything."""
         y: Any = self.value(group.products[-1], w, known)
         return y[-1] if isinstance(y, list) else y
+
+    def result(self, half: Half, w: BlockWeights, known: Mapping[Node, torch.Tensor]) -> torch.Tensor:
+        """What the half adds: the result of its last linears, or all that it adds up."""
+        if half.sums == 1:
+            return self.product(half.groups[-1], w, known)
+        return self.value(half.end, w, known) - known[half.start]
 
     def embed(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [S, T] → the residual stream [S, T, H]."""

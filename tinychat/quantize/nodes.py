@@ -257,9 +257,6 @@ class Recorder:
         return self._node("mamba", (x,), run, *(name for name in names if name is not None))
 
     def multiplied(self, x: Node, sizes: Sequence[int], factors: Sequence[float]) -> Node:
-        if isinstance(x, Product):
-            x.cut(*sizes)
-
         def run(w: BlockWeights, x: Any) -> Any:
             import torch
 
@@ -303,7 +300,8 @@ class Recorder:
     def _gated(self, op: str, gate_up: Product | ExpertProduct, gate: Callable[..., torch.Tensor]) -> Node:
         if isinstance(gate_up, ExpertProduct):
             return self._node(op, (gate_up,), lambda w, xs: [gate(x[0]) * x[1] for x in xs])
-        self._halve(gate_up)
+        if isinstance(gate_up, Product):  # else it is multiplied, and was two
+            self._halve(gate_up)
         return self._node(op, (gate_up,), lambda w, x: gate(x[0]) * x[1])
 
     def relu_square(self, up: Node) -> Node:
