@@ -155,11 +155,25 @@ def test_the_docstrings_have_every_setting():
 def test_a_draft_inherits_how_the_engine_runs_and_nothing_of_the_conversation():
     values = {
         "device": "cpu", "threads": 2, "act_bits": 8, "head_bits": 16, "kv_bits": 8, "quantize": "rtn",
-        "offline": True,
+        "offline": True, "gpu_memory": 7.5,
     }  # fmt: skip
     assert set(values) == set(LoadOptions.group(ENGINE))
     asked = LoadOptions(**values, ctx=99, kv_budget=50, draft="x", draft_tokens=3, think=True)
     assert asked.inherited() == LoadOptions(**values, draft="none")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("8", 8), ("7.5", 7.5), ("500MB", 0.5), ("2 GB", 2), ("1e-3", 1e-3)]
+)
+def test_memory_of_a_gpu_is_typed_in_gigabytes(text, value):
+    assert typed(LoadOptions, "gpu_memory", text) == {"gpu_memory": value}
+    assert LoadOptions(gpu_memory=value).gpu_memory == value
+
+
+@pytest.mark.parametrize("text", ["", "-8", "0", "nan", "inf", "1e9", "all", "8 apples"])
+def test_what_is_no_memory_of_a_gpu_is_a_usage_error(text):
+    with pytest.raises(click.UsageError, match=r"memory|size"):
+        typed(LoadOptions, "gpu_memory", text)
 
 
 @pytest.mark.parametrize("stop", [["x"] * 257, ["x" * 70_000], ["x" * 1000] * 100])
