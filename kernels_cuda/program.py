@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property, partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +38,14 @@ class Buffer:
 class _Record:
     uses: list[Buffer]
     launch: Callable[[Size], None]
+    by_host: bool = False
+
+
+class Stage(NamedTuple):
+    """Launches that can be one graph, or what the host does between two of these."""
+
+    launch: Callable[[Size], None]
+    by_host: bool = False
 
 
 @dataclass
@@ -65,6 +75,12 @@ class Program:
     def record(self, uses: Sequence[Buffer], launch: Callable[[Size], None]) -> None:
         """`launch` puts kernels on the stream that read and write these buffers."""
         self.records.append(_Record(list(uses), launch))
+
+    def host(self, uses: Sequence[Buffer], work: Callable[[Size], None]) -> None:
+        """`work` is done by the host, when all before it has been put on the stream: it copies from and to
+        these buffers.
+        """
+        self.records.append(_Record(list(uses), work, by_host=True))
 
     def rows_kernel(self, name: str) -> Kernel:
         """A kernel of rows.cu."""
@@ -251,10 +267,21 @@ class Program:
         self.device.upload(memory, np.ascontiguousarray(a))
         return memory
 
-    def launch(self, size: Size) -> None:
-        """Everything but the head."""
-        for r in self.records:
-            r.launch(size)
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """Everything but the head, in its order; the last ones are launches."""
+        stages: list[Stage] = []
+        for by_host, records in groupby(self.records, lambda r: r.by_host):
+            whole = list(records)
+            stages += (
+                [Stage(r.launch, True) for r in whole] if by_host else [Stage(partial(_launched, whole))]
+            )
+        return stages
+
+
+def _launched(records: list[_Record], size: Size) -> None:
+    for r in records:
+        r.launch(size)
 
 
 def program_sources(shapes: Sequence[Shape]) -> list[tuple[str, dict[str, str]]]:

@@ -13,7 +13,7 @@ import numpy as np
 from tinychat.kernels_cuda import head
 from tinychat.kernels_cuda.driver import Graph, Memory, OutOfMemoryError
 from tinychat.kernels_cuda.inputs import GRAPH_ROWS, Sequence, Size
-from tinychat.kernels_cuda.program import Program
+from tinychat.kernels_cuda.program import Program, Stage
 
 ROW_INPUTS = 32  # numbers that a row of a large step is told in: more is made room for when it comes
 GRAPHS = 64  # kept, where there is room; the one that waited longest goes first
@@ -24,7 +24,7 @@ class Steps:
 
     def __init__(self, program: Program):
         self.program, self.pools, self.device = program, program.pools, program.device
-        self.graphs: OrderedDict[Size, Graph | None] = OrderedDict()
+        self.graphs: OrderedDict[Size, list[Graph | None] | None] = OrderedDict()  # of each stage
         self.count = 0  # so far
         self.most = GRAPHS  # graphs that there is room for
 
@@ -74,7 +74,8 @@ class Steps:
             if tail:
                 output.fetch(wanted, out)
         else:
-            self.program.launch(size)
+            for stage in self.program.stages:
+                stage.launch(size)
             for first in range(0, tail, head.ROWS):
                 part = out[first : first + head.ROWS]
                 self._launch_head(size, first, len(part))
@@ -88,29 +89,43 @@ class Steps:
         return self.program.output.logits(row)
 
     def _replay(self, size: Size) -> None:
-        def launches() -> None:
-            self.program.launch(size)
-            if size.tail:
-                self._launch_head(size, 0, size.tail)
-
-        graphs = self.graphs
+        stages, graphs, done = self._stages(size), self.graphs, 0
         try:
             if graphs.get(size) is None and size in graphs and self.most:
-                graphs[size] = self.device.capture(launches)
-            graph = graphs.get(size)
-            if graph is not None:
-                graph.replay()
+                graphs[size] = [None if s.by_host else self._captured(s, size) for s in stages]
+            found = graphs.get(size)
+            for stage, graph in zip(stages, found or (), strict=False):
+                if graph is None:
+                    stage.launch(size)
+                else:
+                    graph.replay()
+                done += 1
         except OutOfMemoryError:
-            # Nothing has run. What graphs hold may be needed elsewhere; from now on there are fewer of them.
+            # What graphs hold may be needed elsewhere; from now on there are fewer of them.
             self.most = max(0, sum(g is not None for g in graphs.values()) - 1)
             graphs.clear()
-            graph = None
-        if graph is None:
-            launches()
-        graphs[size] = graph
+            found = None
+        for stage in stages[done:]:
+            stage.launch(size)
+        graphs[size] = found
         graphs.move_to_end(size)
         if len(graphs) > max(1, self.most):
             graphs.popitem(last=False)
+
+    def _captured(self, stage: Stage, size: Size) -> Graph:
+        return self.device.capture(lambda: stage.launch(size))
+
+    def _stages(self, size: Size) -> list[Stage]:
+        """Stages of a step of that size, with its head."""
+        *before, last = self.program.stages
+        if not size.tail:
+            return [*before, last]
+
+        def whole(size: Size) -> None:
+            last.launch(size)
+            self._launch_head(size, 0, size.tail)
+
+        return [*before, Stage(whole)]
 
     def _launch_head(self, size: Size, first: int, n: int) -> None:
         inputs, output = self.program.inputs, self.program.output

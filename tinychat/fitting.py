@@ -8,17 +8,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from tinychat.backends.cuda_room import Division, Outline, Scales
+from tinychat.backends.cuda_pack import EXPERT
+from tinychat.backends.cuda_room import EMBEDDING, Blocks, Division, Outline, Scales, layer_of
 from tinychat.backends.interface import MemorySpec, memories_of, with_tails
-from tinychat.backends.plan import plan
+from tinychat.backends.plan import plan, planned
 from tinychat.base.errors import MemoryBudgetError, TinychatError
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import HEADROOM, available_memory, human_bytes
 from tinychat.engine.memory.sizes import memory_bytes, tokens_within
+from tinychat.hub.fits import read_bandwidth
 from tinychat.model import DEFAULT_CTX
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 
+BUS = 25.0  # GB/s of PCIe 4.0
+CROSSING = 30e-6  # seconds that rows take to the CPU and back, beside what is computed there: an estimate
 LEAST_CTX = 2048  # tokens that a context which nobody asked for has, before weights make room for it
 
 
@@ -47,6 +51,10 @@ class Gpu:
 
         copies, bus = rates(device)
         return replace(self, copies=copies, bus=bus)
+
+    def assumed(self) -> Gpu:
+        """With usual bandwidths where they are not known: a GPU's, and PCIe 4.0's."""
+        return replace(self, copies=self.copies or 20 * BUS, bus=self.bus or BUS)
 
     def limit(self, gpu_memory: float | str) -> int:
         """Bytes that a model may take. Raises MemoryBudgetError for more than are free."""
@@ -117,14 +125,31 @@ class Fitting:
     def _outline(self) -> Outline:
         return Outline(self.checkpoint, self.policy)
 
+    @cached_property
+    def _on_cpu(self) -> dict[str, int]:
+        from tinychat.backends.cpu_pack import KERNELS
+
+        return {name: w.runs_bytes for name, w in planned(self.checkpoint, self.policy, KERNELS)}
+
+    @cached_property
+    def ram(self) -> float | None:
+        """GB/s at which all cores read RAM; None: not known."""
+        return read_bandwidth()
+
     def scales(self, pack: Any = None) -> Scales:
         """What weighs the model on a GPU. pack: its weights as they are stored; None: as they will be."""
-        return Scales(pack or self._outline, self.cfg, self.memories, self.options.kv_bits)
+        source = pack or self._outline
+        return Scales(
+            source, self.cfg, self.memories, self.options.kv_bits, lambda: self._on_cpu,
+            lambda memories: self.cache(self.ctx, memories),
+        )  # fmt: skip
 
-    def cache(self, ctx: int) -> int:
-        """Bytes of a GPU's memory for a context of so many tokens, and to work in."""
-        scales: Any = self.scales()
-        return memory_bytes(scales, ctx) + HEADROOM
+    def cache(self, ctx: int, memories: tuple[MemorySpec, ...] | None = None) -> int:
+        """Bytes of a GPU's memory for a context of so many tokens, and to work in. memories: those of the
+        layers that it computes.
+        """
+        blocks: Any = Blocks(self.cfg, self.memories if memories is None else memories, self.options.kv_bits)
+        return memory_bytes(blocks, ctx) + HEADROOM
 
     def division(self, gpu: Gpu, pack: Any = None) -> Division:
         """What lies where on that GPU. A context that nobody asked for is shortened before weights leave.
@@ -133,30 +158,35 @@ class Fitting:
         """
         limit, scales = gpu.limit(self.options.gpu_memory), self.scales(pack)
         whole = scales.weigh()
-        if whole.device + self.cache(self.least) <= limit:
-            return replace(whole, spare=None if gpu.shares else whole.work + self.cache(self.least))
-        free = f"{self.checkpoint.path.name} needs {human_bytes(whole.device + self.cache(self.least))} of"
+        least = self.cache(self.least)
+        if whole.device + least <= limit:
+            return replace(whole, spare=None if gpu.shares else whole.work + least)
+        free = f"{self.checkpoint.path.name} needs {human_bytes(whole.device + least)} of"
         free += f" {gpu.name}'s memory, and {human_bytes(limit)} are free"
         if gpu.shares:
             raise MemoryBudgetError(f"{free}.", "Choose a smaller model, or close other programs.")
         try:
-            return scales.divide(limit - self.cache(self.ctx), self.cache(self.ctx))
+            read = scales.divide(limit)
         except MemoryBudgetError as e:
             raise MemoryBudgetError(f"{free}, too little for what cannot lie in RAM.", e.todo) from None
+        computed, gpu = scales.divide(limit, by_cpu=True), gpu.assumed()
+        return min(read, computed, key=lambda d: self._seconds(d, gpu))
+
+    def _seconds(self, d: Division, gpu: Gpu) -> float:
+        """Seconds of a token, by bandwidths that are known or assumed."""
+        stretches = len(d.mixtures - d.layers) + bool(d.layers)
+        speeds = (gpu.copies, gpu.bus, self.ram or BUS)
+        return sum(n / s / 1e9 for n, s in zip(d.reads, speeds, strict=True) if s) + stretches * CROSSING
 
     def rate(self, division: Division, gpu: Gpu) -> float | None:
-        """Tokens a second at the beginning of a context, by the bytes of a token and both bandwidths."""
-        if gpu.copies is None or (division.reads[1] and gpu.bus is None):
-            return None
-        seconds = division.reads[0] / gpu.copies / 1e9
-        if division.reads[1] and gpu.bus:
-            seconds += division.reads[1] / gpu.bus / 1e9
-        return 1 / seconds
+        """Tokens a second at the beginning of a context, by the bytes of a token and all bandwidths."""
+        speeds = (gpu.copies, gpu.bus, self.ram)
+        unknown = any(n and not s for n, s in zip(division.reads, speeds, strict=True))
+        return None if unknown else 1 / self._seconds(division, gpu)
 
     def on_cpu(self, kv_bits: int | None = None, policy: WeightPolicy | None = None) -> OnCpu:
         """The model on the CPU alone."""
         from tinychat.backends.cpu_pack import KERNELS
-        from tinychat.hub.fits import read_bandwidth
 
         weights = read = 0.0
         for w in plan(self.checkpoint, policy or self.policy, KERNELS):
@@ -165,7 +195,7 @@ class Fitting:
         memories: Any = self._cpu_cache(kv_bits or self.options.kv_bits)
         free, cache = available_memory(), memory_bytes(memories, self.ctx)
         tokens = min(self.ctx, tokens_within(memories, free - round(weights) - HEADROOM, self.ctx))
-        bandwidth = read_bandwidth() if policy is None and kv_bits is None else None
+        bandwidth = self.ram if policy is None and kv_bits is None else None
         rate = bandwidth * 1e9 / read if bandwidth else None
         return OnCpu(round(weights), cache, free, rate, tokens, self.least)
 
@@ -201,12 +231,18 @@ class Fitting:
         return f"a model of {human_bytes(room)} or less: tinychat list --available"
 
 
+def elsewhere(division: Division) -> int:
+    """Bytes of weights that do not lie on the GPU."""
+    return division.in_ram + division.on_cpu
+
+
 def check_ram(checkpoint: Checkpoint, division: Division) -> None:
     """Raises MemoryBudgetError where RAM has no room for what the GPU leaves there."""
     free = available_memory()
-    if division.in_ram + HEADROOM > free:
+    need = elsewhere(division)
+    if need + HEADROOM > free:
         raise MemoryBudgetError(
-            f"{human_bytes(division.in_ram)} of {checkpoint.path.name} do not fit the GPU, and of RAM"
+            f"{human_bytes(need)} of {checkpoint.path.name} do not fit the GPU, and of RAM"
             f" {human_bytes(free)} are free.",
             f"See what would fit: tinychat show {checkpoint.path.name} --fit",
         )
@@ -214,10 +250,18 @@ def check_ram(checkpoint: Checkpoint, division: Division) -> None:
 
 def away(division: Division) -> str:
     """What stays in RAM, in words."""
-    parts = [f"{division.experts} experts"] if division.experts else []
-    parts += [f"linears of {division.layers} layers"] if division.layers else []
-    parts = ["the embedding", *parts] if "model.embed_tokens" in division.away else parts
-    return f"{human_bytes(division.in_ram)} of the weights stay in RAM ({', '.join(parts) or 'the head'})"
+    experts = {name.rpartition(".")[0] for name in division.away if EXPERT in name}
+    layers = {layer_of(name) for name in division.away if EXPERT not in name} - {-1}
+    read = ["the embedding"] if EMBEDDING in division.away else []
+    read += [f"{len(experts)} experts"] if experts else []
+    read += [f"linears of {len(layers)} layers"] if layers else []
+    mixtures = len(division.mixtures - division.layers)
+    computed = [f"the experts of {mixtures} layers"] if mixtures else []
+    computed += [f"{len(division.layers)} layers"] if division.layers else []
+    ways = [f"read over the bus: {', '.join(read or ['the head'])}"] if division.away else []
+    ways += [f"computed by the CPU: {', '.join(computed)}"] if computed else []
+    size = human_bytes(elsewhere(division))
+    return f"{size} of the weights stay in RAM ({'; '.join(ways)})"
 
 
 def here() -> Gpu | None:
@@ -261,20 +305,21 @@ def facts(checkpoint: Checkpoint, options: LoadOptions, gpu: Gpu | None) -> dict
         try:
             how.memories = refuse_unknown(checkpoint, options.kv_bits)
             division = how.division(gpu)
-            if division.in_ram:
+            moved = elsewhere(division)
+            if moved:
                 check_ram(checkpoint, division)
             rate = how.rate(division, gpu)
             on_gpu |= {
                 "limit": gpu.limit(options.gpu_memory),
                 "weights": division.device - division.work,
                 "work": division.work,
-                "cache": how.cache(how.ctx) - HEADROOM,
-                "in_ram": division.in_ram,
-                "away": away(division) if division.in_ram else None,
+                "cache": how.cache(how.ctx, division.memories) - HEADROOM,
+                "in_ram": moved,
+                "away": away(division) if moved else None,
                 "tokens_per_s": rate and round(rate, 1),
             }
-            slower = division.in_ram and rate and cpu.rate and rate < cpu.rate and cpu.fits
-            takes = "cpu" if slower else "gpu and ram" if division.in_ram else "gpu"
+            slower = moved and rate and cpu.rate and rate < cpu.rate and cpu.fits
+            takes = "cpu" if slower else "gpu and ram" if moved else "gpu"
         except TinychatError as e:
             on_gpu["why_not"] = e.what
     return {

@@ -7,9 +7,8 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tinychat import fitting
 from tinychat.backends.interface import Backend
 from tinychat.base import arguments
 from tinychat.base.errors import MemoryBudgetError, ModelNotFoundError, TinychatError, UsageError
@@ -150,6 +149,7 @@ def _cuda(
     """proved: only where the GPU has passed its self-check, which is made now if it was not; and only where
     it is not slower than the CPU.
     """
+    from tinychat import fitting
     from tinychat.backends import cuda
     from tinychat.backends.cuda_device import open_modules
     from tinychat.backends.cuda_proof import open_proved
@@ -158,12 +158,13 @@ def _cuda(
     modules = open_proved(progress) if proved else open_modules(tell=progress)
     how = fitting.Fitting(checkpoint, policy, options, memories)
     gpu = fitting.Gpu.of(modules.device)
-    how.division(gpu)  # what cannot fit is refused before weights are read
+    if fitting.elsewhere(how.division(gpu)):  # what cannot fit is refused before weights are read
+        gpu = gpu.measured(modules.device)
     pack = cuda.opened_pack(checkpoint, policy, progress)
     division = how.division(gpu, pack)
-    if division.in_ram:
+    limit = gpu.limit(options.gpu_memory)
+    if fitting.elsewhere(division):
         fitting.check_ram(checkpoint, division)
-        gpu = gpu.measured(modules.device)
         rate, alone = how.rate(division, gpu), how.on_cpu().rate
         if proved and rate and alone and rate < alone:
             raise MemoryBudgetError(
@@ -172,10 +173,13 @@ def _cuda(
             )
         if progress is not None:
             progress(f"{fitting.away(division)}: {human_rate(rate)} tokens a second")
-    return cuda.CudaBackend(
-        checkpoint, policy, kv_bits=options.kv_bits, modules=modules, tell=progress, pack=pack,
-        division=division, limit=gpu.limit(options.gpu_memory),
-    )  # fmt: skip
+    how_both: dict[str, Any] = {"kv_bits": options.kv_bits, "pack": pack, "limit": limit, "tell": progress}
+    if not (division.layers or division.mixtures):
+        return cuda.CudaBackend(checkpoint, policy, modules=modules, division=division, **how_both)
+    from tinychat.backends.split import SplitBackend
+
+    how_both |= {"threads": options.threads, "act_bits": options.act_bits}
+    return SplitBackend(checkpoint, policy, division, modules=modules, **how_both)
 
 
 def _check_room(

@@ -63,6 +63,7 @@ class CpuBackend:
     row_independent = True
     max_spans = MAX_ROWS
     survives_fork = True  # its threads are started anew
+    _program: Any = None
     step_largest = None
 
     def __init__(
@@ -81,29 +82,14 @@ class CpuBackend:
         head: have this one in its place.
 
         Raises UsageError for an unknown setting, or a TINYCHAT_ISA that this CPU does not run."""
-        if act_bits not in (None, 8, 16):
-            raise UsageError(f"act_bits={act_bits!r} is not known.", "Use 8 or 16.")
-        if kv_bits not in (4, 8, 16):
-            raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 4, 8 or 16.")
-        try:
-            self.isa = _native.isa()
-        except RuntimeError as e:
-            raise UsageError(*str(e).split("\n", 1)) from None
-        self.cfg: ModelConfig = checkpoint.config if predicts else checkpoint.config.without_further
+        cfg = checkpoint.config if predicts else checkpoint.config.without_further
         self._guessed = head and head.ids  # what the head's outputs stand for
-        if head is not None:
-            self.cfg = head.onto(checkpoint.config)
+        self.prepare(cfg if head is None else head.onto(checkpoint.config), threads, act_bits, kv_bits)
         self._n_outputs: int = getattr(checkpoint, "n_outputs", self.cfg.vocab_size)
-        self.predicts = self.cfg.further is not None
-        self._of_head: dict[str, Any] = {}
         if head is not None:
             self._of_head["head"] = head.fingerprint(tell)
         memories = memories_of(self.cfg)
         self.memories = with_tails(memories) if kv_bits == 4 else memories
-        # Every ISA has an exact 8-bit dot product and it is the fastest path, so it runs unless asked.
-        self.act_bits = act_bits or 8
-        self.kv_bits = kv_bits
-        self.threads = threads or _native.cores()
         family = FAMILIES[self.cfg.family]
         layout = CpuLayout(self.threads)
         policy = policy or WeightPolicy()
@@ -119,8 +105,30 @@ class CpuBackend:
             recorder.next_part()
             predictor(self.cfg)(recorder, self.cfg, weights, few)
         self._program = recorder.build(_native.Program(self.isa, self.threads, MAX_ROWS))
+        self._pools = self.no_pools()
+
+    def prepare(self, cfg: ModelConfig, threads: int | None, act_bits: int | None, kv_bits: int) -> None:
+        """All that does not depend on weights. Raises UsageError as the constructor does."""
+        if act_bits not in (None, 8, 16):
+            raise UsageError(f"act_bits={act_bits!r} is not known.", "Use 8 or 16.")
+        if kv_bits not in (4, 8, 16):
+            raise UsageError(f"kv_bits={kv_bits!r} is not known.", "Use 4, 8 or 16.")
+        try:
+            self.isa = _native.isa()
+        except RuntimeError as e:
+            raise UsageError(*str(e).split("\n", 1)) from None
+        self.cfg = cfg
+        self._of_head: dict[str, Any] = {}
+        self.predicts = cfg.further is not None
+        # Every ISA has an exact 8-bit dot product and it is the fastest path, so it runs unless asked.
+        self.act_bits = act_bits or 8
+        self.kv_bits = kv_bits
+        self.threads = threads or _native.cores()
         self.max_rows = MAX_ROWS
-        self._pools = [_Pool() for _ in self.memories]
+
+    def no_pools(self) -> list[_Pool]:
+        """A pool for each memory, without blocks."""
+        return [_Pool() for _ in self.memories]
 
     def describe(self) -> dict[str, Any]:
         """Facts of what runs: backend, isa, act_bits, kv_bits, threads."""
@@ -252,14 +260,14 @@ class CpuBackend:
     def close(self) -> None:
         """Release threads and memory. Idempotent."""
         self._program = None
-        self._pools = [_Pool() for _ in self.memories]
+        self._pools = self.no_pools()
 
     def _run(self, step: Step, logits: np.ndarray | None, greedy: np.ndarray | None) -> None:
         if self._program is None:
             raise TinychatError("The model is closed.", "Load it again.")
         for pack in self._packs:
             pack.check_usable()
-        spans = tuple([_native_span(span) for span in step.spans])
+        spans = tuple([native_span(span) for span in step.spans])
         few = step.few and further.fewer(self.cfg) > 0
         self._program.run(spans, logits, greedy, step.further + (step.further and few))
 
@@ -279,7 +287,7 @@ def _shape_of(spec: MemorySpec, kv_bits: int) -> tuple[int, int, int, int, int]:
     return len(spec.layers), spec.kv_heads, spec.head_dim, bits, spec.latent
 
 
-def _native_span(span: Span) -> tuple:
+def native_span(span: Span) -> tuple:
     """A span as the program takes it."""
     memories = [_native_memory(m) for m in span.memories]
     ids = np.ascontiguousarray(span.token_ids, np.int32)

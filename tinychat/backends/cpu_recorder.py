@@ -297,6 +297,10 @@ class Recorder(LatentOps, StreamOps):
         self.kept += self.tables.values()
         self.tables = {}
 
+    def hold(self, b: Buffer) -> None:
+        """A buffer is written or read from outside, between what stands before here and what comes behind."""
+        self._record([b], lambda p: None)
+
     def build(self, program: Any) -> Any:
         """Give every buffer memory, reusing what is no longer read, and emit the ops."""
         for i, r in enumerate(self.records):

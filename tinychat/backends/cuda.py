@@ -14,7 +14,7 @@ import numpy as np
 
 from tinychat.backends import pack_store
 from tinychat.backends.cuda_device import free_memory, open_modules
-from tinychat.backends.cuda_model import MAX_ROWS, assemble
+from tinychat.backends.cuda_model import MAX_ROWS, Beside, assemble
 from tinychat.backends.cuda_pack import CudaLayout, Loader, Source
 from tinychat.backends.cuda_recorder import check
 from tinychat.backends.cuda_room import Division
@@ -60,15 +60,19 @@ class CudaBackend:
         pack: Source | None = None,
         division: Division | None = None,
         limit: int | None = None,
+        beside: Beside | None = None,
     ):
         """modules: a device and its compiler, in place of this machine's. tell hears of what takes long.
         pack: that of the checkpoint, if it is open already. division: what stays in RAM; None: nothing, and
         what does not fit is an error. limit: bytes of the device that may be taken, of those that are free.
+        beside: what computes the part of the model that the division leaves to the CPU.
 
         Raises UsageError for an unknown setting or where there is no usable GPU, MemoryBudgetError.
         """
         self.cfg: ModelConfig = checkpoint.config.without_further
         self.memories = refuse_unknown(checkpoint, kv_bits)
+        if beside and division:
+            self.memories = division.memories
         self.kv_bits = kv_bits
         self._modules = modules or open_modules()
         self._device = self._modules.device
@@ -77,9 +81,8 @@ class CudaBackend:
         with self._on_device():
             pack = pack or opened_pack(checkpoint, policy, tell)
             self._kept_back = max(0, free_memory(self._device) - limit) if limit is not None else 0
-            spare = division.spare if division else None
-            loader = Loader(pack, self._modules, division.away if division else frozenset(), spare)
-            self._steps = Steps(assemble(loader, self.cfg, self.memories, kv_bits))
+            loader = Loader(pack, self._modules, *((division.away, division.spare) if division else ()))
+            self._steps = Steps(assemble(loader, self.cfg, self.memories, kv_bits, beside))
         self.in_ram = loader.in_ram
 
     def describe(self) -> dict[str, Any]:

@@ -4,9 +4,12 @@ counts (`cuda_room`), so that what is said of a model before it is loaded is wha
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 from tinychat.backends.cuda_pack import Loader
 from tinychat.backends.cuda_recorder import Recorder
 from tinychat.backends.interface import MemorySpec
+from tinychat.backends.split_ops import SplitOps, SplitSource
 from tinychat.kernels_cuda.attention import Shape
 from tinychat.kernels_cuda.pool import Pool
 from tinychat.kernels_cuda.program import Program, program_sources
@@ -25,14 +28,46 @@ def shapes_of(cfg: ModelConfig, memories: tuple[MemorySpec, ...], kv_bits: int) 
     ]
 
 
-def assemble(loader: Loader, cfg: ModelConfig, memories: tuple[MemorySpec, ...], kv_bits: int) -> Program:
-    """The model, loaded and recorded; its pools have no blocks yet."""
+class Beside(Protocol):
+    """What computes a part of a model beside the device: the CPU (`split.CpuPart`), or nothing
+    (`cuda_room.Unrecorded`). weights and recorder: as a backend has them.
+    """
+
+    weights: Any
+    recorder: Any
+
+    def has(self, name: str) -> bool:
+        """Whether a module, by its name, belongs to it."""
+        ...
+
+    def run(self, part: int) -> None:
+        """Compute a part of what was recorded, for the present step."""
+        ...
+
+    def built(self, ops: SplitOps, program: Program) -> None:
+        """All is recorded, and the device's program is built."""
+        ...
+
+
+def assemble(
+    loader: Loader,
+    cfg: ModelConfig,
+    memories: tuple[MemorySpec, ...],
+    kv_bits: int,
+    beside: Beside | None = None,
+) -> Program:
+    """The model, loaded and recorded; its pools have no blocks yet. memories: the device's."""
     modules, family, shapes = loader.modules, FAMILIES[cfg.family], shapes_of(cfg, memories, kv_bits)
-    weights = family.load(loader, cfg)
+    source: Any = SplitSource(loader, beside.weights, beside.has) if beside else loader
+    weights = family.load(source, cfg)
     loader.release()
     modules.prepare([*loader.sources, *program_sources(shapes)])
     workspace = modules.device.allocate(WORKSPACE)
     program = Program(modules, MAX_ROWS, [Pool(modules, shape, workspace) for shape in shapes])
-    family.forward(Recorder(program, memories), cfg, weights)
+    recorder = Recorder(program, memories)
+    ops: Any = SplitOps(recorder, beside.recorder, beside.run) if beside else recorder
+    family.forward(ops, cfg, weights)
     program.build()
+    if beside:
+        beside.built(ops, program)
     return program

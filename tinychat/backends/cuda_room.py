@@ -6,8 +6,9 @@ Weighing is loading: the same loader and the same recorder, on a device that onl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from tinychat.network.config import ExpertsConfig, ModelConfig
 from tinychat.network.family import outside
 from tinychat.network.weight_policy import WeightPolicy
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING = "model.embed_tokens"
 LEAST = 16  # bytes of an allocation
 
 
@@ -95,91 +96,189 @@ class Outline:
         return {**parts, "form": [*astuple(s.form), s.n, s.k, s.group]}
 
 
+class Unrecorded:
+    """Implements `cuda_model.Beside`, and `Ops` and loaders as far as it needs them, by doing nothing: a
+    verb's result is the first thing that it was given.
+    """
+
+    def __init__(self, has: Callable[[str], bool]):
+        self.has = has
+        self.weights = self.recorder = self
+
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        return lambda *given, **also: given[0] if given else None
+
+    def split_heads(self, qkv: Any, attention: Any) -> tuple[Any, ...]:
+        return qkv, qkv, qkv
+
+    def rope(self, q: Any, k: Any, rope: Any) -> tuple[Any, Any]:
+        return q, k
+
+    def norm_heads(self, q: Any, k: Any, *weights: Any) -> tuple[Any, Any]:
+        return q, k
+
+
 @dataclass(frozen=True)
 class Division:
     """Which weights of a model lie where.
 
-    away      linears that stay in RAM, by the first of the names under which they are asked for
+    away      linears that stay in RAM and are read over the bus, by the first of the names under which they
+              are asked for
+    layers    whole layers that the CPU computes
+    mixtures  layers whose experts the CPU computes
+    memories  those of the layers that the GPU computes
     device    bytes of GPU memory without the cache: weights, and room to work in
     work      those of them that are no weights
-    in_ram    bytes of weights in RAM
-    reads     bytes that a token reads of the GPU's memory, and of RAM over the bus
-    layers, experts  how many layers and experts have something in RAM
+    in_ram    bytes of weights in RAM, read over the bus
+    on_cpu    bytes of weights that the CPU computes with
+    reads     bytes that a token reads of the GPU's memory, of RAM over the bus, and of RAM by the CPU
     spare     bytes to be kept free while weights are loaded: for work and the cache; what has no room beside
               them goes to RAM. None: that is an error
     """
 
-    away: frozenset[str]
-    device: int
-    work: int
-    in_ram: int
-    reads: tuple[int, int]
-    layers: int
-    experts: int
+    away: frozenset[str] = frozenset()
+    layers: frozenset[int] = frozenset()
+    mixtures: frozenset[int] = frozenset()
+    memories: tuple[MemorySpec, ...] = ()
+    device: int = 0
+    work: int = 0
+    in_ram: int = 0
+    on_cpu: int = 0
+    reads: tuple[int, int, int] = (0, 0, 0)
     spare: int | None = None
 
+    def has_cpu(self, name: str) -> bool:
+        """Whether the CPU computes with the module of that name."""
+        layer = layer_of(name)
+        expert = ".mlp." in name or name.endswith(".post_attention_layernorm")
+        return layer in self.layers or (expert and layer in self.mixtures)
 
+
+def layer_of(name: str) -> int:
+    """The layer that a module is in; -1: none."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
+def without(memories: tuple[MemorySpec, ...], layers: frozenset[int]) -> tuple[MemorySpec, ...]:
+    """What is left of the memories when these layers are elsewhere."""
+    left = (replace(m, layers=tuple(i for i in m.layers if i not in layers)) for m in memories)
+    return tuple(m for m in left if m.layers)
+
+
+@dataclass
 class Scales:
-    """Weighs one model. Has what `engine.memory.sizes` asks of a backend: sizes of its memories."""
+    """Weighs one model.
 
-    max_rows = MAX_ROWS
+    source    its weights in the layout of the GPU's kernels
+    on_cpu    bytes of its linears in the layout of the CPU's, by their names
+    cache     bytes that a GPU with such memories needs beside the model
+    """
 
-    def __init__(self, source: Source, cfg: ModelConfig, memories: tuple[MemorySpec, ...], kv_bits: int):
-        self.source, self.cfg, self.memories, self.kv_bits = source, cfg, memories, kv_bits
+    source: Source
+    cfg: ModelConfig
+    memories: tuple[MemorySpec, ...]
+    kv_bits: int
+    on_cpu: Callable[[], Mapping[str, int]] = dict
+    cache: Callable[[tuple[MemorySpec, ...]], int] = lambda memories: 0
+    sizes: dict[str, int] = field(default_factory=dict)  # of linears, when it was weighed
 
-    def kv_bytes_per_block(self, memory: int = 0) -> int:
-        """Bytes of one block of all layers."""
-        return shapes_of(self.cfg, self.memories, self.kv_bits)[memory].block_bytes
-
-    def weigh(self, away: frozenset[str] = frozenset(), spare: int = 0) -> Division:
-        """The model with these linears in RAM; spare: bytes of its cache and of what comes and goes."""
+    def weigh(self, plan: Division = Division()) -> Division:
+        """The plan (what of it lies where) with all that follows from it."""
         ruler: Any = Ruler()
-        loader = Loader(self.source, ruler, away)
-        assemble(loader, self.cfg, self.memories, self.kv_bits)
-        self._sizes = loader.sizes
-        reads = [0.0, 0.0]
+        loader = Loader(self.source, ruler, plan.away)
+        memories = without(self.memories, plan.layers)
+        beside = Unrecorded(plan.has_cpu) if plan.layers or plan.mixtures else None
+        assemble(loader, self.cfg, memories, self.kv_bits, beside)
+        self.sizes = {**self.sizes, **loader.sizes}
+        reads = [0.0, 0.0, 0.0]
         for name, size in loader.sizes.items():
-            reads[name in away] += size * self._share(name)
-        experts = {name.rpartition(".")[0] for name in away if EXPERT in name}
-        linears = [name for name in away if name.startswith("model.layers.") and EXPERT not in name]
-        layers = {name.split(".")[2] for name in linears}
+            reads[name in plan.away] += size * self._share(name)
+        on_cpu = {name: n for name, n in self.on_cpu().items() if plan.has_cpu(name)} if beside else {}
+        reads[2] = sum(size * self._share(name) for name, size in on_cpu.items())
         work = ruler.allocated - loader.on_device
-        return Division(
-            away, ruler.allocated, work, loader.in_ram, (round(reads[0]), round(reads[1])), len(layers),
-            len(experts), work + spare,
+        return replace(
+            plan, memories=memories, device=ruler.allocated, work=work, in_ram=loader.in_ram,
+            on_cpu=sum(on_cpu.values()), reads=(round(reads[0]), round(reads[1]), round(reads[2])),
+            spare=work + self.cache(memories),
         )  # fmt: skip
 
-    def divide(self, room: int, spare: int = 0) -> Division:
-        """The division that takes `room` bytes of the GPU beside the spare ones: first goes what a token
-        reads least of, the last layers before the first ones. Raises MemoryBudgetError where nothing helps.
+    def divide(self, room: int, by_cpu: bool = False) -> Division:
+        """The division that takes `room` bytes of the GPU, cache and all: first goes what a token reads least
+        of, the last layers before the first ones. by_cpu: the CPU computes with what goes, else the GPU reads
+        it over the bus.
+
+        Raises MemoryBudgetError where nothing helps.
         """
-        division = self.weigh(spare=spare)
-        order = sorted(self._sizes, key=self._order)
-        gone = 0
-        while division.device > room:
-            excess = division.device - room
-            while excess > 0 and gone < len(order):
-                excess -= self._sizes[order[gone]]
-                gone += 1
-            before, division = division, self.weigh(frozenset(order[:gone]), spare)
-            if (gone == len(order) and division.device > room) or before == division:
+        plan = self.weigh()
+        steps = self._steps(by_cpu)
+        while (excess := self._excess(plan, room)) > 0:
+            before = plan
+            while excess > 0:
+                step = next(steps, None)
+                if step is None:
+                    break
+                plan, freed = step(plan)
+                excess -= freed
+            if plan is before:
+                need, most = plan.device + self.cache(plan.memories), human_bytes(room)
                 raise MemoryBudgetError(
-                    f"With all weights in RAM this model still takes {human_bytes(division.device + spare)}"
-                    f" of a GPU, and it may have {human_bytes(room + spare)}.",
+                    f"With all weights in RAM this model takes {human_bytes(need)} of a GPU, and {most} may"
+                    " be taken.",
                     "Use a larger --gpu-memory, a smaller --ctx, or --device cpu.",
                 )
-        return division
+            plan = self.weigh(plan)
+        return plan
+
+    def _excess(self, plan: Division, room: int) -> int:
+        return plan.device + self.cache(plan.memories) - room
+
+    def _steps(self, by_cpu: bool) -> Iterator[Callable[[Division], tuple[Division, int]]]:
+        """What can be moved, one after the other: a plan's change, and the bytes that it frees about."""
+        last = range(self.cfg.n_layers - 1, -1, -1)
+        order = sorted(self.sizes, key=self._order)
+        if by_cpu:
+            free = [name for name in order if not self._share(name)]
+            yield from (partial(self._send, name) for name in free)
+            mixtures = [i for i in last if isinstance(self.cfg.layers[i].mlp, ExpertsConfig)]
+            yield from (partial(self._give, i, "mixtures") for i in mixtures)
+            yield from (partial(self._give, i, "layers") for i in last if i)  # the first one stays
+        yield from (partial(self._send, name) for name in order)
+
+    def _send(self, name: str, plan: Division) -> tuple[Division, int]:
+        """One linear to RAM."""
+        if name in plan.away or plan.has_cpu(name):
+            return plan, 0
+        return replace(plan, away=plan.away | {name}), self.sizes[name]
+
+    def _give(self, layer: int, what: str, plan: Division) -> tuple[Division, int]:
+        """A layer, or its experts, to the CPU."""
+        after = replace(plan, **{what: getattr(plan, what) | {layer}})
+        mine = [name for name in self.sizes if layer_of(name) == layer and name not in plan.away]
+        return after, sum(self.sizes[n] for n in mine if after.has_cpu(n) and not plan.has_cpu(n))
 
     def _share(self, name: str) -> float:
         """Part of a linear that a token reads."""
         if name == EMBEDDING and not self.cfg.tie_embeddings:
             return 0.0
         if EXPERT in name:
-            mlp = self.cfg.layers[int(name.split(".")[2])].mlp
+            mlp = self.cfg.layers[layer_of(name)].mlp
             assert isinstance(mlp, ExpertsConfig)
             return mlp.taken / mlp.n
         return 1.0
 
     def _order(self, name: str) -> tuple[float, int]:
-        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
-        return self._share(name), -layer
+        return self._share(name), -layer_of(name)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of the memories of a model on a GPU: what `engine.memory.sizes` asks of a backend."""
+
+    cfg: ModelConfig
+    memories: tuple[MemorySpec, ...]
+    kv_bits: int
+    max_rows: int = MAX_ROWS
+
+    def kv_bytes_per_block(self, memory: int = 0) -> int:
+        """Bytes of one block of all layers."""
+        return shapes_of(self.cfg, self.memories, self.kv_bits)[memory].block_bytes

@@ -95,7 +95,7 @@ def beside(path: Path) -> Path:
 
 def identity(model: ChatModel) -> str:
     """Whatever decides what keys and values are: model, weights, backend, precision, layout."""
-    facts = {k: v for k, v in model.backend.describe().items() if k not in ("threads", "isa")}
+    facts = {k: v for k, v in model.backend.describe().items() if k not in ("threads", "isa", "in_ram")}
     what = [VERSION, model.checkpoint.fingerprint(), repr(model.policy), sorted(facts.items())]
     what.append(repr(list(dict.fromkeys(a.rope for a in model.config.attentions))))
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
