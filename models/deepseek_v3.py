@@ -14,6 +14,7 @@ from tinychat.network.family import FromHF, Kept, Settings, Stack
 __all__ = ["GGUF", "HF", "NORM_OFFSET", "biases", "forward", "linears", "load", "norms", "settings"]
 
 BIAS_NAME = (r"\.mlp\.gate\.e_score_correction_bias$", f".{mixtral.BIAS}.weight")
+BIAS_WRITTEN = (rf"\.{mixtral.BIAS}\.weight$", ".mlp.gate.e_score_correction_bias")
 
 
 def experts_from_hf(c: Settings) -> ExpertsConfig:
@@ -53,6 +54,7 @@ HF = {
         layers=_from_hf,
         vectors={mixtral.BIAS: Kept()},
         tensors=(BIAS_NAME,),
+        written=(BIAS_WRITTEN,),
         parts=deepseek_v2.PARTS,
         head_dim="qk_rope_head_dim",
     )

@@ -44,6 +44,7 @@ HF = {
         layers=_from_hf,
         vectors={mixtral.BIAS: Kept()},
         tensors=(deepseek_v3.BIAS_NAME,),
+        written=(deepseek_v3.BIAS_WRITTEN,),
         parts=deepseek_v2.PARTS,
         head_dim="qk_rope_head_dim",
     )

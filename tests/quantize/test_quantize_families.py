@@ -67,6 +67,9 @@ MIXTURES = (
     "gemma4moe",
     "granite-h moe",
     "nemotron-h moe",
+    "deepseek2moe",
+    "deepseek3moe",
+    "glm4moelite",
 )
 ONE_EACH = tuple(name for name in FAMILIES if name not in ("phi3 partial", "gemma2 caps", "gemma3"))
 GGUF_CASES = {
@@ -150,7 +153,9 @@ def test_the_forward_pass_is_that_of_transformers(source):
     assert relative_error(forward(checkpoint, IDS), logits_of(hf, IDS)) < 1e-4
 
 
-@pytest.mark.parametrize("source", [*FAMILIES, "qwen3moe dense layers", "qwen2moe"], indirect=True)
+@pytest.mark.parametrize(
+    "source", [*FAMILIES, "qwen3moe dense layers", "qwen2moe", "deepseek3moe"], indirect=True
+)
 def test_folding_leaves_the_function_as_it_is(source, monkeypatch):
     """With rounding switched off, what is left of AWQ must be the same network, its scales far from one."""
     checkpoint, hf = source
@@ -190,7 +195,7 @@ def test_folding_leaves_the_function_as_it_is(source, monkeypatch):
         unscaled = [names for names in unscaled if "linear_attn" not in names[0]]  # gates read that norm too
         unscaled = [names for names in unscaled if names != ("mixer.down_proj",)]  # behind a square
         unscaled = [names for names in unscaled if "expert" not in names[0] or "down_proj" in names[0]]
-        if cfg.family == "gemma4":  # values are normed, so nothing before them takes the scales
+        if cfg.family in ("gemma4", "deepseek_v3"):  # values are normed, or made of a row by what stays
             unscaled = [names for names in unscaled if names != ("self_attn.o_proj",)]
         normed = any(
             hasattr(hf.model.layers[0], name) for name in ("input_layernorm", "operator_norm", "norm")
@@ -325,7 +330,12 @@ def test_a_qwen3_next_without_experts_is_refused_before_anything_is_written(tmp_
 
 @pytest.mark.parametrize(
     ("case", "word"),
-    [("granite-h", "other shapes"), ("nemotron-h", "other shapes"), ("qwen3moe", "one tensor")],
+    [
+        ("granite-h", "other shapes"),
+        ("nemotron-h", "other shapes"),
+        ("qwen3moe", "one tensor"),
+        ("glm4moelite", "latent"),
+    ],
 )
 def test_shapes_that_gguf_holds_otherwise_are_refused_before_anything_is_written(case, word, tmp_path):
     cls, changes = CASES[case]

@@ -245,7 +245,8 @@ def _check(
         raise UsageError(f"The ranges {ranges!r} are not known.", f"Use {' or '.join(RANGES)}.")
     if tune and wishes["method"] == "smoothquant":
         raise UsageError("smoothquant has nothing to tune.", "Leave --tune out.")
-    if any(form.parts for form in FAMILIES[cfg.family].HF.values()):
+    latent = cfg.attentions[0].latent is not None
+    if any(form.parts for form in FAMILIES[cfg.family].HF.values()) and not latent:
         raise UnsupportedModelError(
             f"Files hold projections of a {cfg.family} model together; quantizers do not write that yet.",
             'It runs with quantize="rtn", or as someone quantized it.',
@@ -261,6 +262,11 @@ def _check(
     if target.format == "gguf" and any(form.flattened for form in FAMILIES[cfg.family].GGUF.values()):
         raise UnsupportedModelError(
             f"GGUF holds tensors of a {cfg.family} model in other shapes; quantizers do not write that yet.",
+            "Use another --format.",
+        )
+    if target.format == "gguf" and latent:
+        raise UnsupportedModelError(
+            "GGUF holds latent attention's matrices in another way; quantizers do not write that yet.",
             "Use another --format.",
         )
     if target.format == "gguf" and cfg.n_experts:

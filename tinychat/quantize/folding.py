@@ -8,7 +8,7 @@ from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
 from tinychat.network.family import kept
 from tinychat.quantize.forward import Group
-from tinychat.quantize.linears import chooses
+from tinychat.quantize.linears import stays
 from tinychat.quantize.nodes import BlockWeights
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def norm16(name: str, v: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
     """A norm's weight (or what else is kept) as a file in fp16 gives it back."""
     import torch
 
-    if chooses(cfg, name):
+    if any(stays(cfg, layer, name) for layer in (0, cfg.n_layers - 1)):
         return v
     own = kept(FAMILIES[cfg.family], name)
     stored = torch.from_numpy(own.write(v.detach().numpy())).half().float()

@@ -16,7 +16,7 @@ from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import AttentionConfig, ModelConfig
 from tinychat.quantize import experts
 from tinychat.quantize.experts import Mixture
-from tinychat.quantize.linears import routers
+from tinychat.quantize.linears import kept
 from tinychat.quantize.nodes import IDS, BlockWeights, ExpertProduct, Names, Node, Product, Recorder, short
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def read_block(checkpoint: Checkpoint, layer: int) -> BlockWeights:
         linear = checkpoint.linear(name)
         inside = name.removeprefix(prefix)
         weight = torch.from_numpy(finite(linear.dequantize(), name))
-        if name in routers(cfg):
+        if name in kept(cfg):
             w.norm[inside] = weight
             continue
         w.linear |= apart(cfg, layer, inside, weight)

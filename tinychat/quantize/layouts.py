@@ -15,7 +15,8 @@ from tinychat.network.config import ModelConfig
 from tinychat.network.family import FromGGUF, FromHF, Kept, in_file_order, kept
 from tinychat.network.weights import QuantizedLinear
 from tinychat.quantize.forward import apart, network
-from tinychat.quantize.linears import choosing, quantized
+from tinychat.quantize.linears import apart as apart_again
+from tinychat.quantize.linears import in_one, quantized, staying
 from tinychat.quantize.nodes import BlockWeights
 from tinychat.quantize.target import Target
 
@@ -28,13 +29,13 @@ Tensors = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class StoredBlock:
     """A block as files have it, by the names inside it: fused linears in one; norms float32, as they are
-    multiplied by; routers float32, which are in 16 bits where these hold them.
+    multiplied by; whole: what stays as it is stored, float32, in 16 bits where these hold it.
     """
 
     layer: int
     linear: dict[str, QuantizedLinear]
     norm: dict[str, np.ndarray]
-    routers: dict[str, np.ndarray] = field(default_factory=dict)
+    whole: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, block: QuantizedBlock, cfg: ModelConfig) -> StoredBlock:
@@ -47,9 +48,9 @@ class StoredBlock:
             rounded = block.linear[parts[0]].stacked([block.linear[p] for p in parts[1:]])
             bias = torch.cat([block.bias[p] for p in parts]) if parts[0] in block.bias else None
             linear[name] = rounded.canonical(bias)
-        chosen = choosing(cfg, block.layer)
-        norms = {name: v.numpy() for name, v in block.norm.items() if name not in chosen}
-        return cls(block.layer, linear, norms, {name: block.norm[name].numpy() for name in chosen})
+        stay = staying(cfg, block.layer)
+        norms = {name: v.numpy() for name, v in block.norm.items() if name not in stay}
+        return cls(block.layer, linear, norms, {name: block.norm[name].numpy() for name in stay})
 
     def tensors(self, cfg: ModelConfig, target: Target) -> Tensors:
         """The tensors of its family's files; in a folder norms are without their offset."""
@@ -62,7 +63,7 @@ class StoredBlock:
             out |= {f"{whole}.{part}": a for part, a in own.items()}
         for name, v in self.norm.items():
             out |= {f"{prefix}{name}.weight": v} if gguf else as_stored(prefix + name, v, cfg)
-        for name, v in self.routers.items():
+        for name, v in in_one(cfg, self.layer, self.whole).items():
             out[f"{prefix}{name}.weight"] = v if gguf else _in_few_bits(v)
         return out
 
@@ -80,8 +81,8 @@ class StoredBlock:
             form = Kept() if gguf else kept(FAMILIES[cfg.family], name)
             stored = tensors[form.tensor(name)].astype(np.float32).reshape(shape)
             out.norm[name.removeprefix(prefix)] = form.read(stored)
-        for name, shape in choosing(cfg, layer).items():
-            out.routers[name] = tensors[f"{prefix}{name}.weight"].astype(np.float32).reshape(shape)
+        held = {k.removeprefix(prefix).removesuffix(".weight"): v for k, v in tensors.items()}
+        out.whole.update(apart_again(cfg, layer, held))
         return out
 
     def weights(self, cfg: ModelConfig) -> BlockWeights:
@@ -93,7 +94,7 @@ class StoredBlock:
             w.linear |= apart(cfg, self.layer, name, torch.from_numpy(linear.dequantize()))
             if linear.bias is not None:
                 w.bias |= apart(cfg, self.layer, name, torch.from_numpy(linear.bias))
-        w.norm = {name: torch.from_numpy(v) for name, v in {**self.norm, **self.routers}.items()}
+        w.norm = {name: torch.from_numpy(v) for name, v in {**self.norm, **self.whole}.items()}
         return w
 
 

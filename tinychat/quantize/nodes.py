@@ -18,7 +18,7 @@ from tinychat.network.ops import DeltaWeights, MambaWeights
 from tinychat.network.recurrence import ConvConfig, DeltaConfig, MambaConfig
 from tinychat.quantize.recurrence import conv_over, delta_over, mamba_over
 from tinychat.quantize.routed import Routed
-from tinychat.quantize.windows import attended, rms, rotated
+from tinychat.quantize.windows import attended, attended_latent, rms, rotated
 
 if TYPE_CHECKING:
     import torch
@@ -239,13 +239,29 @@ class Recorder:
         return self._node("delta_rule", (qkv, beta, alpha), run, *names)
 
     def head_linear(self, x: Node, weight: tuple[str, ...], heads: int) -> Node:
-        raise UnsupportedModelError(
-            "A model with latent attention cannot be quantized yet.",
-            'It runs with quantize="rtn", or as someone quantized it.',
-        )
+        (name,) = weight
 
-    def latent_attention(self, *given: Any) -> Any:
-        raise NotImplementedError  # `head_linear` comes first
+        def run(w: BlockWeights, x: torch.Tensor) -> torch.Tensor:
+            each = w.norm[short(name)].unflatten(0, (heads, -1))
+            x = x.unflatten(-1, (heads, -1))[..., : each.shape[-1]]
+            return (x[..., None, :] @ each.transpose(1, 2)).flatten(-3)
+
+        return self._node("head_linear", (x,), run, name)
+
+    def latent_attention(
+        self,
+        q: Node,
+        absorbed: Node,
+        row: Node,
+        norm: str,
+        eps: float,
+        attention: AttentionConfig,
+        layer: int,
+    ) -> Node:
+        def run(w: BlockWeights, *given: torch.Tensor) -> torch.Tensor:
+            return attended_latent(*given, w.norm[short(norm)], eps, attention)
+
+        return self._node("latent_attention", (q, absorbed, row), run, norm)
 
     def mamba(self, x: Node, weights: MambaWeights, mamba: MambaConfig, layer: int, eps: float) -> Node:
         names = (weights.conv, weights.bias, weights.decay, weights.dt, weights.skip, weights.norm)

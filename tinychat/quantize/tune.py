@@ -171,7 +171,7 @@ class TunedBlock:
         self.layer = stored.layer
         self.linear = {name: TunedLinear(linear) for name, linear in stored.linear.items()}
         self.norm = {name: Moving(norm) for name, norm in stored.norm.items()}
-        self.routers = stored.routers
+        self.whole = stored.whole
 
     def moving(self) -> Iterator[Moving]:
         """All of its numbers that move."""
@@ -190,14 +190,14 @@ class TunedBlock:
                 bias = torch.from_numpy(tuned.linear.bias.astype(np.float32))
                 w.bias |= apart(cfg, self.layer, name, bias)
         w.norm = {name: norm.value() for name, norm in self.norm.items()}
-        w.norm |= {name: torch.from_numpy(router) for name, router in self.routers.items()}
+        w.norm |= {name: torch.from_numpy(a) for name, a in self.whole.items()}
         return w
 
     def stored(self) -> StoredBlock:
         """The block with its numbers as they are now."""
         linear = {name: tuned.stored() for name, tuned in self.linear.items()}
         norm = {name: moving.value().detach().numpy() for name, moving in self.norm.items()}
-        return StoredBlock(self.layer, linear, norm, self.routers)
+        return StoredBlock(self.layer, linear, norm, self.whole)
 
 
 class Tuner:

@@ -62,3 +62,27 @@ def attended(
         return scores.softmax(-1) @ v
     one_more = sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)
     return torch.cat([scores, one_more], dim=-1).softmax(-1)[..., :-1] @ v
+
+
+def attended_latent(
+    q: torch.Tensor,
+    absorbed: torch.Tensor,
+    row: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    a: AttentionConfig,
+) -> torch.Tensor:
+    """Attention over compressed rows, as `Ops.latent_attention` has it, over windows [S, T, …]."""
+    import torch
+
+    latent, rope = a.latent, a.rope
+    assert latent is not None
+    assert rope is not None
+    order = torch.from_numpy(latent.rotation())
+    turned = q.unflatten(-1, (a.n_heads, -1))[..., latent.plain :][..., order]
+    compressed, position = row.split([latent.rank, latent.rotated], dim=-1)
+    queries = torch.cat([turned, absorbed.unflatten(-1, (a.n_heads, -1))], -1).transpose(1, 2)
+    keys = torch.cat([position[..., order], rms(compressed, norm, eps)], -1)[:, None]
+    keys = rotated(keys, rope)
+    y = attended(rotated(queries, rope), keys, keys[..., latent.rotated :], a)
+    return y.transpose(1, 2).flatten(2)
