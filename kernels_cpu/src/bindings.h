@@ -103,13 +103,8 @@ struct PyProgram {
     std::vector<int> vocab_out{0};  // of each part
     bool closed = false;
 
-    PyProgram(const std::string& isa, int threads, int max_rows) : program(find(isa), threads, max_rows) {
+    PyProgram(const std::string& isa, int threads, int max_rows) : program(isa_named(isa), threads, max_rows) {
         require(threads >= 1 && threads <= 1024 && max_rows >= 1, "threads 1…1024, at least one row");
-    }
-    static IsaKind find(const std::string& isa) {
-        for (IsaKind i : supported_isas())
-            if (isa == isa_name(i)) return i;
-        throw std::invalid_argument("this CPU does not run " + isa);
     }
     // With room behind the last row of a view, kernels would still write only what was asked for.
     void keep_alive(nb::handle h) { keep.push_back(nb::borrow(h)); }

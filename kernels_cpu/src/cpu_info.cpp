@@ -10,6 +10,8 @@
 #include <thread>
 #include <utility>
 
+#include "amx.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -71,7 +73,10 @@ bool supported(IsaKind isa) {
         case IsaKind::kAvxVnni:
             return has_avx_vnni() || has_avx512_vnni();
         case IsaKind::kAvx512Vnni:
+        case IsaKind::kAmxEmulated:
             return has_avx512_vnni();
+        case IsaKind::kAmx:
+            return has_avx512_vnni() && !amx_problem();
 #elif defined(__aarch64__) && defined(__APPLE__)
         case IsaKind::kNeon:
             return true;  // every Apple arm64 has the dot product and fp16 conversions
@@ -197,6 +202,10 @@ const char* isa_name(IsaKind isa) {
             return "avxvnni";
         case IsaKind::kAvx512Vnni:
             return "avx512vnni";
+        case IsaKind::kAmx:
+            return "amx";
+        case IsaKind::kAmxEmulated:
+            return "amx-emulated";
         case IsaKind::kNeon:
             return "neon";
         case IsaKind::kI8mm:
@@ -208,21 +217,29 @@ const char* isa_name(IsaKind isa) {
 
 std::vector<IsaKind> supported_isas() {
     std::vector<IsaKind> out;
-    for (IsaKind isa :
-         {IsaKind::kAvx512Vnni, IsaKind::kAvxVnni, IsaKind::kAvx2, IsaKind::kI8mm, IsaKind::kNeon, IsaKind::kScalar})
+    for (IsaKind isa : {IsaKind::kAmx, IsaKind::kAvx512Vnni, IsaKind::kAvxVnni, IsaKind::kAvx2, IsaKind::kI8mm,
+                        IsaKind::kNeon, IsaKind::kScalar})
         if (supported(isa)) out.push_back(isa);
     return out;
 }
 
+IsaKind isa_named(const std::string& name) {
+    for (IsaKind isa : supported_isas())
+        if (name == isa_name(isa)) return isa;
+    const IsaKind emulated = IsaKind::kAmxEmulated;
+    if (name == isa_name(emulated) && supported(emulated)) return emulated;
+    throw std::invalid_argument("this CPU does not run " + name);
+}
+
 IsaKind select_isa() {
-    std::vector<IsaKind> have = supported_isas();
     const char* wanted = std::getenv("TINYCHAT_ISA");
-    if (!wanted || !*wanted) return have.front();
-    std::string names;
-    for (IsaKind isa : have) {
-        if (isa_name(isa) == std::string(wanted)) return isa;
-        names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+    if (!wanted || !*wanted) return supported_isas().front();
+    try {
+        return isa_named(wanted);
+    } catch (const std::invalid_argument&) {
     }
+    std::string names;
+    for (IsaKind isa : supported_isas()) names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
     throw std::runtime_error("TINYCHAT_ISA=" + std::string(wanted) + " is unknown or this CPU does not run it.\n" +
                              "Unset it, or set it to one of: " + names + ".");
 }

@@ -11,6 +11,10 @@ const KernelTable& kernels_for(IsaKind isa) {
             return kernels_avxvnni();
         case IsaKind::kAvx512Vnni:
             return kernels_avx512();
+        case IsaKind::kAmx:
+            return kernels_amx();
+        case IsaKind::kAmxEmulated:
+            return kernels_amx_emulated();
 #elif defined(__aarch64__)
         case IsaKind::kNeon:
             return kernels_neon();

@@ -285,6 +285,8 @@ const KernelTable& kernels_scalar();
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avxvnni();
 const KernelTable& kernels_avx512();
+const KernelTable& kernels_amx();
+const KernelTable& kernels_amx_emulated();
 #elif defined(__aarch64__)
 const KernelTable& kernels_neon();
 const KernelTable& kernels_i8mm();

@@ -87,6 +87,16 @@ inline __attribute__((always_inline)) void dot(const uint8_t* lines, const int16
     for (int m = 0; m < M; m++) out[m] = S::finish16(acc[m]);
 }
 
+// With sums that are there already: [32 inputs][their halves][8 rows][16 outputs]; the first half has them of all 32
+// where codes are not cut in halves.
+template <class S, int M, WeightKind C, int First, int Count>
+inline __attribute__((always_inline)) void dot(const uint8_t*, const int32_t* sums, const int32_t*,
+                                               typename S::I (&out)[M]) {
+    static_assert(S::kLanes == kTile, "the sums of a row are one register");
+    const int32_t* half = sums + First / 4 * kRowBlock * kTile;
+    for (int m = 0; m < M; m++) out[m] = S::line(reinterpret_cast<const uint8_t*>(half + m * kTile));
+}
+
 // Where a stretch of groups begins: code lines, and the activations of M rows within one row block.
 template <class X>
 struct Stretch {
@@ -103,8 +113,10 @@ struct Stretch {
     }
 };
 
+// Bits of what dot() reads: activations in 8 or 16, or sums.
+constexpr int kSummed = 32;
 template <int ABits>
-using Integers = std::conditional_t<ABits == 8, int8_t, int16_t>;
+using Integers = std::conditional_t<ABits == 8, int8_t, std::conditional_t<ABits == 16, int16_t, int32_t>>;
 
 template <int ABits>
 Stretch<Integers<ABits>> stretch_at(const uint8_t* lines, const Activations& x, int m0, int k) {
@@ -117,18 +129,18 @@ template <class S, int M>
 using Totals = typename S::F[kTile / S::kLanes][M];
 
 // total[m][r] += Σ_g scale[r, g] · Σ_s xscale[m, s] · dot(m, r, s) + offset[r, g] · gsum[m, g]
-// over `groups` groups of `parts` times 32 inputs, for the 16 rows of one tile; s runs over the parts.
-// The dot product of 32 inputs is an exact integer; only the fp32 order over s and g counts, and it is the same for
-// every M, and whether the codes were opened before or not.
+// over the groups g0…g1-1 of what is opened beside, of `parts` times 32 inputs each, for the 16 rows of one tile; s
+// runs over the parts. The dot product of 32 inputs is an exact integer; only the fp32 order over s and g counts, and
+// it is the same for every M, and whether the codes were opened before or not.
 template <class S, int M, WeightKind C, int ABits>
-inline void add_groups(Stretch<Integers<ABits>> at, int groups, int parts, const Beside& beside, bool stored,
+inline void add_groups(Stretch<Integers<ABits>> at, int g0, int g1, int parts, const Beside& beside, bool stored,
                        Totals<S, M>& total) {
     using F = typename S::F;
     using I = typename S::I;
     constexpr int kHalves = kTile / S::kLanes, kLines = code_bits(C);
     constexpr bool kOpened = C == WeightKind::kBytes || C == WeightKind::kSigned;
     const F zero = S::set1(beside.zero);
-    for (int g = 0; g < groups; g++, at.gsum += kRowBlock) {
+    for (int g = g0; g < g1; g++, at.gsum += kRowBlock) {
         Stretch<Integers<ABits>> p = at;
         for (int h = 0; h < kHalves; h++) {
             F sum[M];
@@ -154,13 +166,13 @@ inline void add_groups(Stretch<Integers<ABits>> at, int groups, int parts, const
 
 // The same for groups of 16, two of which share 32 activations: total += xscale · (scale · dot + scale' · dot') + …
 template <class S, int M, WeightKind C, int ABits>
-inline void add_half_groups(Stretch<Integers<ABits>> at, int groups, const Beside& beside, bool stored,
+inline void add_half_groups(Stretch<Integers<ABits>> at, int g0, int g1, const Beside& beside, bool stored,
                             Totals<S, M>& total) {
     using F = typename S::F;
     using I = typename S::I;
     constexpr int kHalves = kTile / S::kLanes, kLines = code_bits(C);
     const F zero = S::set1(beside.zero);
-    for (int g = 0; g < groups; g += 2, at.gsum += 2 * kRowBlock) {
+    for (int g = g0; g < g1; g += 2, at.gsum += 2 * kRowBlock) {
         if (C != WeightKind::kBytes)
             for (int l = 0; l < kLines; l++) S::prefetch(at.lines + l * 64 + kPrefetchBytes);
         for (int h = 0; h < kHalves; h++) {
@@ -185,12 +197,12 @@ inline void add_half_groups(Stretch<Integers<ABits>> at, int groups, const Besid
 }
 
 template <class S, int M, WeightKind C, int ABits, bool Half>
-inline void add_any_groups(const Stretch<Integers<ABits>>& at, const LinearWeights& w, int groups, const Beside& beside,
-                           Totals<S, M>& total) {
+inline void add_any_groups(const Stretch<Integers<ABits>>& at, const LinearWeights& w, int g0, int g1,
+                           const Beside& beside, Totals<S, M>& total) {
     if constexpr (Half)
-        add_half_groups<S, M, C, ABits>(at, groups, beside, w.stores_offsets(), total);
+        add_half_groups<S, M, C, ABits>(at, g0, g1, beside, w.stores_offsets(), total);
     else
-        add_groups<S, M, C, ABits>(at, groups, w.group / kActGroup, beside, w.stores_offsets(), total);
+        add_groups<S, M, C, ABits>(at, g0, g1, w.group / kActGroup, beside, w.stores_offsets(), total);
 }
 
 // Outputs of one tile for activation rows m0…m0+M-1, within one row block: out[m][16].
@@ -209,7 +221,7 @@ void tile_quantized(const LinearWeights& w, const uint8_t* tile, const Activatio
         const int groups = imin(run, all - g), k = g * w.group;
         open_beside<S>(w, tile, g, groups, beside);
         const uint8_t* lines = tile + meta_size + static_cast<size_t>(k / 32) * code_bits(C) * 64;
-        add_any_groups<S, M, C, ABits, Half>(stretch_at<ABits>(lines, x, m0, k), w, groups, beside, total);
+        add_any_groups<S, M, C, ABits, Half>(stretch_at<ABits>(lines, x, m0, k), w, 0, groups, beside, total);
     }
     for (int h = 0; h < kHalves; h++)
         for (int m = 0; m < M; m++) S::store(out + m * kTile + h * S::kLanes, total[h][m]);
@@ -230,7 +242,7 @@ void opened_quantized(const LinearWeights& w, const OpenedTile& t, const Activat
     Totals<S, M> total;
     for (int h = 0; h < kHalves; h++)
         for (int m = 0; m < M; m++) total[h][m] = S::load(out + m * kTile + h * S::kLanes);
-    add_any_groups<S, M, C, ABits, Half>(stretch_at<ABits>(t.lines, x, m0, k), w, groups, t.beside, total);
+    add_any_groups<S, M, C, ABits, Half>(stretch_at<ABits>(t.lines, x, m0, k), w, 0, groups, t.beside, total);
     for (int h = 0; h < kHalves; h++)
         for (int m = 0; m < M; m++) S::store(out + m * kTile + h * S::kLanes, total[h][m]);
 }
@@ -332,11 +344,12 @@ void linear_direct(const LinearArgs& a) {
 }
 
 // Prefill: a tile's codes are opened once for a panel of rows, so that every form runs at one rate.
-template <class S>
-void linear_opened(const LinearArgs& a) {
+// pick(rows): the kernel for so many rows of a block.
+template <class S, class Pick>
+void linear_opened(const LinearArgs& a, Pick pick) {
     const LinearWeights& w = *a.w;
     const size_t stride = w.tile_bytes(), meta = w.tile_meta_bytes();
-    const RowKernels<S, OpenedFn> kernels(a.rows, [&](int m) { return pick_opened<S>(w, a.x->bits, m); });
+    const RowKernels<S, OpenedFn> kernels(a.rows, pick);
     const int most = kOpenInputs / w.group;
     OpenedTile tile;
     alignas(64) float out[kPanelRows * kTile];
@@ -408,7 +421,7 @@ void linear(const LinearArgs& a) {
     const bool cheap =
         kind == WeightKind::kW8 || (kind == WeightKind::kW4 && (S::kRows == kRowBlock || a.x->bits == 16));
     if (cheap || a.w->group > kOpenInputs) return linear_direct<S>(a);
-    linear_opened<S>(a);
+    linear_opened<S>(a, [&](int m) { return pick_opened<S>(*a.w, a.x->bits, m); });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Python's view of the CPU kernels: tinychat.kernels_cpu._native.
+#include "amx.h"
 #include "bandwidth.h"
 #include "bindings.h"
 #include "bus_error.h"
@@ -69,6 +70,9 @@ NB_MODULE(_native, m) {
     m.def(
         "isa", [] { return std::string(isa_name(select_isa())); },
         "The instruction set in use: TINYCHAT_ISA, or the best. Raises RuntimeError if that one does not run here.");
+    m.def(
+        "amx_problem", [] { return amx_problem(); },
+        "Why AMX is not used although this CPU has it; empty if it has none, None if it is used.");
     m.def("cores", &usable_cores, "Physical cores that affinity and the cgroup quota allow.");
     m.def("read_bandwidth", &read_bandwidth, nb::arg("threads"), nb::arg("bytes") = size_t{1} << 30,
           nb::arg("rounds") = 5, nb::call_guard<nb::gil_scoped_release>(),

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "amx_tiles.h"
 #include "pack.h"
 #include "program.h"
 
@@ -125,6 +126,36 @@ struct Input {
         a.q = bits ? q.data() : nullptr;
     }
 };
+
+// What the manual says of tiles, in numbers worked out by hand.
+void test_tiles() {
+    TileConfig c;
+    c.set(0, 2, 8), c.set(1, 2, 8), c.set(2, 2, 8), c.set(3, 16, 64);
+    PlainTiles::configure(c);
+    uint8_t memory[2][64], out[16][64];
+    std::memset(memory, 7, sizeof memory), std::memset(out, 1, sizeof out);
+    PlainTiles::load<3>(out, 64);
+    PlainTiles::store<3>(memory, 0);  // sixteen rows over each other
+    expect(memory[0][63] == 1 && memory[1][0] == 7, "a tile is stored at its stride");
+    const int8_t a[2][8] = {{1, 2, 3, 4, -1, -2, -3, -4}, {-128, -128, -128, -128, 0, 0, 0, 1}};
+    const int8_t b[2][8] = {{1, 1, 1, 1, -128, -128, -128, -128}, {2, 2, 2, 2, 5, 6, 7, 8}};
+    int32_t sums[2][2] = {{100, 0}, {0, 2147483647}};
+    PlainTiles::load<0>(sums, 8), PlainTiles::load<1>(a, 8), PlainTiles::load<2>(b, 8);
+    PlainTiles::dot<0, 1, 2>();
+    PlainTiles::store<0>(sums, 8);
+    // 2147483647 + 4 · 128² + 8 wraps
+    expect(sums[0][0] == 100 + 10 - 20 && sums[0][1] == -1280 - 70 && sums[1][0] == -512 + 2 &&
+               sums[1][1] == -2147483647 - 1 + 65536 + 7,
+           "products of tiles");
+    PlainTiles::zero<0>();
+    PlainTiles::store<0>(sums, 8);
+    expect(!sums[0][0] && !sums[1][1], "a zeroed tile");
+    PlainTiles::load<1>(a, 8);
+    PlainTiles::configure(c);  // forgets what tiles held
+    PlainTiles::store<1>(sums, 8);
+    expect(!sums[0][0] && !sums[1][1], "a configured tile");
+    PlainTiles::release();
+}
 
 std::vector<float> random_rows(int rows, int k) {
     std::vector<float> x(static_cast<size_t>(rows) * k);
@@ -487,7 +518,14 @@ int main(int argc, char** argv) {
         const KernelTable& scalar = kernels_for(IsaKind::kScalar);
         test_experts();
         test_spans();
-        for (IsaKind isa : supported_isas()) {
+        test_tiles();
+        std::vector<IsaKind> isas = supported_isas();
+        for (IsaKind isa : isas)
+            if (isa == IsaKind::kAvx512Vnni) {
+                isas.push_back(IsaKind::kAmxEmulated);
+                break;
+            }
+        for (IsaKind isa : isas) {
             const KernelTable& t = kernels_for(isa);
             std::printf("%s\n", t.name);
             test_linear(t, scalar);

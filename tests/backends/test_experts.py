@@ -100,6 +100,17 @@ def test_experts_that_are_level_are_taken_in_their_order():
     assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
 
 
+@pytest.mark.skipif("avx512vnni" not in ISAS, reason="needs a CPU with AVX-512-VNNI")
+@pytest.mark.parametrize("kind", ["zeros", "int8"])
+def test_a_crowd_at_an_expert_is_the_same_in_tiles(kind):
+    rng = np.random.default_rng(5)
+    weights = layer(rng, kind)
+    x = rng.normal(size=(40, HIDDEN)).astype(np.float32)
+    scores = np.repeat(rng.normal(size=(2, EXPERTS)), 20, axis=0).astype(np.float32)
+    tiles, vectors = (run(weights, x, scores, isa=i, act_bits=8) for i in ("amx-emulated", "avx512vnni"))
+    np.testing.assert_array_equal(tiles, vectors)
+
+
 def test_scores_that_are_no_numbers_stay_in_their_row():
     rng = np.random.default_rng(6)
     weights = layer(rng, "zeros")

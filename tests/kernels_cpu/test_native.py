@@ -12,14 +12,9 @@ import pytest
 ROOM = Path(__file__).resolve().parents[2] / "kernels_cpu"
 BINDINGS = ("module", "bind_")  # need Python
 COMMON = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-w", "-pthread"]
-X86_FLAGS = {
-    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avxvnni": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512": [
-        *["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw"],
-        *["-mavx512dq", "-mavx512vl", "-mavx512vnni"],
-    ],
-}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+X86_FLAGS = {"isa_avx2": AVX2, "isa_avxvnni": AVX2, "isa_avx512": AVX512, "isa_amx": AVX512}
 
 
 def build(folder: Path, compiler: str, flags: list[str], isa_flags: dict[str, list[str]]) -> Path:

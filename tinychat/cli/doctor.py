@@ -143,6 +143,7 @@ def gather() -> dict[str, Any]:
 
         facts["isas"] = list(_native.isas())
         facts["isa"] = _native.isa()
+        facts["amx_problem"] = _native.amx_problem()
         facts["read_bandwidth_gb_s"] = round(_native.read_bandwidth(cpu_count(), 1 << 28), 1)
     except (ImportError, AttributeError) as e:
         problems.append(f"The CPU kernels do not load ({e}): reinstall tinychat.")
@@ -271,7 +272,8 @@ def sentences(facts: dict[str, Any]) -> list[tuple[str, str]]:
         why = "the fastest that this processor runs"
         if isa != best:
             why = f"as TINYCHAT_ISA says; {best} would be faster"
-        said.append(("kernels", f"{isa}, {why} (of {', '.join(facts['isas'])})"))
+        unused = f"; its AMX is not used: {facts['amx_problem']}" if facts["amx_problem"] else ""
+        said.append(("kernels", f"{isa}, {why} (of {', '.join(facts['isas'])}){unused}"))
     total = human_bytes(facts["memory_total_bytes"])
     said.append(("memory", f"{facts['memory_free']} of {total} are free"))
     if speed := facts.get("read_bandwidth_gb_s"):
