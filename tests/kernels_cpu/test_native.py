@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -83,3 +84,28 @@ def test_the_sanitizers_find_nothing(sanitizer, parts, tmp_path):
     binary = build(tmp_path, "g++", flags, X86_FLAGS)
     for part in parts:
         check([str(binary), part])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 machine")
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_tiles_are_configured_before_they_are_used(compiler, tmp_path):
+    """In machine code, whatever the optimizer thinks of the configuration: the trial made at start."""
+    need(compiler, "objdump")
+    o = tmp_path / "amx.o"
+    optimized = [flag for flag in COMMON if flag != "-O1"] + ["-O3"]
+    subprocess.run([compiler, *optimized, "-c", str(ROOM / "src" / "amx.cpp"), "-o", str(o)], check=True)
+    code = subprocess.run(["objdump", "-d", str(o)], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"\b(ldtilecfg|tile\w+|tdp\w+) *(.*)", code)
+    names = ["ldtilecfg", "tilezero", "tileloadd", "tileloadd", "tdpbssd", "tilestored", "tilerelease"]
+    assert [name for name, _ in found] == names * 8
+    for i in range(0, len(found), len(names)):
+        _, zero, a, b, product, stored, _ = (
+            set(re.findall(r"tmm\d", operands)) for _, operands in found[i:][:7]
+        )
+        assert product == zero | a | b
+        assert len(product) == 3
+        assert stored == zero
+    before, config = re.search(r"(.*?)ldtilecfg (0x\w+)\(%rsp\)", code, re.DOTALL).groups()
+    written = re.findall(r"mov\w* .*,(0x\w+)\(%rsp\)", before)
+    assert any(0 <= int(at, 16) - int(config, 16) < 64 for at in written)
