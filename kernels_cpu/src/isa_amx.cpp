@@ -8,11 +8,12 @@ namespace tinychat {
 namespace {
 
 // Rows from which tiles are used: two whole blocks. By counting, for 16 outputs and 32 inputs on a core with two
-// 512-bit ports: vectors take 46 cycles for each 8 rows; tiles take 10 to open the codes, whatever the rows, and at
-// least 12 for each block of 8 or less (8 lines stored, 16 vector instructions behind them), and come with a latency of
-// a hundred or more. So 9 rows are 57 cycles or 34 and a latency, 16 rows 92 or 34. What stands beside the tile
-// instructions, without these (lines stored by vectors), is as fast as all of the vector kernel at 9 rows of 4 bits
-// and 1.5 × at 16; of Q6_K, which has two sums in 32 inputs, 0.75 × and 1.1 × (AMD EPYC, Zen 4).
+// 512-bit ports that loads two lines a cycle: vectors take 46 cycles for each 8 rows; tiles take 10 to open the codes,
+// whatever the rows, and at least 16 for each block of 8 or less (32 loads; 8 lines stored and 16 vector instructions
+// overlap), and come with a latency of a hundred or more. So 9 rows are 57 cycles or 42 and a latency, 16 rows 92
+// or 42. What stands beside the tile instructions, without these (lines stored by vectors), is as fast as all of the
+// vector kernel at 9 rows of 4 bits and 1.5 × at 16; of Q6_K, which has two sums in 32 inputs, 0.75 × and 1.1 × (AMD
+// EPYC, Zen 4).
 constexpr int kTileRows = 16;
 
 using Sums = int32_t[kOpenInputs / kActGroup][2][kRowBlock][kTile];

@@ -66,11 +66,13 @@ def test_doctor_says_which_kernels_were_chosen_and_why(here, monkeypatch):
     from tinychat.kernels_cpu import _native
 
     *_, slowest = _native.isas()
+    monkeypatch.setattr(_native, "amx_problem", lambda: "the kernel does not give this process tiles")
     said = {}
     for isa in (slowest, "garbage"):
         monkeypatch.setenv("TINYCHAT_ISA", isa)
         said[isa] = in_process("doctor")
     assert f"{slowest}, " in said[slowest][1]
+    assert "its AMX is not used: the kernel does not give" in " ".join(said[slowest][1].split())
     if len(_native.isas()) > 1:
         assert "as TINYCHAT_ISA says" in said[slowest][1]
     code, out, err = said["garbage"]
