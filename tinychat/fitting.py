@@ -4,12 +4,13 @@ before it is loaded; loading asks here too.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from tinychat.backends.cuda_pack import EXPERT
-from tinychat.backends.cuda_room import EMBEDDING, Blocks, Division, Outline, Scales, layer_of
+from tinychat.backends.cuda_room import EMBEDDING, Blocks, Division, Outline, Scales, divisible, layer_of
 from tinychat.backends.interface import MemorySpec, memories_of, with_tails
 from tinychat.backends.plan import plan, planned
 from tinychat.base.errors import MemoryBudgetError, TinychatError
@@ -169,8 +170,11 @@ class Fitting:
             read = scales.divide(limit)
         except MemoryBudgetError as e:
             raise MemoryBudgetError(f"{free}, too little for what cannot lie in RAM.", e.todo) from None
-        computed, gpu = scales.divide(limit, by_cpu=True), gpu.assumed()
-        return min(read, computed, key=lambda d: self._seconds(d, gpu))
+        ways, gpu = [read], gpu.assumed()
+        if divisible(self.cfg, self.memories):
+            with suppress(NotImplementedError):  # something would have to cross that does not
+                ways.append(scales.divide(limit, by_cpu=True))
+        return min(ways, key=lambda d: self._seconds(d, gpu))
 
     def _seconds(self, d: Division, gpu: Gpu) -> float:
         """Seconds of a token, by bandwidths that are known or assumed."""

@@ -125,7 +125,7 @@ class Recorder(LatentOps, StreamOps):
         self._record([qkv, table], lambda p: p.rope_kv(at, qkv.native, table.native))
 
     def behind(self, x, layer):
-        x, out, at = self._as_floats(x), Buffer(x.cols), state_place(self.memories, layer)
+        x, out, at = self.as_floats(x), Buffer(x.cols), state_place(self.memories, layer)
         self._record([x, out], lambda p: p.carry(*at, floats_of(x), out.native))
         return Value(out.cols, floats=out)
 
@@ -135,11 +135,11 @@ class Recorder(LatentOps, StreamOps):
         return Value(size, floats=out)
 
     def leave(self, x, layer):
-        x, at = self._as_floats(x), state_place(self.memories, layer)
+        x, at = self.as_floats(x), state_place(self.memories, layer)
         self._record([x], lambda p: p.carry(*at, floats_of(x), None))
 
     def join(self, a, b):
-        out, a, b = Buffer(a.cols + b.cols), self._as_floats(a), self._as_floats(b)
+        out, a, b = Buffer(a.cols + b.cols), self.as_floats(a), self.as_floats(b)
         self._record([a, b, out], lambda p: p.join(floats_of(a), floats_of(b), out.native))
         return Value(out.cols, floats=out)
 
@@ -346,7 +346,7 @@ class Recorder(LatentOps, StreamOps):
         )
 
     @staticmethod
-    def _as_floats(x: Value) -> Buffer:
+    def as_floats(x: Value) -> Buffer:
         """The buffer that has `x` in fp32 too."""
         if x.floats is not None:
             return x.floats

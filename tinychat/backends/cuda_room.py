@@ -111,6 +111,9 @@ class Unrecorded:
     def split_heads(self, qkv: Any, attention: Any) -> tuple[Any, ...]:
         return qkv, qkv, qkv
 
+    def gated_heads(self, qkv: Any, attention: Any) -> tuple[Any, ...]:
+        return qkv, qkv, qkv, qkv
+
     def rope(self, q: Any, k: Any, rope: Any) -> tuple[Any, Any]:
         return q, k
 
@@ -157,6 +160,12 @@ class Division:
 def layer_of(name: str) -> int:
     """The layer that a module is in; -1: none."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
+def divisible(cfg: ModelConfig, memories: tuple[MemorySpec, ...]) -> bool:
+    """Whether the CPU may compute a part: layers meet in one residual, and each has a cache of its own."""
+    alone = all(a.source < 0 for a in cfg.attentions) and all(m.kind in ("paged", "window") for m in memories)
+    return alone and cfg.streams == 1 and not cfg.layer_inputs
 
 
 def without(memories: tuple[MemorySpec, ...], layers: frozenset[int]) -> tuple[MemorySpec, ...]:

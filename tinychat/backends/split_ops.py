@@ -58,12 +58,17 @@ class SplitSource:
 
 @dataclass
 class Crossing:
-    """Rows that cross: a buffer of the GPU's program, and one of the CPU's."""
+    """Rows that cross: a buffer of the GPU's program, and one of the CPU's.
+
+    which   of those of one part; -1: it goes up
+    halves  they are halves on the GPU, in rows with padding, and floats on the CPU
+    """
 
     gpu: Buffer
     cpu: cpu_values.Buffer
     cols: int
-    which: int  # of those of one part; -1: it goes up
+    which: int
+    halves: bool = False
     host: np.ndarray | None = None  # pinned
     array: np.ndarray | None = None  # the CPU's buffer
 
@@ -72,6 +77,14 @@ class Crossing:
         assert self.host is not None
         assert self.array is not None
         return self.host[:n], self.array[:n]
+
+    def meet(self, program: Program, native: Any, host: np.ndarray | None = None) -> None:
+        """Both buffers have memory now. host: pinned rows that are there for such a crossing."""
+        floats = self.cpu.native.floats if self.cpu.rows else self.cpu.native
+        kind = np.float16 if self.halves else np.float32
+        cols = self.gpu.row_bytes // np.dtype(kind).itemsize
+        self.array = native.array(floats)
+        self.host = program.device.pinned((program.max_rows, cols), kind) if host is None else host
 
 
 @dataclass
@@ -125,17 +138,24 @@ class SplitOps:
             self._begin()
             self.cpu.hold(crossing.cpu)
             self._down.append(crossing)
-            return cpu_values.Value(crossing.cols, floats=crossing.cpu)
+            to = {"rows": crossing.cpu, "changed": True} if crossing.halves else {"floats": crossing.cpu}
+            return cpu_values.Value(crossing.cols, **to)
         self.cpu.hold(crossing.cpu)
         self._close(crossing)
         return cuda_recorder.Value(crossing.cols, floats=crossing.gpu)
 
     def _crossing(self, value: Any, place: str) -> Crossing:
-        if getattr(value, "floats", None) is None:
-            raise NotImplementedError("only floats cross")
-        if place == CPU:
-            return Crossing(value.floats, cpu_values.Buffer(value.cols), value.cols, len(self._down))
-        return Crossing(self.gpu.program.floats(value.cols), value.floats, value.cols, -1)
+        if not isinstance(value, (cuda_recorder.Value, cpu_values.Value)):
+            raise NotImplementedError("heads and routes do not cross")
+        if isinstance(value, cuda_recorder.Value):
+            if value.each != 1:
+                raise NotImplementedError("what experts give does not cross")
+            halves = value.floats is None
+            to = cpu_values.Buffer(value.cols, rows=halves, as_float=halves)
+            source = value.halves if value.floats is None else value.floats
+            assert source is not None  # a value has one or the other
+            return Crossing(source, to, value.cols, len(self._down), halves)
+        return Crossing(self.gpu.program.floats(value.cols), self.cpu.as_floats(value), value.cols, -1)
 
     def _close(self, up: Crossing | None) -> None:
         """The part that is open ends here: the host runs it. up: what it leaves for the GPU."""
@@ -149,7 +169,7 @@ class SplitOps:
             device.synchronize()
             for c in down:
                 host, array = c.rows(z.rows)
-                array[:] = host
+                array[:] = host[:, : c.cols]
             if part is not None:
                 self.run(part)
             if up is not None:
@@ -161,14 +181,10 @@ class SplitOps:
         self.gpu.program.host(uses, work)
 
     def build(self, program: Program, native: Any) -> None:
-        """Both programs are built: where rows cross is known."""
-        pinned: dict[tuple[int, int], np.ndarray] = {}
+        """Both programs are built: where rows cross is known. Crossings of a kind share their pinned rows."""
+        kinds: dict[tuple[int, int, bool], Crossing] = {}
         for c in self.crossings:
-            c.array = native.array(c.cpu.native)
-            if (c.cols, c.which) not in pinned:
-                size = program.max_rows, c.cols
-                pinned[c.cols, c.which] = program.device.pinned(size, np.float32)
-            c.host = pinned[c.cols, c.which]
+            c.meet(program, native, kinds.setdefault((c.cols, c.which, c.halves), c).host)
 
 
 def _place(given: tuple[Any, ...]) -> str:

@@ -171,7 +171,7 @@ def needs(folder, ctx=256) -> int:
 def answer(folder, **options):
     said = []
     with tinychat.load(folder, device="cuda", draft="none", ctx=256, progress=said.append, **options) as m:
-        text = "".join(e.text for e in m.generate("a", max_tokens=20, temperature=0.9, seed=1))
+        text = "".join(e.text for e in m.generate("a", max_tokens=8, temperature=0.9, seed=1))
         return text, m.describe().get("in_ram", 0), m.backend.free_memory(), said
 
 
