@@ -44,3 +44,15 @@ def machine_with_gpu(monkeypatch, home):
     monkeypatch.setattr("tinychat.loading.has_gpu", lambda: True)
     Record(key_of(bench().modules), True).store()
     return found
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Allocations as small as tiny models' weights, and little room to work in: filling that takes time."""
+    from tinychat import fitting, model
+    from tinychat.backends import cuda_model, cuda_pack
+
+    monkeypatch.setattr(cuda_pack, "PIECE", 1024)
+    monkeypatch.setattr(cuda_model, "WORKSPACE", 1 << 20)
+    monkeypatch.setattr(fitting, "HEADROOM", 1 << 20)
+    monkeypatch.setattr(model, "HEADROOM", 1 << 20)

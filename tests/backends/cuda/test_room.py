@@ -14,8 +14,10 @@ from backend_steps import BLOCKS, IDS, run
 from cli_helpers import in_process
 from emulation import bench, controls, needs_emulation
 from families import CASES, FromTransformers, random_model
+from family_gguf import Kind
 from memories import allocate
 from tiny import TinyCheckpoint, tiny_folder
+from tiny_gguf import write
 
 import tinychat
 from tinychat import fitting
@@ -27,16 +29,10 @@ from tinychat.formats import open_checkpoint
 from tinychat.network.config import ExpertsConfig
 from tinychat.network.weight_policy import WeightPolicy
 
-pytestmark = needs_emulation
+pytestmark = [needs_emulation, pytest.mark.usefixtures("small_memory")]
 
 CUTS = [40, 1, 5, 1]
 POLICY = WeightPolicy()
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Allocations as small as these models' weights."""
-    monkeypatch.setattr(cuda_pack, "PIECE", 1024)
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +136,12 @@ def test_memory_that_runs_out_while_weights_are_loaded_moves_them_to_ram():
         controls().fake_device(12060, 1, 86, 8 << 30)
 
 
-def test_the_outline_of_a_pack_weighs_what_the_pack_does(tmp_path, demo_gguf):
-    checkpoint = open_checkpoint(demo_gguf)
+@pytest.mark.parametrize(
+    "kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.MXFP4, Kind.BF16], ids=lambda k: k.name
+)
+def test_the_outline_of_a_pack_weighs_what_the_pack_does(tmp_path, kind):
+    write(tmp_path / "m.gguf", kind)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
     cfg, memories = checkpoint.config, refuse_unknown(checkpoint, 8)
     outline = Scales(Outline(checkpoint, POLICY), cfg, memories, 8).weigh()
     assert outline == Scales(opened_pack(checkpoint, POLICY), cfg, memories, 8).weigh()
@@ -201,7 +201,7 @@ def test_more_than_the_gpu_has_and_too_little_to_work_in_are_refused(machine_wit
     most = float(e.value.todo.split()[2])
     assert answer(folder, gpu_memory=most)[1] == 0  # the advice holds
     with pytest.raises(MemoryBudgetError, match="too little for what cannot lie in RAM"):
-        answer(folder, gpu_memory=0.1)
+        answer(folder, gpu_memory=0.003)
 
 
 def test_a_gpu_that_shares_the_memory_leaves_nothing_there(folder):
@@ -240,7 +240,7 @@ def test_where_nothing_fits_show_names_what_would(demo_gguf, monkeypatch):
     checkpoint = open_checkpoint(demo_gguf)
     options = tinychat.LoadOptions(ctx=8192)
     cpu = fitting.Fitting(checkpoint, POLICY, options).on_cpu()
-    need = cpu.weights + cpu.cache + 300_000_000
+    need = cpu.weights + cpu.cache + fitting.HEADROOM
     monkeypatch.setattr(fitting, "available_memory", lambda: need - 60_000_000)
     advice = fitting.facts(checkpoint, options, None)["advice"]
     assert [line.split(":")[0].split()[0] for line in advice] == ["--ctx", "--kv-bits"]

@@ -17,7 +17,6 @@ from tiny import TinyCheckpoint, tiny_folder
 
 import tinychat
 from tinychat import fitting
-from tinychat.backends import cuda_pack
 from tinychat.backends.cuda import CudaBackend, opened_pack, refuse_unknown
 from tinychat.backends.cuda_room import Division, Scales, divisible
 from tinychat.backends.interface import MemorySpec, Step
@@ -25,18 +24,12 @@ from tinychat.backends.split import SplitBackend
 from tinychat.formats import open_checkpoint
 from tinychat.network.weight_policy import WeightPolicy
 
-pytestmark = needs_emulation
+pytestmark = [needs_emulation, pytest.mark.usefixtures("small_memory")]
 
 POLICY = WeightPolicy()
 NEAR = 2e-3  # of the logits' deviation: 16-bit activations on the CPU, halves on the GPU
 LAYERS = 4
 LONG = "hi there, how are you? " * 4
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Allocations as small as these models' weights."""
-    monkeypatch.setattr(cuda_pack, "PIECE", 1024)
 
 
 @pytest.fixture(scope="module")
