@@ -81,6 +81,7 @@ HF = {
         mixers=("hybrid",),
         vectors=mamba.KEPT,
         tensors=(*mamba.OWN_NAMES, (r"^model\.final_layernorm\.", "model.norm.")),
+        written=((r"^model\.norm\.", "model.final_layernorm."),),
     )
 }
 _RENAMED = {"mlp": "feed_forward", "post_attention_layernorm": "pre_ff_layernorm"}

@@ -88,6 +88,7 @@ NAMES = {
     "ffn_norm": "ffn_norm",
 }
 LAST_NORM = (r"^model\.embedding_norm\.", "model.norm.")
+LAST_WRITTEN = (r"^model\.norm\.", "model.embedding_norm.")
 KEPT = {"conv.conv": Kept(write=lambda a: a[:, None])}
 HF = {
     "Lfm2ForCausalLM": FromHF(
@@ -97,6 +98,7 @@ HF = {
         mixers=("conv",),
         vectors=KEPT,
         tensors=(LAST_NORM,),
+        written=(LAST_WRITTEN,),
     )
 }
 GGUF = {"lfm2": FromGGUF(NAMES, layers=layers_from_gguf)}

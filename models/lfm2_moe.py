@@ -65,6 +65,7 @@ HF = {
         vectors=lfm2.KEPT | {mixtral.BIAS: Kept()},
         tensors=(lfm2.LAST_NORM, *EXPERTS),
         written=(
+            lfm2.LAST_WRITTEN,
             *mixtral.written("feed_forward"),
             (r"\.mlp\.expert_bias\.weight$", ".feed_forward.expert_bias"),
         ),

@@ -48,6 +48,7 @@ HF = {
         mixers=("conv",),
         vectors=lfm2.KEPT | {GATE: Kept()},
         tensors=(lfm2.LAST_NORM, (r"\.self_attn\.g_proj\.", ".self_attn.gate_proj.")),
+        written=(lfm2.LAST_WRITTEN, (r"\.self_attn\.gate_proj\.", ".self_attn.g_proj.")),
     )
 }
 GGUF: dict[str, FromGGUF] = {}

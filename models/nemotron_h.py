@@ -164,6 +164,8 @@ HF = {
             (r"\.mixer\.(gate|experts)\.", r".mlp.\1."),
         ),
         written=(
+            (r"^model\.norm\.", "model.norm_f."),
+            (r"^model\.embed_tokens\.", "model.embeddings."),
             (r"\.mlp\.expert_bias$", ".mixer.gate.e_score_correction_bias"),
             (r"\.mlp\.(gate|experts)\.", r".mixer.\1."),
         ),

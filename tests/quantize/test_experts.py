@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,34 @@ def test_the_tensors_have_the_names_that_others_read(text, tmp_path):
     } == expected
     assert f"{moe}gate.weight" in names
     assert not any(".mlp." in n for n in names)
+
+
+@pytest.mark.parametrize(
+    ("format", "setting"), [("compressed-tensors", "ignore"), ("awq", "modules_to_not_convert")]
+)
+def test_config_json_names_what_stays_as_others_look_for_it(format, setting, tmp_path):
+    checkpoint, _ = saved("qwen2moe", tmp_path / "source")
+    quantize(checkpoint, tmp_path / "out", method="rtn", ranges="whole", format=format)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][setting]
+    gates = {f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in ("gate", "shared_expert_gate")}
+    assert set(said) - {"lm_head"} == gates
+
+
+def test_norms_and_embeddings_have_the_names_of_their_family(tmp_path):
+    for case, theirs in (
+        ("lfm2", "embedding_norm"),
+        ("nemotron-h bias", "norm_f"),
+        ("falcon-h1", "final_layernorm"),
+    ):
+        cls, changes = CASES[case]
+        hf = random_model(cls, **changes)
+        hf.save_pretrained(tmp_path / case)
+        byte_tokenizer().save(tmp_path / case)
+        quantize(HFCheckpoint(tmp_path / case), tmp_path / "out", method="rtn", ranges="whole", group_size=32)
+        names = set(load_file(tmp_path / "out" / "model.safetensors"))
+        assert f"model.{theirs}.weight" in names
+        # all that is not quantized is there as transformers calls it
+        assert {n for n in hf.state_dict() if "norm" in n or "embed" in n} <= names
 
 
 def test_what_latent_attention_multiplies_heads_by_stays_in_the_tensor_that_files_have(text, tmp_path):

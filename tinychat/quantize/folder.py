@@ -29,6 +29,7 @@ from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ModelConfig
 from tinychat.quantize.forward import finite
 from tinychat.quantize.layouts import as_stored
+from tinychat.quantize.linears import left_alone
 from tinychat.quantize.settings import hf_config, one_or_many
 from tinychat.quantize.target import Target
 from tinychat.text.chat_templates import FOLDER
@@ -203,9 +204,9 @@ class OutputFolder(Output):
     ) -> None:
         path.mkdir()
         cfg = checkpoint.config
-        blocks = [as_written(cfg, e) for e in self._block_entries(cfg.n_layers)]
-        write_weights(path, [*rest, *blocks])
-        write_settings(path, checkpoint, target.quantization_config())
+        write_weights(path, [as_written(cfg, e) for e in (*rest, *self._block_entries(cfg.n_layers))])
+        left = sorted({in_files(cfg, f"{name}.weight").removesuffix(".weight") for name in left_alone(cfg)})
+        write_settings(path, checkpoint, target.quantization_config(left))
         _write_json(path / RECORD, {**self.job, **record})
 
     def is_ours(self) -> bool:
@@ -226,10 +227,14 @@ class OutputFolder(Output):
 
 def as_written(cfg: ModelConfig, entry: Entry) -> Entry:
     """The tensor by the name that its family's files have for it."""
-    form, name = next(iter(FAMILIES[cfg.family].HF.values())), entry.name
-    for module, own in form.written:
-        name = re.sub(module, own, name)
-    return replace(entry, name=name)
+    return replace(entry, name=in_files(cfg, entry.name))
+
+
+def in_files(cfg: ModelConfig, tensor: str) -> str:
+    """The name that a family's files have for a tensor of a module of ours."""
+    for module, own in next(iter(FAMILIES[cfg.family].HF.values())).written:
+        tensor = re.sub(module, own, tensor)
+    return tensor
 
 
 def rest(checkpoint: Checkpoint) -> list[Entry]:

@@ -40,6 +40,15 @@ def kept(cfg: ModelConfig) -> frozenset[str]:
     return frozenset(choosing.found | {f"model.layers.{i}.{name}" for i in layers for name in parts(cfg)})
 
 
+def left_alone(cfg: ModelConfig) -> set[str]:
+    """Modules of folders that are linears and are not quantized, but for the head."""
+    found = set()
+    for name in kept(cfg):
+        part = parts(cfg).get(short(name))
+        found.add(name if part is None else name.removesuffix(short(name)) + part.whole)
+    return found
+
+
 def parts(cfg: ModelConfig) -> dict[str, Part]:
     """Linears that folders hold among the rows of others, by their names inside a block."""
     return dict(next(iter(FAMILIES[cfg.family].HF.values())).parts)

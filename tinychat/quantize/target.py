@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +81,9 @@ class Target:
         facts |= {"symmetric": self.symmetric, "act_order": self.act_order}
         return facts | ({"activation_bits": self.inputs} if self.inputs else {})
 
-    def quantization_config(self) -> dict[str, Any]:
-        """Entry in config.json of a folder."""
-        return _CONFIGS[self.format](self)
+    def quantization_config(self, left: Sequence[str]) -> dict[str, Any]:
+        """Entry in config.json of a folder. left: modules that stay in 16 bits, by the names in its files."""
+        return _CONFIGS[self.format](self, list(left))
 
 
 def choose(
@@ -212,18 +213,18 @@ def choose_group(cfg: ModelConfig, wanted: int | None) -> int:
     return wanted
 
 
-def _awq(t: Target) -> dict[str, Any]:
+def _awq(t: Target, left: list[str]) -> dict[str, Any]:
     return {
         "quant_method": "awq",
         "version": "gemm",
         "bits": t.bits,
         "group_size": t.group or -1,
         "zero_point": True,
-        "modules_to_not_convert": None,
+        "modules_to_not_convert": left or None,
     }
 
 
-def _gptq(t: Target) -> dict[str, Any]:
+def _gptq(t: Target, left: list[str]) -> dict[str, Any]:
     return {
         "quant_method": "gptq",
         "bits": t.bits,
@@ -236,7 +237,7 @@ def _gptq(t: Target) -> dict[str, Any]:
     }
 
 
-def _compressed(t: Target) -> dict[str, Any]:
+def _compressed(t: Target, left: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": t.bits,
         "type": "int",
@@ -258,7 +259,7 @@ def _compressed(t: Target) -> dict[str, Any]:
         "format": "int-quantized" if t.inputs else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *left],
         "kv_cache_scheme": None,
     }
 
