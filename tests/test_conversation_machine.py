@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from heads import head_model
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -246,6 +247,15 @@ class DeltaMachine(ConversationMachine):
         alone.free()
 
 
+class HeadMachine(DeltaMachine):
+    """Full attention and a head that looks into it."""
+
+    @staticmethod
+    def model(**options):
+        with tempfile.TemporaryDirectory() as folder:
+            return head_model(Path(folder) / "head", **options)
+
+
 ConversationMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 ConversationMachine8.TestCase.settings = settings(max_examples=10, stateful_step_count=40, deadline=None)
 WindowMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
@@ -253,12 +263,14 @@ StateSpaceMachine.TestCase.settings = RecurrentMachine.TestCase.settings = setti
     max_examples=8, stateful_step_count=30, deadline=None
 )
 DeltaMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
+HeadMachine.TestCase.settings = settings(max_examples=5, stateful_step_count=30, deadline=None)
 TestConversations = ConversationMachine.TestCase
 TestConversations8 = ConversationMachine8.TestCase
 TestWindows = WindowMachine.TestCase
 TestStateSpace = StateSpaceMachine.TestCase
 TestRecurrent = RecurrentMachine.TestCase
 TestDelta = DeltaMachine.TestCase
+TestHead = HeadMachine.TestCase
 
 
 @pytest.mark.slow

@@ -163,8 +163,12 @@ class Truth:
         return np.stack(out)
 
 
-def head_model(folder, ctx: int = 256, kv_bits: int = 16, backend=CpuBackend, **changes) -> Model:
-    """A tiny Llama on the CPU with a head that is often right: both see in a token what follows it."""
+def head_model(
+    folder, ctx: int = 256, kv_bits: int = 16, backend=CpuBackend, grows: bool = True, **changes
+) -> Model:
+    """A tiny Llama on the CPU with a head that is often right: both see in a token what follows it. grows: as
+    of `tiny_model`.
+    """
     checkpoint = TinyCheckpoint(3, n_layers=4, tie_embeddings=False, **changes)
     c = checkpoint.config
     for name, w in checkpoint.weights.items():
@@ -195,4 +199,7 @@ def head_model(folder, ctx: int = 256, kv_bits: int = 16, backend=CpuBackend, **
     draft = EagleHead(save_head(folder, s, tensors), s)
     made = backend(checkpoint, WeightPolicy("none", 16), threads=1, kv_bits=kv_bits, head=draft)
     options = LoadOptions(ctx=ctx, quantize="none", head_bits=16, draft=str(folder), draft_tokens=4)
-    return Model(checkpoint, made, "headed", options, Drafts(options))
+    model = Model(checkpoint, made, "headed", options, Drafts(options))
+    if not grows:
+        model.engine.memories.more_bytes = lambda: 0
+    return model
