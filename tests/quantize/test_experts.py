@@ -166,7 +166,7 @@ def test_an_expert_that_few_tokens_reach_is_fitted_to_those_of_the_layer(tmp_pat
         router, few = w.norm["mlp.gate"], 2
         router[few], router[1] = 0, -router[0]  # of these two one is always better
         m, routed = experts.given(f, second.start, second.mixture, w, x, batch=2)
-        reached = experts.reach(routed, len(m))
+        reached = experts.reach(routed, m)
         assert len(routed.tokens[few]) < experts.LEAST
         assert reached[few].tolist() == list(range(640))
         served = [e for e in range(4) if len(routed.tokens[e]) >= experts.LEAST]

@@ -212,7 +212,7 @@ class BlockQuantizer:
         f, now = self.forward, self._now(half, w, out, float_w)
         narrow, routed = given(f, half.start, mixture, now, x_q, self.options.batch)
         wide, _ = given(f, half.start, mixture, float_w, x_f, self.options.batch)
-        for e, tokens in enumerate(reach(routed, len(narrow))):
+        for e, tokens in enumerate(reach(routed, narrow)):
             into, down = mixture.into.experts[e], mixture.down.experts[e]
             q, x = narrow[tokens], wide[tokens]
             self._round(Group(mixture.input, (into,)), w, out, q, x, float_w)

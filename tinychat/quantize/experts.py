@@ -17,7 +17,7 @@ from tinychat.quantize.routed import Routed
 if TYPE_CHECKING:
     import torch
 
-LEAST = 256  # tokens that an expert needs for statistics of its own
+LEAST = 256  # tokens that an expert needs for statistics of its own; to be fitted, one for each input too
 MOST = 8192  # tokens of the layer that stand in for them
 
 
@@ -85,14 +85,18 @@ def given(
     return torch.cat(rows), Routed.joined(routed)
 
 
-def reach(routed: Routed, n: int) -> list[torch.Tensor]:
-    """Numbers of the tokens, out of n, that each expert is fitted to, int64: those that reach it, or some of
-    all where these are few.
+def reach(routed: Routed, given: torch.Tensor) -> list[torch.Tensor]:
+    """Numbers of the tokens that each expert is fitted to, int64: those that reach it, or some of all where
+    these are few. With fewer tokens than inputs there are errors that none of them sees.
+
+    given: what the experts are given, [tokens, H].
     """
     import torch
 
+    n, k = given.shape
     some = torch.arange(0, n, max(1, -(-n // MOST)))
-    return [own if len(own) >= min(LEAST, len(some)) else some for own in routed.tokens]
+    least = min(max(LEAST, k), len(some))
+    return [own if len(own) >= least else some for own in routed.tokens]
 
 
 def mean_squares(

@@ -104,7 +104,7 @@ class GPTQQuantizer:
         """Round experts, and what every token takes beside them; x becomes what follows."""
         f = self.forward
         m, routed = given(f, half.start, mixture, now, x, self.batch)
-        for e, tokens in enumerate(reach(routed, len(m))):
+        for e, tokens in enumerate(reach(routed, m)):
             into, down, rows = mixture.into.experts[e], mixture.down.experts[e], m[tokens]
             self._round(into.parts, now, out, [rows])
             self._round(down.parts, now, out, [mixture.between(e, now, rows)])
