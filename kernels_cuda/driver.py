@@ -58,6 +58,10 @@ class OutOfMemoryError(DeviceError):
     """The device has no room."""
 
 
+class PinnedMemoryError(OutOfMemoryError):
+    """The driver pins no more of the host's memory."""
+
+
 class RefusedError(DeviceError):
     """The driver does not take a module."""
 
@@ -199,14 +203,17 @@ class Device:
     def pinned(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
         """Host memory that the device reads and writes itself."""
         address, size = c_void_p(), int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self._call("cuMemHostAlloc", byref(address), c_size_t(max(size, 16)), c_uint(0))
+        try:
+            self._call("cuMemHostAlloc", byref(address), c_size_t(max(size, 16)), c_uint(0))
+        except OutOfMemoryError as e:
+            raise PinnedMemoryError("cuMemHostAlloc", e.code, "CUDA_ERROR_OUT_OF_MEMORY") from None
         raw: Any = (ctypes.c_uint8 * max(size, 16)).from_address(address.value or 0)
         raw._owner = _Freed(self, "cuMemFreeHost", address)
         return np.frombuffer(raw, np.uint8)[:size].view(dtype).reshape(shape)
 
     def shared(self, size: int) -> SharedMemory:
         """Host memory that kernels read over the bus (with unified addresses all pinned memory is that).
-        Raises OutOfMemoryError.
+        Raises PinnedMemoryError.
         """
         return SharedMemory(self.pinned((size,), np.uint8))
 

@@ -12,7 +12,7 @@ from typing import Any
 from tinychat.backends.cuda_pack import EXPERT
 from tinychat.backends.cuda_room import EMBEDDING, Blocks, Division, Outline, Scales, divisible, layer_of
 from tinychat.backends.interface import MemorySpec, memories_of, with_tails
-from tinychat.backends.plan import plan, planned
+from tinychat.backends.plan import plan, planned, too_large
 from tinychat.base.errors import MemoryBudgetError, TinychatError
 from tinychat.base.load_options import LoadOptions
 from tinychat.base.machine import HEADROOM, available_memory, human_bytes
@@ -165,7 +165,7 @@ class Fitting:
         free = f"{self.checkpoint.path.name} needs {human_bytes(whole.device + least)} of"
         free += f" {gpu.name}'s memory, and {human_bytes(limit)} are free"
         if gpu.shares:
-            raise MemoryBudgetError(f"{free}.", "Choose a smaller model, or close other programs.")
+            raise MemoryBudgetError(f"{free}.", too_large(self.checkpoint))
         try:
             read = scales.divide(limit)
         except MemoryBudgetError as e:
@@ -248,7 +248,7 @@ def check_ram(checkpoint: Checkpoint, division: Division) -> None:
         raise MemoryBudgetError(
             f"{human_bytes(need)} of {checkpoint.path.name} do not fit the GPU, and of RAM"
             f" {human_bytes(free)} are free.",
-            f"See what would fit: tinychat show {checkpoint.path.name} --fit",
+            too_large(checkpoint),
         )
 
 

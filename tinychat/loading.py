@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat.backends.interface import Backend
+from tinychat.backends.plan import too_large
 from tinychat.base import arguments
 from tinychat.base.errors import MemoryBudgetError, ModelNotFoundError, TinychatError, UsageError
 from tinychat.base.extras import import_torch
@@ -190,7 +191,7 @@ def _check_room(
         raise MemoryBudgetError(
             f"{checkpoint.path.name} needs {human_bytes(need)} beside {human_bytes(HEADROOM)} to work in, "
             f"and {human_bytes(free)} are free.",
-            "Choose a smaller model, or close other programs.",
+            too_large(checkpoint),
         )
 
 

@@ -29,7 +29,7 @@ from tinychat.base.errors import (
 from tinychat.base.machine import human_bytes
 from tinychat.kernels_cuda import experts, head
 from tinychat.kernels_cuda.attention import MAX_HEAD
-from tinychat.kernels_cuda.driver import DeviceError, Memory, OutOfMemoryError
+from tinychat.kernels_cuda.driver import DeviceError, Memory, OutOfMemoryError, PinnedMemoryError
 from tinychat.kernels_cuda.inputs import Sequence
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.kernels_cuda.pool import Pool
@@ -64,7 +64,7 @@ class CudaBackend:
     ):
         """modules: a device and its compiler, in place of this machine's. tell hears of what takes long.
         pack: that of the checkpoint, if it is open already. division: what stays in RAM; None: nothing, and
-        what does not fit is an error. limit: bytes of the device that may be taken, of those that are free.
+        what does not fit is an error. limit: bytes of the device that may be taken in all.
         beside: what computes the part of the model that the division leaves to the CPU.
 
         Raises UsageError for an unknown setting or where there is no usable GPU, MemoryBudgetError.
@@ -80,7 +80,7 @@ class CudaBackend:
         self._steps: Steps | None = None
         with self._on_device():
             pack = pack or opened_pack(checkpoint, policy, tell)
-            self._kept_back = max(0, free_memory(self._device) - limit) if limit is not None else 0
+            self._for_pools = limit - division.device if limit is not None and division else None
             loader = Loader(pack, self._modules, *((division.away, division.spare) if division else ()))
             self._steps = Steps(assemble(loader, self.cfg, self.memories, kv_bits, beside))
         self.in_ram = loader.in_ram
@@ -100,7 +100,11 @@ class CudaBackend:
     def free_memory(self) -> int:
         """Bytes that the device can still give."""
         with self._on_device():
-            return max(0, free_memory(self._device) - self._kept_back)
+            free = free_memory(self._device)
+        if self._for_pools is None:
+            return free
+        taken = sum(p.blocks.size for p in self._steps.pools) if self._steps else 0
+        return max(0, min(free, self._for_pools - taken))
 
     def bandwidth(self) -> float:
         """GB/s of a plain copy within the device, bytes read and written: the measure for decoding."""
@@ -307,6 +311,11 @@ class CudaBackend:
 
     def _in_words(self, e: DeviceError) -> TinychatError:
         name = self._device.name
+        if isinstance(e, PinnedMemoryError):
+            return MemoryBudgetError(
+                f"The driver does not pin as much of RAM as {name} would have to read from there.",
+                "Use a larger --gpu-memory, a smaller model, or --device cpu.",
+            )
         if isinstance(e, OutOfMemoryError):
             with suppress(DeviceError):  # the device may be lost as well
                 return MemoryBudgetError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -80,6 +81,13 @@ def planned(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> I
         yield one(name, shape, 0.0)
     if not cfg.tie_embeddings:
         yield one("lm_head", table, 1.0)
+
+
+def too_large(checkpoint: Checkpoint) -> str:
+    """What to do where a model does not fit."""
+    if not checkpoint.path.exists():  # a benchmark's
+        return "Choose a smaller model, or close other programs."
+    return f"See what would fit: tinychat show {shlex.quote(str(checkpoint.path))} --fit"
 
 
 def rounded(checkpoint: Checkpoint, policy: WeightPolicy, kernels: Kernels) -> str | None:
