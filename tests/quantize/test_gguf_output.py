@@ -124,6 +124,9 @@ def test_metadata_and_tokenizer_are_carried_over(tmp_path, source):
         "olmo2",
         "granite",
         "gemma3",
+        "mixtral",
+        "qwen3moe",
+        "qwen2moe",
     ],
 )
 def test_a_folder_becomes_a_gguf_that_computes_the_same(tmp_path, case):
@@ -137,13 +140,27 @@ def test_a_folder_becomes_a_gguf_that_computes_the_same(tmp_path, case):
     assert written.tokenizer().chat_template == source.tokenizer().chat_template
 
 
-@pytest.mark.parametrize("case", ["llama dynamic rope", "smollm3 window"])
+@pytest.mark.parametrize(
+    "case", ["llama dynamic rope", "smollm3 window", "qwen3moe unnormalized", "qwen3moe dense layers"]
+)
 def test_a_network_that_gguf_has_no_words_for_is_refused_before_work(tmp_path, monkeypatch, case):
     source = folder_of(case, tmp_path / "folder")
     monkeypatch.setattr("tinychat.quantize._blocks", lambda *a: pytest.fail("work began"))
     with pytest.raises(UnsupportedModelError) as e:
         quantize(source, tmp_path / "out.gguf", method="rtn", ranges="whole")
     assert "--format" in e.value.todo
+
+
+def test_a_gguf_with_experts_becomes_another_one(tmp_path):
+    cls, changes = CASES["qwen2moe"]
+    write_gguf(tmp_path / "m.gguf", random_model(cls, **changes, num_hidden_layers=2), "qwen2moe")
+    source = GGUFCheckpoint(tmp_path / "m.gguf")
+    quantize(source, tmp_path / "out.gguf", bits=8, method="rtn", ranges="whole")
+    assert GGUFCheckpoint(tmp_path / "out.gguf").config == source.config
+    shapes = {t.name: list(t.shape) for t in GGUFReader(tmp_path / "out.gguf").tensors}
+    before = {t.name: list(t.shape) for t in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert shapes == before
+    assert relative_error(logits(GGUFCheckpoint(tmp_path / "out.gguf")), logits(source)) < 0.06
 
 
 def test_a_run_that_was_stopped_goes_on_and_gives_the_same_file(tmp_path, source, text, monkeypatch):

@@ -6,6 +6,7 @@ What is said of a folder is read back and compared with what the folder says (he
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.gguf_config import FURTHER, TOP, read_config
 from tinychat.formats.gguf_file import F32, Tensor
 from tinychat.models import FAMILIES
-from tinychat.network.config import AttentionConfig, DenseConfig, ModelConfig, RopeConfig
+from tinychat.network.config import AttentionConfig, ExpertsConfig, ModelConfig, RopeConfig
 from tinychat.network.family import FromGGUF
 
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+\.)")
 DROPPED = ("general.file_type", "general.quantization_version", "general.alignment", "GGUF.", "split.")
 
 
@@ -67,12 +69,12 @@ def said(cfg: ModelConfig, name: str) -> tuple[Fields, dict[str, np.ndarray]]:
 
     arch, form = architecture(cfg)
     mixer, rope = cfg.attentions[0], cfg.rope or RopeConfig(dim=cfg.attentions[0].head_dim)
-    assert isinstance(cfg.layers[0].mlp, DenseConfig)
+    mlp = cfg.layers[0].mlp
     whole = {
         "block_count": cfg.n_layers,
         "context_length": cfg.long_context or cfg.context_length,
         "embedding_length": cfg.hidden_size,
-        "feed_forward_length": cfg.layers[0].mlp.size,
+        "feed_forward_length": mlp.size,
         "attention.head_count": mixer.n_heads,
         "attention.head_count_kv": mixer.n_kv_heads,
         "attention.key_length": mixer.head_dim,
@@ -82,6 +84,13 @@ def said(cfg: ModelConfig, name: str) -> tuple[Fields, dict[str, np.ndarray]]:
     }
     if window := max(a.window for a in cfg.attentions):
         whole["attention.sliding_window"] = window
+    if isinstance(mlp, ExpertsConfig):
+        whole |= {
+            "expert_count": mlp.n,
+            "expert_used_count": mlp.taken,
+            "expert_feed_forward_length": mlp.size,
+        }
+        whole |= {"expert_shared_feed_forward_length": mlp.shared} if mlp.shared else {}
     real = {"attention.layer_norm_rms_epsilon": cfg.norm_eps, "rope.freq_base": rope.theta}
     known = {
         "attn_logit_softcapping": mixer.soft_cap,
@@ -119,6 +128,9 @@ class _Draft:
         if not cfg.tie_embeddings:
             shapes["output.weight"] = table
         for name, shape in family.linears(cfg, 0).items():
+            if (heap := of_experts(name)) is not None:
+                shapes[tensor_name(form, heap[0]) + ".weight"] = (cfg.n_experts, *shape)
+                continue
             shapes[tensor_name(form, name) + ".weight"] = shape
             if name.endswith(family.biases(cfg)):
                 shapes[tensor_name(form, name) + ".bias"] = shape[:1]
@@ -169,7 +181,8 @@ def _facts(cfg: ModelConfig) -> dict[str, Any]:
     }
     facts |= {name: getattr(cfg, name) for name in ("residual_scale", "logit_scale", "logit_soft_cap")}
     for i, layer in enumerate(cfg.layers):
-        where, a = f"layer {i}", layer.mixer
+        where, a, mlp = f"layer {i}", layer.mixer, layer.mlp
+        facts[f"{where} experts"] = astuple(mlp) if isinstance(mlp, ExpertsConfig) else ()
         if not isinstance(a, AttentionConfig):
             facts[f"{where} recurrence"] = astuple(a) if a is not None else ()
             continue
@@ -187,6 +200,14 @@ def _facts(cfg: ModelConfig) -> dict[str, Any]:
 
 def _alike(a: Any, b: Any) -> bool:
     return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=0)
+
+
+def of_experts(name: str) -> tuple[str, int] | None:
+    """Name of the heap that has a module of all experts, and which of these the module `name` is of:
+    `….mlp.experts.3.up_proj` is the fourth in `….mlp.experts.up_proj`. None: it is no expert's.
+    """
+    match = _EXPERT.search(name)
+    return match and (name[: match.start(1)] + name[match.end(1) :], int(match[1][:-1]))
 
 
 def tensor_name(form: FromGGUF, name: str) -> str:

@@ -269,11 +269,6 @@ def _check(
             "GGUF holds latent attention's matrices in another way; quantizers do not write that yet.",
             "Use another --format.",
         )
-    if target.format == "gguf" and cfg.n_experts:
-        raise UnsupportedModelError(
-            "GGUF holds the experts of a layer in one tensor; quantizers do not write that yet.",
-            "Use another --format.",
-        )
     network(cfg)  # refuses a family whose blocks cannot be quantized one by one
     if cfg.tie_embeddings is False and not checkpoint.has("lm_head"):
         raise CheckpointError(f"{checkpoint.path} has no output head.", "Pull the model again.")

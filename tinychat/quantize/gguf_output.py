@@ -80,16 +80,17 @@ def _write(writer: GGUFWriter, cfg: ModelConfig, entries: Iterable[Entry]) -> No
     from gguf import GGMLQuantizationType
 
     _, form = gguf_metadata.architecture(cfg)
-    entries = list(entries)
+    entries = heaped(entries)
     for e in entries:
         module, _, part = e.name.rpartition(".")
         if module.endswith(ROPE_TENSORS) or e.name in ROPE_TENSORS:
             name = e.name
         else:
             name = gguf_metadata.tensor_name(form, module) + (".bias" if part == "bias" else ".weight")
+        shape = e.shape[-1:] if module.endswith(form.flat or ("\0",)) else e.shape
         dtype = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}[e.dtype]
         kind = GGMLQuantizationType[part] if part in PACK else None
-        writer.add_tensor_info(name, e.shape, np.dtype(dtype), e.n_bytes, kind)
+        writer.add_tensor_info(name, shape, np.dtype(dtype), e.n_bytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -98,6 +99,26 @@ def _write(writer: GGUFWriter, cfg: ModelConfig, entries: Iterable[Entry]) -> No
     writer.flush()
     for file in writer.fout or ():
         os.fsync(file.fileno())
+
+
+def heaped(entries: Iterable[Entry]) -> list[Entry]:
+    """The tensors, those of a layer's experts as one: a linear of each, in their order, [experts, …]."""
+    found: dict[str, dict[int, Entry]] = {}
+    for e in entries:
+        name, expert = gguf_metadata.of_experts(e.name) or (e.name, 0)
+        found.setdefault(name, {})[expert] = e
+    return [
+        own[0] if name == own[0].name else _heap(name, [own[i] for i in range(len(own))])
+        for name, own in found.items()
+    ]
+
+
+def _heap(name: str, own: list[Entry]) -> Entry:
+    return Entry(name, own[0].dtype, (len(own), *own[0].shape), partial(_stack, own))
+
+
+def _stack(entries: list[Entry]) -> np.ndarray:
+    return np.stack([e.read() for e in entries])
 
 
 def prepared(checkpoint: Checkpoint) -> tuple[gguf_metadata.Fields, list[Entry]]:
