@@ -13,6 +13,15 @@ namespace {
 
 constexpr int kMostStretch = 128;  // inputs whose products are summed before they are scaled: as the group allows
 
+// Rows that one pass serves: each has two sums, of which 16 registers hold those of five rows.
+template <class S>
+constexpr int kFloatRows = S::kRegisters < 32 ? imin(S::kRows, 5) : S::kRows;
+// Rows of a block where there are so many in all: panels are whole blocks.
+template <class S>
+int float_block(int rows) {
+    return rows <= kFloatRows<S> || kPanelRows % kFloatRows<S> == 0 ? kFloatRows<S> : kFloatRows<S> / 2 * 2;
+}
+
 inline int stretch_of(int group) { return group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32; }
 
 // f(k, value) for the 32 inputs of kLanes rows, in their order, k a constant. lines: the first of these inputs, of the

@@ -302,8 +302,10 @@ TileFn pick_tile(const LinearWeights& w, int act_bits, int rows) {
         if (w.kind == WeightKind::kF32) return tile_dense<S, M, WeightKind::kF32>;
         if (w.kind == WeightKind::kF16) return tile_dense<S, M, WeightKind::kF16>;
         if (w.kind == WeightKind::kBF16) return tile_dense<S, M, WeightKind::kBF16>;
-        if (w.kind == WeightKind::kE4m3) return tile_floats<S, M, WeightKind::kE4m3>;
-        if (w.kind == WeightKind::kNf4) return tile_floats<S, M, WeightKind::kNf4>;
+        if constexpr (M <= kFloatRows<S>) {
+            if (w.kind == WeightKind::kE4m3) return tile_floats<S, M, WeightKind::kE4m3>;
+            if (w.kind == WeightKind::kNf4) return tile_floats<S, M, WeightKind::kNf4>;
+        }
         return with_codes(w.kind, [&](auto c) -> TileFn {
             constexpr WeightKind C = c;
             if constexpr (!has_signed_bytes(C))
@@ -331,7 +333,8 @@ template <class S>
 void linear_direct(const LinearArgs& a) {
     const LinearWeights& w = *a.w;
     const size_t stride = w.tile_bytes();
-    const RowKernels<S, TileFn> kernels(a.rows, [&](int m) { return pick_tile<S>(w, a.x->bits, m); });
+    const int block = has_float_codes(w.kind) ? float_block<S>(a.rows) : S::kRows;
+    const RowKernels<TileFn> kernels(block, a.rows, [&](int m) { return pick_tile<S>(w, a.x->bits, m); });
     float out[kTile * kRowBlock];
     for (int panel = 0; panel < a.rows; panel += kPanelRows) {
         const int end = imin(a.rows, panel + kPanelRows);
@@ -349,7 +352,7 @@ template <class S, class Pick>
 void linear_opened(const LinearArgs& a, Pick pick) {
     const LinearWeights& w = *a.w;
     const size_t stride = w.tile_bytes(), meta = w.tile_meta_bytes();
-    const RowKernels<S, OpenedFn> kernels(a.rows, pick);
+    const RowKernels<OpenedFn> kernels(S::kRows, a.rows, pick);
     const int most = kOpenInputs / w.group;
     OpenedTile tile;
     alignas(64) float out[kPanelRows * kTile];
@@ -382,7 +385,7 @@ template <class S>
 void linear_opened_floats(const LinearArgs& a) {
     using StretchFn = void (*)(const uint8_t*, const float*, size_t, int, const float*, float*);
     const LinearWeights& w = *a.w;
-    const RowKernels<S, StretchFn> kernels(a.rows, [](int m) {
+    const RowKernels<StretchFn> kernels(float_block<S>(a.rows), a.rows, [](int m) {
         return with_rows<S>(m, [](auto m) -> StretchFn { return add_stretch<S, m, WeightKind::kF32>; });
     });
     const int stretch = stretch_of(w.group), run = w.group < kSuper ? kSuper / w.group : 1;

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kPrefetchBytes = 4096;  // ahead of the line in use; 2-8 KB measure alike, less does not cover the latency
 
-inline int imin(int a, int b) { return a < b ? a : b; }
+constexpr int imin(int a, int b) { return a < b ? a : b; }
 
 using TileFn = void (*)(const LinearWeights&, const uint8_t*, const Activations&, int, float*);
 
@@ -51,17 +51,19 @@ inline void store_tile(const LinearArgs& a, const float* out, int m0, int rows, 
 }
 
 // Kernels for whole row blocks of a step and for the rows that are left.
-template <class S, class Fn>
+template <class Fn>
 struct RowKernels {
+    int block;
     Fn full, last;
     template <class Pick>
-    RowKernels(int rows, Pick pick) : full(pick(S::kRows)), last(rows % S::kRows ? pick(rows % S::kRows) : full) {}
-    // f(first row, number of rows, kernel) for the rows m0 … m1 - 1.
+    RowKernels(int block, int rows, Pick pick)
+        : block(block), full(pick(block)), last(rows % block ? pick(rows % block) : full) {}
+    // f(first row, number of rows, kernel) for the rows m0 … m1 - 1; m1 ends a block, or all rows.
     template <class Do>
     void each(int m0, int m1, Do f) const {
-        for (int m = m0; m < m1; m += S::kRows) {
-            const int rows = imin(S::kRows, m1 - m);
-            f(m, rows, rows == S::kRows ? full : last);
+        for (int m = m0; m < m1; m += block) {
+            const int rows = imin(block, m1 - m);
+            f(m, rows, rows == block ? full : last);
         }
     }
 };

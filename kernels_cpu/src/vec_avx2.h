@@ -12,6 +12,7 @@ struct Avx2 {
     static constexpr int kLanes = 8;
     static constexpr int kRows = 8;
     static constexpr bool kWide = false;  // sums of products of bytes have 16 bits at first
+    static constexpr int kRegisters = 16;
     static constexpr bool kMatrices = false;
     static constexpr int kPairs = 8;  // of attention
     using F = __m256;

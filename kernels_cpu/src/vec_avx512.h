@@ -12,8 +12,9 @@ struct Avx512 {
     static constexpr int kLanes = 16;
     static constexpr int kRows = 8;
     static constexpr bool kWide = true;  // sums of products of bytes have 32 bits from the start
+    static constexpr int kRegisters = 32;
     static constexpr bool kMatrices = false;
-    static constexpr int kPairs = 12;    // of attention
+    static constexpr int kPairs = 12;  // of attention
     using F = __m512;
     using I = __m512i;
     using Acc8 = __m512i;

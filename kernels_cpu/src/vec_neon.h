@@ -12,6 +12,7 @@ struct Neon {
     static constexpr int kLanes = 4;
     static constexpr int kRows = 8;
     static constexpr bool kWide = true;
+    static constexpr int kRegisters = 32;
     static constexpr bool kMatrices = false;
     static constexpr int kPairs = 8;  // of attention
     using F = float32x4_t;

@@ -11,8 +11,9 @@ struct Scalar {
     static constexpr int kLanes = 16;
     static constexpr int kRows = 1;  // activation rows that one pass over a tile serves: more take long to compile
     static constexpr bool kWide = true;
+    static constexpr int kRegisters = 16;
     static constexpr bool kMatrices = false;  // no products of small matrices of bytes
-    static constexpr int kPairs = 8;  // of attention
+    static constexpr int kPairs = 8;          // of attention
     struct F {
         float v[16];
     };
