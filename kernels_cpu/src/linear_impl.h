@@ -419,7 +419,7 @@ void linear_opened_floats(const LinearArgs& a) {
 template <class S>
 void linear(const LinearArgs& a) {
     const WeightKind kind = a.w->kind;
-    if (a.rows <= 2 * S::kRows || !a.w->quantized()) return linear_direct<S>(a);
+    if (a.rows <= 2 * S::kRows || a.w->dense()) return linear_direct<S>(a);
     if (has_float_codes(kind)) return linear_opened_floats<S>(a);
     const bool cheap =
         kind == WeightKind::kW8 || (kind == WeightKind::kW4 && (S::kRows == kRowBlock || a.x->bits == 16));
