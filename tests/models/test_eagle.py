@@ -67,6 +67,7 @@ def target(case: str, **changes):
     [
         ("qwen2", {}, (2, 3, 3)),
         ("qwen3", dict(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 5]}), (1, 3, 6)),
+        ("gpt-oss", dict(eagle_aux_hidden_state_layer_ids=[2, 3, 5]), (2, 3, 5)),
         ("mixtral", dict(eagle_aux_hidden_state_layer_ids=[0, 2, 4], norm_before_residual=True), (0, 2, 4)),
     ],
 )
@@ -83,7 +84,7 @@ def test_guesses_are_those_of_the_formula(case, changes, taps, tmp_path):
         assert close(guesses, theirs, 1e-4)
     cpu = CpuBackend(checkpoint, EXACT, threads=2, head=head)
     logits, guesses = run(cpu, (20, 1, 1, 37))
-    if case != "mixtral":  # fp16 keys may lead to other experts
+    if case not in ("mixtral", "gpt-oss"):  # fp16 keys may lead to other experts
         assert close(guesses, theirs, 3e-3)
     for again in run(cpu, (59,)), run(cpu, (1,) * 59):
         np.testing.assert_array_equal(again[0], logits)

@@ -87,7 +87,8 @@ def load(w: WeightSource, cfg: ModelConfig) -> Eagle:
     embedding_norm, hidden_norm, mlp_norm, norm = (w.vector(name) for name in NORMS)
     return Eagle(
         embed=w.embedding("embed_tokens") if cfg.head.own_embedding else None,
-        fuse=[w.linear(name) for name in fuse_names(cfg.head.taps)],
+        # In floats: residuals have channels so loud that in integers their neighbours would be lost.
+        fuse=[w.router(name) for name in fuse_names(cfg.head.taps)],
         embedding_norm=embedding_norm,
         hidden_norm=hidden_norm,
         qkv=w.linear(*ATTENTION),
