@@ -235,6 +235,10 @@ class Fitting:
         return f"a model of {human_bytes(room)} or less: tinychat list --available"
 
 
+def _many(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def elsewhere(division: Division) -> int:
     """Bytes of weights that do not lie on the GPU."""
     return division.in_ram + division.on_cpu
@@ -257,11 +261,11 @@ def away(division: Division) -> str:
     experts = {name.rpartition(".")[0] for name in division.away if EXPERT in name}
     layers = {layer_of(name) for name in division.away if EXPERT not in name} - {-1}
     read = ["the embedding"] if EMBEDDING in division.away else []
-    read += [f"{len(experts)} experts"] if experts else []
-    read += [f"linears of {len(layers)} layers"] if layers else []
+    read += [_many(len(experts), "expert")] if experts else []
+    read += [f"linears of {_many(len(layers), 'layer')}"] if layers else []
     mixtures = len(division.mixtures - division.layers)
-    computed = [f"the experts of {mixtures} layers"] if mixtures else []
-    computed += [f"{len(division.layers)} layers"] if division.layers else []
+    computed = [f"the experts of {_many(mixtures, 'layer')}"] if mixtures else []
+    computed += [_many(len(division.layers), "layer")] if division.layers else []
     ways = [f"read over the bus: {', '.join(read or ['the head'])}"] if division.away else []
     ways += [f"computed by the CPU: {', '.join(computed)}"] if computed else []
     size = human_bytes(elsewhere(division))
