@@ -8,7 +8,7 @@ from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,23 @@ class Sequence:
     def planes(self) -> int:
         """Rows of `scores`, 0 where nobody watches."""
         return len(self.scores) if self.scores is not None and self.watched else 0
+
+
+@dataclass(eq=False)
+class Passing:
+    """Consecutive rows of a step, as a memory of states has them.
+
+    row, rows   which of the step
+    source      the state before them; -1: zeros
+    kept        int32 [rows]: the states that those behind them go to, or -1
+    """
+
+    row: int
+    rows: int
+    source: int
+    kept: np.ndarray
+    table = np.empty(0, np.int32)  # as a `Sequence` has it
+    planes = 0
 
 
 class Extent(NamedTuple):
@@ -97,11 +114,11 @@ class Inputs:
     """Buffers of a step's inputs: on the device, and pinned on the host."""
 
     def __init__(self, device: Device, groups: list[int]):
-        """groups: query heads of a KV head, in each memory."""
+        """groups: query heads of a KV head, in each memory; 0: it is one of states."""
         self._device, self._groups = device, groups
         self._memory, self._host = device.allocate(0), np.empty(0, np.int32)
 
-    def size(self, memories: list[list[Sequence]], asked: list[int], wanted: str) -> Size:
+    def size(self, memories: list[list[Any]], asked: list[int], wanted: str) -> Size:
         """Size of a step whose rows belong to these sequences, the same in each memory. asked: rows that get
         logits, ascending.
         """
@@ -116,7 +133,7 @@ class Inputs:
         extents = tuple([_extent(m, group, few) for m, group in zip(memories, self._groups, strict=True)])
         return Size(rows, tail, first if together else -1, few, wanted, extents)
 
-    def reserve(self, size: Size, memories: list[list[Sequence]]) -> bool:
+    def reserve(self, size: Size, memories: list[list[Any]]) -> bool:
         """Make room for a step; whether everything lies elsewhere now."""
         return self.room(offsets(size)[-1] + sum([len(s.table) for m in memories for s in m]))
 
@@ -132,7 +149,7 @@ class Inputs:
     def put(
         self,
         size: Size,
-        memories: list[list[Sequence]],
+        memories: list[list[Any]],
         ids: np.ndarray,
         positions: list[int],
         asked: list[int],
@@ -202,11 +219,16 @@ def pieces_of(rows: int, group: int) -> int:
     return -(-rows * group // QUERIES)
 
 
-def _facts(sequences: list[Sequence], group: int, room: int, begin: int) -> list[int]:
+def _facts(sequences: list[Any], group: int, room: int, begin: int) -> list[int]:
     """Places, pieces (as many numbers as `room` says) and watches of one memory, whose tables begin at
-    `begin`.
+    `begin`; of a memory of states, passes in place of these.
     """
     places: list[int] = []
+    if not group:
+        for s in sequences:
+            for i, kept in enumerate(s.kept.tolist()):
+                places += -1 - i if i else s.source, kept
+        return places
     pieces: list[int] = []
     watches: list[int] = []
     plane = 0
@@ -224,10 +246,12 @@ def _facts(sequences: list[Sequence], group: int, room: int, begin: int) -> list
     return places + pieces + watches
 
 
-def _extent(sequences: list[Sequence], group: int, few: int) -> Extent:
+def _extent(sequences: list[Any], group: int, few: int) -> Extent:
     """Extent that a graph is made for: of several sequences, it has room for any that its rows may belong to;
     of a single one, for no more than that.
     """
+    if not group:
+        return Extent(0, 0, 0)
     if len(sequences) == 1:
         (s,) = sequences
         n = pieces_of(s.rows, group)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from tinychat.kernels_cuda.attention import STRETCH, Attention, Shape
-from tinychat.kernels_cuda.driver import Memory
+from tinychat.kernels_cuda.driver import Device, Memory
 from tinychat.kernels_cuda.inputs import Extent, Sequence
 from tinychat.kernels_cuda.modules import Modules
 
 NOTHING = Memory(0, 0)
 
 
-class Pool:
-    """Blocks of 16 slots for the layers that share a memory. There are none until `resize`."""
+class Blocks:
+    """Blocks of one size. There are none until `resize`."""
 
-    def __init__(self, modules: Modules, shape: Shape, workspace: Memory):
-        """workspace: as attention takes it."""
-        self.shape, self._device = shape, modules.device
-        self.attention = Attention(modules, shape, workspace)
-        self.blocks = self.scores = NOTHING
+    def __init__(self, device: Device, shape: Any):
+        """shape: has their `block_bytes`."""
+        self.shape, self._device = shape, device
+        self.blocks = NOTHING
         self.n_blocks = 0
 
     def resize(self, n_blocks: int) -> None:
@@ -41,6 +41,18 @@ class Pool:
         """One of them."""
         size = self.shape.block_bytes
         return self.blocks[i * size : (i + 1) * size]
+
+
+class Pool(Blocks):
+    """Blocks of 16 slots for the layers that share a memory."""
+
+    shape: Shape
+
+    def __init__(self, modules: Modules, shape: Shape, workspace: Memory):
+        """workspace: as attention takes it."""
+        super().__init__(modules.device, shape)
+        self.attention = Attention(modules, shape, workspace)
+        self.scores = NOTHING
 
     # Scores: float32 [planes of all watched sequences, layers, kv_heads, slots that a step may have]
 

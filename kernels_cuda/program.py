@@ -54,7 +54,7 @@ class Program:
 
     modules: Modules
     max_rows: int
-    pools: list[Pool] = field(default_factory=list)  # of each memory
+    pools: list[Any] = field(default_factory=list)  # of each memory: a Pool, or a StatePool
     records: list[_Record] = field(default_factory=list)
     weights: list[DeviceLinear] = field(default_factory=list)
     experts: list[DeviceLinear] = field(default_factory=list)  # of which a step reads some
@@ -178,6 +178,41 @@ class Program:
         )  # fmt: skip
         return heads, gates
 
+    def norm_gated(
+        self,
+        x: Buffer,
+        weight: Memory | None,
+        gate: Buffer,
+        n: int,
+        groups: int,
+        gate_cols: int,
+        eps: float,
+        gated: bool = False,
+    ) -> Buffer:
+        """Groups of n columns, normed and times silu of the gate's first ones, as halves; x is written over.
+        gated: the gate comes before the norm.
+        """
+        kernel, out, ld = self.rows_kernel("norm_gated"), self.halves(n * groups), row_length(n * groups)
+        weights = weight.size // 4 if weight else 1
+        self.record(
+            [x, gate, out],
+            lambda z: self.device.launch(
+                kernel, (z.rows, groups), 256, x.memory, weight, gate.memory, out.memory, n, weights,
+                gate_cols, ld, int(gated), float(eps),
+            ),
+        )  # fmt: skip
+        return out
+
+    def multiply(self, x: Buffer, factors: Memory, n: int) -> None:
+        """Columns of floats times a factor each, in place."""
+        kernel, grid = self.rows_kernel("multiply"), -(-n // 256)
+        self.record([x], lambda z: self.device.launch(kernel, (grid, z.rows), 256, x.memory, factors, n))
+
+    def multiply_halves(self, x: Buffer, factors: Memory, n: int) -> None:
+        """The same of halves."""
+        kernel, grid, ld = self.rows_kernel("multiply_halves"), -(-n // 256), row_length(n)
+        self.record([x], lambda z: self.device.launch(kernel, (grid, z.rows), 256, x.memory, factors, n, ld))
+
     def linear(self, w: DeviceLinear, x: Buffer, to: Buffer, column: int, cols: int, add: bool) -> None:
         """Into (or added to) the columns of `to` from `column` on."""
         self.weights.append(w)
@@ -190,7 +225,7 @@ class Program:
         """Turns of the step's rows: [rows, pairs, 2]."""
         pairs = len(frequencies)
         table, f = self.floats(2 * pairs), self.upload(frequencies.astype(np.float64))
-        attention = self.pools[0].attention
+        attention = next(p.attention for p in self.pools if isinstance(p, Pool))
         self.record(
             [table],
             lambda z: attention.turns(self.inputs.positions(z), f, table.memory, z.rows, pairs, magnitude),

@@ -7,12 +7,13 @@ step, the second time that it occurs: by then every kernel has been loaded.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 
 from tinychat.kernels_cuda import head
 from tinychat.kernels_cuda.driver import Graph, Memory, OutOfMemoryError
-from tinychat.kernels_cuda.inputs import GRAPH_ROWS, Sequence, Size
+from tinychat.kernels_cuda.inputs import GRAPH_ROWS, Size
 from tinychat.kernels_cuda.program import Program, Stage
 
 ROW_INPUTS = 32  # numbers that a row of a large step is told in: more is made room for when it comes
@@ -44,7 +45,7 @@ class Steps:
 
     def run(
         self,
-        memories: list[list[Sequence]],
+        memories: list[list[Any]],
         ids: np.ndarray,
         positions: list[int],
         asked: list[int],

@@ -18,11 +18,19 @@ import numpy as np
 
 from tinychat.backends import cuda_record
 from tinychat.backends.cuda_record import Variant
-from tinychat.backends.interface import BLOCK, Backend, Step
+from tinychat.backends.interface import BLOCK, Backend, Slots, Span, States, Step
 from tinychat.base.errors import TinychatError
 from tinychat.kernels_cuda import linear
 from tinychat.kernels_cuda.modules import Modules
-from tinychat.network.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, RopeConfig
+from tinychat.network.config import (
+    AttentionConfig,
+    DenseConfig,
+    ExpertsConfig,
+    LayerConfig,
+    ModelConfig,
+    RopeConfig,
+)
+from tinychat.network.recurrence import ConvConfig, DeltaConfig, MambaConfig
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.synthetic import FORMS, SyntheticCheckpoint, random_linear
 
@@ -31,6 +39,15 @@ ROWS = (1, 5, 16, 64, 200)
 SHAPE = (272, 1024)  # of each: outputs and inputs
 REPLAYS = 50
 CLOSE = 0.02  # of the logits' deviation, for two ways of rounding activations
+
+ATTENTION = AttentionConfig(4, 2, 64, RopeConfig(dim=64))
+DENSE = DenseConfig(512)
+MIXED: dict[str, tuple[str, Any, DenseConfig | ExpertsConfig]] = {
+    "experts": ("mixtral", ATTENTION, ExpertsConfig(8, 2, 128)),
+    "convolutions": ("lfm2", ConvConfig(256, 3), DENSE),
+    "delta rules": ("qwen3_5", DeltaConfig(2, 4, 64, 64, 4), DENSE),
+    "state spaces": ("granitemoehybrid", MambaConfig(4, 64, 64, 1, 4), DENSE),
+}
 
 Trial = tuple[str, Callable[[], None]]
 
@@ -93,6 +110,8 @@ def trials(modules: Modules) -> Iterator[Trial]:
         model = _Small(modules, kv_bits)
         for name in ("prefill", "rows", "graphs", "choice", "overlap", "eviction"):
             yield f"{name}, {kv_bits}-bit cache", getattr(model, name)
+    for name in MIXED:
+        yield name, partial(_mixed, modules, name)
     yield "bandwidth", partial(_bandwidth, modules)
 
 
@@ -223,13 +242,45 @@ class _Small:
             _near(got, expected, what)
 
 
-def small_model() -> ModelConfig:
-    """Two layers of four heads, 256 wide."""
-    layer = LayerConfig(AttentionConfig(4, 2, 64, RopeConfig(dim=64)), DenseConfig(512))
+def _mixed(modules: Modules, name: str) -> None:
+    """A model with such a layer in front of a usual one: forty rows as on the CPU, and one, five and one more
+    with the bits that they have in one step. States are read, left, and gone on from.
+    """
+    from tinychat.backends.cpu import CpuBackend
+    from tinychat.backends.cuda import CudaBackend
+
+    family, mixer, mlp = MIXED[name]
+    checkpoint: Any = SyntheticCheckpoint(small_model(family, mixer, mlp))
+    gpu = CudaBackend(checkpoint, WeightPolicy(), modules=modules)
+    cpu = CpuBackend(checkpoint, WeightPolicy(), act_bits=16)
+
+    def step(backend: Any, at: int, rows: int, source: int, kept: int) -> np.ndarray:
+        passed = np.full(rows, -1, np.int32)
+        passed[-1] = kept
+        memories = tuple(
+            States(source, passed) if spec.kind == "state" else Slots(_Small.TABLE, at)
+            for spec in backend.memories
+        )
+        return backend.step(Step((Span(_Small.IDS[at : at + rows], at, 0, memories),)))
+
+    for backend in (gpu, cpu):
+        for memory in range(len(backend.memories)):
+            backend.allocate_kv(_Small.BLOCKS, memory)
+    _near(step(gpu, 0, 40, -1, 3), step(cpu, 0, 40, -1, 3), "logits")
+    whole = step(gpu, 40, 7, 3, 4)
+    _near(whole, step(cpu, 40, 7, 3, 4), "logits behind a state")
+    parts = [step(gpu, 40, 1, 3, 5), step(gpu, 41, 5, 5, 5), step(gpu, 46, 1, 5, 6)]
+    _same(np.concatenate(parts), whole, "rows in several steps")
+
+
+def small_model(
+    family: str = "llama", mixer: Any = ATTENTION, mlp: DenseConfig | ExpertsConfig = DENSE
+) -> ModelConfig:
+    """Two layers, 256 wide: one with this mixer, and one of four heads."""
     return ModelConfig(
-        family="llama",
+        family=family,
         hidden_size=256,
-        layers=(layer, layer),
+        layers=(LayerConfig(mixer, mlp), LayerConfig(ATTENTION, mlp)),
         vocab_size=512,
         context_length=256,
         tie_embeddings=True,

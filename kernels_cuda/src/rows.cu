@@ -66,6 +66,50 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 EXPORT(norm_heads)
 // resources norm_heads: registers 40, spills 0, shared 64
 
+// Groups of n columns of x, normed and times silu(gate), as halves, zero behind them to ld. weight: [weights], again
+// and again, or null: no norm; gate: columns of rows that are ldg apart; gated: the gate comes before the norm. grid
+// (rows, groups).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    norm_gated(float* x, const float* weight, const float* gate, u16* to, int n, int weights, int ldg, int ld,
+               int gated, float eps) {
+    start();
+    __shared__ float scratch[THREADS / WARP];
+    int group = blockIdx.y, all = gridDim.y * n;
+    x += static_cast<size_t>(blockIdx.x) * all + group * n;
+    gate += static_cast<size_t>(blockIdx.x) * ldg + group * n;
+    to += static_cast<size_t>(blockIdx.x) * ld;
+    if (gated)
+        for (int i = threadIdx.x; i < n; i += THREADS) x[i] *= silu(gate[i]);
+    float factor = weight ? norm_factor(x, n, eps, scratch) : 1;
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        float y = weight ? x[i] * factor * weight[(group * n + i) % weights] : x[i];
+        to[group * n + i] = to_half(gated ? y : y * silu(gate[i]));
+    }
+    if (group == 0)
+        for (int i = all + threadIdx.x; i < ld; i += THREADS) to[i] = 0;
+}
+EXPORT(norm_gated)
+// resources norm_gated: registers 48, spills 0, shared 64
+
+// Columns times a factor each, in place: floats, or halves that are ld apart. grid (⌈n / 256⌉, rows).
+extern "C" __global__ void __launch_bounds__(THREADS) multiply(float* x, const float* factors, int n) {
+    start();
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i < n) x[static_cast<size_t>(blockIdx.y) * n + i] *= factors[i];
+}
+EXPORT(multiply)
+// resources multiply: registers 32, spills 0, shared 0
+
+extern "C" __global__ void __launch_bounds__(THREADS) multiply_halves(u16* x, const float* factors, int n, int ld) {
+    start();
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= n) return;
+    x += static_cast<size_t>(blockIdx.y) * ld + i;
+    *x = to_half(to_float(*x) * factors[i]);
+}
+EXPORT(multiply_halves)
+// resources multiply_halves: registers 32, spills 0, shared 0
+
 // to = f(first half of x) · second half, as halves, zero from n to ld. x: float [rows, 2n]. grid (⌈ld / 256⌉, rows).
 template <class F>
 DEVICE void gate(const float* x, u16* to, int n, int ld, F f) {

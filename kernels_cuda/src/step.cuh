@@ -9,6 +9,13 @@ struct Place {
     int slot, table;
 };
 
+// How a row passes through a state memory, in place of `Place`. source: of a sequence's first row the slot with the
+// state before it, -1: zeros; of its i-th row behind that -1 - i. kept: the slot that gets the state behind the row, or
+// -1.
+struct Pass {
+    int source, kept;
+};
+
 // Rows row … row + rows - 1 of the step, behind `length` slots that were there before.
 struct Sequence {
     int row, rows, length, table;

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from emulation import bench, needs_device
 from memories import allocate, state_slot
 from recurrent import RecurrentCheckpoint
 
 from tinychat.backends.cpu import CpuBackend
+from tinychat.backends.cuda import CudaBackend
 from tinychat.backends.interface import Slots, Span, States, Step, memories_of
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.network.weight_policy import WeightPolicy
@@ -22,7 +24,14 @@ def family(request, tmp_path, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=[CpuBackend, ReferenceBackend], ids=["cpu", "reference"])
+def on_gpu(checkpoint, policy, threads):
+    return CudaBackend(checkpoint, policy, modules=bench().modules)
+
+
+BACKENDS = [CpuBackend, ReferenceBackend, pytest.param(on_gpu, marks=needs_device)]
+
+
+@pytest.fixture(params=BACKENDS, ids=["cpu", "reference", "cuda"])
 def backend(request, family):
     checkpoint, policy = RecurrentCheckpoint(family), WeightPolicy("none", 16)
     return allocate(request.param(checkpoint, policy, threads=2), 20)
@@ -103,8 +112,9 @@ def test_states_are_copied_saved_and_put_elsewhere(backend):
         equal(b, b.step(Step((span(b, 12, 40, slot),))), expected[12:40])
 
 
-def test_a_slot_outside_the_pool_is_refused(family):
-    b = allocate(CpuBackend(RecurrentCheckpoint(family), WeightPolicy("none", 16), threads=1), 20)
+@pytest.mark.parametrize("make", [BACKENDS[0], BACKENDS[2]], ids=["cpu", "cuda"])
+def test_a_slot_outside_the_pool_is_refused(family, make):
+    b = allocate(make(RecurrentCheckpoint(family), WeightPolicy("none", 16), threads=1), 20)
     for wrong in (20, -2):
         with pytest.raises(ValueError, match="slot"):
             b.step(Step((span(b, 0, 3, kept=[(1, wrong)]),)))

@@ -122,6 +122,7 @@ USUAL = [
     ("rows.cu", {}),
     ("logits.cu", {}),
     ("routes.cu", {}),
+    ("recurrence.cu", {"WIDTH": "4", "COLUMNS": "128"}),
     *attention_units(64, 16),
 ]
 # Another form of weight, and heads that need more registers.
@@ -129,6 +130,8 @@ OTHERS = [
     *linear_units(layout.Form(8, "SIGNED", "FP16")),
     ("linear.cu", layout.Form(4, "UNSIGNED", "INT6_INT6", 32).defines),
     ("embed.cu", layout.Form(6, "SIGNED", "INT8", 16).defines),
+    ("recurrence.cu", {"WIDTH": "3", "COLUMNS": "0"}),
+    ("recurrence.cu", {"WIDTH": "4", "COLUMNS": "256"}),
     *attention_units(128, 16),
 ]
 

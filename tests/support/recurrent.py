@@ -4,6 +4,7 @@ attend to keys and values of others, and layers with latent rows.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,14 +109,24 @@ class RecurrentCheckpoint:
 
 
 def recurrent_model(ctx=256, family="lfm2", grows=True, kv_bits=16, **changes):
-    """A Model of that kind on the CPU, whose rows do not depend on each other. grows: as of `tiny_model`."""
+    """A Model of that kind on the CPU, whose rows do not depend on each other, or on what
+    TINYCHAT_TEST_BACKEND says. grows: as of `tiny_model`.
+    """
     from tinychat.base.load_options import LoadOptions
     from tinychat.loading import Drafts
     from tinychat.model import Model
 
     checkpoint = RecurrentCheckpoint(family, **changes)
     predicts = checkpoint.config.further is not None
-    backend = CpuBackend(checkpoint, WeightPolicy("none", 16), threads=1, kv_bits=kv_bits, predicts=predicts)
+    policy = WeightPolicy("none", 16)
+    if os.environ.get("TINYCHAT_TEST_BACKEND") == "cuda":
+        from emulation import bench
+
+        from tinychat.backends.cuda import CudaBackend
+
+        backend = CudaBackend(checkpoint, policy, kv_bits=kv_bits, modules=bench().modules)
+    else:
+        backend = CpuBackend(checkpoint, policy, threads=1, kv_bits=kv_bits, predicts=predicts)
     options = LoadOptions(ctx=ctx, quantize="none", head_bits=16, draft_tokens=4 if predicts else None)
     model = Model(checkpoint, backend, "recurrent", options, Drafts(options))
     if not grows:

@@ -18,7 +18,7 @@ from tinychat.backends.cuda_model import MAX_ROWS, Beside, assemble
 from tinychat.backends.cuda_pack import CudaLayout, Loader, Source
 from tinychat.backends.cuda_recorder import check
 from tinychat.backends.cuda_room import Division
-from tinychat.backends.interface import BLOCK, LargestLogits, MemorySpec, Slots, Step, memories_of
+from tinychat.backends.interface import BLOCK, LargestLogits, MemorySpec, Slots, States, Step, memories_of
 from tinychat.base.errors import (
     DeviceLostError,
     MemoryBudgetError,
@@ -30,7 +30,7 @@ from tinychat.base.machine import human_bytes
 from tinychat.kernels_cuda import experts, head
 from tinychat.kernels_cuda.attention import MAX_HEAD
 from tinychat.kernels_cuda.driver import DeviceError, Memory, OutOfMemoryError, PinnedMemoryError
-from tinychat.kernels_cuda.inputs import Sequence
+from tinychat.kernels_cuda.inputs import Passing, Sequence
 from tinychat.kernels_cuda.modules import Modules
 from tinychat.kernels_cuda.pool import Pool
 from tinychat.kernels_cuda.steps import Steps
@@ -265,13 +265,21 @@ class CudaBackend:
             raise ValueError("a token id is outside the vocabulary")
         return ids, positions, asked
 
-    def _sequences(self, step: Step, memory: int) -> list[Sequence]:
+    def _sequences(self, step: Step, memory: int) -> list[Sequence | Passing]:
         """The rows as one memory has them. Of a window's table, what lies behind the window is left out."""
         spec, there = self.memories[memory], self._pool(memory).n_blocks
-        sequences, row = [], 0
+        sequences: list[Sequence | Passing] = []
+        row = 0
         for span in step.spans:
             slots, n = span.memories[memory], len(span.token_ids)
-            assert isinstance(slots, Slots)  # models with states are refused
+            if isinstance(slots, States):
+                named = np.append(slots.kept, slots.source)
+                if len(named) != n + 1 or named.min() < -1 or named.max() >= there:
+                    raise ValueError("a span's states are slots of the pool, or -1: one for each row")
+                sequences.append(Passing(row, n, slots.source, slots.kept))
+                row += n
+                continue
+            assert isinstance(slots, Slots)  # there are no tails here
             table = slots.table
             if slots.length < 0 or len(table) * BLOCK < slots.length + n:
                 raise ValueError("the block table does not cover the step")
@@ -362,11 +370,6 @@ def refuse_unknown(checkpoint: Checkpoint, kv_bits: int) -> tuple[MemorySpec, ..
 
 def _check_memory(spec: MemorySpec, name: str) -> None:
     """Raises UnsupportedModelError for a memory that there are no kernels for."""
-    if spec.kind not in ("paged", "window"):
-        raise UnsupportedModelError(
-            f"{name} has layers with {spec.kind} memory, which the GPU's kernels do not know.",
-            "Use --device cpu.",
-        )
     if spec.head_dim > MAX_HEAD:
         raise UnsupportedModelError(
             f"{name} has heads of {spec.head_dim} channels; {MAX_HEAD} is the most.",

@@ -4,6 +4,7 @@ counts (`cuda_room`), so that what is said of a model before it is loaded is wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tinychat.backends.cuda_pack import Loader
@@ -13,19 +14,30 @@ from tinychat.backends.split_ops import SplitOps, SplitSource
 from tinychat.kernels_cuda.attention import Shape
 from tinychat.kernels_cuda.pool import Pool
 from tinychat.kernels_cuda.program import Program, program_sources
+from tinychat.kernels_cuda.recurrence import StatePool, StateShape, unit
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
+from tinychat.network.recurrence import Recurrence
 
 MAX_ROWS = 512
 WORKSPACE = 64 << 20  # for attention's stretches: 16 rows of 32 heads at 16,000 tokens of context
 
 
-def shapes_of(cfg: ModelConfig, memories: tuple[MemorySpec, ...], kv_bits: int) -> list[Shape]:
-    """Attention over each memory: its layers are alike, but for rope and window."""
+def shapes_of(cfg: ModelConfig, memories: tuple[MemorySpec, ...], kv_bits: int) -> list[Shape | StateShape]:
+    """Attention over each memory: its layers are alike, but for rope and window; or states."""
     return [
-        Shape(len(m.layers), cfg.layers[m.layers[0]].attention.n_heads, m.kv_heads, m.head_dim, kv_bits)
+        StateShape(len(m.layers), m.state_bytes // 4 // len(m.layers))
+        if m.kind == "state"
+        else Shape(len(m.layers), cfg.layers[m.layers[0]].attention.n_heads, m.kv_heads, m.head_dim, kv_bits)
         for m in memories
     ]
+
+
+def sources_of(cfg: ModelConfig, shapes: Sequence[Shape | StateShape]) -> list[tuple[str, dict[str, str]]]:
+    """Sources of a model's kernels, apart from what its weights need."""
+    mixers = [m for layer in cfg.layers for m in (layer.mixer, layer.beside)]
+    states = [unit(m) for m in mixers if isinstance(m, Recurrence)]
+    return program_sources([s for s in shapes if isinstance(s, Shape)]) + states
 
 
 class Beside(Protocol):
@@ -61,9 +73,12 @@ def assemble(
     source: Any = SplitSource(loader, beside.weights, beside.has) if beside else loader
     weights = family.load(source, cfg)
     loader.release()
-    modules.prepare([*loader.sources, *program_sources(shapes)])
+    modules.prepare([*loader.sources, *sources_of(cfg, shapes)])
     workspace = modules.device.allocate(WORKSPACE)
-    program = Program(modules, MAX_ROWS, [Pool(modules, shape, workspace) for shape in shapes])
+    pools = [
+        Pool(modules, s, workspace) if isinstance(s, Shape) else StatePool(modules.device, s) for s in shapes
+    ]
+    program = Program(modules, MAX_ROWS, pools)
     recorder = Recorder(program, memories)
     ops: Any = SplitOps(recorder, beside.recorder, beside.run) if beside else recorder
     family.forward(ops, cfg, weights)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.backends.interface import MemorySpec, place_of
+import numpy as np
+
+from tinychat.backends.interface import MemorySpec, place_of, state_place
 from tinychat.base.errors import UnsupportedModelError
-from tinychat.kernels_cuda import experts, layout
+from tinychat.kernels_cuda import experts, layout, recurrence
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.program import Buffer, Program
 from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig
@@ -90,13 +92,44 @@ class Recorder:
         )  # fmt: skip
         return Value(a.n_heads * a.head_dim, halves=out)
 
-    def short_conv(self, *args):
-        raise NotImplementedError  # `CudaBackend` refuses models with states before, and `check` the others
+    def _missing(self, *args):
+        raise NotImplementedError  # `check` refuses models with these before
 
-    delta_rule = mamba = multiplied = norm_gated = short_conv
-    norm_values = gelu_columns = norm_columns = embed_onto = scaled = short_conv
-    behind = recall = leave = join = keep = short_conv  # `CudaBackend` runs no layer that predicts further
-    tanh = times = summed = resized = mix_streams = correct_streams = cut_gates = short_conv
+    norm_values = gelu_columns = norm_columns = embed_onto = scaled = _missing
+    behind = recall = leave = join = keep = _missing  # `CudaBackend` runs no layer that predicts further
+    tanh = times = summed = resized = mix_streams = correct_streams = cut_gates = _missing
+
+    def short_conv(self, bcx, weight, conv, layer):
+        out = recurrence.short_conv(self._layer(conv, layer), bcx.floats, weight)
+        return Value(conv.channels, halves=out)
+
+    def delta_rule(self, qkv, beta, alpha, weights, delta, layer):
+        w, inputs = weights, [v.floats for v in (qkv, beta, alpha)]
+        out = recurrence.delta_rule(self._layer(delta, layer), *inputs, w.conv, w.decay, w.dt)
+        return Value(delta.values, floats=out)
+
+    def mamba(self, x, weights, mamba, layer, eps):
+        w, m = weights, mamba
+        y = recurrence.state_space(self._layer(m, layer), x.floats, w.conv, w.bias, w.decay, w.dt, w.skip)
+        each = m.values // m.groups
+        out = self.program.norm_gated(y, w.norm, x.floats, each, m.groups, x.cols, eps, m.gated)
+        return Value(m.values, halves=out)
+
+    def norm_gated(self, x, weight, gate, eps):
+        n = weight.size // 4
+        out = self.program.norm_gated(x.floats, weight, gate.floats, n, x.cols // n, gate.cols, eps)
+        return Value(x.cols, halves=out)
+
+    def multiplied(self, x, sizes, factors):
+        columns = self.program.upload(np.repeat(np.array(factors, np.float32), sizes))
+        if x.floats is not None:
+            self.program.multiply(x.floats, columns, x.cols)
+        else:
+            self.program.multiply_halves(x.halves, columns, x.cols)
+        return x
+
+    def _layer(self, config, layer):
+        return recurrence.Layer(self.program, config, *state_place(self.memories, layer))
 
     def gated_heads(self, qkv, attention):
         queries = attention.n_heads * attention.head_dim
@@ -193,9 +226,6 @@ class _Trial:
             raise _not_yet("layers that attend to another's keys and values")
         if attention.slope:
             raise _not_yet("queries that are scaled by their position")
-
-    def mamba(self, x, weights, mamba, layer, eps):
-        raise _not_yet("state-space layers")
 
     def embed_onto(self, x, weight, scale, factor):
         raise _not_yet("an embedding for each layer")
