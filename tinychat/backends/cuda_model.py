@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from tinychat.backends.cuda_pack import Loader
 from tinychat.backends.cuda_recorder import Recorder
+from tinychat.backends.cuda_recurrence import StatePool, StateShape, unit
 from tinychat.backends.interface import MemorySpec
 from tinychat.backends.split_ops import SplitOps, SplitSource
 from tinychat.kernels_cuda.attention import Shape
 from tinychat.kernels_cuda.pool import Pool
 from tinychat.kernels_cuda.program import Program, program_sources
-from tinychat.kernels_cuda.recurrence import StatePool, StateShape, unit
 from tinychat.models import FAMILIES
 from tinychat.network.config import ModelConfig
 from tinychat.network.recurrence import Recurrence

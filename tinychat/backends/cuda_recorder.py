@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from tinychat.backends import cuda_recurrence as recurrence
 from tinychat.backends.interface import MemorySpec, place_of, state_place
 from tinychat.base.errors import UnsupportedModelError
-from tinychat.kernels_cuda import experts, layout, recurrence
+from tinychat.kernels_cuda import experts, layout
 from tinychat.kernels_cuda.linear import DeviceLinear
 from tinychat.kernels_cuda.program import Buffer, Program
 from tinychat.network.config import AttentionConfig, ModelConfig, RopeConfig

@@ -170,8 +170,12 @@ def divisible(cfg: ModelConfig, memories: tuple[MemorySpec, ...]) -> bool:
 
 def without(memories: tuple[MemorySpec, ...], layers: frozenset[int]) -> tuple[MemorySpec, ...]:
     """What is left of the memories when these layers are elsewhere."""
-    left = (replace(m, layers=tuple(i for i in m.layers if i not in layers)) for m in memories)
-    return tuple(m for m in left if m.layers)
+    kept = ((m, tuple(i for i in m.layers if i not in layers)) for m in memories)
+    return tuple(
+        replace(m, layers=left, state_bytes=m.state_bytes // len(m.layers) * len(left))
+        for m, left in kept
+        if left
+    )
 
 
 @dataclass

@@ -237,12 +237,11 @@ class SplitBackend:
         self, span: Span, scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
     ) -> tuple[Span, Span]:
         """The span as each of them has it. Of the CPU nobody asks logits."""
-        memories: dict[bool, list[Slots]] = {True: [], False: []}
+        memories: dict[bool, list[Any]] = {True: [], False: []}
         for shares, has in zip(self._shares, span.memories, strict=True):
-            assert isinstance(has, Slots)  # there are no kernels for others
             for s in shares:
                 own = has
-                if has.scores is not None and len(shares) > 1:
+                if isinstance(has, Slots) and has.scores is not None and len(shares) > 1:
                     own = replace(has, scores=np.ascontiguousarray(has.scores[:, s.layers]))
                     scored.append((has.scores, s.layers, own.scores))  # type: ignore[arg-type]
                 memories[s.on_gpu].append(own)

@@ -8,7 +8,7 @@ stages. What crosses is fp32 rows of the residual, down before such a part and u
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from tinychat.backends import cpu_values, cuda_recorder
 from tinychat.kernels_cuda.inputs import Size
 from tinychat.kernels_cuda.program import Buffer, Program
 from tinychat.network.family import WeightSource
+from tinychat.network.ops import DeltaWeights, MambaWeights
 
 GPU, CPU = "gpu", "cpu"
 
@@ -111,6 +112,8 @@ class SplitOps:
             def here(x: Any) -> Any:
                 if isinstance(x, list):
                     return [here(each) for each in x]
+                if isinstance(x, (DeltaWeights, MambaWeights)):
+                    return replace(x, **{f.name: here(getattr(x, f.name)) for f in fields(x)})
                 return x.there(place, self._cross) if isinstance(x, Placed) else x
 
             given, also = tuple(map(here, given)), {name: here(x) for name, x in also.items()}

@@ -16,7 +16,6 @@ from tiny import TinyCheckpoint
 
 from tinychat.backends.cuda import CudaBackend
 from tinychat.backends.interface import BLOCK, LARGEST_ROWS, MemorySpec, Slots, Span, Step
-from tinychat.base.errors import UnsupportedModelError
 from tinychat.kernels_cuda import head
 from tinychat.network.config import RopeConfig
 
@@ -280,15 +279,6 @@ def test_the_largest_logits_and_the_best_ids_of_several_conversations():
         x = row.astype(np.float64)
         assert largest.total == pytest.approx(np.exp((x - x.max()) / 0.8).sum(), rel=1e-5)
     assert head.ROWS == LARGEST_ROWS
-
-
-def test_a_memory_without_kernels_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(
-        "tinychat.backends.cuda.memories_of", lambda cfg: (MemorySpec("state", (0,), state_bytes=64),)
-    )
-    with pytest.raises(UnsupportedModelError, match="layers with state memory") as e:
-        cuda(TinyCheckpoint(0))
-    assert "--device cpu" in e.value.todo
 
 
 def test_wrong_spans_are_errors(monkeypatch):

@@ -12,7 +12,8 @@ import pytest
 from backend_steps import BLOCKS, IDS, TABLE, run
 from emulation import bench, controls, needs_emulation
 from families import CASES, FromTransformers, random_model, usual_error
-from memories import allocate, step_of
+from memories import allocate, state_slot, step_of
+from recurrent import RecurrentCheckpoint
 from tiny import TinyCheckpoint, tiny_folder
 
 import tinychat
@@ -263,3 +264,18 @@ def test_experts_leave_before_layers_and_layers_from_the_last(windows_and_expert
     assert seen[0] == ([], [2])
     assert seen[1][1] == [0, 1, 2]
     assert seen[2][0][-1] == 2
+
+
+def test_states_of_a_layer_lie_where_the_layer_is():
+    checkpoint = RecurrentCheckpoint("qwen3_5")
+    b = split(checkpoint, Division(layers=frozenset({2})))
+    got = run(b, IDS[:40], [30, 1, 5, 4])
+    assert usual_error(got, run(on_gpu(checkpoint), IDS[:40], [40])) < NEAR
+    np.testing.assert_array_equal(
+        run(split(checkpoint, Division(layers=frozenset({2}))), IDS[:40], [40]), got
+    )
+    memory = next(m for m, spec in enumerate(b.memories) if spec.kind == "state")
+    saved = b.read_blocks(np.array([state_slot(40)], np.int32), memory)
+    assert saved.shape == (1, b.memories[memory].state_bytes)
+    b.write_blocks(np.array([7], np.int32), saved, memory)
+    np.testing.assert_array_equal(b.read_blocks(np.array([7], np.int32), memory), saved)
