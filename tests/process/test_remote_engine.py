@@ -93,7 +93,7 @@ async def test_a_server_that_is_silent_holds_up_nobody(engine):
     played.models = lambda h: h.page(played.listed)
     client.load("org/big-model", {})
     await heard.wait(Loaded)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # the page comes after 20
     assert not [e for e in heard if isinstance(e, Failed)]
 
 

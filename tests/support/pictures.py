@@ -7,6 +7,7 @@ the text of the screen, then for each line its runs of equal style.
 from __future__ import annotations
 
 import os
+import time
 from itertools import groupby
 from pathlib import Path
 
@@ -47,9 +48,14 @@ def look(style) -> str:
     return "/".join(parts) + (f"+{flags}" if flags else "")
 
 
-def compare(name: str, shown: str) -> None:
-    path = FOLDER / f"{name}.txt"
+async def compare(name: str, app, pilot, seconds: float = 20.0) -> None:
+    """The screen comes to look as it was approved."""
+    path, until = FOLDER / f"{name}.txt", time.monotonic() + seconds
     if os.environ.get("TINYCHAT_UPDATE_SNAPSHOTS"):
+        await pilot.pause(0.3)
         FOLDER.mkdir(exist_ok=True)
-        path.write_text(shown, encoding="utf-8")
-    assert shown == path.read_text(encoding="utf-8"), f"{name} looks different; see this file's docstring"
+        path.write_text(picture(app), encoding="utf-8")
+    approved = path.read_text(encoding="utf-8")
+    while (shown := picture(app)) != approved and time.monotonic() < until:
+        await pilot.pause(0.02)
+    assert shown == approved, f"{name} looks different; see this file's docstring"

@@ -349,7 +349,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_form_costs_seconds_at_most(value):
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         m = matcher(value)
         for _ in range(5):
@@ -359,7 +359,7 @@ def test_a_hostile_form_costs_seconds_at_most(value):
                 break
     except TinychatError:
         pass
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_matchers_are_made_and_asked_by_several_threads():

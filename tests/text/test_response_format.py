@@ -70,13 +70,13 @@ def deep(n):
     ],
 )
 def test_whatever_is_no_form_or_too_large_is_refused_in_two_lines(value):
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UsageError) as e:
         response_format(value)
     assert e.value.what.endswith(".")
     assert len(e.value.what) < 400
     assert e.value.todo
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_schema_that_contains_itself_is_refused():

@@ -282,9 +282,9 @@ def test_a_fence_has_no_formulas():
 
 
 def test_many_open_formulas_are_laid_out_in_time():
-    began = time.perf_counter()
+    began = time.process_time()
     document("\\( $$ \\[ \\begin{a} $x_ " * 4000, 200)
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize("formula", [r"\(P(A|B)\)", r"\( |x| \)", r"\[\{x \mid y | z\}\]", r"$$|a|$$"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from branchy import answer, held, question
-from pictures import compare, picture
+from pictures import compare
 from scripted import Script, screen_text, wait_until
 from terminal import Terminal
 from textual import __version__ as textual_version
@@ -145,12 +145,10 @@ async def test_what_a_search_looks_like(store, size, monkeypatch):
         await opened(pilot, "glacier")
         await pilot.press("down", "down")
         await wait_until(pilot, lambda: "r rename" in screen_text(app))
-        await pilot.pause(0.1)
-        compare(f"search-{size[0]}x{size[1]}", picture(app))
+        await compare(f"search-{size[0]}x{size[1]}", app, pilot)
         await pilot.press("enter")
         await wait_until(pilot, lambda: "place 1 of 3" in screen_text(app))
-        await pilot.pause(0.1)
-        compare(f"found-{size[0]}x{size[1]}", picture(app))
+        await compare(f"found-{size[0]}x{size[1]}", app, pilot)
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")

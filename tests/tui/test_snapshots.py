@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import textual
 from branchy import held, small
-from pictures import compare, picture
+from pictures import compare
 from scripted import Script, listed, screen_text, wait_until
 from tui_helpers import answered, make_app, say
 
@@ -57,8 +57,7 @@ async def test_a_conversation(store, theme, size, monkeypatch):
     app.theme = theme
     async with app.run_test(size=size) as pilot:
         await talk(pilot)
-        await pilot.pause(0.1)
-        compare(f"{theme}-{size[0]}x{size[1]}", picture(app))
+        await compare(f"{theme}-{size[0]}x{size[1]}", app, pilot)
 
 
 @pytest.mark.parametrize("key", ["f1", "f2", "ctrl+o", "ctrl+t", "ctrl+b"])
@@ -68,8 +67,7 @@ async def test_what_opens_over_it(store, key, monkeypatch):
     async with app.run_test(size=(100, 36)) as pilot:
         await talk(pilot)
         await pilot.press(key)
-        await pilot.pause(0.2)
-        compare(f"over-{key.replace('+', '-')}", picture(app))
+        await compare(f"over-{key.replace('+', '-')}", app, pilot)
 
 
 @pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 36)])
@@ -80,8 +78,7 @@ async def test_the_tree_of_a_chat(store, size, monkeypatch):
         await wait_until(pilot, lambda: app.chat.ready)
         await pilot.press("f3")
         await wait_until(pilot, lambda: "● └" in screen_text(app) or "● ├" in screen_text(app))
-        await pilot.pause(0.1)
-        compare(f"tree-{size[0]}x{size[1]}", picture(app))
+        await compare(f"tree-{size[0]}x{size[1]}", app, pilot)
 
 
 SIZES = [(60, 20), (80, 24), (120, 36)]
@@ -100,13 +97,11 @@ async def test_the_first_minute_and_the_choice_of_models(store, size, theme, mon
     name = f"{theme}-{size[0]}x{size[1]}"
     async with app.run_test(size=size) as pilot:
         await wait_until(pilot, lambda: "enter downloads it" in screen_text(app))
-        await pilot.pause(0.1)
-        compare(f"first-{name}", picture(app))
+        await compare(f"first-{name}", app, pilot)
         app.engine.listed = listed()
         await pilot.press("up", "enter")
         await wait_until(pilot, lambda: "enter loads" in screen_text(app))
-        await pilot.pause(0.1)
-        compare(f"models-{name}", picture(app))
+        await compare(f"models-{name}", app, pilot)
 
 
 @pytest.mark.parametrize(("size", "theme"), LOOKS)
@@ -122,5 +117,4 @@ async def test_a_context_that_is_nearly_full_with_files_and_marks(store, size, t
         await answered(pilot)
         await pilot.press(*"see @notes.md and @gone.md please")
         await wait_until(pilot, lambda: "300 of 224 tokens" in screen_text(app))
-        await pilot.pause(0.1)
-        compare(f"room-{theme}-{size[0]}x{size[1]}", picture(app))
+        await compare(f"room-{theme}-{size[0]}x{size[1]}", app, pilot)
