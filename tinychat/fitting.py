@@ -4,6 +4,7 @@ before it is loaded; loading asks here too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -115,8 +116,12 @@ class Fitting:
         policy: WeightPolicy,
         options: LoadOptions,
         memories: tuple[MemorySpec, ...] = (),
+        measure: Callable[[Gpu], Gpu] = lambda gpu: gpu,
     ):
-        """memories: those that a GPU would have; none: it does not run there."""
+        """memories: those that a GPU would have; none: it does not run there. measure: finds out its
+        bandwidths, where they are asked for.
+        """
+        self.measure = measure
         self.checkpoint, self.policy, self.options, self.memories = checkpoint, policy, options, memories
         self.cfg = checkpoint.config.without_further
         self.ctx = options.ctx or min(self.cfg.context_length, DEFAULT_CTX)
@@ -152,13 +157,18 @@ class Fitting:
         blocks: Any = Blocks(self.cfg, self.memories if memories is None else memories, self.options.kv_bits)
         return memory_bytes(blocks, ctx) + HEADROOM
 
-    def division(self, gpu: Gpu, pack: Any = None) -> Division:
+    def division(self, gpu: Gpu, pack: Any = None, likely: Division | None = None) -> Division:
         """What lies where on that GPU. A context that nobody asked for is shortened before weights leave.
+        likely: a division that was made without the pack; it is taken where it fits.
 
         Raises MemoryBudgetError where it does not fit.
         """
         limit, scales = gpu.limit(self.options.gpu_memory), self.scales(pack)
-        whole = scales.weigh()
+        if likely and elsewhere(likely):
+            again = scales.weigh(likely)
+            if again.device + self.cache(self.ctx, again.memories) <= limit:
+                return again
+        whole = scales.whole
         least = self.cache(self.least)
         if whole.device + least <= limit:
             return replace(whole, spare=None if gpu.shares else whole.work + least)
@@ -170,7 +180,7 @@ class Fitting:
             read = scales.divide(limit)
         except MemoryBudgetError as e:
             raise MemoryBudgetError(f"{free}, too little for what cannot lie in RAM.", e.todo) from None
-        ways, gpu = [read], gpu.assumed()
+        ways, gpu = [read], self.measure(gpu).assumed()
         if divisible(self.cfg, self.memories):
             with suppress(NotImplementedError):  # something would have to cross that does not
                 ways.append(scales.divide(limit, by_cpu=True))

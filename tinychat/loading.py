@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,16 +158,15 @@ def _cuda(
 
     memories = cuda.refuse_unknown(checkpoint, options.kv_bits)
     modules = open_proved(progress) if proved else open_modules(tell=progress)
-    how = fitting.Fitting(checkpoint, policy, options, memories)
-    gpu = fitting.Gpu.of(modules.device)
-    if fitting.elsewhere(how.division(gpu)):  # what cannot fit is refused before weights are read
-        gpu = gpu.measured(modules.device)
+    measure = lru_cache(lambda gpu: gpu.measured(modules.device))
+    how, gpu = fitting.Fitting(checkpoint, policy, options, memories, measure), fitting.Gpu.of(modules.device)
+    likely = how.division(gpu)  # what cannot fit is refused before weights are read
     pack = cuda.opened_pack(checkpoint, policy, progress)
-    division = how.division(gpu, pack)
+    division = how.division(gpu, pack, likely)
     limit = gpu.limit(options.gpu_memory)
     if fitting.elsewhere(division):
         fitting.check_ram(checkpoint, division)
-        rate, alone = how.rate(division, gpu), how.on_cpu().rate
+        rate, alone = how.rate(division, measure(gpu)), how.on_cpu().rate
         if proved and rate and alone and rate < alone:
             raise MemoryBudgetError(
                 f"{gpu.name} has no room for all of {checkpoint.path.name}, and would be slower with a part.",

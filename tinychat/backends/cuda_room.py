@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
+from tinychat.backends import cuda_pack
 from tinychat.backends.cuda_model import MAX_ROWS, assemble, shapes_of
 from tinychat.backends.cuda_pack import EXPERT, KERNELS, Loader, Source, shape_of
 from tinychat.backends.interface import MemorySpec
@@ -21,6 +22,7 @@ from tinychat.base.errors import MemoryBudgetError
 from tinychat.base.machine import human_bytes
 from tinychat.kernels_cuda.driver import Memory
 from tinychat.models import FAMILIES
+from tinychat.network import weight_form
 from tinychat.network.checkpoint import Checkpoint
 from tinychat.network.config import ExpertsConfig, ModelConfig
 from tinychat.network.family import outside
@@ -78,7 +80,8 @@ class Outline:
         self._vectors = {name: int(np.prod(shape)) for name, shape in vectors.items()}
         self._biases = family.biases(cfg)
         for name, w in planned(checkpoint, policy, KERNELS):
-            self.index["linears"][name] = self._entry(name, w.runs, w.shape)
+            biased = bool(self._biases) and name.endswith(self._biases)
+            self.index["linears"][name] = _entry(w.runs, *w.shape, biased)
 
     def vector(self, name: str) -> np.ndarray:
         """float32 [n]."""
@@ -88,12 +91,20 @@ class Outline:
         """One part, flat."""
         return np.broadcast_to(np.zeros((), dtype), at[1] // np.dtype(dtype).itemsize)
 
-    def _entry(self, name: str, form: Any, shape: tuple[int, int]) -> dict[str, Any]:
-        s = shape_of(form, *shape)
-        codes, meta, zeros = ([0, n] if n else None for n in s.sizes)
-        bias = [0, 4 * s.n] if name.endswith(self._biases) and self._biases else None
-        parts = {"codes": codes, "meta": meta, "zeros": zeros, "bias": bias, "perm": None}
-        return {**parts, "form": [*astuple(s.form), s.n, s.k, s.group]}
+
+@lru_cache(256)
+def _entry(form: weight_form.Form, n: int, k: int, biased: bool) -> dict[str, Any]:
+    """Entry of a linear in a pack's index, of which nobody changes anything."""
+    s = shape_of(form, n, k)
+    codes, meta, zeros = ([0, size] if size else None for size in s.sizes)
+    parts = {
+        "codes": codes,
+        "meta": meta,
+        "zeros": zeros,
+        "bias": [0, 4 * n] if biased else None,
+        "perm": None,
+    }
+    return {**parts, "form": [*astuple(s.form), s.n, s.k, s.group]}
 
 
 class Unrecorded:
@@ -215,6 +226,11 @@ class Scales:
             spare=work + self.cache(memories),
         )  # fmt: skip
 
+    @cached_property
+    def whole(self) -> Division:
+        """The division of which nothing lies elsewhere."""
+        return self.weigh()
+
     def divide(self, room: int, by_cpu: bool = False) -> Division:
         """The division that takes `room` bytes of the GPU, cache and all: first goes what a token reads least
         of, the last layers before the first ones. by_cpu: the CPU computes with what goes, else the GPU reads
@@ -222,9 +238,10 @@ class Scales:
 
         Raises MemoryBudgetError where nothing helps.
         """
-        plan = self.weigh()
+        plan = self.whole
         steps = self._steps(by_cpu)
         while (excess := self._excess(plan, room)) > 0:
+            excess += cuda_pack.PIECE  # which small weights share
             before = plan
             while excess > 0:
                 step = next(steps, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tinychat.backends.exact_form import Kernels
 from tinychat.base.machine import human_bytes
@@ -110,12 +111,18 @@ def _planned(
     share: float,
 ) -> Planned:
     form, n_bytes = checkpoint.stored(name)
-    kind, k = _kind(name), shape[1]
+    kind = _kind(name)
     read = form if isinstance(form, Form) else Form(32, "fp32")  # what has no words is read as floats
+    runs, rounded = _runs(policy, kernels, read, kind, shape[1])
+    return Planned(kind, shape, form, n_bytes, runs, rounded, share)
+
+
+@lru_cache(256)  # a mixture has tens of thousands of linears of a few kinds
+def _runs(policy: WeightPolicy, kernels: Kernels, read: Form, kind: str, k: int) -> tuple[Form, bool]:
+    """Form in which a weight runs, and whether it is rounded."""
     chosen = policy.form(read, k, kind)
-    runs = kernels.form(chosen, k)
     rounded = chosen != read and not (chosen.is_float and chosen.bits >= read.bits)
-    return Planned(kind, shape, form, n_bytes, runs, rounded or not kernels.hold(chosen, k), share)
+    return kernels.form(chosen, k), rounded or not kernels.hold(chosen, k)
 
 
 def _kind(name: str) -> str:
