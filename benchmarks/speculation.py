@@ -3,10 +3,12 @@
     python benchmarks/speculation.py [--target llama-2-7b --draft qwen2.5-0.5b] [--tokens 64] [--markdown
     OUT.md]
     python benchmarks/speculation.py --heads [--target qwen3.5-4b] [--layers 12]
+    python benchmarks/speculation.py --eagle [--target llama-3.2-1b]
 
 With --heads the target drafts by its own layer that predicts further; plain steps are those of a target
 without that layer, so what the layer costs in each step counts against it. --layers takes the first so many
-of its layers, where all of them do not fit in memory. Otherwise:
+of its layers, where all of them do not fit in memory. --eagle puts an EAGLE-3 head with random weights and
+32,000 tokens in the place of that layer, for a target without one. Otherwise:
 
 The draft model really runs (its time is real); which of its tokens are right is scripted, so that α is known.
 For each α and k: realised tokens a step against (1 − α^(k+1)) / (1 − α), and the measured speed-up over plain
@@ -32,11 +34,16 @@ from tinychat.base.sampling_params import SamplingParams
 from tinychat.engine.engine import Engine
 from tinychat.engine.speculation.further import FurtherLayer
 from tinychat.loading import make_backend
+from tinychat.network import eagle
+from tinychat.network.config import ModelConfig
+from tinychat.network.head_config import HeadConfig
+from tinychat.network.weights import DenseLinear
 from tinychat.synthetic import SHAPES, SyntheticCheckpoint
 
 ALPHAS, WINDOWS = (0.5, 0.7, 0.8, 0.9), (1, 2, 3, 4, 5, 6, 8)
 HEAD_ALPHAS, HEAD_WINDOWS = (0.6, 0.75, 0.9), (1, 2, 3, 4, 5)
 PROMPT = 16  # tokens before the first step with heads
+KNOWN = 32000  # tokens of a head's vocabulary
 
 
 class Runner:
@@ -58,17 +65,65 @@ class Runner:
         return time.perf_counter() - began
 
 
-class Pair:
-    """A target without and with the layer that predicts further, over one pack of weights."""
+class RandomHead:
+    """An EAGLE-3 head of a shape like its model's, for no more than its time."""
 
-    def __init__(self, shape: str, threads: int | None, n_ctx: int, layers: int | None = None):
+    def __init__(self, name: str):
+        self.path, self.ids = Path(f"synthetic-head-of-{name}"), np.arange(KNOWN, dtype=np.int64)
+        self.rng = np.random.default_rng(0)
+
+    def onto(self, model: ModelConfig) -> ModelConfig:
+        """The model's config with the head."""
+        n, last = model.n_layers, model.layers[-1]
+        layer = replace(last, mixer=replace(last.attention, skipped=1))
+        head = HeadConfig(model.hidden_size, KNOWN, (2, n // 2, n - 3))
+        onto = replace(model, further=layer, head=head)
+        self.config = replace(onto, tie_embeddings=False)  # its own tables are two
+        return onto
+
+    @property
+    def n_weights(self) -> int:
+        """Numbers in its linears."""
+        return sum(n * k for n, k in eagle.linears(self.config).values())
+
+    def has(self, name: str) -> bool:
+        """It has all but an embedding."""
+        return name != "embed_tokens"
+
+    def linear(self, name: str) -> DenseLinear:
+        """Random float16."""
+        n, k = eagle.linears(self.config)[name]
+        return DenseLinear((self.rng.standard_normal((n, k), np.float32) * k**-0.5).astype(np.float16))
+
+    def vector(self, name: str) -> np.ndarray:
+        """A norm that leaves things as they are."""
+        return np.ones(self.config.hidden_size, np.float32)
+
+    def fingerprint(self, tell: object = None) -> str:
+        """Its name."""
+        return str(self.path)
+
+    def check_unchanged(self) -> None:
+        """There is no file."""
+
+
+class Pair:
+    """A target without and with the layer that predicts further, or a head, over one pack of weights."""
+
+    def __init__(
+        self, shape: str, threads: int | None, n_ctx: int, layers: int | None = None, head: bool = False
+    ):
         whole = SHAPES[shape]
         first = shape if layers is None else replace(whole, layers=whole.layers[:layers])
-        checkpoint = SyntheticCheckpoint(first, further=True)
+        checkpoint = SyntheticCheckpoint(first, further=not head)
         self.greedy = SamplingParams(temperature=0.0)
         self.engines = []
         for draft in ("none", "mtp"):
-            backend = make_backend(checkpoint, LoadOptions(device="cpu", threads=threads, draft=draft))
+            options = LoadOptions(device="cpu", threads=threads, draft=draft)
+            of = RandomHead(shape) if head and draft == "mtp" else None
+            if of is not None:
+                of.onto(checkpoint.config)
+            backend = make_backend(checkpoint, options, None, of)
             self.engines.append(Engine(backend, checkpoint.tokenizer(), n_ctx))
         vocab = min(checkpoint.config.vocab_size, 30000)
         self.ids = np.random.default_rng(0).integers(0, vocab, n_ctx).tolist()
@@ -102,9 +157,11 @@ class Pair:
         return time.perf_counter() - began
 
 
-def with_heads(target: str, tokens: int, threads: int | None, layers: int | None) -> list[dict]:
+def with_heads(
+    target: str, tokens: int, threads: int | None, layers: int | None, head: bool = False
+) -> list[dict]:
     """A row of figures for each window and acceptance."""
-    pair, rng, rows = Pair(target, threads, 2 * tokens + 64, layers), np.random.default_rng(1), []
+    pair, rng, rows = Pair(target, threads, 2 * tokens + 64, layers, head), np.random.default_rng(1), []
     for k in HEAD_WINDOWS:
         for alpha in HEAD_ALPHAS:
             pair.begin()
@@ -190,18 +247,20 @@ def main() -> None:
     p.add_argument("--target")
     p.add_argument("--draft", default="qwen2.5-0.5b")
     p.add_argument("--heads", action="store_true", help="the target drafts by itself")
+    p.add_argument("--eagle", action="store_true", help="an EAGLE-3 head drafts")
     p.add_argument("--layers", type=int, help="with --heads: the first so many layers of the target")
     p.add_argument("--tokens", type=int, default=64)
     p.add_argument("--threads", type=int)
     p.add_argument("--markdown", type=Path)
     o = p.parse_args()
-    target = o.target or ("qwen3.5-4b" if o.heads else "llama-2-7b")
-    if o.heads:
-        rows = with_heads(target, o.tokens, o.threads, o.layers)
+    target = o.target or ("qwen3.5-4b" if o.heads else "llama-3.2-1b" if o.eagle else "llama-2-7b")
+    if o.heads or o.eagle:
+        rows = with_heads(target, o.tokens, o.threads, o.layers, o.eagle)
     else:
         rows = with_draft(target, o.draft, o.tokens, o.threads)
     show(rows, o.markdown)
-    print(json.dumps({"target": target, "draft": "mtp" if o.heads else o.draft, "rows": rows}))
+    draft = "mtp" if o.heads else "eagle3" if o.eagle else o.draft
+    print(json.dumps({"target": target, "draft": draft, "rows": rows}))
 
 
 if __name__ == "__main__":

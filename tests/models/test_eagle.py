@@ -66,6 +66,7 @@ def target(case: str, **changes):
     ("case", "changes", "taps"),
     [
         ("qwen2", {}, (2, 3, 3)),
+        ("qwen2", dict(hidden_size=32, target_hidden_size=64), (2, 3, 3)),
         ("qwen3", dict(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 5]}), (1, 3, 6)),
         ("gpt-oss", dict(eagle_aux_hidden_state_layer_ids=[2, 3, 5]), (2, 3, 5)),
         ("mixtral", dict(eagle_aux_hidden_state_layer_ids=[0, 2, 4], norm_before_residual=True), (0, 2, 4)),
@@ -73,8 +74,9 @@ def target(case: str, **changes):
 )
 def test_guesses_are_those_of_the_formula(case, changes, taps, tmp_path):
     hf, shape = target(case)
-    s = head_settings(**shape, **changes)
-    tensors = head_tensors(s, hf.config.hidden_size, embedding=case == "qwen3")
+    s = head_settings(**shape) | changes
+    own = case == "qwen3" or s["hidden_size"] != hf.config.hidden_size
+    tensors = head_tensors(s, hf.config.hidden_size, embedding=own)
     head = EagleHead(save_head(tmp_path / "head", s, tensors), s)
     checkpoint, theirs = FromTransformers(hf), Truth(hf, s, tensors).guesses(IDS, taps, K)
     whole = logits_of(hf, IDS[:-1])
