@@ -21,7 +21,7 @@ from tinychat.backends.cuda_record import VARIANTS, Record, Variant
 from tinychat.base.errors import TinychatError
 from tinychat.kernels_cuda import linear
 from tinychat.kernels_cuda.attention import Attention
-from tinychat.kernels_cuda.driver import Device, DeviceError, Graph, LostError
+from tinychat.kernels_cuda.driver import Device, DeviceError, Graph, LostError, SharedMemory
 from tinychat.kernels_cuda.modules import Modules
 
 
@@ -111,8 +111,21 @@ def first(found):
     return found
 
 
+def unseen(self, size):
+    """Shared memory of which the device sees zeros, whatever is put there."""
+    memory = SharedMemory(self.pinned((size,), np.uint8))
+    memory.bytes[:] = 0
+    memory.bytes = np.empty_like(memory.bytes)
+    return memory
+
+
 CALLS = count()
 FAULTS = {
+    "the device does not see what the host has written": (
+        (Device, "shared", unseen),
+        "weights in RAM",
+        "other bits than with weights on the device",
+    ),
     "prefill is off": (
         spoiled("step", of_rows(40, lambda a: a * np.float32(1.1))),
         "prefill, 16",

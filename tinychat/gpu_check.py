@@ -106,6 +106,8 @@ def trials(modules: Modules) -> Iterator[Trial]:
     """Each with its name, in the order in which they are to be run."""
     for form in CHECKED:
         yield f"linears of {form}", partial(_linears, modules, form)
+    if not modules.device.integrated:
+        yield "weights in RAM", partial(_in_ram, modules)
     for kv_bits in (16, 8):
         model = _Small(modules, kv_bits)
         for name in ("prefill", "rows", "graphs", "choice", "overlap", "eviction"):
@@ -141,6 +143,27 @@ def _linears(modules: Modules, form: str) -> None:
         whole = got if whole is None else whole
         if not np.array_equal(got, whole[:rows]):
             raise WrongError(f"{rows} rows have other bits than among {max(ROWS)}")
+
+
+def _in_ram(modules: Modules) -> None:
+    """Products with weights that are read over the bus have the bits of those with the same on the device."""
+    from tinychat.backends.cuda_pack import pack
+
+    (n, k), device = SHAPE, modules.device
+    packed = pack(random_linear(FORMS["q4_k"], n, k))
+    x = np.random.default_rng(0).normal(size=(max(ROWS), k)).astype(np.float16)
+    near, far = (linear.upload(modules, *packed, take) for take in (device.allocate, device.shared))
+    read, to = device.allocate(x.nbytes), device.allocate(4 * len(x) * n)
+    device.upload(read, x)
+    for rows in ROWS:
+        got = np.empty((2, rows, n), np.float32)
+        for w, out in zip((near, far), got, strict=True):
+            device.clear(to)
+            linear.launch(modules, w, read, to, rows, n)
+            device.download(out, to)
+            device.synchronize()
+        if not np.array_equal(*got):
+            raise WrongError(f"{rows} rows have other bits than with weights on the device")
 
 
 class _Small:
