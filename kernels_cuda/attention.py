@@ -118,10 +118,21 @@ class Attention:
         kernel = self._kernels["rope_table"]
         self.device.launch(kernel, (rows,), 128, positions, frequencies, table, pairs, float(magnitude))
 
-    def append(self, c: Call, qkv: Memory, table: Memory | None, pairs: int) -> None:
-        """Turn queries and keys by `table` (pairs 0: not at all), write keys and values to the cache."""
-        grid = c.rows, c.heads + 2 * c.kv_heads
-        self.device.launch(self._kernels["rope_append"], grid, 32, c, qkv, table, pairs)
+    def append(
+        self,
+        c: Call,
+        qkv: Memory,
+        table: Memory | None,
+        pairs: int,
+        positions: Memory | None = None,
+        slope: float = 0.0,
+        original: float = 1.0,
+    ) -> None:
+        """Turn queries and keys by `table` (pairs 0: not at all), write keys and values to the cache. slope:
+        queries are scaled by the rows' positions.
+        """
+        grid, how = (c.rows, c.heads + 2 * c.kv_heads), (positions, float(slope), float(original))
+        self.device.launch(self._kernels["rope_append"], grid, 32, c, qkv, table, pairs, *how)
 
     def spread(self, c: Call, to: Memory, rows: int, pieces: int, stretches: int) -> None:
         """The first rows, in as many pieces, over `stretches` at once (enough for what a row sees), then

@@ -243,6 +243,8 @@ class Program:
         scale: float,
         cap: float,
         sinks: Memory | None = None,
+        slope: float = 0.0,
+        original: float = 1.0,
     ) -> Buffer:
         """Turn, append, attend, score: as halves. layer: of the memory."""
         pool = self.pools[memory]
@@ -255,7 +257,8 @@ class Program:
                 q=q.memory, totals=totals.memory, pool=pool.blocks, facts=self.inputs.facts(z, memory),
                 rows=z.rows, layer=layer, window=window, scale=scale, cap=cap, sinks=sinks,
             )  # fmt: skip
-            a.append(call, qkv.memory, table.memory if table else None, pairs)
+            turns = table.memory if table else None
+            a.append(call, qkv.memory, turns, pairs, self.inputs.positions(z), slope, original)
             if z.few:
                 a.spread(call, out.memory, z.few, extent.few, extent.stretches)
             if z.few < z.rows:

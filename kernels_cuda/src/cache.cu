@@ -25,10 +25,12 @@ DEVICE float turned(const float* x, const float2* turns, int i, int head, int pa
 }
 
 // Queries are turned and become halves, a.q; keys are turned and, like values, written to the cache where their rows'
-// places are. qkv: float [rows, (heads + 2 kv_heads) · size]. pairs 0: nothing is turned.
+// places are. qkv: float [rows, (heads + 2 kv_heads) · size]. pairs 0: nothing is turned. slope: queries are multiplied
+// by 1 + slope · log(1 + ⌊position / original⌋); 0: they are not, and positions may be null.
 // grid (rows, heads + 2 kv_heads), one warp.
 extern "C" __global__ void __launch_bounds__(WARP)
-    rope_append(const Attention a, const float* qkv, const float2* table, int pairs) {
+    rope_append(const Attention a, const float* qkv, const float2* table, int pairs, const int* positions, float slope,
+                float original) {
     start();
     int row = blockIdx.x, which = blockIdx.y, size = a.size;
     const float* x = qkv + (static_cast<size_t>(row) * (a.heads + 2 * a.kv_heads) + which) * size;
@@ -36,11 +38,12 @@ extern "C" __global__ void __launch_bounds__(WARP)
     Place place = a.places[row];
     int slot = place.slot;
     Cache cache = a.cache(place.table);
+    float far = slope ? 1 + slope * log1pf(floorf(static_cast<float>(positions[row]) / original)) : 1;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         int i = part * 32 + lane_id();
         if (which < a.heads) {
-            float y = turned(x, turns, i, size, pairs);
+            float y = turned(x, turns, i, size, pairs) * far;
             a.q[(static_cast<size_t>(row) * a.heads + which) * HEAD + i] = to_half(y);
         } else if (which < a.heads + a.kv_heads) {
             store_key(cache.unit(slot, which - a.heads), slot % SLOTS, part, turned(x, turns, i, size, pairs));

@@ -89,7 +89,7 @@ class Recorder:
         a = attention
         out = self.program.attend(
             q.qkv.floats, table, pairs, memory, place, a.window, a.scale or a.head_dim**-0.5, a.soft_cap,
-            sinks,
+            sinks, a.slope, a.original,
         )  # fmt: skip
         return Value(a.n_heads * a.head_dim, halves=out)
 
@@ -225,8 +225,6 @@ class _Trial:
     def attention(self, q, k, v, attention, layer, sinks=None):
         if attention.source >= 0:
             raise _not_yet("layers that attend to another's keys and values")
-        if attention.slope:
-            raise _not_yet("queries that are scaled by their position")
 
     def embed_onto(self, x, weight, scale, factor):
         raise _not_yet("an embedding for each layer")

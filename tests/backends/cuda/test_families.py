@@ -31,6 +31,7 @@ def run(checkpoint, cuts):
 
 OWN = ("gpt-oss", "granite_swa", "qwen2moe")
 STATES = {  # one of each kind; the others are slow
+    "ministral3 window",
     "lfm2",
     "lfm3 listed",
     "qwen3.5moe",
