@@ -17,7 +17,7 @@ from tinychat.base.errors import UnsupportedModelError
 from tinychat.formats.hf import HFCheckpoint
 from tinychat.network.weight_policy import WeightPolicy
 from tinychat.network.weights import QuantizedLinear
-from tinychat.quantize import experts, quantize
+from tinychat.quantize import experts, quantize, tune
 from tinychat.quantize.block import BlockQuantizer, Options, round_to_nearest
 from tinychat.quantize.forward import Forward, read_block
 from tinychat.quantize.grids import Grid
@@ -202,6 +202,22 @@ def test_every_token_that_one_expert_gets_is_weighed_as_in_the_forward_pass(tmp_
         assert a.tolist() == b.tolist()
     for a, b in zip(whole.weights, parts.weights, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_tuning_moves_experts_and_leaves_routers_as_they_are(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "PLAN", tune.Schedule(steps=4, batch=1, held_out=2, every=2, warmup=1))
+    monkeypatch.setattr(tune, "LENGTH", 64)
+    checkpoint, _ = saved("qwen2moe", tmp_path / "source")
+    wishes = dict(method="rtn", ranges="whole", group_size=32, calib_file=text)
+    tuned = quantize(checkpoint, tmp_path / "out", tune=True, **wishes)["tuned"]
+    assert tuned["divergence_after"] < tuned["divergence_before"]
+    quantize(checkpoint, tmp_path / "plain", **wishes)
+    out, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    different = {name for name in out if not np.array_equal(out[name], plain[name])}
+    assert any("experts.3.down_proj" in name for name in different)
+    gates = {name for name in out if name.endswith((".gate.weight", "expert_gate.weight"))}
+    assert len(gates) == 4
+    assert not gates & different
 
 
 def test_experts_that_have_four_bits_are_not_quantized_again(tmp_path):
