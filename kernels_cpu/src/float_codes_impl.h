@@ -70,8 +70,7 @@ inline void add_stretch(const uint8_t* at, const float* x, size_t ldx, int parts
                     for (int odd = 0; odd < 2; odd++)
                         add(k + odd, S::load(reinterpret_cast<const float*>(p) + (k + odd) * kTile + h));
             } else {
-                if (h == 0)
-                    for (int l = 0; l < code_bits(C); l++) S::prefetch(p + l * 64 + kPrefetchBytes);
+                if (h == 0) fetch_weights<S, M>(p, kBytes);
                 each_value<S, C>(p, h, table, add);
             }
         }
@@ -90,7 +89,7 @@ void tile_floats(const LinearWeights& w, const uint8_t* tile, const Activations&
     const int stretch = stretch_of(w.group), run = w.group < kSuper ? kSuper / w.group : 1;
     const uint8_t* lines = tile + w.tile_meta_bytes();
     const float* from = x.f + static_cast<size_t>(m0) * w.k;
-    for (size_t i = 0; i < w.tile_meta_bytes(); i += 64) S::prefetch(tile + kPrefetchBytes + i);
+    fetch_weights<S, M>(tile, static_cast<int>(w.tile_meta_bytes()));
     memset(out, 0, sizeof(float) * M * kTile);
     Beside beside;
     for (int g = 0; g < w.groups(); g += run) {

@@ -147,8 +147,7 @@ inline void add_groups(Stretch<Integers<ABits>> at, int g0, int g1, int parts, c
             for (int m = 0; m < M; m++) sum[m] = S::zero();
             p = at;
             for (int s = 0; s < parts; s++) {
-                if (h == 0 && !kOpened)
-                    for (int l = 0; l < kLines; l++) S::prefetch(p.lines + l * 64 + kPrefetchBytes);
+                if (h == 0 && !kOpened) fetch_weights<S, M>(p.lines, kLines * 64);
                 I d[M];
                 dot<S, M, C, 0, 8>(p.lines + h * S::kLanes * 4, p.x, p.nsum, d);
                 for (int m = 0; m < M; m++) sum[m] = S::fma(S::to_float(d[m]), S::set1(p.xscale[m]), sum[m]);
@@ -173,8 +172,7 @@ inline void add_half_groups(Stretch<Integers<ABits>> at, int g0, int g1, const B
     constexpr int kHalves = kTile / S::kLanes, kLines = code_bits(C);
     const F zero = S::set1(beside.zero);
     for (int g = g0; g < g1; g += 2, at.gsum += 2 * kRowBlock) {
-        if (C != WeightKind::kBytes)
-            for (int l = 0; l < kLines; l++) S::prefetch(at.lines + l * 64 + kPrefetchBytes);
+        if (C != WeightKind::kBytes) fetch_weights<S, M>(at.lines, kLines * 64);
         for (int h = 0; h < kHalves; h++) {
             const int row = g * kTile + h * S::kLanes;
             const F scale = S::load(beside.scale + row), scale2 = S::load(beside.scale + kTile + row);
@@ -214,7 +212,7 @@ void tile_quantized(const LinearWeights& w, const uint8_t* tile, const Activatio
     for (int h = 0; h < kHalves; h++)
         for (int m = 0; m < M; m++) total[h][m] = S::zero();
     const size_t meta_size = w.tile_meta_bytes();
-    for (size_t i = 0; i < meta_size; i += 64) S::prefetch(tile + kPrefetchBytes + i);
+    fetch_weights<S, M>(tile, static_cast<int>(meta_size));
     const int run = w.group < kSuper ? kSuper / w.group : 1, all = w.groups();
     Beside beside;
     for (int g = 0; g < all; g += run) {
@@ -258,7 +256,7 @@ void tile_dense(const LinearWeights& w, const uint8_t* tile, const Activations& 
         for (int m = 0; m < M; m++) total[h][m] = S::zero();
     for (int k = 0; k < w.k; k++) {
         const uint8_t* p = tile + static_cast<size_t>(k) * kTile * kBytes;
-        S::prefetch(p + kPrefetchBytes);
+        fetch_weights<S, M>(p, kTile * kBytes);
         for (int h = 0; h < kHalves; h++) {
             const uint8_t* q = p + h * S::kLanes * kBytes;
             F v;

@@ -139,6 +139,8 @@ def read(path: Path) -> Pack | None:
             else:
                 whole = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
                 with contextlib.suppress(OSError, AttributeError):
+                    whole.madvise(mmap.MADV_HUGEPAGE)  # where the file system has them
+                with contextlib.suppress(OSError, AttributeError):
                     whole.madvise(mmap.MADV_WILLNEED)  # starts without reading all of it first
                 data = watched(whole, path)
         raw = data[at : at + length]
