@@ -22,10 +22,10 @@ from tinychat.base.errors import MemoryBudgetError
 from tinychat.base.machine import human_bytes
 from tinychat.kernels_cuda.driver import Memory
 from tinychat.models import FAMILIES
-from tinychat.network import weight_form
 from tinychat.network.checkpoint import Checkpoint
-from tinychat.network.config import ExpertsConfig, ModelConfig
+from tinychat.network.config import AttentionConfig, ExpertsConfig, ModelConfig
 from tinychat.network.family import outside
+from tinychat.network.weight_form import Form
 from tinychat.network.weight_policy import WeightPolicy
 
 EMBEDDING = "model.embed_tokens"
@@ -77,6 +77,9 @@ class Outline:
         vectors = {"model.norm": (cfg.hidden_size,), **outside(family, cfg)}
         for i in range(cfg.n_layers):
             vectors |= family.norms(cfg, i)
+        for name, shape in vectors.items():  # gates among them are asked for as linears, in floats
+            if len(shape) == 2:
+                self.index["linears"][name] = _entry(Form(32, "fp32"), shape[0], shape[1], False)
         self._vectors = {name: int(np.prod(shape)) for name, shape in vectors.items()}
         self._biases = family.biases(cfg)
         for name, w in planned(checkpoint, policy, KERNELS):
@@ -93,7 +96,7 @@ class Outline:
 
 
 @lru_cache(256)
-def _entry(form: weight_form.Form, n: int, k: int, biased: bool) -> dict[str, Any]:
+def _entry(form: Form, n: int, k: int, biased: bool) -> dict[str, Any]:
     """Entry of a linear in a pack's index, of which nobody changes anything."""
     s = shape_of(form, n, k)
     codes, meta, zeros = ([0, size] if size else None for size in s.sizes)
@@ -174,8 +177,8 @@ def layer_of(name: str) -> int:
 
 
 def divisible(cfg: ModelConfig, memories: tuple[MemorySpec, ...]) -> bool:
-    """Whether the CPU may compute a part: layers meet in one residual, and each has a cache of its own."""
-    alone = all(a.source < 0 for a in cfg.attentions) and all(m.kind in ("paged", "window") for m in memories)
+    """Whether the CPU may compute a part: layers meet in one residual, and each has a memory of its own."""
+    alone = all(a.source < 0 for a in cfg.attentions) and all(m.kind != "tail" for m in memories)
     return alone and cfg.streams == 1 and not cfg.layer_inputs
 
 
@@ -271,7 +274,9 @@ class Scales:
             yield from (partial(self._send, name) for name in free)
             mixtures = [i for i in last if isinstance(self.cfg.layers[i].mlp, ExpertsConfig)]
             yield from (partial(self._give, i, "mixtures") for i in mixtures)
-            yield from (partial(self._give, i, "layers") for i in last if i)  # the first one stays
+            attends = (i for i in reversed(last) if isinstance(self.cfg.layers[i].mixer, AttentionConfig))
+            stays = next(attends)  # the GPU has some keys and values at least
+            yield from (partial(self._give, i, "layers") for i in last if i > stays)
         yield from (partial(self._send, name) for name in order)
 
     def _send(self, name: str, plan: Division) -> tuple[Division, int]:

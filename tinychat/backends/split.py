@@ -120,7 +120,8 @@ class SplitBackend:
     def _shares_of(self, spec: MemorySpec) -> Iterator[Share]:
         for backend in (self.gpu, self.cpu):
             for i, own in enumerate(backend.memories):
-                if set(own.layers) <= set(spec.layers):
+                alike = replace(own, layers=spec.layers, state_bytes=spec.state_bytes) == spec
+                if alike and set(own.layers) <= set(spec.layers):
                     yield Share(backend, i, np.array([spec.layers.index(layer) for layer in own.layers]))
 
     def describe(self) -> dict[str, Any]:

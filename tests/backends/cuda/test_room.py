@@ -148,6 +148,16 @@ def test_the_outline_of_a_pack_weighs_what_the_pack_does(tmp_path, kind):
     assert outline == Scales(opened_pack(checkpoint, POLICY), cfg, memories, 8).weigh()
 
 
+@pytest.mark.parametrize("case", ["qwen3.5", "falcon-h1"])
+def test_the_outline_has_gates_convolutions_and_states(case, monkeypatch):
+    cls, changes = CASES[case]
+    checkpoint = FromTransformers(random_model(cls, **changes))
+    monkeypatch.setattr(checkpoint, "stored", lambda name: (checkpoint.linear(name).form, 0), raising=False)
+    cfg, memories = checkpoint.config.without_further, refuse_unknown(checkpoint, 16)
+    outline = Scales(Outline(checkpoint, POLICY), cfg, memories, 16).weigh()
+    assert outline == Scales(opened_pack(checkpoint, POLICY), cfg, memories, 16).weigh()
+
+
 def test_ram_that_cannot_be_pinned_is_said_as_what_it_is(mixture):
     division = scales(mixture).divide(scales(mixture).weigh().device - 100_000)
     _, pinned_now = Used().before

@@ -249,7 +249,21 @@ def test_what_cannot_cross_is_known_before_anything_is_loaded(windows_and_expert
     cfg, memories = windows_and_experts.config, refuse_unknown(windows_and_experts, 16)
     assert divisible(cfg, memories)
     assert not divisible(replace(cfg, streams=2, laurel=4), memories)
-    assert not divisible(cfg, (*memories, MemorySpec("state", (0,), state_bytes=64)))
+    assert not divisible(cfg, (*memories, MemorySpec("tail", (0,), of=0)))
+
+
+def test_a_layer_with_attention_stays_and_a_layer_may_have_two_memories():
+    cls, changes = CASES["falcon-h1"]
+    checkpoint = FromTransformers(random_model(cls, **changes))
+    cfg, memories = checkpoint.config, refuse_unknown(checkpoint, 16)
+    assert divisible(cfg, memories)
+    s = Scales(opened_pack(checkpoint, POLICY), cfg, memories, 16)
+    plan = s.divide(s.whole.device - (s.whole.device - s.whole.work) * 3 // 4, by_cpu=True)
+    assert plan.layers == frozenset(range(1, cfg.n_layers))
+    b = allocate(SplitBackend(checkpoint, POLICY, plan, modules=bench().modules, threads=1), BLOCKS)
+    assert [len(shares) for shares in b._shares] == [2, 2]
+    expected = run(on_gpu(checkpoint), IDS, [20, 1, 1, 5])
+    assert usual_error(run(b, IDS, [20, 1, 1, 5]), expected) < NEAR
 
 
 def test_experts_leave_before_layers_and_layers_from_the_last(windows_and_experts):
