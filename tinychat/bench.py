@@ -14,7 +14,7 @@ import numpy as np
 
 from tinychat.backends.cpu_pack import KERNELS
 from tinychat.backends.exact_form import ExactForm, Kernels
-from tinychat.backends.interface import BLOCK, Backend, MemorySpec, Slots, Span, States, Step, Tails
+from tinychat.backends.interface import BLOCK, STRETCH, Backend, MemorySpec, Slots, Span, States, Step, Tails
 from tinychat.backends.plan import plan
 from tinychat.base.errors import MemoryBudgetError, UsageError
 from tinychat.base.events import TextDelta
@@ -90,7 +90,7 @@ def _why_more(bytes_per_token: float) -> str:
     return "other programs kept memory busy while its speed was measured: bench again when they rest"
 
 
-TAILS = 2  # blocks of a tail
+TAILS = 3 * STRETCH // BLOCK  # blocks of a tail: the first stretch, and two that take turns
 STATES = 2  # slots of states, in turn
 
 
@@ -133,9 +133,11 @@ class Passes:
             return States(self._state if at else -1, kept)
         if spec.kind != "tail":
             return Slots(self.table, at)
-        blocks = np.arange(at // BLOCK, -(-end // BLOCK), dtype=np.int32)
-        left = blocks % TAILS  # of these, those that are begun before this step or not complete behind it
-        left[(blocks * BLOCK >= at) & ((blocks + 1) * BLOCK <= end)] = -1
+        wide, blocks = STRETCH // BLOCK, np.arange(-(-end // BLOCK), dtype=np.int32)
+        left = np.where(blocks < wide, blocks, wide + blocks % (2 * wide)).astype(np.int32)
+        stretch = blocks // wide * STRETCH  # those that are begun before this step, or not complete behind it
+        left[(stretch > 0) & (stretch + STRETCH <= at // STRETCH * STRETCH)] = -1
+        left[(stretch >= max(at, 1)) & (stretch + STRETCH <= end)] = -1
         return Tails(left)
 
     def fill(self, n: int) -> float:
@@ -167,7 +169,7 @@ class Passes:
         """Bytes of keys and values that attention reads behind n tokens, and of states, read and written."""
         total = 0.0
         for memory, spec in enumerate(self.backend.memories):
-            seen = BLOCK / 2 if spec.kind == "tail" else min(n, spec.window or n)
+            seen = STRETCH / 2 if spec.kind == "tail" else min(n, spec.window or n)
             share = 2 if spec.kind == "state" else seen / BLOCK
             total += share * self.backend.kv_bytes_per_block(memory)
         return total

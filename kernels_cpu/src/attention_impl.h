@@ -324,26 +324,41 @@ inline void finish_pair(const AttentionArgs& a, const float* state, int row, int
     for (int i = 0; i < d; i += 16) (V::load(state + kState + i) * inv).store_n(out + i, d - i);
 }
 
-// In 4 bits: rows over the blocks that they lie in, which are there exactly, each as a part of its own.
+// In 4 bits: rows over what they read exactly, as parts of their own: the stretch that they lie in, as far as
+// themselves, and the first block.
 template <class S, class Batches>
-void attend_own(const AttentionArgs& a, int pairs, const Batches& batch_at, float* scores, float* values) {
-    const int first_block = (a.length + a.r0) / kBlockSlots, last_block = (a.length + a.r1 - 1) / kBlockSlots;
-    for (int block = first_block; block <= last_block; block++) {
-        const ExactBlocks::Place place = a.exact.at(block);
+void attend_exact(const AttentionArgs& a, int pairs, const Batches& batch_at, float* scores, float* values) {
+    constexpr int kBlocks = kStretchSlots / kBlockSlots;
+    auto over = [&](int first_block, int n, int state, auto end_of) {
+        const ExactBlocks::Place place = a.exact.at(first_block);
+        int32_t blocks[kBlocks];
+        for (int i = 0; i < n; i++) blocks[i] = a.exact.at(first_block + i).block;
         AttentionArgs own = a;
-        own.kv = place.kv, own.blocks = &place.block, own.at.layer = place.layer, own.length = own.r1 = 0;
+        own.kv = place.kv, own.blocks = blocks, own.at.layer = place.layer, own.length = own.r1 = 0;
         PairBatch b;
         for (int first = 0; first < pairs; first += b.count) {
             bool any = false;
-            b = batch_at(first, a.n_states - 1, block * kBlockSlots,
-                         [&](int visible) { return (visible - 1) / kBlockSlots == block ? visible : 0; });
+            b = batch_at(first, state, first_block * kBlockSlots, 0, end_of);
             for (int p = 0; p < b.count; p++) {
                 any = any || b.valid[p];
                 if (!b.valid[p]) b.weights[p] = nullptr;
             }
             if (any) attend_batch<S, Kv16>(own, b, 0, scores, values);
         }
+    };
+    const int end = a.length + a.r1;
+    for (int start = (a.length + a.r0) / kStretchSlots * kStretchSlots; start < end; start += kStretchSlots) {
+        const int n = std::min(kBlocks, (end - start + kBlockSlots - 1) / kBlockSlots);
+        over(start / kBlockSlots, n, a.n_parts,
+             [&](int visible) { return (visible - 1) / kStretchSlots * kStretchSlots == start ? visible : 0; });
     }
+    if (a.at.first_exact())
+        over(0, 1, a.n_parts + 1, [](int visible) { return visible > kStretchSlots ? int{kBlockSlots} : 0; });
+}
+
+// Where the exponentials of a state begin among those of a row: parts, the row's stretch, the first block.
+inline int first_weight(int n_parts, int state) {
+    return state <= n_parts ? state * kPartSlots : n_parts * kPartSlots + kStretchSlots;
 }
 
 template <class S, class K>
@@ -362,24 +377,26 @@ void attention_over(const AttentionArgs& a) {
         const size_t at = (static_cast<size_t>(row) * a.at.n_heads + head) * a.n_states + state;
         return a.partial + at * (dim + kState);
     };
-    // The pairs from `first` on as one batch; what they attend to lies between two slots, and is seen from `start` on.
-    auto batch_at = [&](int first, int state, int start, auto end_of) {
+    // The pairs from `first` on as one batch; what they attend to lies between two slots, of which the first is `least`
+    // or later, and is seen from `start` on.
+    auto batch_at = [&](int first, int state, int start, int least, auto end_of) {
         PairBatch b;
         b.count = batch_of<S>(pairs - first);
         b.q = queries + static_cast<size_t>(first) * d;
         for (int p = 0; p < b.count; p++) {
             const int row = a.r0 + (first + p) / per_kv, head = head0 + (first + p) % per_kv;
-            const int visible = a.length + row + 1, from = a.at.first_slot(visible) - start;
+            const int visible = a.length + row + 1, from = std::max(least, a.at.first_slot(visible)) - start;
             b.valid[p] = end_of(visible) - start;
             b.valid[p] = b.valid[p] < 0 ? 0 : b.valid[p] > kPartSlots ? kPartSlots : b.valid[p];
             b.from[p] = from < 0 ? 0 : from;
             if (b.from[p] >= b.valid[p]) b.from[p] = b.valid[p] = 0;
             b.state[p] = state_of(first + p, state);
-            if (a.partial && (b.valid[p] || state < a.n_parts)) b.state[p][1] = 0.0f;
+            // The stretches of a span take turns in one state.
+            if (a.partial && (b.valid[p] || state != a.n_parts)) b.state[p][1] = 0.0f;
             b.weights[p] = b.peak[p] = nullptr;
             if (a.score.weights && row >= a.score.from) {
                 const size_t at = static_cast<size_t>(row - a.score.from) * a.at.n_heads + head;
-                b.weights[p] = a.score.weights + at * a.score.ld + state * kPartSlots;
+                b.weights[p] = a.score.weights + at * a.score.ld + first_weight(a.n_parts, state);
                 b.peak[p] = a.score.peaks + at * a.n_states + state;
             }
         }
@@ -402,15 +419,16 @@ void attention_over(const AttentionArgs& a) {
                 for (int p = 0; p < n; p++) *to++ = q[p][i];
     }
     constexpr bool kOwn = std::is_same_v<K, Kv4>;
+    const int least = a.at.first_exact() ? kBlockSlots : 0;
     for (int part = a.p0; part < a.p1; part++) {
         PairBatch b;
         for (int first = 0; first < pairs; first += b.count) {
-            b = batch_at(first, part - a.part0, part * kPartSlots,
-                         [&](int visible) { return kOwn ? (visible - 1) / kBlockSlots * kBlockSlots : visible; });
+            b = batch_at(first, part - a.part0, part * kPartSlots, least,
+                         [&](int visible) { return kOwn ? (visible - 1) / kStretchSlots * kStretchSlots : visible; });
             attend_batch<S, K>(a, b, part, scores, values);
         }
     }
-    if (kOwn && a.own) attend_own<S>(a, pairs, batch_at, scores, values);
+    if (kOwn && a.own) attend_exact<S>(a, pairs, batch_at, scores, values);
     if (!a.partial)
         for (int i = 0; i < pairs; i++) finish_pair<S>(a, state_of(i, 0), a.r0 + i / per_kv, head0 + i % per_kv);
 }
@@ -462,7 +480,7 @@ void attention_score(const ScoreArgs& a) {
                 for (int p = 0; p < heads; p++) {
                     const size_t at = head0 + p0 + p;
                     const V w = V::set1(scale[p] / s.totals[2 * at + 1]);
-                    const float* e = s.weights + at * s.ld + state * kPartSlots;
+                    const float* e = s.weights + at * s.ld + first_weight(a.n_parts, state);
                     if (p0 + p == 0)
                         for (int i = 0; i < n; i += 16) (V::load(e + i) * w).store(got + i);
                     else
@@ -472,10 +490,12 @@ void attention_score(const ScoreArgs& a) {
             float* out = a.out + row * a.row_stride + first;
             for (int i = 0; i < n; i += 16) (V::load_n(out + i, n - i) + V::load(got + i)).store_n(out + i, n - i);
         };
-        const int behind = a.n_states > a.n_parts ? (visible - 1) / kBlockSlots * kBlockSlots : visible;  // parts
+        const bool exact = a.n_states > a.n_parts;
+        const int behind = exact ? (visible - 1) / kStretchSlots * kStretchSlots : visible;  // parts
         for (int first = 0; first < behind; first += kPartSlots)
             add(first / kPartSlots, first, std::min(behind - first, static_cast<int>(kPartSlots)));
         if (behind < visible) add(a.n_parts, behind, visible - behind);
+        if (a.at.first_exact() && behind) add(a.n_parts + 1, 0, kBlockSlots);
     }
 }
 

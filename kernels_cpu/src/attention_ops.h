@@ -132,7 +132,7 @@ class AttentionOp : public Op {
             // scored rows leave zeros where they do not look, so for them no part is skipped
             p.part0 = slots.scored_rows ? 0 : at_.first_slot(slots.length + 1) / kPartSlots;
             p.parts = pieces(slots.length + rows, kPartSlots) - p.part0;
-            p.states = p.parts + (at_.tail >= 0);
+            p.states = p.parts + at_.exact_states();
             p.split = rows <= 2 * kAttentionRows && p.parts > 1;
             // A piece takes several parts where a step would have more pieces than a program can count.
             p.piece = p.split ? 1 + p.parts * at_.n_kv / (kMostPieces / static_cast<int>(s.spans.size())) : 1;
@@ -191,7 +191,7 @@ class AttentionOp : public Op {
     struct Plan {
         int chunk, merge;         // its first piece of this op, and of the merge
         int part0, parts;         // of the context, that any row attends to
-        int states;               // that a row leaves: of each part, and in 4 bits of its own block
+        int states;               // that a row leaves: of each part, and in 4 bits of what is exact
         int piece;                // parts of a piece
         bool split, whole_heads;  // whether a piece is a part of the context; one KV head, every row and all of it
         size_t partial, weights, peaks, totals;
@@ -205,7 +205,7 @@ class AttentionOp : public Op {
         return behind - plans_.begin() - 1;
     }
     static size_t row_weights(const Plan& p) {
-        return static_cast<size_t>(p.parts) * kPartSlots + (p.states > p.parts ? kBlockSlots : 0);
+        return static_cast<size_t>(p.parts) * kPartSlots + (p.states > p.parts ? kStretchSlots + kBlockSlots : 0);
     }
     static bool little(const Plan& p, const SpanSlots& slots) { return p.parts <= 4 && slots.scored_rows <= 1; }
     template <class T>

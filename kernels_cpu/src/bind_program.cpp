@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "bindings.h"
 
@@ -79,11 +80,17 @@ void add_exact(const PyProgram& p, nb::handle given, int memory, int rows, SpanS
     require(kv.bits == 16 && kv.n_layers >= use.layers && kv.n_kv == use.n_kv && kv.head_dim == use.head_dim,
             "the pool of a tail does not fit");
     const long long end = static_cast<long long>(slots.length) + rows;
-    const long long written = (end + kBlockSlots - 1) / kBlockSlots - slots.length / kBlockSlots;
-    require(static_cast<long long>(blocks.size()) >= written, "the tail does not cover the step");
-    for (long long i = 0; i < written; i++)
-        require(blocks.data()[i] >= (i == 0 && slots.length % kBlockSlots ? 0 : -1) && blocks.data()[i] < kv.n_blocks,
+    const int n = static_cast<int>((end + kBlockSlots - 1) / kBlockSlots), wide = kStretchSlots / kBlockSlots;
+    require(static_cast<long long>(blocks.size()) >= n, "the tail does not cover the step");
+    const int begun = slots.length / kStretchSlots * wide;  // the first block of the stretch that the first row is in
+    for (int i = begun; i < n; i++) {
+        const int block = blocks.data()[i];
+        require(block >= (i - begun < wide && slots.length % kStretchSlots ? 0 : -1) && block < kv.n_blocks,
                 "a block is outside the pool");
+        require((block < 0) == (blocks.data()[i / wide * wide] < 0), "a stretch is in the tail or is not");
+    }
+    if (use.reach == std::numeric_limits<int>::max() && slots.length)
+        require(blocks.data()[0] >= 0 && blocks.data()[0] < kv.n_blocks, "the first block is in the tail");
     slots.exact = blocks.data();
 }
 
@@ -133,7 +140,7 @@ void run_step(PyProgram& p, nb::tuple spans, nb::object logits, nb::object greed
 
 // n of an array [layers, kv_heads, n] that goes with a block table of the pool.
 template <class T>
-int slots_of_heads(const PyProgram& p, int memory, const In<int32_t>& blocks, const In<T>& a, int exact = -1) {
+int slots_of_heads(const PyProgram& p, int memory, const In<int32_t>& blocks, const In<T>& a) {
     require(memory >= 0 && memory < p.program.memories(), "there is no such memory");
     const KvPool kv = p.program.kv(memory);
     require(kv.base && a.ndim() == 3 && static_cast<int>(a.shape(0)) == kv.n_layers &&
@@ -141,15 +148,19 @@ int slots_of_heads(const PyProgram& p, int memory, const In<int32_t>& blocks, co
             "slots are given for each layer and KV head");
     for (size_t i = 0; i < blocks.size(); i++)
         require(blocks.data()[i] >= 0 && blocks.data()[i] < kv.n_blocks, "a block is outside the pool");
-    const int tail = p.program.use(memory).tail;
-    require(exact < 0 || (tail >= 0 && exact < p.program.kv(tail).n_blocks), "a block is outside the tail's pool");
     return static_cast<int>(a.shape(2));
 }
 
-// Slots of an incomplete block are in the tail.
-void require_exact(const PyProgram& p, int memory, int slots, int exact) {
-    require(p.program.kv(memory).bits != 4 || (slots % kBlockSlots != 0) == (exact >= 0),
-            "an incomplete block is in the tail");
+// Exact forms of the blocks of a table, checked; null: the memory has no tail.
+const int32_t* exact_forms(const PyProgram& p, int memory, int slots, const In<int32_t>& exact) {
+    if (p.program.kv(memory).bits != 4) return nullptr;
+    const int tail = p.program.use(memory).tail, n = (slots + kBlockSlots - 1) / kBlockSlots;
+    require(tail >= 0 && static_cast<int>(exact.size()) >= n, "a memory of 4 bits says what is in its tail");
+    for (size_t i = 0; i < exact.size(); i++)
+        require(exact.data()[i] >= -1 && exact.data()[i] < p.program.kv(tail).n_blocks,
+                "a block is outside the tail's pool");
+    require(slots % kBlockSlots == 0 || exact.data()[n - 1] >= 0, "an incomplete block is in the tail");
+    return exact.data();
 }
 
 }  // namespace
@@ -260,10 +271,27 @@ void bind_program(nb::module_& m) {
             },
             "memory"_a, "pool"_a, "n_slots"_a, "floats"_a, "floats: of one state, all layers together")
         .def(
+            "open_blocks",
+            [](PyProgram& p, int memory, In<int32_t> blocks, In<int32_t> exact) {
+                require(memory >= 0 && memory < p.program.memories(), "there is no such memory");
+                const KvPool kv = p.program.kv(memory);
+                const int tail = p.program.use(memory).tail;
+                require(kv.base && kv.bits == 4 && tail >= 0 && blocks.size() == exact.size(), "there is no tail");
+                for (size_t i = 0; i < blocks.size(); i++) {
+                    require(blocks.data()[i] >= 0 && blocks.data()[i] < kv.n_blocks, "a block is outside the pool");
+                    require(exact.data()[i] >= 0 && exact.data()[i] < p.program.kv(tail).n_blocks,
+                            "a block is outside the tail's pool");
+                }
+                nb::gil_scoped_release release;
+                p.program.open_blocks(memory, blocks.data(), exact.data(), static_cast<int>(blocks.size()));
+            },
+            "memory"_a, "blocks"_a, "exact"_a)
+        .def(
             "move_slots",
-            [](PyProgram& p, int memory, In<int32_t> blocks, In<int32_t> src, In<int32_t> dst, int slots, int exact) {
-                const int n = slots_of_heads(p, memory, blocks, src, exact);
-                require_exact(p, memory, slots, exact);
+            [](PyProgram& p, int memory, In<int32_t> blocks, In<int32_t> src, In<int32_t> dst, int slots,
+               In<int32_t> exact) {
+                const int n = slots_of_heads(p, memory, blocks, src);
+                const int32_t* forms = exact_forms(p, memory, slots, exact);
                 require(p.program.kv(memory).bits != 4 ||
                             (slots >= n && slots <= static_cast<int>(blocks.size()) * kBlockSlots),
                         "the slots in use are in the block table");
@@ -273,33 +301,32 @@ void bind_program(nb::module_& m) {
                     require(src.data()[i] < end && dst.data()[i] < end && (src.data()[i] < 0 || dst.data()[i] >= 0),
                             "a slot is outside the block table");
                 nb::gil_scoped_release release;
-                p.program.move_slots(memory, blocks.data(), src.data(), dst.data(), n, slots, exact);
+                p.program.move_slots(memory, blocks.data(), src.data(), dst.data(), n, slots, forms);
             },
-            "memory"_a, "blocks"_a, "src"_a, "dst"_a, "slots"_a = 0, "exact"_a = -1)
+            "memory"_a, "blocks"_a, "src"_a, "dst"_a, "slots"_a, "exact"_a)
         .def(
             "turn_keys",
             [](PyProgram& p, int memory, In<int32_t> blocks, std::vector<double> frequencies, In<int32_t> delta,
-               int exact) {
-                const int n = slots_of_heads(p, memory, blocks, delta, exact),
-                          half = static_cast<int>(frequencies.size());
+               In<int32_t> exact) {
+                const int n = slots_of_heads(p, memory, blocks, delta), half = static_cast<int>(frequencies.size());
                 require(2 * half <= p.program.kv(memory).head_dim, "more frequencies than the head has pairs");
                 require(static_cast<size_t>(n) <= blocks.size() * kBlockSlots, "a slot is outside the block table");
-                require_exact(p, memory, n, exact);
+                const int32_t* forms = exact_forms(p, memory, n, exact);
                 nb::gil_scoped_release release;
-                p.program.turn_keys(memory, blocks.data(), frequencies.data(), half, delta.data(), n, exact);
+                p.program.turn_keys(memory, blocks.data(), frequencies.data(), half, delta.data(), n, forms);
             },
-            "memory"_a, "blocks"_a, "frequencies"_a, "delta"_a, "exact"_a = -1)
+            "memory"_a, "blocks"_a, "frequencies"_a, "delta"_a, "exact"_a)
         .def(
             "value_spread",
-            [](PyProgram& p, int memory, In<int32_t> blocks, In<float> weights, Out<float> out, int exact) {
-                const int n = slots_of_heads(p, memory, blocks, weights, exact);
-                require_exact(p, memory, n, exact);
+            [](PyProgram& p, int memory, In<int32_t> blocks, In<float> weights, Out<float> out, In<int32_t> exact) {
+                const int n = slots_of_heads(p, memory, blocks, weights);
+                const int32_t* forms = exact_forms(p, memory, n, exact);
                 require(static_cast<size_t>(n) <= blocks.size() * kBlockSlots, "a slot is outside the block table");
                 require(out.size() == weights.size(), "as many results as weights");
                 nb::gil_scoped_release release;
-                p.program.value_spread(memory, blocks.data(), weights.data(), out.data(), n, exact);
+                p.program.value_spread(memory, blocks.data(), weights.data(), out.data(), n, forms);
             },
-            "memory"_a, "blocks"_a, "weights"_a, "out"_a, "exact"_a = -1)
+            "memory"_a, "blocks"_a, "weights"_a, "out"_a, "exact"_a)
         .def("run", &run_step, "spans"_a, "logits"_a.none() = nb::none(), "greedy"_a.none() = nb::none(), "part"_a = 0,
              "spans: a tuple of (ids, position, logits_from, memories), and memories of (blocks, length, scores or "
              "None, scored rows)")

@@ -150,16 +150,25 @@ template <class S>
 void turn_keys(const TurnKeysArgs& a) {
     const int d = a.kv->head_dim;
     float x[kMaxHeadDim + 16] = {}, table[kMaxHeadDim];
-    int s = 0;
-    for (; a.kv->bits == 4 && s + kBlockSlots <= a.n; s += kBlockSlots) turn_block<S>(a, s / kBlockSlots);
-    const KvPool& kv = a.last.tail ? *a.last.tail : *a.kv;
-    for (; s < a.n; s++) {
-        if (a.delta[s] == 0) continue;
-        turn_table(a, a.delta[s], table);
-        uint8_t* head = kv.keys(a.last.tail ? a.last.block : a.blocks[s / kBlockSlots], a.layer, a.kv_head);
-        load_key<S>(kv, head, s % kBlockSlots, x);
-        rotate_head<S>(x, table, a.half, d, 1.0f, x);
-        store_slot<S>(kv, x, head, s % kBlockSlots, true);
+    for (int i = 0, first = 0; first < a.n; i++, first += kBlockSlots) {
+        const bool exact = a.exact.has(i);
+        if (a.kv->bits == 4 && !exact) {
+            turn_block<S>(a, i);
+            continue;
+        }
+        const KvPool& kv = exact ? *a.exact.tail : *a.kv;
+        uint8_t* head = kv.keys(exact ? a.exact.blocks[i] : a.blocks[i], a.layer, a.kv_head);
+        bool turned = false;
+        for (int s = 0; s < kBlockSlots && first + s < a.n; s++) {
+            if (a.delta[first + s] == 0) continue;
+            turned = true;
+            turn_table(a, a.delta[first + s], table);
+            load_key<S>(kv, head, s, x);
+            rotate_head<S>(x, table, a.half, d, 1.0f, x);
+            store_slot<S>(kv, x, head, s, true);
+        }
+        if (exact && turned && first + kBlockSlots <= a.n)
+            pack_block_keys<S>(Block4(*a.kv, a.blocks[i], a.layer, a.kv_head), head);
     }
 }
 
@@ -223,9 +232,9 @@ class BlockValues {
   public:
     // Of the slots s … s + 15; `opened` has room for 16 values.
     BlockValues(const SpreadArgs& a, int s, float* opened) {
-        const bool last = a.last.tail && s + kBlockSlots > a.n;
-        kv_ = last ? a.last.tail : a.kv;
-        const int block = last ? a.last.block : a.blocks[s / kBlockSlots];
+        const int i = s / kBlockSlots;
+        kv_ = a.exact.has(i) ? a.exact.tail : a.kv;
+        const int block = a.exact.has(i) ? a.exact.blocks[i] : a.blocks[i];
         head_ = kv_->values(block, a.layer, a.kv_head);
         if (kv_->bits != 4) return;
         open_values<S>(Block4(*kv_, block, a.layer, a.kv_head), opened);

@@ -94,7 +94,7 @@ struct RopeTableArgs {
 struct AttentionLayer {
     int n_heads, n_kv, head_dim;
     int memory, layer;             // which KV memory of the program, and which of its layers
-    int tail;                      // the memory that has its newest blocks in 16 bits, if it is one of 4 bits; else -1
+    int tail;                      // the memory that has what rows read exactly, if it is one of 4 bits; else -1
     float scale;                   // queries are multiplied by it
     int window;                    // a row attends to the last so many slots; 0: to all
     float cap;                     // scores become cap · tanh(score / cap); 0: they stay
@@ -106,6 +106,10 @@ struct AttentionLayer {
     int latent = 0;   // so many last channels of a key are its value too, and no values are stored; 0: they are apart
     int skipped = 0;  // first slots that no row attends to
 
+    // In 4 bits: whether the first block, which all tokens look at, is read exactly.
+    bool first_exact() const { return tail >= 0 && !window; }
+    // States that a row leaves of what it reads exactly: of its stretch, and of the first block.
+    int exact_states() const { return (tail >= 0) + first_exact(); }
     int per_kv() const { return n_heads / n_kv; }
     int cols() const { return (n_heads + (shared ? 0 : latent ? n_kv : 2 * n_kv)) * head_dim; }
     int value_dim() const { return latent ? latent : head_dim; }
@@ -152,7 +156,7 @@ struct PackKvArgs {
 // How the rows of a step spread their attention over the slots, for eviction: while attention runs, each scored row
 // leaves its exponentials behind, relative to the largest score of their part.
 struct ScoreScratch {
-    float* weights = nullptr;  // [scored rows][heads][ld]: the slots of all parts, in 4 bits those of the own block
+    float* weights = nullptr;  // [scored rows][heads][ld]: slots of all parts, then what is read exactly
     float* peaks = nullptr;    // [scored rows][heads][states]
     float* totals = nullptr;   // [scored rows][heads][2]: largest score, sum of exponentials
     size_t ld = 0;
@@ -170,14 +174,14 @@ struct AttentionArgs {
     const int32_t* blocks;
     int length;          // row r attends to slots 0 … length + r, or to the last of these
     int part0, n_parts;  // what any row of the span attends to
-    int n_states;        // that a row and head leave: one for each part, and in 4 bits another for the row's own block
+    int n_states;        // that a row and head leave: one for each part, and in 4 bits exact_states() behind them
     float* partial;
     float* out;          // [rows, heads · value_dim]
     ScoreScratch score;  // of scored rows; without weights: there are none
     int kv_head, r0, r1, p0, p1;
     float* scratch;
-    ExactBlocks exact;  // in 4 bits: where the blocks are that these rows lie in
-    bool own;           // in 4 bits: whether rows attend to their own blocks here, behind the parts
+    ExactBlocks exact;  // in 4 bits: where the blocks are that these rows read exactly
+    bool own;           // in 4 bits: whether rows attend to these here, behind the parts
 };
 
 // Adds to out the attention probability that every slot gets in one KV head from each scored row, summed over the
@@ -192,18 +196,32 @@ struct ScoreArgs {
     size_t row_stride;  // 0: all rows are added to the same slots, in their order
 };
 
-// The last, incomplete block of a memory of 4 bits: a block of its tail.
-struct LastBlock {
+// Blocks of a table that rows read exactly in a memory of 4 bits: blocks of its tail.
+struct ExactForms {
     const KvPool* tail = nullptr;
-    int block = -1;
+    const int32_t* blocks = nullptr;  // for each block of the table, -1: none
+
+    bool has(int i) const { return tail && blocks[i] >= 0; }
+    uint16_t* keys(int i, int layer, int head) const {
+        return reinterpret_cast<uint16_t*>(tail->keys(blocks[i], layer, head));
+    }
+    uint16_t* values(int i, int layer, int head) const {
+        return reinterpret_cast<uint16_t*>(tail->values(blocks[i], layer, head));
+    }
+};
+
+// Opens a block of a memory in 4 bits into one of its tail, one layer and KV head.
+struct OpenArgs {
+    const KvPool *kv, *tail;
+    int block, to, layer, kv_head;
 };
 
 // Moves slots src over slots dst in one layer and KV head of a memory of 4 bits, n of each, nothing where src is
-// negative. Of `slots` in use the last n are given up; then those of the last, incomplete block go to `last`, which
-// had those of another one.
+// negative. Of `slots` in use the last n are given up. What comes into a block that rows read exactly is exact there,
+// and the block, if it is complete, is stored in 4 bits anew.
 struct MoveArgs {
     const KvPool* kv;
-    LastBlock last;
+    ExactForms exact;
     const int32_t* blocks;
     int layer, kv_head, slots, n;
     const int32_t *src, *dst;
@@ -212,7 +230,7 @@ struct MoveArgs {
 // Turns keys that are in the cache already by `delta` positions: slots 0…n-1 of one layer and KV head.
 struct TurnKeysArgs {
     const KvPool* kv;
-    LastBlock last;
+    ExactForms exact;
     const int32_t* blocks;
     const double* freq;
     int half, layer, kv_head, n;
@@ -222,7 +240,7 @@ struct TurnKeysArgs {
 // How far values lie from their weighted mean (Euclidean): slots 0…n-1 of one layer and KV head.
 struct SpreadArgs {
     const KvPool* kv;
-    LastBlock last;
+    ExactForms exact;
     const int32_t* blocks;
     int layer, kv_head, n;
     const float* weights;  // of any sum; where it is 0 they count alike
@@ -259,6 +277,7 @@ struct KernelTable {
     void (*attention_merge)(const AttentionArgs&);
     void (*attention_score)(const ScoreArgs&);
     void (*move_slots)(const MoveArgs&);
+    void (*open_block)(const OpenArgs&);
     void (*turn_keys)(const TurnKeysArgs&);
     void (*value_spread)(const SpreadArgs&);
     ArgmaxResult (*argmax)(const float* v, int n);

@@ -340,89 +340,100 @@ inline void open_halves(const uint8_t* from, size_t n, float* to) {
     for (size_t i = 0; i < n; i += S::kLanes) S::store(to + i, S::load_f16(half + i));
 }
 
+// A head's block, given in 16 bits.
 template <class S>
-void pack_kv(const PackKvArgs& a) {
+inline void pack_block_keys(const Block4& to, const uint8_t* keys) {
     float x[kMaxHeadDim * kBlockSlots];
-    const size_t n = static_cast<size_t>(a.kv->padded_dim()) * kBlockSlots;
-    const ExactBlocks::Place exact = a.exact.at(a.i);
-    for (int h = 0; h < a.kv->n_kv; h++) {
-        const Block4 to(*a.kv, a.blocks[a.i], a.layer, h);
-        open_halves<S>(exact.keys(h), n, x);
-        pack_keys<S>(to, x);
-        open_halves<S>(exact.values(h), n, x);
-        pack_values<S>(to, x, 0xFFFF);
-    }
+    open_halves<S>(keys, static_cast<size_t>(to.dim()) * kBlockSlots, x);
+    pack_keys<S>(to, x);
 }
 
-// Moves within one layer and KV head, and the slots that are the last, incomplete block from now on into `exact`.
+template <class S>
+inline void pack_block(const Block4& to, const uint8_t* keys, const uint8_t* values) {
+    float x[kMaxHeadDim * kBlockSlots];
+    pack_block_keys<S>(to, keys);
+    open_halves<S>(values, static_cast<size_t>(to.dim()) * kBlockSlots, x);
+    pack_values<S>(to, x, 0xFFFF);
+}
+
+template <class S>
+void pack_kv(const PackKvArgs& a) {
+    const ExactBlocks::Place exact = a.exact.at(a.i);
+    for (int h = 0; h < a.kv->n_kv; h++)
+        pack_block<S>(Block4(*a.kv, a.blocks[a.i], a.layer, h), exact.keys(h), exact.values(h));
+}
+
+template <class S>
+void open_block(const OpenArgs& a) {
+    const Block4 b(*a.kv, a.block, a.layer, a.kv_head);
+    uint16_t* keys = reinterpret_cast<uint16_t*>(a.tail->keys(a.to, a.layer, a.kv_head));
+    uint16_t* values = reinterpret_cast<uint16_t*>(a.tail->values(a.to, a.layer, a.kv_head));
+    float x[kMaxHeadDim * kBlockSlots];
+    const int n = b.dim() * kBlockSlots;
+    open_keys<S>(b, x);
+    for (int i = 0; i < n; i += S::kLanes) S::store_f16(keys + i, S::load(x + i));
+    for (int s = 0; s < kBlockSlots; s++)
+        for (int i = 0; i < b.dim(); i += 16) open_value<S>(b, s, i).store(x + s * b.dim() + i);
+    for (int i = 0; i < n; i += S::kLanes) S::store_f16(values + i, S::load(x + i));
+}
+
+// The key and value of a slot as numbers: into slot d of x [padded_dim][16 slots] and of v [16 slots][padded_dim].
+template <class S>
+inline void open_slot(const MoveArgs& a, int slot, int d, float* x, float* v) {
+    const int i = slot / kBlockSlots, s = slot % kBlockSlots;
+    const Block4 b(*a.kv, a.blocks[i], a.layer, a.kv_head);
+    const int dim = b.dim();
+    if (a.exact.has(i)) {
+        const uint16_t* keys = a.exact.keys(i, a.layer, a.kv_head);
+        for (int c = 0; c < dim; c++) x[c * kBlockSlots + d] = from_half<S>(keys[c * kBlockSlots + s]);
+        const uint16_t* value = a.exact.values(i, a.layer, a.kv_head) + s * dim;
+        return open_halves<S>(reinterpret_cast<const uint8_t*>(value), dim, v + d * dim);
+    }
+    float scale[kMaxHeadDim], offset[kMaxHeadDim];
+    open_key_grids<S>(b, scale, offset);
+    for (int c = 0; c < dim; c++) {
+        const float code = static_cast<float>(b.key_line(c / 8)[s] >> 4 * (c % 8) & 15);
+        x[c * kBlockSlots + d] = code * scale[c] + offset[c];  // exact products: as a fused multiply-add
+    }
+    for (int c = 0; c < dim; c += 16) open_value<S>(b, s, c).store(v + d * dim + c);
+}
+
+// Moves within one layer and KV head.
 template <class S>
 void move_slots(const MoveArgs& a) {
-    const int dim = a.kv->padded_dim(), left = a.slots - a.n, last = left / kBlockSlots, old = a.slots / kBlockSlots;
-    auto block = [&](int i) { return Block4(*a.kv, a.blocks[i], a.layer, a.kv_head); };
-    uint16_t keys[kMaxHeadDim * kBlockSlots], values[kMaxHeadDim * kBlockSlots];  // of the last block, as halves
-    const bool tail = left % kBlockSlots;
-    uint16_t *exact_keys = nullptr, *exact_values = nullptr;
+    const int dim = a.kv->padded_dim(), whole = (a.slots - a.n) / kBlockSlots;
     float x[kMaxHeadDim * kBlockSlots], v[kBlockSlots * kMaxHeadDim];
-    if (tail) {
-        exact_keys = reinterpret_cast<uint16_t*>(a.last.tail->keys(a.last.block, a.layer, a.kv_head));
-        exact_values = reinterpret_cast<uint16_t*>(a.last.tail->values(a.last.block, a.layer, a.kv_head));
-        open_keys<S>(block(last), x);
-        for (int s = 0; s < kBlockSlots; s++)
-            for (int i = 0; i < dim; i += 16) open_value<S>(block(last), s, i).store(v + s * dim + i);
-        for (int i = 0; i < dim * kBlockSlots; i += S::kLanes) {
-            S::store_f16(keys + i, S::load(x + i));
-            S::store_f16(values + i, S::load(v + i));
-        }
-    }
     for (int m = 0; m < a.n;) {
         if (a.src[m] < 0) {
             m++;
             continue;
         }
-        const int to = a.dst[m] / kBlockSlots;  // the moves into one block, together
+        const int i = a.dst[m] / kBlockSlots;  // the moves into one block, together
+        const Block4 to(*a.kv, a.blocks[i], a.layer, a.kv_head);
+        const bool exact = a.exact.has(i);
         uint32_t moved = 0, fresh = 0;
-        for (; m < a.n && a.src[m] >= 0 && a.dst[m] / kBlockSlots == to; m++) {
+        for (; m < a.n && a.src[m] >= 0 && a.dst[m] / kBlockSlots == i; m++) {
             const int from = a.src[m] / kBlockSlots, s = a.src[m] % kBlockSlots, d = a.dst[m] % kBlockSlots;
-            const bool exact = tail && from == old;
-            if (exact) {
-                float lanes[16];
-                for (int i = 0; i < dim; i++) {
-                    S::store(lanes, S::load_f16(exact_keys + i * kBlockSlots + s / S::kLanes * S::kLanes));
-                    x[i * kBlockSlots + d] = lanes[s % S::kLanes];
-                }
-                open_halves<S>(reinterpret_cast<uint8_t*>(exact_values + s * dim), dim, v + d * dim);
-            } else {
-                const Block4 b = block(from);
-                float scale[kMaxHeadDim], offset[kMaxHeadDim];
-                open_key_grids<S>(b, scale, offset);
-                for (int i = 0; i < dim; i++) {
-                    const float code = static_cast<float>(b.key_line(i / 8)[s] >> 4 * (i % 8) & 15);
-                    x[i * kBlockSlots + d] = code * scale[i] + offset[i];  // exact products: as a fused multiply-add
-                }
-                for (int i = 0; i < dim; i += 16) open_value<S>(b, s, i).store(v + d * dim + i);
-                if (!tail || to != last) copy_value(b, s, block(to), d);
-            }
-            moved |= 1u << d, fresh |= exact ? 1u << d : 0;
+            open_slot<S>(a, a.src[m], d, x, v);
+            moved |= 1u << d;
+            if (a.exact.has(from))
+                fresh |= 1u << d;
+            else if (!exact)
+                copy_value(Block4(*a.kv, a.blocks[from], a.layer, a.kv_head), s, to, d);
         }
-        if (!tail || to != last) {
-            replace_keys<S>(block(to), x, moved);
-            pack_values<S>(block(to), v, fresh);
+        if (!exact) {
+            replace_keys<S>(to, x, moved);
+            pack_values<S>(to, v, fresh);
             continue;
         }
+        uint16_t *keys = a.exact.keys(i, a.layer, a.kv_head), *values = a.exact.values(i, a.layer, a.kv_head);
         for (int d = 0; d < kBlockSlots; d++) {
             if (!(moved >> d & 1)) continue;
-            for (int i = 0; i < dim; i++) {
-                float lanes[16] = {x[i * kBlockSlots + d]};
-                uint16_t half[16];
-                S::store_f16(half, S::load(lanes));
-                keys[i * kBlockSlots + d] = half[0];
-            }
-            for (int i = d * dim; i < (d + 1) * dim; i += S::kLanes) S::store_f16(values + i, S::load(v + i));
+            for (int c = 0; c < dim; c++) keys[c * kBlockSlots + d] = nearest_half<S>(x[c * kBlockSlots + d]);
+            for (int c = d * dim; c < (d + 1) * dim; c += S::kLanes) S::store_f16(values + c, S::load(v + c));
         }
+        if (i < whole) pack_block<S>(to, reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values));
     }
-    if (!tail) return;
-    memcpy(exact_keys, keys, dim * kBlockSlots * sizeof(uint16_t));
-    memcpy(exact_values, values, dim * kBlockSlots * sizeof(uint16_t));
 }
 
 }  // namespace

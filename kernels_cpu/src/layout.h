@@ -9,9 +9,10 @@
 
 namespace tinychat {
 
-constexpr int kActGroup = 32;    // inputs that share one activation scale
-constexpr int kBlockSlots = 16;  // slots of a KV block
-constexpr int kPartSlots = 256;  // slots of one attention tile: softmax is local to it, tiles merge in slot order
+constexpr int kActGroup = 32;      // inputs that share one activation scale
+constexpr int kBlockSlots = 16;    // slots of a KV block
+constexpr int kStretchSlots = 64;  // a row reads its own stretch of so many slots of a memory in 4 bits exactly
+constexpr int kPartSlots = 256;    // slots of one attention tile: softmax is local to it, tiles merge in slot order
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -135,13 +136,13 @@ struct KvPool {
     }
 };
 
-// Where the blocks of a span that are being written have their keys and values in 16 bits: in the pool of the tail, or,
-// if nobody needs them behind the step, in what one layer uses after the other.
+// Where blocks that rows of a span read exactly have their keys and values in 16 bits: in the pool of the tail, or, if
+// nobody needs them behind the step that writes them, in what one layer uses after the other.
 struct ExactBlocks {
     const KvPool *tail, *scratch;
-    const int32_t* blocks;  // of the tail, -1: none
+    const int32_t* blocks;  // of the tail, for each block of the table; -1: none
     int layer, first;       // of the tail's layers; of the scratch blocks
-    int started;            // number of the block in the table that the first of them is
+    int started;            // number of the block in the table that the first of these is
 
     struct Place {
         const KvPool* kv;
@@ -151,7 +152,7 @@ struct ExactBlocks {
     };
     // Of the table's block i.
     Place at(int i) const {
-        const int block = blocks[i - started];
+        const int block = blocks[i];
         return block >= 0 ? Place{tail, block, layer} : Place{scratch, first + i - started, 0};
     }
 };

@@ -265,15 +265,23 @@ void Program::lm_head(const LinearWeights* w, const Activations* x, float scale,
     add(std::make_unique<GreedyOp>(head));
 }
 
+void Program::open_blocks(int memory, const int32_t* blocks, const int32_t* exact, int n) {
+    std::lock_guard<std::mutex> lock(turn_);
+    const KvPool &kv = pools_[memory], &tail = pools_[use(memory).tail];
+    for_heads(kv, [&](int layer, int head) {
+        for (int i = 0; i < n; i++) k_.open_block({&kv, &tail, blocks[i], exact[i], layer, head});
+    });
+}
+
 void Program::move_slots(int memory, const int32_t* blocks, const int32_t* src, const int32_t* dst, int n, int slots,
-                         int exact) {
+                         const int32_t* exact) {
     std::lock_guard<std::mutex> lock(turn_);
     const KvPool& kv = pools_[memory];
     if (kv.bits == 4) {
-        const LastBlock last = last_block(memory, exact);
+        const ExactForms forms = exact_forms(memory, exact);
         for_heads(kv, [&](int layer, int head) {
             const size_t at = (static_cast<size_t>(layer) * kv.n_kv + head) * n;
-            k_.move_slots({&kv, last, blocks, layer, head, slots, n, src + at, dst + at});
+            k_.move_slots({&kv, forms, blocks, layer, head, slots, n, src + at, dst + at});
         });
         return;
     }
@@ -301,28 +309,29 @@ void Program::move_slots(int memory, const int32_t* blocks, const int32_t* src, 
 }
 
 void Program::turn_keys(int memory, const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n,
-                        int exact) {
+                        const int32_t* exact) {
     std::lock_guard<std::mutex> lock(turn_);
     const KvPool& kv = pools_[memory];
-    const LastBlock last = last_block(memory, exact);
+    const ExactForms forms = exact_forms(memory, exact);
     for (int layer = 0; layer < kv.n_layers; layer++)
         for (int head = 0; head < kv.n_kv; head++)
-            k_.turn_keys({&kv, last, blocks, freq, half, layer, head, n,
+            k_.turn_keys({&kv, forms, blocks, freq, half, layer, head, n,
                           delta + (static_cast<size_t>(layer) * kv.n_kv + head) * n});
 }
 
-void Program::value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n, int exact) {
+void Program::value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n,
+                           const int32_t* exact) {
     std::lock_guard<std::mutex> lock(turn_);
     const KvPool& kv = pools_[memory];
-    const LastBlock last = last_block(memory, exact);
+    const ExactForms forms = exact_forms(memory, exact);
     for_heads(kv, [&](int layer, int head) {
         const size_t at = (static_cast<size_t>(layer) * kv.n_kv + head) * n;
-        k_.value_spread({&kv, last, blocks, layer, head, n, weights + at, out + at});
+        k_.value_spread({&kv, forms, blocks, layer, head, n, weights + at, out + at});
     });
 }
 
-LastBlock Program::last_block(int memory, int exact) const {
-    return exact < 0 ? LastBlock{} : LastBlock{&pools_[use(memory).tail], exact};
+ExactForms Program::exact_forms(int memory, const int32_t* exact) const {
+    return exact ? ExactForms{&pools_[use(memory).tail], exact} : ExactForms{};
 }
 
 template <class Work>

@@ -190,14 +190,15 @@ class Program : private Job {
     }
     void set_states(int memory, const StatePool& states);
     // Slots src of each layer and KV head over slots dst: [layers][kv_heads][n], those with src < 0 are skipped.
-    // slots, exact: in a memory of 4 bits, those in use before, and the block of its tail; else nothing is looked at.
+    // slots, exact: in a memory of 4 bits, those in use before, and the blocks of its tail; else nothing is looked at.
+    void open_blocks(int memory, const int32_t* blocks, const int32_t* exact, int n);
     void move_slots(int memory, const int32_t* blocks, const int32_t* src, const int32_t* dst, int n, int slots,
-                    int exact);
+                    const int32_t* exact);
     // The first n slots' keys turned by delta [layers][kv_heads][n] positions.
     void turn_keys(int memory, const int32_t* blocks, const double* freq, int half, const int32_t* delta, int n,
-                   int exact);
+                   const int32_t* exact);
     // How far each of the first n slots' values lies from their weighted mean: all [layers][kv_heads][n].
-    void value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n, int exact);
+    void value_spread(int memory, const int32_t* blocks, const float* weights, float* out, int n, const int32_t* exact);
 
     // Runs one part over the step. Callers on several threads take turns. The inputs have been checked.
     void run(StepState& step, int part = 0);
@@ -253,7 +254,7 @@ class Program : private Job {
     void need_scratch(size_t floats);
     void note_use(const AttentionLayer& at, int reach);
     void note_use(const StateLayer& at);
-    LastBlock last_block(int memory, int exact) const;
+    ExactForms exact_forms(int memory, const int32_t* exact) const;
     // Runs `work(layer, head)` for all of them, by all threads together.
     template <class Work>
     void for_heads(const KvPool& kv, Work work);

@@ -12,12 +12,12 @@ namespace {
 template <class S>
 const KernelTable& make_table(const char* name) {
     static const KernelTable table = {
-        name,           linear<S>,       rms_norm<S>,        quantize<S>,        norm_heads<S>,
-        gate_mul<S>,    embed<S>,        rope_table<S>,      rope_kv<S>,         rotate<S>,
-        pack_kv<S>,     attention<S>,    attention_merge<S>, attention_score<S>, move_slots<S>,
-        turn_keys<S>,   value_spread<S>, argmax<S>,          finish_logits<S>,   short_conv<S>,
-        delta_gates<S>, delta_rule<S>,   mamba_gates<S>,     mamba<S>,           gated_norm<S>,
-        sigmoid_mul<S>};
+        name,          linear<S>,      rms_norm<S>,        quantize<S>,        norm_heads<S>,
+        gate_mul<S>,   embed<S>,       rope_table<S>,      rope_kv<S>,         rotate<S>,
+        pack_kv<S>,    attention<S>,   attention_merge<S>, attention_score<S>, move_slots<S>,
+        open_block<S>, turn_keys<S>,   value_spread<S>,    argmax<S>,          finish_logits<S>,
+        short_conv<S>, delta_gates<S>, delta_rule<S>,      mamba_gates<S>,     mamba<S>,
+        gated_norm<S>, sigmoid_mul<S>};
     return table;
 }
 

@@ -10,14 +10,12 @@ from memories import allocate
 from tiny import TinyCheckpoint
 
 from tinychat.backends.cpu import CpuBackend
-from tinychat.backends.interface import BLOCK, MemorySpec, Slots, Span, Step, Tails
+from tinychat.backends.interface import BLOCK, STRETCH, MemorySpec, Slots, Span, Step, Tails
 from tinychat.backends.reference import ReferenceBackend
 from tinychat.backends.reference_kv4 import Grid, KeyGrid, Kv4Pool
 from tinychat.backends.reference_memory import KvPool
 from tinychat.kernels_cpu import _native
 from tinychat.network.weight_policy import WeightPolicy
-
-EXACT = 3  # the block of the tail that has the last slots
 
 
 @pytest.fixture(autouse=True)
@@ -118,12 +116,21 @@ def test_a_key_that_does_not_fit_gives_its_channel_another_range(pool):
 def span(start, end, length=None, position=None):
     """Tokens of IDS in both memories of a model in 4 bits, all of them asked for."""
     length = start if length is None else length
-    n = -(-(length + end - start) // BLOCK) - length // BLOCK
-    blocks = np.full(n, -1, np.int32)
-    blocks[0] = EXACT if length % BLOCK else -1
-    blocks[-1] = EXACT
-    memories = Slots(TABLE, length), Tails(blocks)
+    memories = Slots(TABLE, length), Tails(TABLE)
     return Step((Span(IDS[start:end], start if position is None else position, 0, memories),))
+
+
+def needed(length):
+    """Blocks that a row behind so many slots reads exactly."""
+    return {
+        *range(length // STRETCH * STRETCH // BLOCK, -(-length // BLOCK)),
+        *([0] if length >= STRETCH else []),
+    }
+
+
+def exact(length):
+    """The same as backends are told: the tail has block TABLE[i] as the exact form of block i."""
+    return np.where([i in needed(length) for i in range(len(TABLE))], TABLE, -1).astype(np.int32)
 
 
 @pytest.fixture(params=_native.isas())
@@ -143,8 +150,7 @@ def both(request, monkeypatch):
 def assert_alike(both, length, position):
     """The next tokens, and how far values lie from their mean."""
     weights = np.random.default_rng(5).random((1, 2, length), np.float32)
-    exact = EXACT if length % BLOCK else -1
-    spreads = [b.value_spread(TABLE, weights, 0, exact) for b in both]
+    spreads = [b.value_spread(TABLE, weights, 0, exact(length)) for b in both]
     np.testing.assert_allclose(*spreads, rtol=2e-3)
     logits = [b.step(span(75, 80, length, position)) for b in both]
     np.testing.assert_allclose(*logits, atol=0.02)
@@ -163,7 +169,8 @@ def test_slots_move_between_blocks_and_the_tail_as_in_the_reference(both, slots)
         dst[0, head, :holes] = np.sort(rng.choice(left, holes, replace=False))
         src[0, head, :holes] = left + np.sort(rng.choice(n, holes, replace=False))
     for b in both:
-        b.move_slots(TABLE, src, dst, 0, slots, EXACT if slots % BLOCK else -1)
+        fresh = np.where(exact(slots) < 0, exact(left), -1).astype(np.int32)
+        b.move_slots(TABLE, src, dst, 0, slots, exact(slots), fresh)
     assert np.abs(assert_alike(both, left, 75) - before).max() > 0.1
 
 
@@ -172,8 +179,24 @@ def test_keys_turn_as_in_the_reference(both, slots):
     delta = np.random.default_rng(1).integers(-9, 9, (1, 2, slots)).astype(np.int32)
     delta[:, :, 16:32] = 0
     for b in both:
-        b.turn_keys(TABLE, delta, 0, EXACT if slots % BLOCK else -1)
+        b.turn_keys(TABLE, delta, 0, exact(slots))
     assert_alike(both, slots, 75)
+
+
+def test_rows_read_their_stretch_and_the_first_block_exactly(both):
+    checkpoint, policy = TinyCheckpoint(2, head_dim=24, n_layers=1), WeightPolicy("none", 16)
+    halves = allocate(ReferenceBackend(checkpoint, policy, kv_bits=16), BLOCKS)
+    whole = halves.step(Step.of(IDS[:75], 0, 0, TABLE, 0))
+    for b in both:
+        got = b.step(span(0, 75))
+        np.testing.assert_allclose(got[:STRETCH], whole[:STRETCH], atol=0.005)
+        off = np.abs(got[STRETCH:] - whole[STRETCH:]).mean() / whole.std()
+        assert 1e-3 < off < 0.2
+        for block, reads in ((0, False), (4, False), (1, True)):
+            kept = b.read_blocks(TABLE[[block]])
+            b.write_blocks(TABLE[[block]], np.full_like(kept, 0xFF))  # NaN
+            assert np.isnan(b.step(span(75, 80))).any() == reads
+            b.write_blocks(TABLE[[block]], kept)
 
 
 def test_what_does_not_fit_is_refused(both):
@@ -182,18 +205,20 @@ def test_what_does_not_fit_is_refused(both):
     has = good.spans[0].memories
     for tails, words in [
         (np.zeros(0, np.int32), "cover"),
-        (np.array([-1], np.int32), "outside"),  # the block has eleven slots already
-        (np.array([BLOCKS], np.int32), "outside"),
+        (np.where(np.arange(len(TABLE)) == 75 // BLOCK, -1, TABLE), "outside"),  # it has eleven slots already
+        (np.full(len(TABLE), BLOCKS), "outside"),
+        (np.where(np.arange(len(TABLE)) == 0, -1, TABLE), "first block"),
     ]:
+        tails = tails.astype(np.int32)
         with pytest.raises(ValueError, match=words):
             cpu.step(Step((Span(IDS[75:80], 75, 0, (has[0], Tails(tails))),)))
     heads = np.zeros((1, 2, 75), np.int32)
     with pytest.raises(ValueError, match="tail"):
         cpu.turn_keys(TABLE, heads)
     with pytest.raises(ValueError, match="tail"):
-        cpu.turn_keys(TABLE, heads, 0, BLOCKS)
+        cpu.turn_keys(TABLE, heads, 0, np.full(len(TABLE), BLOCKS, np.int32))
     with pytest.raises(ValueError, match="in use"):
-        cpu.move_slots(TABLE, heads[..., :32], heads[..., :32], 0, 16, -1)
+        cpu.move_slots(TABLE, heads[..., :32], heads[..., :32], 0, 16, exact(16))
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK, Slots, Span, States, Step, Tails
+from tinychat.backends.interface import BLOCK, STRETCH, Slots, Span, States, Step, Tails
 
 BLOCKS = 96
 LENGTH = 300  # tokens of the longest sequence: more than one part of the attention kernels
@@ -53,13 +53,15 @@ class Sequence:
         return Span(ids, self.at + 7, logits_from, tuple(memories))  # as after an eviction of seven tokens
 
     def exact(self, table: np.ndarray, rows: int) -> np.ndarray:
-        """Blocks of a tail: of those that are whole behind this step and were not begun before, every second
-        one is not left anywhere.
+        """Blocks of a tail: of stretches that are whole behind this step and were not begun before, every
+        second one is not left anywhere, and those long before are in nobody's reach.
         """
-        first, end = self.at // BLOCK, -(-(self.at + rows) // BLOCK)
-        blocks = table[first:end].copy()
-        whole = (self.at + rows) // BLOCK
-        blocks[[i - first for i in range(-(-self.at // BLOCK), whole) if i % 2]] = -1
+        end = self.at + rows
+        blocks = table[: -(-end // BLOCK)].copy()
+        stretch = np.arange(len(blocks)) * BLOCK // STRETCH
+        whole = (stretch * STRETCH >= self.at) & ((stretch + 1) * STRETCH <= end)
+        past = (stretch + 1) * STRETCH <= self.at
+        blocks[(stretch > 0) & (past | (whole & (stretch % 2 > 0)))] = -1
         return blocks
 
 

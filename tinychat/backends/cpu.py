@@ -201,29 +201,36 @@ class CpuBackend:
         dst: np.ndarray,
         memory: int = 0,
         slots: int = 0,
-        exact: int = -1,
+        exact: np.ndarray | None = None,
+        fresh: np.ndarray | None = None,
     ) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
         arrays = (np.ascontiguousarray(a, np.int32) for a in (block_table, src, dst))
-        self._program.move_slots(memory, *arrays, slots, exact)
+        self._program.move_slots(memory, *arrays, slots, _native_exact(exact))
+        if fresh is not None:
+            opened = (np.ascontiguousarray(a[fresh >= 0], np.int32) for a in (block_table, fresh))
+            self._program.open_blocks(memory, *opened)
 
     def value_spread(
-        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: int = -1
+        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
     ) -> np.ndarray:
         """How far values lie from their weighted mean, float32 [layers, kv_heads, n]."""
         table = np.ascontiguousarray(block_table, np.int32)
         weights, out = np.ascontiguousarray(weights, np.float32), np.empty(weights.shape, np.float32)
-        self._program.value_spread(memory, table, weights, out, exact)
+        self._program.value_spread(memory, table, weights, out, _native_exact(exact))
         return out
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
+    def turn_keys(
+        self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
+    ) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         table = np.ascontiguousarray(block_table, np.int32)
         ropes = [self.cfg.all_layers[layer].attention.rope for layer in self.memories[memory].layers]
         for rope in {rope for rope in ropes if rope is not None}:
             here = np.array([r == rope for r in ropes])[:, None, None]  # zero turns nothing
             turned = np.ascontiguousarray(np.where(here, delta, 0), np.int32)
-            self._program.turn_keys(memory, table, [float(f) for f in rope.frequencies()], turned, exact)
+            frequencies = [float(f) for f in rope.frequencies()]
+            self._program.turn_keys(memory, table, frequencies, turned, _native_exact(exact))
 
     def step(self, step: Step) -> np.ndarray:
         """Run the network. float32 [asked rows, vocab]."""
@@ -285,6 +292,11 @@ def block_bytes(spec: MemorySpec, kv_bits: int) -> int:
 def _shape_of(spec: MemorySpec, kv_bits: int) -> tuple[int, int, int, int, int]:
     bits = 16 if spec.kind == "tail" else kv_bits
     return len(spec.layers), spec.kv_heads, spec.head_dim, bits, spec.latent
+
+
+def _native_exact(exact: np.ndarray | None) -> np.ndarray:
+    """Exact forms of blocks, as the program takes them."""
+    return np.ascontiguousarray([] if exact is None else exact, np.int32)
 
 
 def native_span(span: Span) -> tuple:

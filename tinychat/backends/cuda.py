@@ -162,7 +162,8 @@ class CudaBackend:
         dst: np.ndarray,
         memory: int = 0,
         slots: int = 0,
-        exact: int = -1,
+        exact: np.ndarray | None = None,
+        fresh: np.ndarray | None = None,
     ) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
         pool = self._pool(memory)
@@ -173,7 +174,7 @@ class CudaBackend:
             self._device.synchronize()
 
     def value_spread(
-        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: int = -1
+        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
     ) -> np.ndarray:
         """How far each slot's value lies from the weighted mean: float32 [layers, kv_heads, n]."""
         pool, out = self._pool(memory), np.empty(weights.shape, np.float32)
@@ -185,7 +186,9 @@ class CudaBackend:
             self._device.synchronize()
         return out
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
+    def turn_keys(
+        self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
+    ) -> None:
         """Rotate the cached keys of the first slots by `delta` positions; blocks that a window has left
         behind may be -1.
         """

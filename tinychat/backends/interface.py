@@ -12,6 +12,7 @@ from tinychat.base.errors import UnsupportedModelError
 from tinychat.network.config import AttentionConfig, ModelConfig
 
 BLOCK = 16  # slots in a KV block
+STRETCH = 4 * BLOCK  # slots: a row reads its own stretch of a memory in 4 bits exactly
 LARGEST_ROWS = 64  # rows of which `step_largest` gives the largest logits
 
 
@@ -21,7 +22,7 @@ class MemorySpec:
 
     kind         paged: keys and values of every token. window: of the last `window` tokens (what lies behind
                  is never read again, so its blocks may be given back). state: a fixed number of bytes a
-                 sequence. tail: the newest blocks of another memory, whose complete blocks are in 4 bits, in
+                 sequence. tail: the blocks that rows of another memory, which is in 4 bits, read exactly, in
                  16 bits
     layers       which layers of the model, ascending; arrays of one memory have their layers in this order
     kv_heads, head_dim  of paged, window and tail memories
@@ -29,7 +30,8 @@ class MemorySpec:
     latent       last values of a key that are the token's value too, so that only keys are stored (latent
                  attention); 0: keys and values are stored apart
     state_bytes  of one sequence, all its layers together; of state memories
-    of           index of the memory whose newest blocks it holds; of tail memories
+    of           index of the memory whose blocks it holds; of tail memories
+    stretch      a found prefix has a multiple of so many tokens; more than BLOCK beside a tail
     """
 
     kind: Literal["paged", "window", "state", "tail"]
@@ -40,6 +42,7 @@ class MemorySpec:
     state_bytes: int = 0
     of: int = -1
     latent: int = 0
+    stretch: int = BLOCK
 
     @property
     def sides(self) -> int:
@@ -82,6 +85,7 @@ def with_tails(memories: tuple[MemorySpec, ...]) -> tuple[MemorySpec, ...]:
             "A model with latent attention caches one short row a token, which is not kept in 4 bits.",
             "Use --kv-bits 16 or 8.",
         )
+    memories = tuple(replace(spec, stretch=STRETCH) for spec in memories)
     kv = [(m, spec) for m, spec in enumerate(memories) if spec.kind in ("paged", "window")]
     return *memories, *(replace(spec, kind="tail", window=0, of=m) for m, spec in kv)
 
@@ -142,13 +146,15 @@ class States:
 class Tails:
     """Blocks that a span reads and leaves in a tail memory.
 
-    blocks  int32 [n], for the blocks of the other memory that the span's T rows are written to, from that of
-            slot `length` on: where their keys and values are left in 16 bits; -1 where nobody needs them
-            afterwards. If the first row begins inside of a block, the first of these has what lies before it
+    blocks  int32 [n], for each block of the other memory's table: where it is in 16 bits, and left there if
+            the span's T rows are written to it; -1 where nobody needs that
 
-    A row reads the block that it lies in exactly, as far as itself, and all earlier blocks in 4 bits. So what
+    A row reads the stretch of STRETCH slots that it lies in exactly, as far as itself, in a paged memory the
+    first block as well (the first tokens are looked at by all others), and everything else in 4 bits. So what
     it sees does not depend on how its sequence was cut, and rows that are taken back leave no trace: a block
-    is stored in 4 bits when its last slot is written, as often as that happens.
+    is stored in 4 bits when its last slot is written, as often as that happens. Therefore `blocks` has every
+    block of a stretch that began before the span, all or none of any other, and in a paged memory the first
+    one, unless the span begins with it.
     """
 
     blocks: np.ndarray
@@ -274,8 +280,8 @@ class Backend(Protocol):
         """Write what `read_blocks` gave into these blocks."""
         ...
 
-    # Below, `exact` is the block of the memory's tail that has the slots of the last, incomplete block of
-    # the table; -1: there is none.
+    # Below, `exact` has for each block of the table the block of the memory's tail that is its exact form, or
+    # -1: int32 [blocks]; None: the memory has no tail. It names what rows behind the last slot read, no more.
 
     def move_slots(
         self,
@@ -284,18 +290,19 @@ class Backend(Protocol):
         dst: np.ndarray,
         memory: int = 0,
         slots: int = 0,
-        exact: int = -1,
+        exact: np.ndarray | None = None,
+        fresh: np.ndarray | None = None,
     ) -> None:
         """Keys and values of the logical slots `src` over those of `dst`: int32 [layers, kv_heads, n], and
         nothing where src is negative. Eviction fills the holes with the last slots.
 
-        slots: how many are in use, of which the last n are given up. A memory with a tail wants to know:
-        `exact` has the slots of another block then, the one that is the last from now on.
+        slots: how many are in use, of which the last n are given up. A memory with a tail wants to know.
+        fresh: like `exact`, of further blocks that get an exact form afterwards, as they are read.
         """
         ...
 
     def value_spread(
-        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: int = -1
+        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
     ) -> np.ndarray:
         """How far the value of each slot lies from the weighted mean of all of them, for the first n slots:
         Euclidean norms, float32 [layers, kv_heads, n].
@@ -304,7 +311,9 @@ class Backend(Protocol):
         """
         ...
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
+    def turn_keys(
+        self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
+    ) -> None:
         """Rotate the cached keys of the first n slots by `delta` positions: int32 [layers, kv_heads, n]."""
         ...
 

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from tinychat.backends.guessed import spread
-from tinychat.backends.interface import BLOCK, Slots, Step, Tails, memories_of, place_of, tail_of, with_tails
+from tinychat.backends.interface import (
+    BLOCK,
+    STRETCH,
+    Slots,
+    Step,
+    Tails,
+    memories_of,
+    place_of,
+    tail_of,
+    with_tails,
+)
 from tinychat.backends.reference_experts import ExpertOps
 from tinychat.backends.reference_kv4 import Kv4Pool
 from tinychat.backends.reference_latent import LatentOps
@@ -156,16 +166,21 @@ class ReferenceBackend(ExpertOps, LatentOps, StateOps):
         dst: np.ndarray,
         memory: int = 0,
         slots: int = 0,
-        exact: int = -1,
+        exact: np.ndarray | None = None,
+        fresh: np.ndarray | None = None,
     ) -> None:
         self.pools[memory].move_slots(block_table, src, dst, slots, exact)
+        if fresh is not None:
+            self.pools[memory].open_blocks(block_table[fresh >= 0], fresh[fresh >= 0])
 
     def value_spread(
-        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: int = -1
+        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
     ) -> np.ndarray:
         return self.pools[memory].value_spread(block_table, weights, exact)
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
+    def turn_keys(
+        self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
+    ) -> None:
         ropes = [self.cfg.all_layers[layer].attention.rope for layer in self.memories[memory].layers]
         self.pools[memory].turn_keys(block_table, delta, ropes, exact)
 
@@ -276,10 +291,7 @@ class ReferenceBackend(ExpertOps, LatentOps, StateOps):
         for rows, span in zip(self.rows, self.spans, strict=True):
             slots, end = span.memories[memory], span.memories[memory].length + len(span.token_ids)
             if tail is not None:
-                exact = self._exact(k[rows], v[rows], slots, pool, index, span.memories[tail])
-                for i in range(slots.length // BLOCK, end // BLOCK):
-                    own = exact[:, (i - slots.length // BLOCK) * BLOCK :][:, :BLOCK]
-                    pool.pack(index, int(slots.table[i]), *own)
+                pool.keep(index, k[rows], v[rows], slots, span.memories[tail])
             else:
                 where = pool_slots(slots.table)[slots.length : end]
                 pool.kv[:, index, where] = pool.stored(torch.stack([k[rows], v[rows]]))
@@ -299,42 +311,26 @@ class ReferenceBackend(ExpertOps, LatentOps, StateOps):
     def _attend_4(
         self, q, k, v, attention: AttentionConfig, slots: Slots, pool: Kv4Pool, layer: int, tails: Tails
     ):
-        """The same with keys and values in 4 bits: the rows of each block read that block as it is."""
-        end = slots.length + q.shape[0]
+        """The same with keys and values in 4 bits: rows read what is near them as it is."""
+        end, began = slots.length + q.shape[0], slots.length // STRETCH * STRETCH
         if k is None:  # what the layer that wrote it read exactly
             exact = self.exact[id(tails), layer]
         else:
-            exact = self._exact(k, v, slots, pool, layer, tails)
+            exact = pool.keep(layer, k, v, slots, tails)
             if pool.spec.layers[layer] in self.sources:
                 self.exact[id(tails), layer] = exact
         stored, out = pool_slots(slots.table), []
-        for i in range(len(tails.blocks)):
-            start = (slots.length // BLOCK + i) * BLOCK  # its first slot
-            own = exact[:, i * BLOCK : (i + 1) * BLOCK]
-            rows = slice(max(0, start - slots.length), start + BLOCK - slots.length)
+        for start in range(began, end, STRETCH):
+            own, last = exact[:, start - began :][:, :STRETCH], min(end, start + STRETCH)
+            rows = slice(max(0, start - slots.length), last - slots.length)
             first = max(0, max(start, slots.length) + 1 - attention.window) if attention.window else 0
-            kv = torch.cat([pool.kv[:, layer, stored[first:start]], own[:, max(0, first - start) :]], dim=1)
-            last = min(end, start + BLOCK)
+            before = pool.kv[:, layer, stored[first:start]]
+            if pool.reads_first and start:
+                before[:, :BLOCK] = pool.exact(layer, tails.blocks[:1]) if began else exact[:, :BLOCK]
+            kv = torch.cat([before, own[:, max(0, first - start) :]], dim=1)
             scored = rows.start - (q.shape[0] - slots.scored_rows)
             out.append(self._attend_to(q[rows], kv, attention, slots, layer, scored, last))
-            if own.shape[1] == BLOCK and k is not None:
-                pool.pack(layer, int(slots.table[start // BLOCK]), *own)
         return torch.cat(out)
-
-    @staticmethod
-    def _exact(k, v, slots: Slots, pool: Kv4Pool, layer: int, tails: Tails) -> torch.Tensor:
-        """Keys and values of the blocks that rows are written to, from the first slot of the first on:
-        [2, slots, kv_heads, dim]. The tail has them, too.
-        """
-        began, exact = slots.length % BLOCK, pool.tail.stored(torch.stack([k, v]))
-        if began:
-            before = int(tails.blocks[0]) * BLOCK
-            exact = torch.cat([pool.tail.kv[:, layer, before : before + began], exact], dim=1)
-        for i, block in enumerate(tails.blocks.tolist()):
-            own = exact[:, i * BLOCK : (i + 1) * BLOCK]
-            if block >= 0:
-                pool.tail.kv[:, layer, block * BLOCK : block * BLOCK + own.shape[1]] = own
-        return exact
 
     def _attend_to(self, q, kv, attention: AttentionConfig, slots: Slots, layer: int, scored: int, end: int):
         """Attention of rows of one span over keys and values [2, slots, kv_heads, dim] before `end`, where

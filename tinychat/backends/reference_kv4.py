@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tinychat.backends.interface import BLOCK, MemorySpec
-from tinychat.backends.reference_memory import KvPool, pool_slots, rotate, spread
+from tinychat.backends.interface import BLOCK, STRETCH, MemorySpec, Slots, Tails
+from tinychat.backends.reference_memory import Exact, KvPool, pool_slots, rotate, spread
 from tinychat.network.config import RopeConfig
 
 GROUP = 32  # channels of a value that share a scale
@@ -102,8 +102,8 @@ def rounded_values(v: torch.Tensor) -> torch.Tensor:
 
 
 class Kv4Pool(KvPool):
-    """Complete blocks in 4 bits: what they give back, and the grids of the keys. The incomplete ones are in
-    `tail`, as halves.
+    """Complete blocks in 4 bits: what they give back, and the grids of the keys. Those that are read
+    exactly are in `tail`, as halves.
 
     grids  [layers, blocks, kv_heads, head_dim + 1, 2]: scales and offsets, and behind them their units
     """
@@ -111,6 +111,7 @@ class Kv4Pool(KvPool):
     def __init__(self, spec: MemorySpec, tail: KvPool):
         super().__init__(spec, 4)
         self.tail = tail
+        self.reads_first = spec.kind == "paged"  # whether rows read the first block exactly, too
         self.grids = torch.empty(len(spec.layers), 0, spec.kv_heads, spec.head_dim + 1, 2)
         self._grid_bytes = len(spec.layers) * spec.kv_heads * (spec.head_dim + 1) * 2 * 4
         self.bytes_per_block += self._grid_bytes
@@ -153,6 +154,25 @@ class Kv4Pool(KvPool):
     def _slots(self, block: int) -> slice:
         return slice(block * BLOCK, (block + 1) * BLOCK)
 
+    def exact(self, layer: int, blocks: np.ndarray) -> torch.Tensor:
+        """Blocks of the tail: [2, slots, kv_heads, head_dim]."""
+        return self.tail.kv[:, layer, pool_slots(blocks)]
+
+    def keep(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: Slots, tails: Tails) -> torch.Tensor:
+        """Write a span's keys and values. Returns the stretches that they are written to, from the first slot
+        of the first on, exactly: [2, slots, kv_heads, head_dim].
+        """
+        began, end = slots.length // STRETCH * STRETCH, slots.length + k.shape[0]
+        before = self.exact(layer, tails.blocks[began // BLOCK : -(-slots.length // BLOCK)])
+        exact = torch.cat([before[:, : slots.length - began], self.tail.stored(torch.stack([k, v]))], dim=1)
+        for i in range(slots.length // BLOCK, -(-end // BLOCK)):
+            own, block = exact[:, i * BLOCK - began :][:, :BLOCK], int(tails.blocks[i])
+            if block >= 0:
+                self.tail.kv[:, layer, block * BLOCK : block * BLOCK + own.shape[1]] = own
+            if own.shape[1] == BLOCK:
+                self.pack(layer, int(slots.table[i]), *own)
+        return exact
+
     def pack_keys(self, layer: int, block: int, k: torch.Tensor, heads: torch.Tensor | slice) -> None:
         """Store the keys of a block, of these heads."""
         grid = KeyGrid.over(k[:, heads])
@@ -161,45 +181,64 @@ class Kv4Pool(KvPool):
         self._keep_grid(kept, grid)
         self.grids[layer, block, heads] = kept
 
-    def pack(self, layer: int, block: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store a block that has got its last slot."""
-        self.pack_keys(layer, block, k, slice(None))
-        self.kv[1, layer, self._slots(block)] = rounded_values(v)
+    def pack(
+        self,
+        layer: int,
+        block: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: torch.Tensor | slice = slice(None),
+    ) -> None:
+        """Store a block that has all of its slots, of these heads."""
+        self.pack_keys(layer, block, k, heads)
+        self.kv[1, layer, self._slots(block)][:, heads] = rounded_values(v[:, heads])
 
     # What eviction asks for
 
-    def _with_exact(self, which: int, table: np.ndarray, n: int, exact: int) -> torch.Tensor:
+    def open_blocks(self, blocks: np.ndarray, exact: np.ndarray) -> None:
+        """Blocks as they are read, into the tail."""
+        self.tail.kv[:, :, pool_slots(exact)] = self.tail.stored(self.kv[:, :, pool_slots(blocks)])
+
+    def _with_exact(self, which: int, table: np.ndarray, n: int, exact: Exact) -> torch.Tensor:
         """Keys (0) or values (1) of the first n slots [layers, n, kv_heads, head_dim]."""
+        exact = np.full(len(table), -1) if exact is None else exact
+        there = torch.from_numpy(np.repeat(exact[: len(table)] >= 0, BLOCK))[:n]
         found = self.kv[which][:, pool_slots(table)[:n]]
-        if n % BLOCK:
-            found[:, n - n % BLOCK :] = self.tail.kv[which][:, exact * BLOCK : exact * BLOCK + n % BLOCK]
+        found[:, there] = self.tail.kv[which][:, pool_slots(exact)[:n][there]]
         return found
 
     def move_slots(
-        self, table: np.ndarray, src: np.ndarray, dst: np.ndarray, slots: int = 0, exact: int = -1
+        self, table: np.ndarray, src: np.ndarray, dst: np.ndarray, slots: int = 0, exact: Exact = None
     ) -> None:
         """A key that comes into a block takes the grid of its channel there if it fits, so that the others
         stay what they are however often that happens; else the channel gets another one. Values keep theirs.
+        Blocks that are read exactly take exactly what comes, and are stored in 4 bits anew.
         """
+        exact = np.full(len(table), -1) if exact is None else exact
         layer, head, i = np.nonzero(src >= 0)
         from_, to = src[layer, head, i], dst[layer, head, i]
-        left = slots - src.shape[2]
         k, v = (self._with_exact(which, table, slots, exact) for which in (0, 1))
         incoming = v[layer, from_, head]
-        if slots % BLOCK:  # those of the last, incomplete block are exact so far, and stay it in the next one
-            late = (from_ >= slots - slots % BLOCK) & (to < left - left % BLOCK)
-            incoming[late] = rounded_values(incoming[late])
+        rounds = (exact[from_ // BLOCK] >= 0) & (exact[to // BLOCK] < 0)
+        incoming[rounds] = rounded_values(incoming[rounds])
         k[layer, to, head], v[layer, to, head] = k[layer, from_, head], incoming
         moved = torch.zeros(*k.shape[:3], dtype=torch.bool)
         moved[layer, to, head] = True
-        for b in range(left // BLOCK):
+        left = slots - src.shape[2]
+        for b in range(-(-left // BLOCK)):
             there = slice(b * BLOCK, (b + 1) * BLOCK)
-            self._replace(int(table[b]), k[:, there], v[:, there], moved[:, there])
-        if left % BLOCK:
-            there = slice(left - left % BLOCK, left)
+            if exact[b] < 0:
+                self._replace(int(table[b]), k[:, there], v[:, there], moved[:, there])
+                continue
+            there = slice(b * BLOCK, min(left, (b + 1) * BLOCK))
+            at = int(exact[b]) * BLOCK
             for which, x in enumerate((k, v)):
-                at = exact * BLOCK
-                self.tail.kv[which][:, at : at + left % BLOCK] = self.tail.stored(x[:, there])
+                x[:, there] = self.tail.stored(x[:, there])
+                self.tail.kv[which][:, at : at + there.stop - there.start] = x[:, there]
+            if there.stop - there.start == BLOCK:
+                for own in range(len(k)):
+                    heads = moved[own, there].any(0)
+                    self.pack(own, int(table[b]), k[own, there], v[own, there], heads)
 
     def _replace(self, block: int, k: torch.Tensor, v: torch.Tensor, moved: torch.Tensor) -> None:
         """k, v: [layers, BLOCK, kv_heads, head_dim], of which those that moved (no dim) are new."""
@@ -217,12 +256,12 @@ class Kv4Pool(KvPool):
         self.kv[1][:, self._slots(block)] = v
         self._keep_grid(self.grids[:, block], grid)
 
-    def value_spread(self, table: np.ndarray, weights: np.ndarray, exact: int = -1) -> np.ndarray:
+    def value_spread(self, table: np.ndarray, weights: np.ndarray, exact: Exact = None) -> np.ndarray:
         values = self._with_exact(1, table, weights.shape[2], exact).transpose(1, 2)
         return spread(values, weights)
 
     def turn_keys(
-        self, table: np.ndarray, delta: np.ndarray, ropes: list[RopeConfig | None], exact: int = -1
+        self, table: np.ndarray, delta: np.ndarray, ropes: list[RopeConfig | None], exact: Exact = None
     ) -> None:
         """A block of which a key turns gets new ranges."""
         n = delta.shape[2]
@@ -234,9 +273,11 @@ class Kv4Pool(KvPool):
                 rope.frequencies()
             )
             keys = rotate(found[layer], angle.cos().float(), angle.sin().float())
-            for b in range(n // BLOCK):
-                turned = torch.from_numpy(delta[layer][:, b * BLOCK : (b + 1) * BLOCK].any(1))
-                self.pack_keys(layer, int(table[b]), keys[b * BLOCK : (b + 1) * BLOCK], turned)
-            if n % BLOCK:
-                at = exact * BLOCK
-                self.tail.kv[0, layer, at : at + n % BLOCK] = self.tail.stored(keys[n - n % BLOCK :])
+            for b in range(-(-n // BLOCK)):
+                k = keys[b * BLOCK : (b + 1) * BLOCK]
+                if exact is not None and exact[b] >= 0:
+                    k = self.tail.stored(k)
+                    self.tail.kv[0, layer, exact[b] * BLOCK : exact[b] * BLOCK + len(k)] = k
+                if len(k) == BLOCK:
+                    turned = torch.from_numpy(delta[layer][:, b * BLOCK : (b + 1) * BLOCK].any(1))
+                    self.pack_keys(layer, int(table[b]), k, turned)

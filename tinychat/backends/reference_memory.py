@@ -9,6 +9,8 @@ from tinychat.backends.interface import BLOCK, MemorySpec
 from tinychat.base.errors import MemoryBudgetError
 from tinychat.network.config import RopeConfig
 
+Exact = np.ndarray | None  # as of `Backend.move_slots`
+
 
 def quantize_kv(x: torch.Tensor) -> torch.Tensor:
     """Keys or values [..., head_dim] as an 8-bit cache gives them back: int8 with an fp16 scale for each 32
@@ -91,18 +93,18 @@ class KvPool:
     # What eviction asks for. slots, exact: as of `Backend.move_slots`; only caches of 4 bits need them.
 
     def move_slots(
-        self, table: np.ndarray, src: np.ndarray, dst: np.ndarray, slots: int = 0, exact: int = -1
+        self, table: np.ndarray, src: np.ndarray, dst: np.ndarray, slots: int = 0, exact: Exact = None
     ) -> None:
         layer, head, i = np.nonzero(src >= 0)
         to, from_ = (pool_slots(table)[a[layer, head, i]] for a in (dst, src))
         self.kv[:, layer, to, head] = self.kv[:, layer, from_, head]
 
-    def value_spread(self, table: np.ndarray, weights: np.ndarray, exact: int = -1) -> np.ndarray:
+    def value_spread(self, table: np.ndarray, weights: np.ndarray, exact: Exact = None) -> np.ndarray:
         values = self.kv[-1, :, pool_slots(table)[: weights.shape[2]]].transpose(1, 2)
         return spread(values[..., -self.spec.latent :], weights)  # all of them where nothing is latent
 
     def turn_keys(
-        self, table: np.ndarray, delta: np.ndarray, ropes: list[RopeConfig | None], exact: int = -1
+        self, table: np.ndarray, delta: np.ndarray, ropes: list[RopeConfig | None], exact: Exact = None
     ) -> None:
         """ropes: of each layer."""
         slots = pool_slots(table)[: delta.shape[2]]

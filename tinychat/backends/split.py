@@ -173,14 +173,15 @@ class SplitBackend:
         dst: np.ndarray,
         memory: int = 0,
         slots: int = 0,
-        exact: int = -1,
+        exact: np.ndarray | None = None,
+        fresh: np.ndarray | None = None,
     ) -> None:
         """Keys and values of the logical slots `src` over those of `dst`."""
         for s in self._shares[memory]:
-            s.backend.move_slots(block_table, src[s.layers], dst[s.layers], s.memory, slots, exact)
+            s.backend.move_slots(block_table, src[s.layers], dst[s.layers], s.memory, slots, exact, fresh)
 
     def value_spread(
-        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: int = -1
+        self, block_table: np.ndarray, weights: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
     ) -> np.ndarray:
         """How far each slot's value lies from the weighted mean: float32 [layers, kv_heads, n]."""
         out = np.empty(weights.shape, np.float32)
@@ -188,7 +189,9 @@ class SplitBackend:
             out[s.layers] = s.backend.value_spread(block_table, weights[s.layers], s.memory, exact)
         return out
 
-    def turn_keys(self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: int = -1) -> None:
+    def turn_keys(
+        self, block_table: np.ndarray, delta: np.ndarray, memory: int = 0, exact: np.ndarray | None = None
+    ) -> None:
         """Rotate the cached keys of the first slots by `delta` positions."""
         for s in self._shares[memory]:
             s.backend.turn_keys(block_table, delta[s.layers], s.memory, exact)

@@ -203,7 +203,7 @@ class Engine:
             return
         excess = ledger.policy.excess(branch.slots, n)
         if excess:
-            self._take(branch, branch.own)
+            self._take(branch, lambda: branch.own(excess))
             self.memories.give_up(branch, excess)
         if branch.position + n > self.trained_context and branch.slots + n <= self.trained_context:
             self._take(branch, branch.own_all)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tinychat.engine.chat_model import ChatModel
     from tinychat.engine.engine import OwnedBranch
 
-VERSION = 5
+VERSION = 6
 SECRET = 32  # bytes
 WORTH = 64  # tokens; fewer are read again as fast
 LEDGER = ("tokens", "positions", "born", "scores")

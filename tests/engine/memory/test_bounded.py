@@ -43,13 +43,13 @@ class Idle:
     def copy_block(self, src, dst, memory=0):
         pass
 
-    def move_slots(self, table, src, dst, memory=0, slots=0, exact=-1):
+    def move_slots(self, table, src, dst, memory=0, slots=0, exact=None, fresh=None):
         pass
 
-    def value_spread(self, table, weights, memory=0, exact=-1):
+    def value_spread(self, table, weights, memory=0, exact=None):
         return np.ones_like(weights)
 
-    def turn_keys(self, table, delta, memory=0, exact=-1):
+    def turn_keys(self, table, delta, memory=0, exact=None):
         self.turned.append((memory, delta.shape[2], np.unique(delta).tolist()))
 
     def step(self, step):

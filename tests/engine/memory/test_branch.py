@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tinychat.backends.interface import BLOCK, MemorySpec, Slots, Tails, tail_of, with_tails
+from tinychat.backends.interface import BLOCK, STRETCH, MemorySpec, Slots, Tails, tail_of, with_tails
 from tinychat.engine.eviction import EvictionPolicy, Ledger
 from tinychat.engine.memory.ahead import ahead
 from tinychat.engine.memory.branch import Branch, common_prefix
@@ -81,7 +81,7 @@ class FakeMemories:
                         slots[slot] = told[before + row]
                 continue
             if spec.kind == "tail":
-                self.write_exactly(slots, has.blocks, before, told)
+                self.write_exactly(slots, has.blocks, before, told, self.specs[spec.of].kind == "paged")
                 continue
             assert has.length == before
             start, end = before, before + len(ids)
@@ -92,14 +92,26 @@ class FakeMemories:
                 slots[has.table[i // BLOCK] * BLOCK + i % BLOCK] = told[i]
         branch.commit(ids[: len(ids) if accepted is None else accepted])
 
-    def write_exactly(self, slots, blocks, before, told):
-        first = before // BLOCK
-        assert len(blocks) == -(-len(told) // BLOCK) - first
-        for i in range(first * BLOCK, before):  # what the rows of this block see beside their own
-            assert slots[blocks[0] * BLOCK + i % BLOCK] == told[i]
+    def write_exactly(self, slots, blocks, before, told, reads_first):
+        assert len(blocks) == -(-len(told) // BLOCK)
+        self.read_exactly(slots, blocks, before, told, reads_first)
+        for start in range(0, len(blocks), STRETCH // BLOCK):
+            there = blocks[start : start + STRETCH // BLOCK] >= 0
+            assert (
+                there.all()
+                or (start * BLOCK >= before // STRETCH * STRETCH and not there.any())
+                or (start * BLOCK < before // STRETCH * STRETCH)
+            )
         for i in range(before, len(told)):
-            if (block := blocks[i // BLOCK - first]) >= 0:
+            if (block := blocks[i // BLOCK]) >= 0:
                 slots[block * BLOCK + i % BLOCK] = told[i]
+
+    def read_exactly(self, slots, blocks, n, told, reads_first):
+        """What the row behind n others sees exactly beside itself."""
+        first = range(BLOCK if reads_first and n >= STRETCH else 0)
+        for i in (*first, *range(n // STRETCH * STRETCH, n)):
+            assert blocks[i // BLOCK] >= 0
+            assert slots[blocks[i // BLOCK] * BLOCK + i % BLOCK] == told[i]
 
     def check(self, branch):
         """Whatever the next token reads is what belongs there."""
@@ -110,10 +122,8 @@ class FakeMemories:
                 assert (slots[has.source] == told[-1]) if n else has.source == -1
                 continue
             if spec.kind == "tail":
-                block = branch.parts[memory].last(n)
-                assert (block >= 0) == (n % BLOCK > 0)
-                for i in range(n // BLOCK * BLOCK, n):
-                    assert slots[block * BLOCK + i % BLOCK] == told[i]
+                blocks = branch.parts[memory].exact(-(-n // BLOCK))
+                self.read_exactly(slots, blocks, n, told, self.specs[spec.of].kind == "paged")
                 continue
             end = n if tail_of(self.specs, memory) is None else n // BLOCK * BLOCK
             seen = range(max(0, n - spec.window + 1) if spec.kind == "window" else 0, end)
@@ -190,7 +200,7 @@ class MemoryMachine(RuleBasedStateMachine):
                     if isinstance(has, Slots):
                         slots[has.table[at // BLOCK] * BLOCK + at % BLOCK] = "ahead"
                     elif isinstance(has, Tails):
-                        slots[has.blocks[0] * BLOCK + at % BLOCK] = "ahead"
+                        slots[has.blocks[at // BLOCK] * BLOCK + at % BLOCK] = "ahead"
                     elif has.kept[0] >= 0:
                         slots[has.kept[0]] = "ahead"
 
@@ -260,9 +270,11 @@ class MemoryMachine(RuleBasedStateMachine):
         for b in getattr(self, "branches", []):
             for spec, part in zip(self.memories.specs, b.parts, strict=True):
                 if spec.kind == "window":
-                    assert len(part.held()) <= -(-spec.window // BLOCK) + 2
-                elif spec.kind in ("state", "tail"):
-                    assert len(part.held()) <= 2 + (spec.kind == "state")
+                    assert len(part.held()) <= -(-spec.window // BLOCK) + 1 + spec.stretch // BLOCK
+                elif spec.kind == "state":
+                    assert len(part.held()) <= 3
+                elif spec.kind == "tail":
+                    assert len(part.held()) <= 1 + 2 * STRETCH // BLOCK
 
     @invariant()
     def blocks_are_held_or_available(self):
@@ -305,12 +317,12 @@ def random_ids(n, seed=0):
 
 
 def kept_before(kind, n):
-    """Tokens of a prompt of n that can be gone on from: a state is kept a block before the last whole one,
+    """Tokens of a prompt of n that can be gone on from: a state is kept a stretch before the last whole one,
     and a window in 4 bits may not reach back from there.
     """
-    kinds = [spec.kind for spec in KINDS[kind]]
+    kinds, stretch = [spec.kind for spec in KINDS[kind]], KINDS[kind][0].stretch
     blocks = ("state" in kinds) + ("state" in kinds and "window" in kinds and "tail" in kinds)
-    return ((n - 1) // BLOCK - blocks) * BLOCK
+    return ((n - 1) // stretch - blocks) * stretch
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -392,7 +404,7 @@ def test_after_an_eviction_windows_go_on_and_are_not_shared(kind):
     memories.step(branch, ids[:48]), ledger.append(48)
     memories.step(branch, ids[48:96]), ledger.append(48)
     memories.step(branch, ids[96:]), ledger.append(32)
-    branch.own()
+    branch.own(BLOCK)
     branch.give_up(16)
     branch.drop_empty_blocks()
     window = branch.parts[-1]

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from tinychat.backends.interface import BLOCK, Slots, States, Tails
+from tinychat.backends.interface import BLOCK, STRETCH, Slots, States, Tails
 from tinychat.engine.eviction import Ledger, Votes
 from tinychat.engine.memory.paged import Paged
 from tinychat.engine.memory.pool import PoolExhaustedError
@@ -146,7 +146,7 @@ class Branch:
         votes, n = self.ledger.remembered if self.ledger else None, len(prompt)
         if not votes or votes.size + self.evicted != n or common_prefix(self.ids, prompt) != n:
             return False
-        return self._behind(n - 1) >= max(self._floor, n - 1 - 2 * BLOCK)
+        return self._behind(n - 1) >= max(self._floor, n - 1 - max(2 * BLOCK, STRETCH))
 
     def _behind(self, n: int) -> int:
         """How many of its first n tokens it can go back to."""
@@ -219,12 +219,14 @@ class Branch:
 
     # Eviction
 
-    def own(self) -> None:
-        """Make every block private that eviction is going to overwrite. Raises PoolExhaustedError; what is
-        done stays.
+    def own(self, n: int) -> None:
+        """Make every block private that giving n slots up is going to overwrite, and have room for what is
+        needed then. Raises PoolExhaustedError; what is done stays.
         """
         for part in self.parts:
             if part.thinned:
+                if isinstance(part, Tail):
+                    part.thin(self.slots, self.slots - n)
                 part.own()
 
     def own_all(self) -> None:
@@ -232,6 +234,8 @@ class Branch:
         is done stays.
         """
         for part in self.parts:
+            if isinstance(part, Tail):
+                part.thin(self.filled(part), self.filled(part))
             part.own()
 
     def give_up(self, n: int, value: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -246,9 +250,6 @@ class Branch:
         self.evicted += n
         self._floor = len(self.ids)
         self._keys = []
-        for part in self.parts:
-            if isinstance(part, Tail) and part.thinned:
-                part.thin(self.slots)
         return moves
 
     def reindex(self) -> list[np.ndarray | int]:

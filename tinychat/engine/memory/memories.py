@@ -93,16 +93,25 @@ class Memories:
             with np.errstate(over="ignore", invalid="ignore"):  # a damaged model's values
                 value = votes * self.backend.value_spread(table, votes, memory, exact)
         with branch.rewritten():
-            self.backend.move_slots(table, *branch.give_up(n, value), memory, slots, exact)
+            tail, moves = self._tail(branch, memory), branch.give_up(n, value)
+            fresh = tail.opened(len(table)) if tail else None
+            self.backend.move_slots(table, *moves, memory, slots, exact, fresh)
         branch.drop_empty_blocks()
 
-    def _exact(self, branch: Branch, memory: int) -> int:
-        """The block of a memory's tail that the branch's last slots are in; -1: they end with a whole block,
-        or there is no tail.
-        """
+    def _tail(self, branch: Branch, memory: int) -> Tail | None:
         tail = tail_of(self.backend.memories, memory)
         part = None if tail is None else branch.parts[tail]
-        return part.last(branch.filled(part)) if isinstance(part, Tail) else -1
+        assert part is None or isinstance(part, Tail)
+        return part
+
+    def _exact(self, branch: Branch, memory: int) -> np.ndarray | None:
+        """Exact forms of the blocks that the branch has in a memory; None: it has no tail."""
+        tail, part = self._tail(branch, memory), branch.parts[memory]
+        if tail is None:
+            return None
+        assert isinstance(part, Paged | Window)
+        first = part.first if isinstance(part, Window) else 0
+        return tail.exact(first + len(part.held()))[first:]
 
     def renumber(self, branch: Branch) -> None:
         """Positions become consecutive, and keys turn; everything that it has is private."""

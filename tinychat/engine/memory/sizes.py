@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tinychat.backends.interface import BLOCK, Backend, MemorySpec
+from tinychat.backends.interface import BLOCK, STRETCH, Backend, MemorySpec
 from tinychat.engine.memory import state, window
 from tinychat.engine.memory.branch import Part
 from tinychat.engine.memory.paged import Paged
@@ -18,7 +18,7 @@ LEAST_SPACING, MOST_SPACING = 256, 4096  # tokens between two snapshots in a lon
 
 
 def _window_blocks(spec: MemorySpec) -> int:
-    return -(-spec.window // BLOCK) + 1
+    return -(-spec.window // BLOCK) + spec.stretch // BLOCK
 
 
 def blocks_of_one(spec: MemorySpec, n: int, rows: int) -> int:
@@ -28,7 +28,8 @@ def blocks_of_one(spec: MemorySpec, n: int, rows: int) -> int:
     if spec.kind == "state":
         return 3 + max(state.ROWS, 3 + rows // LEAST_SPACING)
     if spec.kind == "tail":
-        return 2 + -(-state.ROWS // BLOCK) + SPARE
+        # The first block; the stretch before, the one that a step begins in and the one it ends in.
+        return 1 + 3 * STRETCH // BLOCK + -(-state.ROWS // BLOCK) + SPARE
     whole = -(-n // BLOCK) + SPARE
     if spec.kind == "window":
         return min(whole, _window_blocks(spec) + -(-rows // BLOCK) + 1 + SPARE)
@@ -73,7 +74,8 @@ def snapshot_spacing(backend: Backend) -> int:
     windows = [4 * spec.window for spec in backend.memories if spec.kind == "window"]
     states = any(spec.kind == "state" for spec in backend.memories)
     tokens = max([*windows, _state_spacing(backend) if states else 0, LEAST_SPACING])
-    return -(-tokens // BLOCK) * BLOCK
+    stretch = max(spec.stretch for spec in backend.memories)
+    return -(-tokens // stretch) * stretch
 
 
 def _state_spacing(backend: Backend) -> int:
@@ -93,9 +95,9 @@ def new_parts(specs: Sequence[MemorySpec], pools: Sequence[BlockPool], spacing: 
         if spec.kind == "paged":
             parts.append(Paged(pool))
         elif spec.kind == "window":
-            parts.append(Window(pool, spec.window, spacing))
+            parts.append(Window(pool, spec.window, spacing, spec.stretch))
         elif spec.kind == "state":
-            parts.append(State(pool, spacing))
+            parts.append(State(pool, spacing, spec.stretch))
         elif spec.kind == "tail":
             parts.append(Tail(pool, thinned=specs[spec.of].kind == "paged"))
         else:

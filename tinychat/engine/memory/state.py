@@ -15,19 +15,19 @@ SNAPSHOTS = 4  # that a pool has room for beside the branch in use and its fork
 
 class State:
     """`current` holds the state behind the last token, `boundary` that behind the first `at` tokens, the last
-    whole block before it. A slot is written once: a step reads one and writes others, so a step that fails
+    whole stretch before it. A slot is written once: a step reads one and writes others, so a step that fails
     has changed nothing.
 
     A snapshot is a slot of the pool that is found by the key of the block that ends there. That of a prompt
-    is a block before its last whole one: what comes at its end to begin an answer, a marker of reasoning
+    is a stretch before its last whole one: what comes at its end to begin an answer, a marker of reasoning
     perhaps, may not be there any more in the next turn. `earlier` holds it until the next prompt.
     """
 
     thinned = False
 
-    def __init__(self, pool: BlockPool, spacing: int):
-        """spacing: tokens between two snapshots in a long text, a multiple of BLOCK."""
-        self.pool, self.spacing = pool, spacing
+    def __init__(self, pool: BlockPool, spacing: int, stretch: int = BLOCK):
+        """spacing: tokens between two snapshots in a long text, a multiple of `stretch`: see MemorySpec."""
+        self.pool, self.spacing, self.stretch = pool, spacing, stretch
         self.current = self.boundary = self.earlier = -1
         self.length = self.at = self._earlier_at = 0
         self._new = False  # whether `earlier` is yet to become a snapshot
@@ -49,8 +49,8 @@ class State:
         # Snapshots in an answer would drive the prompt's own out, so only a prompt has them on its way.
         self._reading = n > 1 and not each
         self._ends = self._snapshots(length, length + n) if self._reading else []
-        whole = (length + n - 1) // BLOCK * BLOCK
-        wanted = (whole, whole - BLOCK) if self._reading else (whole,)
+        whole = (length + n - 1) // self.stretch * self.stretch
+        wanted = (whole, whole - self.stretch) if self._reading else (whole,)
         ends = {length + n, *self._ends, *[end for end in wanted if end > length]}
         rows = range(n) if each else sorted(end - length - 1 for end in ends)
         if len(rows) > self.pool.available():
@@ -74,13 +74,13 @@ class State:
         """The step came as far as `length`."""
         if length == before:
             return self._drop_kept()
-        whole = (length - 1) // BLOCK * BLOCK
+        whole = (length - 1) // self.stretch * self.stretch
         for n in self._ends:
             if n <= length and n // BLOCK <= len(keys):
                 row = n - before - 1
                 self.kept[row] = self.pool.publish(int(self.kept[row]), keys[n // BLOCK - 1])
         if self._reading or self._new:
-            self._hold_earlier(whole - BLOCK, before)
+            self._hold_earlier(whole - self.stretch, before)
         if whole > self.at and whole >= before:  # a branch from disk begins without the state that lies there
             slot = self.current if whole == before else int(self.kept[whole - before - 1])
             self.pool.retain(slot)
@@ -110,7 +110,7 @@ class State:
             self.pool.release(slot)
 
     def keep(self, length: int, keys: Sequence[bytes]) -> None:
-        """Make a snapshot: of a prompt that was just read a block before the boundary, else the boundary."""
+        """Make a snapshot: a stretch before the boundary of a prompt that was just read, else at it."""
         if self._new and self._earlier_at // BLOCK <= len(keys):
             self.earlier = self.pool.publish(self.earlier, keys[self._earlier_at // BLOCK - 1])
         elif self.at and self.at // BLOCK <= len(keys):
@@ -201,7 +201,7 @@ class State:
 
     def fork(self) -> State:
         """The same, shared."""
-        other = State(self.pool, self.spacing)
+        other = State(self.pool, self.spacing, self.stretch)
         for name in ("current", "length", "boundary", "at", "earlier", "_earlier_at"):
             setattr(other, name, getattr(self, name))
         for slot in other.held():

@@ -22,9 +22,9 @@ class Window:
 
     thinned = False
 
-    def __init__(self, pool: BlockPool, window: int, spacing: int):
-        """spacing: tokens between two snapshots in a long text, a multiple of BLOCK."""
-        self.pool, self.window, self.spacing = pool, window, spacing
+    def __init__(self, pool: BlockPool, window: int, spacing: int, stretch: int = BLOCK):
+        """spacing: tokens between two snapshots in a long text, a multiple of `stretch`: see MemorySpec."""
+        self.pool, self.window, self.spacing, self.stretch = pool, window, spacing, stretch
         self.first = self.end = 0
         self._table = np.zeros(16, np.int32)  # what lies before `first` is of the past
         self._reads = False  # whether the step is a part of a prompt
@@ -80,16 +80,16 @@ class Window:
         end = length // self.spacing * self.spacing
         if self._reads and end > before and len(keys) >= end // BLOCK:
             self.keep(end + 1, keys)
-        # One block more stays: a drafting model takes a few tokens back.
-        seen = min(max(0, self.seen_from(length) - 1), self.end)
+        # One stretch more stays: a drafting model takes a few tokens back.
+        seen = min(max(0, self.seen_from(length) - self.stretch // BLOCK), self.end)
         while self.first < seen:
             self.first += 1
             self.pool.release(int(self._table[self.first - 1]))
 
     def keep(self, length: int, keys: Sequence[bytes]) -> None:
-        """Take a snapshot from which the token behind the last whole block before `length` can go on."""
+        """Take a snapshot from which the token behind the last whole stretch before `length` can go on."""
         full = min(length // BLOCK, len(keys))
-        start = self.seen_from(max(0, length - 1) // BLOCK * BLOCK)
+        start = self.seen_from(max(0, length - 1) // self.stretch * self.stretch)
         # Where another branch's shorter memory was continued, less than a window may be there: no snapshot.
         if start < self.first:
             return
@@ -126,8 +126,9 @@ class Window:
     def take(self, n: int, own: int, keys: Sequence[bytes]) -> None:
         """Hold what a token behind the first n sees, `longest` having allowed it."""
         first, end = self.seen_from(n), -(-n // BLOCK)
-        if first and self._has(first - 1, n, own):
-            first -= 1
+        for _ in range(self.stretch // BLOCK):
+            if first and self._has(first - 1, n, own):
+                first -= 1
         blocks = []
         for i in range(first, end):
             if self._has(i, n, own):
@@ -175,9 +176,9 @@ class Window:
 
     def _beginning(self, at: int) -> int:
         """First block of what is saved of a prompt of `at` tokens: its end may not come back, for it opens a
-        thought perhaps, and states are kept a block before it.
+        thought perhaps, and states are kept a stretch before it.
         """
-        return self.seen_from(max(0, at - 2 * BLOCK))
+        return self.seen_from(max(0, at - 2 * self.stretch))
 
     def saved(self, length: int) -> list[int]:
         """Blocks that go on disk."""
@@ -217,7 +218,7 @@ class Window:
 
     def fork(self) -> Window:
         """The same, shared until one of both writes."""
-        other = Window(self.pool, self.window, self.spacing)
+        other = Window(self.pool, self.window, self.spacing, self.stretch)
         other._prompt = self._prompt
         blocks = self.held()
         for block in blocks:
