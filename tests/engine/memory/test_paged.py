@@ -284,7 +284,7 @@ def test_a_copy_that_fails_leaks_nothing(backend, pool, method):
 
     pool.copy_block = lost
     with pytest.raises(RuntimeError):
-        second.reserve(1) if method == "reserve" else second.own()
+        second.reserve(1) if method == "reserve" else second.own(BLOCK)
     assert (pool.used, second.parts[0].table) == (used, table)
     pool.copy_block = backend.copy_block
     backend.write(second, [7])
