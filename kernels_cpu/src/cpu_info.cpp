@@ -217,7 +217,7 @@ const char* isa_name(IsaKind isa) {
 
 std::vector<IsaKind> supported_isas() {
     std::vector<IsaKind> out;
-    for (IsaKind isa : {IsaKind::kAmx, IsaKind::kAvx512Vnni, IsaKind::kAvxVnni, IsaKind::kAvx2, IsaKind::kI8mm,
+    for (IsaKind isa : {IsaKind::kAvx512Vnni, IsaKind::kAmx, IsaKind::kAvxVnni, IsaKind::kAvx2, IsaKind::kI8mm,
                         IsaKind::kNeon, IsaKind::kScalar})
         if (supported(isa)) out.push_back(isa);
     return out;

@@ -14,7 +14,8 @@ bool has_avx_vnni();
 
 const char* isa_name(IsaKind isa);
 
-// The instruction sets that this CPU and operating system run, best first; always ends with scalar.
+// The instruction sets that this CPU and operating system run, best first; always ends with scalar. AMX stands behind
+// AVX-512 until it has been timed on a CPU that has it.
 std::vector<IsaKind> supported_isas();
 
 // The instruction set of that name, if it runs here. Beside the supported ones, "amx-emulated": AMX's kernels, with

@@ -271,7 +271,12 @@ def sentences(facts: dict[str, Any]) -> list[tuple[str, str]]:
         best, isa = facts["isas"][0], facts["isa"]
         why = "the fastest that this processor runs"
         if isa != best:
-            why = f"as TINYCHAT_ISA says; {best} would be faster"
+            faster = (
+                f"whether faster than {best}, nobody has timed yet"
+                if isa == "amx"
+                else f"{best} would be faster"
+            )
+            why = f"as TINYCHAT_ISA says; {faster}"
         unused = f"; its AMX is not used: {facts['amx_problem']}" if facts["amx_problem"] else ""
         said.append(("kernels", f"{isa}, {why} (of {', '.join(facts['isas'])}){unused}"))
     total = human_bytes(facts["memory_total_bytes"])
