@@ -83,7 +83,7 @@ class CpuBackend:
 
         Raises UsageError for an unknown setting, or a TINYCHAT_ISA that this CPU does not run."""
         cfg = checkpoint.config if predicts else checkpoint.config.without_further
-        self._guessed = head and head.ids  # what the head's outputs stand for
+        self._guessed = head.ids if head else None  # what the head's outputs stand for
         self.prepare(cfg if head is None else head.onto(checkpoint.config), threads, act_bits, kv_bits)
         self._n_outputs: int = getattr(checkpoint, "n_outputs", self.cfg.vocab_size)
         if head is not None:

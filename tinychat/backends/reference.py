@@ -98,7 +98,7 @@ class ReferenceBackend(ExpertOps, LatentOps, StateOps):
         if threads:
             torch.set_num_threads(threads)
         self.cfg: ModelConfig = checkpoint.config if predicts else checkpoint.config.without_further
-        self._guessed = head and head.ids  # what the head's outputs stand for
+        self._guessed = head.ids if head else None  # what the head's outputs stand for
         if head is not None:
             self.cfg = head.onto(checkpoint.config)
         self.predicts = self.cfg.further is not None

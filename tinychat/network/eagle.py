@@ -144,5 +144,6 @@ def _heads(ops: Ops, cfg: ModelConfig, w: Any, state: Handle) -> tuple[Handle, t
         normed = ops.rms_norm(state, e.hidden_norm, eps)
     both = ops.join(ops.rms_norm(embedded, e.embedding_norm, eps), normed)
     q, k, v = ops.split_heads(ops.linear(both, e.qkv), a)
+    assert a.rope is not None  # a head turns its queries and keys
     q, k = ops.rope(q, k, a.rope)
     return state, (q, k, v)

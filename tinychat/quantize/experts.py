@@ -100,7 +100,7 @@ def reach(routed: Routed, given: torch.Tensor) -> list[torch.Tensor]:
 
 
 def mean_squares(
-    mixture: Mixture, w: BlockWeights, x: torch.Tensor, routed: Routed, sums: dict[str, Any]
+    mixture: Mixture, w: BlockWeights, x: torch.Tensor, routed: Routed, sums: dict[str | None, Any]
 ) -> None:
     """Add to `sums` of each expert's linears how many rows they read, and the squares of these: (n, [in]).
     Under None stands what the layer is given, under "" what all experts' last linears read together.
@@ -123,7 +123,7 @@ def mean_squares(
         add("", inner)
 
 
-def means(mixture: Mixture, sums: dict[str, Any]) -> dict[str, torch.Tensor]:
+def means(mixture: Mixture, sums: dict[str | None, Any]) -> dict[str, torch.Tensor]:
     """Mean squares [in] for each linear of the experts, of those with few tokens the layer's."""
     out, least = {}, min(LEAST, sums[None][0])
     for product, whole in ((mixture.into, None), (mixture.down, "")):

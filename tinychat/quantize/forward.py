@@ -240,16 +240,17 @@ class Forward:
         are overwritten by what the block makes of them.
         """
         sums: dict[str, torch.Tensor] = {}
-        of_experts: dict[Mixture, dict[str, Any]] = {}
+        of_experts: dict[Mixture, dict[str | None, Any]] = {}
         for b in range(0, len(x), batch):
             part = x[b : b + batch]
             for half in self.halves(w.layer):
                 known = {half.start: part}
                 if mixture := half.mixture:
                     given = self.value(mixture.input, w, known)
-                    known |= {mixture.input: given, mixture.routes: self.value(mixture.routes, w, known)}
-                    read = given.flatten(0, 1), known[mixture.routes], of_experts.setdefault(mixture, {})
-                    experts.mean_squares(mixture, w, *read)
+                    routed: Any = self.value(mixture.routes, w, known)
+                    known |= {mixture.input: given, mixture.routes: routed}
+                    own = of_experts.setdefault(mixture, {})
+                    experts.mean_squares(mixture, w, given.flatten(0, 1), routed, own)
                 for group in half.groups:
                     known[group.input] = read = self.value(group.input, w, known)
                     squares = read.flatten(0, 1).square().sum(0)

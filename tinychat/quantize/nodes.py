@@ -258,8 +258,8 @@ class Recorder:
         attention: AttentionConfig,
         layer: int,
     ) -> Node:
-        def run(w: BlockWeights, *given: torch.Tensor) -> torch.Tensor:
-            return attended_latent(*given, w.norm[short(norm)], eps, attention)
+        def run(w: BlockWeights, q: torch.Tensor, absorbed: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+            return attended_latent(q, absorbed, row, w.norm[short(norm)], eps, attention)
 
         return self._node("latent_attention", (q, absorbed, row), run, norm)
 
@@ -371,8 +371,8 @@ class Recorder:
         def run(w: BlockWeights, scores: torch.Tensor) -> Routed:
             b, e = (None if name is None else w.norm[short(name)] for name in (bias, each))
             rule = (n, normalize, sigmoid, b, scale, e, groups)
-            chosen = ExpertOps.route(None, scores.flatten(0, 1), *rule)  # type: ignore[arg-type]
-            return Routed.of(*chosen, scores.shape[-1])
+            chosen, weights = ExpertOps.route(None, scores.flatten(0, 1), *rule)  # type: ignore[arg-type]
+            return Routed.of(chosen, weights, scores.shape[-1])
 
         return self._node("route", (scores,), run, *names)
 
