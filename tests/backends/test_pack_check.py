@@ -96,7 +96,7 @@ def test_rot_in_a_large_pack_is_found_in_the_background_and_ends_the_answer(larg
     rot(large)
     forget_when(large)
     backend = cpu(TinyCheckpoint(1))
-    wait_until(lambda: backend._pack.damaged)
+    wait_until(lambda: backend._packs[0].damaged)
     assert not large.exists()
     with pytest.raises(DamagedWeightsError, match="embed_tokens"):
         run(backend, IDS, [9])

@@ -12,6 +12,8 @@ from programs import ISAS, Bench
 from tinychat.backends.reference_memory import quantize_kv
 from tinychat.kernels_cpu import _native
 
+NONE = np.empty(0, np.int32)  # of a cache in 16 or 8 bits no block has another form
+
 
 class Attention:
     """One layer: qkv in, attention out, over a pool with a scrambled block table."""
@@ -255,7 +257,7 @@ def test_attention_does_not_care_which_slot_holds_a_token(isa, bits):
     a.run(qkv[:n], 0)
     src, dst = np.full((2, 2, 3), -1, np.int32), np.zeros((2, 2, 3), np.int32)
     src[1], dst[1] = [47, 48, 49], [3, 20, 45]
-    a.b.p.move_slots(0, a.table, src, dst)
+    a.b.p.move_slots(0, a.table, src, dst, 0, NONE)
     # The truth: the same query over the tokens that are left, at their own positions (the step's is n).
     a.b.p.array(a.qkv)[:1] = qkv[n:]
     a.b.run(1, n, n - 3, a.table)
@@ -287,7 +289,7 @@ def test_turned_keys_are_those_of_the_new_positions(isa, bits, rotated):
     b = Attention(isa, 4, 2, 48, rotated=rotated, bits=bits)
     qkv = rows(rng, 41, a)
     a.run(qkv[:40], 0, position=900)
-    a.b.p.turn_keys(0, a.table, [float(f) for f in a.freq], np.full((2, 2, 40), -900, np.int32))
+    a.b.p.turn_keys(0, a.table, [float(f) for f in a.freq], np.full((2, 2, 40), -900, np.int32), NONE)
     b.run(qkv[:40], 0)
     tolerance = 4e-3 if bits == 16 else 0.15  # rounded to 8 bits twice; a wrong angle is off by 1 and more
     np.testing.assert_allclose(a.run(qkv[40:], 40), b.run(qkv[40:], 40), atol=tolerance)
@@ -304,7 +306,7 @@ def test_how_far_values_lie_from_their_mean(isa, bits, dim, n):
     weights = rng.exponential(size=(2, 2, n)).astype(np.float32)
     weights[1, 0] = 0  # they count alike
     out = np.empty((2, 2, n), np.float32)
-    a.b.p.value_spread(0, a.table, weights, out)
+    a.b.p.value_spread(0, a.table, weights, out, NONE)
     v = a.stored(torch.from_numpy(qkv).double()[:, 6 * dim :].reshape(n, 2, dim)).numpy()
     weights[1, 0] = 1
     w = (weights / weights.sum(2, keepdims=True))[1]  # the layer that the step wrote
@@ -316,18 +318,18 @@ def test_slots_outside_the_table_are_refused():
     a = Attention(ISAS[0], 2, 1, 32, blocks=4)
     here = np.zeros((2, 1, 1), np.int32)
     with pytest.raises(ValueError, match="slot"):
-        a.b.p.move_slots(0, a.table, here + 64, here)
+        a.b.p.move_slots(0, a.table, here + 64, here, 0, NONE)
     with pytest.raises(ValueError, match="slot"):
-        a.b.p.move_slots(0, a.table, here, here - 1)
+        a.b.p.move_slots(0, a.table, here, here - 1, 0, NONE)
     with pytest.raises(ValueError, match="layer"):
-        a.b.p.move_slots(0, a.table, here[:1], here[:1])
+        a.b.p.move_slots(0, a.table, here[:1], here[:1], 0, NONE)
     with pytest.raises(ValueError, match="slot"):
-        a.b.p.turn_keys(0, a.table, [1.0], np.zeros((2, 1, 65), np.int32))
+        a.b.p.turn_keys(0, a.table, [1.0], np.zeros((2, 1, 65), np.int32), NONE)
     weights = np.zeros((2, 1, 65), np.float32)
     with pytest.raises(ValueError, match="slot"):
-        a.b.p.value_spread(0, a.table, weights, weights.copy())
+        a.b.p.value_spread(0, a.table, weights, weights.copy(), NONE)
     with pytest.raises(ValueError, match="results"):
-        a.b.p.value_spread(0, a.table, weights[:, :, :9].copy(), weights)
+        a.b.p.value_spread(0, a.table, weights[:, :, :9].copy(), weights, NONE)
 
 
 def test_an_8_bit_cache_takes_little_more_than_half():

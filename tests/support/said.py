@@ -11,6 +11,10 @@ from tinychat.engine.generation import Generation
 
 def says(monkeypatch: pytest.MonkeyPatch, model, *answers: str) -> None:
     """Have the model give these answers, one after another; the last for ever. Each ends its turn."""
+    if not model.tokenizer.eos_ids:  # of a model that never ends an answer by itself
+        monkeypatch.setattr(
+            model.tokenizer, "eos_ids", frozenset(model.tokenizer.encode("<|im_end|>", special=True))
+        )
     scripts = [
         [*model.tokenizer.encode(a, special=True), *sorted(model.tokenizer.eos_ids)[:1]] for a in answers
     ]
