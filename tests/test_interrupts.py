@@ -171,8 +171,8 @@ m.PATIENCE = 0.2
 main_begins, main_ends = threading.Event(), threading.Event()
 def run():
     main_begins.set()
-    if {after == "main_begins"}:
-        time.sleep(60)
+    while {after == "main_begins"}:
+        time.sleep(0.05)
 tinychat.cli.main.main = run
 def stuck():
     {after}.wait()

@@ -28,6 +28,7 @@ def main() -> None:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background job
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            _listen()
 
 
 def _end_soon() -> None:
@@ -38,6 +39,28 @@ def _end_soon() -> None:
     timer = threading.Timer(PATIENCE, os._exit, (130,))
     timer.daemon = True
     timer.start()
+
+
+def _listen() -> None:
+    """Python handles Ctrl+C in its main thread, which misses it if it begins to wait for another thread at
+    that very moment: where there are others, one hears it too.
+    """
+    import os
+    import signal
+    import threading
+
+    if all(t.daemon or t is threading.current_thread() for t in threading.enumerate()):
+        return
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)  # gets the number of each signal
+
+    def wait() -> None:
+        while os.read(heard, 1) != bytes([signal.SIGINT]):
+            pass
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _unraisable(lost) -> None:
