@@ -126,12 +126,12 @@ class Attention:
         pairs: int,
         positions: Memory | None = None,
         slope: float = 0.0,
-        original: float = 1.0,
+        original: int = 1,
     ) -> None:
         """Turn queries and keys by `table` (pairs 0: not at all), write keys and values to the cache. slope:
         queries are scaled by the rows' positions.
         """
-        grid, how = (c.rows, c.heads + 2 * c.kv_heads), (positions, float(slope), float(original))
+        grid, how = (c.rows, c.heads + 2 * c.kv_heads), (positions, float(slope), original)
         self.device.launch(self._kernels["rope_append"], grid, 32, c, qkv, table, pairs, *how)
 
     def spread(self, c: Call, to: Memory, rows: int, pieces: int, stretches: int) -> None:

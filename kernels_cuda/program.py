@@ -244,7 +244,7 @@ class Program:
         cap: float,
         sinks: Memory | None = None,
         slope: float = 0.0,
-        original: float = 1.0,
+        original: int = 1,
     ) -> Buffer:
         """Turn, append, attend, score: as halves. layer: of the memory."""
         pool = self.pools[memory]

@@ -30,7 +30,7 @@ DEVICE float turned(const float* x, const float2* turns, int i, int head, int pa
 // grid (rows, heads + 2 kv_heads), one warp.
 extern "C" __global__ void __launch_bounds__(WARP)
     rope_append(const Attention a, const float* qkv, const float2* table, int pairs, const int* positions, float slope,
-                float original) {
+                int original) {
     start();
     int row = blockIdx.x, which = blockIdx.y, size = a.size;
     const float* x = qkv + (static_cast<size_t>(row) * (a.heads + 2 * a.kv_heads) + which) * size;
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
     Place place = a.places[row];
     int slot = place.slot;
     Cache cache = a.cache(place.table);
-    float far = slope ? 1 + slope * log1pf(floorf(static_cast<float>(positions[row]) / original)) : 1;
+    float far = slope ? 1 + slope * logf(1.0f + static_cast<float>(positions[row] / original)) : 1;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         int i = part * 32 + lane_id();
