@@ -23,6 +23,13 @@ TRUTHS = tuple(
 )
 
 
+def pytest_configure(config):
+    if os.environ.get("TINYCHAT_TEST_LUCK"):
+        import luck
+
+        luck.install()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     """A test file that imports what is not installed is skipped as a whole."""
